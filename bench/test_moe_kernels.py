@@ -1,0 +1,274 @@
+"""Mixture-of-experts kernels at option c's shape, beside torch._grouped_mm and a loop over experts.
+
+    pytest bench/test_moe_kernels.py --benchmark-only
+
+Each row first compares its output with fp32 plain torch, and is not timed if they disagree. Medians
+with 10th and 90th percentiles and TFLOP/s are in the row's extra_info (`--benchmark-json`);
+pytest-benchmark's own columns include the launch from Python and a wait for the GPU.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+from torch.nn.functional import silu
+
+from hamner.kernels.grouped_matmul import moe_mlp, moe_mlp_reference
+from hamner.kernels.grouped_matmul_kernels import (
+    launch_gate_up,
+    launch_grouped_matmul,
+    launch_swiglu_grad,
+    launch_weight_grad,
+)
+from hamner.kernels.moe_routing import Routing, moe_route, moe_route_reference
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="times a CUDA GPU")
+
+N, E, K, D, I = 24_576, 4, 2, 768, 1536  # noqa: E741
+M = N * K
+DTYPE = torch.bfloat16
+MAX_RELATIVE_ERROR = 0.02  # of norms: bf16 keeps 8 bits, and backward rounds some steps in between
+
+
+class Case(NamedTuple):
+    """What is timed, what it must agree with, its FLOPs (0 where matmuls are not the work)."""
+
+    call: Callable[[], Tensor | tuple[Tensor, ...]]
+    expected: Callable[[], Tensor | tuple[Tensor, ...]]
+    flops: int
+
+
+class Problem(NamedTuple):
+    logits: Tensor  # (N, E) fp32
+    x: Tensor  # (N, D)
+    gate_up_weight: Tensor  # (E, 2I, D)
+    down_weight: Tensor  # (E, D, I)
+    d_out: Tensor  # (N, D)
+
+    def cast(self, dtype: torch.dtype) -> "Problem":
+        """Leaves that require gradients, in another dtype; the logits stay fp32."""
+        return Problem(
+            *(
+                tensor.detach().to(torch.float32 if name == "logits" else dtype).requires_grad_()
+                for name, tensor in self._asdict().items()
+            )
+        )
+
+
+@pytest.fixture(scope="module")
+def problem() -> Problem:
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def randn(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, device="cuda")
+
+    return Problem(
+        logits=randn(N, E),
+        x=randn(N, D).to(DTYPE),
+        gate_up_weight=(randn(E, 2 * I, D) / D**0.5).to(DTYPE),
+        down_weight=(randn(E, D, I) / I**0.5).to(DTYPE),
+        d_out=randn(N, D).to(DTYPE),
+    )
+
+
+def grouped_mm_mlp(x: Tensor, routing: Routing, gate_up_weight: Tensor, down_weight: Tensor):
+    """The peer: torch._grouped_mm between a gather and a scatter, as in transformers' Mixtral."""
+    order = routing.order.long()
+    gathered = x[order // K]
+    gate, up = torch._grouped_mm(gathered, gate_up_weight.mT, offs=routing.offsets[1:]).chunk(2, -1)
+    rows = torch._grouped_mm(silu(gate) * up, down_weight.mT, offs=routing.offsets[1:])
+    rows = rows * routing.weights.flatten()[order, None].to(rows.dtype)
+    slots = torch.empty_like(rows).index_copy(0, order, rows)
+    return slots.view(N, K, D).sum(dim=1)
+
+
+MLPS = {"hamner": moe_mlp, "grouped_mm": grouped_mm_mlp, "loop": moe_mlp_reference}
+ROUTES = {
+    "hamner": moe_route,
+    "torch": moe_route_reference,
+    "torch.compile": torch.compile(moe_route_reference),
+}
+
+
+def route_case(implementation: str, direction: str, problem: Problem) -> Case:
+    def run(route: Callable, problem: Problem) -> tuple[Tensor, ...]:
+        routing = route(problem.logits, K)
+        return routing.weights, routing.load_balancing_loss, routing.z_loss
+
+    def call(route: Callable) -> Callable:
+        cast = problem.cast(DTYPE)
+        return in_direction(direction, lambda: run(route, cast), (cast.logits,))
+
+    return Case(call(ROUTES[implementation]), call(moe_route_reference), flops=0)
+
+
+def mlp_case(implementation: str, direction: str, problem: Problem) -> Case:
+    routing = moe_route(problem.logits, K)
+
+    def call(mlp: Callable, dtype: torch.dtype) -> Callable:
+        cast = problem.cast(dtype)
+        weights = routing.weights.detach().clone().requires_grad_()
+        inputs = (cast.x, weights, cast.gate_up_weight, cast.down_weight)
+        own = routing._replace(weights=weights)
+        return in_direction(
+            direction, lambda: (mlp(cast.x, own, cast.gate_up_weight, cast.down_weight),), inputs
+        )
+
+    return Case(
+        call(MLPS[implementation], DTYPE),
+        call(moe_mlp_reference, torch.float32),
+        flops=6 * M * D * I * (1 if direction == "forward" else 2),
+    )
+
+
+def in_direction(direction: str, forward: Callable, inputs: tuple[Tensor, ...]) -> Callable:
+    """`forward` itself, or a call that differentiates what it returned."""
+    if direction == "forward":
+        return forward
+    outputs = forward()
+    generator = torch.Generator("cuda").manual_seed(1)
+    gradients = [
+        torch.randn(out.shape, generator=generator, device="cuda").to(out.dtype) for out in outputs
+    ]
+    return lambda: torch.autograd.grad(outputs, inputs, gradients, retain_graph=True)
+
+
+def stage_cases(problem: Problem) -> dict[tuple[str, str], Case]:
+    """The grouped matmuls one by one: (stage, implementation)."""
+    routing = moe_route(problem.logits, K)
+    order, offsets, top_k = routing.order, routing.offsets, K
+    tokens = order.long() // K
+    ends = offsets[1:]
+    gate_up_weight, down_weight = problem.gate_up_weight, problem.down_weight
+    x, d_out = problem.x, problem.d_out
+    gate_up, hidden = launch_gate_up(x, routing.weights, order, offsets, gate_up_weight)
+    d_hidden = launch_grouped_matmul(
+        d_out, down_weight, order, offsets, top_k, gather=True, transposed=False
+    )
+    d_gate_up, _ = launch_swiglu_grad(gate_up, d_hidden, routing.weights, order, rebuild=False)
+
+    def by_pair(rows: Tensor) -> Tensor:
+        return torch.empty_like(rows).index_copy_(0, order.long(), rows)
+
+    def loop(rows: Tensor, weight: Tensor) -> Tensor:
+        """rows (M, inner) times weight (E, inner, columns), in fp32."""
+        bounds = offsets.tolist()
+        pieces = [
+            rows[start:end].float() @ weight[expert].float()
+            for expert, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False))
+        ]
+        return torch.cat(pieces)
+
+    def loop_weight_grad(d_rows: Tensor, rows: Tensor) -> Tensor:
+        bounds = offsets.tolist()
+        return torch.stack(
+            [
+                d_rows[start:end].float().T @ rows[start:end].float()
+                for start, end in zip(bounds, bounds[1:], strict=False)
+            ]
+        )
+
+    gate_up_flops, down_flops = 4 * M * D * I, 2 * M * D * I
+    stages = {
+        "gate_up": (
+            lambda: launch_gate_up(x, routing.weights, order, offsets, gate_up_weight)[0],
+            lambda: torch._grouped_mm(x[tokens], gate_up_weight.mT, offs=ends),
+            lambda: loop(x[tokens], gate_up_weight.mT),
+            gate_up_flops,
+        ),
+        "down": (
+            lambda: launch_grouped_matmul(
+                hidden, down_weight, order, offsets, top_k, gather=False, transposed=True
+            ),
+            lambda: by_pair(torch._grouped_mm(hidden, down_weight.mT, offs=ends)),
+            lambda: by_pair(loop(hidden, down_weight.mT)),
+            down_flops,
+        ),
+        "d_hidden": (
+            lambda: launch_grouped_matmul(
+                d_out, down_weight, order, offsets, top_k, gather=True, transposed=False
+            ),
+            lambda: torch._grouped_mm(d_out[tokens], down_weight, offs=ends),
+            lambda: loop(d_out[tokens], down_weight),
+            down_flops,
+        ),
+        "d_x": (
+            lambda: launch_grouped_matmul(
+                d_gate_up, gate_up_weight, order, offsets, top_k, gather=False, transposed=False
+            ),
+            lambda: by_pair(torch._grouped_mm(d_gate_up, gate_up_weight, offs=ends)),
+            lambda: by_pair(loop(d_gate_up, gate_up_weight)),
+            gate_up_flops,
+        ),
+        "d_down_weight": (
+            lambda: launch_weight_grad(d_out, hidden, order, offsets, top_k, gather_d_out=True),
+            lambda: torch._grouped_mm(d_out[tokens].T, hidden, offs=ends),
+            lambda: loop_weight_grad(d_out[tokens], hidden),
+            down_flops,
+        ),
+        "d_gate_up_weight": (
+            lambda: launch_weight_grad(d_gate_up, x, order, offsets, top_k, gather_d_out=False),
+            lambda: torch._grouped_mm(d_gate_up.T, x[tokens], offs=ends),
+            lambda: loop_weight_grad(d_gate_up, x[tokens]),
+            gate_up_flops,
+        ),
+    }
+    cases = {}
+    for stage, (hamner, grouped_mm, expected, flops) in stages.items():
+        cases[stage, "hamner"] = Case(hamner, expected, flops)
+        cases[stage, "grouped_mm"] = Case(grouped_mm, expected, flops)
+    return cases
+
+
+def _tensors(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def measure(benchmark, case: Case) -> None:
+    """Compare the outputs, then time."""
+    for actual, expected in zip(_tensors(case.call()), _tensors(case.expected()), strict=True):
+        error = (actual.float() - expected.float()).norm() / expected.float().norm()
+        assert error <= MAX_RELATIVE_ERROR, f"not timed: the output is off by {error:.1%}"
+
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    case.call()
+    peak = torch.cuda.max_memory_allocated() - before
+    median, low, high = triton.testing.do_bench(case.call, quantiles=[0.5, 0.1, 0.9])
+    benchmark.extra_info.update(
+        median_ms=round(median, 4),
+        p10_ms=round(low, 4),
+        p90_ms=round(high, 4),
+        peak_mib=round(peak / 2**20, 1),
+    )
+    if case.flops:
+        benchmark.extra_info["tflops"] = round(case.flops / median / 1e9, 1)
+
+    def call_and_wait() -> None:
+        case.call()
+        torch.cuda.synchronize()
+
+    benchmark.pedantic(call_and_wait, rounds=20, warmup_rounds=3)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("implementation", ROUTES)
+def test_route(implementation, direction, problem, benchmark):
+    measure(benchmark, route_case(implementation, direction, problem))
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("implementation", MLPS)
+def test_mlp(implementation, direction, problem, benchmark):
+    measure(benchmark, mlp_case(implementation, direction, problem))
+
+
+@pytest.mark.parametrize("implementation", ["hamner", "grouped_mm"])
+@pytest.mark.parametrize(
+    "stage", ["gate_up", "down", "d_hidden", "d_x", "d_down_weight", "d_gate_up_weight"]
+)
+def test_stage(stage, implementation, problem, benchmark):
+    measure(benchmark, stage_cases(problem)[stage, implementation])

@@ -1,0 +1,264 @@
+"""Saved state on disk: a checkpoint folder is whole or does not exist.
+
+    checkpoints/step_00001000/
+        model.safetensors       the module's parameters, in their compute dtype
+        optimizer.safetensors   fp32 masters and moments
+        state.json              counters, data position, RNG state, versions
+        manifest.json           size and SHA-256 of each of the three
+
+Written to a temporary folder beside it, flushed to disk, then renamed. Nothing is ever unpickled.
+"""
+
+import base64
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hamner.errors import UserError
+
+MODEL_FILE = "model.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "state.json"
+MANIFEST_FILE = "manifest.json"
+_FILES = (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE)
+_STEP_FOLDER = re.compile(r"step_(\d{8,})")
+_TEMPORARY_PREFIX = ".saving_"
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is damaged, incomplete or not one of ours."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint folder."""
+
+    path: Path
+    step: int
+
+    def state(self) -> dict:
+        """`state.json`."""
+        return _read_json(self.path / STATE_FILE)
+
+    def verify(self) -> None:
+        """Check every file against the manifest.
+
+        Raises:
+            CheckpointError: names the first file that is missing, cut short or altered.
+        """
+        files = _read_json(self.path / MANIFEST_FILE).get("files")
+        if not isinstance(files, dict) or set(files) != set(_FILES):
+            raise CheckpointError(f"{self.path / MANIFEST_FILE} is not a manifest of {_FILES}")
+        for name, expected in files.items():
+            path = self.path / name
+            if not path.is_file():
+                raise CheckpointError(f"{path} is missing; resume from an older checkpoint")
+            size = path.stat().st_size
+            if not isinstance(expected, dict) or size != expected.get("bytes"):
+                raise CheckpointError(
+                    f"{path} has {size} bytes, not those of its manifest: it was cut short or "
+                    "replaced; resume from an older checkpoint"
+                )
+            if _sha256(path) != expected.get("sha256"):
+                raise CheckpointError(
+                    f"{path} does not match the SHA-256 of its manifest: it is damaged; "
+                    "resume from an older checkpoint"
+                )
+
+    @torch.no_grad()
+    def load_model(self, parameters: Mapping[str, Tensor]) -> None:
+        """Copy the saved weights into `parameters`, tensor by tensor (no second copy on the GPU).
+
+        Raises:
+            CheckpointError: names or shapes that are not the model's.
+        """
+        with _open(self.path / MODEL_FILE) as saved:
+            _require_names(self.path / MODEL_FILE, set(saved.keys()), set(parameters))
+            for name, parameter in parameters.items():
+                parameter.copy_(_read_tensor(self.path / MODEL_FILE, saved, name, parameter.shape))
+
+    @torch.no_grad()
+    def load_optimizer(
+        self,
+        masters: Mapping[str, Tensor],
+        exp_avg: Mapping[str, Tensor],
+        exp_avg_sq: Mapping[str, Tensor],
+    ) -> None:
+        """Copy masters and moments, tensor by tensor.
+
+        `masters` maps every parameter to its fp32 weights. A run that was saved in fp32 has no
+        separate masters: there `load_model(masters)` has already filled them.
+        """
+        path = self.path / OPTIMIZER_FILE
+        with _open(path) as saved:
+            names = set(saved.keys())
+            for prefix, tensors in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+                _require_names(
+                    path,
+                    {n.removeprefix(f"{prefix}.") for n in names if n.startswith(f"{prefix}.")},
+                    set(tensors),
+                )
+                for name, tensor in tensors.items():
+                    tensor.copy_(_read_tensor(path, saved, f"{prefix}.{name}", tensor.shape))
+            for name, tensor in masters.items():
+                if f"master.{name}" in names:
+                    tensor.copy_(_read_tensor(path, saved, f"master.{name}", tensor.shape))
+
+
+def save(
+    folder: Path,
+    step: int,
+    *,
+    model: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor],
+    state: Mapping,
+) -> Checkpoint:
+    """Write `folder`/step_NNNNNNNN, whole or not at all.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; nothing named step_* is left.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"step_{step:08d}"
+    temporary = folder / f"{_TEMPORARY_PREFIX}{step:08d}"
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir()
+    try:
+        save_file(_on_cpu(model), temporary / MODEL_FILE)
+        save_file(_on_cpu(optimizer), temporary / OPTIMIZER_FILE)
+        _write_json(temporary / STATE_FILE, state)
+        files = {
+            name: {
+                "bytes": (temporary / name).stat().st_size,
+                "sha256": _sha256(temporary / name),
+            }
+            for name in _FILES
+        }
+        _write_json(temporary / MANIFEST_FILE, {"format": 1, "files": files})
+        for name in (*_FILES, MANIFEST_FILE):
+            _flush(temporary / name)
+        _flush(temporary)
+        if final.exists():
+            # Saved already at this step (an interrupt right after a save): the new one replaces it.
+            _remove(final)
+        temporary.rename(final)
+        _flush(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return Checkpoint(final, step)
+
+
+def find(folder: Path) -> list[Checkpoint]:
+    """The checkpoints in `folder`, oldest first."""
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        match = _STEP_FOLDER.fullmatch(path.name)
+        if match and path.is_dir():
+            found.append(Checkpoint(path, int(match[1])))
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def retain(folder: Path, keep: int) -> None:
+    """Remove what an unfinished save left, and all but the newest `keep` checkpoints (0: none)."""
+    for leftover in folder.glob(f"{_TEMPORARY_PREFIX}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    if keep:
+        for old in find(folder)[:-keep]:
+            _remove(old.path)
+
+
+def rng_state() -> dict[str, str]:
+    """State of torch's global generators, as text."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return {
+        device: base64.b64encode(state.numpy().tobytes()).decode()
+        for device, state in states.items()
+    }
+
+
+def set_rng_state(states: Mapping[str, str]) -> None:
+    """Restore what `rng_state` returned, as far as this machine has the devices."""
+    for device, text in states.items():
+        state = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+        if device == "cpu":
+            torch.set_rng_state(state)
+        elif torch.cuda.is_available():
+            torch.cuda.set_rng_state(state)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Rename before deleting, so that a folder named step_* is whole to the end."""
+    doomed = checkpoint.with_name(f"{_TEMPORARY_PREFIX}removing_{checkpoint.name}")
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _open(path: Path):
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
+
+
+def _read_tensor(path: Path, saved, name: str, shape: torch.Size) -> Tensor:
+    tensor = saved.get_tensor(name)
+    if tensor.shape != shape:
+        raise CheckpointError(
+            f"{path}: {name} has shape {tuple(tensor.shape)}, this model needs {tuple(shape)}; "
+            "resume with the model the run was started with"
+        )
+    return tensor
+
+
+def _require_names(path: Path, saved: set[str], expected: set[str]) -> None:
+    difference = sorted(saved ^ expected)
+    if difference:
+        raise CheckpointError(
+            f"{path} holds another model: {len(difference)} tensors differ, among them "
+            f"{difference[0]}; resume with the model the run was started with"
+        )
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return value
+
+
+def _write_json(path: Path, value: Mapping) -> None:
+    path.write_text(json.dumps(value, indent=1), encoding="utf-8")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

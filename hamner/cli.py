@@ -1,0 +1,29 @@
+"""How every command ends: 0 done, 2 bad input in one sentence, 130 interrupted.
+
+Importing this module must stay cheap: `--help` answers before torch is loaded.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from hamner.errors import UserError
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
+    """Run a command's `main` on the process's arguments and exit with its code.
+
+    `main` returns an exit code, or None for 0. A `UserError` is printed as one sentence without a
+    traceback; anything else unexpected is a bug and keeps its traceback.
+    """
+    try:
+        code = main(sys.argv[1:]) or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = EXIT_INTERRUPTED
+    sys.exit(code)

@@ -1,0 +1,118 @@
+"""`python -m hamner.data`: prepare shards, train a tokenizer."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from hamner.cli import run_command
+from hamner.data.documents import split_of
+from hamner.data.prepare import prepare
+from hamner.data.sources import open_text_source
+from hamner.data.specs import parse_specs
+from hamner.data.tokenizer import VOCAB_SIZE, load_tokenizer, train_tokenizer
+from hamner.errors import UserError
+
+Specs = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Tokenize documents once, into shards that training reads with --data shards:DIR."""
+
+    output: Path
+    """Folder to write; a repeated command goes on with an unfinished one."""
+    data: Specs = ()
+    """SPEC to read, repeatable: builtin, a file, folder or glob of .txt, .jsonl or .parquet, or
+    hf:owner/name[:config[:split]]; none means builtin."""
+    tokenizer: str = "builtin"
+    """builtin, the path of a tokenizer.json, or a Hugging Face name owner/name."""
+    vocab_size: int | None = None
+    """Vocabulary of the model (entries), to cut the built-in tokenizer; None keeps it whole."""
+    shard_tokens: int = 100_000_000
+    """Size of a shard (tokens); one is held in memory at 2 bytes a token."""
+    val_fraction: float = 0.01
+    """Share of documents held out for validation (0 to 1)."""
+
+    def run(self) -> None:
+        _check_fraction(self.val_fraction)
+        if self.shard_tokens < 1:
+            raise UserError(f"--shard-tokens {self.shard_tokens}: must be at least 1")
+        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        columns = [SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()]
+        with Progress(*columns) as progress:
+            task = progress.add_task("opening the sources")
+            index = prepare(
+                self.data,
+                self.output,
+                load_tokenizer(self.tokenizer, self.vocab_size),
+                shard_tokens=self.shard_tokens,
+                val_fraction=self.val_fraction,
+                on_progress=lambda spec, tokens, documents: progress.update(
+                    task, description=f"{spec}: {tokens:,} tokens of {documents:,} documents"
+                ),
+            )
+        for split in ("train", "validation"):
+            shards = [shard for shard in index["shards"] if shard["split"] == split]
+            tokens = sum(shard["tokens"] for shard in shards)
+            documents = sum(shard["documents"] for shard in shards)
+            print(f"{split}: {tokens:,} tokens, {documents:,} documents, {len(shards)} shards")
+        print(
+            f"{index['skipped']:,} empty documents skipped; train with --data shards:{self.output}"
+        )
+
+
+@dataclass(frozen=True)
+class TrainTokenizer:
+    """Learn a byte-level BPE tokenizer from text; validation documents are left out."""
+
+    output: Path
+    """The tokenizer.json to write."""
+    data: Specs = ()
+    """SPEC to read, repeatable: builtin, a file, folder or glob of .txt, .jsonl or .parquet, or
+    hf:owner/name[:config[:split]]; none means builtin."""
+    vocab_size: int = VOCAB_SIZE
+    """Entries, the 5 special tokens and the 256 bytes included."""
+    max_mib: int = 1024
+    """Text to read from each SPEC at most (MiB)."""
+    val_fraction: float = 0.01
+    """Share of documents held out for validation (0 to 1)."""
+
+    def run(self) -> None:
+        _check_fraction(self.val_fraction)
+        if not self.output.parent.is_dir() or self.output.is_dir():
+            raise UserError(f"--output {self.output}: must be a file in an existing folder")
+        tokenizer = train_tokenizer(self._texts(), self.vocab_size)
+        tokenizer.save(self.output)
+        print(f"{self.output}: {tokenizer.vocab_size:,} entries, SHA-256 {tokenizer.fingerprint}")
+
+    def _texts(self) -> Iterator[str]:
+        for spec in parse_specs(self.data):
+            size = 0
+            for text, _ in open_text_source(spec).documents(seed=0, epoch=0, state=None):
+                if split_of(text, self.val_fraction) == "train":
+                    yield text
+                    size += len(text.encode())
+                if size >= self.max_mib * 2**20:
+                    break
+
+
+def _check_fraction(val_fraction: float) -> None:
+    if not 0 <= val_fraction < 1:
+        raise UserError(f"--val-fraction {val_fraction}: must be at least 0 and less than 1")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parses the arguments and runs the subcommand."""
+    tyro.extras.subcommand_cli_from_dict(
+        {"prepare": Prepare, "train-tokenizer": TrainTokenizer},
+        args=arguments,
+        prog="python -m hamner.data",
+    ).run()
+
+
+if __name__ == "__main__":
+    run_command(main)

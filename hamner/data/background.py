@@ -1,0 +1,85 @@
+"""An iterator that runs ahead in a background thread."""
+
+import contextlib
+import queue
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+Item = TypeVar("Item")
+
+
+class Prefetcher(Generic[Item]):
+    """Takes items from an iterator in a thread and keeps up to `depth` of them ready.
+
+    An exception of the iterator, its end included, is raised in the place of the item that it
+    would have been, and again from then on.
+    """
+
+    def __init__(self, items: Iterator[Item], depth: int, name: str) -> None:
+        self._queue: queue.Queue = queue.Queue(maxsize=depth)
+        self._stop = threading.Event()
+        self._end: BaseException | None = None
+        self._thread = threading.Thread(
+            target=_run, args=(items, self._queue, self._stop), name=name, daemon=True
+        )
+        # For an owner that never calls `close`, and for the interpreter's exit.
+        self._finalizer = weakref.finalize(self, _join, self._stop, self._thread)
+        self._thread.start()
+
+    def get(self, timeout: float | None = None) -> Item:
+        """The next item.
+
+        Args:
+            timeout: seconds to wait; None waits for ever.
+
+        Raises:
+            TimeoutError: no item in that time; a later call may have it.
+            StopIteration: the iterator has ended.
+            RuntimeError: after `close`.
+            Exception: whatever the iterator raised.
+        """
+        if self._stop.is_set():
+            raise RuntimeError("closed")
+        if self._end is None:
+            try:
+                item, self._end = self._queue.get(timeout=timeout)
+            except queue.Empty:
+                raise TimeoutError from None
+        if self._end is not None:
+            raise self._end
+        return item
+
+    def close(self) -> None:
+        """Stops the thread and waits for it, but not for a network that does not answer."""
+        self._finalizer()
+
+
+def _run(items: Iterator[Item], output: queue.Queue, stop: threading.Event) -> None:
+    """Body of the thread. It does not know the prefetcher, which can be collected meanwhile."""
+    try:
+        for item in items:
+            if not _put(output, (item, None), stop):
+                return
+        end: BaseException = StopIteration()
+    except BaseException as error:  # whatever it is, the consumer must not wait for ever
+        end = error
+    _put(output, (None, end), stop)
+
+
+def _put(output: queue.Queue, item: object, stop: threading.Event) -> bool:
+    """Waits for room; False when the prefetcher was closed meanwhile."""
+    while not stop.is_set():
+        with contextlib.suppress(queue.Full):
+            output.put(item, timeout=0.1)
+            return True
+    return False
+
+
+def _join(stop: threading.Event, thread: threading.Thread) -> None:
+    stop.set()
+    if thread is not threading.current_thread():
+        # A thread inside a call to the network does not see the flag. It is a daemon, so it
+        # cannot hold up the process's end.
+        thread.join(timeout=2.0)

@@ -1,0 +1,58 @@
+"""What a document is: the text of a row, and the split that it belongs to."""
+
+import hashlib
+from typing import Any, Literal
+
+Split = Literal["train", "validation"]
+
+#: Where a row keeps its text, in the order of preference.
+TEXT_FIELDS = ("text", "content", "messages")
+
+
+def document_text(row: Any) -> str:
+    """The text of one row: a string, `{"text"}`, `{"content"}` or `{"messages": [{"content"}]}`.
+
+    The messages of a conversation are joined by newlines: in pre-training they are plain text.
+
+    Raises:
+        ValueError: with half a sentence that says what is wrong; the caller adds file and row.
+    """
+    field, value = "text", row
+    if isinstance(row, dict):
+        field = next((name for name in TEXT_FIELDS if name in row), "")
+        if not field:
+            found = ", ".join(map(str, row)) or "nothing"
+            raise ValueError(f'has no field "text", "content" or "messages" (it has {found})')
+        value = row[field]
+    if field == "messages":
+        value = _conversation_text(value)
+    if not isinstance(value, str):
+        raise ValueError(f'"{field}" must be a string, not {_json_name(value)}')
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f'"{field}" holds half a surrogate pair, which is no text') from error
+    return value
+
+
+def _conversation_text(messages: Any) -> str:
+    if not isinstance(messages, list):
+        raise ValueError(f'"messages" must be a list, not {_json_name(messages)}')
+    contents = [m.get("content") if isinstance(m, dict) else None for m in messages]
+    if not all(isinstance(content, str) for content in contents):
+        raise ValueError('"messages" holds a message without a "content" string')
+    return "\n".join(contents)
+
+
+def _json_name(value: Any) -> str:
+    return "null" if value is None else type(value).__name__
+
+
+def split_of(text: str, val_fraction: float) -> Split:
+    """The split of a document: a function of its text alone.
+
+    So it does not depend on order, seed, source or file, and a document that occurs twice is
+    never on both sides.
+    """
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return "validation" if int.from_bytes(digest, "big") < val_fraction * 2**64 else "train"

@@ -1,0 +1,317 @@
+"""Local files as documents: .txt, .jsonl and .parquet, the first two also compressed.
+
+A file is read in blocks (a row group of parquet, about 4 MiB of text), which are shuffled. Files
+whose content is not what their name says are refused when the source is opened; broken rows when
+they are met, naming file and row.
+"""
+
+import glob
+import gzip
+import hashlib
+import io
+import json
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from hamner.data.documents import TEXT_FIELDS, document_text
+from hamner.data.shuffle import State, permutation, shuffled_documents
+from hamner.data.tokenizer import END_OF_TEXT
+from hamner.errors import UserError
+
+BLOCK_BYTES = 4 * 2**20
+#: A text file up to this size is one document; a larger one is cut into documents of about it.
+TEXT_DOCUMENT_BYTES = 64 * 2**10
+
+#: First bytes of a file by the last part of its name.
+MAGIC = {".parquet": b"PAR1", ".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}
+MAGIC[".zstd"] = MAGIC[".zst"]
+COMPRESSED = (".gz", ".zst", ".zstd")
+SUPPORTED = ".txt, .jsonl or .parquet (.txt and .jsonl also with .gz, .zst or .zstd)"
+
+#: Where a text may be cut, best first: after a separator line, a blank line, a line.
+_CUTS = tuple(
+    re.compile(pattern)
+    for pattern in (
+        rb"(?:\A|\n)" + re.escape(END_OF_TEXT.encode()) + rb"[ \t\r]*\n",
+        rb"\n[ \t\r]*\n",
+        rb"\n",
+    )
+)
+_SEPARATOR_LINE = re.compile(
+    rb"(?:\A|(?<=\n))" + re.escape(END_OF_TEXT.encode()) + rb"[ \t\r]*(?:\n|\Z)"
+)
+
+
+class FileSource:
+    """The documents of a file, a folder or a glob.
+
+    Raises:
+        UserError: nothing there, or a file that is not what its name says.
+    """
+
+    def __init__(self, location: str) -> None:
+        self._location = location
+        try:
+            self._paths = _find_files(location)
+            self._sizes = [path.stat().st_size for path in self._paths]
+            self._files = [_open(path) for path in self._paths]
+        except OSError as error:
+            raise UserError(f"--data {location}: cannot be read ({error})") from error
+
+    def identity(self) -> State:
+        """What must not change between saving and resuming: the files' names and sizes."""
+        listing = [[p.name, size] for p, size in zip(self._paths, self._sizes, strict=True)]
+        return {
+            "files": len(listing),
+            "bytes": sum(self._sizes),
+            "digest": hashlib.sha256(json.dumps(listing).encode()).hexdigest(),
+        }
+
+    def documents(self, seed: int, epoch: int, state: State | None) -> Iterator[tuple[str, State]]:
+        """One shuffled epoch; see `shuffled_documents`."""
+        try:
+            yield from shuffled_documents(self._files, seed, epoch, state)
+        except OSError as error:  # a file that went away since
+            raise UserError(f"--data {self._location}: cannot be read ({error})") from error
+
+
+def _find_files(location: str) -> list[Path]:
+    path = Path(location).expanduser()
+    if path.is_file():
+        if _format(path) is None:
+            raise UserError(f"--data {location}: the name of a data file must end in {SUPPORTED}")
+        return [path]
+    if path.is_dir():
+        what, found = "folder", sorted(path.rglob("*"))
+    elif glob.has_magic(location):
+        # Path.glob takes no absolute pattern.
+        names = glob.glob(str(path), recursive=True)  # noqa: PTH207
+        what, found = "glob", sorted(map(Path, names))
+    else:
+        raise UserError(f"--data {location}: no such file or folder")
+    paths = [path for path in found if _format(path) is not None and path.is_file()]
+    if not paths:
+        raise UserError(f"--data {location}: the {what} has no file that ends in {SUPPORTED}")
+    return paths
+
+
+def _format(path: Path) -> str | None:
+    """The suffix that says how the content is read, None when not ours."""
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    if suffixes and suffixes[-1] in COMPRESSED:
+        suffixes.pop()
+    elif suffixes and suffixes[-1] == ".parquet":
+        return ".parquet"
+    return suffixes[-1] if suffixes and suffixes[-1] in (".txt", ".jsonl") else None
+
+
+def _open(path: Path) -> "_ParquetFile | _TextFile":
+    with path.open("rb") as stream:
+        head = stream.read(4)
+    suffix = path.suffix.lower()
+    expected = MAGIC.get(suffix)
+    found = next((name for name, magic in MAGIC.items() if head.startswith(magic)), None)
+    if expected is not None and not head.startswith(expected):
+        raise UserError(f"--data {path}: its content is not {suffix[1:]}, though its name says so")
+    if expected is None and found is not None:
+        raise UserError(f"--data {path}: its content is {found[1:]}; rename it to end in {found}")
+    format = _format(path)
+    if format == ".parquet":
+        return _ParquetFile(path)
+    return _JsonLinesFile(path) if format == ".jsonl" else _TextFile(path)
+
+
+class _ParquetFile:
+    """A block is a row group; only the text column is read."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def blocks(self, start: int, *key: int) -> Iterator[Sequence[str]]:
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            with pyarrow.parquet.ParquetFile(self._path) as file:
+                field = self._text_field(file.schema_arrow.names)
+                groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+                for group in permutation(len(groups), *key)[start:]:
+                    values = file.read_row_group(group, columns=[field]).column(0)
+                    yield self._texts(field, values, first_row=sum(groups[:group]))
+        except (pyarrow.ArrowException, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"--data {self._path}: not a readable parquet file ({reason})"
+            ) from error
+
+    def _text_field(self, names: list[str]) -> str:
+        for name in TEXT_FIELDS:
+            if name in names:
+                return name
+        raise UserError(
+            f'--data {self._path}: no column "text", "content" or "messages" '
+            f"(it has {', '.join(names)})"
+        )
+
+    def _texts(self, field: str, values: Any, first_row: int) -> list[str]:
+        texts = []
+        for row, value in enumerate(values, start=first_row):
+            try:
+                texts.append(document_text({field: value.as_py()}))
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f'--data {self._path}, row {row}: "{field}" is not UTF-8 at byte {error.start}'
+                ) from error
+            except ValueError as error:
+                raise UserError(f"--data {self._path}, row {row}: {error}") from error
+        return texts
+
+
+class _TextFile:
+    """Plain text. A block is about 4 MiB that end where the text may be cut.
+
+    Uncompressed blocks are read in any order; a compressed file can only be read forward.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def blocks(self, start: int, *key: int) -> Iterator[Sequence[str]]:
+        if self._is_compressed():
+            blocks = self._blocks_forward()
+            for _ in range(start):
+                next(blocks, None)
+        else:
+            blocks = self._blocks_shuffled(start, *key)
+        for offset, block in blocks:
+            yield self._parse(block, offset)
+
+    def _blocks_shuffled(self, start: int, *key: int) -> Iterator[tuple[int, bytes]]:
+        size = self._path.stat().st_size
+        count = -(-size // BLOCK_BYTES)
+        with self._path.open("rb") as stream:
+            for number in permutation(count, *key)[start:]:
+                begin, end = (
+                    self._cut_after(stream, min(int(k) * BLOCK_BYTES, size))
+                    for k in (number, number + 1)
+                )
+                stream.seek(begin)
+                yield begin, stream.read(end - begin)
+
+    def _blocks_forward(self) -> Iterator[tuple[int, bytes]]:
+        offset, buffer = 0, b""
+        with self._decompressed() as stream:
+            while chunk := self._read(stream, BLOCK_BYTES):
+                # Only now is it known that the text goes on, so that a small file stays whole.
+                cut = self._last_cut(buffer) if len(buffer) >= BLOCK_BYTES else 0
+                if cut:
+                    yield offset, buffer[:cut]
+                offset, buffer = offset + cut, buffer[cut:] + chunk
+        if buffer:
+            yield offset, buffer
+
+    def _is_compressed(self) -> bool:
+        return self._path.suffix.lower() in COMPRESSED
+
+    def _decompressed(self) -> IO[bytes]:
+        if self._path.suffix.lower() == ".gz":
+            return gzip.open(self._path)
+        import pyarrow
+
+        return pyarrow.input_stream(str(self._path), compression="zstd")
+
+    def _read(self, stream: IO[bytes], size: int) -> bytes:
+        try:
+            return stream.read(size)
+        except (OSError, EOFError, ValueError, zlib.error) as error:
+            raise UserError(f"--data {self._path}: damaged compressed file ({error})") from error
+
+    def _cut_after(self, stream: IO[bytes], position: int) -> int:
+        """The first place from `position` on where a block may begin."""
+        if position == 0:
+            return 0
+        stream.seek(position)
+        return position + self._last_cut(stream.read(TEXT_DOCUMENT_BYTES))
+
+    def _last_cut(self, text: bytes) -> int:
+        return last_cut(text)
+
+    def _parse(self, block: bytes, offset: int) -> list[str]:
+        documents = []
+        begin = 0
+        for separator in [*_SEPARATOR_LINE.finditer(block), None]:
+            end = separator.start() if separator else len(block)
+            while end - begin > TEXT_DOCUMENT_BYTES:
+                cut = begin + last_cut(block[begin : begin + TEXT_DOCUMENT_BYTES])
+                documents.append(self._decode(block[begin:cut], offset + begin))
+                begin = cut
+            documents.append(self._decode(block[begin:end], offset + begin))
+            begin = separator.end() if separator else end
+        # Nothing before, between or after separators is no document; an empty file is an empty one.
+        return [text for text in documents if text.strip()] or documents[:1]
+
+    def _decode(self, text: bytes, offset: int) -> str:
+        try:
+            decoded = text.decode()
+        except UnicodeDecodeError as error:
+            unpacked = "decompressed " if self._is_compressed() else ""
+            raise UserError(
+                f"--data {self._path}: not UTF-8 at {unpacked}byte {offset + error.start}; "
+                "convert it to UTF-8"
+            ) from error
+        return decoded.removeprefix("\ufeff") if offset == 0 else decoded
+
+
+class _JsonLinesFile(_TextFile):
+    """JSON lines. Blocks end at a line's end, however long the line."""
+
+    def _cut_after(self, stream: IO[bytes], position: int) -> int:
+        if position == 0:
+            return 0
+        stream.seek(position - 1)
+        stream.readline()
+        return stream.tell()
+
+    def _last_cut(self, text: bytes) -> int:
+        return text.rfind(b"\n") + 1
+
+    def _parse(self, block: bytes, offset: int) -> list[str]:
+        documents = []
+        begin = 0
+        for line in io.BytesIO(block):
+            text = self._decode(line, offset + begin)
+            if text.strip():
+                try:
+                    documents.append(document_text(json.loads(text)))
+                except json.JSONDecodeError as error:
+                    self._refuse(offset + begin, f"not JSON ({error.msg})", error)
+                except (ValueError, RecursionError) as error:
+                    self._refuse(offset + begin, str(error), error)
+            begin += len(line)
+        return documents
+
+    def _refuse(self, offset: int, message: str, error: Exception) -> None:
+        """Names the line, counted only now: blocks are read in any order."""
+        with self._decompressed() if self._is_compressed() else self._path.open("rb") as stream:
+            line = self._read(stream, offset).count(b"\n") + 1
+        raise UserError(f"--data {self._path}, line {line}: {message}") from error
+
+
+def last_cut(text: bytes) -> int:
+    """Where to cut a text that goes on: after its last separator line, else blank line, else line.
+
+    Only the last 32 KiB are searched, lest a cut leave a tiny document. Without any, the cut is
+    before the last UTF-8 character, which may be incomplete.
+    """
+    begin = max(0, len(text) - TEXT_DOCUMENT_BYTES // 2)
+    for pattern in _CUTS:
+        ends = [match.end() for match in pattern.finditer(text, begin)]
+        if ends:
+            return ends[-1]
+    cut = len(text) - 1
+    while cut > begin and (text[cut] & 0xC0) == 0x80:
+        cut -= 1
+    return cut if cut > begin else len(text)

@@ -1,0 +1,271 @@
+"""Batches for training and validation, with a state that resumes token for token.
+
+`TrainLoader` runs the pipeline of `stages` in a background thread (the tokenizer works without the
+GIL) behind a short queue. Each batch travels with its state, so batches that were prefetched but
+never handed out do not count.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from hamner.data import stages
+from hamner.data.background import Prefetcher
+from hamner.data.shuffle import State
+from hamner.data.sources import TokenSource, open_source
+from hamner.data.specs import Spec, parse_specs
+from hamner.data.tokenizer import Tokenizer
+from hamner.errors import UserError
+
+STATE_VERSION = 1
+#: Validation reads the same documents whatever the seed, so that runs compare.
+VALIDATION_SEED = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Packed sequences: T tokens a row, no padding.
+
+    Attributes:
+        inputs: (B, T) int64.
+        targets: (B, T) int64; `targets[:, t]` is the token after `inputs[:, t]`. This is the one
+            place where targets are shifted: models never do.
+        document_ids: (B, T) int32, from 0 in each row, non-decreasing. A document's end-of-text
+            token is its last one.
+    """
+
+    inputs: torch.Tensor
+    targets: torch.Tensor
+    document_ids: torch.Tensor
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to read and how to batch it.
+
+    Attributes:
+        specs: values of `--data`, `SPEC[=WEIGHT]`; without any, the built-in corpus.
+        seq_len: tokens a row.
+        batch_size: rows a batch, over all ranks.
+        seed: of the order of documents.
+        val_fraction: share of documents held out for validation. Shards have their own, from when
+            they were prepared.
+    """
+
+    specs: tuple[str, ...]
+    seq_len: int
+    batch_size: int
+    seed: int
+    val_fraction: float = 0.01
+
+
+class TrainLoader:
+    """Endless training batches. Iterate, and `close` at the end.
+
+    Args:
+        config: what to read.
+        tokenizer: that of the model.
+        rank: this process; every rank runs the same pipeline and keeps rows `rank::world_size`.
+        world_size: number of processes.
+        pin_memory: put batches into page-locked memory, for asynchronous copies to a GPU.
+        prefetch: batches made ahead.
+
+    Raises:
+        UserError: a source that cannot be read, here or from `next`.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: Tokenizer,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        pin_memory: bool = False,
+        prefetch: int = 8,
+    ) -> None:
+        if config.batch_size % world_size:
+            raise UserError(
+                f"--batch-size {config.batch_size}: must be a multiple of the number of "
+                f"processes, {world_size}"
+            )
+        self._config = config
+        self._rank_rows = slice(rank, None, world_size)
+        self._pin_memory = pin_memory
+        self._prefetch = prefetch
+        self._specs = parse_specs(config.specs)
+        self._sources = _open_sources(self._specs, tokenizer, config.val_fraction)
+        self._header = {
+            "version": STATE_VERSION,
+            "tokenizer": tokenizer.fingerprint,
+            "seed": config.seed,
+            "val_fraction": config.val_fraction,
+            "sources": [
+                {"spec": spec.text, "weight": spec.weight, "identity": source.identity()}
+                for spec, source in zip(self._specs, self._sources, strict=True)
+            ],
+        }
+        self._position: State | None = None
+        self._batches: Prefetcher[tuple[Batch, State]] | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._batches is None:
+            # The thread runs a function, not a method: it must not keep the loader alive.
+            batches = _batches(
+                self._config,
+                self._specs,
+                self._sources,
+                self._position,
+                self._rank_rows,
+                self._pin_memory,
+            )
+            self._batches = Prefetcher(batches, self._prefetch, "hamner-data")
+        batch, self._position = self._batches.get()
+        return batch
+
+    def state_dict(self) -> State:
+        """The state after the last batch handed out: JSON, never counting prefetched batches."""
+        return {**self._header, "position": self._position}
+
+    def load_state_dict(self, state: State) -> None:
+        """Goes on where `state_dict` was taken; batch size and sequence length may differ.
+
+        Raises:
+            UserError: the state is of other data, another tokenizer, seed or validation split.
+        """
+        if self._batches is not None:
+            raise RuntimeError("load the state before the first batch")
+        _check_same_data(state, self._header)
+        self._position = state["position"]
+
+    def progress(self) -> dict[str, State]:
+        """Counters of each source up to the last batch handed out.
+
+        Returns:
+            By spec: `tokens` and `documents` read, `epochs` completed before the last document,
+            empty documents `skipped`.
+        """
+        documents = self._position["documents"] if self._position else None
+        states = documents["sources"] if documents else [None] * len(self._specs)
+        return {
+            spec.text: {
+                "tokens": state["tokens"] if state else 0,
+                "documents": state["documents"] if state else 0,
+                "epochs": state["epoch"] if state else 0,
+                "skipped": state["skipped"] if state else 0,
+            }
+            for spec, state in zip(self._specs, states, strict=True)
+        }
+
+    def close(self) -> None:
+        """Stops the background thread; the loader gives no more batches."""
+        if self._batches is not None:
+            self._batches.close()
+
+
+def validation_rows(config: DataConfig, tokenizer: Tokenizer, max_tokens: int) -> Batch:
+    """The validation set: held-out documents, packed, the same whatever `config.seed` is.
+
+    Args:
+        config: of the training run; sources are mixed by the same weights while they last.
+        tokenizer: that of the model.
+        max_tokens: size of the set; a smaller corpus gives what it has.
+
+    Returns:
+        A batch of (R, T) with R * T <= max_tokens; R = 0 when the corpus holds out less than a
+        row.
+
+    Raises:
+        UserError: a source that cannot be read.
+    """
+    num_rows = max_tokens // config.seq_len if config.val_fraction > 0 else 0
+    rows: list[stages.Rows] = []
+    if num_rows:
+        specs = parse_specs(config.specs)
+        sources = _open_sources(specs, tokenizer, config.val_fraction)
+        streams = [stages.one_epoch(source, "validation", VALIDATION_SEED) for source in sources]
+        documents = stages.mixture(streams, [spec.weight for spec in specs], None)
+        packed = stages.packed(documents, 1, config.seq_len, None)
+        rows = [row for row, _ in itertools.islice(packed, num_rows)]
+    empty = np.empty((0, config.seq_len), np.int64)
+    return Batch(
+        inputs=torch.from_numpy(np.concatenate([empty, *(row.inputs for row in rows)])),
+        targets=torch.from_numpy(np.concatenate([empty, *(row.targets for row in rows)])),
+        document_ids=torch.from_numpy(
+            np.concatenate([empty.astype(np.int32), *(row.document_ids for row in rows)])
+        ),
+    )
+
+
+def _open_sources(
+    specs: list[Spec], tokenizer: Tokenizer, val_fraction: float
+) -> list[TokenSource]:
+    return [open_source(spec, tokenizer, val_fraction) for spec in specs]
+
+
+def _batches(
+    config: DataConfig,
+    specs: list[Spec],
+    sources: list[TokenSource],
+    position: State | None,
+    rank_rows: slice,
+    pin_memory: bool,
+) -> Iterator[tuple[Batch, State]]:
+    """The whole pipeline, going on after `position`."""
+    documents = position["documents"] if position else None
+    states = documents["sources"] if documents else [None] * len(sources)
+    streams = [
+        stages.epochs(source, spec.text, config.seed, state)
+        for source, spec, state in zip(sources, specs, states, strict=True)
+    ]
+    mixed = stages.mixture(streams, [spec.weight for spec in specs], documents)
+    for rows, state in stages.packed(mixed, config.batch_size, config.seq_len, position):
+        tensors = [
+            torch.from_numpy(array[rank_rows].copy())
+            for array in (rows.inputs, rows.targets, rows.document_ids)
+        ]
+        if pin_memory:
+            tensors = [tensor.pin_memory() for tensor in tensors]
+        yield Batch(*tensors), state
+
+
+def _check_same_data(saved: State, current: State) -> None:
+    """Refuses to go on with anything that would silently change what is read next."""
+    if saved.get("version") != current["version"]:
+        raise UserError(
+            f"--resume: the saved data position has format {saved.get('version')}, "
+            f"this version of Hamner reads format {current['version']}"
+        )
+    for key, what in {
+        "tokenizer": "the tokenizer (--tokenizer, --vocab-size) of fingerprint",
+        "seed": "--seed",
+        "val_fraction": "a validation fraction of",
+    }.items():
+        if saved[key] != current[key]:
+            raise UserError(
+                f"--resume: the run was saved with {what} {saved[key]}, now it is {current[key]}; "
+                "its data cannot go on from there"
+            )
+    contents = [
+        [(source["weight"], source["identity"]) for source in state["sources"]]
+        for state in (saved, current)
+    ]
+    if contents[0] != contents[1]:
+        raise UserError(
+            "--resume: --data is not what the run was saved with: "
+            f"{_describe(saved)} then, {_describe(current)} now"
+        )
+
+
+def _describe(state: State) -> str:
+    descriptions = []
+    for source in state["sources"]:
+        identity = ", ".join(f"{key} {value}" for key, value in source["identity"].items())
+        descriptions.append(f"{source['spec']}={source['weight']:g} ({identity})")
+    return " ".join(descriptions)

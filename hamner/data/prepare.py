@@ -1,0 +1,221 @@
+"""Writes shards (see `shards`): every document of some sources, tokenized once.
+
+A file is written under a temporary name, flushed to disk and renamed, so one with its final name
+is whole. `progress.json` is replaced after each pair of shards: an interrupted preparation goes on
+from there, and ends with the same bytes as one that was not.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+
+from hamner.data.documents import Split
+from hamner.data.shards import (
+    DTYPES,
+    FORMAT,
+    INDEX,
+    OFFSET_DTYPE,
+    PROGRESS,
+    VERSION,
+    Shard,
+    read_json,
+)
+from hamner.data.shuffle import State
+from hamner.data.sources import TextSource, open_text_source, tokenized
+from hamner.data.specs import parse_specs
+from hamner.data.tokenizer import Tokenizer
+from hamner.errors import UserError
+
+TEMPORARY = ".new"
+_TEMPORARY_NAME = re.compile(
+    r"((train|validation)-\d{5,}\.(tokens|offsets)|(index|progress)\.json)" + re.escape(TEMPORARY)
+)
+
+
+def prepare(
+    specs: Sequence[str],
+    output: Path,
+    tokenizer: Tokenizer,
+    *,
+    shard_tokens: int = 100_000_000,
+    val_fraction: float = 0.01,
+    on_progress: Callable[[str, int, int], None] = lambda spec, tokens, documents: None,
+) -> dict[str, Any]:
+    """Tokenizes every document of the specs once, in the shuffled order of seed 0.
+
+    Args:
+        specs: SPECs of text, without weights.
+        output: a new or empty folder, or one that an earlier call left unfinished.
+        tokenizer: that of the model.
+        shard_tokens: a shard is closed by the document that reaches this size; it is in memory
+            until then.
+        val_fraction: share of documents that go to the validation shards.
+        on_progress: called after each document with its spec, and the tokens and documents so far.
+
+    Returns:
+        The index, as written to `index.json`.
+
+    Raises:
+        UserError: bad specs or input, or an output folder that holds something else.
+    """
+    parsed = parse_specs(specs)
+    for spec in parsed:
+        if spec.kind == "shards":
+            raise UserError(f"--data {spec.text}: these are shards already")
+        if spec.weight != 1.0:
+            raise UserError(
+                f"--data {spec.text}: prepare writes every document once; give the weight when "
+                "training, with one folder of shards for each source"
+            )
+    sources = [open_text_source(spec) for spec in parsed]
+    header = {
+        "format": FORMAT,
+        "version": VERSION,
+        "dtype": "uint16" if tokenizer.vocab_size <= 2**16 else "uint32",
+        "vocab_size": tokenizer.vocab_size,
+        "tokenizer": tokenizer.fingerprint,
+        "end_of_text": tokenizer.eot_id,
+        "val_fraction": val_fraction,
+        "shard_tokens": shard_tokens,
+        "sources": [
+            {"spec": spec.text, "identity": source.identity()}
+            for spec, source in zip(parsed, sources, strict=True)
+        ],
+    }
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        if (output / INDEX).exists():
+            return _read_own(output / INDEX, header)
+        progress = _resume(output, header)
+        return _write_shards(output, progress, sources, tokenizer, on_progress)
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be written ({error})") from error
+
+
+def _write_shards(
+    output: Path,
+    progress: State,
+    sources: Sequence[TextSource],
+    tokenizer: Tokenizer,
+    on_progress: Callable[[str, int, int], None],
+) -> dict[str, Any]:
+    """Goes on from `progress` to the end of all sources."""
+    tokens = sum(shard["tokens"] for shard in progress["shards"])
+    documents = sum(shard["documents"] for shard in progress["shards"])
+    pair = _ShardPair(progress)
+    for number in range(progress["source"], len(sources)):
+        spec = progress["sources"][number]["spec"]
+        state = progress["state"] if number == progress["source"] else None
+        is_empty = state is None
+        stream = sources[number].documents(0, 0, state)
+        for split, ids, state in tokenized(stream, tokenizer, progress["val_fraction"]):
+            pair.add(split, ids)
+            if len(ids):
+                is_empty = False
+                tokens, documents = tokens + len(ids), documents + 1
+                on_progress(spec, tokens, documents)
+            if pair.tokens("train") >= progress["shard_tokens"]:
+                progress = pair.write(output) | {"source": number, "state": state}
+                _write_json(output / PROGRESS, progress)
+                pair = _ShardPair(progress)
+        if is_empty:
+            raise UserError(f"--data {spec}: no document with text")
+    progress = pair.write(output)
+    index = {key: progress[key] for key in progress if key not in ("source", "state", "pairs")}
+    _write_json(output / INDEX, index)
+    (output / PROGRESS).unlink(missing_ok=True)
+    return index
+
+
+class _ShardPair:
+    """The shard of training and the one of validation that are being filled."""
+
+    def __init__(self, progress: State) -> None:
+        self._progress = progress
+        self._data: dict[Split, bytearray] = {split: bytearray() for split in get_args(Split)}
+        self._offsets: dict[Split, list[int]] = {split: [0] for split in get_args(Split)}
+        self._skipped = 0
+
+    def tokens(self, split: Split) -> int:
+        return self._offsets[split][-1]
+
+    def add(self, split: Split, ids: np.ndarray) -> None:
+        if len(ids):
+            self._data[split] += ids.astype(DTYPES[self._progress["dtype"]]).tobytes()
+            self._offsets[split].append(self.tokens(split) + len(ids))
+        else:
+            self._skipped += 1
+
+    def write(self, folder: Path) -> State:
+        """Puts both on disk; the progress that counts them."""
+        number, shards = self._progress["pairs"], list(self._progress["shards"])
+        for split, offsets in self._offsets.items():
+            if offsets[-1] == 0:
+                continue
+            name = f"{split}-{number:05d}"
+            _write(folder / f"{name}.tokens", self._data[split])
+            _write(folder / f"{name}.offsets", np.array(offsets, dtype=OFFSET_DTYPE).tobytes())
+            shards.append(
+                {
+                    "split": split,
+                    "file": f"{name}.tokens",
+                    "offsets": f"{name}.offsets",
+                    "tokens": offsets[-1],
+                    "documents": len(offsets) - 1,
+                    "sha256": hashlib.sha256(self._data[split]).hexdigest(),
+                }
+            )
+        skipped = self._progress["skipped"] + self._skipped
+        return self._progress | {"pairs": number + 1, "shards": shards, "skipped": skipped}
+
+
+def _resume(output: Path, header: State) -> State:
+    """The progress of an interrupted call, whose half-written files go, or a new one."""
+    names = {path.name for path in output.iterdir()}
+    unfinished = {name for name in names if _TEMPORARY_NAME.fullmatch(name)}
+    progress = header | {"source": 0, "state": None, "pairs": 0, "shards": [], "skipped": 0}
+    if PROGRESS in names:
+        progress = _read_own(output / PROGRESS, header)
+        for shard in progress["shards"]:
+            Shard(output, shard, DTYPES[header["dtype"]], header["vocab_size"])
+    elif names - unfinished:
+        raise UserError(
+            f"--output {output}: holds other files ({min(names - unfinished)}); "
+            "give a new or an empty folder"
+        )
+    for name in unfinished:
+        (output / name).unlink()
+    _write_json(output / PROGRESS, progress)  # from here on the folder is known as ours
+    return progress
+
+
+def _read_own(path: Path, header: State) -> State:
+    """Reads an index or progress that must be of the very same preparation."""
+    saved = read_json(path)
+    for key, value in header.items():
+        if saved.get(key) != value:
+            raise UserError(
+                f"--output {path.parent}: holds shards of another preparation ({key} was "
+                f"{saved.get(key)}, now {value}); give another folder or repeat its command"
+            )
+    return saved
+
+
+def _write_json(path: Path, value: State) -> None:
+    _write(path, json.dumps(value, indent=1).encode())
+
+
+def _write(path: Path, data: bytes | bytearray) -> None:
+    """Readers see the old file or the whole new one."""
+    temporary = path.with_name(path.name + TEMPORARY)
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

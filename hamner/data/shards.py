@@ -1,0 +1,149 @@
+"""Shards: documents tokenized once by `prepare`, read back by memory map.
+
+DIR/index.json                 format, tokenizer, dtype, split, and every shard with its sums
+DIR/train-00000.tokens         token ids, little-endian, each document with its end-of-text
+DIR/train-00000.offsets        uint64, where each document begins, and the end of the last
+DIR/validation-00000.tokens    held-out documents, written along with the shard of training
+DIR/progress.json              only while unfinished: where to go on
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from hamner.data.documents import Split
+from hamner.data.shuffle import State, shuffled_documents
+from hamner.data.tokenizer import Tokenizer
+from hamner.errors import UserError
+
+FORMAT = "hamner-shards"
+VERSION = 1
+INDEX = "index.json"
+PROGRESS = "progress.json"
+OFFSET_DTYPE = np.dtype("<u8")
+DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+
+
+class ShardSource:
+    """Prepared shards as a source of token sequences.
+
+    Args:
+        location: the folder.
+        tokenizer: that of the model.
+
+    Raises:
+        UserError: not a folder of shards, damaged, unfinished, or of another tokenizer.
+    """
+
+    def __init__(self, location: str, tokenizer: Tokenizer) -> None:
+        folder = Path(location).expanduser()
+        if not (folder / INDEX).is_file():
+            mend = (
+                "its preparation was interrupted; repeat the command to finish it"
+                if (folder / PROGRESS).exists()
+                else "make one with `python -m hamner.data prepare`"
+            )
+            raise UserError(f"--data shards:{location}: no {INDEX} there; {mend}")
+        index = read_json(folder / INDEX)
+        if index.get("format") != FORMAT or index.get("version") != VERSION:
+            raise UserError(
+                f"--data shards:{location}: {INDEX} is not of format {FORMAT}, version {VERSION}"
+            )
+        if index.get("tokenizer") != tokenizer.fingerprint:
+            raise UserError(
+                f"--data shards:{location}: prepared with another tokenizer of "
+                f"{index.get('vocab_size')} entries (fingerprint "
+                f"{str(index.get('tokenizer'))[:12]}, the model's is "
+                f"{tokenizer.fingerprint[:12]}); give its --tokenizer and --vocab-size"
+            )
+        try:
+            dtype = DTYPES[index["dtype"]]
+            shards = [Shard(folder, s, dtype, tokenizer.vocab_size) for s in index["shards"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"--data shards:{location}: {INDEX} is damaged ({error!r}); prepare it again"
+            ) from error
+        self._shards = shards
+        self._digest = hashlib.sha256((folder / INDEX).read_bytes()).hexdigest()
+
+    def identity(self) -> State:
+        tokens = sum(shard.tokens for shard in self._shards)
+        return {"shards": len(self._shards), "tokens": tokens, "digest": self._digest}
+
+    def tokens(
+        self, split: Split, seed: int, epoch: int, state: State | None
+    ) -> Iterator[tuple[np.ndarray, State]]:
+        """See `TokenSource`. Documents are shuffled within a shard."""
+        shards = [shard for shard in self._shards if shard.split == split]
+        return shuffled_documents(shards, seed, epoch, state)
+
+
+class Shard:
+    """One shard on disk; its sizes are checked here, its content when it is first read."""
+
+    def __init__(self, folder: Path, entry: State, dtype: np.dtype, vocab_size: int) -> None:
+        self.split: Split = entry["split"]
+        self.tokens = int(entry["tokens"])
+        self._dtype = dtype
+        self._vocab_size = vocab_size
+        self._sha256 = entry["sha256"]
+        self._path = folder / Path(entry["file"]).name
+        self._offsets_path = folder / Path(entry["offsets"]).name
+        self._is_checked = False
+        sizes = {
+            self._path: self.tokens * dtype.itemsize,
+            self._offsets_path: (int(entry["documents"]) + 1) * OFFSET_DTYPE.itemsize,
+        }
+        for path, size in sizes.items():
+            found = path.stat().st_size if path.is_file() else 0
+            if found != size or size == 0:
+                raise UserError(f"--data shards: {path} has {found:,} bytes instead of {size:,}")
+
+    def blocks(self, start: int, *key: int) -> Iterator["_ShardDocuments"]:
+        """See `BlockFile`: the shard is one block."""
+        if start > 0:
+            return
+        tokens = np.memmap(self._path, dtype=self._dtype, mode="r")
+        offsets = np.fromfile(self._offsets_path, dtype=OFFSET_DTYPE).astype(np.int64)
+        if not self._is_checked:
+            self._check(tokens, offsets)
+            self._is_checked = True
+        yield _ShardDocuments(tokens, offsets)
+
+    def _check(self, tokens: np.ndarray, offsets: np.ndarray) -> None:
+        is_whole = (
+            hashlib.sha256(tokens.data).hexdigest() == self._sha256
+            and tokens.max() < self._vocab_size
+            and offsets[0] == 0
+            and offsets[-1] == len(tokens)
+            and (np.diff(offsets) > 0).all()
+        )
+        if not is_whole:
+            raise UserError(f"--data shards: {self._path} is damaged; prepare its folder again")
+
+
+class _ShardDocuments(Sequence[np.ndarray]):
+    """The documents of a shard, copied out of the memory map one at a time."""
+
+    def __init__(self, tokens: np.ndarray, offsets: np.ndarray) -> None:
+        self._tokens = tokens
+        self._offsets = offsets
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return np.array(self._tokens[self._offsets[index] : self._offsets[index + 1]])
+
+
+def read_json(path: Path) -> State:
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: must hold a JSON object")
+    return value

@@ -1,0 +1,87 @@
+"""`--data SPEC[=WEIGHT]`: what the user may write, parsed without touching any data."""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from hamner.errors import UserError
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One source of the mixture.
+
+    Attributes:
+        kind: which reader.
+        location: path or glob, hub name, or shard folder; empty for the built-in corpus.
+        weight: share of the mixture's tokens, relative to the other sources' weights.
+        text: what the user wrote, without the weight; for messages.
+    """
+
+    kind: Literal["builtin", "files", "hub", "shards"]
+    location: str
+    weight: float
+    text: str
+
+
+def parse_specs(arguments: Sequence[str]) -> list[Spec]:
+    """Parses the values of all `--data` flags; without any, the built-in corpus.
+
+    Raises:
+        UserError: a malformed spec or weight, or weights on some specs only.
+    """
+    split = [_split_weight(argument) for argument in arguments] or [("builtin", None)]
+    given = [text for text, weight in split if weight is not None]
+    if given and len(given) < len(split):
+        bare = next(text for text, weight in split if weight is None)
+        raise UserError(
+            f"--data {bare}: no weight, while {given[0]} has one; give =WEIGHT to all or to none"
+        )
+    specs = [replace(_parse(text), weight=weight or 1.0) for text, weight in split]
+    for spec in specs:
+        if sum(other.text == spec.text for other in specs) > 1:
+            raise UserError(f"--data {spec.text}: given twice; give it once with a larger =WEIGHT")
+    return specs
+
+
+def _split_weight(argument: str) -> tuple[str, float | None]:
+    text, equals, number = argument.rpartition("=")
+    if not equals or _exists(argument):  # a path may contain "="
+        return argument, None
+    try:
+        weight = float(number)
+    except ValueError:
+        weight = math.nan
+    if not (math.isfinite(weight) and weight > 0):
+        raise UserError(
+            f"--data {argument}: the weight after the last '=' must be a positive number, "
+            f"not '{number}'"
+        )
+    return text, weight
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except OSError:  # a name too long for the file system
+        return False
+
+
+def _parse(text: str) -> Spec:
+    kind, colon, rest = text.partition(":")
+    if text == "builtin":
+        return Spec("builtin", "", 1.0, text)
+    if colon and kind == "hf":
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+(:[^:]+){0,2}", rest):
+            raise UserError(f"--data {text}: must be hf:owner/name[:config[:split]]")
+        return Spec("hub", rest, 1.0, text)
+    if colon and kind == "shards":
+        return Spec("shards", rest, 1.0, text)
+    if not text.strip():
+        raise UserError(
+            "--data: empty; give 'builtin', a file, a folder, a glob, hf:... or shards:..."
+        )
+    return Spec("files", text, 1.0, text)

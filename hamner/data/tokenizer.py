@@ -1,0 +1,222 @@
+"""The tokenizer: byte-level BPE, ours or a foreign `tokenizer.json`.
+
+Layout of ours: the special tokens at ids 0-4, the 256 bytes, then the merges in the order they
+were learnt. So the first n ids are themselves a byte-level BPE, the one that training with
+`vocab_size=n` on the same text gives, and small models use the same file with a cut.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from importlib import resources
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from hamner.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+SPECIAL_TOKENS = (END_OF_TEXT, "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+VOCAB_SIZE = 49_152
+
+#: What ends a document in foreign tokenizers without `<|endoftext|>`.
+FOREIGN_END_OF_TEXT = ("<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "[EOS]", "[SEP]")
+
+#: Contractions; letters with at most one leading space or sign; digits by threes; punctuation with
+#: its line ends; line ends; other spaces, of which the last one stays with the word that follows.
+SPLIT_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+    r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+"
+    r"|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+"
+    r"|\s+(?!\S)"
+    r"|\s+"
+)
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    The text of special tokens inside a document is ordinary text: encoding never gives a special
+    id. Special ids are written by the code that means them (`eot_id`, `special_id`).
+
+    Attributes:
+        vocab_size: the largest id plus one.
+        eot_id: id of the token that ends a document.
+        fingerprint: SHA-256 of the definition; equal fingerprints give equal ids.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, name: str) -> None:
+        backend.encode_special_tokens = True
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self._name = name
+        self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.fingerprint: str = hashlib.sha256(backend.to_str().encode()).hexdigest()
+        self.eot_id: int = self._find_eot_id()
+
+    def encode(self, text: str) -> list[int]:
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encodes on all cores and without the GIL."""
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the ids, special tokens spelled out."""
+        return self._backend.decode(list(ids), skip_special_tokens=False)
+
+    def special_id(self, name: str) -> int:
+        """Id of a special token such as `<|user|>`.
+
+        Raises:
+            UserError: the tokenizer has no such token.
+        """
+        token_id = self._backend.token_to_id(name)
+        if token_id is None:
+            raise UserError(f"--tokenizer {self._name}: it has no special token {name}")
+        return token_id
+
+    def save(self, path: str | Path) -> None:
+        """Writes the definition as a `tokenizer.json`."""
+        self._backend.save(str(path), pretty=False)
+
+    def cut(self, vocab_size: int) -> "Tokenizer":
+        """The tokenizer of the first `vocab_size` ids.
+
+        Raises:
+            UserError: the vocabulary is too small, or not laid out as ours.
+        """
+        minimum = len(SPECIAL_TOKENS) + 256
+        if not self._has_our_layout():
+            raise UserError(
+                f"--tokenizer {self._name} has {self.vocab_size:,} entries and cannot be cut: "
+                f"use --vocab-size {self.vocab_size} or more"
+            )
+        if vocab_size < minimum:
+            raise UserError(
+                f"--vocab-size {vocab_size}: the special tokens and the 256 bytes need {minimum}"
+            )
+        definition = json.loads(self._backend.to_str())
+        vocab, merges = definition["model"]["vocab"], definition["model"]["merges"]
+        # A merge may spell a token that an earlier one made, so ids do not count merges: all
+        # merges up to the first token that falls away are kept.
+        kept = next(
+            (i for i, pair in enumerate(merges) if vocab["".join(pair)] >= vocab_size), len(merges)
+        )
+        definition["model"]["merges"] = merges[:kept]
+        definition["model"]["vocab"] = {t: i for t, i in vocab.items() if i < vocab_size}
+        return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(definition)), self._name)
+
+    def _has_our_layout(self) -> bool:
+        head = [self._backend.id_to_token(i) for i in range(len(SPECIAL_TOKENS) + 256)]
+        alphabet = set(pre_tokenizers.ByteLevel.alphabet())
+        return (
+            isinstance(self._backend.model, models.BPE)
+            and tuple(head[: len(SPECIAL_TOKENS)]) == SPECIAL_TOKENS
+            and set(head[len(SPECIAL_TOKENS) :]) == alphabet
+        )
+
+    def _find_eot_id(self) -> int:
+        for name in (END_OF_TEXT, *FOREIGN_END_OF_TEXT):
+            token_id = self._backend.token_to_id(name)
+            if token_id is not None:
+                return token_id
+        raise UserError(
+            f"--tokenizer {self._name}: it has no token that ends a document, neither "
+            f"{END_OF_TEXT} nor any of {' '.join(FOREIGN_END_OF_TEXT)}"
+        )
+
+
+def load_tokenizer(name: str = "builtin", vocab_size: int | None = None) -> Tokenizer:
+    """Loads a tokenizer.
+
+    Args:
+        name: "builtin" (the one that Hamner ships), the path of a `tokenizer.json`, or the name of
+            a Hugging Face repository, `owner/name`.
+        vocab_size: size of the model's vocabulary. Ours is cut when it is larger than that; one
+            that is smaller leaves the last rows of the embedding unused.
+
+    Raises:
+        UserError: no such tokenizer, not a tokenizer, or one that does not fit `vocab_size`.
+    """
+    if name == "builtin":
+        definition = resources.files("hamner.data").joinpath("tokenizer.json").read_text("utf-8")
+    else:
+        definition = _read_definition(name)
+    try:
+        backend = tokenizers.Tokenizer.from_str(definition)
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"--tokenizer {name}: not a tokenizer.json ({error})") from error
+    tokenizer = Tokenizer(backend, name)
+    if vocab_size is not None and vocab_size < tokenizer.vocab_size:
+        return tokenizer.cut(vocab_size)
+    return tokenizer
+
+
+def _read_definition(name: str) -> str:
+    path = Path(name)
+    if path.is_dir():
+        path = path / "tokenizer.json"
+    if not path.exists():
+        if path.suffix == ".json" or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+            raise UserError(
+                f"--tokenizer {name}: no such file; give 'builtin', the path of a tokenizer.json "
+                "or a Hugging Face name owner/name"
+            )
+        path = _download(name)
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--tokenizer {name}: cannot be read ({error})") from error
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(name, "tokenizer.json"))
+    except LocalEntryNotFoundError as error:
+        raise UserError(
+            f"--tokenizer {name}: no such file here, and the Hugging Face hub cannot be reached; "
+            "go online or give the path of a tokenizer.json"
+        ) from error
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"--tokenizer {name}: no tokenizer.json could be fetched from the Hugging Face hub "
+            f"({reason})"
+        ) from error
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> Tokenizer:
+    """Learns a byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909) from documents.
+
+    Raises:
+        UserError: the text is too small for so many entries.
+    """
+    backend = tokenizers.Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(tokenizers.Regex(SPLIT_PATTERN), behavior="isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=True,
+    )
+    backend.train_from_iterator(texts, trainer)
+    tokenizer = Tokenizer(backend, "trained")
+    if tokenizer.vocab_size < vocab_size:
+        raise UserError(
+            f"--vocab-size {vocab_size}: the text only yields {tokenizer.vocab_size:,} entries; "
+            "give more text or a smaller vocabulary"
+        )
+    return tokenizer

@@ -1,0 +1,66 @@
+"""What a GPU can do: dense peak by dtype, memory bandwidth and size, shared memory.
+
+Vendor figures without sparsity, at boost clock; matrix products accumulate in fp32. A card that is
+not in the table is "unknown", never measured against another card's peak. Torch-free.
+"""
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One model of GPU."""
+
+    name: str
+    pattern: str
+    """regular expression that the driver's name for the card matches"""
+    bf16_tflops: float
+    """dense bf16 matmul peak, TFLOP/s with fp32 accumulation"""
+    fp32_tflops: float
+    """fp32 peak outside the tensor cores, TFLOP/s"""
+    bandwidth_gbs: float
+    """device memory bandwidth, GB/s (10^9 bytes)"""
+    memory_gib: float
+    """device memory, GiB (2^30 bytes)"""
+    l2_mib: float
+    """L2 cache, MiB"""
+    shared_memory_bytes: int
+    """largest shared memory of one thread block"""
+    num_sms: int
+    """streaming multiprocessors"""
+
+    def peak_tflops(self, precision: str) -> float:
+        """Peak for `precision` ("bf16" or "fp32"), TFLOP/s."""
+        return {"bf16": self.bf16_tflops, "fp32": self.fp32_tflops}[precision]
+
+
+_AMPERE_ADA_SHARED = 101_376
+_A100_SHARED = 166_912
+_HOPPER_SHARED = 232_448
+
+GPUS: dict[str, Gpu] = {
+    "rtx-3090": Gpu("RTX 3090", r"3090(?! Ti)", 71.2, 35.6, 936, 24, 6, _AMPERE_ADA_SHARED, 82),
+    "rtx-3090-ti": Gpu("RTX 3090 Ti", r"3090 Ti", 80.0, 40.0, 1008, 24, 6, _AMPERE_ADA_SHARED, 84),
+    "rtx-4090": Gpu(
+        "RTX 4090", r"RTX 4090(?! D)", 165.2, 82.6, 1008, 24, 72, _AMPERE_ADA_SHARED, 128
+    ),
+    "rtx-5090": Gpu(
+        "RTX 5090", r"RTX 5090(?! D)", 209.5, 104.8, 1792, 32, 96, _AMPERE_ADA_SHARED, 170
+    ),
+    "a100-40gb": Gpu("A100 40GB", r"A100.*40GB", 312.0, 19.5, 1555, 40, 40, _A100_SHARED, 108),
+    "a100-80gb": Gpu("A100 80GB", r"A100.*80GB", 312.0, 19.5, 2039, 80, 40, _A100_SHARED, 108),
+    "h100": Gpu(
+        "H100 SXM", r"H100(?! PCIe| NVL).*80GB", 989.4, 66.9, 3352, 80, 50, _HOPPER_SHARED, 132
+    ),
+    "h100-pcie": Gpu("H100 PCIe", r"H100 PCIe", 756.0, 51.2, 2039, 80, 50, _HOPPER_SHARED, 114),
+    "h200": Gpu("H200", r"H200(?! NVL)", 989.4, 66.9, 4800, 141, 50, _HOPPER_SHARED, 132),
+}
+
+
+def identify(device_name: str) -> Gpu | None:
+    """The table's entry for the driver's `device_name`, or None for an unknown GPU."""
+    for gpu in GPUS.values():
+        if re.search(gpu.pattern, device_name):
+            return gpu
+    return None

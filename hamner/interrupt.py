@@ -1,0 +1,32 @@
+"""Ctrl-C and SIGTERM: the first asks the run to stop, the second ends the process at once."""
+
+import os
+import signal
+
+
+class Interrupt:
+    """Context in which the first SIGINT or SIGTERM only sets `requested`.
+
+    The second is left to the operating system's default: it works even while a long operation
+    keeps Python's own handlers waiting.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> "Interrupt":
+        self.previous = {number: signal.signal(number, self._request) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _request(self, *_) -> None:
+        self.requested = True
+        for number in self.SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        # Not print: the handler may run in the middle of another write.
+        os.write(2, b"\nstopping: saving first; once more leaves at once\n")

@@ -1,0 +1,195 @@
+"""The one place where the trainer picks implementations: `--kernels` and `--attention`.
+
+`triton` runs the kernels, `torch` their plain references. Both have the same signatures, so the
+model and the optimizer never know which runs.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim import adamw as torch_adamw
+from torch.utils.checkpoint import checkpoint
+
+from hamner.attention import AttentionBackend, differential_attention
+from hamner.kernels.adamw import adamw_
+from hamner.kernels.cross_entropy import linear_cross_entropy
+from hamner.kernels.fused_linear import (
+    add_rms_norm_linear,
+    add_rms_norm_qkv_rope,
+    rms_norm_linear_reference,
+    swiglu_linear,
+    swiglu_linear_reference,
+)
+from hamner.kernels.grouped_matmul import moe_mlp, moe_mlp_reference
+from hamner.kernels.moe_routing import Routing, moe_route, moe_route_reference
+from hamner.kernels.rms_norm import (
+    add_rms_norm,
+    add_rms_norm_reference,
+    rms_norm,
+    rms_norm_reference,
+)
+from hamner.kernels.rope import rope_packed_reference
+
+IGNORED_TARGET = -100
+"""target that no loss counts"""
+
+
+@dataclass(frozen=True)
+class Ops:
+    """The fused operations of a training step.
+
+    Shapes: B batch, T time, D width, N = B T tokens, H query heads, KV key and value heads, V
+    vocabulary, E experts, I intermediate size. A `residual` of None means that `x` itself is the
+    residual stream. `rebuild` trades bandwidth for memory: the matmul's operand is computed again
+    in backward instead of kept.
+    """
+
+    rms_norm: Callable[..., Tensor]
+    """(x (..., D), weight (D,), eps) -> y"""
+    add_rms_norm: Callable[..., tuple[Tensor, Tensor]]
+    """(x, residual, weight, eps) -> (y, new residual)"""
+    norm_linear: Callable[..., tuple[Tensor, Tensor]]
+    """(x, residual, norm_weight, weight, eps, *, rebuild) -> (out, new residual)"""
+    norm_qkv_rope: Callable[..., tuple[Tensor, Tensor]]
+    """(x, residual, norm_weight, qkv_weight, cos, sin, H, KV, positions, eps, *, rebuild) ->
+    (packed qkv (B, T, (H + 2 KV) head_size), new residual)"""
+    swiglu_linear: Callable[..., Tensor]
+    """(gate_up (..., 2I), weight (D, I), *, rebuild) -> (..., D)"""
+    linear_cross_entropy: Callable[..., Tensor]
+    """(hidden (N, D), weight (V, D), targets (N,)) -> mean over kept targets, fp32"""
+    moe_route: Callable[..., Routing]
+    """(router_logits (N, E), experts per token) -> Routing"""
+    moe_mlp: Callable[..., Tensor]
+    """(x (N, D), routing, gate_up_weight (E, 2I, D), down_weight (E, D, I), *, rebuild)
+    -> (N, D)"""
+    adamw_: Callable[..., None]
+    """see hamner.kernels.adamw.adamw_"""
+    attention_backend: AttentionBackend
+
+    def attention(
+        self, qkv: Tensor, num_heads: int, num_kv_heads: int, document_ids: Tensor | None
+    ) -> Tensor:
+        """Causal attention on packed qkv: (B, T, (H + 2 KV) head_size) -> (B, T, H head_size)."""
+        return self.attention_backend.function(
+            qkv, num_heads, num_kv_heads, document_ids=document_ids
+        )
+
+    def differential_attention(
+        self,
+        qkv: Tensor,
+        weight: Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+        document_ids: Tensor | None,
+    ) -> Tensor:
+        """Two attention maps, the second subtracted `weight` times; shapes as `attention`."""
+        return differential_attention(
+            qkv,
+            weight,
+            num_heads,
+            num_kv_heads,
+            document_ids=document_ids,
+            backend=self.attention_backend,
+        )
+
+
+def build_ops(kernels: str, attention_backend: AttentionBackend) -> Ops:
+    """The operations of `--kernels {triton,torch}` with the chosen attention."""
+    if kernels == "triton":
+        return Ops(
+            rms_norm=rms_norm,
+            add_rms_norm=add_rms_norm,
+            norm_linear=add_rms_norm_linear,
+            norm_qkv_rope=add_rms_norm_qkv_rope,
+            swiglu_linear=swiglu_linear,
+            linear_cross_entropy=linear_cross_entropy,
+            moe_route=moe_route,
+            moe_mlp=moe_mlp,
+            adamw_=adamw_,
+            attention_backend=attention_backend,
+        )
+    return Ops(
+        rms_norm=rms_norm_reference,
+        add_rms_norm=add_rms_norm_reference,
+        norm_linear=_norm_linear_torch,
+        norm_qkv_rope=_norm_qkv_rope_torch,
+        swiglu_linear=_swiglu_linear_torch,
+        linear_cross_entropy=_linear_cross_entropy_torch,
+        moe_route=moe_route_reference,
+        moe_mlp=_moe_mlp_torch,
+        adamw_=_adamw_torch_,
+        attention_backend=attention_backend,
+    )
+
+
+def _rebuilt(rebuild: bool, function: Callable, *args):
+    """Run `function`, keeping only its inputs if `rebuild`.
+
+    Torch's checkpoint stops recomputing as soon as the last saved tensor is back, which is before
+    the matmul that ends each pair: the matmul itself is not run twice.
+    """
+    if rebuild and torch.is_grad_enabled():
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+    return function(*args)
+
+
+def _norm_linear_torch(x, residual, norm_weight, weight, eps, *, rebuild):
+    # The sum stays outside the pair because it is kept: it is the next residual.
+    stream = x if residual is None else x + residual
+    pair = rms_norm_linear_reference
+    return _rebuilt(rebuild, pair, stream, norm_weight, weight, eps), stream
+
+
+def _norm_qkv_rope_torch(
+    x, residual, norm_weight, qkv_weight, cos, sin, heads, kv_heads, positions, eps, *, rebuild
+):
+    qkv, stream = _norm_linear_torch(x, residual, norm_weight, qkv_weight, eps, rebuild=rebuild)
+    return rope_packed_reference(qkv, cos, sin, heads, kv_heads, positions), stream
+
+
+def _swiglu_linear_torch(gate_up, weight, *, rebuild):
+    return _rebuilt(rebuild, swiglu_linear_reference, gate_up, weight)
+
+
+def _moe_mlp_torch(x, routing, gate_up_weight, down_weight, *, rebuild):
+    return _rebuilt(rebuild, moe_mlp_reference, x, routing, gate_up_weight, down_weight)
+
+
+def _linear_cross_entropy_torch(hidden, weight, targets):
+    logits = torch.nn.functional.linear(hidden, weight).float()
+    losses = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    return losses / (targets != IGNORED_TARGET).sum().clamp(min=1)
+
+
+@torch.no_grad()
+def _adamw_torch_(
+    param, master, grad, exp_avg, exp_avg_sq, *, lr, betas, eps, weight_decay, step, clip_coef
+):
+    """`hamner.kernels.adamw.adamw_` by PyTorch's own fused AdamW.
+
+    Its gradient scaling does the clipping, and its overflow flag skips the step on the device.
+    """
+    is_bad = (~clip_coef.isfinite()).float()
+    torch_adamw.adamw(
+        [master],
+        [grad.to(master.dtype)],
+        [exp_avg],
+        [exp_avg_sq],
+        [],
+        # It counts up before it reads the step.
+        [torch.full((), step - 1.0, device=master.device)],
+        fused=True,
+        grad_scale=clip_coef.reciprocal(),
+        found_inf=is_bad,
+        amsgrad=False,
+        beta1=betas[0],
+        beta2=betas[1],
+        lr=lr,
+        weight_decay=weight_decay,
+        eps=eps,
+        maximize=False,
+    )
+    if param.data_ptr() != master.data_ptr():
+        param.copy_(master)

@@ -1,0 +1,144 @@
+"""AdamW with fp32 masters, parameter groups and the learning-rate schedule.
+
+The module's parameters are what matmuls read (bf16 on a GPU); the optimizer owns fp32 masters and
+moments and writes the bf16 copy in the same pass (Loshchilov & Hutter 2019, arXiv:1711.05101).
+Nothing waits for the GPU: the clip coefficient stays on the device, and a step whose gradient norm
+is not finite is skipped there.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hamner.checkpoint import Checkpoint
+from hamner.kernels.adamw import clip_coefficient, global_grad_norm
+from hamner.ops import Ops
+
+BETAS = (0.9, 0.95)
+EPS = 1e-8
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Linear warm-up, then cosine from `lr` to `min_lr`; by tokens, so batch sizes may change."""
+
+    lr: float
+    min_lr: float
+    warmup_tokens: int
+    total_tokens: int
+
+    def __call__(self, tokens: int) -> float:
+        """Learning rate of the step that ends at `tokens` trained tokens."""
+        if tokens < self.warmup_tokens:
+            return self.lr * tokens / self.warmup_tokens
+        span = max(1, self.total_tokens - self.warmup_tokens)
+        progress = min(1.0, (tokens - self.warmup_tokens) / span)
+        return self.min_lr + 0.5 * (self.lr - self.min_lr) * (1 + math.cos(math.pi * progress))
+
+
+class AdamW:
+    """Owns masters and moments of a model's parameters, by name.
+
+    Args:
+        model: its matrices are cast to `dtype` in place; vectors (norms, lambdas) stay fp32.
+        ops: whose `adamw_` runs.
+        dtype: compute dtype of the matrices; fp32 needs no masters.
+        weight_decay: of the matrices, none on vectors.
+        grad_clip: largest global gradient norm; 0 does not clip.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        ops: Ops,
+        *,
+        dtype: torch.dtype,
+        weight_decay: float,
+        grad_clip: float,
+    ) -> None:
+        self.ops, self.weight_decay, self.grad_clip = ops, weight_decay, grad_clip
+        self.parameters = dict(model.named_parameters())
+        self.masters: dict[str, Tensor] = {}
+        self.accumulated: dict[str, Tensor] = {}
+        for name, parameter in self.parameters.items():
+            if parameter.ndim >= 2 and dtype != torch.float32:
+                self.masters[name] = parameter.detach().clone()
+                parameter.data = parameter.data.to(dtype)
+        self.exp_avg = {n: torch.zeros_like(self.master(n)) for n in self.parameters}
+        self.exp_avg_sq = {n: torch.zeros_like(self.master(n)) for n in self.parameters}
+        self.steps = 0
+
+    def master(self, name: str) -> Tensor:
+        """The fp32 weights that are updated."""
+        return self.masters.get(name, self.parameters[name].data)
+
+    @torch.no_grad()
+    def restore(self, saved: Checkpoint, steps: int) -> None:
+        """Load weights, masters and moments of a checkpoint, whatever precision it was saved in."""
+        masters = {name: self.master(name) for name in self.parameters}
+        saved.load_model(masters)
+        saved.load_optimizer(masters, self.exp_avg, self.exp_avg_sq)
+        for name, master in self.masters.items():
+            self.parameters[name].copy_(master)
+        self.steps = steps
+
+    @torch.no_grad()
+    def accumulate(self) -> None:
+        """Add the gradients of a micro-batch to fp32 sums and drop them."""
+        for name, parameter in self.parameters.items():
+            if parameter.grad is None:
+                continue
+            if name in self.accumulated:
+                self.accumulated[name].add_(parameter.grad)
+            else:
+                self.accumulated[name] = parameter.grad.float()
+            parameter.grad = None
+
+    @torch.no_grad()
+    def step(self, lr: float) -> Tensor:
+        """Update every parameter from its gradient, or from the accumulated sums.
+
+        Returns:
+            The global gradient norm before clipping, 0-d fp32 on the device; the step was skipped
+            if it is not finite.
+        """
+        gradients = self.accumulated or {
+            name: parameter.grad
+            for name, parameter in self.parameters.items()
+            if parameter.grad is not None
+        }
+        self.steps += 1
+        norm = global_grad_norm(list(gradients.values()))
+        clip = clip_coefficient(norm, self.grad_clip or math.inf)
+        for name, gradient in gradients.items():
+            parameter = self.parameters[name]
+            self.ops.adamw_(
+                parameter.data,
+                self.master(name),
+                gradient,
+                self.exp_avg[name],
+                self.exp_avg_sq[name],
+                lr=lr,
+                betas=BETAS,
+                eps=EPS,
+                weight_decay=self.weight_decay if parameter.ndim >= 2 else 0.0,
+                step=self.steps,
+                clip_coef=clip,
+            )
+            parameter.grad = None
+        self.drop_gradients()
+        return norm
+
+    def drop_gradients(self) -> None:
+        """Forget the gradients, accumulated ones too."""
+        self.accumulated = {}
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the state by the name it has in a checkpoint."""
+        tensors = {f"master.{name}": tensor for name, tensor in self.masters.items()}
+        tensors |= {f"exp_avg.{name}": tensor for name, tensor in self.exp_avg.items()}
+        return tensors | {f"exp_avg_sq.{name}": t for name, t in self.exp_avg_sq.items()}

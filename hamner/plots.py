@@ -1,0 +1,66 @@
+"""Pictures of a run, drawn from its metrics.jsonl."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+
+from hamner.run_folder import RunFolder, read_records
+
+# Draw to files: a training machine has no display.
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+def draw(run: RunFolder) -> list[Path]:
+    """Write loss, throughput and, with a GPU, VRAM over tokens; returns the files."""
+    records = [r for r in read_records(run.metrics) if r.get("tokens")]
+    if not records:
+        return []
+    files = [
+        _figure(run.plots / "loss.png", "cross-entropy, nats per token", records, _loss),
+        _figure(
+            run.plots / "throughput.png",
+            "tokens/s",
+            records,
+            lambda axes, records: _line(axes, records, "tokens_per_second", "tokens/s"),
+        ),
+    ]
+    if any(r.get("peak_vram_gib") for r in records):
+        files.append(
+            _figure(
+                run.plots / "vram.png",
+                "peak allocated, GiB",
+                records,
+                lambda axes, records: _line(axes, records, "peak_vram_gib", "VRAM"),
+            )
+        )
+    return files
+
+
+def _loss(axes, records: list[dict]) -> None:
+    _line(axes, records, "loss", "training")
+    evaluated = {
+        r["val_step"]: r for r in records if r.get("val_loss") is not None and r.get("val_step")
+    }
+    validation = [r for step, r in evaluated.items() if step == r["step"]]
+    if validation:
+        tokens = [r["tokens"] for r in validation]
+        axes.plot(tokens, [r["val_loss"] for r in validation], "o-", label="validation")
+    axes.legend()
+
+
+def _line(axes, records: list[dict], field: str, label: str) -> None:
+    points = [(r["tokens"], r[field]) for r in records if r.get(field) is not None]
+    axes.plot(*zip(*points, strict=True), label=label, linewidth=1)
+
+
+def _figure(path: Path, ylabel: str, records: list[dict], plot: Callable) -> Path:
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    plot(axes, records)
+    axes.set(xlabel="tokens", ylabel=ylabel)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path

@@ -1,0 +1,78 @@
+"""`python -m hamner.train`: pre-train an option from scratch, or resume a run."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import tyro
+
+from hamner.cli import EXIT_INTERRUPTED, run_command
+from hamner.config import CONFIG_FILE, TrainConfig
+
+
+def parse(args: Sequence[str]) -> TrainConfig:
+    """Read the command line.
+
+    The defaults are those of `--option`, or with `--resume` those the run was started with, so
+    that `--resume --run-dir runs/a` alone continues a run and any other flag changes it.
+
+    Raises:
+        UserError: values that make no sense, alone or together.
+        SystemExit: code 2 on unknown flags, 0 after --help.
+    """
+    args = gather_data(args)
+    option = flag_value(args, "--option") or TrainConfig.option
+    default = TrainConfig.for_option(option)
+    run_dir = flag_value(args, "--run-dir")
+    saved = (Path(run_dir) if run_dir else default.folder) / CONFIG_FILE
+    if "--resume" in args and saved.is_file():
+        default = replace(TrainConfig.read(saved), resume=True, stop_after=None)
+    return tyro.cli(
+        tyro.conf.OmitArgPrefixes[TrainConfig],
+        default=default,
+        args=args,
+        prog="python -m hamner.train",
+        config=(tyro.conf.HelptextFromCommentsOff,),
+    )
+
+
+def flag_value(args: Sequence[str], flag: str) -> str | None:
+    """The value of `--flag VALUE` or `--flag=VALUE`, before the real parsing."""
+    for position, argument in enumerate(args):
+        if argument == flag and position + 1 < len(args):
+            return args[position + 1]
+        if argument.startswith(f"{flag}="):
+            return argument.partition("=")[2]
+    return None
+
+
+def gather_data(args: Sequence[str]) -> list[str]:
+    """Join repeated `--data` flags into one, so that `--data A --data B` and `--data A B` agree."""
+    rest: list[str] = []
+    specs: list[str] = []
+    in_data = False
+    for argument in args:
+        if argument == "--data" or argument.startswith("--data="):
+            in_data = True
+            if argument != "--data":
+                specs.append(argument.partition("=")[2])
+        elif in_data and not argument.startswith("-"):
+            specs.append(argument)
+        else:
+            in_data = False
+            rest.append(argument)
+    return [*rest, "--data", *specs] if specs else rest
+
+
+def main(args: Sequence[str]) -> int:
+    """Train as the command line says; returns the exit code."""
+    config = parse(args)
+    # Torch takes a second or more to load: only now, so that --help and refusals are immediate.
+    from hamner.trainer import train
+
+    result = train(config)
+    return EXIT_INTERRUPTED if result.interrupted else 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,35 @@
+"""Hand-written Triton kernels for training language models; torch and triton only."""
+
+import os
+
+# Triton 3.9 warns when this is unset and 3.10 turns fusion off. The kernels are written for fused
+# multiply-adds: fewer instructions, and one rounding instead of two.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+from hamner.kernels.adamw import adamw_, clip_coefficient, global_grad_norm
+from hamner.kernels.cross_entropy import linear_cross_entropy
+from hamner.kernels.fused_linear import (
+    add_rms_norm_linear,
+    add_rms_norm_qkv_rope,
+    rms_norm_linear,
+    swiglu_linear,
+)
+from hamner.kernels.rms_norm import add_rms_norm, rms_norm
+from hamner.kernels.rope import rope, rope_packed_
+from hamner.kernels.swiglu import swiglu
+
+__all__ = [
+    "adamw_",
+    "add_rms_norm",
+    "add_rms_norm_linear",
+    "add_rms_norm_qkv_rope",
+    "clip_coefficient",
+    "global_grad_norm",
+    "linear_cross_entropy",
+    "rms_norm",
+    "rms_norm_linear",
+    "rope",
+    "rope_packed_",
+    "swiglu",
+    "swiglu_linear",
+]

@@ -1,0 +1,382 @@
+"""Pairs of a cheap op and the matmul that consumes it, which keep the cheap op's input instead.
+
+    add_rms_norm_linear       out = rms_norm(x + residual) @ weight^T
+    add_rms_norm_qkv_rope     the same, q and k of the packed result rotated
+    swiglu_linear             out = swiglu(gate_up) @ weight^T
+
+A matmul needs its operand again for its weight's gradient, so plain autograd keeps both the cheap
+op's input and its result. These ops keep the input alone (rebuild=True) and write the operand a
+second time in the one pass that backward makes over the input anyway:
+
+    d_operand = d_out @ weight                            matmul
+    d_input, operand = cheap op's backward(input)         one pass; operand overwrites d_operand
+    d_weight = d_out^T @ operand                          matmul
+
+So the rebuild costs one extra write of the operand: no second forward, no extra memory, and the
+same with or without torch.compile. With rebuild=False the operand is kept and that write is saved.
+
+Kept and moved, for bf16 at N 24,576 with D 1024 and I 2816 (the floor is bytes / bandwidth beside
+the matmuls, whose FLOPs are the usual 2 N in out forward and 4 N in out backward):
+
+    norm + linear     rebuild=True keeps  2 N D  =  50 MB less, and writes them in backward
+    swiglu + linear   rebuild=True keeps  2 N I  = 138 MB less, and writes them in backward
+
+In `add_rms_norm_qkv_rope` the fresh matmul result is rotated in place, and backward rotates the
+gradient back before its matmuls: no split, copy or concatenation of q, k and v remains. The matmuls
+are torch's (cuBLAS); see rms_norm.py, swiglu.py and rope.py for the kernels around them.
+"""
+
+import torch
+from torch import Tensor
+
+from hamner.kernels.rms_norm import (
+    check_norm_arguments,
+    launch_rms_norm,
+    launch_rms_norm_backward,
+    rms_norm_reference,
+)
+from hamner.kernels.rope import (
+    check_packed_arguments,
+    launch_packed_rotation,
+    rope_packed_reference,
+)
+from hamner.kernels.swiglu import (
+    check_gate_up,
+    launch_swiglu,
+    launch_swiglu_backward,
+    swiglu_reference,
+)
+
+# An op returns the same number of tensors whatever its flags; an empty one stands for "not kept".
+
+
+@torch.library.custom_op("hamner::rms_norm_linear", mutates_args=())
+def _rms_norm_linear_op(
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    weight: Tensor,
+    eps: float,
+    rebuild: bool,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    positions: Tensor | None,
+    num_heads: int,
+    num_kv_heads: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    normed, new_residual, rstd = launch_rms_norm(x, residual, norm_weight, eps)
+    out = torch.nn.functional.linear(normed, weight)
+    if cos is not None:
+        launch_packed_rotation(out, cos, sin, num_heads, num_kv_heads, positions, in_place=True)
+    if new_residual is None:
+        new_residual = x.new_empty(0)
+    return out, new_residual, rstd, x.new_empty(0) if rebuild else normed
+
+
+@_rms_norm_linear_op.register_fake
+def _(x, residual, norm_weight, weight, eps, rebuild, cos, sin, positions, num_heads, num_kv_heads):
+    return (
+        x.new_empty(*x.shape[:-1], weight.shape[0]),
+        x.new_empty(0 if residual is None else x.shape),
+        x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32),
+        x.new_empty(0 if rebuild else x.shape),
+    )
+
+
+@torch.library.custom_op("hamner::rms_norm_linear_backward", mutates_args=())
+def _rms_norm_linear_backward_op(
+    d_out: Tensor,
+    d_residual: Tensor | None,
+    x: Tensor,
+    rstd: Tensor,
+    normed: Tensor | None,
+    norm_weight: Tensor,
+    weight: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    positions: Tensor | None,
+    num_heads: int,
+    num_kv_heads: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if cos is not None:
+        # Not in place: the gradient may have other readers.
+        d_out = launch_packed_rotation(
+            d_out, cos, sin, num_heads, num_kv_heads, positions, inverse=True, in_place=False
+        )
+    d_out = d_out.reshape(-1, weight.shape[0])
+    d_normed = torch.mm(d_out, weight)
+    rebuilt = d_normed if normed is None else None
+    d_x, d_norm_weight = launch_rms_norm_backward(
+        d_normed, d_residual, x, norm_weight, rstd, y=rebuilt
+    )
+    operand = rebuilt if normed is None else normed.reshape(-1, weight.shape[1])
+    return d_x, d_norm_weight, torch.mm(d_out.t(), operand)
+
+
+@_rms_norm_linear_backward_op.register_fake
+def _(
+    d_out, d_residual, x, rstd, normed, norm_weight, weight,
+    cos, sin, positions, num_heads, num_kv_heads,
+):  # fmt: skip
+    return (
+        x.new_empty(x.shape),
+        norm_weight.new_empty(norm_weight.shape),
+        weight.new_empty(weight.shape),
+    )
+
+
+def _rms_norm_linear_setup_context(ctx, inputs, output):
+    x, residual, norm_weight, weight, _, rebuild, cos, sin, positions, *heads = inputs
+    _, new_residual, rstd, normed = output
+    ctx.has_residual = residual is not None
+    ctx.rebuild = rebuild
+    ctx.heads = heads
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(rstd, normed, *(() if ctx.has_residual else (new_residual,)))
+    ctx.save_for_backward(
+        new_residual if ctx.has_residual else x,
+        rstd,
+        None if rebuild else normed,
+        norm_weight,
+        weight,
+        cos,
+        sin,
+        positions,
+    )
+
+
+def _rms_norm_linear_backward(ctx, d_out, d_residual, _d_rstd, _d_normed):
+    no_gradients = (None,) * 7
+    if d_out is None:
+        return d_residual, d_residual, None, None, *no_gradients
+    d_x, d_norm_weight, d_weight = _rms_norm_linear_backward_op(
+        d_out, d_residual, *ctx.saved_tensors, *ctx.heads
+    )
+    return d_x, d_x if ctx.has_residual else None, d_norm_weight, d_weight, *no_gradients
+
+
+_rms_norm_linear_op.register_autograd(
+    _rms_norm_linear_backward, setup_context=_rms_norm_linear_setup_context
+)
+
+
+@torch.library.custom_op("hamner::swiglu_linear", mutates_args=())
+def _swiglu_linear_op(gate_up: Tensor, weight: Tensor, rebuild: bool) -> tuple[Tensor, Tensor]:
+    h = launch_swiglu(gate_up)
+    out = torch.nn.functional.linear(h, weight)
+    return out, h.new_empty(0) if rebuild else h
+
+
+@_swiglu_linear_op.register_fake
+def _(gate_up, weight, rebuild):
+    out = gate_up.new_empty(*gate_up.shape[:-1], weight.shape[0])
+    h_shape = (*gate_up.shape[:-1], weight.shape[1])
+    return out, gate_up.new_empty(0 if rebuild else h_shape)
+
+
+@torch.library.custom_op("hamner::swiglu_linear_backward", mutates_args=())
+def _swiglu_linear_backward_op(
+    d_out: Tensor, gate_up: Tensor, h: Tensor | None, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    d_out = d_out.reshape(-1, weight.shape[0])
+    d_h = torch.mm(d_out, weight)
+    rebuilt = d_h if h is None else None
+    d_gate_up = launch_swiglu_backward(d_h, gate_up, h=rebuilt)
+    operand = rebuilt if h is None else h.reshape(-1, weight.shape[1])
+    return d_gate_up, torch.mm(d_out.t(), operand)
+
+
+@_swiglu_linear_backward_op.register_fake
+def _(d_out, gate_up, h, weight):
+    return gate_up.new_empty(gate_up.shape), weight.new_empty(weight.shape)
+
+
+def _swiglu_linear_setup_context(ctx, inputs, output):
+    gate_up, weight, rebuild = inputs
+    _, h = output
+    ctx.mark_non_differentiable(h)
+    ctx.save_for_backward(gate_up, None if rebuild else h, weight)
+
+
+def _swiglu_linear_backward(ctx, d_out, _d_h):
+    return *_swiglu_linear_backward_op(d_out, *ctx.saved_tensors), None
+
+
+_swiglu_linear_op.register_autograd(
+    _swiglu_linear_backward, setup_context=_swiglu_linear_setup_context
+)
+
+
+def _check_matmul_weight(name: str, weight: Tensor, x_name: str, x: Tensor, width: int) -> None:
+    if weight.dtype != x.dtype:
+        raise TypeError(f"{name} is {weight.dtype}, {x_name} is {x.dtype}; they must agree")
+    if weight.dim() != 2 or weight.shape[1] != width:
+        raise ValueError(
+            f"{name} has shape {tuple(weight.shape)}; {x_name} asks for (outputs, {width})"
+        )
+    if weight.device != x.device:
+        raise ValueError(f"{name} is on {weight.device}, {x_name} on {x.device}")
+
+
+def rms_norm_linear(
+    x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float = 1e-5, *, rebuild: bool = True
+) -> Tensor:
+    """`rms_norm`, then a matmul.
+
+    Args:
+        x: (..., D) float32, float16 or bfloat16, D up to 8192.
+        norm_weight: (D,) float32 or the dtype of x.
+        weight: (outputs, D), dtype of x.
+        eps: added to the mean of squares.
+        rebuild: keep x only and write the normed x again in backward; else keep both.
+
+    Returns:
+        (..., outputs) in the dtype of x.
+
+    Raises:
+        TypeError, ValueError: naming the argument that does not fit.
+    """
+    return add_rms_norm_linear(x, None, norm_weight, weight, eps, rebuild=rebuild)[0]
+
+
+def add_rms_norm_linear(
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    weight: Tensor,
+    eps: float = 1e-5,
+    *,
+    rebuild: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """`add_rms_norm`, then a matmul.
+
+    Args:
+        x: (..., D) float32, float16 or bfloat16, D up to 8192.
+        residual: as x, or None where the residual stream begins.
+        norm_weight: (D,) float32 or the dtype of x.
+        weight: (outputs, D), dtype of x.
+        eps: added to the mean of squares.
+        rebuild: keep new_residual only and write the normed one again in backward; else keep both.
+
+    Returns:
+        (out, new_residual): out (..., outputs), new_residual (..., D) in the dtype of x. Without
+        a residual new_residual is x itself.
+
+    Raises:
+        TypeError, ValueError: naming the argument that does not fit.
+    """
+    check_norm_arguments(x, residual, norm_weight, "norm_weight")
+    _check_matmul_weight("weight", weight, "x", x, x.shape[-1])
+    out, new_residual, _, _ = _rms_norm_linear_op(
+        x, residual, norm_weight, weight, eps, rebuild, None, None, None, 0, 0
+    )
+    return out, x if residual is None else new_residual
+
+
+def add_rms_norm_qkv_rope(
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    qkv_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    positions: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    rebuild: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """`add_rms_norm`, the packed qkv matmul, and the rotation of q and k in its result.
+
+    Args:
+        x: (B, T, D) float32, float16 or bfloat16, D up to 8192.
+        residual: as x, or None where the residual stream begins.
+        norm_weight: (D,) float32 or the dtype of x.
+        qkv_weight: ((H + 2 KV) hd, D), dtype of x: query heads, key heads, value heads.
+        cos: (positions, hd / 2), at least T of them; gets no gradient.
+        sin: as cos.
+        num_heads: H.
+        num_kv_heads: KV.
+        positions: (B, T) int32 rows of cos and sin, restarting with each document; None for
+            0..T-1. A position outside the table takes its nearest row.
+        eps: added to the mean of squares.
+        rebuild: keep new_residual only and write the normed one again in backward; else keep both.
+
+    Returns:
+        (qkv, new_residual): qkv (B, T, (H + 2 KV) hd) with q and k rotated, new_residual
+        (B, T, D), both in the dtype of x. Without a residual new_residual is x itself.
+
+    Raises:
+        TypeError, ValueError: naming the argument that does not fit.
+    """
+    check_norm_arguments(x, residual, norm_weight, "norm_weight")
+    _check_matmul_weight("qkv_weight", qkv_weight, "x", x, x.shape[-1])
+    qkv_shape = (*x.shape[:-1], qkv_weight.shape[0])
+    check_packed_arguments(qkv_shape, cos, sin, num_heads, num_kv_heads, positions, x)
+    qkv, new_residual, _, _ = _rms_norm_linear_op(
+        x, residual, norm_weight, qkv_weight, eps, rebuild,
+        cos, sin, positions, num_heads, num_kv_heads,
+    )  # fmt: skip
+    return qkv, x if residual is None else new_residual
+
+
+def swiglu_linear(gate_up: Tensor, weight: Tensor, *, rebuild: bool = True) -> Tensor:
+    """`swiglu`, then a matmul.
+
+    Args:
+        gate_up: (..., 2I) float32, float16 or bfloat16, gate first.
+        weight: (outputs, I), dtype of gate_up.
+        rebuild: keep gate_up only and write swiglu's result again in backward; else keep both.
+
+    Returns:
+        (..., outputs) in the dtype of gate_up.
+
+    Raises:
+        TypeError, ValueError: naming the argument that does not fit.
+    """
+    check_gate_up(gate_up)
+    _check_matmul_weight("weight", weight, "gate_up", gate_up, gate_up.shape[-1] // 2)
+    return _swiglu_linear_op(gate_up, weight, rebuild)[0]
+
+
+def rms_norm_linear_reference(
+    x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float = 1e-5
+) -> Tensor:
+    """`rms_norm_linear` in plain torch."""
+    return torch.nn.functional.linear(rms_norm_reference(x, norm_weight, eps), weight)
+
+
+def add_rms_norm_linear_reference(
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    weight: Tensor,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """`add_rms_norm_linear` in plain torch."""
+    new_residual = x if residual is None else x + residual
+    return rms_norm_linear_reference(new_residual, norm_weight, weight, eps), new_residual
+
+
+def add_rms_norm_qkv_rope_reference(
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    qkv_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    positions: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """`add_rms_norm_qkv_rope` in plain torch."""
+    qkv, new_residual = add_rms_norm_linear_reference(x, residual, norm_weight, qkv_weight, eps)
+    qkv = rope_packed_reference(qkv, cos, sin, num_heads, num_kv_heads, positions)
+    return qkv, new_residual
+
+
+def swiglu_linear_reference(gate_up: Tensor, weight: Tensor) -> Tensor:
+    """`swiglu_linear` in plain torch."""
+    return torch.nn.functional.linear(swiglu_reference(gate_up), weight)

@@ -1,0 +1,205 @@
+import gzip
+import json
+import re
+
+import pyarrow
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hamner.data import files
+from hamner.data.files import FileSource, last_cut
+from hamner.errors import UserError
+
+
+def texts(location, seed=0, epoch=0):
+    return [text for text, _ in FileSource(str(location)).documents(seed, epoch, None)]
+
+
+def zstd(data):
+    return pyarrow.Codec("zstd").compress(data, asbytes=True)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst", ".zstd"])
+def test_jsonl_plain_and_compressed(tmp_path, suffix):
+    rows = [{"text": f"naïve {i}"} for i in range(50)] + [{"content": "b"}, "c"]
+    data = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode()
+    compress = {"": bytes, ".gz": gzip.compress}.get(suffix, zstd)
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(compress(data))
+    assert sorted(texts(tmp_path)) == sorted([f"naïve {i}" for i in range(50)] + ["b", "c"])
+
+
+@pytest.mark.parametrize("field", ["text", "content"])
+def test_parquet(write_parquet, field):
+    rows = [f"row {i}" for i in range(35)]
+    path = write_parquet("a.parquet", **{"id": list(range(35)), field: rows})
+    assert sorted(texts(path)) == sorted(rows)
+
+
+def test_parquet_of_conversations(write_parquet):
+    path = write_parquet("a.parquet", messages=[[{"role": "user", "content": "hi"}]])
+    assert texts(path) == ["hi"]
+
+
+def test_folder_and_glob_take_all_formats_and_leave_other_files(tmp_path, write_jsonl):
+    write_jsonl("a.jsonl", ["one"])
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "deep" / "er" / "b.TXT").write_text("two")
+    (tmp_path / "README.md").write_text("three")
+    assert sorted(texts(tmp_path)) == ["one", "two"]
+    assert texts(tmp_path / "*.jsonl") == ["one"]
+    assert sorted(texts(tmp_path / "**" / "*")) == ["one", "two"]
+
+
+def test_order_changes_with_the_epoch_not_with_the_call(write_jsonl, write_parquet):
+    write_jsonl("a.jsonl", [f"a {i}" for i in range(40)])
+    folder = write_parquet("b.parquet", text=[f"b {i}" for i in range(40)]).parent
+    assert texts(folder) == texts(folder)
+    assert texts(folder) != texts(folder, epoch=1)
+    assert texts(folder) != texts(folder, seed=1)
+    assert sorted(texts(folder)) == sorted(texts(folder, epoch=1))
+
+
+def test_small_text_file_is_one_document(tmp_path):
+    text = "\ufeffOne.\n\nTwo.\n\n" + "x" * 60_000
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(text.encode()))
+    assert texts(tmp_path) == [text.removeprefix("\ufeff")] * 2
+
+
+def test_separator_lines_part_documents(tmp_path):
+    (tmp_path / "a.txt").write_text(
+        "<|endoftext|>\nOnce.\n\nEnd.\n<|endoftext|>\nTwice <|endoftext|> inline.\n<|endoftext|>"
+    )
+    assert sorted(texts(tmp_path)) == [
+        "Once.\n\nEnd.\n",
+        "Twice <|endoftext|> inline.\n",
+    ]
+    (tmp_path / "a.txt").write_text("")
+    assert texts(tmp_path) == [""]
+
+
+@pytest.mark.parametrize("separator", ["\n\n", "\n", "", "\r\n\r\n"])
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_large_text_is_cut_without_loss(tmp_path, monkeypatch, separator, suffix):
+    monkeypatch.setattr(files, "BLOCK_BYTES", 200_000)
+    text = separator.join(f"{i:06d} wörds and 你好 \U0001f600" for i in range(40_000))
+    data = text.encode()
+    path = tmp_path / f"a.txt{suffix}"
+    path.write_bytes(gzip.compress(data) if suffix else data)
+    documents = texts(path)
+    assert len(documents) > 10
+    assert max(len(d.encode()) for d in documents) <= files.TEXT_DOCUMENT_BYTES
+    # In the order of the file again, every document found where the one before it ended.
+    position = 0
+    for document in sorted(documents, key=text.index):
+        assert text.startswith(document, position)
+        position += len(document)
+        assert document.endswith(separator) or position == len(text)
+    assert position == len(text)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_large_jsonl_is_read_in_blocks_without_loss(tmp_path, monkeypatch, suffix):
+    monkeypatch.setattr(files, "BLOCK_BYTES", 1000)
+    rows = [f"{i} " + "x" * (i * 37 % 3000) for i in range(200)]
+    data = "\n".join(map(json.dumps, rows)).encode()
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(gzip.compress(data) if suffix else data)
+    source = FileSource(str(path))
+    whole = list(source.documents(0, 0, None))
+    assert sorted(text for text, _ in whole) == sorted(rows)
+    for index in (0, 57, 150, 199):
+        assert list(source.documents(0, 0, whole[index][1])) == whole[index + 1 :]
+
+
+@given(st.binary(min_size=1, max_size=200))
+def test_cut_makes_progress(text):
+    assert 0 < last_cut(text) <= len(text)
+
+
+@given(st.text(min_size=2))
+def test_cut_never_splits_a_character(text):
+    data = text.encode()
+    data[: last_cut(data)].decode()
+
+
+def test_identity_follows_names_and_sizes(write_jsonl):
+    path = write_jsonl("a.jsonl", ["one"])
+    before = FileSource(str(path)).identity()
+    assert FileSource(str(path.parent)).identity() == before
+    write_jsonl("a.jsonl", ["one", "two"])
+    assert FileSource(str(path)).identity() != before
+
+
+def refused(location, message):
+    with pytest.raises(UserError, match=message) as caught:
+        texts(location)
+    assert str(caught.value).startswith("--data ")
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_there_is_refused(tmp_path):
+    refused(tmp_path / "missing.txt", "missing.txt: no such file or folder")
+    refused(tmp_path, "the folder has no file that ends in .txt, .jsonl or .parquet")
+    refused(tmp_path / "*.txt", "the glob has no file that ends in")
+    (tmp_path / "a.csv").write_text("a,b")
+    refused(tmp_path / "a.csv", "name of a data file must end in")
+    refused(tmp_path, "the folder has no file")
+    refused("x" * 5000, "cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.parquet", b"text\n1\n", "its content is not parquet"),
+        ("a.parquet", b"", "its content is not parquet"),
+        ("a.jsonl.gz", b"{}", "its content is not gz"),
+        ("a.txt.zst", b"text", "its content is not zst"),
+        ("a.txt", gzip.compress(b"text"), "its content is gz; rename it to end in .gz"),
+        ("a.jsonl", zstd(b"{}"), "its content is zst; rename"),
+        ("a.jsonl", b"PAR1....", "its content is parquet; rename"),
+        ("a.parquet", b"PAR1 and then nothing", "not a readable parquet file"),
+        ("a.txt.gz", gzip.compress(b"text" * 999)[:-20], "damaged compressed file"),
+        ("a.txt.gz", gzip.compress(b"text")[:10] + b"\xff" * 50, "damaged compressed file"),
+        ("a.txt.zst", zstd(b"text" * 999)[:-5], "damaged compressed file"),
+        ("a.txt", b"abc \xff\xfe", "not UTF-8 at byte 4; convert"),
+        ("a.txt.gz", gzip.compress(b"abcd \xff\xfe"), "not UTF-8 at decompressed byte 5; convert"),
+        ("a.jsonl", b'"ok"\n"\xff"\n', "not UTF-8 at byte 6; convert"),
+        ("a.jsonl", b'"ok"\n\n{"text": "cut\n', "line 3: not JSON"),
+        ("a.jsonl", b'"ok"\n{"text": null}\n', 'line 2: "text" must be a string, not null'),
+        ("a.jsonl", b'{"body": "x"}', r"line 1: has no field .* \(it has body\)"),
+        ("a.jsonl", b"[" * 100_000, "line 1: .*recursion"),
+        ("a.jsonl", b'{"text": "\\ud800"}', "line 1: .* half a surrogate pair"),
+    ],
+)
+def test_content_that_cannot_be_read_is_refused(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    refused(path, re.escape(str(path)) + ".*" + message)
+
+
+def test_file_that_went_away_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    source = FileSource(str(tmp_path))
+    (tmp_path / "a.txt").unlink()
+    with pytest.raises(UserError, match="--data .*cannot be read .*a.txt"):
+        list(source.documents(0, 0, None))
+
+
+def test_line_number_of_a_compressed_file(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(b'"a"\n"b"\nbroken\n'))
+    refused(path, "line 3: not JSON")
+
+
+def test_parquet_without_text_is_refused(write_parquet):
+    refused(write_parquet("a.parquet", id=[1]), r'no column "text".* \(it has id\)')
+    path = write_parquet("b.parquet", text=[None if i == 13 else "x" for i in range(25)])
+    refused(path, 'b.parquet, row 13: "text" must be a string, not null')
+    refused(write_parquet("c.parquet", text=[1, 2]), 'row 0: "text" must be a string, not int')
+
+
+def test_parquet_with_broken_utf8_names_the_row(write_parquet):
+    broken = pyarrow.array([b"ok", b"abc\xff"]).cast(pyarrow.binary()).view(pyarrow.string())
+    refused(write_parquet("a.parquet", text=broken), "row 1: .*not UTF-8 at byte 3")

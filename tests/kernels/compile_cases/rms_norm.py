@@ -1,0 +1,72 @@
+"""RMSNorm at the widths of the options (256 to 1024) and at the widest that is supported."""
+
+from hamner.kernels.launch import CAPABILITIES
+from hamner.kernels.rms_norm import (
+    CONFIGS,
+    MAX_WIDTH,
+    rms_norm_backward_kernel,
+    rms_norm_forward_kernel,
+    tile_shape,
+)
+from tests.kernels.compile_gate import CompileCase
+
+WIDTHS = (256, 768, 1024, MAX_WIDTH)
+
+
+def cases() -> list[CompileCase]:
+    return [
+        case
+        for capability in CAPABILITIES
+        for width in WIDTHS
+        for case in (_forward(capability, width), _backward(capability, width))
+    ]
+
+
+def _forward(capability: str, width: int) -> CompileCase:
+    config = CONFIGS[capability]
+    block_m, block_d, warps = tile_shape(config.forward_tile, config.forward_warps, width)
+    return CompileCase(
+        name=f"rms_norm_forward/D={width}",
+        kernel=rms_norm_forward_kernel,
+        signature={
+            "x_ptr": "*bf16",
+            "residual_ptr": "*bf16",
+            "weight_ptr": "*fp32",
+            "y_ptr": "*bf16",
+            "new_residual_ptr": "*bf16",
+            "rstd_ptr": "*fp32",
+            "N": "i32",
+            "eps": "fp32",
+        },
+        constexprs={"D": width, "BLOCK_M": block_m, "BLOCK_D": block_d},
+        num_warps=warps,
+        num_stages=3,
+        capability=capability,
+        divisible_by_16=("N",),
+    )
+
+
+def _backward(capability: str, width: int) -> CompileCase:
+    config = CONFIGS[capability]
+    block_m, block_d, warps = tile_shape(config.backward_tile, config.backward_warps, width)
+    return CompileCase(
+        name=f"rms_norm_backward/D={width}",
+        kernel=rms_norm_backward_kernel,
+        signature={
+            "d_y_ptr": "*bf16",
+            "d_residual_ptr": "*bf16",
+            "x_ptr": "*bf16",
+            "weight_ptr": "*fp32",
+            "rstd_ptr": "*fp32",
+            "d_x_ptr": "*bf16",
+            "d_weight_ptr": "*fp32",
+            "y_ptr": "*bf16",
+            "N": "i32",
+            "rows_per_program": "i32",
+        },
+        constexprs={"D": width, "BLOCK_M": block_m, "BLOCK_D": block_d},
+        num_warps=warps,
+        num_stages=3,
+        capability=capability,
+        divisible_by_16=("N",),
+    )

@@ -1,0 +1,58 @@
+"""SwiGLU at the intermediate sizes of the options."""
+
+from hamner.kernels.launch import CAPABILITIES
+from hamner.kernels.swiglu import CONFIGS, swiglu_backward_kernel, swiglu_forward_kernel
+from tests.kernels.compile_gate import CompileCase
+
+INTERMEDIATE_SIZES = (704, 1536, 2048, 2816)
+
+
+def cases() -> list[CompileCase]:
+    return [
+        case
+        for capability in CAPABILITIES
+        for intermediate in INTERMEDIATE_SIZES
+        for case in (_forward(capability, intermediate), _backward(capability, intermediate))
+    ]
+
+
+def _forward(capability: str, intermediate: int) -> CompileCase:
+    config = CONFIGS[capability]
+    return CompileCase(
+        name=f"swiglu_forward/I={intermediate}",
+        kernel=swiglu_forward_kernel,
+        signature={"gate_up_ptr": "*bf16", "h_ptr": "*bf16", "N": "i32"},
+        constexprs={
+            "INTERMEDIATE": intermediate,
+            "BLOCK_M": config.forward_block_m,
+            "BLOCK_I": config.forward_block_i,
+        },
+        num_warps=config.forward_warps,
+        num_stages=3,
+        capability=capability,
+        divisible_by_16=("N",),
+    )
+
+
+def _backward(capability: str, intermediate: int) -> CompileCase:
+    config = CONFIGS[capability]
+    return CompileCase(
+        name=f"swiglu_backward/I={intermediate}",
+        kernel=swiglu_backward_kernel,
+        signature={
+            "d_h_ptr": "*bf16",
+            "gate_up_ptr": "*bf16",
+            "d_gate_up_ptr": "*bf16",
+            "h_ptr": "*bf16",
+            "N": "i32",
+        },
+        constexprs={
+            "INTERMEDIATE": intermediate,
+            "BLOCK_M": config.backward_block_m,
+            "BLOCK_I": config.backward_block_i,
+        },
+        num_warps=config.backward_warps,
+        num_stages=3,
+        capability=capability,
+        divisible_by_16=("N",),
+    )

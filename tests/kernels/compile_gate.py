@@ -1,0 +1,163 @@
+"""Compiles kernels for GPUs this machine does not have, and checks that they fit.
+
+Kernels tuned on one card fail at first launch on a smaller one: too much shared memory, or
+registers spilled to memory. ptxas says both before there is any GPU to ask. Each op lists what it
+launches in `tests/kernels/compile_cases/<op>.py` as `cases() -> list[CompileCase]`, every row of
+its launch table at the real training shapes.
+
+Run by hand (TRITON_INTERPRET must be unset), for all ops or for those named:
+
+    python -m tests.kernels.compile_gate [op ...]
+"""
+
+import importlib
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from tests.kernels import compile_cases
+
+# Bytes of shared memory a block may use. The "8.0" row also serves 8.9 (RTX 40), which has 8.6's.
+SHARED_MEMORY_LIMIT = {"8.6": 101_376, "8.0": 101_376, "9.0": 232_448}
+
+
+@dataclass(frozen=True)
+class CompileCase:
+    """One kernel with one launch configuration.
+
+    Args:
+        name: what is compiled, unique within its op, e.g. "rms_norm_forward/D=1024".
+        kernel: the `@triton.jit` function.
+        signature: the type of every parameter that is not constexpr: "*bf16", "*fp32", "i32"...
+            Pointers are taken as 16-byte aligned, as torch's allocations are.
+        constexprs: the value of every constexpr parameter.
+        num_warps: warps a block.
+        num_stages: software pipelining stages.
+        capability: the launch table row: "8.6", "8.0" or "9.0".
+        divisible_by_16: integer parameters that are multiples of 16 at this shape; Triton
+            specialises on that at launch, and vectorises with it.
+    """
+
+    name: str
+    kernel: JITFunction
+    signature: dict[str, str]
+    constexprs: dict[str, object]
+    num_warps: int
+    num_stages: int
+    capability: str
+    divisible_by_16: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class CompileResult:
+    """What ptxas made of a case: registers a thread, bytes of stack, bytes of shared memory."""
+
+    name: str
+    capability: str
+    registers: int
+    stack: int
+    shared: int
+
+    def problems(self) -> list[str]:
+        """Say why this kernel must not ship; empty when it may."""
+        found = []
+        limit = SHARED_MEMORY_LIMIT[self.capability]
+        if self.shared > limit:
+            found.append(f"{self.shared:,} bytes of shared memory, at most {limit:,}")
+        if self.stack > 0:
+            # No kernel here has local arrays, so a stack frame holds spilled registers.
+            found.append(f"spills: a stack frame of {self.stack} bytes")
+        return [f"{self.name} on {self.capability}: {problem}" for problem in found]
+
+
+def compile_case(case: CompileCase) -> CompileResult:
+    """Compile one case to a cubin.
+
+    Raises:
+        ValueError: the signature and constexprs do not cover the kernel's parameters exactly.
+    """
+    names = case.kernel.arg_names
+    given = [*case.signature, *case.constexprs]
+    if sorted(given) != sorted(names):
+        raise ValueError(
+            f"{case.name}: signature and constexprs must name each parameter once; "
+            f"wrong: {sorted(set(given) ^ set(names)) or 'a name given twice'}"
+        )
+    signature = {name: case.signature.get(name, "constexpr") for name in names}
+    attrs = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if signature[name].startswith("*") or name in case.divisible_by_16
+    }
+    compiled = triton.compile(
+        ASTSource(fn=case.kernel, signature=signature, constexprs=case.constexprs, attrs=attrs),
+        target=GPUTarget("cuda", int(case.capability.replace(".", "")), 32),
+        options={"num_warps": case.num_warps, "num_stages": case.num_stages},
+    )
+    registers, stack = _registers_and_stack(compiled.asm["cubin"])
+    return CompileResult(case.name, case.capability, registers, stack, compiled.metadata.shared)
+
+
+def _registers_and_stack(cubin: bytes) -> tuple[int, int]:
+    """Ask cuobjdump, which comes with Triton, for a cubin's registers a thread and stack bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        usage = subprocess.run(
+            [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(file)],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if match is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage:\n{usage}")
+    return int(match[1]), int(match[2])
+
+
+def ops() -> list[str]:
+    """The ops that have compile cases."""
+    return sorted(module.name for module in pkgutil.iter_modules(compile_cases.__path__))
+
+
+def compile_op(op: str) -> Iterator[CompileResult]:
+    """Compile every case of an op."""
+    for case in importlib.import_module(f"{compile_cases.__name__}.{op}").cases():
+        yield compile_case(case)
+
+
+def compile_op_in_subprocess(op: str) -> list[CompileResult]:
+    """Compile every case of an op in a process without TRITON_INTERPRET.
+
+    Under the interpreter `@triton.jit` makes functions that cannot be compiled, so the test
+    process, which sets it where there is no GPU, cannot compile.
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.compile_gate", op],
+        cwd=Path(__file__).parents[2],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"compiling {op} failed:\n{done.stdout}{done.stderr}")
+    return [CompileResult(**json.loads(line)) for line in done.stdout.splitlines()]
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or ops():
+        for result in compile_op(name):
+            print(json.dumps(asdict(result)), flush=True)

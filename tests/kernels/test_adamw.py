@@ -1,0 +1,241 @@
+import copy
+import math
+
+import pytest
+import torch
+
+from hamner.kernels.adamw import (
+    adamw_,
+    adamw_reference_,
+    clip_coefficient,
+    global_grad_norm,
+)
+from tests.kernels.accuracy import assert_as_accurate_as_torch
+from tests.kernels.gradients import DTYPES, compiled
+
+OPTIONS = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+
+
+def one(device):
+    return torch.ones((), device=device)
+
+
+def make_state(shape, dtype, device, *, fresh=False):
+    """Make the five tensors of a parameter, as after some steps or fresh."""
+    generator = torch.Generator().manual_seed(0)
+    master, grad, exp_avg, exp_avg_sq = torch.randn(4, *shape, generator=generator).to(device)
+    state = {
+        "param": master.to(dtype),
+        "master": master,
+        "grad": 1e-2 * grad.to(dtype),
+        "exp_avg": 1e-2 * exp_avg,
+        "exp_avg_sq": 1e-4 * exp_avg_sq.square(),
+    }
+    if fresh:
+        state["exp_avg"].zero_()
+        state["exp_avg_sq"].zero_()
+    if dtype == torch.float32:
+        state["param"] = state["master"]
+    return state
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1,), (37,), (3, 1000), (2, 3, 512)])
+@pytest.mark.parametrize("step", [1, 2, 1000])
+def test_accuracy(step, shape, dtype, device):
+    state = make_state(shape, dtype, device, fresh=step == 1)
+    clip_coef = torch.tensor(0.75, device=device)
+    same_dtype, exact = copy.deepcopy(state), {k: x.double() for k, x in state.items()}
+    adamw_(**state, **OPTIONS, step=step, clip_coef=clip_coef)
+    adamw_reference_(**same_dtype, **OPTIONS, step=step, clip_coef=clip_coef)
+    adamw_reference_(**exact, **OPTIONS, step=step, clip_coef=clip_coef)
+    for name in ("param", "master", "exp_avg", "exp_avg_sq"):
+        assert_as_accurate_as_torch(name, state[name], same_dtype[name], exact[name])
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize(
+    ("betas", "weight_decay"), [((0.9, 0.95), 0.1), ((0.9, 0.999), 0.0), ((0.0, 0.999), 0.01)]
+)
+def test_follows_torch_adamw(betas, weight_decay, on_device, device):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(50, 7, generator=generator).to(device))
+    optimizer = torch.optim.AdamW(
+        [weight], lr=0.0, betas=betas, eps=1e-8, weight_decay=weight_decay, foreach=False
+    )
+    master = weight.detach().clone()
+    exp_avg, exp_avg_sq = torch.zeros_like(master), torch.zeros_like(master)
+    for step in range(1, 9):
+        lr = 1e-2 / step
+        weight.grad = torch.randn(50, 7, generator=generator).to(device)
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+        adamw_(
+            master, master, weight.grad, exp_avg, exp_avg_sq,
+            lr=torch.tensor(lr, device=device) if on_device else lr,
+            step=torch.tensor(step, device=device) if on_device else step,
+            betas=betas, eps=1e-8, weight_decay=weight_decay, clip_coef=one(device),
+        )  # fmt: skip
+        torch.testing.assert_close(master, weight.detach(), rtol=2e-6, atol=2e-7)
+    moments = optimizer.state[weight]
+    torch.testing.assert_close(exp_avg, moments["exp_avg"], rtol=2e-6, atol=1e-7)
+    torch.testing.assert_close(exp_avg_sq, moments["exp_avg_sq"], rtol=2e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("implementation", [adamw_, adamw_reference_])
+@pytest.mark.parametrize("clip_coef", [math.nan, math.inf, -math.inf])
+def test_a_clip_coefficient_that_is_not_finite_changes_nothing(clip_coef, implementation, device):
+    state = make_state((37,), torch.float16, device)
+    state["grad"].fill_(math.nan)
+    before = copy.deepcopy(state)
+    clip_coef = torch.tensor(clip_coef, device=device)
+    implementation(**state, **OPTIONS, step=3, clip_coef=clip_coef)
+    for name in ("param", "master", "exp_avg", "exp_avg_sq"):
+        assert torch.equal(state[name], before[name]), name
+
+
+def test_param_is_master_rounded(device):
+    state = make_state((37,), torch.float16, device)
+    adamw_(**state, **OPTIONS, step=3, clip_coef=one(device))
+    assert torch.equal(state["param"], state["master"].half())
+
+
+def test_clipping_is_a_scaled_gradient(device):
+    state = make_state((37,), torch.float32, device)
+    scaled = copy.deepcopy(state)
+    scaled["grad"] *= 0.5
+    adamw_(**state, **OPTIONS, step=3, clip_coef=torch.tensor(0.5, device=device))
+    adamw_(**scaled, **OPTIONS, step=3, clip_coef=one(device))
+    assert torch.equal(state["master"], scaled["master"])
+
+
+def test_a_parameter_that_requires_grad(device):
+    state = make_state((37,), torch.float16, device)
+    state["param"] = torch.nn.Parameter(state["param"])
+    adamw_(**state, **OPTIONS, step=1, clip_coef=one(device))
+    assert torch.equal(state["param"].detach(), state["master"].half())
+
+
+def test_empty(device):
+    adamw_(**make_state((0,), torch.float16, device), **OPTIONS, step=1, clip_coef=one(device))
+
+
+def test_compiled_gives_the_same_bits(device):
+    state = make_state((37,), torch.float16, device)
+    by_compiled = copy.deepcopy(state)
+    scalars = {
+        **OPTIONS,
+        "lr": torch.tensor(1e-3, device=device),
+        "step": torch.tensor(3, device=device),
+        "clip_coef": one(device),
+    }
+    adamw_(**state, **scalars)
+    compiled(adamw_)(**by_compiled, **scalars)
+    for name, x in state.items():
+        assert torch.equal(x, by_compiled[name]), name
+
+
+def test_opcheck(device):
+    state = make_state((37,), torch.float16, device)
+    scalars = (one(device), None, 1e-3, None, 3.0, 0.9, 0.95, 1e-8, 0.1)
+    torch.library.opcheck(torch.ops.hamner.adamw_, (*state.values(), *scalars))
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "change"),
+    [
+        (TypeError, "master is torch.float16", {"master": torch.zeros(37).half()}),
+        (TypeError, "exp_avg_sq is torch.float64", {"exp_avg_sq": torch.zeros(37).double()}),
+        (TypeError, "grad is torch.int64", {"grad": torch.zeros(37).long()}),
+        (TypeError, "param is torch.float64", {"param": torch.zeros(37).double()}),
+        (ValueError, r"grad has shape \(36,\)", {"grad": torch.zeros(36)}),
+        (ValueError, "exp_avg has strides", {"exp_avg": torch.zeros(74)[::2]}),
+        (ValueError, "grad is on meta", {"grad": torch.zeros(37, device="meta")}),
+        (ValueError, r"betas\[1\] is 1.0", {"betas": (0.9, 1.0)}),
+        (ValueError, "clip_coef has 2 elements", {"clip_coef": torch.ones(2)}),
+        (ValueError, "lr has 1 elements on meta", {"lr": torch.ones((), device="meta")}),
+    ],
+)
+def test_wrong_arguments(error, message, change):
+    cpu = torch.device("cpu")
+    arguments = {
+        **make_state((37,), torch.float16, cpu),
+        **OPTIONS,
+        "step": 1,
+        "clip_coef": one(cpu),
+    }
+    with pytest.raises(error, match=message):
+        adamw_(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_global_grad_norm(dtype, device):
+    generator = torch.Generator().manual_seed(0)
+    grads = [
+        torch.randn(shape, generator=generator).to(device, dtype)
+        for shape in [(300, 70), (5,), (0,), (2, 3, 4)]
+    ]
+    exact = torch.cat([grad.double().flatten() for grad in grads]).norm()
+    norm = global_grad_norm(grads)
+    assert norm.dtype == torch.float32
+    assert norm.shape == ()
+    torch.testing.assert_close(norm.double(), exact, rtol=1e-6, atol=0)
+    assert torch.equal(norm, global_grad_norm(grads))
+    grads[1][2] = math.inf
+    assert not global_grad_norm(grads).isfinite()
+
+
+def test_global_grad_norm_of_half_precision_beyond_its_range(device):
+    norm = global_grad_norm([torch.full((100,), 60_000.0, device=device).half()])
+    torch.testing.assert_close(norm.item(), 600_000.0, rtol=1e-3, atol=0)
+
+
+def test_global_grad_norm_of_nothing():
+    with pytest.raises(ValueError, match="grads is empty"):
+        global_grad_norm([])
+
+
+def test_clip_coefficient_is_that_of_torch(device):
+    for norm in (0.0, 0.5, 1.0, 7.0):
+        grad = torch.full((4,), norm / 2, device=device)
+        parameter = torch.nn.Parameter(torch.zeros_like(grad))
+        parameter.grad = grad.clone()
+        torch.nn.utils.clip_grad_norm_([parameter], 1.0)
+        coefficient = clip_coefficient(global_grad_norm([grad]), 1.0)
+        torch.testing.assert_close(grad * coefficient, parameter.grad)
+
+
+def test_clip_coefficient_of_a_bad_norm_is_nan(device):
+    for norm in (math.inf, math.nan):
+        assert clip_coefficient(torch.tensor(norm, device=device), 1.0).isnan()
+    assert clip_coefficient(torch.tensor(123.0, device=device), math.inf) == 1.0
+
+
+@pytest.mark.gpu
+class TestOnGpu:
+    def test_step_without_host_sync(self):
+        state = make_state((1024, 1024), torch.bfloat16, "cuda")
+        lr, step = torch.tensor(1e-3, device="cuda"), torch.tensor(3, device="cuda")
+
+        def update():
+            clip_coef = clip_coefficient(global_grad_norm([state["grad"]]), 1.0)
+            adamw_(**state, **{**OPTIONS, "lr": lr}, step=step, clip_coef=clip_coef)
+
+        update()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            update()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def test_more_elements_than_int32(self):
+        numel = 2**31 + 5
+        ones = torch.ones(numel, dtype=torch.bfloat16, device="cuda")
+        master, exp_avg, exp_avg_sq = (torch.zeros(numel, device="cuda") for _ in range(3))
+        clip_coef = one("cuda")
+        adamw_(
+            ones, master, ones.clone(), exp_avg, exp_avg_sq, **OPTIONS, step=1, clip_coef=clip_coef
+        )
+        torch.testing.assert_close(master[-5:], torch.full((5,), -1e-3, device="cuda"))
+        assert torch.equal(ones[-5:], master[-5:].bfloat16())

@@ -1,0 +1,22 @@
+"""Every launch table row compiles for its GPUs, within shared memory and without spilling."""
+
+import pytest
+
+from hamner.kernels.launch import CAPABILITIES
+from tests.kernels.compile_gate import CompileResult, compile_op_in_subprocess, ops
+
+
+@pytest.mark.parametrize("op", ops())
+def test_fits(op):
+    results = compile_op_in_subprocess(op)
+    assert {result.capability for result in results} == set(CAPABILITIES)
+    labels = [(result.name, result.capability) for result in results]
+    assert len(set(labels)) == len(labels), "two cases of the same name"
+    problems = [problem for result in results for problem in result.problems()]
+    assert not problems, "\n".join(problems)
+
+
+def test_reports_too_much_shared_memory_and_spills():
+    assert CompileResult("k", "8.6", registers=255, stack=0, shared=101_376).problems() == []
+    assert len(CompileResult("k", "8.6", registers=255, stack=8, shared=101_377).problems()) == 2
+    assert CompileResult("k", "9.0", registers=255, stack=0, shared=101_377).problems() == []

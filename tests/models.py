@@ -1,0 +1,52 @@
+"""Small models for the tests."""
+
+import torch
+
+from hamner.attention import get_attention
+from hamner.model import Transformer
+from hamner.ops import Ops, build_ops
+from hamner.options import ModelConfig
+
+DENSE = ModelConfig(
+    hidden_size=64,
+    num_layers=2,
+    num_attention_heads=4,
+    num_kv_heads=2,
+    expert_intermediate_size=96,
+    max_seq_len=64,
+    vocab_size=128,
+)
+MOE = ModelConfig(
+    hidden_size=64,
+    num_layers=2,
+    num_attention_heads=4,
+    num_kv_heads=2,
+    expert_intermediate_size=48,
+    num_experts=4,
+    num_experts_per_token=2,
+    max_seq_len=64,
+    vocab_size=128,
+)
+
+
+def plain_ops(kernels: str = "torch") -> Ops:
+    """Operations in plain torch, for the CPU in fp32."""
+    backend = get_attention(
+        "sdpa",
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        head_size=16,
+        num_heads=4,
+        num_kv_heads=2,
+        seq_len=64,
+        micro_batch_size=1,
+        document_mask=False,
+    )
+    return build_ops(kernels, backend)
+
+
+def build(config: ModelConfig, seed: int = 0, **kwargs) -> Transformer:
+    """A model with its initial weights."""
+    model = Transformer(config, plain_ops(), **kwargs)
+    model.initialize(seed)
+    return model

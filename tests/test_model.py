@@ -1,0 +1,212 @@
+"""The model against Hugging Face's, and the one place where targets are shifted."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from hamner.data.loader import Batch
+from hamner.recompute import FULL, NONE, SELECTIVE
+from tests.models import DENSE, MOE, build
+
+
+def hugging_face_weights(model) -> dict[str, torch.Tensor]:
+    """Our weights under Hugging Face's names (Llama, Mixtral, DiffLlama share them)."""
+    config = model.config
+    q, kv = config.num_attention_heads * config.head_size, config.num_kv_heads * config.head_size
+    weights = {
+        "model.embed_tokens.weight": model.embed.weight,
+        "model.norm.weight": model.norm.weight,
+        "lm_head.weight": model.head_weight,
+    }
+    for number, layer in enumerate(model.layers):
+        prefix = f"model.layers.{number}"
+        attention, mlp = layer.attention, layer.mlp
+        packed = attention.qkv_proj.weight.split((q, kv, kv))
+        for name, part in zip(("q_proj", "k_proj", "v_proj"), packed, strict=True):
+            weights[f"{prefix}.self_attn.{name}.weight"] = part
+        weights[f"{prefix}.self_attn.o_proj.weight"] = attention.o_proj.weight
+        weights[f"{prefix}.input_layernorm.weight"] = attention.norm.weight
+        weights[f"{prefix}.post_attention_layernorm.weight"] = mlp.norm.weight
+        if config.use_differential_attention:
+            for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
+                weights[f"{prefix}.self_attn.{name}"] = getattr(attention, name)
+        if config.is_moe:
+            weights[f"{prefix}.mlp.gate.weight"] = mlp.router.weight
+            weights[f"{prefix}.mlp.experts.gate_up_proj"] = mlp.gate_up_weight
+            weights[f"{prefix}.mlp.experts.down_proj"] = mlp.down_weight
+        else:
+            gate, up = mlp.gate_up_proj.weight.chunk(2)
+            weights[f"{prefix}.mlp.gate_proj.weight"] = gate
+            weights[f"{prefix}.mlp.up_proj.weight"] = up
+            weights[f"{prefix}.mlp.down_proj.weight"] = mlp.down_proj.weight
+    return weights
+
+
+def hugging_face_twin(model, kind: str):
+    """The same model in transformers."""
+    import transformers
+
+    config = model.config
+    shape = {
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "intermediate_size": config.expert_intermediate_size,
+        "max_position_embeddings": config.max_seq_len,
+        "vocab_size": config.vocab_size,
+        "rms_norm_eps": config.rms_norm_eps,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "attn_implementation": "eager",
+    }
+    if kind == "Mixtral":
+        shape["num_local_experts"] = config.num_experts
+        shape["num_experts_per_tok"] = config.num_experts_per_token
+        shape["sliding_window"] = None
+    hf_config = getattr(transformers, f"{kind}Config")(**shape)
+    twin = getattr(transformers, f"{kind}ForCausalLM")(hf_config)
+    missing, unexpected = twin.load_state_dict(hugging_face_weights(model), strict=False)
+    assert not unexpected
+    assert not missing
+    return twin
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("Llama", DENSE),
+        ("Llama", replace(DENSE, tie_word_embeddings=False, num_kv_heads=4)),
+        ("Mixtral", MOE),
+        ("DiffLlama", replace(DENSE, use_differential_attention=True)),
+    ],
+)
+def test_same_logits_as_hugging_face(kind, config):
+    model = build(config)
+    with torch.no_grad():
+        # The initial weights are small: larger ones make the comparison sharp.
+        for parameter in model.matrices():
+            parameter.mul_(4.0)
+    twin = hugging_face_twin(model, kind)
+    inputs = torch.randint(config.vocab_size, (2, 33), generator=torch.Generator().manual_seed(1))
+    ours, theirs = model(inputs).logits, twin(inputs).logits
+    assert theirs.std() > 0.1
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("config", [DENSE, MOE, replace(MOE, num_shared_experts=1, num_experts=3)])
+def test_loss_is_cross_entropy_of_the_logits(config):
+    model = build(config)
+    inputs = torch.randint(config.vocab_size, (2, 16))
+    targets = torch.randint(config.vocab_size, (2, 16))
+    targets[0, 3:7] = -100
+    output = model(inputs, targets)
+    expected = functional.cross_entropy(model(inputs).logits.flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(output.cross_entropy, expected)
+    if config.is_moe:
+        assert output.loss > output.cross_entropy
+        assert output.router.load.shape == (config.num_layers, config.num_experts)
+        torch.testing.assert_close(output.router.load.sum(-1), torch.ones(config.num_layers))
+    else:
+        torch.testing.assert_close(output.loss, output.cross_entropy)
+
+
+def predictable_batch(rows: int, length: int, shift: int) -> Batch:
+    """A Markov chain: the next token is one of two, but two ahead any of four.
+
+    `shift` is 1 for the pipeline's targets; anything else is a mistake.
+    """
+    generator = np.random.default_rng(0)
+    tokens = np.zeros((rows, length + 2), dtype=np.int64)
+    tokens[:, 0] = generator.integers(16, size=rows)
+    for position in range(length + 1):
+        coin = generator.integers(2, size=rows)
+        # A de Bruijn walk on 16 states: each has exactly two successors.
+        tokens[:, position + 1] = (2 * tokens[:, position] + coin) % 16
+    sequence = torch.from_numpy(tokens)
+    return Batch(
+        inputs=sequence[:, :length],
+        targets=sequence[:, shift : shift + length],
+        document_ids=torch.zeros((rows, length), dtype=torch.int32),
+    )
+
+
+def train_on(batch: Batch, steps: int = 60) -> float:
+    config = replace(DENSE, vocab_size=16)
+    model = build(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(steps):
+        loss = model(batch.inputs, batch.targets).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return loss.item()
+
+
+def test_targets_are_shifted_once():
+    """One step ahead costs ln 2, two steps ahead ln 4: a model that shifts again cannot pass."""
+    one_ahead = train_on(predictable_batch(rows=64, length=32, shift=1))
+    two_ahead = train_on(predictable_batch(rows=64, length=32, shift=2))
+    assert 0.6 < one_ahead < 0.8
+    assert two_ahead > 1.2
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        DENSE,
+        replace(MOE, num_shared_experts=1),
+        replace(DENSE, use_differential_attention=True),
+    ],
+)
+@pytest.mark.parametrize("policy", [SELECTIVE, FULL])
+@pytest.mark.parametrize("documents", [False, True])
+def test_recompute_policies_give_the_same_gradients(config, policy, documents):
+    inputs = torch.randint(config.vocab_size, (2, 16))
+    targets = torch.randint(config.vocab_size, (2, 16))
+    ids = torch.arange(16, dtype=torch.int32).expand(2, 16) // 5 if documents else None
+    gradients = []
+    for policies in ((NONE, NONE), (policy, NONE), (policy, policy)):
+        model = build(config, policies=policies)
+        model(inputs, targets, ids).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for other in gradients[1:]:
+        for name, gradient in gradients[0].items():
+            assert gradient is not None, name
+            assert torch.equal(gradient, other[name]), name
+
+
+def test_documents_do_not_see_their_neighbours():
+    model = build(DENSE)
+    generator = torch.Generator().manual_seed(2)
+    first, second, other = (torch.randint(128, (1, 20), generator=generator) for _ in range(3))
+    ids = (torch.arange(40, dtype=torch.int32) >= 20).int()[None]
+    packed = model(torch.cat((first, second), 1), document_ids=ids).logits
+    with_other = model(torch.cat((other, second), 1), document_ids=ids).logits
+    alone = model(second).logits
+    assert torch.equal(packed[:, 20:], with_other[:, 20:])
+    torch.testing.assert_close(packed[:, 20:], alone, rtol=0, atol=1e-5)
+    unmasked = model(torch.cat((first, second), 1)).logits
+    assert (unmasked[:, 20:] - alone).abs().max() > 1e-3
+
+
+def test_later_tokens_do_not_change_earlier_logits():
+    model = build(DENSE)
+    inputs = torch.randint(128, (1, 24))
+    changed = inputs.clone()
+    changed[0, 12:] = (changed[0, 12:] + 1) % 128
+    torch.testing.assert_close(
+        model(inputs).logits[:, :12], model(changed).logits[:, :12], rtol=0, atol=1e-6
+    )
+
+
+def test_initial_weights():
+    model = build(replace(DENSE, hidden_size=256, num_attention_heads=4))
+    assert abs(model.embed.weight.std().item() - 0.02) < 5e-4
+    assert torch.equal(model.norm.weight, torch.ones(256))
+    again = build(model.config)
+    assert torch.equal(model.embed.weight, again.embed.weight)
+    assert not torch.equal(model.embed.weight, build(model.config, seed=1).embed.weight)

@@ -1,0 +1,123 @@
+"""AdamW with masters against torch's, the schedule, and accumulation."""
+
+import math
+
+import pytest
+import torch
+
+from hamner.optimizer import AdamW, Schedule
+from tests.models import DENSE, build, plain_ops
+
+
+def test_schedule_warms_up_then_follows_a_cosine():
+    schedule = Schedule(lr=1.0, min_lr=0.1, warmup_tokens=100, total_tokens=1100)
+    assert schedule(50) == 0.5
+    assert schedule(100) == 1.0
+    assert math.isclose(schedule(600), 0.55)
+    assert math.isclose(schedule(1100), 0.1)
+    assert math.isclose(schedule(5000), 0.1)
+
+
+def test_schedule_without_warmup_starts_at_the_peak():
+    assert Schedule(1.0, 0.1, 0, 10)(0) == 1.0
+
+
+def make(model, **changes):
+    arguments = {"dtype": torch.float32, "weight_decay": 0.1, "grad_clip": 1.0}
+    return AdamW(model, plain_ops(), **{**arguments, **changes})
+
+
+def set_gradients(model, seed: int, scale: float = 1.0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        gradient = torch.randn(parameter.shape, generator=generator) * scale
+        parameter.grad = gradient.to(parameter.dtype)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0])
+def test_same_updates_as_torch(scale):
+    """Scale 1 is clipped, 1e-4 is not."""
+    ours, theirs = build(DENSE), build(DENSE)
+    optimizer = make(ours)
+    reference = torch.optim.AdamW(
+        [
+            {"params": [p for p in theirs.parameters() if p.ndim >= 2], "weight_decay": 0.1},
+            {"params": [p for p in theirs.parameters() if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        betas=(0.9, 0.95),
+        eps=1e-8,
+    )
+    for step in range(5):
+        lr = 1e-2 / (step + 1)
+        set_gradients(ours, step, scale)
+        set_gradients(theirs, step, scale)
+        norm = optimizer.step(lr)
+        expected_norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        torch.testing.assert_close(norm, expected_norm)
+        for group in reference.param_groups:
+            group["lr"] = lr
+        reference.step()
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_masters_keep_what_bf16_loses():
+    model = build(DENSE)
+    start = model.embed.weight.detach().clone()
+    optimizer = make(model, dtype=torch.bfloat16, weight_decay=0.0)
+    assert model.embed.weight.dtype == torch.bfloat16
+    assert model.norm.weight.dtype == torch.float32
+    for step in range(20):
+        set_gradients(model, step)
+        optimizer.step(1e-6)
+    master = optimizer.master("embed.weight")
+    assert master.dtype == torch.float32
+    assert not torch.equal(master, start)
+    assert torch.equal(model.embed.weight, master.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_non_finite_gradient_changes_nothing(poison):
+    model = build(DENSE)
+    optimizer = make(model)
+    set_gradients(model, 0)
+    optimizer.step(1e-2)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    state = {n: t.clone() for n, t in optimizer.state_tensors().items()}
+    set_gradients(model, 1)
+    model.embed.weight.grad[3, 3] = poison
+    norm = optimizer.step(1e-2)
+    assert not torch.isfinite(norm)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    for name, tensor in optimizer.state_tensors().items():
+        assert torch.equal(tensor, state[name]), name
+
+
+def test_accumulation_sums_in_fp32():
+    model = build(DENSE)
+    optimizer = make(model, dtype=torch.bfloat16)
+    expected = torch.zeros(DENSE.vocab_size, DENSE.hidden_size)
+    for seed in range(3):
+        set_gradients(model, seed)
+        expected += model.embed.weight.grad.float()
+        optimizer.accumulate()
+    assert torch.equal(optimizer.accumulated["embed.weight"], expected)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    optimizer.step(1e-3)
+    assert optimizer.accumulated == {}
+
+
+def test_no_clipping_when_grad_clip_is_zero():
+    clipped, free = build(DENSE), build(DENSE)
+    for model, clip in ((clipped, 1e-3), (free, 0.0)):
+        set_gradients(model, 0)
+        make(model, grad_clip=clip).step(1e-2)
+    # AdamW's first step is the gradient's sign, whatever its scale: only eps sees the clipping.
+    free_step = make(free, grad_clip=0.0)
+    set_gradients(free, 1)
+    free_step.step(1e-2)
+    moments = free_step.exp_avg["embed.weight"]
+    torch.testing.assert_close(
+        moments.norm(), torch.tensor(0.1 * 128**0.5 * 64**0.5), rtol=0.1, atol=0
+    )

@@ -1,0 +1,118 @@
+"""The memory account and the choice it leads to."""
+
+from dataclasses import replace
+
+import pytest
+
+from hamner import recompute
+from hamner.errors import UserError
+from hamner.options import OPTIONS
+from hamner.recompute import FULL, GIB, NONE, SELECTIVE
+
+A = OPTIONS["a"].model
+
+
+def test_kept_elements_of_option_a():
+    assert NONE.kept_elements(A) == 15_104
+    assert SELECTIVE.kept_elements(A) == 10_240
+    assert FULL.kept_elements(A) == 1_024
+
+
+def test_state_takes_16_bytes_a_parameter():
+    account = recompute.account(
+        A,
+        (SELECTIVE,) * 24,
+        micro_batch_tokens=24_576,
+        precision="bf16",
+        accumulate=False,
+        chunked_loss=True,
+    )
+    state = account.weights + account.gradients + account.optimizer
+    assert state == 16 * A.num_parameters()
+
+
+def choose(budget_gib: float, **changes):
+    arguments = {
+        "batch_size": 24,
+        "seq_len": 1024,
+        "precision": "bf16",
+        "chunked_loss": True,
+        "budget": int(budget_gib * GIB),
+    }
+    return recompute.choose(A, **{**arguments, **changes})
+
+
+def test_choice_degrades_step_by_step():
+    """Selective everywhere, then a few full layers, then more, then a smaller micro-batch."""
+    assert recompute.describe(choose(24).policies) == "selective"
+    some, more, least = choose(14), choose(10), choose(6.5)
+    count = [sum(p is FULL for p in plan.policies) for plan in (some, more)]
+    assert 0 < count[0] < count[1] <= 24
+    assert some.micro_batch_size == more.micro_batch_size == 24
+    assert least.micro_batch_size < 24
+    for budget, plan in ((14, some), (10, more), (6.5, least)):
+        assert plan.account.total <= budget * GIB
+
+
+def test_fewest_full_layers():
+    plan = choose(14)
+    full = sum(p is FULL for p in plan.policies)
+    fewer = recompute.mixed(full - 1, 24)
+    account = recompute.account(
+        A,
+        fewer,
+        micro_batch_tokens=24_576,
+        precision="bf16",
+        accumulate=False,
+        chunked_loss=True,
+    )
+    assert account.total > 14 * GIB
+
+
+def test_impossible_budget_says_the_least_that_fits():
+    with pytest.raises(UserError, match=r"--vram-budget 2\.0 GiB is too small: the least .* GiB"):
+        choose(2)
+
+
+def test_given_policy_and_micro_batch_are_kept():
+    plan = choose(1, policies=(NONE,) * 24, micro_batch_size=12)
+    assert plan.policies == (NONE,) * 24
+    assert plan.micro_batch_size == 12
+
+
+def test_gradient_checkpointing_off_recomputes_nothing():
+    model = replace(A, gradient_checkpointing=False)
+    plan = recompute.choose(
+        model,
+        batch_size=24,
+        seq_len=1024,
+        precision="bf16",
+        chunked_loss=True,
+        budget=16 * GIB,
+    )
+    assert recompute.describe(plan.policies) == "none"
+    assert plan.micro_batch_size < 24
+
+
+@pytest.mark.parametrize("text", ["none", "selective", "full", "full:8"])
+def test_parse_and_describe_agree(text):
+    assert recompute.describe(recompute.parse(text, 24)) == text
+
+
+def test_auto_is_left_open():
+    assert recompute.parse("auto", 24) is None
+
+
+@pytest.mark.parametrize("text", ["everything", "full:x", "full:25", "selective:3"])
+def test_unknown_policy_is_one_sentence(text):
+    with pytest.raises(UserError, match="--recompute"):
+        recompute.parse(text, 24)
+
+
+@pytest.mark.parametrize(("tokens", "vocab_size"), [(24_576, 49_152), (1, 100), (49_152, 4_096)])
+@pytest.mark.parametrize("element_size", [2, 4])
+def test_loss_chunk_is_the_kernels(tokens, vocab_size, element_size):
+    from hamner.kernels.cross_entropy import default_chunk_size
+
+    expected = default_chunk_size(tokens, vocab_size, element_size)
+    assert recompute.loss_chunk(vocab_size, tokens, element_size) == expected

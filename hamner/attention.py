@@ -109,9 +109,7 @@ def _choose(
         name, why = able[0], "the only one that can"
     else:
         name, why = fastest(shape, {name: _FUNCTIONS[name][0] for name in able})
-    return AttentionBackend(
-        name, *_FUNCTIONS[name], ", ".join([f"attention: {name}", why, *others])
-    )
+    return AttentionBackend(name, *_FUNCTIONS[name], ", ".join([why, *others]))
 
 
 def _refusal(flag: str, obstacle: str, able: list[str]) -> str:

@@ -380,7 +380,7 @@ def predict(
         micro_batch_tokens=tokens,
         precision="bf16",
         accumulate=micro_batches > 1,
-        chunked_loss=implementation.chunked_loss,
+        fused=implementation.chunked_loss,
     )
     return StepPrediction(
         gpu=gpu,

@@ -8,10 +8,8 @@ import torch
 from hamner.config import TrainConfig
 from hamner.errors import UserError
 from hamner.hardware import Gpu, identify
-from hamner.recompute import GIB
+from hamner.recompute import GIB, RESERVE_GIB
 
-VRAM_RESERVE_GIB = 1.0
-"""left to the CUDA context, to fragmentation and to the desktop"""
 RAM_SHARE = 0.6
 """of the free memory of a machine without a GPU"""
 
@@ -64,7 +62,7 @@ def _select_gpu(config: TrainConfig) -> Compute:
             f"{properties.minor}, 8.0 needed); use --precision fp32"
         )
     memory_gib = properties.total_memory / GIB
-    budget = config.vram_budget or memory_gib - VRAM_RESERVE_GIB
+    budget = config.vram_budget or memory_gib - RESERVE_GIB
     if budget > memory_gib:
         raise UserError(
             f"--vram-budget {budget} GiB is more than the {memory_gib:.1f} GiB of {properties.name}"

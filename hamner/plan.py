@@ -15,11 +15,9 @@ from hamner.cost_model import StepPrediction, predict
 from hamner.errors import UserError
 from hamner.hardware import GPUS, Gpu
 from hamner.options import OPTIONS, Option
-from hamner.recompute import GIB, MemoryPlan, choose
+from hamner.recompute import GIB, RESERVE_GIB, MemoryPlan, choose
 from hamner.scaling_law import BESIROGLU, KNOWN_RUN, LossLaw, RunProjection, project, read_run
 
-RESERVED_GIB = 2.0
-"""kept free by default: CUDA context, allocator fragments, a desktop on the same card"""
 COMPARED = ("current", "a", "a-short", "b", "c", "c-shared")
 
 
@@ -140,7 +138,7 @@ def make_plan(
         option: model, batch and schedule.
         gpu: the card.
         tokens: to train on; default: the option's.
-        vram_budget: GiB; default: the card's memory less RESERVED_GIB.
+        vram_budget: GiB; default: the card's memory less RESERVE_GIB.
 
     Raises:
         UserError: fewer tokens than one step has, or a budget that is beyond the card or too small.
@@ -151,7 +149,7 @@ def make_plan(
             f"--tokens {tokens:g} must be at least one step of option {option.name}, "
             f"{option.tokens_per_step:,}"
         )
-    vram_budget = gpu.memory_gib - RESERVED_GIB if vram_budget is None else vram_budget
+    vram_budget = gpu.memory_gib - RESERVE_GIB if vram_budget is None else vram_budget
     if not 0 < vram_budget <= gpu.memory_gib:
         raise UserError(
             f"--vram-budget {vram_budget:g} GiB must be above 0 and at most the "
@@ -162,7 +160,7 @@ def make_plan(
         batch_size=option.batch_size,
         seq_len=option.seq_len,
         precision="bf16",
-        chunked_loss=True,
+        fused=True,
         budget=int(vram_budget * GIB),
     )
     prediction = predict(

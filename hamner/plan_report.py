@@ -124,7 +124,7 @@ def _policies(plan: "Plan") -> Iterator[tuple[str, MemoryAccount, StepPrediction
             micro_batch_tokens=micro_batch * option.seq_len,
             precision="bf16",
             accumulate=bool(split),
-            chunked_loss=True,
+            fused=True,
         )
         prediction = predict(
             model,

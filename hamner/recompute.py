@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import torch
 
 GIB = 2**30
+RESERVE_GIB = 2.0
+"""of a GPU's memory left to the CUDA context, to fragmentation and to the desktop"""
 _DTYPE_BYTES = {"bf16": 2, "fp32": 4}
 
 
@@ -192,7 +194,7 @@ def account(
     micro_batch_tokens: int,
     precision: str,
     accumulate: bool,
-    chunked_loss: bool,
+    fused: bool,
 ) -> MemoryAccount:
     """Bytes of a training step.
 
@@ -202,7 +204,7 @@ def account(
         micro_batch_tokens: tokens of one forward and backward pass.
         precision: "bf16" (fp32 masters) or "fp32".
         accumulate: more than one micro-batch a step, so gradients are also summed in fp32.
-        chunked_loss: the fused loss (logits of one chunk at a time) rather than whole logits.
+        fused: the Triton kernels, whose loss holds the logits of one chunk at a time.
     """
     size = _DTYPE_BYTES[precision]
     parameters = model.num_parameters()
@@ -217,7 +219,7 @@ def account(
     if any(policy.name == "full" for policy in policies):
         working += SELECTIVE.kept_elements(model)
     head_gradient = 4 * model.vocab_size * d
-    if chunked_loss:
+    if fused:
         chunk = min(tokens, loss_chunk(model.vocab_size, tokens, size))
         loss = chunk * model.vocab_size * size + head_gradient
         loss += tokens * d * size
@@ -265,7 +267,7 @@ def choose(
     batch_size: int,
     seq_len: int,
     precision: str,
-    chunked_loss: bool,
+    fused: bool,
     budget: int,
     policies: tuple[Policy, ...] | None = None,
     micro_batch_size: int | None = None,
@@ -273,7 +275,9 @@ def choose(
     """Fit a run into `budget` bytes: the fastest choice that fits by the account.
 
     Selective everywhere; else full on the fewest layers needed; else a smaller micro-batch with
-    accumulation. What is given (`policies`, `micro_batch_size`) stays as given.
+    accumulation. Without the fused kernels, which rebuild operands inside a pass that backward
+    makes anyway, rebuilding costs passes of its own: there `none` comes first. What is given
+    (`policies`, `micro_batch_size`) stays as given.
 
     Raises:
         UserError: not even one sequence with every block recomputed fits.
@@ -288,6 +292,8 @@ def choose(
         candidates = [policies]
     elif model.gradient_checkpointing:
         candidates = [mixed(full_layers, layers) for full_layers in range(layers + 1)]
+        if not fused:
+            candidates.insert(0, (NONE,) * layers)
     else:
         candidates = [(NONE,) * layers]
     plan = None
@@ -302,7 +308,7 @@ def choose(
                     micro_batch_tokens=size * seq_len,
                     precision=precision,
                     accumulate=size < batch_size,
-                    chunked_loss=chunked_loss,
+                    fused=fused,
                 ),
             )
             if plan.account.total <= budget:

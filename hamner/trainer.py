@@ -78,7 +78,7 @@ class Trainer:
             batch_size=config.batch_size,
             seq_len=config.seq_len,
             precision=compute.precision,
-            chunked_loss=compute.kernels == "triton",
+            fused=compute.kernels == "triton",
             budget=compute.budget_bytes,
             policies=recompute.parse(config.recompute, config.model.num_layers),
             micro_batch_size=config.micro_batch_size,

@@ -8,24 +8,32 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 from hamner.kernels.adamw import adamw_, clip_coefficient, global_grad_norm
 from hamner.kernels.cross_entropy import linear_cross_entropy
+from hamner.kernels.flash_attention import flash_attention, flash_attention_qkv
 from hamner.kernels.fused_linear import (
     add_rms_norm_linear,
     add_rms_norm_qkv_rope,
     rms_norm_linear,
     swiglu_linear,
 )
+from hamner.kernels.grouped_matmul import moe_mlp
+from hamner.kernels.moe_routing import Routing, moe_route
 from hamner.kernels.rms_norm import add_rms_norm, rms_norm
 from hamner.kernels.rope import rope, rope_packed_
 from hamner.kernels.swiglu import swiglu
 
 __all__ = [
+    "Routing",
     "adamw_",
     "add_rms_norm",
     "add_rms_norm_linear",
     "add_rms_norm_qkv_rope",
     "clip_coefficient",
+    "flash_attention",
+    "flash_attention_qkv",
     "global_grad_norm",
     "linear_cross_entropy",
+    "moe_mlp",
+    "moe_route",
     "rms_norm",
     "rms_norm_linear",
     "rope",

@@ -67,11 +67,17 @@ class Config(NamedTuple):
 # measures on the GPU at hand and prints a row.
 #
 # sm_86 does 256 fused multiply-adds a clock and multiprocessor in bf16, so the matmuls are what
-# costs, and a small BLOCK_N (or BLOCK_M in dk_dv) is cheap; what matters is two independent sets of
-# four warps, or one of eight, to fill the tensor cores in each other's softmax. Eight warps of 255
-# registers are all of a multiprocessor's 65,536.
+# costs, and a short tile in the inner loop (block_n; block_m in dk_dv) is cheap. What matters is to
+# have eight warps resident, in two blocks of four or one of eight, that fill the tensor cores in
+# each other's softmax: of 255 registers a thread, they take all 65,536. With four warps, 128 x 64
+# tiles spill in forward at head size 64. Share of 101,376 bytes of shared memory, registers a
+# thread (the most that Triton 3.6 or 3.9 takes, with documents or without), blocks resident:
+#
+#                 forward                  dq                       dk_dv
+#     64, 64      32%  222  2 of 4 warps   48%  191  2 of 4 warps   33%  187  2 of 4 warps
+#     64, 128     65%  246  1 of 8         48%  168  2 of 4         61%  253  1 of 8
+#     128, 128    97%  253  1 of 8         81%  189  1 of 8         81%  226  1 of 8
 _SM86 = {
-    # Shared memory of 101,376 bytes a block and registers a thread of 255, from the compile gate.
     (64, 64): Config(
         forward=Tile(128, 32, 4, 3),
         dq=Tile(64, 64, 4, 3),
@@ -85,13 +91,12 @@ _SM86 = {
     (128, 128): Config(
         forward=Tile(128, 64, 8, 3),
         dq=Tile(128, 32, 8, 2),
-        dk_dv=Tile(32, 128, 8, 2),
+        dk_dv=Tile(16, 128, 8, 3),
     ),
 }
-
 # Hopper's tensor cores are far faster, so tiles are larger, to read less from L2; 64 rows to four
-# warps is the shape of its warpgroup matmul. Forward at head size 64 stays within 128
-# registers, which lets two blocks of eight warps be resident.
+# warps is the shape of its warpgroup matmul. Forward at head size 64 stays within 128 registers,
+# which lets two blocks of eight warps be resident, and dq within 168, three blocks of four.
 _SM90 = {
     (64, 64): Config(
         forward=Tile(128, 64, 8, 3),
@@ -106,7 +111,7 @@ _SM90 = {
     (128, 128): Config(
         forward=Tile(128, 64, 8, 3),
         dq=Tile(128, 64, 8, 2),
-        dk_dv=Tile(64, 128, 8, 3),
+        dk_dv=Tile(32, 128, 8, 3),
     ),
 }
 CONFIGS = {"8.6": _SM86, "8.0": _SM86, "9.0": _SM90}

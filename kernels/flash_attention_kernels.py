@@ -383,7 +383,6 @@ def flash_attention_dq_kernel(
     first = block * BLOCK_M
     last = tl.minimum(first + BLOCK_M, T) - 1
     offs_m = first + tl.arange(0, BLOCK_M)
-    mask_m = offs_m < T
     first_begin, first_end = _key_bounds(
         first, T, document_start_ptr, document_end_ptr, CAUSAL, HAS_DOCUMENTS
     )
@@ -397,8 +396,8 @@ def flash_attention_dq_kernel(
     d_out = _load_tile(d_out_ptr, stride_dot, first, T, BLOCK_M, V_HEAD_SIZE, BLOCK_DV, not EVEN_T)
     out = _load_tile(out_ptr, stride_ot, first, T, BLOCK_M, V_HEAD_SIZE, BLOCK_DV, not EVEN_T)
     delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)
-    tl.store(delta_ptr + offs_m, delta, mask=mask_m)
-    lse = tl.load(lse_ptr + offs_m, mask=mask_m, other=0.0)
+    tl.store(delta_ptr + offs_m, delta, mask=offs_m < T)
+    lse = tl.load(lse_ptr + tl.minimum(offs_m, T - 1))
     q = _load_tile(q_ptr, stride_qt, first, T, BLOCK_M, HEAD_SIZE, BLOCK_D, not EVEN_T)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dq = _accumulate_dq(

@@ -64,6 +64,8 @@ GROUP_M_TILES = 8
 
 
 class RowsConfig(NamedTuple):
+    """A program's tile of rows and columns, and its warps."""
+
     BLOCK_M: int
     BLOCK_N: int
     num_warps: int
@@ -330,6 +332,7 @@ def swiglu_grad_kernel(
         hidden = _swiglu(gate, up)
         d_weights += tl.sum(hidden * d_hidden, axis=1)
         if REBUILD:
+            # Same offsets and dtype as the load: the thread that writes an element has read it.
             tl.store(d_hidden_ptrs, (hidden * weights).to(d_hidden_ptr.dtype.element_ty), mask=mask)
         sigmoid = tl.sigmoid(gate)
         d_swiglu = d_hidden * weights

@@ -1,7 +1,7 @@
 """Which row of an op's launch table a device uses.
 
-Every op keeps a small, measured table ``{"8.6": ..., "8.0": ..., "9.0": ...}``; tuning is a command,
-never a surprise at step one. Rows must fit the smallest card that uses them:
+Every op keeps a small table ``{"8.6": ..., "8.0": ..., "9.0": ...}``; tuning is a command, never a
+surprise at step one. Rows must fit the smallest card that uses them:
 
 - ``"8.6"``: RTX 30 series; 101,376 bytes of shared memory a block, 6 MB of L2 on a 3090.
 - ``"8.0"``: A100 and, with the 8.6 limit of 101,376 bytes, 8.9 (RTX 40 series).

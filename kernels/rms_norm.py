@@ -110,22 +110,21 @@ def rms_norm_backward_kernel(
     d_weight_ptr,  # (programs, D) fp32 partial sums
     y_ptr,  # (N, D) input dtype: forward's result again, or None; may be d_y_ptr
     N,
-    rows_per_program,
+    rows_per_program,  # a multiple of BLOCK_M
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     pid = tl.program_id(0).to(tl.int64)
     first_row = pid * rows_per_program
-    end_row = tl.minimum(first_row + rows_per_program, N)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     weight = tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
     d_weight = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
-    for step in range(tl.cdiv(rows_per_program, BLOCK_M)):
+    for step in range(rows_per_program // BLOCK_M):
         offs_m = first_row + step * BLOCK_M + tl.arange(0, BLOCK_M)
-        mask_m = offs_m < end_row
+        mask_m = offs_m < N
         mask = mask_m[:, None] & mask_d[None, :]
         offs = offs_m[:, None] * D + offs_d[None, :]
         x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)

@@ -2,12 +2,20 @@
 
 import os
 
+# Each worker and each process a test starts gets one thread: more would only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
 # Triton reads the variable when a kernel is decorated, so it must be set before any is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two workers; none on a GPU, whose memory and timings the tests do not share."""
+    return 0 if torch.cuda.is_available() else 2
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ def test_state_takes_16_bytes_a_parameter():
         micro_batch_tokens=24_576,
         precision="bf16",
         accumulate=False,
-        chunked_loss=True,
+        fused=True,
     )
     state = account.weights + account.gradients + account.optimizer
     assert state == 16 * A.num_parameters()
@@ -36,7 +36,7 @@ def choose(budget_gib: float, **changes):
         "batch_size": 24,
         "seq_len": 1024,
         "precision": "bf16",
-        "chunked_loss": True,
+        "fused": True,
         "budget": int(budget_gib * GIB),
     }
     return recompute.choose(A, **{**arguments, **changes})
@@ -64,7 +64,7 @@ def test_fewest_full_layers():
         micro_batch_tokens=24_576,
         precision="bf16",
         accumulate=False,
-        chunked_loss=True,
+        fused=True,
     )
     assert account.total > 14 * GIB
 
@@ -87,7 +87,7 @@ def test_gradient_checkpointing_off_recomputes_nothing():
         batch_size=24,
         seq_len=1024,
         precision="bf16",
-        chunked_loss=True,
+        fused=True,
         budget=16 * GIB,
     )
     assert recompute.describe(plan.policies) == "none"
@@ -116,3 +116,9 @@ def test_loss_chunk_is_the_kernels(tokens, vocab_size, element_size):
 
     expected = default_chunk_size(tokens, vocab_size, element_size)
     assert recompute.loss_chunk(vocab_size, tokens, element_size) == expected
+
+
+def test_plain_torch_keeps_everything_while_it_fits():
+    assert recompute.describe(choose(70, fused=False).policies) == "none"
+    assert recompute.describe(choose(70).policies) == "selective"
+    assert recompute.describe(choose(40, fused=False).policies) != "none"

@@ -250,7 +250,7 @@ class _TextFile:
                 begin = cut
             documents.append(self._decode(block[begin:end], offset + begin))
             begin = separator.end() if separator else end
-        # Nothing before, between or after separators is no document; an empty file is an empty one.
+        # Blanks around separators are no documents; a file of blanks is an empty one.
         return [text for text in documents if text.strip()] or documents[:1]
 
     def _decode(self, text: bytes, offset: int) -> str:

@@ -40,23 +40,38 @@ SPLIT_PATTERN = (
 class Tokenizer:
     """Text to token ids and back.
 
+    Args:
+        definition: content of a `tokenizer.json`.
+        name: of the tokenizer in messages, as the user wrote it.
+
+    Raises:
+        UserError: not a definition, or without a token that ends a document.
+
     The text of special tokens inside a document is ordinary text: encoding never gives a special
     id. Special ids are written by the code that means them (`eot_id`, `special_id`).
 
     Attributes:
         vocab_size: the largest id plus one.
         eot_id: id of the token that ends a document.
-        fingerprint: SHA-256 of the definition; equal fingerprints give equal ids.
+        fingerprint: SHA-256 of the definition, however it is laid out; equal fingerprints give
+            equal ids.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, name: str) -> None:
+    def __init__(self, definition: str, name: str) -> None:
+        try:
+            backend = tokenizers.Tokenizer.from_str(definition)
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"--tokenizer {name}: not a tokenizer.json ({error})") from error
         backend.encode_special_tokens = True
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
+        self._definition = json.loads(definition)
         self._name = name
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
-        self.fingerprint: str = hashlib.sha256(backend.to_str().encode()).hexdigest()
+        # Of the file, not of `backend.to_str()`, which changes with the library's version.
+        canonical = json.dumps(self._definition, sort_keys=True)
+        self.fingerprint: str = hashlib.sha256(canonical.encode()).hexdigest()
         self.eot_id: int = self._find_eot_id()
 
     def encode(self, text: str) -> list[int]:
@@ -84,7 +99,8 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         """Writes the definition as a `tokenizer.json`."""
-        self._backend.save(str(path), pretty=False)
+        definition = json.dumps(self._definition, ensure_ascii=False, separators=(",", ":"))
+        Path(path).write_text(definition, encoding="utf-8")
 
     def cut(self, vocab_size: int) -> "Tokenizer":
         """The tokenizer of the first `vocab_size` ids.
@@ -102,16 +118,16 @@ class Tokenizer:
             raise UserError(
                 f"--vocab-size {vocab_size}: the special tokens and the 256 bytes need {minimum}"
             )
-        definition = json.loads(self._backend.to_str())
-        vocab, merges = definition["model"]["vocab"], definition["model"]["merges"]
+        model = self._definition["model"]
+        vocab, merges = model["vocab"], model["merges"]
         # A merge may spell a token that an earlier one made, so ids do not count merges: all
         # merges up to the first token that falls away are kept.
         kept = next(
             (i for i, pair in enumerate(merges) if vocab["".join(pair)] >= vocab_size), len(merges)
         )
-        definition["model"]["merges"] = merges[:kept]
-        definition["model"]["vocab"] = {t: i for t, i in vocab.items() if i < vocab_size}
-        return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(definition)), self._name)
+        vocab = {token: i for token, i in vocab.items() if i < vocab_size}
+        model = model | {"vocab": vocab, "merges": merges[:kept]}
+        return Tokenizer(json.dumps(self._definition | {"model": model}), self._name)
 
     def _has_our_layout(self) -> bool:
         head = [self._backend.id_to_token(i) for i in range(len(SPECIAL_TOKENS) + 256)]
@@ -149,11 +165,7 @@ def load_tokenizer(name: str = "builtin", vocab_size: int | None = None) -> Toke
         definition = resources.files("hamner.data").joinpath("tokenizer.json").read_text("utf-8")
     else:
         definition = _read_definition(name)
-    try:
-        backend = tokenizers.Tokenizer.from_str(definition)
-    except Exception as error:  # the library raises bare Exception
-        raise UserError(f"--tokenizer {name}: not a tokenizer.json ({error})") from error
-    tokenizer = Tokenizer(backend, name)
+    tokenizer = Tokenizer(definition, name)
     if vocab_size is not None and vocab_size < tokenizer.vocab_size:
         return tokenizer.cut(vocab_size)
     return tokenizer
@@ -213,7 +225,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> Token
         show_progress=True,
     )
     backend.train_from_iterator(texts, trainer)
-    tokenizer = Tokenizer(backend, "trained")
+    tokenizer = Tokenizer(backend.to_str(), "trained")
     if tokenizer.vocab_size < vocab_size:
         raise UserError(
             f"--vocab-size {vocab_size}: the text only yields {tokenizer.vocab_size:,} entries; "

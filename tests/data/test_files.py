@@ -75,8 +75,8 @@ def test_separator_lines_part_documents(tmp_path):
         "Once.\n\nEnd.\n",
         "Twice <|endoftext|> inline.\n",
     ]
-    (tmp_path / "a.txt").write_text("")
-    assert texts(tmp_path) == [""]
+    (tmp_path / "a.txt").write_text("\n")
+    assert texts(tmp_path) == ["\n"]
 
 
 @pytest.mark.parametrize("separator", ["\n\n", "\n", "", "\r\n\r\n"])

@@ -5,7 +5,6 @@ import os
 
 import numpy as np
 import pytest
-import tokenizers
 
 from hamner.data.documents import split_of
 from hamner.data.loader import DataConfig, TrainLoader, validation_rows
@@ -68,9 +67,10 @@ def test_index_describes_the_files(prepared, tokenizer):
 
 
 def test_large_vocabulary_takes_32_bits(corpus, tmp_path, tokenizer):
-    definition = json.loads(tokenizer._backend.to_str())
+    tokenizer.save(tmp_path / "tokenizer.json")
+    definition = json.loads((tmp_path / "tokenizer.json").read_text())
     definition["model"]["vocab"] |= {f"unused {i}": i for i in range(512, 2**16 + 1)}
-    large = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(definition)), "large")
+    large = Tokenizer(json.dumps(definition), "large")
     assert large.vocab_size == 2**16 + 1
     index = prepare([corpus], tmp_path / "large", large)
     assert index["dtype"] == "uint32"

@@ -88,6 +88,13 @@ def test_fingerprint_names_the_definition(tmp_path):
     FULL.save(tmp_path / "tokenizer.json")
     assert load_tokenizer(str(tmp_path)).fingerprint == FULL.fingerprint
     assert _cut(4096).fingerprint != FULL.fingerprint
+    definition = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
+    reordered = dict(sorted(definition.items(), reverse=True))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(reordered, indent=2))
+    assert load_tokenizer(str(tmp_path)).fingerprint == FULL.fingerprint
+    definition["model"]["merges"].pop()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
+    assert load_tokenizer(str(tmp_path)).fingerprint != FULL.fingerprint
 
 
 @pytest.mark.parametrize("end", ["<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>"])

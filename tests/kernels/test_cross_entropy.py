@@ -142,6 +142,18 @@ def test_chunk_size_changes_rounding_alone(device):
         torch.testing.assert_close(chunked[name], whole[name])
 
 
+def test_the_gradient_of_weight_is_accumulated_in_fp32(device):
+    # Equal contributions, a chunk each: in fp16 the sum would lose more of each as it grows.
+    hidden = torch.randn(4).expand(300, 4).to(device, torch.float16)
+    weight = torch.randn(8, 4).to(device, torch.float16).requires_grad_()
+    targets = torch.full((300,), 3, device=device)
+    linear_cross_entropy(hidden, weight, targets, chunk_size=1).backward()
+    exact = weight.detach().double().requires_grad_()
+    linear_cross_entropy_reference(hidden.double(), exact, targets).backward()
+    eps = torch.finfo(torch.float16).eps
+    torch.testing.assert_close(weight.grad.double(), exact.grad, rtol=4 * eps, atol=eps / 8)
+
+
 @pytest.mark.parametrize(
     ("num_tokens", "vocabulary", "element_size", "expected"),
     [
@@ -283,6 +295,11 @@ class TestOnGpu:
         assert peak - d_hidden <= 0.6 * 2**30
 
     def test_more_logits_than_int32(self):
-        inputs = make_inputs(2**31 // 65_536 + 3, 65_536, 16, torch.bfloat16, "cuda")
-        whole = linear_cross_entropy(*inputs.values(), chunk_size=2**20)
-        torch.testing.assert_close(whole, linear_cross_entropy(*inputs.values()))
+        inputs = make_inputs(2**31 // 65_536 + 3, 65_536, 16, torch.bfloat16, "cuda", ignored=0.0)
+        whole, chunked = (
+            outputs_and_gradients(with_options(linear_cross_entropy, chunk_size=n), inputs)
+            for n in (2**20, None)
+        )
+        torch.testing.assert_close(whole["output 0"], chunked["output 0"], rtol=1e-5, atol=0.0)
+        last_rows = (results["gradient of hidden"][-5:].float() for results in (whole, chunked))
+        torch.testing.assert_close(*last_rows, rtol=2e-2, atol=1e-7)

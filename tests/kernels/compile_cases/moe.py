@@ -14,18 +14,18 @@ TRITON_DEFAULT_STAGES = 3
 def cases() -> list[CompileCase]:
     found = []
     for capability in CAPABILITIES:
-        for experts, top_k, renormalize in (
-            (EXPERTS, TOP_K, True),
-            (moe_routing.MAX_EXPERTS, moe_routing.MAX_EXPERTS_PER_TOKEN, False),
-        ):
-            found += _routing(capability, experts, top_k, renormalize)
+        found += _routing(capability, EXPERTS, TOP_K, renormalize=True, biased=False)
+        largest = moe_routing.MAX_EXPERTS, moe_routing.MAX_EXPERTS_PER_TOKEN
+        found += _routing(capability, *largest, renormalize=False, biased=True)
         found += _matmuls(capability, "bf16", grouped.CONFIGS[capability])
         found += _matmuls(capability, "fp32", grouped.FLOAT32_CONFIG)
         found += _row_passes(capability)
     return found
 
 
-def _routing(capability: str, experts: int, top_k: int, renormalize: bool) -> list[CompileCase]:
+def _routing(
+    capability: str, experts: int, top_k: int, *, renormalize: bool, biased: bool
+) -> list[CompileCase]:
     config = moe_routing.CONFIGS[capability]
     block_n, block_e = moe_routing.block_shape(config, experts)
     shape = {"NUM_EXPERTS": experts, "TOP_K": top_k}
@@ -38,7 +38,7 @@ def _routing(capability: str, experts: int, top_k: int, renormalize: bool) -> li
             kernel=moe_routing.route_kernel,
             signature={
                 "logits_ptr": "*fp32",
-                "bias_ptr": "*fp32",
+                **({"bias_ptr": "*fp32"} if biased else {}),
                 "weights_ptr": "*fp32",
                 "experts_ptr": "*i32",
                 "counts_ptr": "*i32",
@@ -48,6 +48,7 @@ def _routing(capability: str, experts: int, top_k: int, renormalize: bool) -> li
             constexprs={
                 **shape,
                 **blocks,
+                **({} if biased else {"bias_ptr": None}),
                 "RENORMALIZE": renormalize,
                 "BLOCK_K": triton.next_power_of_2(top_k),
             },

@@ -1,0 +1,309 @@
+"""The dense kernels beside plain torch, eager and compiled, and Liger, at option A's shapes.
+
+"eager" is the op's reference (fp32 inside), "compiled" the same through torch.compile.
+
+Every row is first compared with eager torch, and not timed if it disagrees. Times are medians of
+`triton.testing.do_bench` (L2 cleared between runs); `extra_info` holds them with their 10th and
+90th percentiles, the GB/s or TFLOP/s they mean for what the op must move or compute, and the peak
+memory of one call. pytest-benchmark's own columns are wall time with a synchronisation.
+
+    pytest bench/test_dense_kernels.py --benchmark-only --benchmark-json=dense.json
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch._functorch.config as functorch_config
+import triton
+
+from hamner.kernels.adamw import adamw_, adamw_reference_
+from hamner.kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from hamner.kernels.fused_linear import (
+    add_rms_norm_linear,
+    add_rms_norm_linear_reference,
+    swiglu_linear,
+    swiglu_linear_reference,
+)
+from hamner.kernels.rms_norm import (
+    add_rms_norm,
+    add_rms_norm_reference,
+    rms_norm,
+    rms_norm_reference,
+)
+from hamner.kernels.rope import rope, rope_reference
+from hamner.kernels.swiglu import swiglu, swiglu_reference
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+# Benchmarks differentiate one graph many times, which compiled graphs otherwise refuse.
+functorch_config.donated_buffer = False
+
+N, D, INTERMEDIATE, V, T = 24_576, 1024, 2816, 49_152, 1024
+HEADS, KV_HEADS, HEAD_DIM = 16, 4, 64
+ELEMENT = 2  # bytes of bf16
+TOKENS_COMPARED = 1024
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0) -> torch.Tensor:
+    return (scale * torch.randn(shape, device="cuda")).to(dtype)
+
+
+def rope_inputs(n: int) -> tuple[torch.Tensor, ...]:
+    angles = torch.rand(T, HEAD_DIM // 2, device="cuda")
+    q = randn(n // T, T, HEADS, HEAD_DIM)
+    return q, randn(n // T, T, KV_HEADS, HEAD_DIM), angles.cos(), angles.sin()
+
+
+def liger_functional(name: str) -> Callable:
+    return getattr(importlib.import_module("liger_kernel.transformers.functional"), name)
+
+
+def liger_rms_norm(x, weight):
+    return liger_functional("liger_rms_norm")(x, weight, 1e-5, in_place=False)
+
+
+def liger_add_rms_norm(x, residual, weight):
+    return liger_functional("liger_fused_add_rms_norm")(x, residual, weight, 1e-5, in_place=False)
+
+
+def liger_swiglu(gate, up):
+    return liger_functional("liger_swiglu")(gate, up)
+
+
+def liger_rope(q, k, cos, sin):
+    # It rotates in place: right once, when compared, and on its own results when timed.
+    q, k = liger_functional("liger_rope")(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+    return q.transpose(1, 2), k.transpose(1, 2)
+
+
+def liger_linear_cross_entropy(hidden, weight, targets):
+    return liger_functional("liger_fused_linear_cross_entropy")(hidden, weight, targets)
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op, its torch reference, Liger's version, and what each direction must move or compute.
+
+    A direction is "forward", "backward" or, where gradients are formed in forward, "both".
+    `liger_inputs` lays the inputs out as Liger's users have them, outside the timing.
+    """
+
+    inputs: Callable[[int], tuple[torch.Tensor, ...]]
+    op: Callable
+    reference: Callable
+    liger: Callable | None = None
+    liger_inputs: Callable[..., tuple[torch.Tensor, ...]] = lambda *inputs: inputs
+    bytes_moved: dict[str, int] | None = None
+    flops: dict[str, int] | None = None
+
+
+CASES = {
+    "rms_norm": Case(
+        inputs=lambda n: (randn(n, D), randn(D, dtype=torch.float32)),
+        op=rms_norm,
+        reference=rms_norm_reference,
+        liger=liger_rms_norm,
+        bytes_moved={"forward": 2 * N * D * ELEMENT, "backward": 3 * N * D * ELEMENT},
+    ),
+    "add_rms_norm": Case(
+        inputs=lambda n: (randn(n, D), randn(n, D), randn(D, dtype=torch.float32)),
+        op=add_rms_norm,
+        reference=add_rms_norm_reference,
+        liger=liger_add_rms_norm,
+        bytes_moved={"forward": 4 * N * D * ELEMENT, "backward": 4 * N * D * ELEMENT},
+    ),
+    "swiglu": Case(
+        inputs=lambda n: (randn(n, 2 * INTERMEDIATE),),
+        op=swiglu,
+        reference=swiglu_reference,
+        liger=liger_swiglu,
+        liger_inputs=lambda gate_up: tuple(x.contiguous() for x in gate_up.chunk(2, dim=-1)),
+        bytes_moved={
+            "forward": 3 * N * INTERMEDIATE * ELEMENT,
+            "backward": 5 * N * INTERMEDIATE * ELEMENT,
+        },
+    ),
+    "rope": Case(
+        inputs=rope_inputs,
+        op=rope,
+        reference=rope_reference,
+        liger=liger_rope,
+        liger_inputs=lambda q, k, *tables: (
+            q,
+            k,
+            *(torch.cat((table, table), dim=-1)[None] for table in tables),
+        ),
+        bytes_moved=dict.fromkeys(
+            ("forward", "backward"), 2 * N * (HEADS + KV_HEADS) * HEAD_DIM * ELEMENT
+        ),
+    ),
+    "add_rms_norm_linear": Case(
+        inputs=lambda n: (
+            randn(n, D),
+            randn(n, D),
+            randn(D, dtype=torch.float32),
+            randn(2 * INTERMEDIATE, D, scale=D**-0.5),
+        ),
+        op=add_rms_norm_linear,
+        reference=add_rms_norm_linear_reference,
+        flops={"forward": 2 * N * D * 2 * INTERMEDIATE, "backward": 4 * N * D * 2 * INTERMEDIATE},
+    ),
+    "swiglu_linear": Case(
+        inputs=lambda n: (
+            randn(n, 2 * INTERMEDIATE),
+            randn(D, INTERMEDIATE, scale=INTERMEDIATE**-0.5),
+        ),
+        op=swiglu_linear,
+        reference=swiglu_linear_reference,
+        flops={"forward": 2 * N * D * INTERMEDIATE, "backward": 4 * N * D * INTERMEDIATE},
+    ),
+    "linear_cross_entropy": Case(
+        inputs=lambda n: (
+            randn(n, D),
+            randn(V, D, scale=D**-0.5),
+            torch.randint(V, (n,), device="cuda"),
+        ),
+        op=linear_cross_entropy,
+        reference=linear_cross_entropy_reference,
+        liger=liger_linear_cross_entropy,
+        flops={"both": 6 * N * D * V},
+    ),
+}
+IMPLEMENTATIONS = ("hamner", "eager", "compiled", "liger")
+
+
+def implementation_of(case: Case, name: str) -> Callable:
+    """The function to time, or a skip that says why there is none."""
+    if name == "liger":
+        if case.liger is None:
+            pytest.skip("Liger has no such op")
+        pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
+        return case.liger
+    if name == "compiled":
+        torch.compiler.reset()
+        return torch.compile(case.reference, dynamic=False)
+    return case.op if name == "hamner" else case.reference
+
+
+class Call:
+    """A function on inputs of its own, with fixed upstream gradients."""
+
+    def __init__(self, case: Case, function: Callable, num_tokens: int):
+        torch.manual_seed(0)
+        self.function = function
+        self.inputs = case.inputs(num_tokens)
+        if function is case.liger:
+            self.inputs = case.liger_inputs(*self.inputs)
+        self.leaves = [x for x in self.inputs if x.is_floating_point()]
+        if case is CASES["rope"]:
+            self.leaves = self.leaves[:2]  # cos and sin get no gradient
+        for leaf in self.leaves:
+            leaf.requires_grad_()
+        self.outputs = self.forward()
+        self.gradients = [torch.randn_like(output) for output in self.outputs]
+
+    def forward(self) -> tuple[torch.Tensor, ...]:
+        outputs = self.function(*self.inputs)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    def backward(self) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(self.outputs, self.leaves, self.gradients, retain_graph=True)
+
+    def both(self) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(self.forward(), self.leaves, self.gradients)
+
+
+def assert_agrees(case: Case, function: Callable) -> None:
+    """Refuse to time what does not compute the same as eager torch, in bf16's precision."""
+    call, expected = (Call(case, f, TOKENS_COMPARED) for f in (function, case.reference))
+    gradients = call.backward()
+    if function is liger_swiglu:
+        gradients = (torch.cat(gradients, dim=-1),)
+    pairs = [*zip(call.outputs, expected.outputs, strict=True)]
+    pairs += zip(gradients, expected.backward(), strict=True)
+    for i, (result, wanted) in enumerate(pairs):
+        error = (result.float() - wanted.float()).abs().max().item()
+        assert error <= 0.02 * wanted.float().abs().max().item(), f"result {i} is off by {error}"
+
+
+def record(benchmark, function: Callable, *, num_bytes: int | None, flops: int | None) -> None:
+    """Time a function on the GPU, and put what the times mean into extra_info."""
+    function()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    peak = torch.cuda.max_memory_allocated() - before
+    median, p10, p90 = triton.testing.do_bench(function, quantiles=[0.5, 0.1, 0.9])
+    info = {"median_ms": median, "p10_ms": p10, "p90_ms": p90, "peak_mib": peak / 2**20}
+    if num_bytes is not None:
+        info["gb_per_s"] = num_bytes / median / 1e6
+    if flops is not None:
+        info["tflop_per_s"] = flops / median / 1e9
+    benchmark.extra_info.update(info)
+
+    def synchronised():
+        function()
+        torch.cuda.synchronize()
+
+    benchmark.pedantic(synchronised, rounds=20, warmup_rounds=3)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("name", "direction"),
+    [(name, way) for name, case in CASES.items() for way in (case.bytes_moved or case.flops)],
+)
+def test_op(benchmark, name, direction, implementation):
+    benchmark.group = f"{name} {direction}"
+    case = CASES[name]
+    function = implementation_of(case, implementation)
+    assert_agrees(case, function)
+    try:
+        call = Call(case, function, N)
+        record(
+            benchmark,
+            getattr(call, direction),
+            num_bytes=case.bytes_moved[direction] if case.bytes_moved else None,
+            flops=case.flops[direction] if case.flops else None,
+        )
+    except torch.OutOfMemoryError:
+        pytest.skip("does not fit into this GPU's memory")
+
+
+@pytest.mark.parametrize("implementation", ("hamner", "eager", "compiled"))
+def test_adamw(benchmark, implementation):
+    benchmark.group = "adamw"
+    functions = {
+        "hamner": adamw_,
+        "eager": adamw_reference_,
+        "compiled": torch.compile(adamw_reference_, dynamic=False),
+    }
+
+    def state(rows):
+        torch.manual_seed(0)
+        master, exp_avg = (randn(rows, D, dtype=torch.float32) for _ in range(2))
+        return master.bfloat16(), master, randn(rows, D), exp_avg, exp_avg.square()
+
+    scalars = {
+        "lr": torch.tensor(1e-3, device="cuda"),
+        "step": torch.tensor(10, device="cuda"),
+        "clip_coef": torch.ones((), device="cuda"),
+        "betas": (0.9, 0.95),
+        "eps": 1e-8,
+        "weight_decay": 0.1,
+    }
+    compared, expected = state(TOKENS_COMPARED), state(TOKENS_COMPARED)
+    functions[implementation](*compared, **scalars)
+    adamw_reference_(*expected, **scalars)
+    torch.testing.assert_close(compared, expected)
+
+    full = state(V)
+    record(
+        benchmark,
+        lambda: functions[implementation](*full, **scalars),
+        num_bytes=28 * V * D,
+        flops=None,
+    )

@@ -1,0 +1,189 @@
+"""Attention beside SDPA's flash and cuDNN kernels, the flash-attn package and FlexAttention.
+
+    pytest bench/test_flash_attention.py --benchmark-only
+
+24,576 tokens, 16 query and 4 key/value heads, causal, bf16. With documents (mean length 350) the
+peers are those that can skip: flash-attn's variable lengths and FlexAttention's block mask.
+
+Each row first compares the output and gradients of one group of heads with fp32 plain torch, and is
+not timed if they disagree. Medians with 10th and 90th percentiles and TFLOP/s (pairs that are seen,
+4 hd FLOPs forward and 10 backward) are in the row's extra_info (`--benchmark-json`);
+pytest-benchmark's own columns include the launch from Python and a wait for the GPU.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from hamner.kernels.flash_attention import (
+    document_bounds,
+    flash_attention,
+    flash_attention_reference,
+)
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="times a CUDA GPU")
+
+TOKENS, HEADS, KV_HEADS = 24_576, 16, 4
+GROUP = HEADS // KV_HEADS
+DTYPE = torch.bfloat16
+MEAN_DOCUMENT_LENGTH = 350
+MAX_RELATIVE_ERROR = 0.02  # of norms: bf16 keeps 8 bits, and backward rounds some steps in between
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Problem(NamedTuple):
+    q: Tensor  # (B, T, H, hd), requires a gradient, as k and v
+    k: Tensor  # (B, T, KV, hd)
+    v: Tensor  # (B, T, KV, hd)
+    d_out: Tensor  # (B, T, H, hd)
+    document_ids: Tensor | None  # (B, T) int32
+    pairs: int  # of a query and a key that it sees, over the batch
+
+
+def make_problem(seq_len: int, head_size: int, with_documents: bool) -> Problem:
+    generator = torch.Generator("cuda").manual_seed(0)
+    batch_size = TOKENS // seq_len
+
+    def randn(heads: int) -> Tensor:
+        shape = (batch_size, seq_len, heads, head_size)
+        return torch.randn(shape, generator=generator, device="cuda").to(DTYPE)
+
+    q, k, v = (randn(heads).requires_grad_() for heads in (HEADS, KV_HEADS, KV_HEADS))
+    shape, document_ids = (batch_size, seq_len), None
+    positions = torch.arange(seq_len, device="cuda").expand(shape)
+    if with_documents:
+        begins = torch.rand(shape, generator=generator, device="cuda") < 1 / MEAN_DOCUMENT_LENGTH
+        document_ids = begins.cumsum(dim=1).int()
+        positions = positions - document_bounds(document_ids)[0]
+    return Problem(q, k, v, randn(HEADS), document_ids, int((positions + 1).sum()))
+
+
+def hamner_attention(problem: Problem) -> Attend:
+    return functools.partial(flash_attention, document_ids=problem.document_ids)
+
+
+def sdpa(backend: SDPBackend, problem: Problem) -> Attend:
+    if problem.document_ids is not None:
+        pytest.skip("SDPA's fast kernels take no document mask")
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        with sdpa_kernel(backend):
+            out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return out.transpose(1, 2)
+
+    return attend
+
+
+def flash_attn(problem: Problem) -> Attend:
+    package = pytest.importorskip("flash_attn")
+    if problem.document_ids is None:
+        return functools.partial(package.flash_attn_func, causal=True)
+    batch_size, seq_len = problem.document_ids.shape
+    starts, _ = document_bounds(problem.document_ids)
+    bounds = (starts == torch.arange(seq_len, device="cuda")).flatten().nonzero().flatten()
+    lengths = pad(bounds, (0, 1), value=starts.numel()).int()
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = package.flash_attn_varlen_func(
+            *(x.flatten(0, 1) for x in (q, k, v)), lengths, lengths, seq_len, seq_len, causal=True
+        )
+        return out.unflatten(0, (batch_size, seq_len))
+
+    return attend
+
+
+compiled_flex_attention = functools.cache(
+    lambda: torch.compile(flex_attention, dynamic=False, fullgraph=True)
+)
+
+
+def flex(problem: Problem) -> Attend:
+    batch_size, seq_len = problem.q.shape[:2]
+    ids = problem.document_ids
+
+    def causal(batch, head, query, key):
+        return query >= key
+
+    def causal_in_document(batch, head, query, key):
+        return (query >= key) & (ids[batch, query] == ids[batch, key])
+
+    mask = create_block_mask(
+        causal if ids is None else causal_in_document,
+        None if ids is None else batch_size, None, seq_len, seq_len, device="cuda",
+    )  # fmt: skip
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = compiled_flex_attention()(q, k, v, block_mask=mask, enable_gqa=True)
+        return out.transpose(1, 2)
+
+    return attend
+
+
+IMPLEMENTATIONS: dict[str, Callable[[Problem], Attend]] = {
+    "hamner": hamner_attention,
+    "sdpa-flash": functools.partial(sdpa, SDPBackend.FLASH_ATTENTION),
+    "sdpa-cudnn": functools.partial(sdpa, SDPBackend.CUDNN_ATTENTION),
+    "flash-attn": flash_attn,
+    "flex": flex,
+}
+
+
+def check(attend: Attend, problem: Problem) -> None:
+    """Compare the last row of the batch and last group of heads, out and gradients."""
+    inputs = problem.q, problem.k, problem.v
+    out = attend(*inputs)
+    actual = (out, *torch.autograd.grad(out, inputs, problem.d_out))
+    actual = [x[-1:, :, -GROUP if x.shape[2] == HEADS else -1 :] for x in actual]
+    one = [
+        x.detach()[-1:, :, -heads:].float().requires_grad_()
+        for x, heads in zip(inputs, (GROUP, 1, 1), strict=True)
+    ]
+    ids = None if problem.document_ids is None else problem.document_ids[-1:]
+    out = flash_attention_reference(*one, document_ids=ids)
+    d_out = problem.d_out[-1:, :, -GROUP:].float()
+    expected = (out, *torch.autograd.grad(out, one, d_out))
+    for name, x, y in zip(("out", "dq", "dk", "dv"), actual, expected, strict=True):
+        error = (x.float() - y).norm() / y.norm()
+        assert error <= MAX_RELATIVE_ERROR, f"not timed: {name} is off by {error:.1%}"
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("with_documents", [False, True], ids=["causal", "documents"])
+@pytest.mark.parametrize("head_size", [64, 128])
+@pytest.mark.parametrize("seq_len", [512, 1024, 2048, 8192])
+def test_attention(seq_len, head_size, with_documents, implementation, direction, benchmark):
+    problem = make_problem(seq_len, head_size, with_documents)
+    attend = IMPLEMENTATIONS[implementation](problem)
+    check(attend, problem)
+    inputs = problem.q, problem.k, problem.v
+    if direction == "forward":
+        flops, call = 4, functools.partial(attend, *inputs)
+    else:
+        flops, out = 10, attend(*inputs)
+        call = functools.partial(torch.autograd.grad, out, inputs, problem.d_out, retain_graph=True)
+
+    median, low, high = triton.testing.do_bench(call, quantiles=[0.5, 0.1, 0.9])
+    benchmark.extra_info.update(
+        median_ms=round(median, 4),
+        p10_ms=round(low, 4),
+        p90_ms=round(high, 4),
+        tflops=round(flops * head_size * HEADS * problem.pairs / median / 1e9, 1),
+    )
+
+    def call_and_wait() -> None:
+        call()
+        torch.cuda.synchronize()
+
+    benchmark.pedantic(call_and_wait, rounds=20, warmup_rounds=3)

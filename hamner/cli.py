@@ -27,3 +27,21 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
         print("interrupted", file=sys.stderr)
         code = EXIT_INTERRUPTED
     sys.exit(code)
+
+
+def gather_data(args: Sequence[str]) -> list[str]:
+    """Join repeated `--data` flags into one, so that `--data A --data B` and `--data A B` agree."""
+    rest: list[str] = []
+    specs: list[str] = []
+    in_data = False
+    for argument in args:
+        if argument == "--data" or argument.startswith("--data="):
+            in_data = True
+            if argument != "--data":
+                specs.append(argument.partition("=")[2])
+        elif in_data and not argument.startswith("-"):
+            specs.append(argument)
+        else:
+            in_data = False
+            rest.append(argument)
+    return [*rest, "--data", *specs] if specs else rest

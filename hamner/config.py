@@ -168,10 +168,11 @@ class TrainConfig:
             lr=option.lr,
             min_lr=option.min_lr,
             warmup_steps=option.warmup_steps,
-            eval_every=100 if small else 500,
-            save_every=250 if small else 1_000,
-            sample_every=250 if small else 1_000,
+            eval_every=130 if small else 500,
+            save_every=260 if small else 1_000,
+            sample_every=260 if small else 1_000,
             eval_tokens=20_480 if small else 200_000,
+            val_fraction=0.05 if small else 0.01,
         )
 
     def to_json(self) -> dict:

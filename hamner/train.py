@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tyro
 
-from hamner.cli import EXIT_INTERRUPTED, run_command
+from hamner.cli import EXIT_INTERRUPTED, gather_data, run_command
 from hamner.config import CONFIG_FILE, TrainConfig
 
 
@@ -44,24 +44,6 @@ def flag_value(args: Sequence[str], flag: str) -> str | None:
         if argument.startswith(f"{flag}="):
             return argument.partition("=")[2]
     return None
-
-
-def gather_data(args: Sequence[str]) -> list[str]:
-    """Join repeated `--data` flags into one, so that `--data A --data B` and `--data A B` agree."""
-    rest: list[str] = []
-    specs: list[str] = []
-    in_data = False
-    for argument in args:
-        if argument == "--data" or argument.startswith("--data="):
-            in_data = True
-            if argument != "--data":
-                specs.append(argument.partition("=")[2])
-        elif in_data and not argument.startswith("-"):
-            specs.append(argument)
-        else:
-            in_data = False
-            rest.append(argument)
-    return [*rest, "--data", *specs] if specs else rest
 
 
 def main(args: Sequence[str]) -> int:

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from hamner import checkpoint
-from hamner.train import gather_data, parse
+from hamner.cli import gather_data
+from hamner.train import parse
 from tests.corpus import write_predictable
 
 SMALL = [

@@ -3,19 +3,16 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import tyro
 
-from hamner.cli import run_command
+from hamner.cli import gather_data, run_command
 from hamner.data.documents import split_of
 from hamner.data.prepare import prepare
 from hamner.data.sources import open_text_source
 from hamner.data.specs import parse_specs
 from hamner.data.tokenizer import VOCAB_SIZE, load_tokenizer, train_tokenizer
 from hamner.errors import UserError
-
-Specs = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
 
 
 @dataclass(frozen=True)
@@ -24,7 +21,7 @@ class Prepare:
 
     output: Path
     """Folder to write; a repeated command goes on with an unfinished one."""
-    data: Specs = ()
+    data: tuple[str, ...] = ()
     """SPEC to read, repeatable: builtin, a file, folder or glob of .txt, .jsonl or .parquet, or
     hf:owner/name[:config[:split]]; none means builtin."""
     tokenizer: str = "builtin"
@@ -71,7 +68,7 @@ class TrainTokenizer:
 
     output: Path
     """The tokenizer.json to write."""
-    data: Specs = ()
+    data: tuple[str, ...] = ()
     """SPEC to read, repeatable: builtin, a file, folder or glob of .txt, .jsonl or .parquet, or
     hf:owner/name[:config[:split]]; none means builtin."""
     vocab_size: int = VOCAB_SIZE
@@ -109,7 +106,7 @@ def main(arguments: Sequence[str]) -> None:
     """Parses the arguments and runs the subcommand."""
     tyro.extras.subcommand_cli_from_dict(
         {"prepare": Prepare, "train-tokenizer": TrainTokenizer},
-        args=arguments,
+        args=gather_data(arguments),
         prog="python -m hamner.data",
     ).run()
 

@@ -8,6 +8,7 @@ Python version, their order does not depend on anything.
 import ast
 import hashlib
 import inspect
+import itertools
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -25,23 +26,40 @@ SKIPPED = frozenset(
 )
 #: Shorter documents (a lone "Return self.") teach nothing.
 MIN_CHARACTERS = 80
+#: A longer text is cut between paragraphs into documents of about this size. A batch of many short
+#: documents is a better sample of the corpus than one that a single topic fills: the smallest
+#: option sees eight rows a step.
+DOCUMENT_CHARACTERS = 1_000
 
 
 @cache
 def builtin_documents() -> tuple[str, ...]:
-    """Every document of the corpus: one a topic, one a docstring.
+    """Every document of the corpus: topics and docstrings, the long ones in pieces.
 
     Raises:
         UserError: this Python carries neither the topics nor the library's sources.
     """
-    unique = dict.fromkeys([*_topics(), *_docstrings()])
-    documents = tuple(text for text in unique if len(text) >= MIN_CHARACTERS)
+    texts = itertools.chain(_topics(), _docstrings())
+    unique = dict.fromkeys(piece for text in texts for piece in _pieces(text))
+    documents = tuple(piece for piece in unique if len(piece) >= MIN_CHARACTERS)
     if not documents:
         raise UserError(
             "--data builtin: this Python installation carries neither pydoc topics nor the "
             "standard library's sources; give a file or folder of text instead"
         )
     return documents
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """The text, cut between paragraphs."""
+    piece: list[str] = []
+    for paragraph in text.split("\n\n"):
+        piece.append(paragraph)
+        if sum(map(len, piece)) >= DOCUMENT_CHARACTERS:
+            yield "\n\n".join(piece)
+            piece = []
+    if piece:
+        yield "\n\n".join(piece)
 
 
 def _topics() -> list[str]:
@@ -63,11 +81,7 @@ def _docstrings() -> Iterator[str]:
 
 
 def _module_documents(path: Path) -> Iterator[str]:
-    """The docstrings of the module and of every class and function in it, each a document.
-
-    Apart, because a batch of many short documents is a better sample of the corpus than one of few
-    long ones: the smallest option sees eight rows a step.
-    """
+    """The docstrings of the module and of every class and function in it, each a document."""
     try:
         module = ast.parse(path.read_bytes())
     except (OSError, SyntaxError, ValueError):

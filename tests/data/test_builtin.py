@@ -23,6 +23,14 @@ def test_documents_are_unique_prose_of_some_length():
     assert any('The "for" statement' in text for text in documents)
 
 
+def test_long_texts_are_cut_between_paragraphs():
+    text = "\n\n".join(f"paragraph {number} " + "word " * 60 for number in range(20))
+    pieces = list(builtin._pieces(text))
+    assert "\n\n".join(pieces) == text
+    assert len(pieces) == 5
+    assert list(builtin._pieces("one line")) == ["one line"]
+
+
 def test_the_library_is_parsed_and_never_imported(fresh):
     before = set(sys.modules)
     builtin_documents()

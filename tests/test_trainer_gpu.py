@@ -1,0 +1,122 @@
+"""The trainer on a GPU: no waits inside a step, kernels against plain torch, memory as planned."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hamner.config import TrainConfig
+from hamner.data.loader import Batch
+from hamner.options import OPTIONS
+from hamner.recompute import GIB
+from hamner.run_folder import RunFolder
+from hamner.trainer import Trainer, train
+from tests.test_trainer import NeverInterrupted, assert_equal_weights
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def config(tmp_path) -> TrainConfig:
+    """Option tiny on the built-in corpus, as long as a test needs."""
+    return replace(
+        TrainConfig.for_option("tiny"),
+        run_dir=tmp_path / "run",
+        steps=20,
+        eval_every=10,
+        save_every=0,
+        sample_every=0,
+        device="cuda",
+    )
+
+
+def random_batch(config: TrainConfig) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    shape = (config.batch_size, config.seq_len)
+    length = config.seq_len + 1
+    tokens = torch.randint(
+        config.model.vocab_size, (config.batch_size, length), generator=generator
+    )
+    return Batch(
+        inputs=tokens[:, :-1].contiguous().pin_memory(),
+        targets=tokens[:, 1:].contiguous().pin_memory(),
+        document_ids=(torch.arange(shape[1]) // 350).int().expand(shape).contiguous().pin_memory(),
+    )
+
+
+KINDS = {
+    "dense": {},
+    "moe": {"num_experts": 4, "num_experts_per_token": 2, "num_shared_experts": 1},
+    "differential": {"use_differential_attention": True},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("micro_batch_size", [8, 4])
+def test_a_step_never_waits_for_the_gpu(config, kind, documents, micro_batch_size):
+    config = replace(
+        config,
+        model=replace(config.model, **KINDS[kind]),
+        document_mask=documents,
+        micro_batch_size=micro_batch_size,
+        attention="triton",
+    )
+    trainer = Trainer(config, RunFolder(config.folder))
+    batch = random_batch(config)
+    try:
+        for _ in range(2):
+            trainer.train_step(batch, 1e-3, NeverInterrupted())
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        norm = trainer.train_step(batch, 1e-3, NeverInterrupted())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        trainer.close()
+    assert torch.isfinite(norm)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kernels_train_as_plain_torch_does(config, kind, tmp_path):
+    config = replace(config, model=replace(config.model, **KINDS[kind]))
+    losses = {}
+    for name, seed in (("triton", 0), ("torch", 0), ("torch", 1)):
+        run_dir = tmp_path / f"{name}{seed}"
+        settings = replace(config, kernels=name, seed=seed, run_dir=run_dir)
+        losses[name, seed] = train(settings).val_loss
+    noise = abs(losses["torch", 0] - losses["torch", 1])
+    assert abs(losses["triton", 0] - losses["torch", 0]) < max(noise, 0.02)
+
+
+def test_resume_is_exact_with_the_default_kernels(config, tmp_path):
+    whole = train(replace(config, attention="triton"))
+    halves = replace(config, attention="triton", run_dir=tmp_path / "halves")
+    train(replace(halves, stop_after=10))
+    assert_equal_weights(whole, train(replace(halves, resume=True)))
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name != "tiny"])
+def test_every_option_fits_a_24_gib_card_as_planned(name, tmp_path):
+    """The allocator is capped at 24 GiB less 0.9 GiB of context; the account is within 4%."""
+    config = replace(
+        TrainConfig.for_option(name),
+        run_dir=tmp_path / name,
+        eval_tokens=4 * OPTIONS[name].seq_len,
+        vram_budget=23.1,
+        device="cuda",
+    )
+    trainer = Trainer(config, RunFolder(config.folder))
+    batch = random_batch(config)
+    try:
+        trainer.train_step(batch, 1e-4, NeverInterrupted())
+        torch.cuda.reset_peak_memory_stats()
+        for _ in range(3):
+            norm = trainer.train_step(batch, 1e-4, NeverInterrupted())
+        peak = torch.cuda.max_memory_allocated()
+    finally:
+        trainer.close()
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert torch.isfinite(norm)
+    predicted = trainer.plan.account.total
+    print(f"{name}: predicted {predicted / GIB:.2f} GiB, measured {peak / GIB:.2f} GiB")
+    assert abs(peak - predicted) <= 0.04 * predicted

@@ -124,6 +124,6 @@ def test_option_that_cannot_reach_the_loss(analysis, monkeypatch):
 def test_a_model_the_law_does_not_know():
     """Option tiny: the law would put it above the loss of guessing."""
     rows = cells(options_table([analyse(PlanConfig(option="tiny")).plan]))
-    assert rows["tokens"] == ["1.0M"]
+    assert rows["tokens"] == ["1.1M"]
     assert rows["expected loss"] == ["too small for the law"]
     assert "expected perplexity" not in rows

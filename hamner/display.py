@@ -24,7 +24,7 @@ class Display:
         self, name: str, total_tokens: int, budget_gib: float | None, console: Console | None = None
     ) -> None:
         self.name, self.total_tokens, self.budget_gib = name, total_tokens, budget_gib
-        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.console = console or Console(highlight=False)
         self.live: Live | None = None
 
     def __enter__(self) -> "Display":
@@ -39,7 +39,7 @@ class Display:
 
     def message(self, text: str) -> None:
         """Print one message above the panel."""
-        self.console.print(Text(text))
+        self.console.print(Text(text), soft_wrap=True)
 
     def show(self, record: Record) -> None:
         """Show a record."""

@@ -11,6 +11,7 @@ from hamner.run_folder import RunFolder, read_records
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.ticker import EngFormatter  # noqa: E402
 
 
 def draw(run: RunFolder) -> list[Path]:
@@ -41,10 +42,8 @@ def draw(run: RunFolder) -> list[Path]:
 
 def _loss(axes, records: list[dict]) -> None:
     _line(axes, records, "loss", "training")
-    evaluated = {
-        r["val_step"]: r for r in records if r.get("val_loss") is not None and r.get("val_step")
-    }
-    validation = [r for step, r in evaluated.items() if step == r["step"]]
+    # Every record repeats the latest evaluation: draw it where it was made.
+    validation = [r for r in records if r.get("val_step") == r["step"]]
     if validation:
         tokens = [r["tokens"] for r in validation]
         axes.plot(tokens, [r["val_loss"] for r in validation], "o-", label="validation")
@@ -60,6 +59,7 @@ def _figure(path: Path, ylabel: str, records: list[dict], plot: Callable) -> Pat
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     plot(axes, records)
     axes.set(xlabel="tokens", ylabel=ylabel)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -12,6 +12,8 @@ from hamner.recompute import GIB, RESERVE_GIB
 
 RAM_SHARE = 0.6
 """of the free memory of a machine without a GPU"""
+CPU_MICRO_BATCH_TOKENS = 1_024
+"""A CPU gains nothing from more, and an interrupt waits for the end of a micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class Compute:
     kernels: str
     budget_bytes: int
     """memory a step may take"""
+    max_micro_batch_tokens: int | None = None
+    """bound for the automatic micro-batch, or None"""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -50,7 +54,15 @@ def select(config: TrainConfig) -> Compute:
         raise UserError("--kernels triton needs a GPU; use --kernels torch on a CPU")
     budget = config.vram_budget * GIB if config.vram_budget else RAM_SHARE * _free_ram()
     name = f"CPU, {torch.get_num_threads()} threads"
-    return Compute(torch.device("cpu"), name, None, "fp32", "torch", int(budget))
+    return Compute(
+        device=torch.device("cpu"),
+        name=name,
+        gpu=None,
+        precision="fp32",
+        kernels="torch",
+        budget_bytes=int(budget),
+        max_micro_batch_tokens=CPU_MICRO_BATCH_TOKENS,
+    )
 
 
 def _select_gpu(config: TrainConfig) -> Compute:

@@ -271,13 +271,15 @@ def choose(
     budget: int,
     policies: tuple[Policy, ...] | None = None,
     micro_batch_size: int | None = None,
+    max_micro_batch_tokens: int | None = None,
 ) -> MemoryPlan:
     """Fit a run into `budget` bytes: the fastest choice that fits by the account.
 
     Selective everywhere; else full on the fewest layers needed; else a smaller micro-batch with
     accumulation. Without the fused kernels, which rebuild operands inside a pass that backward
     makes anyway, rebuilding costs passes of its own: there `none` comes first. What is given
-    (`policies`, `micro_batch_size`) stays as given.
+    (`policies`, `micro_batch_size`) stays as given. `max_micro_batch_tokens` bounds what is chosen,
+    as far as one sequence allows.
 
     Raises:
         UserError: not even one sequence with every block recomputed fits.
@@ -285,7 +287,12 @@ def choose(
     micro_batches = (
         [micro_batch_size]
         if micro_batch_size
-        else [size for size in range(batch_size, 0, -1) if batch_size % size == 0]
+        else [
+            size
+            for size in range(batch_size, 0, -1)
+            if batch_size % size == 0
+            and (size == 1 or size * seq_len <= (max_micro_batch_tokens or size * seq_len))
+        ]
     )
     layers = model.num_layers
     if policies is not None:

@@ -82,6 +82,7 @@ class Trainer:
             budget=compute.budget_bytes,
             policies=recompute.parse(config.recompute, config.model.num_layers),
             micro_batch_size=config.micro_batch_size,
+            max_micro_batch_tokens=compute.max_micro_batch_tokens,
         )
         self.config = config
         self.attention = get_attention(
@@ -137,8 +138,8 @@ class Trainer:
         self.saved: Checkpoint | None = None
         if config.resume:
             self.restore()
-        run.start(config)
         self.reporters = open_reporters(config)
+        run.start(config)
         budget_gib = None if compute.device.type == "cpu" else compute.budget_bytes / recompute.GIB
         self.display = Display(f"hamner {config.option}", config.total_tokens, budget_gib)
 
@@ -155,8 +156,9 @@ class Trainer:
         with self.display, Interrupt() as interrupt:
             self.introduce()
             self.mark_interval()
+            # The data position of a checkpoint is that of the last finished step.
+            position = self.loader.state_dict()
             while self.tokens < config.total_tokens and not interrupt.requested:
-                position = self.loader.state_dict()
                 batch = next(self.loader)
                 lr = self.schedule(self.tokens + batch.inputs.numel())
                 norm = self.train_step(batch, lr, interrupt)

@@ -122,3 +122,9 @@ def test_plain_torch_keeps_everything_while_it_fits():
     assert recompute.describe(choose(70, fused=False).policies) == "none"
     assert recompute.describe(choose(70).policies) == "selective"
     assert recompute.describe(choose(30, fused=False).policies) == "selective"
+
+
+def test_automatic_micro_batch_may_be_bounded():
+    assert choose(70, max_micro_batch_tokens=8_192).micro_batch_size == 8
+    assert choose(70, max_micro_batch_tokens=100).micro_batch_size == 1
+    assert choose(70, max_micro_batch_tokens=100, micro_batch_size=12).micro_batch_size == 12

@@ -230,6 +230,18 @@ def test_bad_data_leaves_no_run_folder(config):
     assert not config.run_dir.exists()
 
 
+def test_missing_tracker_leaves_no_run_folder(config):
+    with pytest.raises(UserError, match=r"--report-to wandb: .* pip install 'hamner\[wandb\]'"):
+        train(replace(config, report_to=("wandb",)))
+    assert not config.run_dir.exists()
+
+
+def test_a_finished_run_resumes_to_nothing(config):
+    finished = train(config)
+    again = train(replace(config, resume=True))
+    assert again == finished
+
+
 def test_failed_periodic_save_does_not_end_the_run(config, monkeypatch, capsys):
     real_save, failures = checkpoint.save, []
 

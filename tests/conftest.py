@@ -22,3 +22,19 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 def device() -> torch.device:
     """The device the kernels run on in this session."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what every kernel takes of each GPU, as the compile gate found it."""
+    rows = [
+        row
+        for outcome in ("passed", "failed")
+        for report in terminalreporter.getreports(outcome)
+        for name, rows in report.user_properties
+        if name == "compile_gate"
+        for row in rows
+    ]
+    if rows:
+        terminalreporter.section("compile gate")
+        for row in sorted(rows):
+            terminalreporter.write_line(row)

@@ -70,6 +70,13 @@ class CompileResult:
     stack: int
     shared: int
 
+    def row(self, op: str) -> str:
+        """A line of the table that the tests print."""
+        return (
+            f"{op:<17} {self.name:<58} {self.capability}  {self.registers:>3} registers "
+            f"{self.shared:>7,} bytes shared {self.stack:>4} spilled"
+        )
+
     def problems(self) -> list[str]:
         """Say why this kernel must not ship; empty when it may."""
         found = []

@@ -7,8 +7,10 @@ from tests.kernels.compile_gate import CompileResult, compile_op_in_subprocess, 
 
 
 @pytest.mark.parametrize("op", ops())
-def test_fits(op):
+def test_fits(op, record_property):
     results = compile_op_in_subprocess(op)
+    # tests/conftest.py prints these rows at the end, from whichever process ran this.
+    record_property("compile_gate", [result.row(op) for result in results])
     assert {result.capability for result in results} == set(CAPABILITIES)
     labels = [(result.name, result.capability) for result in results]
     assert len(set(labels)) == len(labels), "two cases of the same name"

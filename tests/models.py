@@ -29,10 +29,10 @@ MOE = ModelConfig(
 )
 
 
-def plain_ops(kernels: str = "torch") -> Ops:
-    """Operations in plain torch, for the CPU in fp32."""
+def cpu_ops(kernels: str, attention: str) -> Ops:
+    """Operations for the CPU in fp32; the kernels run in Triton's interpreter."""
     backend = get_attention(
-        "sdpa",
+        attention,
         device=torch.device("cpu"),
         dtype=torch.float32,
         head_size=16,
@@ -43,6 +43,11 @@ def plain_ops(kernels: str = "torch") -> Ops:
         document_mask=False,
     )
     return build_ops(kernels, backend)
+
+
+def plain_ops() -> Ops:
+    """Operations in plain torch."""
+    return cpu_ops("torch", "sdpa")
 
 
 def build(config: ModelConfig, seed: int = 0, **kwargs) -> Transformer:

@@ -63,7 +63,7 @@ def test_order_changes_with_the_epoch_not_with_the_call(write_jsonl, write_parqu
 def test_small_text_file_is_one_document(tmp_path):
     text = "\ufeffOne.\n\nTwo.\n\n" + "x" * 60_000
     (tmp_path / "a.txt").write_text(text)
-    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(text.encode()))
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
     assert texts(tmp_path) == [text.removeprefix("\ufeff")] * 2
 
 
@@ -86,7 +86,7 @@ def test_large_text_is_cut_without_loss(tmp_path, monkeypatch, separator, suffix
     text = separator.join(f"{i:06d} wörds and 你好 \U0001f600" for i in range(40_000))
     data = text.encode()
     path = tmp_path / f"a.txt{suffix}"
-    path.write_bytes(gzip.compress(data) if suffix else data)
+    path.write_bytes(gzip.compress(data, mtime=0) if suffix else data)
     documents = texts(path)
     assert len(documents) > 10
     assert max(len(d.encode()) for d in documents) <= files.TEXT_DOCUMENT_BYTES
@@ -105,7 +105,7 @@ def test_large_jsonl_is_read_in_blocks_without_loss(tmp_path, monkeypatch, suffi
     rows = [f"{i} " + "x" * (i * 37 % 3000) for i in range(200)]
     data = "\n".join(map(json.dumps, rows)).encode()
     path = tmp_path / f"a.jsonl{suffix}"
-    path.write_bytes(gzip.compress(data) if suffix else data)
+    path.write_bytes(gzip.compress(data, mtime=0) if suffix else data)
     source = FileSource(str(path))
     whole = list(source.documents(0, 0, None))
     assert sorted(text for text, _ in whole) == sorted(rows)
@@ -156,15 +156,23 @@ def test_nothing_there_is_refused(tmp_path):
         ("a.parquet", b"", "its content is not parquet"),
         ("a.jsonl.gz", b"{}", "its content is not gz"),
         ("a.txt.zst", b"text", "its content is not zst"),
-        ("a.txt", gzip.compress(b"text"), "its content is gz; rename it to end in .gz"),
+        ("a.txt", gzip.compress(b"text", mtime=0), "its content is gz; rename it to end in .gz"),
         ("a.jsonl", zstd(b"{}"), "its content is zst; rename"),
         ("a.jsonl", b"PAR1....", "its content is parquet; rename"),
         ("a.parquet", b"PAR1 and then nothing", "not a readable parquet file"),
-        ("a.txt.gz", gzip.compress(b"text" * 999)[:-20], "damaged compressed file"),
-        ("a.txt.gz", gzip.compress(b"text")[:10] + b"\xff" * 50, "damaged compressed file"),
+        ("a.txt.gz", gzip.compress(b"text" * 999, mtime=0)[:-20], "damaged compressed file"),
+        (
+            "a.txt.gz",
+            gzip.compress(b"text", mtime=0)[:10] + b"\xff" * 50,
+            "damaged compressed file",
+        ),
         ("a.txt.zst", zstd(b"text" * 999)[:-5], "damaged compressed file"),
         ("a.txt", b"abc \xff\xfe", "not UTF-8 at byte 4; convert"),
-        ("a.txt.gz", gzip.compress(b"abcd \xff\xfe"), "not UTF-8 at decompressed byte 5; convert"),
+        (
+            "a.txt.gz",
+            gzip.compress(b"abcd \xff\xfe", mtime=0),
+            "not UTF-8 at decompressed byte 5; convert",
+        ),
         ("a.jsonl", b'"ok"\n"\xff"\n', "not UTF-8 at byte 6; convert"),
         ("a.jsonl", b'"ok"\n\n{"text": "cut\n', "line 3: not JSON"),
         ("a.jsonl", b'"ok"\n{"text": null}\n', 'line 2: "text" must be a string, not null'),
@@ -189,7 +197,7 @@ def test_file_that_went_away_is_refused(tmp_path):
 
 def test_line_number_of_a_compressed_file(tmp_path):
     path = tmp_path / "a.jsonl.gz"
-    path.write_bytes(gzip.compress(b'"a"\n"b"\nbroken\n'))
+    path.write_bytes(gzip.compress(b'"a"\n"b"\nbroken\n', mtime=0))
     refused(path, "line 3: not JSON")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from hamner.errors import UserError
-from hamner.options import OPTIONS, ModelConfig
+from hamner.options import OPTIONS, ModelConfig, flag
 
 CONFIG_FILE = "config.json"
 
@@ -108,11 +108,11 @@ class TrainConfig:
         for name, least in positive.items():
             value = getattr(self, name)
             if value is not None and (value < least or value <= 0):
-                raise UserError(f"--{_flag(name)} {value} must be above 0")
+                raise UserError(f"--{flag(name)} {value} must be above 0")
         not_negative = ("min_lr", "warmup_steps", "weight_decay", "grad_clip", "keep", "seed")
         for name in (*not_negative, "log_every", "eval_every", "save_every", "sample_every"):
             if getattr(self, name) < 0:
-                raise UserError(f"--{_flag(name)} {getattr(self, name)} must not be negative")
+                raise UserError(f"--{flag(name)} {getattr(self, name)} must not be negative")
         if self.steps is not None and self.tokens is not None:
             raise UserError("--steps and --tokens both set the length of the run: give one of them")
         if self.seq_len > self.model.max_seq_len:
@@ -159,7 +159,6 @@ class TrainConfig:
         if name not in OPTIONS:
             raise UserError(f"--option {name} is not one of {', '.join(OPTIONS)}")
         option = OPTIONS[name]
-        small = name == "tiny"
         return cls(
             model=option.model,
             option=name,
@@ -168,11 +167,11 @@ class TrainConfig:
             lr=option.lr,
             min_lr=option.min_lr,
             warmup_steps=option.warmup_steps,
-            eval_every=130 if small else 500,
-            save_every=260 if small else 1_000,
-            sample_every=260 if small else 1_000,
-            eval_tokens=20_480 if small else 200_000,
-            val_fraction=0.05 if small else 0.01,
+            eval_every=option.eval_every,
+            save_every=option.save_every,
+            sample_every=option.sample_every,
+            eval_tokens=option.eval_tokens,
+            val_fraction=option.val_fraction,
         )
 
     def to_json(self) -> dict:
@@ -229,7 +228,3 @@ def _convert(value, hint, name: str, path: Path):
     if isinstance(hint, type) and type(value) is hint:
         return value
     raise UserError(f"{path}: field {name} has an unfit value {value!r}")
-
-
-def _flag(field_name: str) -> str:
-    return field_name.replace("_", "-")

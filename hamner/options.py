@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from hamner.errors import UserError
 
 
-def _flag(field_name: str) -> str:
+def flag(field_name: str) -> str:
+    """The flag that sets a field, without its dashes."""
     return field_name.replace("_", "-")
 
 
@@ -63,13 +64,13 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "num_layers", "num_attention_heads", "num_kv_heads"):
-            _require(getattr(self, name) >= 1, f"--{_flag(name)} must be at least 1")
+            _require(getattr(self, name) >= 1, f"--{flag(name)} must be at least 1")
         for name in ("expert_intermediate_size", "max_seq_len", "vocab_size"):
-            _require(getattr(self, name) >= 1, f"--{_flag(name)} must be at least 1")
+            _require(getattr(self, name) >= 1, f"--{flag(name)} must be at least 1")
         for name in ("num_experts", "num_experts_per_token", "num_shared_experts"):
-            _require(getattr(self, name) >= 0, f"--{_flag(name)} must not be negative")
+            _require(getattr(self, name) >= 0, f"--{flag(name)} must not be negative")
         for name in ("rope_theta", "rms_norm_eps"):
-            _require(getattr(self, name) > 0, f"--{_flag(name)} must be above 0")
+            _require(getattr(self, name) > 0, f"--{flag(name)} must be above 0")
         heads, kv_heads = self.num_attention_heads, self.num_kv_heads
         _require(
             self.hidden_size % heads == 0,
@@ -153,7 +154,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class Option:
-    """A model with the batch and schedule it is trained with."""
+    """A model with the batch, the schedule and the rhythm it is trained with."""
 
     name: str
     description: str
@@ -164,6 +165,11 @@ class Option:
     lr: float
     min_lr: float
     warmup_steps: int
+    eval_every: int = 500
+    save_every: int = 1_000
+    sample_every: int = 1_000
+    eval_tokens: int = 200_000
+    val_fraction: float = 0.01
 
     @property
     def tokens_per_step(self) -> int:
@@ -221,6 +227,11 @@ OPTIONS: dict[str, Option] = {
             lr=8e-4,
             min_lr=8e-5,
             warmup_steps=20,
+            eval_every=130,
+            save_every=260,
+            sample_every=260,
+            eval_tokens=20_480,
+            val_fraction=0.05,
         ),
         _option(
             "current",

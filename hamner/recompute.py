@@ -284,15 +284,11 @@ def choose(
     Raises:
         UserError: not even one sequence with every block recomputed fits.
     """
+    most = max(1, (max_micro_batch_tokens or batch_size * seq_len) // seq_len)
     micro_batches = (
         [micro_batch_size]
         if micro_batch_size
-        else [
-            size
-            for size in range(batch_size, 0, -1)
-            if batch_size % size == 0
-            and (size == 1 or size * seq_len <= (max_micro_batch_tokens or size * seq_len))
-        ]
+        else [size for size in range(min(most, batch_size), 0, -1) if batch_size % size == 0]
     )
     layers = model.num_layers
     if policies is not None:

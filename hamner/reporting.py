@@ -1,6 +1,8 @@
 """Metrics for the services people already use, when installed."""
 
 import importlib
+import importlib.metadata
+from collections.abc import Sequence
 from typing import Protocol
 
 from hamner.config import TrainConfig
@@ -24,7 +26,6 @@ class TensorBoard:
     """Event files in RUN/tensorboard."""
 
     def __init__(self, config: TrainConfig) -> None:
-        _import("tensorboard", "tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(config.folder / "tensorboard")
@@ -43,7 +44,7 @@ class Tracker:
     """A service with wandb's interface: wandb itself, or trackio."""
 
     def __init__(self, module: str, config: TrainConfig) -> None:
-        self.module = _import(module, module)
+        self.module = importlib.import_module(module)
         self.module.init(
             project="hamner", name=config.folder.name, config=config.to_json(), resume="allow"
         )
@@ -57,25 +58,28 @@ class Tracker:
         self.module.finish()
 
 
-def open_reporters(config: TrainConfig) -> list[Reporter]:
-    """The services `--report-to` names.
+def require_installed(names: Sequence[str]) -> None:
+    """Refuse services that are missing, before anything is opened or written.
 
     Raises:
-        UserError: one is not installed.
+        UserError: says how to install the first that is not there.
     """
+    for name in names:
+        try:
+            # Not by importing: wandb leaves a folder of its name, which Python would import.
+            importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError as error:
+            raise UserError(
+                f"--report-to {name}: it is not installed; run pip install 'hamner[{name}]'"
+            ) from error
+
+
+def open_reporters(config: TrainConfig) -> list[Reporter]:
+    """The services `--report-to` names, in the run's folder."""
     return [
         TensorBoard(config) if name == "tensorboard" else Tracker(name, config)
         for name in config.report_to
     ]
-
-
-def _import(module: str, extra: str):
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UserError(
-            f"--report-to {module}: it is not installed; run pip install 'hamner[{extra}]'"
-        ) from error
 
 
 def _numbers(record: Record) -> dict[str, float]:

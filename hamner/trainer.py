@@ -25,7 +25,8 @@ from hamner.metrics import Mfu, Record, Stopwatch, peak_vram_gib
 from hamner.model import RouterStatistics, Transformer
 from hamner.ops import IGNORED_TARGET, build_ops
 from hamner.optimizer import AdamW, Schedule
-from hamner.reporting import open_reporters
+from hamner.options import flag
+from hamner.reporting import open_reporters, require_installed
 from hamner.run_folder import RunFolder, append_record
 from hamner.sampling import PROMPTS, generate
 
@@ -70,6 +71,7 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, run: RunFolder) -> None:
+        require_installed(config.report_to)
         self.run = run
         self.compute = compute = device.select(config)
         self.tokenizer = load_tokenizer(config.tokenizer, config.model.vocab_size)
@@ -138,8 +140,8 @@ class Trainer:
         self.saved: Checkpoint | None = None
         if config.resume:
             self.restore()
-        self.reporters = open_reporters(config)
         run.start(config)
+        self.reporters = open_reporters(config)
         budget_gib = None if compute.device.type == "cpu" else compute.budget_bytes / recompute.GIB
         self.display = Display(f"hamner {config.option}", config.total_tokens, budget_gib)
 
@@ -381,10 +383,9 @@ class Trainer:
         saved = state.get("model", {})
         for name, value in ours.items():
             if saved.get(name) != value:
-                flag = name.replace("_", "-")
                 raise UserError(
-                    f"--{flag} {value} is not the {saved.get(name)} that {found.path} was trained "
-                    "with; leave the flag out, or start another run with --run-dir"
+                    f"--{flag(name)} {value} is not the {saved.get(name)} that {found.path} was "
+                    "trained with; leave the flag out, or start another run with --run-dir"
                 )
         if state.get("tokenizer") != self.tokenizer.fingerprint:
             raise UserError(

@@ -2,10 +2,11 @@
 
 "eager" is the op's reference (fp32 inside), "compiled" the same through torch.compile.
 
-Every row is first compared with eager torch, and not timed if it disagrees. Times are medians of
-`triton.testing.do_bench` (L2 cleared between runs); `extra_info` holds them with their 10th and
-90th percentiles, the GB/s or TFLOP/s they mean for what the op must move or compute, and the peak
-memory of one call. pytest-benchmark's own columns are wall time with a synchronisation.
+Every row is first compared with eager torch, and not timed if it disagrees. Times are medians of a
+CUDA graph's replays (bench/timing.py; L2 cleared between them), or of launches where an op waits
+for the GPU. `extra_info` says which, and holds them with their 10th and 90th percentiles, the GB/s
+or TFLOP/s they mean for what the op must move or compute, and the peak memory of one call.
+pytest-benchmark's own columns are wall time with a synchronisation.
 
     pytest bench/test_dense_kernels.py --benchmark-only --benchmark-json=dense.json
 """
@@ -17,8 +18,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch._functorch.config as functorch_config
-import triton
 
+from bench.timing import quantiles, timed_as
 from hamner.kernels.adamw import adamw_, adamw_reference_
 from hamner.kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from hamner.kernels.fused_linear import (
@@ -236,8 +237,15 @@ def record(benchmark, function: Callable, *, num_bytes: int | None, flops: int |
     torch.cuda.reset_peak_memory_stats()
     function()
     peak = torch.cuda.max_memory_allocated() - before
-    median, p10, p90 = triton.testing.do_bench(function, quantiles=[0.5, 0.1, 0.9])
-    info = {"median_ms": median, "p10_ms": p10, "p90_ms": p90, "peak_mib": peak / 2**20}
+    timed, how = timed_as(function)
+    median, p10, p90 = quantiles(timed)
+    info = {
+        "timed": how,
+        "median_ms": median,
+        "p10_ms": p10,
+        "p90_ms": p90,
+        "peak_mib": peak / 2**20,
+    }
     if num_bytes is not None:
         info["gb_per_s"] = num_bytes / median / 1e6
     if flops is not None:

@@ -4,12 +4,16 @@
 
 The row goes into CONFIGS of kernels/flash_attention.py; tests/kernels/test_compile_gate.py then
 says whether it fits the smallest card that uses it. Causal, bf16, 24,576 tokens, 16 query and 4
-key/value heads.
+key/value heads. Every candidate is compiled first, by all cores at once; then each is timed alone.
 """
 
 import argparse
 import itertools
+import multiprocessing
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 
 import torch
 import triton
@@ -19,8 +23,9 @@ from hamner.kernels.flash_attention import CONFIGS, Tile, launch_backward, launc
 from hamner.kernels.launch import capability
 
 TOKENS, HEADS, KV_HEADS = 24_576, 16, 4
+KERNELS = ("forward", "dq", "dk_dv")
 OUTER_BLOCKS, INNER_BLOCKS, WARPS, STAGES = (64, 128), (16, 32, 64, 128), (4, 8), (2, 3, 4)
-SHOWN = 5
+SHOWN = 6
 
 
 def candidates(kernel: str) -> Iterator[Tile]:
@@ -31,18 +36,50 @@ def candidates(kernel: str) -> Iterator[Tile]:
             yield Tile(block_m, block_n, warps, stages)
 
 
-def time_tile(kernel: str, tile: Tile, sizes: tuple[int, int], run: Callable[[], None]) -> float:
-    """Median milliseconds of `run` with `tile` for `kernel`; infinite if it does not fit."""
-    row = capability(torch.device("cuda"))
-    table = CONFIGS[row]
-    changed = {**table, sizes: table[sizes]._replace(**{kernel: tile})}
-    CONFIGS[row] = changed
-    try:
-        return triton.testing.do_bench(run, quantiles=[0.5])
-    except OutOfResources:
-        return float("inf")
-    finally:
-        CONFIGS[row] = table
+class Problem:
+    """Inputs of `batch_size` sequences, and both directions on them."""
+
+    def __init__(self, head_size: int, v_head_size: int, seq_len: int, batch_size: int) -> None:
+        def randn(heads: int, size: int) -> torch.Tensor:
+            shape = (batch_size, seq_len, heads, size)
+            return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+
+        self.sizes = head_size, max(head_size, v_head_size)
+        self.qkv = (
+            randn(HEADS, head_size),
+            randn(KV_HEADS, head_size),
+            randn(KV_HEADS, self.sizes[1]),
+        )
+        self.d_out = randn(HEADS, self.sizes[1])
+        self.masking = None, None, True, head_size**-0.5
+        self.out, self.lse = launch_forward(*self.qkv, *self.masking)
+        self.gradients = [torch.empty_like(x) for x in self.qkv]
+
+    def forward(self) -> None:
+        launch_forward(*self.qkv, *self.masking)
+
+    def backward(self) -> None:
+        launch_backward(
+            self.d_out, *self.qkv, self.out, self.lse, *self.masking, *self.gradients
+        )  # fmt: skip
+
+    def with_tile(self, kernel: str, tile: Tile, use: Callable[[Callable[[], None]], float]):
+        """`use` the direction `kernel` is part of, run with `tile`; infinite if it does not fit."""
+        row = capability(torch.device("cuda"))
+        table = CONFIGS[row]
+        CONFIGS[row] = {**table, self.sizes: table[self.sizes]._replace(**{kernel: tile})}
+        try:
+            return use(self.forward if kernel == "forward" else self.backward)
+        except OutOfResources:
+            return float("inf")
+        finally:
+            CONFIGS[row] = table
+
+
+def compile_tile(head_size: int, v_head_size: int, seq_len: int, job: tuple[str, Tile]) -> None:
+    """Leave the kernel in Triton's cache on disk."""
+    problem = Problem(head_size, v_head_size, seq_len, batch_size=1)
+    problem.with_tile(*job, lambda run: run())
 
 
 def main() -> None:
@@ -51,37 +88,27 @@ def main() -> None:
     parser.add_argument("--v-head-size", type=int, choices=(64, 128), default=64)
     parser.add_argument("--seq-len", type=int, default=1024)
     arguments = parser.parse_args()
-    head_size, seq_len = arguments.head_size, arguments.seq_len
-    sizes = head_size, max(head_size, arguments.v_head_size)
+    shape = arguments.head_size, arguments.v_head_size, arguments.seq_len
 
-    def randn(heads: int, size: int) -> torch.Tensor:
-        shape = (TOKENS // seq_len, seq_len, heads, size)
-        return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+    jobs = [(kernel, tile) for kernel in KERNELS for tile in candidates(kernel)]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+        list(pool.map(partial(compile_tile, *shape), jobs))
 
-    q, k, v = randn(HEADS, sizes[0]), randn(KV_HEADS, sizes[0]), randn(KV_HEADS, sizes[1])
-    d_out = randn(HEADS, sizes[1])
-    masking = None, None, True, head_size**-0.5
-    out, lse = launch_forward(q, k, v, *masking)
-    gradients = [torch.empty_like(x) for x in (q, k, v)]
-
-    def forward() -> None:
-        launch_forward(q, k, v, *masking)
-
-    def backward() -> None:
-        launch_backward(d_out, q, k, v, out, lse, *masking, *gradients)
-
+    problem = Problem(*shape, batch_size=TOKENS // arguments.seq_len)
+    time = partial(triton.testing.do_bench, warmup=10, rep=50, quantiles=[0.5])
     best = {}
     # dq and dk_dv are one call: its time falls with either.
-    for kernel, run in (("forward", forward), ("dq", backward), ("dk_dv", backward)):
-        times = {tile: time_tile(kernel, tile, sizes, run) for tile in candidates(kernel)}
+    for kernel in KERNELS:
+        times = {tile: problem.with_tile(kernel, tile, time) for tile in candidates(kernel)}
         ranking = sorted(times, key=times.__getitem__)
         best[kernel] = ranking[0]
         call = "forward" if kernel == "forward" else "backward, both kernels"
         for tile in ranking[:SHOWN]:
             print(f"{kernel:8} {times[tile]:.3f} ms {call}  {tile}", flush=True)
     name = torch.cuda.get_device_name()
-    print(f"# {name}, T {seq_len}, row {capability(torch.device('cuda'))}")
-    print(f"    {sizes}: Config(")
+    print(f"# {name}, T {arguments.seq_len}, row {capability(torch.device('cuda'))}")
+    print(f"    {problem.sizes}: Config(")
     for kernel, tile in best.items():
         print(f"        {kernel}=Tile({', '.join(map(str, tile))}),")
     print("    ),")

@@ -108,8 +108,14 @@ def _choose(
     if len(able) == 1:
         name, why = able[0], "the only one that can"
     else:
-        name, why = fastest(shape, {name: _FUNCTIONS[name][0] for name in able})
+        waiting = [name for name in able if waits_for_gpu(name, shape.document_mask)]
+        name, why = fastest(shape, {name: _FUNCTIONS[name][0] for name in able}, waiting)
     return AttentionBackend(name, *_FUNCTIONS[name], ", ".join([why, *others]))
+
+
+def waits_for_gpu(name: str, document_mask: bool) -> bool:
+    """Whether a backend stops the host until the GPU has caught up, once a batch."""
+    return name == "flash-attn" and document_mask
 
 
 def _refusal(flag: str, obstacle: str, able: list[str]) -> str:

@@ -12,7 +12,7 @@ import json
 import os
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,8 +28,15 @@ WARM_UP, REPEATS = 3, 7
 Functions = dict[str, Callable[..., Tensor]]
 
 
-def fastest(shape: AttentionShape, functions: Functions) -> tuple[str, str]:
+def fastest(
+    shape: AttentionShape, functions: Functions, waiting: Collection[str]
+) -> tuple[str, str]:
     """Name the fastest of `functions` (packed attention) and say why, from the cache if it can.
+
+    Args:
+        shape: what the attention of the run is asked for.
+        functions: by name.
+        waiting: names of those that wait for the GPU, which no CUDA graph can record.
 
     Raises:
         RuntimeError: none of them ran.
@@ -39,7 +46,7 @@ def fastest(shape: AttentionShape, functions: Functions) -> tuple[str, str]:
     milliseconds = read_times(cache, key, list(functions))
     failures: dict[str, str] = {}
     if milliseconds is None:
-        milliseconds, failures = measure_all(shape, functions)
+        milliseconds, failures = measure_all(shape, functions, waiting)
         if not failures:
             write_times(cache, key, milliseconds)
     if not milliseconds:
@@ -53,7 +60,7 @@ def fastest(shape: AttentionShape, functions: Functions) -> tuple[str, str]:
 
 
 def measure_all(
-    shape: AttentionShape, functions: Functions
+    shape: AttentionShape, functions: Functions, waiting: Collection[str]
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Milliseconds of each function that ran, and the error of each that did not."""
     milliseconds, failures = {}, {}
@@ -61,15 +68,19 @@ def measure_all(
         # Whatever goes wrong in one (out of memory, an extension built for another torch) must
         # not keep the run from the others.
         try:
-            milliseconds[name] = measure(shape, function)
+            milliseconds[name] = measure(shape, function, graphed=name not in waiting)
         except Exception as error:
             failures[name] = f"{type(error).__name__}: {error}".splitlines()[0]
     torch.cuda.empty_cache()
     return milliseconds, failures
 
 
-def measure(shape: AttentionShape, function: Callable[..., Tensor]) -> float:
-    """Median milliseconds of one forward and backward."""
+def measure(shape: AttentionShape, function: Callable[..., Tensor], *, graphed: bool) -> float:
+    """Median milliseconds of one forward and backward.
+
+    `graphed` replays both as a CUDA graph, as the trainer's step does: launched one by one, the
+    backend of many small kernels would be charged for Python's time between them.
+    """
     generator = torch.Generator(shape.device).manual_seed(0)
     num_heads, num_kv_heads = shape.num_heads, shape.num_kv_heads
     tokens = shape.micro_batch_size, shape.seq_len
@@ -91,11 +102,17 @@ def measure(shape: AttentionShape, function: Callable[..., Tensor]) -> float:
     with torch.cuda.device(shape.device):
         for _ in range(WARM_UP):
             run()
+        timed = run
+        if graphed:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                run()
+            timed = graph.replay
         events = []
         for _ in range(REPEATS):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            run()
+            timed()
             end.record()
             events.append((start, end))
         torch.cuda.synchronize()

@@ -70,6 +70,8 @@ class TrainConfig:
     """compute precision; auto is bf16 with fp32 masters on a GPU, fp32 on a CPU"""
     compile: bool = False
     """run the model through torch.compile"""
+    cuda_graph: bool = True
+    """replay forward and backward as one CUDA graph where that is possible"""
     log_every: int = 10
     """steps between log lines and metrics; 0 is never"""
     eval_every: int = 500

@@ -285,6 +285,7 @@ class Transformer(nn.Module):
             x, residual, routing = policy.run(layer, x, residual, context)
             routings.append(routing)
         hidden, _ = self.ops.add_rms_norm(x, residual, self.norm.weight, self.norm.eps)
+        del x, residual, _  # the loss is where memory peaks
         router = summarize_routers(routings) if self.config.is_moe else None
         if targets is None:
             logits = nn.functional.linear(hidden, self.head_weight)

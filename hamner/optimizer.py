@@ -93,7 +93,8 @@ class AdamW:
             if name in self.accumulated:
                 self.accumulated[name].add_(parameter.grad)
             else:
-                self.accumulated[name] = parameter.grad.float()
+                # A copy: a CUDA graph overwrites its gradients.
+                self.accumulated[name] = parameter.grad.to(torch.float32, copy=True)
             parameter.grad = None
 
     @torch.no_grad()

@@ -13,9 +13,10 @@ from torch import Tensor
 
 import hamner
 from hamner import checkpoint, device, plots, recompute
-from hamner.attention import get_attention
+from hamner.attention import get_attention, waits_for_gpu
 from hamner.checkpoint import Checkpoint
 from hamner.config import TrainConfig
+from hamner.cuda_graph import GraphedBackward
 from hamner.data.loader import Batch, DataConfig, TrainLoader, validation_rows
 from hamner.data.tokenizer import load_tokenizer
 from hamner.display import Display, count, duration
@@ -32,6 +33,10 @@ from hamner.sampling import PROMPTS, generate
 
 PATIENCE_SECONDS = 10.0
 """longest an interrupted step is finished; a slower one is dropped and comes again on resume"""
+
+
+EVALUATION_TOKENS = 2_048
+"""of one forward pass of an evaluation"""
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,9 @@ class Trainer:
             grad_clip=config.grad_clip,
         )
         self.forward = torch.compile(self.model) if config.compile else self.model
+        self.micro_step = self.forward_backward
+        if self.can_graph():
+            self.micro_step = GraphedBackward(self.forward_backward, self.model.parameters())
         self.schedule = Schedule(
             config.lr,
             config.min_lr,
@@ -144,6 +152,18 @@ class Trainer:
         self.reporters = open_reporters(config)
         budget_gib = None if compute.device.type == "cpu" else compute.budget_bytes / recompute.GIB
         self.display = Display(f"hamner {config.option}", config.total_tokens, budget_gib)
+
+    def can_graph(self) -> bool:
+        """Whether forward and backward can be one CUDA graph: the plain ops wait for the GPU in
+        places, flash-attn does with documents, and compiled code has graphs of its own."""
+        config = self.config
+        waits = waits_for_gpu(self.attention.name, config.document_mask)
+        return (
+            config.cuda_graph
+            and self.compute.device.type == "cuda"
+            and self.compute.kernels == "triton"
+            and not (config.compile or waits)
+        )
 
     def close(self) -> None:
         """Stop what runs beside the loop."""
@@ -210,10 +230,10 @@ class Trainer:
         started = time.perf_counter()
         loss = torch.zeros((), device=self.compute.device)
         for number, start in enumerate(starts):
-            share = kept[number] / max(1, sum(kept))
-            output = self.forward(*self.to_device(batch, slice(start, start + size)))
-            (output.loss * share).backward()
-            loss += output.cross_entropy.detach() * share
+            share = torch.full((), kept[number] / max(1, sum(kept)), device=self.compute.device)
+            rows = slice(start, start + size)
+            cross_entropy, router = self.micro_step(*self.to_device(batch, rows), share)
+            loss += cross_entropy * share
             if len(starts) > 1:
                 self.optimizer.accumulate()
             if self.step == 0 and number == 0 and self.compute.device.type == "cpu":
@@ -226,8 +246,21 @@ class Trainer:
         self.loss_sum += loss
         self.loss_steps += 1
         self.skipped += ~torch.isfinite(norm)
-        self.router = output.router
+        self.router = router
         return norm
+
+    def forward_backward(
+        self, inputs: Tensor, targets: Tensor, document_ids: Tensor | None, share: Tensor
+    ) -> tuple[Tensor, RouterStatistics | None]:
+        """Leave the gradients of `share` of a micro-batch's mean loss in the parameters.
+
+        Returns:
+            The micro-batch's mean cross-entropy, 0-d, and what its routers did.
+        """
+        output = self.forward(inputs, targets, document_ids)
+        (output.loss * share).backward()
+        router = output.router and RouterStatistics(*(x.detach() for x in output.router))
+        return output.cross_entropy.detach(), router
 
     def to_device(self, batch: Batch, rows: slice) -> tuple[Tensor, Tensor, Tensor | None]:
         """Inputs, targets and, if documents are kept apart, document ids of some rows."""
@@ -241,9 +274,11 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> None:
-        """Mean cross-entropy over the validation rows, in micro-batches of the training's size."""
+        """Mean cross-entropy over the validation rows."""
         self.watch.pause()
-        rows, size = len(self.validation.inputs), self.plan.micro_batch_size
+        # In small pieces: a step's memory may be reserved by its CUDA graph at the same time.
+        rows = len(self.validation.inputs)
+        size = max(1, min(self.plan.micro_batch_size, EVALUATION_TOKENS // self.config.seq_len))
         if rows:
             total, kept = torch.zeros((), device=self.compute.device), 0
             for start in range(0, rows, size):

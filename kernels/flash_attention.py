@@ -95,13 +95,12 @@ _SM86 = {
     ),
 }
 # Hopper's tensor cores are far faster, so tiles are larger, to read less from L2; 64 rows to four
-# warps is the shape of its warpgroup matmul. Forward at head size 64 stays within 128 registers,
-# which lets two blocks of eight warps be resident, and dq within 168, three blocks of four.
+# warps is the shape of its warpgroup matmul. Measured on an H100 (profiles/LOG.md).
 _SM90 = {
     (64, 64): Config(
         forward=Tile(128, 64, 8, 3),
         dq=Tile(64, 64, 4, 3),
-        dk_dv=Tile(64, 128, 8, 3),
+        dk_dv=Tile(64, 64, 4, 3),
     ),
     (64, 128): Config(
         forward=Tile(128, 64, 8, 3),

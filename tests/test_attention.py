@@ -336,7 +336,7 @@ class TestAuto:
         calls = []
         triton = attention._FUNCTIONS["triton"][0]
 
-        def measure(shape, function):
+        def measure(shape, function, *, graphed):
             calls.append(function)
             return 0.93 if function is triton else 1.1
 
@@ -408,7 +408,7 @@ class TestAuto:
         assert choose("auto", gpu).name == "triton"
 
     def test_a_backend_that_fails_is_named_and_not_remembered(self, gpu, monkeypatch):
-        def measure(shape, function):
+        def measure(shape, function, *, graphed):
             if function is attention._FUNCTIONS["triton"][0]:
                 raise torch.OutOfMemoryError("out of memory\nby a lot")
             return 1.1

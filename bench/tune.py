@@ -1,0 +1,262 @@
+"""Measure the launch tables of the kernels on the GPU at hand and print the best rows.
+
+    python -m bench.tune [rms_norm swiglu rope cross_entropy grouped_matmul]
+
+Shapes are those of option a (c for grouped_matmul) at 24 x 1024, bf16. A row goes into CONFIGS of
+the kernel's module; tests/kernels/test_compile_gate.py then says whether it fits the smallest card
+that uses it. Every candidate is compiled first, by all cores at once; then each is timed alone, as
+a CUDA graph. FlashAttention, whose table depends on head sizes, has bench/tune_flash_attention.py.
+"""
+
+import argparse
+import importlib
+import itertools
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import NamedTuple
+
+import torch
+from triton.runtime.errors import OutOfResources
+
+from bench.timing import graphed, quantiles
+from hamner.kernels.launch import capability
+
+N, D, INTERMEDIATE, V, T = 24_576, 1024, 2816, 49_152, 1024
+HEADS, KV_HEADS, HEAD_DIM = 16, 4, 64
+EXPERTS, TOP_K, MOE_D, MOE_I = 4, 2, 768, 1536
+SHOWN = 4
+
+
+def randn(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+
+
+class Tunable(NamedTuple):
+    """Some fields of a module's CONFIGS, what values to try, and what to time."""
+
+    module: str
+    fields: tuple[str, ...]
+    candidates: list[tuple]
+    build: Callable[[object], Callable[[], object]]
+    """the module -> the call to time"""
+
+
+def grid(*axes: tuple) -> list[tuple]:
+    return list(itertools.product(*axes))
+
+
+def rms_norm_forward(m):
+    x, residual, weight = randn(N, D), randn(N, D), torch.ones(D, device="cuda")
+    return lambda: m.launch_rms_norm(x, residual, weight, 1e-5)
+
+
+def rms_norm_backward(m):
+    d_y, d_residual, x = randn(N, D), randn(N, D), randn(N, D)
+    weight, rstd = torch.ones(D, device="cuda"), torch.ones(N, device="cuda")
+    return lambda: m.launch_rms_norm_backward(d_y, d_residual, x, weight, rstd, y=d_y)
+
+
+def swiglu_forward(m):
+    gate_up = randn(N, 2 * INTERMEDIATE)
+    return lambda: m.launch_swiglu(gate_up)
+
+
+def swiglu_backward(m):
+    d_h, gate_up = randn(N, INTERMEDIATE), randn(N, 2 * INTERMEDIATE)
+    return lambda: m.launch_swiglu_backward(d_h, gate_up, h=d_h)
+
+
+def rope(m):
+    qkv = randn(N // T, T, (HEADS + 2 * KV_HEADS) * HEAD_DIM)
+    angles = torch.rand(T, HEAD_DIM // 2, device="cuda")
+    cos, sin = angles.cos(), angles.sin()
+    return lambda: m.launch_packed_rotation(qkv, cos, sin, HEADS, KV_HEADS, None, in_place=True)
+
+
+def cross_entropy(m):
+    logits, losses = randn(4096, V), torch.empty(4096, device="cuda")
+    targets = torch.randint(V, (4096,), device="cuda")
+    return lambda: m.launch_cross_entropy_(logits, targets, losses, -100, 0.0, write_gradient=True)
+
+
+class MoeProblem:
+    """One layer of option c, its tokens routed at random."""
+
+    def __init__(self):
+        from hamner.kernels.moe_routing import moe_route
+
+        torch.manual_seed(0)
+        self.routing = moe_route(torch.randn(N, EXPERTS, device="cuda"), TOP_K)
+        self.order, self.offsets = self.routing.order, self.routing.offsets
+        self.x = randn(N, MOE_D)
+        self.gate_up_weight = randn(EXPERTS, 2 * MOE_I, MOE_D)
+        self.down_weight = randn(EXPERTS, MOE_D, MOE_I)
+        self.hidden = randn(N * TOP_K, MOE_I)
+        self.gate_up = randn(N * TOP_K, 2 * MOE_I)
+
+
+def moe_gate_up(m):
+    p = MoeProblem()
+    weights = p.routing.weights.detach()
+    return lambda: m.launch_gate_up(p.x, weights, p.order, p.offsets, p.gate_up_weight)
+
+
+def moe_matmul(m):
+    p = MoeProblem()
+
+    def run():
+        m.launch_grouped_matmul(
+            p.hidden, p.down_weight, p.order, p.offsets, TOP_K, gather=False, transposed=True
+        )
+        m.launch_grouped_matmul(
+            p.x, p.down_weight, p.order, p.offsets, TOP_K, gather=True, transposed=False
+        )
+        m.launch_grouped_matmul(
+            p.gate_up, p.gate_up_weight, p.order, p.offsets, TOP_K, gather=False, transposed=False
+        )
+
+    return run
+
+
+def moe_weight_grad(m):
+    p = MoeProblem()
+
+    def run():
+        m.launch_weight_grad(p.x, p.hidden, p.order, p.offsets, TOP_K, gather_d_out=True)
+        m.launch_weight_grad(p.gate_up, p.x, p.order, p.offsets, TOP_K, gather_d_out=False)
+
+    return run
+
+
+_ROW_TILES = grid((1024, 2048, 4096, 8192), (2, 4, 8))
+
+
+def matmul_tiles(stages: tuple[int, ...], accumulators: int = 1) -> list[tuple]:
+    """Tiles whose fp32 accumulators take 32 to 128 registers of a thread."""
+    return [
+        (tile,)
+        for tile in grid((64, 128, 256), (64, 128, 256), (32, 64), (4, 8), stages)
+        if 32 <= accumulators * tile[0] * tile[1] / (32 * tile[3]) <= 128
+    ]
+
+
+KERNELS: dict[str, dict[str, Tunable]] = {
+    "rms_norm": {
+        "forward": Tunable(
+            "rms_norm", ("forward_tile", "forward_warps"), _ROW_TILES, rms_norm_forward
+        ),
+        "backward": Tunable(
+            "rms_norm",
+            ("backward_tile", "backward_warps", "backward_programs_per_sm"),
+            grid((1024, 2048, 4096, 8192), (2, 4, 8), (2, 4, 8, 16)),
+            rms_norm_backward,
+        ),
+    },
+    "swiglu": {
+        "forward": Tunable(
+            "swiglu",
+            ("forward_block_m", "forward_block_i", "forward_warps"),
+            grid((1, 2, 4, 8, 16), (256, 512, 1024), (2, 4, 8)),
+            swiglu_forward,
+        ),
+        "backward": Tunable(
+            "swiglu",
+            ("backward_block_m", "backward_block_i", "backward_warps"),
+            grid((1, 2, 4, 8), (256, 512, 1024), (2, 4, 8)),
+            swiglu_backward,
+        ),
+    },
+    "rope": {
+        "packed": Tunable(
+            "rope",
+            ("block_m", "block_h", "warps"),
+            [
+                tile
+                for tile in grid((1, 2, 4, 8, 16), (4, 8, 16, 32), (2, 4, 8))
+                if tile[0] * tile[1] <= 128
+            ],
+            rope,
+        ),
+    },
+    "cross_entropy": {
+        "rows": Tunable(
+            "cross_entropy",
+            ("block_v", "warps"),
+            grid((2048, 4096, 8192, 16384), (4, 8, 16, 32)),
+            cross_entropy,
+        ),
+    },
+    "grouped_matmul": {
+        "gate_up": Tunable(
+            "grouped_matmul_kernels",
+            ("gate_up",),
+            matmul_tiles((3, 4), accumulators=2),
+            moe_gate_up,
+        ),
+        "matmul": Tunable("grouped_matmul_kernels", ("matmul",), matmul_tiles((3, 4)), moe_matmul),
+        "weight_grad": Tunable(
+            "grouped_matmul_kernels", ("weight_grad",), matmul_tiles((3, 4, 6)), moe_weight_grad
+        ),
+    },
+}
+
+
+def with_row(tunable: Tunable, values: tuple, use: Callable[[Callable], float]) -> float:
+    """`use` the call with these values in the table; infinite if they do not fit the GPU."""
+    module = importlib.import_module(f"hamner.kernels.{tunable.module}")
+    row = capability(torch.device("cuda"))
+    config = module.CONFIGS[row]
+    typed = [
+        type(getattr(config, field))(*value) if isinstance(value, tuple) else value
+        for field, value in zip(tunable.fields, values, strict=True)
+    ]
+    module.CONFIGS[row] = config._replace(**dict(zip(tunable.fields, typed, strict=True)))
+    try:
+        return use(tunable.build(module))
+    except OutOfResources:
+        return float("inf")
+    finally:
+        module.CONFIGS[row] = config
+
+
+def compile_row(job: tuple[str, str, tuple]) -> None:
+    """Leave the kernel in Triton's cache on disk."""
+    kernel, direction, values = job
+    with_row(KERNELS[kernel][direction], values, lambda call: call())
+
+
+def jobs(kernels: list[str]) -> Iterator[tuple[str, str, tuple]]:
+    for kernel in kernels:
+        for direction, tunable in KERNELS[kernel].items():
+            for values in tunable.candidates:
+                yield kernel, direction, values
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("kernels", nargs="*", help=f"of {', '.join(KERNELS)}; default all")
+    kernels = parser.parse_args().kernels or list(KERNELS)
+    for kernel in kernels:
+        if kernel not in KERNELS:
+            parser.error(f"{kernel} is not one of {', '.join(KERNELS)}")
+
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+        list(pool.map(compile_row, jobs(kernels)))
+
+    print(f"# {torch.cuda.get_device_name()}, row {capability(torch.device('cuda'))}")
+    for kernel in kernels:
+        for direction, tunable in KERNELS[kernel].items():
+            times = {
+                values: with_row(tunable, values, lambda call: quantiles(graphed(call), rep=30)[0])
+                for values in tunable.candidates
+            }
+            for values in sorted(times, key=times.__getitem__)[:SHOWN]:
+                row = ", ".join(f"{f}={v}" for f, v in zip(tunable.fields, values, strict=True))
+                print(f"{kernel} {direction}: {times[values] * 1e3:8.1f} us  {row}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -102,6 +102,8 @@ def flash_attn(problem: Problem) -> Attend:
     return attend
 
 
+# One graph a shape, and there are more shapes than torch expects.
+torch._dynamo.config.recompile_limit = 64
 compiled_flex_attention = functools.cache(
     lambda: torch.compile(flex_attention, dynamic=False, fullgraph=True)
 )

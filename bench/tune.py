@@ -158,13 +158,13 @@ KERNELS: dict[str, dict[str, Tunable]] = {
         "forward": Tunable(
             "swiglu",
             ("forward_block_m", "forward_block_i", "forward_warps"),
-            grid((1, 2, 4, 8, 16), (256, 512, 1024), (2, 4, 8)),
+            grid((1, 2, 4, 8), (256, 512, 1024, 2048, 4096), (4, 8, 16)),
             swiglu_forward,
         ),
         "backward": Tunable(
             "swiglu",
             ("backward_block_m", "backward_block_i", "backward_warps"),
-            grid((1, 2, 4, 8), (256, 512, 1024), (2, 4, 8)),
+            grid((1, 2, 4), (256, 1024, 2048, 4096), (2, 4, 8, 16)),
             swiglu_backward,
         ),
     },

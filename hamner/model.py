@@ -194,8 +194,7 @@ class MoEMLP(nn.Module):
         """(B, T, D) branch and residual in; branch, residual and `Routing` out."""
         normed, residual = self.ops.add_rms_norm(x, residual, self.norm.weight, self.norm.eps)
         tokens = normed.flatten(0, 1)
-        # The router's choice is discrete: bf16 logits would tie experts that fp32 tells apart.
-        logits = nn.functional.linear(tokens.float(), self.router.weight.float())
+        logits = self.ops.router_linear(tokens, self.router.weight)
         routing = self.ops.moe_route(logits, self.config.num_experts_per_token)
         out = self.ops.moe_mlp(
             tokens, routing, self.gate_up_weight, self.down_weight, rebuild=rebuild

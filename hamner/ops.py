@@ -13,7 +13,7 @@ from torch.optim import adamw as torch_adamw
 from torch.utils.checkpoint import checkpoint
 
 from hamner.attention import AttentionBackend, differential_attention
-from hamner.kernels.adamw import adamw_
+from hamner.kernels.adamw import adamw_, global_grad_norm, global_grad_norm_reference
 from hamner.kernels.cross_entropy import linear_cross_entropy
 from hamner.kernels.fused_linear import (
     add_rms_norm_linear,
@@ -31,6 +31,7 @@ from hamner.kernels.rms_norm import (
     rms_norm_reference,
 )
 from hamner.kernels.rope import rope_packed_reference
+from hamner.kernels.router_linear import router_linear, router_linear_reference
 
 IGNORED_TARGET = -100
 """target that no loss counts"""
@@ -59,6 +60,8 @@ class Ops:
     """(gate_up (..., 2I), weight (D, I), *, rebuild) -> (..., D)"""
     linear_cross_entropy: Callable[..., Tensor]
     """(hidden (N, D), weight (V, D), targets (N,)) -> mean over kept targets, fp32"""
+    router_linear: Callable[..., Tensor]
+    """(x (N, D), weight (E, D)) -> router logits (N, E), fp32"""
     moe_route: Callable[..., Routing]
     """(router_logits (N, E), experts per token) -> Routing"""
     moe_mlp: Callable[..., Tensor]
@@ -66,6 +69,8 @@ class Ops:
     -> (N, D)"""
     adamw_: Callable[..., None]
     """see hamner.kernels.adamw.adamw_"""
+    global_grad_norm: Callable[..., Tensor]
+    """(gradients) -> () fp32"""
     attention_backend: AttentionBackend
 
     def attention(
@@ -105,9 +110,11 @@ def build_ops(kernels: str, attention_backend: AttentionBackend) -> Ops:
             norm_qkv_rope=add_rms_norm_qkv_rope,
             swiglu_linear=swiglu_linear,
             linear_cross_entropy=linear_cross_entropy,
+            router_linear=router_linear,
             moe_route=moe_route,
             moe_mlp=moe_mlp,
             adamw_=adamw_,
+            global_grad_norm=global_grad_norm,
             attention_backend=attention_backend,
         )
     return Ops(
@@ -117,9 +124,11 @@ def build_ops(kernels: str, attention_backend: AttentionBackend) -> Ops:
         norm_qkv_rope=_norm_qkv_rope_torch,
         swiglu_linear=_swiglu_linear_torch,
         linear_cross_entropy=_linear_cross_entropy_torch,
+        router_linear=router_linear_reference,
         moe_route=moe_route_reference,
         moe_mlp=_moe_mlp_torch,
         adamw_=_adamw_torch_,
+        global_grad_norm=global_grad_norm_reference,
         attention_backend=attention_backend,
     )
 

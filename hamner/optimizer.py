@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hamner.checkpoint import Checkpoint
-from hamner.kernels.adamw import clip_coefficient, global_grad_norm
+from hamner.kernels.adamw import clip_coefficient
 from hamner.ops import Ops
 
 BETAS = (0.9, 0.95)
@@ -43,7 +43,7 @@ class AdamW:
 
     Args:
         model: its matrices are cast to `dtype` in place; vectors (norms, lambdas) stay fp32.
-        ops: whose `adamw_` runs.
+        ops: whose `adamw_` and `global_grad_norm` run.
         dtype: compute dtype of the matrices; fp32 needs no masters.
         weight_decay: of the matrices, none on vectors.
         grad_clip: largest global gradient norm; 0 does not clip.
@@ -111,7 +111,7 @@ class AdamW:
             if parameter.grad is not None
         }
         self.steps += 1
-        norm = global_grad_norm(list(gradients.values()))
+        norm = self.ops.global_grad_norm(list(gradients.values()))
         clip = clip_coefficient(norm, self.grad_clip or math.inf)
         for name, gradient in gradients.items():
             parameter = self.parameters[name]

@@ -103,10 +103,9 @@ def _kinds(memory: MemoryAccount) -> dict[str, int]:
     """Bytes by kind, adding up to the total."""
     return {
         "weights": memory.weights,
-        "gradients": memory.gradients,
         "optimizer": memory.optimizer,
         "activations": memory.activations,
-        "loss, or a block's backward": max(memory.loss, memory.working_set),
+        "loss, or gradients": memory.total - memory.weights - memory.optimizer - memory.activations,
     }
 
 

@@ -35,25 +35,39 @@ class Policy(Protocol):
         """Run `block(x, residual, *args, rebuild=...)`; returns what the block returns."""
         ...
 
-    def kept_elements(self, model: ModelConfig) -> int:
-        """Elements of the compute dtype kept per token and layer."""
+    def kept_bytes(self, model: ModelConfig, element_size: int, *, fused: bool) -> int:
+        """Bytes kept per token and layer.
+
+        Args:
+            model: shape.
+            element_size: bytes of the compute dtype.
+            fused: whether the Triton kernels run, or their plain references, whose norms and SwiGLU
+                also keep fp32 intermediates.
+        """
         ...
 
 
-def _attention_elements(model: ModelConfig) -> int:
-    """qkv and the attention output, with what differential attention adds to them."""
+def _attention_bytes(model: ModelConfig, size: int, *, fused: bool) -> int:
+    """qkv, the attention output and its softmax statistics, and what the differential kind adds."""
     d, kv = model.hidden_size, model.num_kv_heads * model.head_size
-    elements = (d + 2 * kv) + d
+    kept = ((d + 2 * kv) + d) * size + 4 * model.num_attention_heads
     if model.use_differential_attention:
-        # Values of both halves side by side, and the two maps' outputs before they are subtracted.
-        elements += kv + 2 * d
-    return elements
+        # Values of both halves side by side, the two maps' outputs, their difference; plain torch
+        # keeps what the norm made of it in fp32 as well.
+        kept += (kv + 3 * d) * size + (0 if fused else 4 * d)
+    return kept
 
 
-def _gate_up_elements(model: ModelConfig) -> int:
-    """gate_up of the dense MLP, or of every expert a token goes through."""
-    experts = model.num_experts_per_token + model.num_shared_experts if model.is_moe else 1
-    return 2 * model.expert_intermediate_size * experts
+def _dense_width(model: ModelConfig) -> int:
+    """Intermediate width of the MLP every token goes through: the dense one or the shared one."""
+    if not model.is_moe:
+        return model.expert_intermediate_size
+    return model.expert_intermediate_size * model.num_shared_experts
+
+
+def _routed_width(model: ModelConfig) -> int:
+    """Intermediate width of all routed experts of a token together."""
+    return model.expert_intermediate_size * model.num_experts_per_token if model.is_moe else 0
 
 
 @dataclass(frozen=True)
@@ -66,10 +80,20 @@ class KeepAll:
         """Run the block with every matmul operand kept."""
         return block(x, residual, *args, rebuild=False)
 
-    def kept_elements(self, model: ModelConfig) -> int:
-        """2 residuals, 2 normed inputs, qkv, attention out, gate_up, swiglu out."""
-        gate_up = _gate_up_elements(model)
-        return 4 * model.hidden_size + _attention_elements(model) + gate_up + gate_up // 2
+    def kept_bytes(self, model, element_size, *, fused):
+        """2 residuals, 2 normed inputs, attention, gate_up, swiglu out."""
+        d, size = model.hidden_size, element_size
+        dense, routed = _dense_width(model), _routed_width(model)
+        kept = 2 * d * size + _attention_bytes(model, size, fused=fused)
+        if fused:
+            return kept + (2 * d + 3 * (dense + routed)) * size
+        # Norms keep input and result in fp32. SwiGLU keeps gate_up and silu in fp32, its result in
+        # the compute dtype; of each expert also the gathered rows and its output, in both dtypes.
+        norms = 2 * 2 * 4 * d
+        experts = 4 * (4 * routed) + routed * size
+        if model.is_moe:
+            experts += 4 * d + model.num_experts_per_token * d * (4 + size)
+        return kept + norms + (12 + size) * dense + experts
 
 
 @dataclass(frozen=True)
@@ -82,15 +106,18 @@ class Selective:
         """Run the block with its cheap operands rebuilt in backward."""
         return block(x, residual, *args, rebuild=True)
 
-    def kept_elements(self, model: ModelConfig) -> int:
-        """2 residuals, qkv, attention out, gate_up; routing also keeps its normed input."""
-        routed_input = model.hidden_size if model.is_moe else 0
-        return (
-            2 * model.hidden_size
-            + routed_input
-            + _attention_elements(model)
-            + _gate_up_elements(model)
-        )
+    def kept_bytes(self, model, element_size, *, fused):
+        """2 residuals, attention, gate_up; routing also keeps its normed input."""
+        d, size = model.hidden_size, element_size
+        kept = 2 * d * size + _attention_bytes(model, size, fused=fused)
+        kept += 2 * _dense_width(model) * size
+        if model.is_moe and fused:
+            kept += (d + 2 * _routed_width(model)) * size
+        elif model.is_moe:
+            # The plain experts rebuild all. Before them a norm, which keeps the residual in fp32
+            # instead, and the router, which keeps an fp32 copy of its input.
+            kept += 3 * 4 * d
+        return kept
 
 
 @dataclass(frozen=True)
@@ -109,9 +136,9 @@ class Full:
             block, stream, None, *args, rebuild=True, use_reentrant=False, preserve_rng_state=False
         )
 
-    def kept_elements(self, model: ModelConfig) -> int:
+    def kept_bytes(self, model, element_size, *, fused):
         """The block's input."""
-        return model.hidden_size
+        return model.hidden_size * element_size
 
 
 NONE, SELECTIVE, FULL = KeepAll(), Selective(), Full()
@@ -156,35 +183,42 @@ def describe(policies: Sequence[Policy]) -> str:
 
 @dataclass(frozen=True)
 class MemoryAccount:
-    """Bytes a training step holds at its peak, by kind."""
+    """Bytes of a training step, by kind."""
 
     weights: int
-    gradients: int
     optimizer: int
+    gradient_sums: int
+    """fp32, where a step has more than one micro-batch"""
+    gradients: int
+    """of all parameters, as they are when backward ends"""
     activations: int
-    """kept from forward to backward, all layers"""
-    working_set: int
-    """of the block whose backward runs: what it rebuilds and the gradients it forms"""
+    """kept from forward to backward, all layers, as they are when the loss is computed"""
     loss: int
+    """what the loss holds beside the activations"""
+    backward: int
+    """most that backward holds: activations still needed, gradients formed so far, and the block
+    that is being differentiated"""
 
     @property
     def total(self) -> int:
-        """Peak bytes: the loss and the blocks' backward never hold their working set together."""
-        resident = self.weights + self.gradients + self.optimizer + self.activations
-        return resident + max(self.working_set, self.loss)
+        """Bytes at the peak: of the loss, of the backward pass, or of the update."""
+        step = max(self.activations + self.loss, self.backward, self.gradients)
+        return self.weights + self.optimizer + self.gradient_sums + step
+
+    def parts(self) -> dict[str, int]:
+        """What is held at the peak, by name; adds up to `total`."""
+        parts = {"weights": self.weights, "optimizer": self.optimizer}
+        if self.gradient_sums:
+            parts["gradient sums"] = self.gradient_sums
+        if self.activations + self.loss >= max(self.backward, self.gradients):
+            return parts | {"activations": self.activations, "loss": self.loss}
+        if self.backward >= self.gradients:
+            return parts | {"activations and gradients in backward": self.backward}
+        return parts | {"gradients": self.gradients}
 
     def __str__(self) -> str:
-        parts = (
-            ("weights", self.weights),
-            ("gradients", self.gradients),
-            ("optimizer", self.optimizer),
-            ("activations", self.activations),
-            ("block in backward or loss", max(self.working_set, self.loss)),
-        )
-        return (
-            " + ".join(f"{name} {size / GIB:.2f}" for name, size in parts)
-            + f" = {self.total / GIB:.2f} GiB"
-        )
+        parts = " + ".join(f"{name} {size / GIB:.2f}" for name, size in self.parts().items())
+        return f"{parts} = {self.total / GIB:.2f} GiB"
 
 
 def account(
@@ -204,36 +238,59 @@ def account(
         micro_batch_tokens: tokens of one forward and backward pass.
         precision: "bf16" (fp32 masters) or "fp32".
         accumulate: more than one micro-batch a step, so gradients are also summed in fp32.
-        fused: the Triton kernels, whose loss holds the logits of one chunk at a time.
+        fused: the Triton kernels, or their plain references.
     """
     size = _DTYPE_BYTES[precision]
     parameters = model.num_parameters()
     masters = 4 if precision == "bf16" else 0
     d, tokens = model.hidden_size, micro_batch_tokens
-    kept = sum(policy.kept_elements(model) for policy in policies)
-    # Softmax statistics of attention, fp32 per query head; full blocks compute them again.
-    statistics = 4 * model.num_attention_heads * sum(policy.name != "full" for policy in policies)
-    # Gradients of gate_up and of its operand live beside the rebuilt operand; a full block also
-    # holds its own recomputed activations.
-    working = 2 * _gate_up_elements(model) + 2 * d
-    if any(policy.name == "full" for policy in policies):
-        working += SELECTIVE.kept_elements(model)
-    head_gradient = 4 * model.vocab_size * d
+    kept = [tokens * policy.kept_bytes(model, size, fused=fused) for policy in policies]
+    # After the last block: the norm's input and its result; plain torch keeps both in fp32 too.
+    tail = tokens * d * (2 * size + (0 if fused else 8))
+    embedding = model.vocab_size * d
+    heads = 1 if model.tie_word_embeddings else 2
+    layer_gradient = (parameters - heads * embedding - d) // model.num_layers * size
+    head_gradient = embedding * size
+
+    most = held = 0
+    for layer, policy in enumerate(policies):
+        held += kept[layer]
+        formed = head_gradient + (len(policies) - 1 - layer) * layer_gradient
+        working = tokens * _backward_bytes(model, policy, size, fused=fused)
+        most = max(most, held + formed + working)
+
     if fused:
         chunk = min(tokens, loss_chunk(model.vocab_size, tokens, size))
-        loss = chunk * model.vocab_size * size + head_gradient
-        loss += tokens * d * size
+        # Logits of a chunk, the fp32 gradient of the head, the gradient of the hidden states.
+        loss = chunk * model.vocab_size * size + 4 * embedding + tokens * d * size
     else:
-        # Logits, their fp32 copy for the softmax, its log-probabilities and their gradient.
-        loss = tokens * model.vocab_size * (2 * size + 8) + head_gradient
+        # In backward: the log-probabilities, their gradient and that of the logits, all in fp32.
+        loss = tokens * model.vocab_size * 12
     return MemoryAccount(
         weights=parameters * size,
-        gradients=parameters * (size + (4 if accumulate and precision == "bf16" else 0)),
         optimizer=parameters * (8 + masters),
-        activations=tokens * (kept * size + statistics + 3 * d * size),
-        working_set=tokens * working * size,
+        gradient_sums=parameters * 4 if accumulate else 0,
+        gradients=parameters * size,
+        activations=sum(kept) + tail,
         loss=loss,
+        backward=most,
     )
+
+
+def _backward_bytes(model: ModelConfig, policy: Policy, size: int, *, fused: bool) -> int:
+    """Bytes per token that a block's backward pass holds beside what was kept for it."""
+    d, routed = model.hidden_size, _routed_width(model)
+    # The MLP is the widest: gradient of its result, rebuilt operand, gradient of gate_up.
+    working = (2 * d + 3 * max(_dense_width(model), routed)) * size
+    if routed:
+        # A row of x's gradient from each expert, and what they add up to.
+        working += (model.num_experts_per_token + 1) * d * size
+    if not fused:
+        # fp32 intermediates again, and gradients of each.
+        working += 2 * NONE.kept_bytes(model, size, fused=False)
+    if policy.name == "full":
+        working += SELECTIVE.kept_bytes(model, size, fused=fused)
+    return working
 
 
 def loss_chunk(vocab_size: int, tokens: int, element_size: int = 2) -> int:
@@ -241,7 +298,7 @@ def loss_chunk(vocab_size: int, tokens: int, element_size: int = 2) -> int:
 
     Said again here, because that module needs torch; a test keeps the two equal.
     """
-    most = int(0.4 * GIB) // (vocab_size * element_size) // 128 * 128
+    most = int(0.3 * GIB) // (vocab_size * element_size) // 128 * 128
     chunks = max(1, math.ceil(tokens / max(128, most)))
     return math.ceil(math.ceil(tokens / chunks) / 128) * 128
 

@@ -19,6 +19,7 @@ from hamner.kernels.grouped_matmul import moe_mlp
 from hamner.kernels.moe_routing import Routing, moe_route
 from hamner.kernels.rms_norm import add_rms_norm, rms_norm
 from hamner.kernels.rope import rope, rope_packed_
+from hamner.kernels.router_linear import router_linear
 from hamner.kernels.swiglu import swiglu
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "rms_norm_linear",
     "rope",
     "rope_packed_",
+    "router_linear",
     "swiglu",
     "swiglu_linear",
 ]

@@ -37,13 +37,17 @@ class Config(NamedTuple):
     warps: int
 
 
-# Chosen by reasoning, not yet measured: 8 elements a thread are two 16-byte loads from each fp32
-# state and one from a bf16 gradient.
+# 8 elements a thread are two 16-byte loads from each fp32 state and one from a bf16 gradient: 2.95
+# TB/s on an H100 (profiles/LOG.md).
 CONFIGS = {
     "8.6": Config(1024, 4),
     "8.0": Config(1024, 4),
     "9.0": Config(1024, 4),
 }
+
+
+# Of the norm: 32 elements a thread, so that 321M parameters make 39,000 partial sums.
+NORM_BLOCK, NORM_WARPS = 8192, 8
 
 
 @triton.jit
@@ -248,26 +252,71 @@ def adamw_(
     )
 
 
+@triton.jit
+def sum_squares_kernel(
+    x_ptr,  # (numel,) any dtype
+    partial_ptr,  # (programs,) fp32
+    numel,
+    BLOCK: tl.constexpr,
+):
+    pid = tl.program_id(0).to(tl.int64)
+    offs = pid * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs, mask=offs < numel, other=0.0).to(tl.float32)
+    tl.store(partial_ptr + pid, tl.sum(x * x, axis=0))
+
+
+@torch.library.custom_op("hamner::global_grad_norm", mutates_args=())
+def _global_grad_norm_op(grads: list[Tensor]) -> Tensor:
+    counts = [triton.cdiv(grad.numel(), NORM_BLOCK) for grad in grads]
+    partials = grads[0].new_empty(sum(counts), dtype=torch.float32)
+    with torch.cuda.device_of(partials):
+        for grad, part in zip(grads, partials.split(counts), strict=True):
+            if grad.numel():
+                sum_squares_kernel[(len(part),)](
+                    grad.contiguous(), part, grad.numel(), BLOCK=NORM_BLOCK, num_warps=NORM_WARPS
+                )
+    return partials.sum().sqrt()
+
+
+@_global_grad_norm_op.register_fake
+def _(grads):
+    return grads[0].new_empty((), dtype=torch.float32)
+
+
 def global_grad_norm(grads: Sequence[Tensor]) -> Tensor:
     """The 2-norm of all gradients together, without waiting for the GPU.
 
-    torch's multi-tensor norm: a handful of launches however many tensors there are, at the speed of
-    memory, with partial results added in a fixed order. `dtype` makes each tensor's norm fp32; left
-    out, the norms of bf16 gradients would be rounded to bf16 before they are combined.
+    One small kernel a tensor, whose partial sums are added in a fixed order: torch's multi-tensor
+    norm leaves its fast path when half-precision gradients are to be summed in fp32.
 
     Args:
-        grads: gradients of any shapes and floating dtypes, on one device; at least one.
+        grads: float32, float16 or bfloat16 gradients of any shapes, on one device; at least one.
 
     Returns:
         () float32; not finite when any gradient is not.
 
     Raises:
         ValueError: grads is empty.
+        TypeError: another dtype.
     """
-    if not grads:
-        raise ValueError("grads is empty; there is no device to put the norm on")
+    _check_grads(grads)
+    return _global_grad_norm_op(list(grads))
+
+
+def global_grad_norm_reference(grads: Sequence[Tensor]) -> Tensor:
+    """`global_grad_norm` in plain torch."""
+    _check_grads(grads)
+    # `dtype`, or the norms of bf16 gradients would be rounded to bf16 before they are combined.
     norms = torch._foreach_norm(list(grads), 2, dtype=torch.float32)
     return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def _check_grads(grads: Sequence[Tensor]) -> None:
+    if not grads:
+        raise ValueError("grads is empty; there is no device to put the norm on")
+    for grad in grads:
+        if grad.dtype not in SUPPORTED_DTYPES:
+            raise TypeError(f"a gradient is {grad.dtype}; it must be float32, float16 or bfloat16")
 
 
 def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:

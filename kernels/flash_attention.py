@@ -62,9 +62,9 @@ class Config(NamedTuple):
     dk_dv: Tile
 
 
-# By capability, then by (head size, value head size) rounded up to 64 or 128. Chosen by reasoning
-# and by what ptxas says of registers, not yet measured: `python -m bench.tune_flash_attention`
-# measures on the GPU at hand and prints a row.
+# By capability, then by (head size, value head size) rounded up to 64 or 128. `python -m
+# bench.tune_flash_attention` measures on the GPU at hand and prints a row. 8.6 is chosen by
+# reasoning and by what ptxas says of registers, not measured.
 #
 # sm_86 does 256 fused multiply-adds a clock and multiprocessor in bf16, so the matmuls are what
 # costs, and a short tile in the inner loop (block_n; block_m in dk_dv) is cheap. What matters is to
@@ -94,8 +94,8 @@ _SM86 = {
         dk_dv=Tile(16, 128, 8, 3),
     ),
 }
-# Hopper's tensor cores are far faster, so tiles are larger, to read less from L2; 64 rows to four
-# warps is the shape of its warpgroup matmul. Measured on an H100 (profiles/LOG.md).
+# The fastest on an H100 (profiles/LOG.md) of those that do not spill. 64 rows to four warps is the
+# shape of Hopper's warpgroup matmul; several such blocks on a multiprocessor beat one large tile.
 _SM90 = {
     (64, 64): Config(
         forward=Tile(128, 64, 8, 3),
@@ -104,13 +104,13 @@ _SM90 = {
     ),
     (64, 128): Config(
         forward=Tile(128, 64, 8, 3),
-        dq=Tile(64, 64, 4, 3),
+        dq=Tile(64, 64, 4, 2),
         dk_dv=Tile(64, 128, 8, 2),
     ),
     (128, 128): Config(
-        forward=Tile(128, 64, 8, 3),
-        dq=Tile(128, 64, 8, 2),
-        dk_dv=Tile(32, 128, 8, 3),
+        forward=Tile(64, 64, 4, 3),
+        dq=Tile(64, 64, 4, 2),
+        dk_dv=Tile(32, 64, 4, 4),
     ),
 }
 CONFIGS = {"8.6": _SM86, "8.0": _SM86, "9.0": _SM90}

@@ -48,14 +48,18 @@ class Config(NamedTuple):
     backward_programs_per_sm: int
 
 
-# Chosen by reasoning, not yet measured: 16 elements a thread are two 16-byte loads of bf16 from
-# each input in flight, and leave backward, which also accumulates the weight's gradient, few enough
-# registers for the programs of a multiprocessor to be resident at once.
+# 9.0 as measured on an H100 (`python -m bench.tune rms_norm`, profiles/LOG.md). The others by
+# reasoning: 16 elements a thread are two 16-byte loads of bf16 from each input in flight, and leave
+# backward, which also accumulates the weight's gradient, few enough registers for the programs of a
+# multiprocessor to be resident at once.
 CONFIGS = {
     "8.6": Config(2048, 4, 2048, 4, 4),
     "8.0": Config(2048, 4, 2048, 4, 4),
-    "9.0": Config(2048, 4, 2048, 4, 4),
+    "9.0": Config(2048, 2, 4096, 8, 2),
 }
+
+# Of the second pass over the partial sums: runs of 128 bytes, a few hundred rows.
+SUM_BLOCK_P, SUM_BLOCK_D, SUM_WARPS = 64, 32, 4
 
 
 def tile_shape(tile: int, warps: int, width: int) -> tuple[int, int, int]:
@@ -148,6 +152,27 @@ def rms_norm_backward_kernel(
     tl.store(d_weight_ptr + pid * D + offs_d, tl.sum(d_weight, axis=0), mask=mask_d)
 
 
+@triton.jit
+def sum_partials_kernel(
+    partial_ptr,  # (P, D) fp32
+    out_ptr,  # (D,) fp32 or input dtype
+    P,
+    D: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    offs_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    total = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
+    for start in range(0, P, BLOCK_P):
+        offs_p = start + tl.arange(0, BLOCK_P)
+        offs = offs_p.to(tl.int64)[:, None] * D + offs_d[None, :]
+        mask = (offs_p < P)[:, None] & mask_d[None, :]
+        total += tl.load(partial_ptr + offs, mask=mask, other=0.0)
+    out = tl.sum(total, axis=0)
+    tl.store(out_ptr + offs_d, out.to(out_ptr.dtype.element_ty), mask=mask_d)
+
+
 def launch_rms_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -223,7 +248,12 @@ def launch_rms_norm_backward(
             num_rows, rows_per_program,
             D=width, BLOCK_M=block_m, BLOCK_D=block_d, num_warps=warps,
         )  # fmt: skip
-    return d_x, partial_sums.sum(dim=0).to(weight.dtype)
+        d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        sum_partials_kernel[(triton.cdiv(width, SUM_BLOCK_D),)](
+            partial_sums, d_weight, num_programs,
+            D=width, BLOCK_P=SUM_BLOCK_P, BLOCK_D=SUM_BLOCK_D, num_warps=SUM_WARPS,
+        )  # fmt: skip
+    return d_x, d_weight
 
 
 @torch.library.custom_op("hamner::rms_norm", mutates_args=())

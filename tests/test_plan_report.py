@@ -36,7 +36,7 @@ def cells(table: str) -> dict[str, list[str]]:
 
 def test_memory_table_adds_up(analysis):
     rows = cells(memory_table(analysis.plan))
-    kinds = ("weights", "gradients", "optimizer", "activations", "loss, or a block's backward")
+    kinds = ("weights", "optimizer", "activations", "loss, or gradients")
     for column, total in enumerate(rows["total"]):
         parts = sum(float(rows[kind][column]) for kind in kinds)
         assert float(total) == pytest.approx(parts, abs=0.03)

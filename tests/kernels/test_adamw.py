@@ -9,6 +9,7 @@ from hamner.kernels.adamw import (
     adamw_reference_,
     clip_coefficient,
     global_grad_norm,
+    global_grad_norm_reference,
 )
 from tests.kernels.accuracy import assert_as_accurate_as_torch
 from tests.kernels.gradients import DTYPES, compiled
@@ -168,12 +169,13 @@ def test_wrong_arguments(error, message, change):
         adamw_(**{**arguments, **change})
 
 
+@pytest.mark.parametrize("global_grad_norm", [global_grad_norm, global_grad_norm_reference])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_global_grad_norm(dtype, device):
+def test_global_grad_norm(global_grad_norm, dtype, device):
     generator = torch.Generator().manual_seed(0)
     grads = [
         torch.randn(shape, generator=generator).to(device, dtype)
-        for shape in [(300, 70), (5,), (0,), (2, 3, 4)]
+        for shape in [(300, 70), (5,), (0,), (2, 3, 4), (8192,)]
     ]
     exact = torch.cat([grad.double().flatten() for grad in grads]).norm()
     norm = global_grad_norm(grads)
@@ -193,6 +195,8 @@ def test_global_grad_norm_of_half_precision_beyond_its_range(device):
 def test_global_grad_norm_of_nothing():
     with pytest.raises(ValueError, match="grads is empty"):
         global_grad_norm([])
+    with pytest.raises(TypeError, match="a gradient is torch.float64"):
+        global_grad_norm([torch.ones(3).double()])
 
 
 def test_clip_coefficient_is_that_of_torch(device):
@@ -229,6 +233,7 @@ class TestOnGpu:
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
+    @pytest.mark.xdist_group("most of the GPU's memory")
     def test_more_elements_than_int32(self):
         numel = 2**31 + 5
         ones = torch.ones(numel, dtype=torch.bfloat16, device="cuda")

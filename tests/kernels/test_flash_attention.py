@@ -310,6 +310,7 @@ def test_empty(shape, device):
 
 
 @pytest.mark.gpu
+@pytest.mark.xdist_group("most of the GPU's memory")
 def test_offsets_beyond_32_bits(device):
     """Rows of the batch 2^31 elements apart (4 GiB)."""
     near = make_qkv(device, torch.bfloat16, 128, (4, 2)).detach().requires_grad_()

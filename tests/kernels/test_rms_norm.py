@@ -160,6 +160,7 @@ class TestOnGpu:
         assert_matches_reference(add_rms_norm, add_rms_norm_reference, inputs)
         assert_same_bits(add_rms_norm, add_rms_norm, inputs)
 
+    @pytest.mark.xdist_group("most of the GPU's memory")
     def test_more_elements_than_int32(self):
         rows = 2**31 // 1024 + 3
         x = torch.empty(rows, 1024, dtype=torch.bfloat16, device="cuda").normal_()

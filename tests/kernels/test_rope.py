@@ -230,6 +230,7 @@ class TestOnGpu:
         inputs = make_inputs((24, 1024, 16, 64), 4, torch.bfloat16, "cuda")
         assert_matches_reference(rope, rope_reference, inputs)
 
+    @pytest.mark.xdist_group("most of the GPU's memory")
     def test_more_elements_than_int32(self):
         rows = 2**31 // 1536 + 3
         qkv = torch.empty(1, rows, 1536, dtype=torch.bfloat16, device="cuda").normal_()

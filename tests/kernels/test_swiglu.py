@@ -111,6 +111,7 @@ class TestOnGpu:
         inputs = make_inputs((8, 1024, 2 * intermediate), torch.bfloat16, "cuda")
         assert_matches_reference(swiglu, swiglu_reference, inputs)
 
+    @pytest.mark.xdist_group("most of the GPU's memory")
     def test_more_elements_than_int32(self):
         rows = 2**31 // 2048 + 3
         gate_up = torch.empty(rows, 2048, dtype=torch.bfloat16, device="cuda").normal_()

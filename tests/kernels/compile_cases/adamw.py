@@ -1,6 +1,12 @@
 """AdamW on bf16 parameters (scalars on the device) and on fp32 ones (scalars from the host)."""
 
-from hamner.kernels.adamw import CONFIGS, adamw_kernel
+from hamner.kernels.adamw import (
+    CONFIGS,
+    NORM_BLOCK,
+    NORM_WARPS,
+    adamw_kernel,
+    sum_squares_kernel,
+)
 from hamner.kernels.launch import CAPABILITIES
 from tests.kernels.compile_gate import CompileCase
 
@@ -26,6 +32,16 @@ def cases() -> list[CompileCase]:
                 capability,
                 {"grad_ptr": "*fp32"},
                 {"param_ptr": None, "lr_ptr": None, "step_ptr": None},
+            ),
+            CompileCase(
+                name="global_grad_norm",
+                kernel=sum_squares_kernel,
+                signature={"x_ptr": "*bf16", "partial_ptr": "*fp32", "numel": "i32"},
+                constexprs={"BLOCK": NORM_BLOCK},
+                num_warps=NORM_WARPS,
+                num_stages=3,
+                capability=capability,
+                divisible_by_16=("numel",),
             ),
         )
     ]

@@ -4,8 +4,12 @@ from hamner.kernels.launch import CAPABILITIES
 from hamner.kernels.rms_norm import (
     CONFIGS,
     MAX_WIDTH,
+    SUM_BLOCK_D,
+    SUM_BLOCK_P,
+    SUM_WARPS,
     rms_norm_backward_kernel,
     rms_norm_forward_kernel,
+    sum_partials_kernel,
     tile_shape,
 )
 from tests.kernels.compile_gate import CompileCase
@@ -18,7 +22,11 @@ def cases() -> list[CompileCase]:
         case
         for capability in CAPABILITIES
         for width in WIDTHS
-        for case in (_forward(capability, width), _backward(capability, width))
+        for case in (
+            _forward(capability, width),
+            _backward(capability, width),
+            _sum_partials(capability, width),
+        )
     ]
 
 
@@ -69,4 +77,17 @@ def _backward(capability: str, width: int) -> CompileCase:
         num_stages=3,
         capability=capability,
         divisible_by_16=("N",),
+    )
+
+
+def _sum_partials(capability: str, width: int) -> CompileCase:
+    return CompileCase(
+        name=f"rms_norm_sum_partials/D={width}",
+        kernel=sum_partials_kernel,
+        signature={"partial_ptr": "*fp32", "out_ptr": "*fp32", "P": "i32"},
+        constexprs={"D": width, "BLOCK_P": SUM_BLOCK_P, "BLOCK_D": SUM_BLOCK_D},
+        num_warps=SUM_WARPS,
+        num_stages=3,
+        capability=capability,
+        divisible_by_16=(),
     )

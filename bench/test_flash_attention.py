@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch._functorch.config
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -102,6 +103,8 @@ def flash_attn(problem: Problem) -> Attend:
     return attend
 
 
+# Benchmarks differentiate one graph many times, which compiled graphs otherwise refuse.
+torch._functorch.config.donated_buffer = False
 # One graph a shape, and there are more shapes than torch expects.
 torch._dynamo.config.recompile_limit = 64
 compiled_flex_attention = functools.cache(

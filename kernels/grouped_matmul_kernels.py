@@ -114,11 +114,13 @@ def _find_rows(
 
 
 @triton.jit
-def _add_dot(acc, a, b):
-    """acc + a @ b. In fp32 each block is summed by itself: one chain over all of the reduced
-    dimension would round at every step."""
+def _add_dot(acc, a, b, rows):
+    """acc + a @ b, for acc's `rows`."""
     if a.dtype == tl.float32:
-        acc += tl.sum(a[:, :, None] * b[None, :, :], axis=1)
+        # Each block is summed by itself: one chain over all of the reduced dimension would round at
+        # every step. The choice, always the same, keeps the compiler from making it one again.
+        block = tl.dot(a, b, input_precision="ieee")
+        acc += tl.where(rows[:, None] >= 0, block, 0.0)
     else:
         acc = tl.dot(a, b, acc)
     return acc
@@ -177,8 +179,8 @@ def gate_up_kernel(
         mask_w = mask_k[:, None] & mask_n[None, :]
         gate_w = tl.load(gate_ptrs + k, mask=mask_w, other=0.0)
         up_w = tl.load(up_ptrs + k, mask=mask_w, other=0.0)
-        gate = _add_dot(gate, x, gate_w)
-        up = _add_dot(up, x, up_w)
+        gate = _add_dot(gate, x, gate_w, rows)
+        up = _add_dot(up, x, up_w, rows)
 
     mask = mask_m[:, None] & mask_n[None, :]
     gate = gate.to(gate_up_ptr.dtype.element_ty)
@@ -246,7 +248,7 @@ def grouped_matmul_kernel(
         a = tl.load(a_ptrs + k, mask=mask_k[None, :], other=0.0)
         mask_w = mask_k[:, None] & mask_n[None, :]
         weight = tl.load(weight_ptrs + k * stride_k, mask=mask_w, other=0.0)
-        out = _add_dot(out, a, weight)
+        out = _add_dot(out, a, weight, rows)
 
     out_ptrs = out_ptr + out_rows.to(tl.int64)[:, None] * NUM_COLS + offs_n[None, :]
     mask = mask_m[:, None] & mask_n[None, :]
@@ -304,7 +306,7 @@ def weight_grad_kernel(
             mask=mask_k[:, None] & mask_n[None, :],
             other=0.0,
         )
-        d_weight = _add_dot(d_weight, d_out, inputs)
+        d_weight = _add_dot(d_weight, d_out, inputs, offs_m)
 
     d_weight_ptrs = d_weight_ptr + expert * (NUM_OUT * NUM_IN)
     d_weight_ptrs += offs_m[:, None] * NUM_IN + offs_n[None, :]

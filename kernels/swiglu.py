@@ -39,14 +39,21 @@ class Config(NamedTuple):
     backward_warps: int
 
 
-# Chosen by reasoning, not yet measured: 256 columns divide the intermediate sizes of the options
-# (2816, 2048, 1536), so no lane idles, and are runs of 512 bytes; 16 elements a thread forward, 8
-# backward with three inputs, keep the same bytes in flight.
+# 9.0 as measured on an H100 (`python -m bench.tune swiglu`): whole rows, though a quarter of the
+# lanes idles at I 2816. The others by reasoning: 256 columns divide the intermediate sizes of the
+# options (2816, 2048, 1536), so no lane idles, and are runs of 512 bytes; 16 elements a thread
+# forward, 8 backward with three inputs, keep the same bytes in flight.
 CONFIGS = {
     "8.6": Config(8, 256, 4, 4, 256, 4),
     "8.0": Config(8, 256, 4, 4, 256, 4),
-    "9.0": Config(8, 256, 4, 4, 256, 4),
+    "9.0": Config(1, 4096, 16, 2, 4096, 16),
 }
+
+
+def tile_shape(block_m: int, block_i: int, intermediate: int) -> tuple[int, int]:
+    """Rows and columns of a program's tile: no wider than h, with as many elements."""
+    columns = min(block_i, triton.next_power_of_2(intermediate))
+    return block_m * (block_i // columns), columns
 
 
 @triton.jit
@@ -112,7 +119,7 @@ def launch_swiglu(gate_up: Tensor) -> Tensor:
         return h
     num_rows = h.numel() // intermediate
     config = CONFIGS[capability(gate_up.device)]
-    block_m, block_i = config.forward_block_m, config.forward_block_i
+    block_m, block_i = tile_shape(config.forward_block_m, config.forward_block_i, intermediate)
     grid = (triton.cdiv(num_rows, block_m), triton.cdiv(intermediate, block_i))
     with torch.cuda.device_of(gate_up):
         swiglu_forward_kernel[grid](
@@ -139,7 +146,7 @@ def launch_swiglu_backward(d_h: Tensor, gate_up: Tensor, *, h: Tensor | None = N
         return d_gate_up
     num_rows = d_h.numel() // intermediate
     config = CONFIGS[capability(gate_up.device)]
-    block_m, block_i = config.backward_block_m, config.backward_block_i
+    block_m, block_i = tile_shape(config.backward_block_m, config.backward_block_i, intermediate)
     grid = (triton.cdiv(num_rows, block_m), triton.cdiv(intermediate, block_i))
     with torch.cuda.device_of(gate_up):
         swiglu_backward_kernel[grid](

@@ -1,5 +1,6 @@
 """Runs the kernels where they can run: compiled on a GPU, in Triton's interpreter elsewhere."""
 
+import gc
 import os
 
 # Each worker and each process a test starts gets one thread: more would only wait for each other.
@@ -23,8 +24,9 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 @pytest.fixture(autouse=torch.cuda.is_available())
 def leave_memory_to_other_workers():
-    """Give cached GPU memory back after each test."""
+    """Give GPU memory back after each test, that of objects in reference cycles too."""
     yield
+    gc.collect()
     torch.cuda.empty_cache()
 
 

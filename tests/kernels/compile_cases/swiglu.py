@@ -1,7 +1,12 @@
 """SwiGLU at the intermediate sizes of the options."""
 
 from hamner.kernels.launch import CAPABILITIES
-from hamner.kernels.swiglu import CONFIGS, swiglu_backward_kernel, swiglu_forward_kernel
+from hamner.kernels.swiglu import (
+    CONFIGS,
+    swiglu_backward_kernel,
+    swiglu_forward_kernel,
+    tile_shape,
+)
 from tests.kernels.compile_gate import CompileCase
 
 INTERMEDIATE_SIZES = (704, 1536, 2048, 2816)
@@ -18,14 +23,15 @@ def cases() -> list[CompileCase]:
 
 def _forward(capability: str, intermediate: int) -> CompileCase:
     config = CONFIGS[capability]
+    block_m, block_i = tile_shape(config.forward_block_m, config.forward_block_i, intermediate)
     return CompileCase(
         name=f"swiglu_forward/I={intermediate}",
         kernel=swiglu_forward_kernel,
         signature={"gate_up_ptr": "*bf16", "h_ptr": "*bf16", "N": "i32"},
         constexprs={
             "INTERMEDIATE": intermediate,
-            "BLOCK_M": config.forward_block_m,
-            "BLOCK_I": config.forward_block_i,
+            "BLOCK_M": block_m,
+            "BLOCK_I": block_i,
         },
         num_warps=config.forward_warps,
         num_stages=3,
@@ -36,6 +42,7 @@ def _forward(capability: str, intermediate: int) -> CompileCase:
 
 def _backward(capability: str, intermediate: int) -> CompileCase:
     config = CONFIGS[capability]
+    block_m, block_i = tile_shape(config.backward_block_m, config.backward_block_i, intermediate)
     return CompileCase(
         name=f"swiglu_backward/I={intermediate}",
         kernel=swiglu_backward_kernel,
@@ -48,8 +55,8 @@ def _backward(capability: str, intermediate: int) -> CompileCase:
         },
         constexprs={
             "INTERMEDIATE": intermediate,
-            "BLOCK_M": config.backward_block_m,
-            "BLOCK_I": config.backward_block_i,
+            "BLOCK_M": block_m,
+            "BLOCK_I": block_i,
         },
         num_warps=config.backward_warps,
         num_stages=3,

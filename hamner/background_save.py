@@ -29,7 +29,7 @@ class BackgroundSaver:
     Args:
         folder: of the checkpoints; must exist when a save is written.
         keep: newest checkpoints that stay; 0 keeps all.
-        keep_every: checkpoints whose step is a multiple of it stay too; 0 is none.
+        keep_every: the first checkpoint at or after each multiple of so many steps stays too.
         records: files flushed to disk before a checkpoint counts, so that a power cut cannot keep
             the checkpoint and lose the records that led to it.
         clock: seconds, for the retry.

@@ -213,13 +213,17 @@ def retain(folder: Path, keep: int, keep_every: int = 0) -> None:
     Args:
         folder: of the checkpoints.
         keep: newest ones that stay; 0 keeps all.
-        keep_every: those whose step is a multiple of it stay too; 0 is none.
+        keep_every: the first checkpoint at or after each multiple of so many steps stays too; 0
+            is none.
     """
     for leftover in folder.glob(f"{_TEMPORARY_PREFIX}*"):
         shutil.rmtree(leftover, ignore_errors=True)
     if keep:
+        spans = 0
         for old in find(folder)[:-keep]:
-            if not (keep_every and old.step % keep_every == 0):
+            if keep_every and old.step // keep_every > spans:
+                spans = old.step // keep_every
+            else:
                 _remove(old.path)
 
 

@@ -83,7 +83,7 @@ class TrainConfig:
     keep: int = 3
     """newest checkpoints kept; 0 keeps all"""
     keep_every: int = 0
-    """checkpoints whose step is a multiple of it are kept too; 0 is none"""
+    """the first checkpoint at or after each multiple of so many steps is kept too; 0 is none"""
     hang_minutes: float = 30.0
     """without a finished step after which the stacks of all threads are written down; 0 is never"""
     allow_data_change: bool = False

@@ -1,6 +1,7 @@
 """Runs the batch of a bad step again and says where the first value that is not finite comes from.
 
-The weights are those of the newest whole checkpoint before that step: the exact ones are gone.
+The weights are those of the last checkpoint before that step, or, if retention has removed those,
+of the first one after it: the exact ones are gone.
 """
 
 import math
@@ -125,13 +126,14 @@ def replay(config: TrainConfig) -> Replay:
 
 
 def _load_weights(model: nn.Module, config: TrainConfig, step: int) -> str:
-    """Load the newest whole checkpoint before `step`; without one the initial weights stay."""
-    for saved in reversed(find(RunFolder(config.folder).checkpoints)):
-        if saved.step < step:
-            saved.verify()
-            saved.load_model(dict(model.named_parameters()))
-            return f"the weights of {saved.path}"
-    return "the initial weights, as no checkpoint is older"
+    """Load the weights closest to those of `step`; without any checkpoint the initial ones stay."""
+    found = find(RunFolder(config.folder).checkpoints)
+    if not found:
+        return "the initial weights, as the run has no checkpoint"
+    nearest = min(found, key=lambda saved: (saved.step >= step, abs(saved.step - step)))
+    nearest.verify()
+    nearest.load_model(dict(model.named_parameters()))
+    return f"the weights of {nearest.path}"
 
 
 def _is_bad(output: Tensor | tuple) -> bool:

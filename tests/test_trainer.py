@@ -20,8 +20,7 @@ BYTES_ONLY = 261
 """vocabulary of the special tokens and the 256 bytes: one token a character"""
 
 
-@pytest.fixture
-def config(tmp_path) -> TrainConfig:
+def small_config(tmp_path: Path) -> TrainConfig:
     """A minute model on predictable text."""
     data = write_predictable(tmp_path / "data.jsonl")
     return TrainConfig(
@@ -49,6 +48,11 @@ def config(tmp_path) -> TrainConfig:
         val_fraction=0.1,
         device="cpu",
     )
+
+
+@pytest.fixture
+def config(tmp_path) -> TrainConfig:
+    return small_config(tmp_path)
 
 
 def metrics(run_dir: Path) -> list[dict]:

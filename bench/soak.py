@@ -28,7 +28,7 @@ from hamner import checkpoint
 from hamner.cli import EXIT_INTERRUPTED
 from hamner.run_folder import read_records
 
-WARM_UP_SECONDS = 20.0
+WARM_UP_SECONDS = 45.0
 """of a start, before its memory and handles are looked at"""
 LARGEST_GROWTH = 0.02
 """of the memory within the time it was watched"""
@@ -55,7 +55,7 @@ class Soak:
     """SPEC of hamner.train"""
     save_every: int = 25
     """steps between checkpoints"""
-    kill_every: float = 60.0
+    kill_every: float = 90.0
     """mean seconds of training between two kills"""
     seed: int = 0
     """of the kills"""
@@ -115,8 +115,7 @@ class Run:
         mean level.
         """
         starts = self.watched()
-        moments, square = 0.0, 0.0
-        longest = 0.0
+        moments = square = longest = 0.0
         for lines in starts:
             at = statistics.fmean(line["seconds"] for line in lines)
             level = statistics.fmean(line[field] for line in lines)
@@ -143,7 +142,7 @@ class Run:
             line = json.loads(text)
             if line["seconds"] > WARM_UP_SECONDS:
                 starts.setdefault(line["pid"], []).append(line)
-        return [lines for lines in starts.values() if len(lines) >= 5]
+        return [lines for lines in starts.values() if len(lines) >= 10]
 
 
 def train_in_peace(run: Run, seconds: float) -> int:
@@ -206,16 +205,23 @@ def main(soak: Soak) -> int:
     print(f"losses of {len(peace.losses())} logged steps equal bit for bit: {same_losses}")
     print(f"step {final:,}: loss, validation loss, norm {peace.losses()[final]}")
     print(f"weights and optimizer state equal bit for bit: {same_weights}")
-    is_flat = True
-    for run in (peace, disturbed):
-        for field in ("rss_mib", "vram_mib", "reserved_mib"):
-            slope, growth = run.growth(field)
-            is_flat &= growth <= LARGEST_GROWTH
-            print(f"{run.folder.name}: {field} {slope:+.1f} MiB/h, {growth:+.2%} while watched")
-        fewest, most = run.files()
-        is_flat &= most - fewest <= MOST_FILES
-        print(f"{run.folder.name}: {fewest} to {most} file handles")
-    return 0 if same_losses and same_weights and is_flat else 1
+    flat = [is_flat(run) for run in (peace, disturbed)]
+    return 0 if same_losses and same_weights and all(flat) else 1
+
+
+def is_flat(run: Run) -> bool:
+    """Whether memory and handles stay level within the starts; prints the figures."""
+    name, flat = run.folder.name, True
+    if not run.watched():
+        print(f"{name}: no start was watched long enough to judge its memory")
+        return False
+    for field in ("rss_mib", "vram_mib", "reserved_mib"):
+        slope, growth = run.growth(field)
+        flat &= growth <= LARGEST_GROWTH
+        print(f"{name}: {field} {slope:+.1f} MiB/h, {growth:+.2%} of its level while watched")
+    fewest, most = run.files()
+    print(f"{name}: {fewest} to {most} file handles")
+    return flat and most - fewest <= MOST_FILES
 
 
 if __name__ == "__main__":

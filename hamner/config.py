@@ -85,7 +85,8 @@ class TrainConfig:
     keep_every: int = 0
     """the first checkpoint at or after each multiple of so many steps is kept too; 0 is none"""
     hang_minutes: float = 30.0
-    """without a finished step after which the stacks of all threads are written down; 0 is never"""
+    """minutes without a finished step, after which all stacks are written down and what can be is
+    saved; 0 is never"""
     allow_data_change: bool = False
     """with --resume: go on with other --data, --seed or --val-fraction, read from their start"""
     replay: Path | None = None

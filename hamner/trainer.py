@@ -481,8 +481,10 @@ class Trainer:
             f"WARNING: no step for {self.config.hang_minutes:g} minutes; what every thread does is "
             f"in {self.run.stacks}"
         )
+        if not between_steps:
+            return  # half a step cannot be saved; a save under way goes on by itself
         self.note_save(self.saver.wait())
-        if between_steps and self.step > 0 and (self.saved is None or self.saved.step < self.step):
+        if self.step and (self.saved is None or self.saved.step < self.step):
             self.save()
             self.note_save(self.saver.wait())
 

@@ -29,7 +29,8 @@ from hamner.train import main
 class Faults:
     """How bad the day is; chances are per call."""
 
-    disk_mib_per_second: float = float("inf")
+    flush_seconds: float = 0.0
+    """by which each of the six flushes of a checkpoint takes longer"""
     disk_failure: float = 0.0
     """of a flush of a checkpoint's file, or of an append to metrics.jsonl"""
     source_stall: float = 0.0
@@ -49,7 +50,7 @@ def inject(faults: Faults) -> None:
     real_flush, real_append, real_open = checkpoint.flush, append_record, loader.open_source
 
     def flush(path: Path) -> None:
-        time.sleep(path.stat().st_size / 2**20 / faults.disk_mib_per_second)
+        time.sleep(faults.flush_seconds)
         fail_disk()
         real_flush(path)
 

@@ -1,7 +1,7 @@
 """A long run that is killed, starved and cut off, against the same run left in peace.
 
-    python -m bench.soak --minutes 30                                  on a CPU
-    python -m bench.soak --minutes 8 --device cuda --option a          on a GPU
+    python -m bench.soak --minutes 30
+    python -m bench.soak --minutes 8 --device cuda --option a --save-every 100
 
 The first third of the time trains undisturbed. Then the same run starts again on a slow disk that
 fails, with a source that stalls and breaks, and is killed at random moments until it has made the
@@ -34,9 +34,7 @@ LARGEST_GROWTH = 0.02
 """of the memory within the time it was watched"""
 MOST_FILES = 4
 """by which the handles may differ: a save and a source open some"""
-BAD_DAY = Faults(
-    disk_mib_per_second=30.0, disk_failure=0.05, source_stall=0.002, source_failure=0.0005
-)
+BAD_DAY = Faults(flush_seconds=1.0, disk_failure=0.05, source_stall=0.002, source_failure=0.0005)
 STEPS = "1000000"
 """of the schedule: neither run gets there"""
 
@@ -71,8 +69,7 @@ class Run:
         self.diary = soak.output / f"{name}_diary.jsonl"
         self.output = soak.output / f"{name}.txt"
         self.faults = soak.output / f"{name}_faults.json"
-        fields = {k: v for k, v in asdict(faults).items() if v != float("inf")}
-        self.faults.write_text(json.dumps({"diary": str(self.diary), **fields}))
+        self.faults.write_text(json.dumps({"diary": str(self.diary), **asdict(faults)}))
         self.flags = [
             *("--option", soak.option, "--device", soak.device, "--data", soak.data),
             *("--run-dir", str(self.folder), "--steps", STEPS, "--log-every", "5"),

@@ -16,6 +16,7 @@ from hamner.data.tokenizer import Tokenizer
 from hamner.errors import UserError
 from hamner.optimizer import Schedule
 from hamner.options import ModelConfig, flag
+from hamner.run_folder import RunFolder
 
 STATE_FORMAT = 2
 """of state.json"""
@@ -30,8 +31,6 @@ _NOT_THE_MODEL = {"gradient_checkpointing", "router_aux_loss_coef", "router_z_lo
 
 def find_checkpoint(folder: Path, notes: list[str]) -> tuple[Checkpoint | None, dict]:
     """The newest whole checkpoint and its state; (None, {}) if nothing was ever saved.
-
-    Newer ones that are damaged are renamed out of the way.
 
     Args:
         folder: of the checkpoints.
@@ -55,11 +54,22 @@ def find_checkpoint(folder: Path, notes: list[str]) -> tuple[Checkpoint | None, 
             f"of Hamner resumes format {STATE_FORMAT}; start another run with --run-dir FOLDER"
         )
     notes += [f"WARNING: passed over a newer checkpoint: {error}" for error in errors]
-    try:
-        checkpoint.set_aside(folder, found.step)
-    except OSError as error:
-        notes.append(f"WARNING: it could not be renamed ({error.strerror})")
     return found, state
+
+
+def rewind(run: RunFolder, step: int) -> None:
+    """Forget what the run made after `step`: records are cut, damaged checkpoints renamed.
+
+    The last thing of a resume that nothing refuses any more.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    try:
+        run.rewind(step)
+        checkpoint.set_aside(run.checkpoints, newer_than=step)
+    except OSError as error:
+        raise UserError(f"--run-dir {run.path} cannot be written: {error.strerror}") from error
 
 
 def require_same_model(

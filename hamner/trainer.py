@@ -492,7 +492,7 @@ class Trainer:
         """Load the newest whole checkpoint; a run that never saved starts over."""
         found, state = resume.find_checkpoint(self.run.checkpoints, self.notes)
         if found is None:
-            self.run.rewind(0)
+            resume.rewind(self.run, 0)
             return
         resume.require_same_model(found, state, self.config, self.tokenizer)
         self.optimizer.restore(found, state["optimizer_steps"])
@@ -507,7 +507,7 @@ class Trainer:
         self.val_loss, self.val_step = state["val_loss"], state["val_step"]
         self.spike_detector = SpikeDetector(state["recent_losses"])
         checkpoint.set_rng_state(state["rng"])
-        self.run.rewind(self.step)
+        resume.rewind(self.run, self.step)
         self.saved = found
 
     def draw(self) -> None:

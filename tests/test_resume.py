@@ -51,6 +51,18 @@ def test_the_newest_whole_checkpoint_is_taken_and_the_damage_said(config, whole,
     assert "damaged_step_00000010" in names
 
 
+def test_a_refused_resume_touches_nothing(config):
+    train(replace(config, log_every=1, save_every=4, stop_after=10))
+    folder = config.run_dir / "checkpoints"
+    newest = checkpoint.find(folder)[-1]
+    (newest.path / "state.json").write_text("{}")
+    before = sorted(folder.iterdir()), (config.run_dir / "metrics.jsonl").read_bytes()
+    other = replace(config.model, rope_theta=5e5)
+    with pytest.raises(UserError, match="--rope-theta"):
+        train(replace(config, model=other, resume=True))
+    assert (sorted(folder.iterdir()), (config.run_dir / "metrics.jsonl").read_bytes()) == before
+
+
 def test_no_whole_checkpoint_is_an_error_that_touches_nothing(stopped):
     folder = stopped.run_dir / "checkpoints"
     (saved,) = checkpoint.find(folder)

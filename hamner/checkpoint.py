@@ -10,12 +10,13 @@ Written to a temporary folder beside it, flushed to disk, then renamed. Nothing 
 """
 
 import base64
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,8 +32,10 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
 MANIFEST_FILE = "manifest.json"
 _FILES = (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE)
+_FORMAT = 1
 _STEP_FOLDER = re.compile(r"step_(\d{8,})")
 _TEMPORARY_PREFIX = ".saving_"
+_DAMAGED_PREFIX = "damaged_"
 
 
 class CheckpointError(UserError):
@@ -56,23 +59,33 @@ class Checkpoint:
         Raises:
             CheckpointError: names the first file that is missing, cut short or altered.
         """
-        files = _read_json(self.path / MANIFEST_FILE).get("files")
-        if not isinstance(files, dict) or set(files) != set(_FILES):
-            raise CheckpointError(f"{self.path / MANIFEST_FILE} is not a manifest of {_FILES}")
+        manifest = _read_json(self.path / MANIFEST_FILE)
+        files = manifest.get("files")
+        if (
+            manifest.get("format") != _FORMAT
+            or not isinstance(files, dict)
+            or set(files) != set(_FILES)
+        ):
+            raise CheckpointError(
+                f"{self.path / MANIFEST_FILE} is not the manifest of a Hamner checkpoint: it must "
+                f"have format {_FORMAT} and name {', '.join(_FILES)}"
+            )
         for name, expected in files.items():
             path = self.path / name
             if not path.is_file():
-                raise CheckpointError(f"{path} is missing; resume from an older checkpoint")
-            size = path.stat().st_size
+                raise CheckpointError(f"{path} is missing")
+            try:
+                size, digest = path.stat().st_size, _sha256(path)
+            except OSError as error:
+                raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
             if not isinstance(expected, dict) or size != expected.get("bytes"):
                 raise CheckpointError(
-                    f"{path} has {size} bytes, not those of its manifest: it was cut short or "
-                    "replaced; resume from an older checkpoint"
+                    f"{path} has {size:,} bytes, not those of its manifest: it was cut short or "
+                    "replaced"
                 )
-            if _sha256(path) != expected.get("sha256"):
+            if digest != expected.get("sha256"):
                 raise CheckpointError(
-                    f"{path} does not match the SHA-256 of its manifest: it is damaged; "
-                    "resume from an older checkpoint"
+                    f"{path} does not match the SHA-256 of its manifest: it is damaged"
                 )
 
     @torch.no_grad()
@@ -125,18 +138,20 @@ def save(
 ) -> Checkpoint:
     """Write `folder`/step_NNNNNNNN, whole or not at all.
 
+    The folder must exist: made anew here, it would hide a mount that has vanished.
+
     Raises:
-        OSError: the disk is full or the folder cannot be written; nothing named step_* is left.
+        OSError: the disk is full, gone or cannot be written; nothing new named step_* is left.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step_{step:08d}"
     temporary = folder / f"{_TEMPORARY_PREFIX}{step:08d}"
     if temporary.exists():
         shutil.rmtree(temporary)
     temporary.mkdir()
     try:
-        save_file(_on_cpu(model), temporary / MODEL_FILE)
-        save_file(_on_cpu(optimizer), temporary / OPTIMIZER_FILE)
+        with _disk_errors():
+            save_file(_on_cpu(model), temporary / MODEL_FILE)
+            save_file(_on_cpu(optimizer), temporary / OPTIMIZER_FILE)
         _write_json(temporary / STATE_FILE, state)
         files = {
             name: {
@@ -145,15 +160,15 @@ def save(
             }
             for name in _FILES
         }
-        _write_json(temporary / MANIFEST_FILE, {"format": 1, "files": files})
+        _write_json(temporary / MANIFEST_FILE, {"format": _FORMAT, "files": files})
         for name in (*_FILES, MANIFEST_FILE):
-            _flush(temporary / name)
-        _flush(temporary)
+            flush(temporary / name)
+        flush(temporary)
         if final.exists():
             # Saved already at this step (an interrupt right after a save): the new one replaces it.
             _remove(final)
         temporary.rename(final)
-        _flush(folder)
+        flush(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -170,13 +185,46 @@ def find(folder: Path) -> list[Checkpoint]:
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
-def retain(folder: Path, keep: int) -> None:
-    """Remove what an unfinished save left, and all but the newest `keep` checkpoints (0: none)."""
+def newest_whole(folder: Path) -> tuple[Checkpoint | None, list[CheckpointError]]:
+    """The newest checkpoint that is whole, and what is wrong with each newer one."""
+    errors = []
+    for candidate in reversed(find(folder)):
+        try:
+            candidate.verify()
+        except CheckpointError as error:
+            errors.append(error)
+        else:
+            return candidate, errors
+    return None, errors
+
+
+def set_aside(folder: Path, newer_than: int) -> None:
+    """Rename checkpoints newer than a step to damaged_step_*, so that they count as none."""
+    for damaged in find(folder):
+        if damaged.step > newer_than:
+            place = damaged.path.with_name(f"{_DAMAGED_PREFIX}{damaged.path.name}")
+            shutil.rmtree(place, ignore_errors=True)
+            damaged.path.rename(place)
+
+
+def retain(folder: Path, keep: int, keep_every: int = 0) -> None:
+    """Remove what an unfinished save left, and checkpoints that are too many.
+
+    Args:
+        folder: of the checkpoints.
+        keep: newest ones that stay; 0 keeps all.
+        keep_every: the first checkpoint at or after each multiple of so many steps stays too; 0
+            is none.
+    """
     for leftover in folder.glob(f"{_TEMPORARY_PREFIX}*"):
         shutil.rmtree(leftover, ignore_errors=True)
     if keep:
+        spans = 0
         for old in find(folder)[:-keep]:
-            _remove(old.path)
+            if keep_every and old.step // keep_every > spans:
+                spans = old.step // keep_every
+            else:
+                _remove(old.path)
 
 
 def rng_state() -> dict[str, str]:
@@ -198,6 +246,28 @@ def set_rng_state(states: Mapping[str, str]) -> None:
             torch.set_rng_state(state)
         elif torch.cuda.is_available():
             torch.cuda.set_rng_state(state)
+
+
+def flush(path: Path) -> None:
+    """Have the operating system put a file or folder on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _disk_errors() -> Iterator[None]:
+    """Safetensors reports a full disk as an error of its own: give it the type it has elsewhere."""
+    try:
+        yield
+    except SafetensorError as error:
+        match = re.search(r"os error (\d+)", str(error))
+        if match is None:
+            raise
+        number = int(match[1])
+        raise OSError(number, os.strerror(number)) from error
 
 
 def _remove(checkpoint: Path) -> None:
@@ -254,11 +324,3 @@ def _write_json(path: Path, value: Mapping) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,5 +1,7 @@
 """How every command ends: 0 done, 2 bad input in one sentence, 130 interrupted.
 
+Training also ends with 3: it stopped itself, because step after step had no finite loss.
+
 Importing this module must stay cheap: `--help` answers before torch is loaded.
 """
 
@@ -9,6 +11,7 @@ from collections.abc import Callable, Sequence
 from hamner.errors import UserError
 
 EXIT_BAD_INPUT = 2
+EXIT_BAD_STEPS = 3
 EXIT_INTERRUPTED = 130
 
 

@@ -82,6 +82,16 @@ class TrainConfig:
     """steps between samples; 0 is never"""
     keep: int = 3
     """newest checkpoints kept; 0 keeps all"""
+    keep_every: int = 0
+    """the first checkpoint at or after each multiple of so many steps is kept too; 0 is none"""
+    hang_minutes: float = 30.0
+    """minutes without a finished step, after which all stacks are written down and what can be is
+    saved; 0 is never"""
+    allow_data_change: bool = False
+    """with --resume: go on with other --data, --seed or --val-fraction, read from their start"""
+    replay: Path | None = None
+    """run the batch of a bad step (RUN/bad_steps/*.safetensors) again, say where the first value
+    that is not finite comes from, and leave"""
     stop_after: int | None = None
     """save and leave after this many steps of this start"""
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -112,7 +122,8 @@ class TrainConfig:
             if value is not None and (value < least or value <= 0):
                 raise UserError(f"--{flag(name)} {value} must be above 0")
         not_negative = ("min_lr", "warmup_steps", "weight_decay", "grad_clip", "keep", "seed")
-        for name in (*not_negative, "log_every", "eval_every", "save_every", "sample_every"):
+        rhythm = ("log_every", "eval_every", "save_every", "sample_every", "keep_every")
+        for name in (*not_negative, *rhythm, "hang_minutes"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{flag(name)} {getattr(self, name)} must not be negative")
         if self.steps is not None and self.tokens is not None:

@@ -1,5 +1,7 @@
 """What a run shows: a live panel on a terminal, plain lines elsewhere."""
 
+import contextlib
+
 from rich.console import Console
 from rich.live import Live
 from rich.panel import Panel
@@ -35,11 +37,13 @@ class Display:
 
     def __exit__(self, *_) -> None:
         if self.live:
-            self.live.stop()
+            with contextlib.suppress(OSError):
+                self.live.stop()
 
     def message(self, text: str) -> None:
-        """Print one message above the panel."""
-        self.console.print(Text(text), soft_wrap=True)
+        """Print one message above the panel; a terminal or disk that is gone ends no run."""
+        with contextlib.suppress(OSError):
+            self.console.print(Text(text), soft_wrap=True)
 
     def show(self, record: Record) -> None:
         """Show a record."""
@@ -56,7 +60,8 @@ class Display:
         body = Table.grid(expand=True)
         body.add_row(grid)
         body.add_row(ProgressBar(total=self.total_tokens, completed=record.tokens))
-        self.live.update(Panel(body, title=self.name))
+        with contextlib.suppress(OSError):
+            self.live.update(Panel(body, title=self.name))
 
     def fields(self, record: Record) -> dict[str, str]:
         """Names and values of what is shown."""

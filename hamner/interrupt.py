@@ -1,23 +1,30 @@
-"""Ctrl-C and SIGTERM: the first asks the run to stop, the second ends the process at once."""
+"""Ctrl-C, SIGTERM, SIGHUP: the first asks the run to stop, the second ends the process at once."""
 
+import contextlib
 import os
 import signal
 
 
 class Interrupt:
-    """Context in which the first SIGINT or SIGTERM only sets `requested`.
+    """Context in which the first SIGINT, SIGTERM or SIGHUP only sets `requested`.
+
+    A signal that is ignored stays so: `nohup` keeps a run alive when its terminal closes.
 
     The second is left to the operating system's default: it works even while a long operation
     keeps Python's own handlers waiting.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __init__(self) -> None:
         self.requested = False
 
     def __enter__(self) -> "Interrupt":
-        self.previous = {number: signal.signal(number, self._request) for number in self.SIGNALS}
+        self.previous = {
+            number: signal.signal(number, self._request)
+            for number in self.SIGNALS
+            if signal.getsignal(number) is not signal.SIG_IGN
+        }
         return self
 
     def __exit__(self, *_) -> None:
@@ -26,7 +33,9 @@ class Interrupt:
 
     def _request(self, *_) -> None:
         self.requested = True
-        for number in self.SIGNALS:
+        for number in self.previous:
             signal.signal(number, signal.SIG_DFL)
-        # Not print: the handler may run in the middle of another write.
-        os.write(2, b"\nstopping: saving first; once more leaves at once\n")
+        # Not print: the handler may run in the middle of another write. After SIGHUP there may be
+        # no terminal left.
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nstopping: saving first; once more leaves at once\n")

@@ -12,6 +12,18 @@ from hamner.recompute import GIB
 
 
 @dataclass(frozen=True)
+class Spike:
+    """A step whose loss was far above those before it."""
+
+    step: int
+    tokens: int
+    loss: float
+    """nats per token"""
+    z_score: float
+    """robust: see `hamner.step_monitor.SpikeDetector`"""
+
+
+@dataclass(frozen=True)
 class Record:
     """One line of metrics.jsonl."""
 
@@ -19,7 +31,8 @@ class Record:
     tokens: int
     """trained so far"""
     loss: float
-    """cross-entropy, mean over the kept tokens since the last record, nats per token"""
+    """cross-entropy, mean over the steps since the last record, skipped ones left out, nats per
+    token; NaN if all were skipped"""
     val_loss: float | None
     """the latest evaluation, at `val_step`"""
     val_step: int | None
@@ -35,9 +48,11 @@ class Record:
     seconds: float
     """of training in all starts together"""
     skipped_steps: int
-    """steps whose gradient was not finite, all in all"""
+    """steps without an update because loss or gradient was not finite, all in all"""
     router: dict | None = None
     """per layer expert load (shares of the routed assignments) and entropy (nats), or None"""
+    spikes: tuple[Spike, ...] = ()
+    """steps since the last record whose loss stood out"""
 
     @property
     def perplexity(self) -> float:
@@ -45,10 +60,15 @@ class Record:
         return math.exp(min(self.loss, 700.0))
 
     def to_json(self) -> dict:
-        """As written to metrics.jsonl."""
-        values = asdict(self)
+        """As written to metrics.jsonl: what is not finite, which JSON cannot say, is null."""
+        values = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in asdict(self).items()
+        }
         if self.router is None:
             del values["router"]
+        if not self.spikes:
+            del values["spikes"]
         return values
 
 

@@ -2,8 +2,8 @@
 
 The module's parameters are what matmuls read (bf16 on a GPU); the optimizer owns fp32 masters and
 moments and writes the bf16 copy in the same pass (Loshchilov & Hutter 2019, arXiv:1711.05101).
-Nothing waits for the GPU: the clip coefficient stays on the device, and a step whose gradient norm
-is not finite is skipped there.
+Nothing waits for the GPU: the clip coefficient stays on the device, and a step whose loss or
+gradient norm is not finite is skipped there.
 """
 
 import math
@@ -98,12 +98,16 @@ class AdamW:
             parameter.grad = None
 
     @torch.no_grad()
-    def step(self, lr: float) -> Tensor:
+    def step(self, lr: float, loss: Tensor | None = None) -> Tensor:
         """Update every parameter from its gradient, or from the accumulated sums.
 
+        Args:
+            lr: learning rate.
+            loss: 0-d fp32 on the device; the step is skipped if it is not finite.
+
         Returns:
-            The global gradient norm before clipping, 0-d fp32 on the device; the step was skipped
-            if it is not finite.
+            The global gradient norm before clipping, 0-d fp32 on the device, NaN if the loss is
+            not finite; the step was skipped if the norm is not finite.
         """
         gradients = self.accumulated or {
             name: parameter.grad
@@ -112,6 +116,8 @@ class AdamW:
         }
         self.steps += 1
         norm = self.ops.global_grad_norm(list(gradients.values()))
+        if loss is not None:
+            norm = norm + (loss - loss)  # 0, or NaN where the loss is infinite or NaN
         clip = clip_coefficient(norm, self.grad_clip or math.inf)
         for name, gradient in gradients.items():
             parameter = self.parameters[name]

@@ -47,12 +47,24 @@ def _loss(axes, records: list[dict]) -> None:
     if validation:
         tokens = [r["tokens"] for r in validation]
         axes.plot(tokens, [r["val_loss"] for r in validation], "o-", label="validation")
+    spikes = [(s["tokens"], s["loss"]) for r in records for s in r.get("spikes", ())]
+    if spikes:
+        axes.plot(*zip(*spikes, strict=True), "rx", label="spike")
+    skipped = [
+        later["tokens"]
+        for earlier, later in zip([{}, *records], records, strict=False)
+        if later.get("skipped_steps", 0) > earlier.get("skipped_steps", 0)
+    ]
+    for number, tokens in enumerate(skipped):
+        axes.axvline(
+            tokens, color="red", alpha=0.3, linewidth=1, label="" if number else "skipped steps"
+        )
     axes.legend()
 
 
 def _line(axes, records: list[dict], field: str, label: str) -> None:
     points = [(r["tokens"], r[field]) for r in records if r.get(field) is not None]
-    axes.plot(*zip(*points, strict=True), label=label, linewidth=1)
+    axes.plot([x for x, _ in points], [y for _, y in points], label=label, linewidth=1)
 
 
 def _figure(path: Path, ylabel: str, records: list[dict], plot: Callable) -> Path:

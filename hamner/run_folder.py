@@ -1,6 +1,10 @@
-"""The files of a run: config.json, metrics.jsonl, samples.jsonl, plots/, checkpoints/."""
+"""The files of a run: config.json, metrics.jsonl, samples.jsonl, plots/, checkpoints/.
+
+And, when something went wrong: bad_steps/ (batches for `--replay`) and stacks.txt (of a hang).
+"""
 
 import contextlib
+import errno
 import json
 import os
 from collections.abc import Iterable
@@ -24,6 +28,8 @@ class RunFolder:
         self.samples = path / "samples.jsonl"
         self.plots = path / "plots"
         self.checkpoints = path / "checkpoints"
+        self.bad_steps = path / "bad_steps"
+        self.stacks = path / "stacks.txt"
 
     def check(self, *, resume: bool) -> None:
         """Refuse to overwrite a run, or to resume one that is not there.
@@ -51,6 +57,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.plots.mkdir(exist_ok=True)
+            self.checkpoints.mkdir(exist_ok=True)
             replace_text(self.config, json.dumps(config.to_json(), indent=1) + "\n")
         except OSError as error:
             raise UserError(f"--run-dir {self.path} cannot be written: {error.strerror}") from error
@@ -63,17 +70,56 @@ class RunFolder:
                 replace_text(path, "".join(f"{line}\n" for line in kept))
 
 
-def append_record(path: Path, record: dict) -> None:
-    """Append one JSON object as a line."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+class RecordLog:
+    """Appends to a JSON-lines file; what the disk does not take waits for the next append.
+
+    Args:
+        path: of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.waiting: list[dict] = []
+
+    def append(self, record: dict) -> OSError | None:
+        """Add an object; returns the disk's error if it has to wait."""
+        self.waiting.append(record)
+        return self.flush()
+
+    def flush(self) -> OSError | None:
+        """Write what waits; returns the disk's error if it has to wait longer."""
+        if self.waiting:
+            try:
+                append_record(self.path, *self.waiting)
+            except OSError as error:
+                return error
+            self.waiting.clear()
+        return None
+
+
+def append_record(path: Path, *records: dict) -> None:
+    """Append JSON objects as lines: all of them or, if the disk is full, none.
+
+    Raises:
+        OSError: the file is as it was.
+    """
+    data = "".join(json.dumps(record) + "\n" for record in records).encode()
+    # Unbuffered: a killed process leaves whole lines, and a full disk is seen here.
+    with path.open("ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        try:
+            if file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def read_records(path: Path) -> Iterable[dict]:
     """The objects of a JSON-lines file; a last line cut short by a crash is left out."""
     if not path.exists():
         return
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(ValueError):
             record = json.loads(line)
             if isinstance(record, dict) and isinstance(record.get("step"), int):

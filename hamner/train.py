@@ -1,4 +1,4 @@
-"""`python -m hamner.train`: pre-train an option from scratch, or resume a run."""
+"""`python -m hamner.train`: pre-train an option from scratch, resume a run, replay a bad step."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -6,15 +6,16 @@ from pathlib import Path
 
 import tyro
 
-from hamner.cli import EXIT_INTERRUPTED, gather_data, run_command
+from hamner.cli import EXIT_BAD_STEPS, EXIT_INTERRUPTED, gather_data, run_command
 from hamner.config import CONFIG_FILE, TrainConfig
 
 
 def parse(args: Sequence[str]) -> TrainConfig:
     """Read the command line.
 
-    The defaults are those of `--option`, or with `--resume` those the run was started with, so
-    that `--resume --run-dir runs/a` alone continues a run and any other flag changes it.
+    The defaults are those of `--option`, or with `--resume` and `--replay` those the run was
+    started with, so that `--resume --run-dir runs/a` alone continues a run and any other flag
+    changes it.
 
     Raises:
         UserError: values that make no sense, alone or together.
@@ -23,10 +24,16 @@ def parse(args: Sequence[str]) -> TrainConfig:
     args = gather_data(args)
     option = flag_value(args, "--option") or TrainConfig.option
     default = TrainConfig.for_option(option)
-    run_dir = flag_value(args, "--run-dir")
+    run_dir, replay = flag_value(args, "--run-dir"), flag_value(args, "--replay")
     saved = (Path(run_dir) if run_dir else default.folder) / CONFIG_FILE
-    if "--resume" in args and saved.is_file():
-        default = replace(TrainConfig.read(saved), resume=True, stop_after=None)
+    if replay:
+        # RUN/bad_steps/FILE
+        saved = Path(replay).parent.parent / CONFIG_FILE
+        default = replace(TrainConfig.read(saved), run_dir=saved.parent)
+    elif "--resume" in args and saved.is_file():
+        default = replace(
+            TrainConfig.read(saved), resume=True, stop_after=None, allow_data_change=False
+        )
     return tyro.cli(
         tyro.conf.OmitArgPrefixes[TrainConfig],
         default=default,
@@ -50,9 +57,16 @@ def main(args: Sequence[str]) -> int:
     """Train as the command line says; returns the exit code."""
     config = parse(args)
     # Torch takes a second or more to load: only now, so that --help and refusals are immediate.
+    if config.replay:
+        from hamner.replay import replay
+
+        print(replay(config))
+        return 0
     from hamner.trainer import train
 
     result = train(config)
+    if result.diagnosis:
+        return EXIT_BAD_STEPS
     return EXIT_INTERRUPTED if result.interrupted else 0
 
 

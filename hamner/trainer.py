@@ -2,8 +2,13 @@
 
 Between two log lines nothing waits for the GPU: losses, the gradient norm and the skip of a bad
 step stay on the device, and the number of kept targets is counted on the CPU before a batch leaves.
+
+What a long run must survive lives beside the loop: `background_save` (checkpoints that may fail and
+are tried again), `step_monitor` (bad steps and spikes), `bad_steps` (batches kept for replay),
+`watchdog` (hangs), `resume` (what may change between two starts).
 """
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +17,9 @@ import torch
 from torch import Tensor
 
 import hamner
-from hamner import checkpoint, device, plots, recompute
-from hamner.attention import get_attention, waits_for_gpu
+from hamner import bad_steps, build, checkpoint, plots, recompute, resume
+from hamner.attention import waits_for_gpu
+from hamner.background_save import RETRY_SECONDS, BackgroundSaver
 from hamner.checkpoint import Checkpoint
 from hamner.config import TrainConfig
 from hamner.cuda_graph import GraphedBackward
@@ -22,14 +28,15 @@ from hamner.data.tokenizer import load_tokenizer
 from hamner.display import Display, count, duration
 from hamner.errors import UserError
 from hamner.interrupt import Interrupt
-from hamner.metrics import Mfu, Record, Stopwatch, peak_vram_gib
-from hamner.model import RouterStatistics, Transformer
-from hamner.ops import IGNORED_TARGET, build_ops
+from hamner.metrics import Mfu, Record, Spike, Stopwatch, peak_vram_gib
+from hamner.model import RouterStatistics
+from hamner.ops import IGNORED_TARGET
 from hamner.optimizer import AdamW, Schedule
-from hamner.options import flag
 from hamner.reporting import open_reporters, require_installed
-from hamner.run_folder import RunFolder, append_record
+from hamner.run_folder import RecordLog, RunFolder
 from hamner.sampling import PROMPTS, generate
+from hamner.step_monitor import SpikeDetector, StepMonitor
+from hamner.watchdog import Watchdog
 
 PATIENCE_SECONDS = 10.0
 """longest an interrupted step is finished; a slower one is dropped and comes again on resume"""
@@ -49,6 +56,8 @@ class TrainResult:
     """of the last evaluation, nats per token"""
     checkpoint: Path | None
     interrupted: bool
+    diagnosis: str | None = None
+    """why the run stopped itself, or None"""
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -77,32 +86,11 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, run: RunFolder) -> None:
         require_installed(config.report_to)
-        self.run = run
-        self.compute = compute = device.select(config)
+        self.config, self.run = config, run
         self.tokenizer = load_tokenizer(config.tokenizer, config.model.vocab_size)
-        self.plan = recompute.choose(
-            config.model,
-            batch_size=config.batch_size,
-            seq_len=config.seq_len,
-            precision=compute.precision,
-            fused=compute.kernels == "triton",
-            budget=compute.budget_bytes,
-            policies=recompute.parse(config.recompute, config.model.num_layers),
-            micro_batch_size=config.micro_batch_size,
-            max_micro_batch_tokens=compute.max_micro_batch_tokens,
-        )
-        self.config = config
-        self.attention = get_attention(
-            config.attention,
-            device=compute.device,
-            dtype=compute.dtype,
-            head_size=config.model.head_size,
-            num_heads=config.model.num_attention_heads,
-            num_kv_heads=config.model.num_kv_heads,
-            seq_len=config.seq_len,
-            micro_batch_size=self.plan.micro_batch_size,
-            document_mask=config.document_mask,
-        )
+        setup = build.choose(config)
+        self.compute, self.plan, self.attention = setup.compute, setup.plan, setup.attention
+        compute = self.compute
         data = DataConfig(
             specs=config.data,
             seq_len=config.seq_len,
@@ -113,13 +101,10 @@ class Trainer:
         self.loader = TrainLoader(data, self.tokenizer, pin_memory=compute.device.type == "cuda")
         self.validation = validation_rows(data, self.tokenizer, config.eval_tokens)
 
-        ops = build_ops(compute.kernels, self.attention)
-        self.model = Transformer(config.model, ops, self.plan.policies)
-        self.model.initialize(config.seed)
-        self.model.to(compute.device)
+        self.model = setup.model(config)
         self.optimizer = AdamW(
             self.model,
-            ops,
+            self.model.ops,
             dtype=compute.dtype,
             weight_decay=config.weight_decay,
             grad_clip=config.grad_clip,
@@ -142,16 +127,37 @@ class Trainer:
         self.val_step: int | None = None
         # On the device, read only when a line is logged.
         self.loss_sum = torch.zeros((), device=compute.device)
-        self.loss_steps = 0
+        self.loss_steps = torch.zeros((), dtype=torch.int64, device=compute.device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=compute.device)
+        self.step_loss = torch.zeros((), device=compute.device)
         self.router: RouterStatistics | None = None
+
+        self.monitor = StepMonitor()
+        self.spike_detector = SpikeDetector([])
+        self.spikes: list[Spike] = []
+        self.bad_in_a_row = 0
+        self.diagnosis: str | None = None
+        self.poisoned: list[str] = []
+        """tensors that were found not to be finite then"""
+        self.position = self.loader.state_dict()
+        """of the data, after the last finished step"""
         self.saved: Checkpoint | None = None
+        self.notes: list[str] = []
+        """to say once the display is there"""
         if config.resume:
             self.restore()
         run.start(config)
+        self.metrics, self.samples = RecordLog(run.metrics), RecordLog(run.samples)
+        self.saver = BackgroundSaver(
+            run.checkpoints,
+            keep=config.keep,
+            keep_every=config.keep_every,
+            records=(run.metrics, run.samples),
+        )
+        self.watchdog = Watchdog(config.hang_minutes, run.stacks, self.report_hang)
         self.reporters = open_reporters(config)
         budget_gib = None if compute.device.type == "cpu" else compute.budget_bytes / recompute.GIB
-        self.display = Display(f"hamner {config.option}", config.total_tokens, budget_gib)
+        self.display = Display(f"hamner {config.option}", self.schedule.total_tokens, budget_gib)
 
     def can_graph(self) -> bool:
         """Whether forward and backward can be one CUDA graph: the plain ops wait for the GPU in
@@ -167,52 +173,68 @@ class Trainer:
 
     def close(self) -> None:
         """Stop what runs beside the loop."""
+        self.saver.close()
         self.loader.close()
         for reporter in self.reporters:
             reporter.close()
 
     def run_to_end(self) -> TrainResult:
-        """Train until the run's length, `--stop-after` or an interrupt; then save."""
+        """Train until the run's length, `--stop-after`, an interrupt or a diagnosis; then save."""
         config = self.config
-        first_step = self.step
-        with self.display, Interrupt() as interrupt:
+        first_step, total_tokens = self.step, self.schedule.total_tokens
+        with self.display, Interrupt() as interrupt, self.watchdog:
             self.introduce()
             self.mark_interval()
-            # The data position of a checkpoint is that of the last finished step.
-            position = self.loader.state_dict()
-            while self.tokens < config.total_tokens and not interrupt.requested:
-                batch = next(self.loader)
+            while self.tokens < total_tokens and not (interrupt.requested or self.diagnosis):
+                batch = self.next_batch()
                 lr = self.schedule(self.tokens + batch.inputs.numel())
                 norm = self.train_step(batch, lr, interrupt)
                 if norm is None:
                     break
-                position = self.loader.state_dict()
-                self.step += 1
-                self.tokens += batch.inputs.numel()
-                done = self.tokens >= config.total_tokens
+                self.finish_step(batch, lr, norm)
+                done = self.tokens >= total_tokens
                 if due(self.step, config.eval_every) or (done and config.eval_every):
                     self.evaluate()
                     self.log(lr, norm)
                 elif due(self.step, config.log_every) or done:
                     self.log(lr, norm)
-                if due(self.step, config.save_every) and not done:
-                    self.try_to_save(position)
+                self.save_when_due(due(self.step, config.save_every) and not done)
                 if due(self.step, config.sample_every) or (done and config.sample_every):
                     self.sample()
                 if config.stop_after and self.step - first_step >= config.stop_after:
                     break
             self.watch.pause()
-            if self.saved is None or self.saved.step != self.step:
-                self.save_last(position)
-            plots.draw(self.run)
+            self.judge_steps(wait=True)
+            self.save_last()
+            self.draw()
             self.conclude(interrupt.requested)
         return TrainResult(
             step=self.step,
             tokens=self.tokens,
             val_loss=self.val_loss,
-            checkpoint=self.saved.path,
+            checkpoint=self.saved.path if self.saved else None,
             interrupted=interrupt.requested,
+            diagnosis=self.diagnosis,
         )
+
+    def next_batch(self) -> Batch:
+        """The next batch; if the data fails, what was trained is saved first."""
+        try:
+            with self.watchdog.waiting():
+                return next(self.loader)
+        except Exception:
+            if self.step:
+                self.save_last()
+            raise
+
+    def finish_step(self, batch: Batch, lr: float, norm: Tensor) -> None:
+        """Count a step, and look at those whose numbers have come in."""
+        self.position = self.loader.state_dict()
+        self.step += 1
+        self.tokens += batch.inputs.numel()
+        self.watchdog.beat()
+        self.monitor.record(self.step, self.tokens, lr, batch, self.step_loss, norm)
+        self.judge_steps()
 
     def train_step(self, batch: Batch, lr: float, interrupt: Interrupt) -> Tensor | None:
         """Forward, backward and update on one global batch, in micro-batches.
@@ -242,11 +264,12 @@ class Trainer:
             if interrupt.requested and left > PATIENCE_SECONDS:
                 self.optimizer.drop_gradients()
                 return None
-        norm = self.optimizer.step(lr)
-        self.loss_sum += loss
-        self.loss_steps += 1
-        self.skipped += ~torch.isfinite(norm)
-        self.router = router
+        norm = self.optimizer.step(lr, loss)
+        is_good = torch.isfinite(norm)
+        self.loss_sum += torch.where(is_good, loss, 0.0)
+        self.loss_steps += is_good
+        self.skipped += ~is_good
+        self.step_loss, self.router = loss, router
         return norm
 
     def forward_backward(
@@ -292,7 +315,9 @@ class Trainer:
 
     def log(self, lr: float, norm: Tensor) -> None:
         """Read the device's counters: the only place where the loop waits for the GPU."""
-        loss = self.loss_sum.item() / max(1, self.loss_steps)
+        steps = self.loss_steps.item()
+        loss = self.loss_sum.item() / steps if steps else math.nan
+        self.judge_steps(wait=True)
         seconds = self.watch.read()
         speed = (self.tokens - self.interval_tokens) / max(1e-9, seconds - self.interval_seconds)
         record = Record(
@@ -309,13 +334,18 @@ class Trainer:
             seconds=seconds,
             skipped_steps=int(self.skipped.item()),
             router=describe_router(self.router),
+            spikes=tuple(self.spikes),
         )
-        append_record(self.run.metrics, record.to_json())
+        self.append(self.metrics, record.to_json())
         for reporter in self.reporters:
-            reporter.report(record)
+            try:
+                reporter.report(record)
+            except Exception as error:  # whatever ails a service, the run does not end of it
+                self.display.message(f"WARNING: {type(reporter).__name__} failed: {error}")
         self.display.show(record)
         self.loss_sum.zero_()
-        self.loss_steps = 0
+        self.loss_steps.zero_()
+        self.spikes.clear()
         self.mark_interval()
 
     def mark_interval(self) -> None:
@@ -324,109 +354,168 @@ class Trainer:
             self.watch.start()
         self.interval_tokens, self.interval_seconds = self.tokens, self.watch.read()
 
+    def append(self, log: RecordLog, record: dict) -> None:
+        """Write a record, or go on training with a warning: the next one takes it along."""
+        error = log.append(record)
+        if error:
+            self.display.message(
+                f"WARNING: {log.path} cannot be written ({error.strerror}); "
+                f"{len(log.waiting)} records wait"
+            )
+
     def sample(self) -> None:
         """Continue the fixed prompts and keep the texts."""
         self.watch.pause()
         for prompt in PROMPTS:
             text = generate(self.model, self.tokenizer, prompt, seed=self.config.seed)
             record = {"step": self.step, "tokens": self.tokens, "prompt": prompt, "text": text}
-            append_record(self.run.samples, record)
+            self.append(self.samples, record)
             self.display.message(f"sample: {prompt}{text}".replace("\n", " "))
         self.watch.start()
 
-    def save(self, position: dict) -> None:
-        """Write a checkpoint; `position` is the loader's state after the last finished step."""
-        running = self.watch.started is not None
-        if running:
-            self.watch.pause()
-        self.saved = checkpoint.save(
-            self.run.checkpoints,
+    def judge_steps(self, *, wait: bool = False) -> None:
+        """Mark spikes, keep the batches of bad steps, and stop after too many in a row.
+
+        Args:
+            wait: for the numbers of every step so far.
+        """
+        for reading in self.monitor.arrived(wait=wait):
+            if not reading.is_bad:
+                self.bad_in_a_row = 0
+                score = self.spike_detector.score(reading.loss)
+                if score is not None:
+                    spike = Spike(reading.step, reading.tokens, reading.loss, score)
+                    self.spikes.append(spike)
+                    self.display.message(
+                        f"loss spike at step {spike.step:,}: {spike.loss:.4f}, {score:.1f} robust "
+                        "standard deviations above the recent losses"
+                    )
+                continue
+            self.bad_in_a_row += 1
+            kept = bad_steps.keep(self.run.bad_steps, reading)
+            self.display.message(
+                f"WARNING: step {reading.step:,} skipped: loss {reading.loss}, gradient norm "
+                f"{reading.grad_norm}; {kept}"
+            )
+            if self.bad_in_a_row == bad_steps.MOST_IN_A_ROW:
+                self.poisoned = bad_steps.not_finite(
+                    {**self.optimizer.parameters, **self.optimizer.state_tensors()}
+                )
+                self.diagnosis = bad_steps.diagnose(reading, self.poisoned)
+
+    def save(self) -> None:
+        """Start to write a checkpoint of the last finished step."""
+        for log in (self.metrics, self.samples):
+            log.flush()
+        self.saver.begin(
             self.step,
             model=self.optimizer.parameters,
             optimizer=self.optimizer.state_tensors(),
+            counters={
+                "skipped_steps": self.skipped,
+                "loss_sum": self.loss_sum,
+                "loss_steps": self.loss_steps,
+            },
             state={
-                "format": 1,
+                "format": resume.STATE_FORMAT,
                 "step": self.step,
                 "tokens": self.tokens,
                 "seconds": self.watch.read(),
                 "optimizer_steps": self.optimizer.steps,
-                "skipped_steps": int(self.skipped.item()),
-                "loss_sum": self.loss_sum.item(),
-                "loss_steps": self.loss_steps,
                 "val_loss": self.val_loss,
                 "val_step": self.val_step,
+                "recent_losses": list(self.spike_detector.recent),
+                "schedule": resume.describe_schedule(self.config, self.schedule),
                 "model": self.config.to_json()["model"],
                 "tokenizer": self.tokenizer.fingerprint,
-                "data": position,
+                "data": self.position,
                 "rng": checkpoint.rng_state(),
                 "versions": {"hamner": hamner.__version__, "torch": torch.__version__},
             },
         )
-        checkpoint.retain(self.run.checkpoints, self.config.keep)
-        self.display.message(f"saved {self.saved.path}")
-        if running:
-            self.watch.start()
 
-    def try_to_save(self, position: dict) -> None:
-        """Save, or go on training with a warning: the next save may find room."""
-        try:
-            self.save(position)
-        except OSError as error:
-            self.display.message(
-                f"WARNING: step {self.step:,} could not be saved ({error.strerror}); earlier "
-                "checkpoints are whole, training goes on and saves again later"
-            )
+    def save_when_due(self, is_due: bool) -> None:
+        """Save in the background: now, or once the save before is done or the disk takes it.
 
-    def save_last(self, position: dict) -> None:
-        """Save before leaving.
+        Not while steps are bad: their cause may be in the state.
+        """
+        self.note_save(self.saver.collect())
+        self.saver.wanted |= is_due
+        if self.saver.ready and not self.bad_in_a_row:
+            self.save()
+
+    def save_last(self) -> None:
+        """Have the last finished step on disk before leaving, unless its state is poisoned.
 
         Raises:
             UserError: the disk does not take it.
         """
-        try:
-            self.save(position)
-        except OSError as error:
+        self.note_save(self.saver.wait())
+        if self.poisoned or (self.saved is not None and self.saved.step == self.step):
+            return
+        self.save()
+        error = self.note_save(self.saver.wait())
+        if error:
             raise UserError(
                 f"--run-dir {self.run.path}: the last checkpoint could not be written "
                 f"({error.strerror}); make room there and go on with --resume"
             ) from error
 
+    def note_save(self, outcome: Checkpoint | OSError | None) -> OSError | None:
+        """Say how a save ended; returns the error, if any."""
+        if isinstance(outcome, OSError):
+            self.display.message(
+                f"WARNING: step {self.saver.step:,} could not be saved ({outcome.strerror}); "
+                "earlier checkpoints are whole, training goes on and tries again in "
+                f"{RETRY_SECONDS:.0f} s"
+            )
+            return outcome
+        if outcome is not None:
+            self.saved = outcome
+            self.display.message(f"saved {outcome.path}")
+        return None
+
+    def report_hang(self, between_steps: bool) -> None:
+        """Say that the run hangs and save what can be; called by the watchdog's thread."""
+        self.display.message(
+            f"WARNING: no step for {self.config.hang_minutes:g} minutes; what every thread does is "
+            f"in {self.run.stacks}"
+        )
+        if not between_steps:
+            return  # half a step cannot be saved; a save under way goes on by itself
+        self.note_save(self.saver.wait())
+        if self.step and (self.saved is None or self.saved.step < self.step):
+            self.save()
+            self.note_save(self.saver.wait())
+
     def restore(self) -> None:
-        """Load the newest checkpoint; a run that never saved starts over."""
-        found = checkpoint.find(self.run.checkpoints)
-        if not found:
+        """Load the newest whole checkpoint; a run that never saved starts over."""
+        found, state = resume.find_checkpoint(self.run.checkpoints, self.notes)
+        if found is None:
+            resume.rewind(self.run, 0)
             return
-        newest = found[-1]
-        newest.verify()
-        state = newest.state()
-        self.require_same_model(newest, state)
-        self.optimizer.restore(newest, state["optimizer_steps"])
-        self.loader.load_state_dict(state["data"])
+        resume.require_same_model(found, state, self.config, self.tokenizer)
+        self.optimizer.restore(found, state["optimizer_steps"])
+        resume.load_position(self.loader, state["data"], self.config, self.notes)
+        self.position = self.loader.state_dict()
+        self.schedule = resume.continue_schedule(self.config, self.schedule, state["schedule"])
         self.step, self.tokens = state["step"], state["tokens"]
         self.watch = Stopwatch(state["seconds"])
         self.skipped.fill_(state["skipped_steps"])
         self.loss_sum.fill_(state["loss_sum"])
-        self.loss_steps = state["loss_steps"]
+        self.loss_steps.fill_(state["loss_steps"])
         self.val_loss, self.val_step = state["val_loss"], state["val_step"]
+        self.spike_detector = SpikeDetector(state["recent_losses"])
         checkpoint.set_rng_state(state["rng"])
-        self.run.rewind(self.step)
-        self.saved = newest
+        resume.rewind(self.run, self.step)
+        self.saved = found
 
-    def require_same_model(self, found: Checkpoint, state: dict) -> None:
-        """Refuse to load another model's or another tokenizer's state."""
-        ours = self.config.to_json()["model"]
-        saved = state.get("model", {})
-        for name, value in ours.items():
-            if saved.get(name) != value:
-                raise UserError(
-                    f"--{flag(name)} {value} is not the {saved.get(name)} that {found.path} was "
-                    "trained with; leave the flag out, or start another run with --run-dir"
-                )
-        if state.get("tokenizer") != self.tokenizer.fingerprint:
-            raise UserError(
-                f"--tokenizer {self.config.tokenizer} is not the one {found.path} was trained "
-                "with; leave the flag out, or start another run with --run-dir"
-            )
+    def draw(self) -> None:
+        """Draw the run's plots, if the disk takes them."""
+        try:
+            plots.draw(self.run)
+        except OSError as error:
+            self.display.message(f"WARNING: plots not drawn ({error.strerror})")
 
     def introduce(self) -> None:
         """Say what will run, before it does."""
@@ -437,8 +526,8 @@ class Trainer:
         if active != model.num_parameters():
             size += f", {active:,} active per token"
         lines = [
-            f"option {config.option}: {size}; {count(config.total_tokens)} tokens in "
-            f"{config.total_tokens // config.tokens_per_step:,} steps of "
+            f"option {config.option}: {size}; {count(self.schedule.total_tokens)} tokens in "
+            f"{self.schedule.total_tokens // config.tokens_per_step:,} steps of "
             f"{config.batch_size} x {config.seq_len}",
             f"on {compute.name}, {compute.precision}, kernels {compute.kernels}, "
             f"attention {self.attention.name}: {self.attention.reason}",
@@ -454,21 +543,25 @@ class Trainer:
             lines.append(f"resuming {self.run.path} {where}")
         else:
             lines.append(f"run folder {self.run.path}")
-        for line in lines:
+        for line in [*lines, *self.notes]:
             self.display.message(line)
 
     def announce_cpu_speed(self, seconds: float, rows: int) -> None:
         """Say how fast this CPU is and what that means for the whole run."""
         speed = rows * self.config.seq_len / seconds
-        whole = duration(self.config.total_tokens / speed)
+        whole = duration(self.schedule.total_tokens / speed)
         self.display.message(
             f"measured on this CPU: about {speed:,.0f} tokens/s, so the full run of "
-            f"{count(self.config.total_tokens)} tokens would take {whole}"
+            f"{count(self.schedule.total_tokens)} tokens would take {whole}"
         )
 
     def conclude(self, interrupted: bool) -> None:
         """Say where the run is and how to go on."""
-        if self.tokens < self.config.total_tokens:
+        if self.diagnosis:
+            self.display.message(self.diagnosis)
+            where = self.saved.path if self.saved else "none: the run never saved"
+            self.display.message(f"stopped at step {self.step:,}; last good checkpoint: {where}")
+        elif self.tokens < self.schedule.total_tokens:
             word = "interrupted" if interrupted else "stopped"
             self.display.message(
                 f"{word} at step {self.step:,}; saved in {self.saved.path}; continue with "

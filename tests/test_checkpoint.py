@@ -68,6 +68,58 @@ def test_retention_keeps_the_newest(tmp_path):
     assert [c.step for c in checkpoint.find(tmp_path)] == [3, 10]
 
 
+def test_retention_keeps_one_of_every_span(tmp_path):
+    """With keep_every 10 a checkpoint of each ten steps stays, the first, even if it came late."""
+    for step in (5, 10, 15, 21, 25, 30, 35, 40, 45):
+        save(tmp_path, step)
+        checkpoint.retain(tmp_path, 2, 10)
+    assert [c.step for c in checkpoint.find(tmp_path)] == [10, 21, 30, 40, 45]
+
+
+def damage(saved: checkpoint.Checkpoint, how: str) -> None:
+    weights = saved.path / "model.safetensors"
+    if how == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-8])
+    elif how == "flipped":
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(content)
+    elif how == "foreign":
+        for path in saved.path.iterdir():
+            path.unlink()
+        torch.save(tensors(), saved.path / "pytorch_model.bin")
+    elif how == "another format":
+        manifest = json.loads((saved.path / "manifest.json").read_text())
+        (saved.path / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped", "foreign", "another format"])
+def test_newest_whole_passes_over_damage_and_names_it(tmp_path, how):
+    whole = save(tmp_path, 3)
+    for step in (6, 9):
+        damage(save(tmp_path, step), how)
+    found, errors = checkpoint.newest_whole(tmp_path)
+    assert found == whole
+    assert ["step_00000009" in str(errors[0]), "step_00000006" in str(errors[1])] == [True, True]
+    checkpoint.set_aside(tmp_path, found.step)
+    assert checkpoint.find(tmp_path) == [whole]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("damaged_step_00000006", "damaged_step_00000009", "step_00000003")
+    ]
+    assert checkpoint.newest_whole(tmp_path) == (whole, [])
+
+
+def test_a_disk_that_cannot_be_read_is_damage(tmp_path, monkeypatch):
+    saved = save(tmp_path)
+
+    def fail(_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(checkpoint, "_sha256", fail)
+    with pytest.raises(CheckpointError, match=r"cannot be read \(Input/output error\)"):
+        saved.verify()
+
+
 def test_saving_a_step_again_replaces_it(tmp_path):
     save(tmp_path)
     save(tmp_path).verify()

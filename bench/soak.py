@@ -1,0 +1,225 @@
+"""A long run that is killed, starved and cut off, against the same run left in peace.
+
+    python -m bench.soak --minutes 30
+    python -m bench.soak --minutes 8 --device cuda --option a --save-every 100
+
+The first third of the time trains undisturbed. Then the same run starts again on a slow disk that
+fails, with a source that stalls and breaks, and is killed at random moments until it has made the
+same steps. It must end with the same losses and the same weights, bit for bit; memory and file
+handles must stay flat within each start.
+"""
+
+import json
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from bench.faulty_train import Faults
+from hamner import checkpoint
+from hamner.cli import EXIT_INTERRUPTED
+from hamner.run_folder import read_records
+
+WARM_UP_SECONDS = 45.0
+"""of a start, before its memory and handles are looked at"""
+LARGEST_GROWTH = 0.02
+"""of the memory within the time it was watched"""
+MOST_FILES = 4
+"""by which the handles may differ: a save and a source open some"""
+BAD_DAY = Faults(flush_seconds=1.0, disk_failure=0.05, source_stall=0.002, source_failure=0.0005)
+STEPS = "1000000"
+"""of the schedule: neither run gets there"""
+
+
+@dataclass(frozen=True)
+class Soak:
+    """Train under kills, a failing disk and a failing source; compare with the undisturbed run."""
+
+    minutes: float = 30.0
+    """in all"""
+    option: str = "tiny"
+    """of hamner.train"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """where to train"""
+    data: str = "builtin"
+    """SPEC of hamner.train"""
+    save_every: int = 25
+    """steps between checkpoints"""
+    kill_every: float = 90.0
+    """mean seconds of training between two kills"""
+    seed: int = 0
+    """of the kills"""
+    output: Path = Path("runs/soak")
+    """folder, made anew"""
+
+
+class Run:
+    """One of the two runs: a folder, and starts of `bench.faulty_train` in it."""
+
+    def __init__(self, soak: Soak, name: str, faults: Faults) -> None:
+        self.folder = soak.output / name
+        self.diary = soak.output / f"{name}_diary.jsonl"
+        self.output = soak.output / f"{name}.txt"
+        self.faults = soak.output / f"{name}_faults.json"
+        self.faults.write_text(json.dumps({"diary": str(self.diary), **asdict(faults)}))
+        self.flags = [
+            *("--option", soak.option, "--device", soak.device, "--data", soak.data),
+            *("--run-dir", str(self.folder), "--steps", STEPS, "--log-every", "5"),
+            *("--eval-every", "50", "--sample-every", "100", "--save-every", str(soak.save_every)),
+        ]
+
+    def start(self, *flags: str) -> subprocess.Popen:
+        own = (
+            ["--resume", "--run-dir", str(self.folder)]
+            if (self.folder / "config.json").exists()
+            else self.flags
+        )
+        command = [sys.executable, "-m", "bench.faulty_train", str(self.faults), *own, *flags]
+        with self.output.open("ab") as file:
+            return subprocess.Popen(command, stdout=file, stderr=file)
+
+    @property
+    def saved_step(self) -> int:
+        found = checkpoint.find(self.folder / "checkpoints")
+        return found[-1].step if found else 0
+
+    def losses(self) -> dict[int, tuple]:
+        """Loss and validation loss of each logged step; every step must be there once."""
+        records = list(read_records(self.folder / "metrics.jsonl"))
+        assert len(records) == len({record["step"] for record in records}), "a step came twice"
+        return {r["step"]: (r["loss"], r["val_loss"], r["grad_norm"]) for r in records}
+
+    def sums(self) -> dict[str, str]:
+        """SHA-256 of weights and optimizer state in the last checkpoint."""
+        last = checkpoint.find(self.folder / "checkpoints")[-1]
+        last.verify()
+        files = json.loads((last.path / checkpoint.MANIFEST_FILE).read_text())["files"]
+        names = (checkpoint.MODEL_FILE, checkpoint.OPTIMIZER_FILE)
+        return {name: files[name]["sha256"] for name in names}
+
+    def growth(self, field: str) -> tuple[float, float]:
+        """Slope of a field within the starts, per hour, and what it comes to in the time watched.
+
+        Least squares with a level of its own for each start; the second value is a share of the
+        mean level.
+        """
+        starts = self.watched()
+        moments = square = longest = 0.0
+        for lines in starts:
+            at = statistics.fmean(line["seconds"] for line in lines)
+            level = statistics.fmean(line[field] for line in lines)
+            moments += sum((line["seconds"] - at) * (line[field] - level) for line in lines)
+            square += sum((line["seconds"] - at) ** 2 for line in lines)
+            longest = max(longest, lines[-1]["seconds"] - lines[0]["seconds"])
+        mean = statistics.fmean(line[field] for lines in starts for line in lines)
+        slope = moments / square
+        return 3600 * slope, slope * longest / mean if mean else 0.0
+
+    def files(self) -> tuple[int, int]:
+        """Fewest and most median file handles of the starts' first and last thirds."""
+        medians = []
+        for lines in self.watched():
+            third = max(1, len(lines) // 3)
+            for part in (lines[:third], lines[-third:]):
+                medians.append(statistics.median_low([line["files"] for line in part]))
+        return min(medians), max(medians)
+
+    def watched(self) -> list[list[dict]]:
+        """The diary's lines by start, after its warm-up, of starts that lasted on."""
+        starts: dict[int, list[dict]] = {}
+        for text in self.diary.read_text().splitlines():
+            line = json.loads(text)
+            if line["seconds"] > WARM_UP_SECONDS:
+                starts.setdefault(line["pid"], []).append(line)
+        return [lines for lines in starts.values() if len(lines) >= 10]
+
+
+def train_in_peace(run: Run, seconds: float) -> int:
+    """Train for so long, stop with SIGTERM; the step it came to."""
+    process = run.start()
+    try:
+        process.wait(seconds)
+        raise SystemExit(f"the undisturbed run ended by itself, see {run.output}")
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)
+    if process.wait(120) != EXIT_INTERRUPTED:
+        raise SystemExit(f"the undisturbed run did not stop in order, see {run.output}")
+    return run.saved_step
+
+
+def train_disturbed(run: Run, last_step: int, soak: Soak) -> dict[str, int]:
+    """Kill and restart until `last_step` is saved; how often each end of a start came."""
+    chance = random.Random(soak.seed)
+    ends = {"killed": 0, "terminated": 0, "failed": 0}
+    patience = time.monotonic() + 3 * 60 * soak.minutes
+    while run.saved_step < last_step:
+        if time.monotonic() > patience:
+            raise SystemExit(f"stuck at step {run.saved_step} of {last_step}, see {run.output}")
+        process = run.start("--stop-after", str(last_step - run.saved_step))
+        try:
+            code = process.wait(chance.uniform(0, 2 * soak.kill_every))
+            ends["failed"] += code != 0
+        except subprocess.TimeoutExpired:
+            number = chance.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM))
+            process.send_signal(number)
+            process.wait(120)
+            ends["killed" if number == signal.SIGKILL else "terminated"] += 1
+    return ends
+
+
+def main(soak: Soak) -> int:
+    """Run both, print the figures; 1 if anything differs or grows."""
+    shutil.rmtree(soak.output, ignore_errors=True)
+    soak.output.mkdir(parents=True)
+    started = time.monotonic()
+    peace = Run(soak, "undisturbed", Faults())
+    last_step = train_in_peace(peace, 60 * soak.minutes / 3)
+    print(f"undisturbed: {last_step:,} steps in {time.monotonic() - started:.0f} s", flush=True)
+
+    started = time.monotonic()
+    disturbed = Run(soak, "disturbed", BAD_DAY)
+    ends = train_disturbed(disturbed, last_step, soak)
+    print(
+        f"disturbed: {last_step:,} steps in {time.monotonic() - started:.0f} s; "
+        + ", ".join(f"{count} {end}" for end, count in ends.items()),
+        flush=True,
+    )
+    text = disturbed.output.read_text()
+    warnings = ("could not be saved", "cannot be written", "source has failed")
+    print("; ".join(f"{text.count(warning)} x '{warning}'" for warning in warnings))
+
+    same_losses = peace.losses() == disturbed.losses()
+    same_weights = peace.sums() == disturbed.sums()
+    final = max(peace.losses())
+    print(f"losses of {len(peace.losses())} logged steps equal bit for bit: {same_losses}")
+    print(f"step {final:,}: loss, validation loss, norm {peace.losses()[final]}")
+    print(f"weights and optimizer state equal bit for bit: {same_weights}")
+    flat = [is_flat(run) for run in (peace, disturbed)]
+    return 0 if same_losses and same_weights and all(flat) else 1
+
+
+def is_flat(run: Run) -> bool:
+    """Whether memory and handles stay level within the starts; prints the figures."""
+    name, flat = run.folder.name, True
+    if not run.watched():
+        print(f"{name}: no start was watched long enough to judge its memory")
+        return False
+    for field in ("rss_mib", "vram_mib", "reserved_mib"):
+        slope, growth = run.growth(field)
+        flat &= growth <= LARGEST_GROWTH
+        print(f"{name}: {field} {slope:+.1f} MiB/h, {growth:+.2%} of its level while watched")
+    fewest, most = run.files()
+    print(f"{name}: {fewest} to {most} file handles")
+    return flat and most - fewest <= MOST_FILES
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Soak)))

@@ -1,0 +1,63 @@
+"""How a configuration computes here: device, recompute plan, attention, and the model on them."""
+
+from dataclasses import dataclass
+
+from hamner import device, recompute
+from hamner.attention import AttentionBackend, get_attention
+from hamner.config import TrainConfig
+from hamner.device import Compute
+from hamner.model import Transformer
+from hamner.ops import Ops, build_ops
+from hamner.recompute import MemoryPlan
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a configuration comes to on this machine."""
+
+    compute: Compute
+    plan: MemoryPlan
+    attention: AttentionBackend
+
+    @property
+    def ops(self) -> Ops:
+        """The fused operations."""
+        return build_ops(self.compute.kernels, self.attention)
+
+    def model(self, config: TrainConfig) -> Transformer:
+        """The model on its device, with its initial weights in fp32."""
+        model = Transformer(config.model, self.ops, self.plan.policies)
+        model.initialize(config.seed)
+        return model.to(self.compute.device)
+
+
+def choose(config: TrainConfig) -> Setup:
+    """Choose device, recompute policies, micro-batch and attention.
+
+    Raises:
+        UserError: what is asked for does not fit or is not on this machine.
+    """
+    compute = device.select(config)
+    plan = recompute.choose(
+        config.model,
+        batch_size=config.batch_size,
+        seq_len=config.seq_len,
+        precision=compute.precision,
+        fused=compute.kernels == "triton",
+        budget=compute.budget_bytes,
+        policies=recompute.parse(config.recompute, config.model.num_layers),
+        micro_batch_size=config.micro_batch_size,
+        max_micro_batch_tokens=compute.max_micro_batch_tokens,
+    )
+    attention = get_attention(
+        config.attention,
+        device=compute.device,
+        dtype=compute.dtype,
+        head_size=config.model.head_size,
+        num_heads=config.model.num_attention_heads,
+        num_kv_heads=config.model.num_kv_heads,
+        seq_len=config.seq_len,
+        micro_batch_size=plan.micro_batch_size,
+        document_mask=config.document_mask,
+    )
+    return Setup(compute, plan, attention)

@@ -29,7 +29,7 @@ from hamner.optimizer import AdamW, Schedule
 from hamner.options import flag
 from hamner.reporting import open_reporters, require_installed
 from hamner.run_folder import RunFolder, append_record
-from hamner.sampling import PROMPTS, generate
+from hamner.generation import PROMPTS, generate
 
 PATIENCE_SECONDS = 10.0
 """longest an interrupted step is finished; a slower one is dropped and comes again on resume"""

@@ -86,6 +86,10 @@ class Tokenizer:
         """The text of the ids, special tokens spelled out."""
         return self._backend.decode(list(ids), skip_special_tokens=False)
 
+    def stream(self) -> "StreamDecoder":
+        """A decoder for ids that come one by one."""
+        return StreamDecoder(self._backend)
+
     def special_id(self, name: str) -> int:
         """Id of a special token such as `<|user|>`.
 
@@ -147,6 +151,29 @@ class Tokenizer:
             f"--tokenizer {self._name}: it has no token that ends a document, neither "
             f"{END_OF_TEXT} nor any of {' '.join(FOREIGN_END_OF_TEXT)}"
         )
+
+
+class StreamDecoder:
+    """Text of ids that come one by one: a character whose bytes are spread over several tokens is
+    given out once, when it is whole."""
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        self._backend = backend
+        self._stream = decoders.DecodeStream(skip_special_tokens=False)
+        self._ids: list[int] = []
+        self._given = 0
+
+    def step(self, token_id: int) -> str:
+        """The text that `token_id` completes, perhaps none."""
+        self._ids.append(token_id)
+        piece = self._stream.step(self._backend, token_id) or ""
+        self._given += len(piece)
+        return piece
+
+    def finish(self) -> str:
+        """What is left at the end; bytes that make no character become U+FFFD."""
+        whole = self._backend.decode(self._ids, skip_special_tokens=False)
+        return whole[self._given :]
 
 
 def load_tokenizer(name: str = "builtin", vocab_size: int | None = None) -> Tokenizer:

@@ -15,7 +15,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,8 +50,8 @@ class Checkpoint:
         """`state.json`."""
         return _read_json(self.path / STATE_FILE)
 
-    def verify(self) -> None:
-        """Check every file against the manifest.
+    def verify(self, names: Collection[str] = _FILES) -> None:
+        """Check files against the manifest: all, or those of `names`.
 
         Raises:
             CheckpointError: names the first file that is missing, cut short or altered.
@@ -59,8 +59,8 @@ class Checkpoint:
         files = _read_json(self.path / MANIFEST_FILE).get("files")
         if not isinstance(files, dict) or set(files) != set(_FILES):
             raise CheckpointError(f"{self.path / MANIFEST_FILE} is not a manifest of {_FILES}")
-        for name, expected in files.items():
-            path = self.path / name
+        for name in names:
+            path, expected = self.path / name, files[name]
             if not path.is_file():
                 raise CheckpointError(f"{path} is missing; resume from an older checkpoint")
             size = path.stat().st_size

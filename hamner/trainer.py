@@ -21,6 +21,7 @@ from hamner.data.loader import Batch, DataConfig, TrainLoader, validation_rows
 from hamner.data.tokenizer import load_tokenizer
 from hamner.display import Display, count, duration
 from hamner.errors import UserError
+from hamner.generation import PROMPTS, generate
 from hamner.interrupt import Interrupt
 from hamner.metrics import Mfu, Record, Stopwatch, peak_vram_gib
 from hamner.model import RouterStatistics, Transformer
@@ -29,7 +30,6 @@ from hamner.optimizer import AdamW, Schedule
 from hamner.options import flag
 from hamner.reporting import open_reporters, require_installed
 from hamner.run_folder import RunFolder, append_record
-from hamner.generation import PROMPTS, generate
 
 PATIENCE_SECONDS = 10.0
 """longest an interrupted step is finished; a slower one is dropped and comes again on resume"""

@@ -12,6 +12,7 @@ from hamner.generation import Completion, Generator, choose, generate
 from hamner.kv_cache import KVCache
 from hamner.sampling import Sampling
 from tests.models import DENSE, MOE, build
+from tests.saved import sharp
 
 GREEDY = Sampling(temperature=0, repetition_penalty=1)
 NEUTRAL = Sampling(temperature=1, top_k=0, top_p=1, repetition_penalty=1)
@@ -23,16 +24,6 @@ CONFIGS = {
     "moe-shared": replace(MOE, vocab_size=BYTES_ONLY, num_shared_experts=1, num_experts=3),
     "differential": replace(DENSE, vocab_size=BYTES_ONLY, use_differential_attention=True),
 }
-
-
-def sharp(config):
-    """A model whose greedy text varies: its blocks outweigh the embedding they add to."""
-    model = build(config)
-    with torch.no_grad():
-        for parameter in model.layers.parameters():
-            if parameter.ndim >= 2:
-                parameter.mul_(10.0)
-    return model
 
 
 def recomputed(model, prompt: list[int], count: int) -> list[int]:

@@ -55,7 +55,7 @@ class Rendered(NamedTuple):
 
     ids: list[int]
     learned: list[bool]
-    """for each token, whether fine-tuning learns to write it: the assistant's words and `<|end|>`"""
+    """whether fine-tuning learns to write each token: the assistant's words and `<|end|>`"""
 
 
 def render_message(message: Message, tokenizer: Tokenizer) -> Rendered:

@@ -38,7 +38,7 @@ class SavedModel:
     @property
     def is_chat(self) -> bool:
         """Whether the model was fine-tuned on conversations."""
-        return "conversations" in self.checkpoint.state().get("data", {})
+        return self.checkpoint.state().get("stage") == "sft"
 
     def weights(self) -> dict[str, Tensor]:
         """The parameters by name, on the CPU, in the dtypes they were saved in."""

@@ -54,7 +54,7 @@ def save_run(
         state={
             "step": step,
             "tokenizer": load_tokenizer(tokenizer, model.config.vocab_size).fingerprint,
-            "data": {"conversations": "0"} if chat else {"sources": []},
+            "stage": "sft" if chat else "pretrain",
         },
     )
     return folder

@@ -13,6 +13,7 @@ from hamner.kv_cache import KVCache
 from hamner.sampling import Sampling
 from tests.models import DENSE, MOE, build
 from tests.saved import sharp
+from tests.scripted import Script
 
 GREEDY = Sampling(temperature=0, repetition_penalty=1)
 NEUTRAL = Sampling(temperature=1, top_k=0, top_p=1, repetition_penalty=1)
@@ -174,16 +175,6 @@ def test_the_seed_decides(tokenizer):
 def test_settings_out_of_range_name_their_flag(field, value):
     with pytest.raises(UserError, match=f"--{field.replace('_', '-')} {value}"):
         Sampling(**{field: value})
-
-
-class Script:
-    """Stands in for a `Generator`: says the ids it was given."""
-
-    def __init__(self, tokenizer, ids: list[int]) -> None:
-        self.tokenizer, self.ids, self.context = tokenizer, ids, 1000
-
-    def tokens(self, prompt, sampling, *, seed, unpenalized):
-        return iter(self.ids)
 
 
 def say(tokenizer, text: str, **options) -> tuple[list[str], Completion]:

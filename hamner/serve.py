@@ -7,26 +7,27 @@ Starlette and uvicorn do the HTTP: chunked bodies, keep-alive, clients that hang
 generated at a time, since one saturates the device; the others wait, up to a bound.
 """
 
+import asyncio
 import json
 import random
 import socket
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from typing import Annotated, Any, Literal
 
 from hamner.errors import UserError
 
 try:
-    import anyio
     import uvicorn
-    from pydantic import BaseModel, ConfigDict, Field, ValidationError
+    from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
     from starlette.applications import Starlette
     from starlette.concurrency import iterate_in_threadpool
     from starlette.exceptions import HTTPException
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
-    from starlette.requests import Request
+    from starlette.requests import ClientDisconnect, Request
     from starlette.responses import JSONResponse, Response, StreamingResponse
     from starlette.routing import Route
     from starlette.types import ASGIApp, Receive, Scope, Send
@@ -82,14 +83,21 @@ class _TextPart(BaseModel):
     text: str
 
 
+def _as_parts(content: Any) -> Any:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _as_list(stop: Any) -> Any:
+    return [stop] if isinstance(stop, str) else stop
+
+
 class _Message(BaseModel):
     model_config = ConfigDict(strict=True)
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[_TextPart]
+    content: Annotated[list[_TextPart], BeforeValidator(_as_parts)]
 
     def message(self) -> Message:
-        content = self.content
-        text = content if isinstance(content, str) else "".join(part.text for part in content)
+        text = "".join(part.text for part in self.content)
         return Message("system" if self.role == "developer" else self.role, text)
 
 
@@ -98,7 +106,7 @@ class _StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-_Stop = Annotated[str, Field(min_length=1)]
+_Stops = list[Annotated[str, Field(min_length=1)]]
 _Tokens = Annotated[int, Field(ge=1)] | None
 
 
@@ -115,7 +123,7 @@ class ChatRequest(BaseModel):
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
     max_tokens: _Tokens = None
     max_completion_tokens: _Tokens = None
-    stop: _Stop | Annotated[list[_Stop], Field(max_length=4)] | None = None
+    stop: Annotated[_Stops | None, Field(max_length=4), BeforeValidator(_as_list)] = None
     seed: int | None = None
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
@@ -148,10 +156,6 @@ class ChatRequest(BaseModel):
             }
         )
 
-    def stop_texts(self) -> list[str]:
-        """Strings that end the answer."""
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
-
 
 class ChatServer:
     """The endpoints of one model.
@@ -174,7 +178,7 @@ class ChatServer:
     ) -> None:
         self.generator, self.name, self.sampling = generator, name, sampling
         self.max_new_tokens = max_new_tokens
-        self.device_lock = anyio.Lock()
+        self.device_lock = asyncio.Lock()
         self.created = int(time.time())
         self.app = Starlette(
             routes=[
@@ -222,7 +226,7 @@ class ChatServer:
                 [message.message() for message in request.messages],
                 request.sampling(self.sampling),
                 max_new_tokens=min(asked, self.max_new_tokens),
-                stop_texts=request.stop_texts(),
+                stop_texts=request.stop or (),
                 seed=random.getrandbits(32) if request.seed is None else request.seed % 2**63,
             )
         except ContextError as error:
@@ -237,25 +241,26 @@ class ChatServer:
         if request.stream:
             with_usage = request.stream_options is not None and request.stream_options.include_usage
             events = self.events(completion, head, with_usage)
-            return StreamingResponse(events, media_type="text/event-stream")
-        async for _ in self.pieces(completion):
-            if await http.is_disconnected():
-                return Response(status_code=499)
+            return _EventStream(events, media_type="text/event-stream")
+        async with aclosing(self.pieces(completion)) as pieces:
+            async for _ in pieces:
+                if await http.is_disconnected():
+                    raise ApiError(499, "the client left")
         message = {"role": "assistant", "content": completion.text, "refusal": None}
         choice = {"index": 0, "message": message, "finish_reason": completion.finish_reason}
         choice["logprobs"] = None
         body = {**head, "object": "chat.completion", "choices": [choice]}
         return JSONResponse({**body, "usage": _usage(completion)})
 
-    async def pieces(self, completion: Completion) -> AsyncIterator[str]:
-        """The text as it is generated, in a thread; the device is held until the end."""
+    async def pieces(self, completion: Completion) -> AsyncGenerator[str, None]:
+        """The text as it is generated, in a thread; the device is held until this is closed."""
         async with self.device_lock:
             async for piece in iterate_in_threadpool(iter(completion)):
                 yield piece
 
     async def events(
         self, completion: Completion, head: dict, with_usage: bool
-    ) -> AsyncIterator[str]:
+    ) -> AsyncGenerator[str, None]:
         """The answer as server-sent events."""
 
         def event(choices: list[dict], **values) -> str:
@@ -266,12 +271,21 @@ class ChatServer:
             return [{"index": 0, "delta": delta, "finish_reason": finish_reason}]
 
         yield event(choice({"role": "assistant", "content": ""}))
-        async for piece in self.pieces(completion):
-            yield event(choice({"content": piece}))
+        async with aclosing(self.pieces(completion)) as pieces:
+            async for piece in pieces:
+                yield event(choice({"content": piece}))
         yield event(choice({}, completion.finish_reason))
         if with_usage:
             yield event([], usage=_usage(completion))
         yield "data: [DONE]\n\n"
+
+
+class _EventStream(StreamingResponse):
+    """Events of a generator that is closed at once when the client hangs up."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self.body_iterator):
+            await super().__call__(scope, receive, send)
 
 
 class _BoundedRequests:
@@ -304,15 +318,21 @@ async def _read_body(request: Request) -> bytes:
     # A web page can send text to any address, JSON only to those that let it.
     if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
         raise ApiError(415, "the content type must be application/json")
+    too_large = ApiError(413, f"the request is larger than {MAX_BODY_BYTES:,} bytes")
+    # uvicorn has checked that it is a number.
+    if int(request.headers.get("content-length", 0)) > MAX_BODY_BYTES:
+        raise too_large
     body = bytearray()
     try:
-        with anyio.fail_after(BODY_SECONDS):
+        async with asyncio.timeout(BODY_SECONDS):
             async for chunk in request.stream():
                 body += chunk
                 if len(body) > MAX_BODY_BYTES:
-                    raise ApiError(413, f"the request is larger than {MAX_BODY_BYTES:,} bytes")
+                    raise too_large
     except TimeoutError as error:
         raise ApiError(408, f"the request took longer than {BODY_SECONDS:g} s to come") from error
+    except ClientDisconnect as error:
+        raise ApiError(400, "the request ended early") from error
     return bytes(body)
 
 

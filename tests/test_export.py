@@ -238,6 +238,13 @@ def test_what_no_reader_knows_is_refused(shape, to, reason, tmp_path):
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "hamner.gguf_format", raising=False)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(UserError, match=r"needs the package gguf: pip install 'hamner\[gguf\]'"):
+        exported(tmp_path, sharp(DENSE_), "gguf")
+
+
 def command(*args: str, **kwargs) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "hamner.export", *args],

@@ -10,8 +10,9 @@ from hamner.data.tokenizer import load_tokenizer
 from hamner.errors import UserError
 from hamner.generation import Completion, Generator, choose, generate
 from hamner.kv_cache import KVCache
+from hamner.model import Transformer
 from hamner.sampling import Sampling
-from tests.models import DENSE, MOE, build
+from tests.models import DENSE, MOE, build, cpu_ops
 from tests.saved import sharp
 from tests.scripted import Script
 
@@ -66,6 +67,20 @@ def test_logits_do_not_depend_on_how_the_prompt_is_cut(config):
             last = model(part, cache=cache).logits
             assert last.shape == (2, 1, config.vocab_size)
             torch.testing.assert_close(last[:, 0], whole[:, cache.length - 1], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("config", [CONFIGS["dense"], CONFIGS["moe"]], ids=["dense", "moe"])
+def test_the_kernels_decode_too(config):
+    """One token a pass, at an offset of RoPE's tables."""
+    model = Transformer(config, cpu_ops("triton", "triton"))
+    model.initialize(0)
+    tokens = torch.randint(config.vocab_size, (1, 8), generator=torch.Generator().manual_seed(4))
+    cache = KVCache(config, 8, device=torch.device("cpu"), dtype=torch.float32)
+    with torch.no_grad():
+        whole = build(config)(tokens).logits
+        for part in tokens.split((5, 1, 2), dim=1):
+            last = model(part, cache=cache).logits[:, 0]
+            torch.testing.assert_close(last, whole[:, cache.length - 1], rtol=0, atol=2e-5)
 
 
 def test_a_second_prompt_only_costs_its_new_tokens(tokenizer):

@@ -1,6 +1,7 @@
 """The server through the official client, and what it does with requests that are not its."""
 
 import contextlib
+import importlib
 import json
 import os
 import re
@@ -303,6 +304,13 @@ def test_a_port_that_is_taken_is_named(script):
         port = other.getsockname()[1]
         with pytest.raises(UserError, match=f"--serve {port}: Address already in use"):
             serve.serve(ChatServer(script, "mine", DEFAULT, 9, 1), port, print)
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.delitem(sys.modules, "hamner.serve")
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(UserError, match=r"needs the package uvicorn: pip install 'hamner\[serve"):
+        importlib.import_module("hamner.serve")
 
 
 def test_the_command_serves_a_real_model(tmp_path, tokenizer):

@@ -68,6 +68,18 @@ def test_retention_keeps_the_newest(tmp_path):
     assert [c.step for c in checkpoint.find(tmp_path)] == [3, 10]
 
 
+def test_the_best_outlives_retention(tmp_path):
+    assert checkpoint.best(tmp_path) is None
+    for step in (1, 2, 3):
+        saved = save(tmp_path, step)
+        if step < 3:
+            checkpoint.mark_best(saved, 2.5)
+        checkpoint.retain(tmp_path, 1)
+    assert [c.step for c in checkpoint.find(tmp_path)] == [2, 3]
+    assert checkpoint.best(tmp_path).step == 2
+    assert json.loads((tmp_path / "best.json").read_text()) == {"step": 2, "val_loss": 2.5}
+
+
 def test_saving_a_step_again_replaces_it(tmp_path):
     save(tmp_path)
     save(tmp_path).verify()

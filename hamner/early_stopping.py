@@ -1,0 +1,44 @@
+"""When more training no longer helps: the validation loss decides."""
+
+import math
+
+
+class EarlyStopping:
+    """Watches the validation loss of a run.
+
+    Args:
+        patience: evaluations without a better loss after which the run should stop; 0 never stops
+            it and looks for no best one.
+    """
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+        self.best_loss = math.inf
+        self.evaluations_since_best = 0
+
+    def improved(self, val_loss: float | None) -> bool:
+        """Take the loss of an evaluation (None without validation data); whether it is the best."""
+        if not self.patience or val_loss is None:
+            return False
+        # A loss that is not a number is no improvement either.
+        if val_loss < self.best_loss:
+            self.best_loss, self.evaluations_since_best = val_loss, 0
+            return True
+        self.evaluations_since_best += 1
+        return False
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the run should stop."""
+        return 0 < self.patience <= self.evaluations_since_best
+
+    def state_dict(self) -> dict:
+        """For `load_state_dict`: JSON."""
+        best_loss = None if math.isinf(self.best_loss) else self.best_loss
+        return {"best_loss": best_loss, "evaluations_since_best": self.evaluations_since_best}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on where `state_dict` was taken; the patience may be another."""
+        best_loss = state["best_loss"]
+        self.best_loss = math.inf if best_loss is None else best_loss
+        self.evaluations_since_best = state["evaluations_since_best"]

@@ -5,7 +5,6 @@
         optimizer.safetensors   fp32 masters and moments
         state.json              counters, data position, RNG state, versions
         manifest.json           size and SHA-256 of each of the three
-    checkpoints/best.json       step and validation loss of the best one, in runs that stop early
 
 Written to a temporary folder beside it, flushed to disk, then renamed. Nothing is ever unpickled.
 """
@@ -31,7 +30,6 @@ MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
 MANIFEST_FILE = "manifest.json"
-BEST_FILE = "best.json"
 _FILES = (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE)
 _STEP_FOLDER = re.compile(r"step_(\d{8,})")
 _TEMPORARY_PREFIX = ".saving_"
@@ -177,21 +175,14 @@ def find(folder: Path) -> list[Checkpoint]:
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
-def mark_best(saved: Checkpoint, val_loss: float) -> None:
-    """Note that no checkpoint beside `saved` has a lower validation loss (nats per token)."""
-    path = saved.path.with_name(BEST_FILE)
-    temporary = path.with_name(f"{_TEMPORARY_PREFIX}{BEST_FILE}")
-    _write_json(temporary, {"step": saved.step, "val_loss": val_loss})
-    _flush(temporary)
-    temporary.replace(path)
-
-
 def best(folder: Path) -> Checkpoint | None:
-    """The checkpoint that `mark_best` named, if it is still there."""
-    if not (folder / BEST_FILE).exists():
-        return None
-    step = _read_json(folder / BEST_FILE).get("step")
-    return next((checkpoint for checkpoint in find(folder) if checkpoint.step == step), None)
+    """The checkpoint with the lowest validation loss, in runs that look for it (`--patience`).
+
+    Every checkpoint's state says which one that is; the newest knows best.
+    """
+    found = find(folder)
+    step = found[-1].state().get("best_step") if found else None
+    return next((checkpoint for checkpoint in found if checkpoint.step == step), None)
 
 
 def retain(folder: Path, keep: int) -> None:

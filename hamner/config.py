@@ -80,6 +80,9 @@ class TrainConfig:
     """steps between checkpoints, beside the last one; 0 is never"""
     sample_every: int = 1_000
     """steps between samples; 0 is never"""
+    patience: int = 0
+    """evaluations without a better validation loss after which the run stops, its best checkpoint
+    kept; 0 trains to the end"""
     keep: int = 3
     """newest checkpoints kept; 0 keeps all"""
     stop_after: int | None = None
@@ -112,6 +115,7 @@ class TrainConfig:
             if value is not None and (value < least or value <= 0):
                 raise UserError(f"--{flag(name)} {value} must be above 0")
         not_negative = ("min_lr", "warmup_steps", "weight_decay", "grad_clip", "keep", "seed")
+        not_negative += ("patience",)
         for name in (*not_negative, "log_every", "eval_every", "save_every", "sample_every"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{flag(name)} {getattr(self, name)} must not be negative")

@@ -14,15 +14,16 @@ class EarlyStopping:
     def __init__(self, patience: int) -> None:
         self.patience = patience
         self.best_loss = math.inf
+        self.best_step: int | None = None
         self.evaluations_since_best = 0
 
-    def improved(self, val_loss: float | None) -> bool:
+    def improved(self, step: int, val_loss: float | None) -> bool:
         """Take the loss of an evaluation (None without validation data); whether it is the best."""
         if not self.patience or val_loss is None:
             return False
         # A loss that is not a number is no improvement either.
         if val_loss < self.best_loss:
-            self.best_loss, self.evaluations_since_best = val_loss, 0
+            self.best_loss, self.best_step, self.evaluations_since_best = val_loss, step, 0
             return True
         self.evaluations_since_best += 1
         return False
@@ -33,12 +34,15 @@ class EarlyStopping:
         return 0 < self.patience <= self.evaluations_since_best
 
     def state_dict(self) -> dict:
-        """For `load_state_dict`: JSON."""
-        best_loss = None if math.isinf(self.best_loss) else self.best_loss
-        return {"best_loss": best_loss, "evaluations_since_best": self.evaluations_since_best}
+        """For `load_state_dict`, and for `checkpoint.best`: JSON, merged into a checkpoint's state."""
+        return {
+            "best_loss": None if self.best_step is None else self.best_loss,
+            "best_step": self.best_step,
+            "evaluations_since_best": self.evaluations_since_best,
+        }
 
     def load_state_dict(self, state: dict) -> None:
         """Go on where `state_dict` was taken; the patience may be another."""
-        best_loss = state["best_loss"]
-        self.best_loss = math.inf if best_loss is None else best_loss
+        self.best_step = state["best_step"]
+        self.best_loss = math.inf if self.best_step is None else state["best_loss"]
         self.evaluations_since_best = state["evaluations_since_best"]

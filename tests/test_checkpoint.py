@@ -23,12 +23,14 @@ def moments(names, seed: int) -> dict[str, torch.Tensor]:
     return {name: torch.randn(t.shape, generator=generator) for name, t in names.items()}
 
 
-def save(folder, step=3):
+def save(folder, step=3, **state):
     model = tensors()
     optimizer = {f"exp_avg.{n}": t for n, t in moments(model, 1).items()}
     optimizer |= {f"exp_avg_sq.{n}": t for n, t in moments(model, 2).items()}
     optimizer["master.a.weight"] = model["a.weight"].float() + 1e-4
-    return checkpoint.save(folder, step, model=model, optimizer=optimizer, state={"step": step})
+    return checkpoint.save(
+        folder, step, model=model, optimizer=optimizer, state={"step": step, **state}
+    )
 
 
 def test_round_trip(tmp_path):
@@ -70,14 +72,13 @@ def test_retention_keeps_the_newest(tmp_path):
 
 def test_the_best_outlives_retention(tmp_path):
     assert checkpoint.best(tmp_path) is None
-    for step in (1, 2, 3):
-        saved = save(tmp_path, step)
-        if step < 3:
-            checkpoint.mark_best(saved, 2.5)
+    for step, best_step in ((1, 1), (2, 2), (3, 2), (4, 2)):
+        save(tmp_path, step, best_step=best_step)
         checkpoint.retain(tmp_path, 1)
-    assert [c.step for c in checkpoint.find(tmp_path)] == [2, 3]
-    assert checkpoint.best(tmp_path).step == 2
-    assert json.loads((tmp_path / "best.json").read_text()) == {"step": 2, "val_loss": 2.5}
+        assert checkpoint.best(tmp_path).step == best_step
+    assert [c.step for c in checkpoint.find(tmp_path)] == [2, 4]
+    save(tmp_path, 5, best_step=3)
+    assert checkpoint.best(tmp_path) is None
 
 
 def test_saving_a_step_again_replaces_it(tmp_path):

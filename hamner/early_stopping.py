@@ -34,7 +34,7 @@ class EarlyStopping:
         return 0 < self.patience <= self.evaluations_since_best
 
     def state_dict(self) -> dict:
-        """For `load_state_dict`, and for `checkpoint.best`: JSON, merged into a checkpoint's state."""
+        """For `load_state_dict`, and for `checkpoint.best`: JSON, part of a checkpoint."""
         return {
             "best_loss": None if self.best_step is None else self.best_loss,
             "best_step": self.best_step,

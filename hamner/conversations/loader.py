@@ -60,10 +60,9 @@ class ConversationLoader:
         # The epoch that is read, and the next one at its end.
         self._epoch_rows = lru_cache(maxsize=2)(self._pack_epoch)
 
-    @property
-    def rows_per_epoch(self) -> int:
-        """Rows of the first epoch; fractional weights make others differ by a few."""
-        return len(self._epoch_rows(0))
+    def rows_in_epoch(self, epoch: int) -> int:
+        """Rows of an epoch; they differ by a few, since each is packed anew."""
+        return len(self._epoch_rows(epoch))
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -75,7 +74,7 @@ class ConversationLoader:
             found = self._epoch_rows(epoch)[row : row + self._batch_size - len(rows)]
             rows += found
             row += len(found)
-            if row >= len(self._epoch_rows(epoch)):
+            if row >= self.rows_in_epoch(epoch):
                 epoch, row = epoch + 1, 0
         batch = lay_out(rows, self._seq_len, self._tokenizer.eot_id)
         if self._pin_memory:

@@ -44,7 +44,7 @@ class Conversation:
 
     messages: tuple[Message, ...]
     origin: str
-    """for people: file and line"""
+    """for people: `file:line`"""
 
 
 def read_conversations(spec: Spec) -> list[Conversation]:
@@ -91,18 +91,18 @@ def _parse_lines(stream: IO[bytes], name: str) -> Iterator[Conversation]:
     for number, line in enumerate(stream, start=1):
         if not line.strip():
             continue
-        origin = f"{name}, line {number}"
+        place = f"{name}, line {number}"
         try:
             # A byte order mark may open the first line.
             row = json.loads(line.decode("utf-8-sig"))
             messages = parse_conversation(row)
         except json.JSONDecodeError as error:
-            raise UserError(f"--data {origin}: not JSON ({error.msg})") from error
+            raise UserError(f"--data {place}: not JSON ({error.msg})") from error
         except UnicodeDecodeError as error:
-            raise UserError(f"--data {origin}: not UTF-8 at byte {error.start}") from error
+            raise UserError(f"--data {place}: not UTF-8 at byte {error.start}") from error
         except (ValueError, RecursionError) as error:
-            raise UserError(f"--data {origin}: {error}") from error
-        yield Conversation(messages, origin)
+            raise UserError(f"--data {place}: {error}") from error
+        yield Conversation(messages, f"{Path(name).name}:{number}")
 
 
 def parse_conversation(row: Any) -> tuple[Message, ...]:

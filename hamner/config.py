@@ -9,7 +9,7 @@ import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from hamner.errors import UserError
 from hamner.options import OPTIONS, ModelConfig, flag
@@ -23,6 +23,10 @@ class TrainConfig:
 
     Defaults are those of the option: `--option b --help` shows b's.
     """
+
+    command: ClassVar[str] = "hamner.train"
+    stage: ClassVar[str] = "pretrain"
+    """what a checkpoint's state calls this kind of training"""
 
     model: ModelConfig
     option: str = "a"
@@ -200,6 +204,10 @@ class TrainConfig:
         if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
             raise UserError(f"{path} is not a run's configuration")
         model = _build(ModelConfig, values.pop("model"), path)
+        # What fine-tuning adds is for hamner.sft alone: elsewhere its runs are runs like any other.
+        own = values.pop("sft", {})
+        if cls.stage == "sft":
+            values |= own
         return _build(cls, {**values, "model": model}, path)
 
 

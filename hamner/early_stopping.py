@@ -42,7 +42,7 @@ class EarlyStopping:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on where `state_dict` was taken; the patience may be another."""
-        self.best_step = state["best_step"]
+        """Go on where `state_dict` was taken, if it was; the patience may be another."""
+        self.best_step = state.get("best_step")
         self.best_loss = math.inf if self.best_step is None else state["best_loss"]
-        self.evaluations_since_best = state["evaluations_since_best"]
+        self.evaluations_since_best = state.get("evaluations_since_best", 0)

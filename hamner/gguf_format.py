@@ -19,6 +19,7 @@ from hamner.data.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 from hamner.errors import UserError
 from hamner.hf_format import architecture, to_hugging_face
 from hamner.options import ModelConfig
+from hamner.rope_scaling import scaled_theta
 
 PRE_TOKENIZER = "smaug-bpe"
 """llama.cpp knows split patterns by the name of a model that has them. This one's differs from
@@ -63,7 +64,11 @@ def write_gguf(
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_kv_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_rope_freq_base(scaled_theta(config))
+    if config.rope_scaling in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(config.rope_scaling))
+        writer.add_rope_scaling_factor(config.rope_scaling_factor)
+        writer.add_rope_scaling_orig_ctx_len(config.rope_scaling_from)
     writer.add_rope_dimension_count(config.head_size)
     if config.is_moe:
         writer.add_expert_count(config.num_experts)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hamner.errors import UserError
 from hamner.options import ModelConfig
+from hamner.rope_scaling import scaled_theta
 
 _EXPERT = {"gate": "w1", "down": "w2", "up": "w3"}
 """Mixtral's names of an expert's matrices"""
@@ -73,7 +74,7 @@ def hugging_face_config(
         "num_hidden_layers": config.num_layers,
         "num_key_value_heads": config.num_kv_heads,
         "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,
+        **_rope(config),
         "tie_word_embeddings": config.tie_word_embeddings,
         "torch_dtype": str(dtype).removeprefix("torch."),
         "use_cache": True,
@@ -89,6 +90,20 @@ def hugging_face_config(
             "sliding_window": None,
         }
     return values
+
+
+def _rope(config: ModelConfig) -> dict:
+    """RoPE's settings. A theta raised by NTK-aware scaling is a theta like any other."""
+    if config.rope_scaling in ("none", "ntk"):
+        return {"rope_theta": scaled_theta(config)}
+    return {
+        "rope_theta": config.rope_theta,
+        "rope_scaling": {
+            "rope_type": config.rope_scaling,
+            "factor": config.rope_scaling_factor,
+            "original_max_position_embeddings": config.rope_scaling_from,
+        },
+    }
 
 
 def to_hugging_face(config: ModelConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from hamner.kv_cache import KVCache
 from hamner.ops import Ops
 from hamner.options import ModelConfig
 from hamner.recompute import NONE, Policy
+from hamner.rope_scaling import rotary_tables
 
 
 class Rotary(NamedTuple):
@@ -326,15 +327,9 @@ class Transformer(nn.Module):
             length = cache.capacity
         key = (length, device)
         if key not in self.rotary_tables:
-            size, theta = self.config.head_size, self.config.rope_theta
-            # fp64, since positions times frequencies lose digits early in fp32.
-            exponent = torch.arange(0, size, 2, dtype=torch.float64) / size
-            angles = torch.outer(torch.arange(length, dtype=torch.float64), theta**-exponent)
             # One host-to-device copy per length; later steps find the tables here.
-            self.rotary_tables[key] = (
-                angles.cos().float().to(device),
-                angles.sin().float().to(device),
-            )
+            cos, sin = rotary_tables(self.config, length)
+            self.rotary_tables[key] = cos.to(device), sin.to(device)
         cos, sin = self.rotary_tables[key]
         if cache is not None:
             rows = slice(cache.length, cache.length + inputs.shape[1])

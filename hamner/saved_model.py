@@ -74,8 +74,9 @@ def find_saved_model(path: Path | None) -> SavedModel:
     """Find a model and check that its files are whole.
 
     Args:
-        path: a run's folder, or one of its checkpoints (`step_*`); None is the run in runs/ that
-            saved last.
+        path: a run's folder, of which the best checkpoint is taken, or the newest where none was
+            looked for; or one of its checkpoints (`step_*`). None is the run in runs/ that saved
+            last.
 
     Raises:
         UserError: there is no checkpoint, or it is damaged, or its tokenizer is another one now.
@@ -117,7 +118,7 @@ def _find_checkpoint(path: Path) -> tuple[Checkpoint, RunFolder]:
         saved = checkpoint.find(run.checkpoints)
         if not saved:
             raise UserError(f"--checkpoint {path}: this run has not saved a checkpoint yet")
-        return saved[-1], run
+        return checkpoint.best(run.checkpoints) or saved[-1], run
     run = RunFolder(path.parent.parent)
     for saved in checkpoint.find(path.parent):
         if saved.path == path and run.config.is_file():

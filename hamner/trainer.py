@@ -4,9 +4,12 @@ Between two log lines nothing waits for the GPU: losses, the gradient norm and t
 step stay on the device, and the number of kept targets is counted on the CPU before a batch leaves.
 """
 
+import dataclasses
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,8 +21,9 @@ from hamner.checkpoint import Checkpoint
 from hamner.config import TrainConfig
 from hamner.cuda_graph import GraphedBackward
 from hamner.data.loader import Batch, DataConfig, TrainLoader, validation_rows
-from hamner.data.tokenizer import load_tokenizer
+from hamner.data.tokenizer import Tokenizer, load_tokenizer
 from hamner.display import Display, count, duration
+from hamner.early_stopping import EarlyStopping
 from hamner.errors import UserError
 from hamner.generation import PROMPTS, generate
 from hamner.interrupt import Interrupt
@@ -27,7 +31,7 @@ from hamner.metrics import Mfu, Record, Stopwatch, peak_vram_gib
 from hamner.model import RouterStatistics, Transformer
 from hamner.ops import IGNORED_TARGET, build_ops
 from hamner.optimizer import AdamW, Schedule
-from hamner.options import flag
+from hamner.options import ModelConfig, flag
 from hamner.reporting import open_reporters, require_installed
 from hamner.run_folder import RunFolder, append_record
 
@@ -51,8 +55,48 @@ class TrainResult:
     interrupted: bool
 
 
-def train(config: TrainConfig) -> TrainResult:
+class Loader(Protocol):
+    """Endless training batches that resume exactly."""
+
+    def __next__(self) -> Batch: ...
+
+    def state_dict(self) -> dict: ...
+
+    def load_state_dict(self, state: dict) -> None: ...
+
+    def close(self) -> None: ...
+
+
+OpenData = Callable[[TrainConfig, Tokenizer, bool], tuple[Loader, Batch]]
+"""(config, tokenizer, whether to pin memory) -> training batches and the validation rows"""
+
+
+def open_documents(
+    config: TrainConfig, tokenizer: Tokenizer, pin_memory: bool
+) -> tuple[TrainLoader, Batch]:
+    """The data of pre-training; see `OpenData`."""
+    data = DataConfig(
+        specs=config.data,
+        seq_len=config.seq_len,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        val_fraction=config.val_fraction,
+    )
+    loader = TrainLoader(data, tokenizer, pin_memory=pin_memory)
+    return loader, validation_rows(data, tokenizer, config.eval_tokens)
+
+
+def train(
+    config: TrainConfig,
+    open_data: OpenData = open_documents,
+    initial: Checkpoint | None = None,
+) -> TrainResult:
     """Train as `config` says, from the start or from the newest checkpoint.
+
+    Args:
+        config: resolved flags.
+        open_data: what to train on.
+        initial: whose weights to start from; default random ones.
 
     Raises:
         UserError: the configuration, the data or the run folder does not allow it; nothing is
@@ -60,7 +104,7 @@ def train(config: TrainConfig) -> TrainResult:
     """
     run = RunFolder(config.folder)
     run.check(resume=config.resume)
-    trainer = Trainer(config, run)
+    trainer = Trainer(config, run, open_data, initial)
     try:
         return trainer.run_to_end()
     finally:
@@ -73,9 +117,17 @@ class Trainer:
     Args:
         config: resolved flags.
         run: the run's folder, checked.
+        open_data: what to train on.
+        initial: whose weights to start from; default random ones.
     """
 
-    def __init__(self, config: TrainConfig, run: RunFolder) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        run: RunFolder,
+        open_data: OpenData = open_documents,
+        initial: Checkpoint | None = None,
+    ) -> None:
         require_installed(config.report_to)
         self.run = run
         self.compute = compute = device.select(config)
@@ -103,19 +155,15 @@ class Trainer:
             micro_batch_size=self.plan.micro_batch_size,
             document_mask=config.document_mask,
         )
-        data = DataConfig(
-            specs=config.data,
-            seq_len=config.seq_len,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            val_fraction=config.val_fraction,
-        )
-        self.loader = TrainLoader(data, self.tokenizer, pin_memory=compute.device.type == "cuda")
-        self.validation = validation_rows(data, self.tokenizer, config.eval_tokens)
+        pin_memory = compute.device.type == "cuda"
+        self.loader, self.validation = open_data(config, self.tokenizer, pin_memory)
 
         ops = build_ops(compute.kernels, self.attention)
         self.model = Transformer(config.model, ops, self.plan.policies)
-        self.model.initialize(config.seed)
+        if initial is None:
+            self.model.initialize(config.seed)
+        else:
+            initial.load_model(dict(self.model.named_parameters()))
         self.model.to(compute.device)
         self.optimizer = AdamW(
             self.model,
@@ -140,6 +188,7 @@ class Trainer:
         self.watch = Stopwatch(0.0)
         self.val_loss: float | None = None
         self.val_step: int | None = None
+        self.early_stopping = EarlyStopping(config.patience)
         # On the device, read only when a line is logged.
         self.loss_sum = torch.zeros((), device=compute.device)
         self.loss_steps = 0
@@ -180,7 +229,7 @@ class Trainer:
             self.mark_interval()
             # The data position of a checkpoint is that of the last finished step.
             position = self.loader.state_dict()
-            while self.tokens < config.total_tokens and not interrupt.requested:
+            while not self.finished and not interrupt.requested:
                 batch = next(self.loader)
                 lr = self.schedule(self.tokens + batch.inputs.numel())
                 norm = self.train_step(batch, lr, interrupt)
@@ -190,12 +239,14 @@ class Trainer:
                 self.step += 1
                 self.tokens += batch.inputs.numel()
                 done = self.tokens >= config.total_tokens
+                is_better = False
                 if due(self.step, config.eval_every) or (done and config.eval_every):
                     self.evaluate()
                     self.log(lr, norm)
+                    is_better = self.early_stopping.improved(self.step, self.val_loss)
                 elif due(self.step, config.log_every) or done:
                     self.log(lr, norm)
-                if due(self.step, config.save_every) and not done:
+                if (is_better or due(self.step, config.save_every)) and not done:
                     self.try_to_save(position)
                 if due(self.step, config.sample_every) or (done and config.sample_every):
                     self.sample()
@@ -213,6 +264,11 @@ class Trainer:
             checkpoint=self.saved.path,
             interrupted=interrupt.requested,
         )
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has its length or stopped improving."""
+        return self.tokens >= self.config.total_tokens or self.early_stopping.exhausted
 
     def train_step(self, batch: Batch, lr: float, interrupt: Interrupt) -> Tensor | None:
         """Forward, backward and update on one global batch, in micro-batches.
@@ -355,6 +411,8 @@ class Trainer:
                 "loss_steps": self.loss_steps,
                 "val_loss": self.val_loss,
                 "val_step": self.val_step,
+                **self.early_stopping.state_dict(),
+                "stage": self.config.stage,
                 "model": self.config.to_json()["model"],
                 "tokenizer": self.tokenizer.fingerprint,
                 "data": position,
@@ -408,6 +466,7 @@ class Trainer:
         self.loss_sum.fill_(state["loss_sum"])
         self.loss_steps = state["loss_steps"]
         self.val_loss, self.val_step = state["val_loss"], state["val_step"]
+        self.early_stopping.load_state_dict(state)
         checkpoint.set_rng_state(state["rng"])
         self.run.rewind(self.step)
         self.saved = newest
@@ -415,11 +474,12 @@ class Trainer:
     def require_same_model(self, found: Checkpoint, state: dict) -> None:
         """Refuse to load another model's or another tokenizer's state."""
         ours = self.config.to_json()["model"]
-        saved = state.get("model", {})
+        # A field that is newer than the checkpoint has its default there.
+        saved = {**dataclasses.asdict(ModelConfig()), **state.get("model", {})}
         for name, value in ours.items():
-            if saved.get(name) != value:
+            if saved[name] != value:
                 raise UserError(
-                    f"--{flag(name)} {value} is not the {saved.get(name)} that {found.path} was "
+                    f"--{flag(name)} {value} is not the {saved[name]} that {found.path} was "
                     "trained with; leave the flag out, or start another run with --run-dir"
                 )
         if state.get("tokenizer") != self.tokenizer.fingerprint:
@@ -468,14 +528,24 @@ class Trainer:
 
     def conclude(self, interrupted: bool) -> None:
         """Say where the run is and how to go on."""
-        if self.tokens < self.config.total_tokens:
+        if not self.finished:
             word = "interrupted" if interrupted else "stopped"
             self.display.message(
                 f"{word} at step {self.step:,}; saved in {self.saved.path}; continue with "
-                f"python -m hamner.train --resume --run-dir {self.run.path}"
+                f"python -m {self.config.command} --resume --run-dir {self.run.path}"
             )
         else:
             loss = "" if self.val_loss is None else f", validation loss {self.val_loss:.4f}"
+            if self.early_stopping.exhausted:
+                self.display.message(
+                    f"stopped early: {self.early_stopping.evaluations_since_best} evaluations "
+                    "without a better validation loss"
+                )
+            if self.early_stopping.best_step is not None:
+                loss += (
+                    f" (best {self.early_stopping.best_loss:.4f} at step "
+                    f"{self.early_stopping.best_step:,}, kept)"
+                )
             self.display.message(
                 f"done: {count(self.tokens)} tokens in {duration(self.watch.read())}{loss}; "
                 f"model in {self.saved.path}, plots in {self.run.plots}"

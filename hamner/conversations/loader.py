@@ -48,7 +48,7 @@ class ConversationLoader:
             raise UserError(f"--data {names}: no conversation to train on")
         self._sources, self._tokenizer = list(sources), tokenizer
         self._seq_len, self._batch_size, self._seed = seq_len, batch_size, seed
-        self._pin_memory = pin_memory
+        self.pin_memory = pin_memory
         self._header = {
             "version": STATE_VERSION,
             "tokenizer": tokenizer.fingerprint,
@@ -77,7 +77,7 @@ class ConversationLoader:
             if row >= self.rows_in_epoch(epoch):
                 epoch, row = epoch + 1, 0
         batch = lay_out(rows, self._seq_len, self._tokenizer.eot_id)
-        if self._pin_memory:
+        if self.pin_memory:
             batch = Batch(
                 batch.inputs.pin_memory(),
                 batch.targets.pin_memory(),

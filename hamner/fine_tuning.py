@@ -61,9 +61,9 @@ def scheduled(config: SftConfig, rows_per_epoch: int) -> SftConfig:
         tokens = float(steps * config.tokens_per_step)
     config = replace(config, tokens=tokens)
     steps = config.total_tokens // config.tokens_per_step
-    half_epoch = max(1, rows_per_epoch // (2 * config.batch_size))
+    epoch = math.ceil(rows_per_epoch / config.batch_size)
     return replace(
         config,
         warmup_steps=min(config.warmup_steps, steps // WARMUP_SHARE),
-        eval_every=min(config.eval_every, half_epoch),
+        eval_every=min(config.eval_every, epoch),
     )

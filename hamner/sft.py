@@ -63,7 +63,7 @@ class SftConfig(TrainConfig):
     warmup_steps: int = 20
     """steps of linear warm-up, at most a tenth of the run"""
     eval_every: int = 100
-    """steps between evaluations on held-out conversations, at most half an epoch; 0 is never"""
+    """steps between evaluations on held-out conversations, at most an epoch; 0 is never"""
     patience: int = 4
     """evaluations without a better validation loss after which the run stops, its best checkpoint
     kept; 0 trains to the end"""
@@ -147,7 +147,9 @@ def parse(args: Sequence[str]) -> SftConfig:
         default = SftConfig.for_checkpoint(Path(path))
     saved = Path(run_dir) if run_dir else default.run_dir
     if "--resume" in args and saved is not None and (saved / CONFIG_FILE).is_file():
-        default = replace(SftConfig.read(saved / CONFIG_FILE), resume=True, stop_after=None, tokens=None)
+        default = replace(
+            SftConfig.read(saved / CONFIG_FILE), resume=True, stop_after=None, tokens=None
+        )
     config = tyro.cli(
         tyro.conf.OmitArgPrefixes[SftConfig],
         default=default,

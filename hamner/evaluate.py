@@ -90,7 +90,7 @@ def evaluate(config: EvaluateConfig) -> list[ModelResult]:
     from hamner.saved_model import find_saved_model, select_device
 
     if config.tasks:
-        require_harness()
+        _require_harness()
     device = select_device(config.device)
     models = [find_saved_model(path) for path in config.checkpoint]
     return [_evaluate_model(saved, models, config, device) for saved in models]
@@ -145,7 +145,7 @@ def _evaluate_model(
     )
 
 
-def require_harness() -> None:
+def _require_harness() -> None:
     """Refuse `--tasks` early where lm-evaluation-harness is not installed."""
     import importlib.util
 

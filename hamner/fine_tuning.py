@@ -13,7 +13,7 @@ from hamner.data.loader import Batch
 from hamner.data.tokenizer import Tokenizer, load_tokenizer
 from hamner.run_folder import RunFolder
 from hamner.saved_model import find_saved_model
-from hamner.sft import SftConfig
+from hamner.sft_config import SftConfig
 from hamner.trainer import TrainResult, train
 
 WARMUP_SHARE = 10

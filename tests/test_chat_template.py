@@ -1,5 +1,7 @@
 """The chat template: every token, its mask, and agreement with the Jinja text."""
 
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -83,10 +85,10 @@ def test_prompt_is_the_beginning_of_the_conversation_with_its_answer(tokenizer):
     assert tokenizer.decode(ids[len(prompt) :]) == "4.<|end|>"
 
 
-def test_tokenizer_without_the_special_tokens_is_refused(tokenizer, monkeypatch):
-    monkeypatch.setattr(tokenizer._backend, "token_to_id", lambda name: None, raising=False)
-    with pytest.raises(UserError, match=r"no special token <\|user\|>"):
-        render([Message("user", "Hi")], tokenizer)
+def test_tokenizer_without_the_special_tokens_is_refused(tokenizer):
+    definition = json.dumps(tokenizer.definition).replace("<|user|>", "<|human|>")
+    with pytest.raises(UserError, match=r"--tokenizer theirs: .* no special token <\|user\|>"):
+        render([Message("user", "Hi")], Tokenizer(definition, "theirs"))
 
 
 #: Free text without the spelled-out special tokens: Hugging Face would read those as special.

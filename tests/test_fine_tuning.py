@@ -17,7 +17,7 @@ from hamner.data.tokenizer import load_tokenizer
 from hamner.errors import UserError
 from hamner.fine_tuning import fine_tune, scheduled
 from hamner.saved_model import find_saved_model
-from hamner.sft import SftConfig
+from hamner.sft_config import SftConfig
 from tests.models import DENSE, build
 from tests.saved import save_run
 

@@ -3,12 +3,15 @@
 import math
 from dataclasses import replace
 
+import gguf
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from hamner.data.tokenizer import load_tokenizer
 from hamner.errors import UserError
+from hamner.gguf_format import write_gguf
 from hamner.hf_format import hugging_face_config, to_hugging_face
 from hamner.options import ModelConfig
 from hamner.rope_scaling import attention_factor, frequencies, rotary_tables
@@ -77,6 +80,36 @@ def test_exported_model_computes_the_same(kind):
     with torch.no_grad():
         difference = theirs(tokens).logits - model(tokens).logits
     assert difference.abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gguf_says_how_positions_are_scaled(kind, tmp_path):
+    config = replace(DENSE, vocab_size=600, max_seq_len=64, rope_scaling=kind, rope_scaling_from=16)
+    weights = {name: p.detach() for name, p in build(config).named_parameters()}
+    tokenizer = load_tokenizer(vocab_size=600)
+    write_gguf(
+        tmp_path / "model.gguf",
+        config,
+        weights,
+        tokenizer,
+        name="x",
+        context=64,
+        end_of_turn=None,
+    )
+    fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
+    values = {name: field.contents() for name, field in fields.items() if ".rope." in name}
+    scaled = {
+        "llama.rope.dimension_count": 16,
+        "llama.rope.freq_base": 10_000.0,
+        "llama.rope.scaling.type": kind,
+        "llama.rope.scaling.factor": 4.0,
+        "llama.rope.scaling.original_context_length": 16,
+    }
+    raised = {
+        "llama.rope.dimension_count": 16,
+        "llama.rope.freq_base": pytest.approx(10_000.0 * 4 ** (16 / 14)),
+    }
+    assert values == (raised if kind == "ntk" else scaled)
 
 
 @pytest.mark.parametrize("trained", [0, 4096, 5000])

@@ -10,7 +10,8 @@ from dataclasses import replace
 import pytest
 
 from hamner.errors import UserError
-from hamner.sft import SftConfig, parse
+from hamner.sft import parse
+from hamner.sft_config import SftConfig
 from tests.models import DENSE, build
 from tests.saved import save_run
 

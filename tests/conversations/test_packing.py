@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hamner.conversations.examples import Example
@@ -10,6 +10,7 @@ from hamner.conversations.packing import lay_out, pack
 from tests.models import DENSE, build
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 50), max_size=60))
 def test_every_item_once_and_no_row_too_full(lengths):
     rows = pack(lengths, 50)

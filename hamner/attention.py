@@ -5,7 +5,7 @@ separate q, k and v, on which differential attention is built.
 """
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -312,13 +312,57 @@ def differential_attention(
     heads = qkv.unflatten(-1, (num_heads + 2 * num_kv_heads, -1))
     # One split, so that its gradient is one concatenation.
     q1, q2, k1, k2, v1, v2 = heads.split((half, half, *[kv_half] * 4), dim=2)
-    values = torch.cat((v1, v2), dim=-1)
-    map1, map2 = (
-        backend.unpacked(q, k, values, causal=causal, document_ids=document_ids)
-        for q, k in ((q1, k1), (q2, k2))
-    )
+    attend = partial(backend.unpacked, causal=causal, document_ids=document_ids)
+    return difference_of_maps(attend, (q1, q2), (k1, k2), (v1, v2), lambda_full)
+
+
+def difference_of_maps(
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    q: Sequence[Tensor],
+    k: Sequence[Tensor],
+    v: Sequence[Tensor],
+    lambda_full: Tensor,
+) -> Tensor:
+    """The two maps of differential attention on halves of the heads, the second subtracted.
+
+    Args:
+        attend: (q, k, v) -> out, as `AttentionBackend.unpacked`.
+        q: two of (B, T, H / 2, hd).
+        k, v: two of (B, S, KV / 2, hd) each.
+        lambda_full: one element, any shape.
+
+    Returns:
+        (B, T, H hd).
+    """
+    values = torch.cat(tuple(v), dim=-1)
+    map1, map2 = (attend(q_half, k_half, values) for q_half, k_half in zip(q, k, strict=True))
     # A 0-d lambda does not change the dtype, whatever its own.
     return (map1 - lambda_full.reshape(()) * map2).flatten(-2)
+
+
+def attend_to_past(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of the last T of S positions, for decoding; no gradient is asked of it.
+
+    Args:
+        q: (B, T, H, hd), T <= S.
+        k: (B, S, KV, hd).
+        v: (B, S, KV, hd_v).
+
+    Returns:
+        (B, T, H, hd_v).
+    """
+    new, total = q.shape[1], k.shape[1]
+    mask = None
+    if 1 < new < total:
+        # Torch's own causal mask is aligned to the first key, ours to the last.
+        mask = torch.ones(new, total, dtype=torch.bool, device=q.device).tril(total - new)
+    out = scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)),
+        attn_mask=mask,
+        is_causal=1 < new == total,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return out.transpose(1, 2)
 
 
 def document_positions(document_ids: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from hamner import device, recompute
 from hamner.attention import AttentionBackend, get_attention
+from hamner.checkpoint import Checkpoint
 from hamner.config import TrainConfig
 from hamner.device import Compute
 from hamner.model import Transformer
@@ -24,10 +25,13 @@ class Setup:
         """The fused operations."""
         return build_ops(self.compute.kernels, self.attention)
 
-    def model(self, config: TrainConfig) -> Transformer:
-        """The model on its device, with its initial weights in fp32."""
+    def model(self, config: TrainConfig, initial: Checkpoint | None = None) -> Transformer:
+        """The model on its device in fp32, with the weights of `initial` or random ones."""
         model = Transformer(config.model, self.ops, self.plan.policies)
-        model.initialize(config.seed)
+        if initial is None:
+            model.initialize(config.seed)
+        else:
+            initial.load_model(dict(model.named_parameters()))
         return model.to(self.compute.device)
 
 

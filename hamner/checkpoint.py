@@ -16,7 +16,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,8 +53,8 @@ class Checkpoint:
         """`state.json`."""
         return _read_json(self.path / STATE_FILE)
 
-    def verify(self) -> None:
-        """Check every file against the manifest.
+    def verify(self, names: Collection[str] = _FILES) -> None:
+        """Check files against the manifest: all, or those of `names`.
 
         Raises:
             CheckpointError: names the first file that is missing, cut short or altered.
@@ -70,8 +70,8 @@ class Checkpoint:
                 f"{self.path / MANIFEST_FILE} is not the manifest of a Hamner checkpoint: it must "
                 f"have format {_FORMAT} and name {', '.join(_FILES)}"
             )
-        for name, expected in files.items():
-            path = self.path / name
+        for name in names:
+            path, expected = self.path / name, files[name]
             if not path.is_file():
                 raise CheckpointError(f"{path} is missing")
             try:
@@ -115,6 +115,11 @@ class Checkpoint:
         path = self.path / OPTIMIZER_FILE
         with _open(path) as saved:
             names = set(saved.keys())
+            if not names:
+                raise CheckpointError(
+                    f"{path} is empty: this model was imported without its optimizer's state, so "
+                    "its training cannot go on here; fine-tune it with python -m hamner.sft"
+                )
             for prefix, tensors in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
                 _require_names(
                     path,
@@ -207,11 +212,21 @@ def set_aside(folder: Path, newer_than: int) -> None:
             damaged.path.rename(place)
 
 
+def best(folder: Path) -> Checkpoint | None:
+    """The checkpoint with the lowest validation loss, in runs that look for it (`--patience`).
+
+    Every checkpoint's state says which one that is; the newest knows best.
+    """
+    found = find(folder)
+    step = found[-1].state().get("best_step") if found else None
+    return next((checkpoint for checkpoint in found if checkpoint.step == step), None)
+
+
 def retain(folder: Path, keep: int, keep_every: int = 0) -> None:
     """Remove what an unfinished save left, and checkpoints that are too many.
 
     Args:
-        folder: of the checkpoints.
+        folder: of the checkpoints. The best one stays, however old.
         keep: newest ones that stay; 0 keeps all.
         keep_every: the first checkpoint at or after each multiple of so many steps stays too; 0
             is none.
@@ -219,11 +234,11 @@ def retain(folder: Path, keep: int, keep_every: int = 0) -> None:
     for leftover in folder.glob(f"{_TEMPORARY_PREFIX}*"):
         shutil.rmtree(leftover, ignore_errors=True)
     if keep:
-        spans = 0
+        kept, spans = best(folder), 0
         for old in find(folder)[:-keep]:
             if keep_every and old.step // keep_every > spans:
                 spans = old.step // keep_every
-            else:
+            elif old != kept:
                 _remove(old.path)
 
 

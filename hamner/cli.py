@@ -48,3 +48,13 @@ def gather_data(args: Sequence[str]) -> list[str]:
             in_data = False
             rest.append(argument)
     return [*rest, "--data", *specs] if specs else rest
+
+
+def flag_value(args: Sequence[str], flag: str) -> str | None:
+    """The value of `--flag VALUE` or `--flag=VALUE`, before the real parsing."""
+    for position, argument in enumerate(args):
+        if argument == flag and position + 1 < len(args):
+            return args[position + 1]
+        if argument.startswith(f"{flag}="):
+            return argument.partition("=")[2]
+    return None

@@ -9,7 +9,7 @@ import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from hamner.errors import UserError
 from hamner.options import OPTIONS, ModelConfig, flag
@@ -23,6 +23,10 @@ class TrainConfig:
 
     Defaults are those of the option: `--option b --help` shows b's.
     """
+
+    command: ClassVar[str] = "hamner.train"
+    stage: ClassVar[str] = "pretrain"
+    """what a checkpoint's state calls this kind of training"""
 
     model: ModelConfig
     option: str = "a"
@@ -80,6 +84,9 @@ class TrainConfig:
     """steps between checkpoints, beside the last one; 0 is never"""
     sample_every: int = 1_000
     """steps between samples; 0 is never"""
+    patience: int = 0
+    """evaluations without a better validation loss after which the run stops, its best checkpoint
+    kept; 0 trains to the end"""
     keep: int = 3
     """newest checkpoints kept; 0 keeps all"""
     keep_every: int = 0
@@ -122,8 +129,9 @@ class TrainConfig:
             if value is not None and (value < least or value <= 0):
                 raise UserError(f"--{flag(name)} {value} must be above 0")
         not_negative = ("min_lr", "warmup_steps", "weight_decay", "grad_clip", "keep", "seed")
+        not_negative += ("patience", "hang_minutes")
         rhythm = ("log_every", "eval_every", "save_every", "sample_every", "keep_every")
-        for name in (*not_negative, *rhythm, "hang_minutes"):
+        for name in (*not_negative, *rhythm):
             if getattr(self, name) < 0:
                 raise UserError(f"--{flag(name)} {getattr(self, name)} must not be negative")
         if self.steps is not None and self.tokens is not None:
@@ -207,6 +215,10 @@ class TrainConfig:
         if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
             raise UserError(f"{path} is not a run's configuration")
         model = _build(ModelConfig, values.pop("model"), path)
+        # What fine-tuning adds is for hamner.sft alone: elsewhere its runs are runs like any other.
+        own = values.pop("sft", {})
+        if cls.stage == "sft":
+            values |= own
         return _build(cls, {**values, "model": model}, path)
 
 

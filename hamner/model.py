@@ -18,9 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from hamner.attention import document_positions
+from hamner.kv_cache import KVCache
 from hamner.ops import Ops
 from hamner.options import ModelConfig
 from hamner.recompute import NONE, Policy
+from hamner.rope_scaling import rotary_tables
 
 
 class Rotary(NamedTuple):
@@ -40,6 +42,8 @@ class Context(NamedTuple):
     rotary: Rotary
     document_ids: Tensor | None
     """(B, T) int32 when documents may not attend to each other"""
+    cache: KVCache | None
+    """keys and values of the tokens before these, when decoding"""
 
 
 class RouterStatistics(NamedTuple):
@@ -59,7 +63,7 @@ class Output(NamedTuple):
     """What the model computes: logits when no targets are given, losses otherwise."""
 
     logits: Tensor | None
-    """(B, T, vocab_size) in the compute dtype"""
+    """(B, T, vocab_size) in the compute dtype; (B, 1, vocab_size), the last one, with a cache"""
     loss: Tensor | None
     """fp32, what to differentiate: cross-entropy plus weighted router losses"""
     cross_entropy: Tensor | None
@@ -86,7 +90,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, ops: Ops) -> None:
         super().__init__()
-        self.config, self.ops = config, ops
+        self.config, self.layer, self.ops = config, layer, ops
         d = config.hidden_size
         self.norm = RMSNorm(d, config.rms_norm_eps)
         self.qkv_proj = nn.Linear(d, config.qkv_size, bias=False)
@@ -117,14 +121,16 @@ class Attention(nn.Module):
             rebuild=rebuild,
         )
         if config.use_differential_attention:
-            out = self.subtract_maps(qkv, context.document_ids)
+            out = self.subtract_maps(qkv, context)
+        elif context.cache is not None:
+            out = context.cache.attention(self.layer, qkv)
         else:
             out = ops.attention(
                 qkv, config.num_attention_heads, config.num_kv_heads, context.document_ids
             )
         return self.o_proj(out), residual
 
-    def subtract_maps(self, qkv: Tensor, document_ids: Tensor | None) -> Tensor:
+    def subtract_maps(self, qkv: Tensor, context: Context) -> Tensor:
         """Differential attention on packed (B, T, qkv_size): map 1 minus lambda times map 2."""
         config = self.config
         weight = (
@@ -133,7 +139,12 @@ class Attention(nn.Module):
             + self.lambda_init
         )
         heads = config.num_attention_heads
-        out = self.ops.differential_attention(qkv, weight, heads, config.num_kv_heads, document_ids)
+        if context.cache is not None:
+            out = context.cache.differential_attention(self.layer, qkv, weight)
+        else:
+            out = self.ops.differential_attention(
+                qkv, weight, heads, config.num_kv_heads, context.document_ids
+            )
         # The norm per pair of heads has no weight; (1 - lambda_init) keeps the gradient's scale.
         pairs = out.unflatten(-1, (heads // 2, 2 * config.head_size))
         scale = torch.full((2 * config.head_size,), 1 - self.lambda_init, device=out.device)
@@ -267,7 +278,11 @@ class Transformer(nn.Module):
             parameter.copy_(values.normal_(0.0, std, generator=generator))
 
     def forward(
-        self, inputs: Tensor, targets: Tensor | None = None, document_ids: Tensor | None = None
+        self,
+        inputs: Tensor,
+        targets: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> Output:
         """Logits, or the loss against `targets`.
 
@@ -276,15 +291,20 @@ class Transformer(nn.Module):
             targets: (B, T) int64, what each input should predict; -100 is ignored.
             document_ids: (B, T) int32, non-decreasing in a row: documents do not attend to each
                 other and positions restart with each. None: the row is one context.
+            cache: `inputs` go on from the tokens it holds, and are added to it; then there are
+                neither targets nor documents, and only the last position's logits are computed.
         """
         x, residual = self.embed(inputs), None
-        context = self.context(inputs, document_ids)
+        context = self.context(inputs, document_ids, cache)
         routings = []
         for layer, policy in zip(self.layers, self.policies, strict=True):
             x, residual, routing = policy.run(layer, x, residual, context)
             routings.append(routing)
         hidden, _ = self.ops.add_rms_norm(x, residual, self.norm.weight, self.norm.eps)
         del x, residual, _  # the loss is where memory peaks
+        if cache is not None:
+            cache.length += inputs.shape[1]
+            hidden = hidden[:, -1:]
         router = summarize_routers(routings) if self.config.is_moe else None
         if targets is None:
             logits = nn.functional.linear(hidden, self.head_weight)
@@ -298,23 +318,24 @@ class Transformer(nn.Module):
             loss = loss + self.config.router_z_loss_coef * router.z_loss
         return Output(None, loss, cross_entropy, router)
 
-    def context(self, inputs: Tensor, document_ids: Tensor | None) -> Context:
+    def context(
+        self, inputs: Tensor, document_ids: Tensor | None, cache: KVCache | None
+    ) -> Context:
         """What the blocks share for `inputs` (B, T)."""
         length, device = inputs.shape[1], inputs.device
+        if cache is not None:
+            length = cache.capacity
         key = (length, device)
         if key not in self.rotary_tables:
-            size, theta = self.config.head_size, self.config.rope_theta
-            # fp64, since positions times frequencies lose digits early in fp32.
-            exponent = torch.arange(0, size, 2, dtype=torch.float64) / size
-            angles = torch.outer(torch.arange(length, dtype=torch.float64), theta**-exponent)
             # One host-to-device copy per length; later steps find the tables here.
-            self.rotary_tables[key] = (
-                angles.cos().float().to(device),
-                angles.sin().float().to(device),
-            )
+            cos, sin = rotary_tables(self.config, length)
+            self.rotary_tables[key] = cos.to(device), sin.to(device)
         cos, sin = self.rotary_tables[key]
+        if cache is not None:
+            rows = slice(cache.length, cache.length + inputs.shape[1])
+            cos, sin = cos[rows], sin[rows]
         positions = None if document_ids is None else document_positions(document_ids)
-        return Context(Rotary(cos, sin, positions), document_ids)
+        return Context(Rotary(cos, sin, positions), document_ids, cache)
 
     def matrices(self) -> Iterator[nn.Parameter]:
         """Parameters that matmuls read: computed in bf16 and decayed, unlike the vectors."""

@@ -5,6 +5,7 @@ and are tested against the built model.
 """
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from hamner.errors import UserError
 
@@ -49,6 +50,10 @@ class ModelConfig:
     """rows of the embedding"""
     rope_theta: float = 10_000.0
     """base of the rotary position frequencies"""
+    rope_scaling: Literal["none", "linear", "ntk", "yarn"] = "none"
+    """how positions are stretched from rope_scaling_from to max_seq_len (hamner/rope_scaling.py)"""
+    rope_scaling_from: int = 0
+    """sequence length that was trained before the stretch; 0 without rope_scaling"""
     rms_norm_eps: float = 1e-5
     """added to the mean square in RMSNorm"""
     tie_word_embeddings: bool = True
@@ -71,6 +76,13 @@ class ModelConfig:
             _require(getattr(self, name) >= 0, f"--{flag(name)} must not be negative")
         for name in ("rope_theta", "rms_norm_eps"):
             _require(getattr(self, name) > 0, f"--{flag(name)} must be above 0")
+        if self.rope_scaling != "none":
+            _require(
+                0 < self.rope_scaling_from < self.max_seq_len,
+                f"--rope-scaling {self.rope_scaling} stretches to --max-seq-len "
+                f"{self.max_seq_len}: --rope-scaling-from {self.rope_scaling_from} must be above 0 "
+                "and below that",
+            )
         heads, kv_heads = self.num_attention_heads, self.num_kv_heads
         _require(
             self.hidden_size % heads == 0,
@@ -108,6 +120,13 @@ class ModelConfig:
     def head_size(self) -> int:
         """Size of one attention head."""
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def rope_scaling_factor(self) -> float:
+        """How many times longer sequences are than those trained before; 1 without scaling."""
+        if self.rope_scaling == "none":
+            return 1.0
+        return self.max_seq_len / self.rope_scaling_from
 
     @property
     def qkv_size(self) -> int:

@@ -5,7 +5,7 @@ precision, device, learning rates. Refused: another model or tokenizer, whose we
 something else. Other data is refused unless `--allow-data-change` insists.
 """
 
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from hamner import checkpoint
@@ -80,12 +80,13 @@ def require_same_model(
     Raises:
         UserError: spells out every difference.
     """
-    saved = state["model"]
+    # A field that is newer than the checkpoint has its default there.
+    saved = {**asdict(ModelConfig()), **state["model"]}
     names = [field.name for field in fields(ModelConfig) if field.name not in _NOT_THE_MODEL]
     differences = [
-        f"--{flag(name)} {getattr(config.model, name)} is not the {saved.get(name)}"
+        f"--{flag(name)} {getattr(config.model, name)} is not the {saved[name]}"
         for name in names
-        if getattr(config.model, name) != saved.get(name)
+        if getattr(config.model, name) != saved[name]
     ]
     if state["tokenizer"] != tokenizer.fingerprint:
         differences.append(

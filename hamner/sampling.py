@@ -1,57 +1,40 @@
-"""Text from a model, token by token."""
+"""How the next token is chosen: the settings, shared by commands and server. Torch-free."""
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass
 
-from hamner.data.tokenizer import Tokenizer
-from hamner.model import Transformer
-
-PROMPTS = ("The history of", "In order to", "The most important")
-"""What every run continues, so that samples over time can be compared."""
+from hamner.errors import UserError
+from hamner.options import flag
 
 
-@torch.no_grad()
-def generate(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    prompt: str,
-    *,
-    max_new_tokens: int = 64,
-    temperature: float = 0.8,
-    top_k: int = 50,
-    seed: int = 0,
-) -> str:
-    """Continue `prompt` until the end of text or `max_new_tokens`.
+@dataclass(frozen=True)
+class Sampling:
+    """Settings of the choice among the model's next tokens, applied in the order of the fields.
 
-    Args:
-        model: any option.
-        tokenizer: the model's.
-        prompt: text; without any token, generation starts from the end-of-text token.
-        max_new_tokens: most tokens to add.
-        temperature: divides the logits; 0 takes the most likely token.
-        top_k: tokens to choose from.
-        seed: of the choice.
-
-    Returns:
-        The continuation alone.
+    Raises:
+        UserError: a value outside its range.
     """
-    device = model.embed.weight.device
-    generator = torch.Generator().manual_seed(seed)
-    tokens = tokenizer.encode(prompt) or [tokenizer.eot_id]
-    prompt_length = len(tokens)
-    for _ in range(max_new_tokens):
-        context = torch.tensor([tokens[-model.config.max_seq_len :]], device=device)
-        logits = model(context).logits[0, -1].float().cpu()
-        # Rows of the embedding beyond the tokenizer have no text.
-        token = _choose(logits[: tokenizer.vocab_size], temperature, top_k, generator)
-        if token == tokenizer.eot_id:
-            break
-        tokens.append(token)
-    return tokenizer.decode(tokens[prompt_length:])
 
+    repetition_penalty: float = 1.1
+    """divides the odds of tokens already in the context (CTRL, arXiv:1909.05858); 1 is off"""
+    temperature: float = 0.7
+    """divides the logits; 0 always takes the likeliest token"""
+    top_k: int = 50
+    """choose among so many of the likeliest tokens; 0 is off"""
+    top_p: float = 0.95
+    """choose among the likeliest tokens that together have this probability
+    (arXiv:1904.09751); 1 is off"""
+    min_p: float = 0.0
+    """choose among tokens at least this fraction as likely as the likeliest
+    (arXiv:2407.01082); 0 is off"""
 
-def _choose(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
-    if temperature == 0:
-        return int(logits.argmax())
-    values, indices = (logits / temperature).topk(min(top_k, len(logits)))
-    return int(indices[torch.multinomial(values.softmax(-1), 1, generator=generator)])
+    def __post_init__(self) -> None:
+        ranges = {
+            "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
+            "temperature": (self.temperature >= 0, "0 or above"),
+            "top_k": (self.top_k >= 0, "0 or above"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
+        }
+        for name, (holds, range_) in ranges.items():
+            if not holds:
+                raise UserError(f"--{flag(name)} {getattr(self, name)} must be {range_}")

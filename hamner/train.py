@@ -6,7 +6,13 @@ from pathlib import Path
 
 import tyro
 
-from hamner.cli import EXIT_BAD_STEPS, EXIT_INTERRUPTED, gather_data, run_command
+from hamner.cli import (
+    EXIT_BAD_STEPS,
+    EXIT_INTERRUPTED,
+    flag_value,
+    gather_data,
+    run_command,
+)
 from hamner.config import CONFIG_FILE, TrainConfig
 
 
@@ -41,16 +47,6 @@ def parse(args: Sequence[str]) -> TrainConfig:
         prog="python -m hamner.train",
         config=(tyro.conf.HelptextFromCommentsOff,),
     )
-
-
-def flag_value(args: Sequence[str], flag: str) -> str | None:
-    """The value of `--flag VALUE` or `--flag=VALUE`, before the real parsing."""
-    for position, argument in enumerate(args):
-        if argument == flag and position + 1 < len(args):
-            return args[position + 1]
-        if argument.startswith(f"{flag}="):
-            return argument.partition("=")[2]
-    return None
 
 
 def main(args: Sequence[str]) -> int:

@@ -10,8 +10,10 @@ are tried again), `step_monitor` (bad steps and spikes), `bad_steps` (batches ke
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,9 +26,11 @@ from hamner.checkpoint import Checkpoint
 from hamner.config import TrainConfig
 from hamner.cuda_graph import GraphedBackward
 from hamner.data.loader import Batch, DataConfig, TrainLoader, validation_rows
-from hamner.data.tokenizer import load_tokenizer
+from hamner.data.tokenizer import Tokenizer, load_tokenizer
 from hamner.display import Display, count, duration
+from hamner.early_stopping import EarlyStopping
 from hamner.errors import UserError
+from hamner.generation import PROMPTS, generate
 from hamner.interrupt import Interrupt
 from hamner.metrics import Mfu, Record, Spike, Stopwatch, peak_vram_gib
 from hamner.model import RouterStatistics
@@ -34,7 +38,6 @@ from hamner.ops import IGNORED_TARGET
 from hamner.optimizer import AdamW, Schedule
 from hamner.reporting import open_reporters, require_installed
 from hamner.run_folder import RecordLog, RunFolder
-from hamner.sampling import PROMPTS, generate
 from hamner.step_monitor import SpikeDetector, StepMonitor
 from hamner.watchdog import Watchdog
 
@@ -60,8 +63,48 @@ class TrainResult:
     """why the run stopped itself, or None"""
 
 
-def train(config: TrainConfig) -> TrainResult:
+class Loader(Protocol):
+    """Endless training batches that resume exactly."""
+
+    def __next__(self) -> Batch: ...
+
+    def state_dict(self) -> dict: ...
+
+    def load_state_dict(self, state: dict) -> None: ...
+
+    def close(self) -> None: ...
+
+
+OpenData = Callable[[TrainConfig, Tokenizer, bool], tuple[Loader, Batch]]
+"""(config, tokenizer, whether to pin memory) -> training batches and the validation rows"""
+
+
+def open_documents(
+    config: TrainConfig, tokenizer: Tokenizer, pin_memory: bool
+) -> tuple[TrainLoader, Batch]:
+    """The data of pre-training; see `OpenData`."""
+    data = DataConfig(
+        specs=config.data,
+        seq_len=config.seq_len,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        val_fraction=config.val_fraction,
+    )
+    loader = TrainLoader(data, tokenizer, pin_memory=pin_memory)
+    return loader, validation_rows(data, tokenizer, config.eval_tokens)
+
+
+def train(
+    config: TrainConfig,
+    open_data: OpenData = open_documents,
+    initial: Checkpoint | None = None,
+) -> TrainResult:
     """Train as `config` says, from the start or from the newest checkpoint.
+
+    Args:
+        config: resolved flags.
+        open_data: what to train on.
+        initial: whose weights to start from; default random ones.
 
     Raises:
         UserError: the configuration, the data or the run folder does not allow it; nothing is
@@ -69,7 +112,7 @@ def train(config: TrainConfig) -> TrainResult:
     """
     run = RunFolder(config.folder)
     run.check(resume=config.resume)
-    trainer = Trainer(config, run)
+    trainer = Trainer(config, run, open_data, initial)
     try:
         return trainer.run_to_end()
     finally:
@@ -82,26 +125,27 @@ class Trainer:
     Args:
         config: resolved flags.
         run: the run's folder, checked.
+        open_data: what to train on.
+        initial: whose weights to start from; default random ones.
     """
 
-    def __init__(self, config: TrainConfig, run: RunFolder) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        run: RunFolder,
+        open_data: OpenData = open_documents,
+        initial: Checkpoint | None = None,
+    ) -> None:
         require_installed(config.report_to)
         self.config, self.run = config, run
         self.tokenizer = load_tokenizer(config.tokenizer, config.model.vocab_size)
         setup = build.choose(config)
         self.compute, self.plan, self.attention = setup.compute, setup.plan, setup.attention
         compute = self.compute
-        data = DataConfig(
-            specs=config.data,
-            seq_len=config.seq_len,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            val_fraction=config.val_fraction,
-        )
-        self.loader = TrainLoader(data, self.tokenizer, pin_memory=compute.device.type == "cuda")
-        self.validation = validation_rows(data, self.tokenizer, config.eval_tokens)
+        pin_memory = compute.device.type == "cuda"
+        self.loader, self.validation = open_data(config, self.tokenizer, pin_memory)
 
-        self.model = setup.model(config)
+        self.model = setup.model(config, initial)
         self.optimizer = AdamW(
             self.model,
             self.model.ops,
@@ -125,6 +169,7 @@ class Trainer:
         self.watch = Stopwatch(0.0)
         self.val_loss: float | None = None
         self.val_step: int | None = None
+        self.early_stopping = EarlyStopping(config.patience)
         # On the device, read only when a line is logged.
         self.loss_sum = torch.zeros((), device=compute.device)
         self.loss_steps = torch.zeros((), dtype=torch.int64, device=compute.device)
@@ -181,23 +226,27 @@ class Trainer:
     def run_to_end(self) -> TrainResult:
         """Train until the run's length, `--stop-after`, an interrupt or a diagnosis; then save."""
         config = self.config
-        first_step, total_tokens = self.step, self.schedule.total_tokens
+        first_step = self.step
         with self.display, Interrupt() as interrupt, self.watchdog:
             self.introduce()
             self.mark_interval()
-            while self.tokens < total_tokens and not (interrupt.requested or self.diagnosis):
+            while not (self.finished or interrupt.requested or self.diagnosis):
                 batch = self.next_batch()
                 lr = self.schedule(self.tokens + batch.inputs.numel())
                 norm = self.train_step(batch, lr, interrupt)
                 if norm is None:
                     break
                 self.finish_step(batch, lr, norm)
-                done = self.tokens >= total_tokens
+                done = self.tokens >= self.schedule.total_tokens
+                is_better = False
                 if due(self.step, config.eval_every) or (done and config.eval_every):
                     self.evaluate()
                     self.log(lr, norm)
+                    is_better = self.early_stopping.improved(self.step, self.val_loss)
                 elif due(self.step, config.log_every) or done:
                     self.log(lr, norm)
+                if is_better:
+                    self.save_best()
                 self.save_when_due(due(self.step, config.save_every) and not done)
                 if due(self.step, config.sample_every) or (done and config.sample_every):
                     self.sample()
@@ -216,6 +265,11 @@ class Trainer:
             interrupted=interrupt.requested,
             diagnosis=self.diagnosis,
         )
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has its length or stopped improving."""
+        return self.tokens >= self.schedule.total_tokens or self.early_stopping.exhausted
 
     def next_batch(self) -> Batch:
         """The next batch; if the data fails, what was trained is saved first."""
@@ -426,6 +480,8 @@ class Trainer:
                 "val_step": self.val_step,
                 "recent_losses": list(self.spike_detector.recent),
                 "schedule": resume.describe_schedule(self.config, self.schedule),
+                **self.early_stopping.state_dict(),
+                "stage": self.config.stage,
                 "model": self.config.to_json()["model"],
                 "tokenizer": self.tokenizer.fingerprint,
                 "data": self.position,
@@ -442,6 +498,15 @@ class Trainer:
         self.note_save(self.saver.collect())
         self.saver.wanted |= is_due
         if self.saver.ready and not self.bad_in_a_row:
+            self.save()
+
+    def save_best(self) -> None:
+        """Have this step, the best so far, saved under its own number: `checkpoint.best` needs it.
+
+        Not while steps are bad: their cause may be in the state.
+        """
+        self.note_save(self.saver.wait())
+        if not self.bad_in_a_row:
             self.save()
 
     def save_last(self) -> None:
@@ -506,6 +571,7 @@ class Trainer:
         self.loss_steps.fill_(state["loss_steps"])
         self.val_loss, self.val_step = state["val_loss"], state["val_step"]
         self.spike_detector = SpikeDetector(state["recent_losses"])
+        self.early_stopping.load_state_dict(state)
         checkpoint.set_rng_state(state["rng"])
         resume.rewind(self.run, self.step)
         self.saved = found
@@ -561,14 +627,24 @@ class Trainer:
             self.display.message(self.diagnosis)
             where = self.saved.path if self.saved else "none: the run never saved"
             self.display.message(f"stopped at step {self.step:,}; last good checkpoint: {where}")
-        elif self.tokens < self.schedule.total_tokens:
+        elif not self.finished:
             word = "interrupted" if interrupted else "stopped"
             self.display.message(
                 f"{word} at step {self.step:,}; saved in {self.saved.path}; continue with "
-                f"python -m hamner.train --resume --run-dir {self.run.path}"
+                f"python -m {self.config.command} --resume --run-dir {self.run.path}"
             )
         else:
             loss = "" if self.val_loss is None else f", validation loss {self.val_loss:.4f}"
+            if self.early_stopping.exhausted:
+                self.display.message(
+                    f"stopped early: {self.early_stopping.evaluations_since_best} evaluations "
+                    "without a better validation loss"
+                )
+            if self.early_stopping.best_step is not None:
+                loss += (
+                    f" (best {self.early_stopping.best_loss:.4f} at step "
+                    f"{self.early_stopping.best_step:,}, kept)"
+                )
             self.display.message(
                 f"done: {count(self.tokens)} tokens in {duration(self.watch.read())}{loss}; "
                 f"model in {self.saved.path}, plots in {self.run.plots}"

@@ -23,12 +23,14 @@ def moments(names, seed: int) -> dict[str, torch.Tensor]:
     return {name: torch.randn(t.shape, generator=generator) for name, t in names.items()}
 
 
-def save(folder, step=3):
+def save(folder, step=3, **state):
     model = tensors()
     optimizer = {f"exp_avg.{n}": t for n, t in moments(model, 1).items()}
     optimizer |= {f"exp_avg_sq.{n}": t for n, t in moments(model, 2).items()}
     optimizer["master.a.weight"] = model["a.weight"].float() + 1e-4
-    return checkpoint.save(folder, step, model=model, optimizer=optimizer, state={"step": step})
+    return checkpoint.save(
+        folder, step, model=model, optimizer=optimizer, state={"step": step, **state}
+    )
 
 
 def test_round_trip(tmp_path):
@@ -118,6 +120,17 @@ def test_a_disk_that_cannot_be_read_is_damage(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "_sha256", fail)
     with pytest.raises(CheckpointError, match=r"cannot be read \(Input/output error\)"):
         saved.verify()
+
+
+def test_the_best_outlives_retention(tmp_path):
+    assert checkpoint.best(tmp_path) is None
+    for step, best_step in ((1, 1), (2, 2), (3, 2), (4, 2)):
+        save(tmp_path, step, best_step=best_step)
+        checkpoint.retain(tmp_path, 1)
+        assert checkpoint.best(tmp_path).step == best_step
+    assert [c.step for c in checkpoint.find(tmp_path)] == [2, 4]
+    save(tmp_path, 5, best_step=3)
+    assert checkpoint.best(tmp_path) is None
 
 
 def test_saving_a_step_again_replaces_it(tmp_path):

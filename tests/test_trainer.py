@@ -226,6 +226,24 @@ def test_another_model_is_refused_on_resume(config):
         train(replace(config, model=wider, resume=True))
 
 
+def test_a_checkpoint_older_than_a_field_of_the_model_resumes(config, monkeypatch):
+    train(replace(config, stop_after=1))
+    state = checkpoint.Checkpoint.state
+
+    def older_state(self) -> dict:
+        values = state(self)
+        del values["model"]["rope_scaling"], values["model"]["rope_scaling_from"]
+        for name in ("best_loss", "best_step", "evaluations_since_best", "stage"):
+            del values[name]
+        return values
+
+    monkeypatch.setattr(checkpoint.Checkpoint, "state", older_state)
+    assert train(replace(config, resume=True, stop_after=1)).step == 2
+    stretched = replace(config.model, rope_scaling="linear", rope_scaling_from=16)
+    with pytest.raises(UserError, match="--rope-scaling linear is not the none"):
+        train(replace(config, model=stretched, resume=True))
+
+
 def test_bad_data_leaves_no_run_folder(config):
     with pytest.raises(UserError, match=r"missing\.jsonl"):
         train(replace(config, data=(str(config.run_dir.parent / "missing.jsonl"),)))

@@ -55,7 +55,7 @@ class FileSource:
     def __init__(self, location: str) -> None:
         self._location = location
         try:
-            self._paths = _find_files(location)
+            self._paths = find_files(location)
             self._sizes = [path.stat().st_size for path in self._paths]
             self._files = [_open(path) for path in self._paths]
         except OSError as error:
@@ -78,7 +78,7 @@ class FileSource:
             raise UserError(f"--data {self._location}: cannot be read ({error})") from error
 
 
-def _find_files(location: str) -> list[Path]:
+def find_files(location: str) -> list[Path]:
     path = Path(location).expanduser()
     if path.is_file():
         if _format(path) is None:

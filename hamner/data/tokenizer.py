@@ -53,6 +53,7 @@ class Tokenizer:
     Attributes:
         vocab_size: the largest id plus one.
         eot_id: id of the token that ends a document.
+        definition: content of the `tokenizer.json`, parsed.
         fingerprint: SHA-256 of the definition, however it is laid out; equal fingerprints give
             equal ids.
     """
@@ -66,11 +67,11 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
-        self._definition = json.loads(definition)
+        self.definition: dict = json.loads(definition)
         self._name = name
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         # Of the file, not of `backend.to_str()`, which changes with the library's version.
-        canonical = json.dumps(self._definition, sort_keys=True)
+        canonical = json.dumps(self.definition, sort_keys=True)
         self.fingerprint: str = hashlib.sha256(canonical.encode()).hexdigest()
         self.eot_id: int = self._find_eot_id()
 
@@ -86,6 +87,14 @@ class Tokenizer:
         """The text of the ids, special tokens spelled out."""
         return self._backend.decode(list(ids), skip_special_tokens=False)
 
+    def stream(self) -> "StreamDecoder":
+        """A decoder for ids that come one by one."""
+        return StreamDecoder(self._backend)
+
+    def text_of(self, token_id: int) -> str:
+        """How the vocabulary spells one id."""
+        return self._backend.id_to_token(token_id)
+
     def special_id(self, name: str) -> int:
         """Id of a special token such as `<|user|>`.
 
@@ -99,7 +108,7 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         """Writes the definition as a `tokenizer.json`."""
-        definition = json.dumps(self._definition, ensure_ascii=False, separators=(",", ":"))
+        definition = json.dumps(self.definition, ensure_ascii=False, separators=(",", ":"))
         Path(path).write_text(definition, encoding="utf-8")
 
     def cut(self, vocab_size: int) -> "Tokenizer":
@@ -118,7 +127,7 @@ class Tokenizer:
             raise UserError(
                 f"--vocab-size {vocab_size}: the special tokens and the 256 bytes need {minimum}"
             )
-        model = self._definition["model"]
+        model = self.definition["model"]
         vocab, merges = model["vocab"], model["merges"]
         # A merge may spell a token that an earlier one made, so ids do not count merges: all
         # merges up to the first token that falls away are kept.
@@ -127,7 +136,7 @@ class Tokenizer:
         )
         vocab = {token: i for token, i in vocab.items() if i < vocab_size}
         model = model | {"vocab": vocab, "merges": merges[:kept]}
-        return Tokenizer(json.dumps(self._definition | {"model": model}), self._name)
+        return Tokenizer(json.dumps(self.definition | {"model": model}), self._name)
 
     def _has_our_layout(self) -> bool:
         head = [self._backend.id_to_token(i) for i in range(len(SPECIAL_TOKENS) + 256)]
@@ -147,6 +156,29 @@ class Tokenizer:
             f"--tokenizer {self._name}: it has no token that ends a document, neither "
             f"{END_OF_TEXT} nor any of {' '.join(FOREIGN_END_OF_TEXT)}"
         )
+
+
+class StreamDecoder:
+    """Text of ids that come one by one: a character whose bytes are spread over several tokens is
+    given out once, when it is whole."""
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        self._backend = backend
+        self._stream = decoders.DecodeStream(skip_special_tokens=False)
+        self._ids: list[int] = []
+        self._given = 0
+
+    def step(self, token_id: int) -> str:
+        """The text that `token_id` completes, perhaps none."""
+        self._ids.append(token_id)
+        piece = self._stream.step(self._backend, token_id) or ""
+        self._given += len(piece)
+        return piece
+
+    def finish(self) -> str:
+        """What is left at the end; bytes that make no character become U+FFFD."""
+        whole = self._backend.decode(self._ids, skip_special_tokens=False)
+        return whole[self._given :]
 
 
 def load_tokenizer(name: str = "builtin", vocab_size: int | None = None) -> Tokenizer:

@@ -1,0 +1,98 @@
+"""The chat template: the one place that says how a conversation is spelled in tokens.
+
+    <|system|>
+    You are terse.
+    <|user|>
+    What is 2 + 2?
+    <|assistant|>
+    4.<|end|>
+
+A role is a special token and a line break; what the system and the user say ends with a line
+break, what the assistant says with the special token `<|end|>`, right after which the next role
+comes. Contents are stripped. Text that looks like a special token is ordinary text here: no
+content can open another's turn.
+
+Fine-tuning, chat and evaluation render with the functions below, exported tokenizers with
+`JINJA_TEMPLATE`; a test holds the two together.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from hamner.data.tokenizer import Tokenizer
+
+Role = Literal["system", "user", "assistant"]
+
+ROLE_TOKENS: dict[Role, str] = {
+    "system": "<|system|>",
+    "user": "<|user|>",
+    "assistant": "<|assistant|>",
+}
+END_TOKEN = "<|end|>"
+"""ends what the assistant says; decoding stops at it"""
+
+JINJA_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\n' + message['content'] | trim }}"
+    "{{ '<|end|>' if message['role'] == 'assistant' else '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+"""the same template for Hugging Face tokenizers (`tokenizer.chat_template`)"""
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+
+
+class Rendered(NamedTuple):
+    """Tokens of a conversation, or of a part of it."""
+
+    ids: list[int]
+    learned: list[bool]
+    """whether fine-tuning learns to write each token: the assistant's words and `<|end|>`"""
+
+
+def render_message(message: Message, tokenizer: Tokenizer) -> Rendered:
+    """One message. An answer without a word is not learned: it would teach to say nothing.
+
+    Raises:
+        UserError: the tokenizer lacks the template's special tokens.
+    """
+    content = message.content.strip()
+    head = [tokenizer.special_id(ROLE_TOKENS[message.role])]
+    if message.role != "assistant":
+        ids = [*head, *tokenizer.encode(f"\n{content}\n")]
+        return Rendered(ids, [False] * len(ids))
+    # The line break is encoded alone, since in a prompt it comes before the answer is known.
+    head += tokenizer.encode("\n")
+    answer = [*tokenizer.encode(content), tokenizer.special_id(END_TOKEN)]
+    return Rendered(head + answer, [False] * len(head) + [bool(content)] * len(answer))
+
+
+def render(messages: Iterable[Message], tokenizer: Tokenizer) -> Rendered:
+    """A whole conversation; the concatenation of its messages.
+
+    Raises:
+        UserError: the tokenizer lacks the template's special tokens.
+    """
+    parts = [render_message(message, tokenizer) for message in messages]
+    return Rendered(
+        [token for part in parts for token in part.ids],
+        [learned for part in parts for learned in part.learned],
+    )
+
+
+def render_prompt(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
+    """The conversation so far and the opening of the assistant's next turn.
+
+    Raises:
+        UserError: the tokenizer lacks the template's special tokens.
+    """
+    opening = [tokenizer.special_id(ROLE_TOKENS["assistant"]), *tokenizer.encode("\n")]
+    return render(messages, tokenizer).ids + opening

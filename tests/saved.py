@@ -1,0 +1,60 @@
+"""Runs on disk with a model of the tests' choice, without training one."""
+
+from pathlib import Path
+
+import torch
+
+from hamner import checkpoint
+from hamner.config import TrainConfig
+from hamner.data.tokenizer import load_tokenizer
+from hamner.options import ModelConfig
+from hamner.run_folder import RunFolder
+from tests.models import build
+
+
+def sharp(config: ModelConfig):
+    """A model whose greedy text varies: its blocks outweigh the embedding they add to."""
+    model = build(config)
+    with torch.no_grad():
+        for parameter in model.layers.parameters():
+            if parameter.ndim >= 2:
+                parameter.mul_(10.0)
+    return model
+
+
+def save_run(
+    folder: Path,
+    model,
+    *,
+    step: int = 7,
+    chat: bool = False,
+    dtype: torch.dtype = torch.float32,
+    tokenizer: str = "builtin",
+) -> Path:
+    """A run's folder with `model` as its checkpoint; returns the folder."""
+    config = TrainConfig(
+        model=model.config,
+        option="tiny",
+        run_dir=folder,
+        seq_len=model.config.max_seq_len,
+        tokenizer=tokenizer,
+    )
+    RunFolder(folder).start(config)
+    checkpoints = folder / "checkpoints"
+    checkpoints.mkdir(exist_ok=True)
+    matrices = set(model.matrices())
+    checkpoint.save(
+        checkpoints,
+        step,
+        model={
+            name: p.to(dtype) if p in matrices else p.detach()
+            for name, p in model.named_parameters()
+        },
+        optimizer={},
+        state={
+            "step": step,
+            "tokenizer": load_tokenizer(tokenizer, model.config.vocab_size).fingerprint,
+            "stage": "sft" if chat else "pretrain",
+        },
+    )
+    return folder

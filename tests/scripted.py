@@ -1,0 +1,27 @@
+"""A generator whose words are written beforehand."""
+
+from collections.abc import Iterator
+
+from hamner.data.tokenizer import Tokenizer
+
+
+class Script:
+    """Stands in for `hamner.generation.Generator`: says the same ids to every prompt.
+
+    Args:
+        tokenizer: of the ids.
+        ids: what it says.
+        context: as of the real one.
+
+    Attributes:
+        prompts: what it was asked.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, ids: list[int], context: int = 1000) -> None:
+        self.tokenizer, self.ids, self.context = tokenizer, ids, context
+        self.prompts: list[list[int]] = []
+
+    def tokens(self, prompt, sampling, *, seed, unpenalized) -> Iterator[int]:
+        self.prompts.append(list(prompt))
+        self.sampling = sampling
+        yield from self.ids[: self.context - len(prompt)]

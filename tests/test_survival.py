@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -48,6 +49,7 @@ def poisoned_trainer(config: TrainConfig, share: int) -> Trainer:
         data=(str(data),),
         log_every=1,
         save_every=4,
+        keep=0,
         eval_every=0,
         val_fraction=0.0,
         # Apart from the head, or every logit would be infinite.
@@ -103,7 +105,12 @@ def test_replay_names_the_first_module_and_row(config):
     assert found.first_module == "embed"
     assert found.gradients
     assert POISON in found.excerpt
-    assert "step_00000012" in found.weights  # the oldest of the three that are kept
+    saves = checkpoint.find(made.run.checkpoints)
+    older = [saved for saved in saves if saved.step < found.reading.step]
+    assert found.weights == f"the weights of {older[-1].path}"
+    for saved in older:  # as retention does
+        shutil.rmtree(saved.path)
+    assert replay(settings).weights == f"the weights of {saves[len(older)].path}"
     assert f"rows without a finite loss: {', '.join(map(str, rows))}" in str(found)
 
 

@@ -1,5 +1,6 @@
 """A run that is killed again and again is, in the end, the run that never was."""
 
+import contextlib
 import json
 import os
 import random
@@ -150,7 +151,8 @@ def test_interrupted_at_random_moments_loses_nothing(number, undisturbed, data, 
         while not ((run.folder / "metrics.jsonl").exists() or process.exitcode is not None):
             time.sleep(0.005)
         time.sleep(random.uniform(0, undisturbed.seconds / 4))
-        os.kill(process.pid, number)
+        with contextlib.suppress(ProcessLookupError):  # it may have come to its end already
+            os.kill(process.pid, number)
         process.join(TIMEOUT)
         if "stopping: saving first" in run.printed:
             assert process.exitcode == 130, run.printed

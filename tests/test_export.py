@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hamner.chat_template import Message, render_prompt
 from hamner.data.tokenizer import load_tokenizer
 from hamner.errors import UserError
-from hamner.export import ExportConfig, export
+from hamner.export import ExportConfig, export, main
 from hamner.generation import Generator
 from hamner.sampling import Sampling
 from tests.models import DENSE, MOE
@@ -267,9 +267,8 @@ def test_command(tmp_path):
     again = command("--checkpoint", str(run), "--to", "hf", "out", cwd=tmp_path)
     assert again.returncode == 2
     assert again.stderr == "error: out exists already: name another output, or remove it\n"
-    missing = command("--checkpoint", "nowhere", "--to", "gguf", "x.gguf", cwd=tmp_path)
-    assert missing.returncode == 2
-    assert re.match(r"error: --checkpoint nowhere is neither .*\n$", missing.stderr)
+    with pytest.raises(UserError, match="--checkpoint nowhere is neither"):
+        main(["--checkpoint", "nowhere", "--to", "gguf", str(tmp_path / "x.gguf")])
     assert not (tmp_path / "x.gguf").exists()
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional
 from hamner.config import TrainConfig
 from hamner.data.tokenizer import SPECIAL_TOKENS, load_tokenizer
 from hamner.errors import UserError
-from hamner.import_checkpoint import ImportConfig, add_chat_tokens, import_checkpoint
+from hamner.import_checkpoint import ImportConfig, add_chat_tokens, import_checkpoint, main
 from hamner.run_folder import RunFolder
 from hamner.saved_model import find_saved_model
 from hamner.trainer import Trainer
@@ -274,6 +274,5 @@ def test_command(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "parameters of step 99,000 (2,450,000,000 tokens) into run/" in result.stdout
     assert "not be fine-tuned to chat" in result.stdout
-    again = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
-    assert again.returncode == 2
-    assert again.stderr == "error: --run-dir run exists already: name another folder\n"
+    with pytest.raises(UserError, match="--run-dir .*run exists already: name another folder"):
+        main([str(file), "--run-dir", str(tmp_path / "run"), "--tokenizer", str(tokenizer)])

@@ -46,7 +46,7 @@ _RULES = tuple(
         (
             "matmul",
             r"gemm|nvjet|cutlass|cublas|xmma|splitk|gemv|grouped_mm|grouped_matmul_kernel"
-            r"|\bgate_up_kernel\b|\bweight_grad_kernel\b|fused_\w*mm\b"
+            r"|\bgate_up_kernel\b|\bweight_grad_kernel\b|triton_tem_fused"
             r"|aten::(mm|addmm|bmm|baddbmm|matmul|linear|dot|mv)\b|mkldnn_linear",
         ),
     )

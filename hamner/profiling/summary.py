@@ -225,7 +225,7 @@ def short_name(name: str) -> str:
     if not bracket:
         return head
     # Generic wrappers are told apart by the functor they are given.
-    functors = re.findall(r"\w*(?:Functor|Ops?|_kernel(?:_cuda)?|Kernel|Epilogue)\b", arguments)
+    functors = re.findall(r"\w*(?:Functor\w*|Ops?|_kernel(?:_cuda)?|Kernel|Epilogue)\b", arguments)
     inner = next((functor for functor in functors if functor not in head), None)
     return f"{head}<{inner}>" if inner else head
 

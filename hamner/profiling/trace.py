@@ -11,6 +11,7 @@ Times are microseconds on one clock, the CPU's and the GPU's alike.
 import gzip
 import json
 import re
+import zlib
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -185,12 +186,12 @@ def _read_json(path: Path) -> object:
         if content[:2] == b"\x1f\x8b":
             content = gzip.decompress(content)
         return json.loads(content)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(
             f"{path} is not a torch-profiler trace (JSON, gzipped or not): {error}"
         ) from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def _nest(events: list[dict]) -> tuple[list[Range], dict[int, tuple[float, Range | None]]]:

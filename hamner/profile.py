@@ -17,7 +17,7 @@ from hamner.config import TrainConfig
 from hamner.errors import UserError
 from hamner.profiling.report import describe, describe_difference, describe_memory
 from hamner.profiling.summary import summarize
-from hamner.profiling.trace import read_trace
+from hamner.profiling.trace import read_trace, with_callers_of
 from hamner.train import flag_value
 
 
@@ -60,6 +60,8 @@ class ReadConfig:
     """two traces: the difference, B - A"""
     steps: int | None = None
     """steps the trace holds, where it does not mark them itself; default 1"""
+    launches: Path | None = None
+    """the same steps launched one by one: tells what a CUDA graph's kernels are for"""
     memory: Path | None = None
     """also draw memory by kind here (PNG), if the trace has allocations (profile_memory=True)"""
 
@@ -81,6 +83,8 @@ def read(config: ReadConfig) -> None:
         print(describe_difference(*summaries))
         return
     trace = read_trace(config.trace)
+    if config.launches is not None:
+        trace = with_callers_of(trace, read_trace(config.launches))
     print(describe(summarize(trace, steps=config.steps)))
     if config.memory is not None:
         from hamner.profiling.memory import draw, memory_timeline

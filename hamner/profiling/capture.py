@@ -2,21 +2,20 @@
 
 A capture writes into its folder
 
-    trace.json.gz          the steps, with shapes: Perfetto, chrome://tracing, hamner.profile read
-    memory.json.gz         one more step, with its allocations (a GPU: memory_snapshot.pickle too,
+    trace.json.gz          the steps: Perfetto, chrome://tracing, hamner.profile read
+    launches.json.gz       where a CUDA graph replays them: the same steps launched one by one,
+                           which tell what each kernel of the graph is for
+    memory.json.gz         one step with its allocations (on a GPU memory_snapshot.pickle too,
                            which pytorch.org/memory_viz shows)
     memory.png             memory over that step by kind
     summary.md, .json      what is printed
 
-The steps before are timed without the profiler, because its own cost widens the gaps it shows.
+Some steps are timed without the profiler, because its own cost widens the gaps it shows.
 """
 
 import json
 import statistics
-import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -25,20 +24,14 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from hamner.config import TrainConfig
 from hamner.errors import UserError
 from hamner.profiling import memory, report
-from hamner.profiling.ranges import Phases, named
+from hamner.profiling.ranges import named
+from hamner.profiling.steps import Steps
 from hamner.profiling.summary import Summary, summarize
-from hamner.profiling.trace import METADATA_KEY, read_trace
-from hamner.run_folder import RunFolder
+from hamner.profiling.trace import METADATA_KEY, read_trace, with_callers_of
 from hamner.trainer import Trainer
 
 TIMED_STEPS = 10
-LR = 1e-5
-"""a step's time does not depend on it"""
 SNAPSHOT_EVENTS = 1_000_000
-
-
-class _NeverInterrupted:
-    requested = False
 
 
 def capture(config: TrainConfig, out: Path, *, steps: int, warmup: int) -> Summary:
@@ -54,19 +47,22 @@ def capture(config: TrainConfig, out: Path, *, steps: int, warmup: int) -> Summa
         UserError: the configuration or the folder does not allow it.
     """
     _require_new(out)
-    with tempfile.TemporaryDirectory() as scratch:
-        trainer = _build(config, Path(scratch))
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            for _ in range(warmup):
-                _step(trainer, None)
-            unprofiled = statistics.median(_time_steps(trainer))
-            metadata = _metadata(trainer) | {"unprofiled_step_ms": unprofiled}
-            _trace_time(trainer, out / "trace.json.gz", steps, metadata)
-            _trace_memory(trainer, out, metadata)
-        finally:
-            trainer.close()
-    summary = summarize(read_trace(out / "trace.json.gz"))
+    with Steps(config) as run:
+        out.mkdir(parents=True, exist_ok=True)
+        metadata = _metadata(run.trainer)
+        with run.launched_one_by_one() as graphed:
+            run.take(warmup)
+            _trace_memory(run, out, metadata)
+            if graphed:
+                _trace_time(run, out / "launches.json.gz", steps, metadata)
+        if graphed:
+            run.take(warmup)
+        metadata["unprofiled_step_ms"] = statistics.median(run.time(TIMED_STEPS))
+        _trace_time(run, out / "trace.json.gz", steps, metadata)
+    trace = read_trace(out / "trace.json.gz")
+    if graphed:
+        trace = with_callers_of(trace, read_trace(out / "launches.json.gz"))
+    summary = summarize(trace)
     timeline = memory.memory_timeline(read_trace(out / "memory.json.gz"))
     memory.draw(timeline, out / "memory.png")
     text = f"{report.describe(summary)}\n\n{report.describe_memory(timeline)}\n"
@@ -88,57 +84,19 @@ def run_for_nsight(config: TrainConfig, *, steps: int, warmup: int) -> None:
     """
     if not torch.cuda.is_available():
         raise UserError("--tool nsight needs a CUDA GPU; --tool torch works on a CPU")
-    with tempfile.TemporaryDirectory() as scratch:
-        trainer = _build(config, Path(scratch))
-        try:
-            for _ in range(warmup):
-                _step(trainer, None)
-            torch.cuda.synchronize()
-            torch.cuda.cudart().cudaProfilerStart()
-            with named(trainer) as phases:
-                for _ in range(steps):
-                    _step(trainer, phases)
-            torch.cuda.synchronize()
-            torch.cuda.cudart().cudaProfilerStop()
-        finally:
-            trainer.close()
+    with Steps(config) as run:
+        run.take(warmup)
+        torch.cuda.synchronize()
+        torch.cuda.cudart().cudaProfilerStart()
+        with named(run.trainer) as phases:
+            run.take(steps, phases)
+        torch.cuda.synchronize()
+        torch.cuda.cudart().cudaProfilerStop()
 
 
 def _require_new(out: Path) -> None:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"--out {out} already holds something: give a new folder")
-
-
-def _build(config: TrainConfig, scratch: Path) -> Trainer:
-    # Its folder goes when the capture ends; no step reads validation rows.
-    config = replace(config, run_dir=scratch, eval_tokens=1)
-    return Trainer(config, RunFolder(scratch))
-
-
-def _step(trainer: Trainer, phases: Phases | None) -> None:
-    if phases is not None:
-        phases.enter("data")
-    trainer.train_step(next(trainer.loader), LR, _NeverInterrupted())
-    trainer.step += 1
-
-
-def _time_steps(trainer: Trainer) -> list[float]:
-    """Milliseconds of TIMED_STEPS steps, as in training: one after the other without waiting."""
-    if trainer.compute.device.type == "cpu":
-        return [_milliseconds(lambda: _step(trainer, None)) for _ in range(TIMED_STEPS)]
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(TIMED_STEPS + 1)]
-    marks[0].record()
-    for mark in marks[1:]:
-        _step(trainer, None)
-        mark.record()
-    torch.cuda.synchronize()
-    return [a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)]
-
-
-def _milliseconds(function: Callable[[], None]) -> float:
-    started = time.perf_counter()
-    function()
-    return (time.perf_counter() - started) * 1e3
 
 
 def _metadata(trainer: Trainer) -> dict:
@@ -154,9 +112,9 @@ def _metadata(trainer: Trainer) -> dict:
     }
 
 
-def _trace_time(trainer: Trainer, path: Path, steps: int, metadata: dict) -> None:
+def _trace_time(run: Steps, path: Path, steps: int, metadata: dict) -> None:
     activities = [ProfilerActivity.CPU]
-    if trainer.compute.device.type == "cuda":
+    if run.on_gpu:
         activities.append(ProfilerActivity.CUDA)
     with (
         profile(
@@ -164,44 +122,35 @@ def _trace_time(trainer: Trainer, path: Path, steps: int, metadata: dict) -> Non
             # One step to let the tracing itself warm up.
             schedule=schedule(wait=0, warmup=1, active=steps, repeat=1),
             record_shapes=True,
-            # Called with the profiler running: metadata goes into the trace only then.
-            on_trace_ready=lambda profiler: _export(profiler, path),
+            on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
         ) as profiler,
-        named(trainer) as phases,
+        named(run.trainer) as phases,
     ):
-        for number in range(1 + steps):
-            if number == 1:
-                profiler.add_metadata_json(METADATA_KEY, json.dumps(metadata))
-            _step(trainer, phases)
-            if number == steps:
+        run.take(1, phases)
+        profiler.step()
+        # Only a profiler that records takes it.
+        profiler.add_metadata_json(METADATA_KEY, json.dumps(metadata))
+        for left in reversed(range(steps)):
+            run.take(1, phases)
+            if not left:
                 phases.enter(None)
-                _synchronize(trainer)
+                run.synchronize()
             profiler.step()
 
 
-def _export(profiler: profile, path: Path) -> None:
-    profiler.export_chrome_trace(str(path))
-
-
-def _trace_memory(trainer: Trainer, out: Path, metadata: dict) -> None:
-    on_gpu = trainer.compute.device.type == "cuda"
-    if on_gpu:
-        _synchronize(trainer)
+def _trace_memory(run: Steps, out: Path, metadata: dict) -> None:
+    run.synchronize()
+    if run.on_gpu:
         torch.cuda.memory._record_memory_history(max_entries=SNAPSHOT_EVENTS)
     with (
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
-        named(trainer) as phases,
+        named(run.trainer) as phases,
     ):
         profiler.add_metadata_json(METADATA_KEY, json.dumps(metadata))
-        _step(trainer, phases)
+        run.take(1, phases)
         phases.enter(None)
-        _synchronize(trainer)
+        run.synchronize()
     profiler.export_chrome_trace(str(out / "memory.json.gz"))
-    if on_gpu:
+    if run.on_gpu:
         torch.cuda.memory._dump_snapshot(str(out / "memory_snapshot.pickle"))
         torch.cuda.memory._record_memory_history(enabled=None)
-
-
-def _synchronize(trainer: Trainer) -> None:
-    if trainer.compute.device.type == "cuda":
-        torch.cuda.synchronize()

@@ -34,21 +34,23 @@ class Phases:
 
 @contextlib.contextmanager
 def named(trainer: Trainer) -> Iterator[Phases]:
-    """Name the phases and, unless the model is compiled, the modules of a trainer's steps.
+    """Name the phases and, unless the model is compiled or a CUDA graph, the modules of steps.
 
     Yields:
         The phases, for what the caller does beside `Trainer.train_step`. A phase stays open until
         the next one: "data" therefore includes the copies to the GPU.
     """
     phases = Phases()
-    # Hooks would break a compiled graph into pieces.
-    modules = contextlib.nullcontext() if trainer.config.compile else _named_modules(trainer.model)
-    with (
-        _around(trainer, "forward", phases, "forward", then="backward"),
-        _around(trainer.optimizer, "accumulate", phases, "accumulate"),
-        _around(trainer.optimizer, "step", phases, "optimizer"),
-        modules,
-    ):
+    with contextlib.ExitStack() as marks:
+        if trainer.micro_step == trainer.forward_backward:
+            marks.enter_context(_around(trainer, "forward", phases, "forward", then="backward"))
+            # Hooks would break a compiled graph into pieces.
+            if not trainer.config.compile:
+                marks.enter_context(_named_modules(trainer.model))
+        else:
+            marks.enter_context(_around(trainer, "micro_step", phases, "graph"))
+        marks.enter_context(_around(trainer.optimizer, "accumulate", phases, "accumulate"))
+        marks.enter_context(_around(trainer.optimizer, "step", phases, "optimizer"))
         yield phases
     phases.enter(None)
 

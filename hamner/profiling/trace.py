@@ -15,7 +15,7 @@ import zlib
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hamner.errors import UserError
@@ -23,8 +23,8 @@ from hamner.errors import UserError
 METADATA_KEY = "hamner"
 """top-level key under which a capture of ours says what it traced"""
 STEP_NAME = re.compile(r"ProfilerStep#\d+")
-PHASES = ("data", "forward", "backward", "accumulate", "optimizer")
-"""annotations that a capture of ours divides a step into"""
+PHASES = ("data", "forward", "backward", "graph", "accumulate", "optimizer")
+"""annotations that a capture of ours divides a step into; "graph" is forward and backward in one"""
 
 _RANGES = ("cpu_op", "user_annotation")
 _GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -121,6 +121,29 @@ class Trace:
     def timeline(self, names: Sequence[str]) -> "Timeline":
         """Where the annotations `names`, which follow each other, lie in time."""
         return Timeline([r for r in self.ranges if not r.is_operation and r.name in names])
+
+
+def with_callers_of(trace: Trace, launches: Trace) -> Trace:
+    """A CUDA graph's trace with the callers of the same steps launched one by one.
+
+    A graph's kernels are launched by one call that knows nothing of operations and shapes. Of each
+    kernel's name, the n-th call of a step stands for the n-th of the other trace's steps, as long
+    as both have equally many.
+    """
+    theirs = defaultdict(list)
+    for activity in launches.activities:
+        theirs[activity.name].append(activity)
+    ours = defaultdict(list)
+    for activity in trace.activities:
+        ours[activity.name].append(activity)
+    callers: dict[Activity, Range | None] = {}
+    for name, calls in ours.items():
+        known = theirs[name]
+        a_step = len(known) // max(1, len(launches.steps))
+        if a_step and len(calls) == a_step * max(1, len(trace.steps)):
+            callers |= {call: known[i % a_step].caller for i, call in enumerate(calls)}
+    activities = [replace(a, caller=callers.get(a, a.caller)) for a in trace.activities]
+    return replace(trace, activities=activities)
 
 
 class Timeline:

@@ -5,7 +5,7 @@ import gzip
 import pytest
 
 from hamner.errors import UserError
-from hamner.profiling.trace import read_trace
+from hamner.profiling.trace import read_trace, with_callers_of
 from tests.profiling.traces import H100, TraceWriter, shapes
 
 
@@ -96,3 +96,30 @@ def test_a_file_cut_short(tmp_path):
 def test_a_missing_file(tmp_path):
     with pytest.raises(UserError, match=r"missing\.json cannot be read"):
         read_trace(tmp_path / "missing.json")
+
+
+def test_a_graphs_kernels_learn_their_callers(tmp_path):
+    """Two steps in a graph, three launched one by one; copies of the graph's inputs stay apart."""
+    launches, graph = TraceWriter(), TraceWriter()
+    for number in range(3):
+        begin = 1000.0 * number
+        launches.range(f"ProfilerStep#{number}", begin, 900)
+        for i, size in enumerate((2, 3)):
+            launches.range("aten::mm", begin + 10 * i, 5, **shapes([size, 4], [4, 5]))
+            launches.kernel("nvjet_a", begin + 100 + 10 * i, 8, launch=begin + 10 * i + 1)
+    for number in range(2):
+        begin = 1000.0 * number
+        graph.range(f"ProfilerStep#{number}", begin, 900)
+        graph.kernel("copy_kernel", begin + 50, 8, launch=begin)
+        for i in range(2):
+            graph.kernel("nvjet_a", begin + 100 + 10 * i, 8, launch=begin + 5)
+    trace = with_callers_of(
+        read_trace(graph.write(tmp_path / "g.json")),
+        read_trace(launches.write(tmp_path / "l.json")),
+    )
+    kernels = [a.caller.dims[0] for a in trace.activities if a.name == "nvjet_a"]
+    assert kernels == [[2, 4], [3, 4]] * 2
+    assert {a.caller.name for a in trace.activities if a.name == "copy_kernel"} == {
+        "ProfilerStep#0",
+        "ProfilerStep#1",
+    }

@@ -55,3 +55,36 @@ def build(config: ModelConfig, seed: int = 0, **kwargs) -> Transformer:
     model = Transformer(config, plain_ops(), **kwargs)
     model.initialize(seed)
     return model
+
+
+def hugging_face_weights(model) -> dict[str, torch.Tensor]:
+    """Our weights under Hugging Face's names (Llama, Mixtral, DiffLlama share them)."""
+    config = model.config
+    q, kv = config.num_attention_heads * config.head_size, config.num_kv_heads * config.head_size
+    weights = {
+        "model.embed_tokens.weight": model.embed.weight,
+        "model.norm.weight": model.norm.weight,
+        "lm_head.weight": model.head_weight,
+    }
+    for number, layer in enumerate(model.layers):
+        prefix = f"model.layers.{number}"
+        attention, mlp = layer.attention, layer.mlp
+        packed = attention.qkv_proj.weight.split((q, kv, kv))
+        for name, part in zip(("q_proj", "k_proj", "v_proj"), packed, strict=True):
+            weights[f"{prefix}.self_attn.{name}.weight"] = part
+        weights[f"{prefix}.self_attn.o_proj.weight"] = attention.o_proj.weight
+        weights[f"{prefix}.input_layernorm.weight"] = attention.norm.weight
+        weights[f"{prefix}.post_attention_layernorm.weight"] = mlp.norm.weight
+        if config.use_differential_attention:
+            for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
+                weights[f"{prefix}.self_attn.{name}"] = getattr(attention, name)
+        if config.is_moe:
+            weights[f"{prefix}.mlp.gate.weight"] = mlp.router.weight
+            weights[f"{prefix}.mlp.experts.gate_up_proj"] = mlp.gate_up_weight
+            weights[f"{prefix}.mlp.experts.down_proj"] = mlp.down_weight
+        else:
+            gate, up = mlp.gate_up_proj.weight.chunk(2)
+            weights[f"{prefix}.mlp.gate_proj.weight"] = gate
+            weights[f"{prefix}.mlp.up_proj.weight"] = up
+            weights[f"{prefix}.mlp.down_proj.weight"] = mlp.down_proj.weight
+    return weights

@@ -51,7 +51,7 @@ def configure(option: str, policy: str, vram_budget: float | None) -> TrainConfi
             max_seq_len=32,
             vocab_size=OPTIONS["tiny"].model.vocab_size,
         )
-        config = replace(config, model=model, batch_size=4, seq_len=32)
+        config = replace(config, model=model, batch_size=4, seq_len=32, device="cpu")
     return config if policy == "auto" else replace(config, micro_batch_size=config.batch_size)
 
 

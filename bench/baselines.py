@@ -33,9 +33,10 @@ from hamner.profiling.steps import LR, Steps
 from tests.models import hugging_face_weights
 
 WEIGHT_DECAY, GRAD_CLIP = 0.1, 1.0
-MAX_GRADIENT_ERROR = {"dense": 0.05, "moe": 0.15}
-"""of the norm, against fp32: bf16 keeps 8 bits a step. Of mixtures it sends tokens between two
-nearly equal experts to the other one, and the reference balances experts over fewer rows at once"""
+MAX_GRADIENT_ERROR = {"dense": 0.1, "moe": 0.25}
+"""against fp32. bf16 alone is 2% off at 12 layers, and 11% with experts: it sends tokens between
+two nearly equal ones to the other one, and the reference balances them over fewer rows at once.
+Another RoPE or epsilon is more than 60% off"""
 SHARPENING = 2.0
 """times the initial weights, while gradients are compared"""
 REFERENCE_ROWS = 2

@@ -52,7 +52,10 @@ class ProfileConfig(TrainConfig):
 
 @dataclass(frozen=True)
 class ReadConfig:
-    """Summarise a torch-profiler trace (JSON, gzipped or not), ours or another trainer's."""
+    """Summarise a trace, ours or another trainer's.
+
+    Of torch-profiler (JSON, gzipped or not), Nsight Systems (SQLite) or Nsight Compute (CSV).
+    """
 
     trace: tyro.conf.Positional[Path | None] = None
     """the trace"""

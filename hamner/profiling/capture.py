@@ -89,7 +89,11 @@ def run_for_nsight(config: TrainConfig, *, steps: int, warmup: int) -> None:
         torch.cuda.synchronize()
         torch.cuda.cudart().cudaProfilerStart()
         with named(run.trainer) as phases:
-            run.take(steps, phases)
+            for number in range(steps):
+                # As torch-profiler marks steps, so that `read_trace` finds them.
+                with torch.cuda.nvtx.range(f"ProfilerStep#{number}"):
+                    run.take(1, phases)
+                    phases.enter(None)
         torch.cuda.synchronize()
         torch.cuda.cudart().cudaProfilerStop()
 
@@ -141,7 +145,7 @@ def _trace_time(run: Steps, path: Path, steps: int, metadata: dict) -> None:
 def _trace_memory(run: Steps, out: Path, metadata: dict) -> None:
     run.synchronize()
     if run.on_gpu:
-        torch.cuda.memory._record_memory_history(max_entries=SNAPSHOT_EVENTS)
+        torch.cuda.memory._record_memory_history(stacks="python", max_entries=SNAPSHOT_EVENTS)
     with (
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
         named(run.trainer) as phases,

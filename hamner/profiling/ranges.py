@@ -6,6 +6,7 @@ training pays nothing for them.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -17,6 +18,12 @@ from hamner.trainer import Trainer
 
 MODULES = (nn.Embedding, Attention, DenseMLP, MoEMLP)
 """those that get a range of their own"""
+
+
+@functools.cache
+def _has_gpu() -> bool:
+    # Asked at every range, and not cheap in torch.
+    return torch.cuda.is_available()
 
 
 class Phases:
@@ -100,7 +107,7 @@ def _hooks(module: nn.Module, name: str, backward: "_BackwardRanges") -> Iterato
     def after(_module, _args, output) -> None:
         opened.pop().__exit__(None, None, None)
         first = output[0] if isinstance(output, tuple) else output
-        if torch.cuda.is_available() and first.requires_grad:
+        if _has_gpu() and first.requires_grad:
             first.register_hook(backward.begin(name))
 
     return iter((module.register_forward_pre_hook(before), module.register_forward_hook(after)))
@@ -131,8 +138,8 @@ class _BackwardRanges:
 @contextlib.contextmanager
 def _range(name: str) -> Iterator[None]:
     with record_function(name):
-        if torch.cuda.is_available():
+        if _has_gpu():
             torch.cuda.nvtx.range_push(name)
         yield
-        if torch.cuda.is_available():
+        if _has_gpu():
             torch.cuda.nvtx.range_pop()

@@ -1,7 +1,7 @@
 """Reads a step's trace: what the GPU ran, which operations launched it, what memory they took.
 
 The format is that of `torch.profiler` (Kineto's Chrome trace, JSON, gzipped or not), whoever wrote
-it. Torch-free.
+it; `nsight` brings Nsight's formats into it. Torch-free.
 
     CPU thread    ProfilerStep > range > operation > ... > launch call --correlation--> GPU event
 
@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hamner.errors import UserError
+from hamner.profiling import nsight
 
 METADATA_KEY = "hamner"
 """top-level key under which a capture of ours says what it traced"""
@@ -164,12 +165,12 @@ class Timeline:
 
 
 def read_trace(path: Path) -> Trace:
-    """Read a torch-profiler trace.
+    """Read a trace of torch-profiler, Nsight Systems (SQLite) or Nsight Compute (CSV).
 
     Raises:
         UserError: the file is not readable or not such a trace.
     """
-    document = _read_json(path)
+    document = _read_document(path)
     events = document.get("traceEvents") if isinstance(document, dict) else document
     if not isinstance(events, list):
         raise UserError(
@@ -202,16 +203,21 @@ def read_trace(path: Path) -> Trace:
     )
 
 
-def _read_json(path: Path) -> object:
+def _read_document(path: Path) -> object:
     try:
         content = path.read_bytes()
         # By content: some tools gzip without saying so in the name.
         if content[:2] == b"\x1f\x8b":
             content = gzip.decompress(content)
-        return json.loads(content)
+        if content.startswith(nsight.SQLITE_MAGIC):
+            return nsight.read_systems(path)
+        if content.lstrip()[:1] in (b"{", b"["):
+            return json.loads(content)
+        return nsight.read_compute(path, content)
     except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(
-            f"{path} is not a torch-profiler trace (JSON, gzipped or not): {error}"
+            f"{path} is not a torch-profiler trace (JSON, gzipped or not), Nsight Systems' SQLite "
+            f"export or Nsight Compute's CSV: {error}"
         ) from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error

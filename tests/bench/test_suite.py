@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,7 +47,8 @@ def test_smoke_of_the_quick_rows(tmp_path):
 def test_without_a_gpu_it_says_what_did_not_run():
     result = run("bench/test_checkpoint.py", "bench/test_trainers.py")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "no CUDA GPU here, so these rows did not run: 15 of test_trainers" in result.stdout
+    line = r"no CUDA GPU here, so these rows did not run: \d+ of test_trainers"
+    assert re.search(line, result.stdout)
     assert "checkpoint save: " in result.stdout
 
 

@@ -73,7 +73,8 @@ def test_gzip_is_told_by_content(tmp_path):
         (b"\x1f\x8bnot gzip", "is not a torch-profiler trace"),
         (b"\x80\x04pickle", "is not a torch-profiler trace"),
         (b'{"a": 1}', "has no traceEvents"),
-        (b"3", "has no traceEvents"),
+        (b'{"traceEvents": [', "is not a torch-profiler trace"),
+        (b"[]", "nothing to summarise"),
         (b'{"traceEvents": []}', "nothing to summarise"),
     ],
 )

@@ -12,6 +12,7 @@ whole batch are compared with those of a plain fp32 model (`gradient_error`).
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Protocol
 
@@ -70,21 +71,33 @@ class Contender(Protocol):
 
 
 def plain_model(config: ModelConfig) -> Transformer:
-    """Hamner's model on plain torch operations, with its initial weights, on the CPU in fp32."""
+    """Hamner's model on plain torch operations, with its initial weights, in fp32."""
     attention = get_attention(
         "sdpa",
-        device=torch.device("cpu"),
+        device=torch.device(scale.device()),
         dtype=torch.float32,
         head_size=config.head_size,
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_kv_heads,
         seq_len=config.max_seq_len,
-        micro_batch_size=1,
+        micro_batch_size=REFERENCE_ROWS,
         document_mask=False,
     )
-    model = Transformer(config, build_ops("torch", attention))
-    model.initialize(TrainConfig.seed)
+    with torch.device("meta"):
+        model = Transformer(config, build_ops("torch", attention))
+    model.to_empty(device=scale.device())
+    model.load_state_dict(_initial_weights(config))
     return model
+
+
+@functools.lru_cache(maxsize=1)
+def _initial_weights(config: ModelConfig) -> dict[str, Tensor]:
+    """Drawn once for all trainers of a shape, on the CPU as Hamner's trainer draws them."""
+    with torch.device("meta"):
+        model = Transformer(config, ops=None)
+    model.to_empty(device="cpu")
+    model.initialize(TrainConfig.seed)
+    return model.state_dict()
 
 
 class Reference:
@@ -97,7 +110,7 @@ class Reference:
 
     def __init__(self, config: ModelConfig, batch: Batch) -> None:
         self.batch = batch
-        self.model = plain_model(config).to(scale.device())
+        self.model = plain_model(config)
         rows = len(batch.inputs)
         with sharpened(self.model.parameters()):
             for start in range(0, rows, REFERENCE_ROWS):
@@ -263,9 +276,9 @@ class Plain(TorchTrainer):
     """
 
     def __init__(self, config: ModelConfig, memory_budget: float | None = None) -> None:
-        model = PlainModel(config, chunked_loss=memory_budget is not None)
-        model.load_state_dict(plain_model(config).state_dict())
-        model.to(scale.device())
+        with torch.device(scale.device()):
+            model = PlainModel(config, chunked_loss=memory_budget is not None)
+        model.load_state_dict(_initial_weights(config))
         if memory_budget is None:
             loss = scale.compiled(model)
         else:
@@ -415,9 +428,10 @@ class HuggingFace(TorchTrainer):
                 "router_aux_loss_coef": config.router_aux_loss_coef,
             }
         hf_config = getattr(transformers, f"{kind}Config")(**shape)
-        model = getattr(transformers, f"{kind}ForCausalLM")(hf_config)
+        with torch.device(scale.device()):
+            model = getattr(transformers, f"{kind}ForCausalLM")(hf_config)
         model.load_state_dict(hugging_face_weights(plain_model(config)))
-        model.to(scale.device()).train()
+        model.train()
         self._patches = contextlib.ExitStack()
         if liger:
             self._patches.enter_context(_patched_by_liger(model))

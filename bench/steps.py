@@ -16,7 +16,7 @@ from hamner.recompute import GIB
 
 WARM_UP_STEPS = 5
 """compilation, launch tables, the allocator, the recording of a CUDA graph"""
-STEPS, STEPS_ON_CPU = 20, 4
+STEPS, STEPS_ON_CPU = 10, 4
 ROUNDS = 2
 
 

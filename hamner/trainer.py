@@ -114,9 +114,11 @@ class Trainer:
         self.validation = validation_rows(data, self.tokenizer, config.eval_tokens)
 
         ops = build_ops(compute.kernels, self.attention)
-        self.model = Transformer(config.model, ops, self.plan.policies)
+        # No weight has a value before `initialize`: torch's own, drawn first, would take seconds.
+        with torch.device("meta"):
+            self.model = Transformer(config.model, ops, self.plan.policies)
+        self.model.to_empty(device=compute.device)
         self.model.initialize(config.seed)
-        self.model.to(compute.device)
         self.optimizer = AdamW(
             self.model,
             ops,

@@ -31,7 +31,8 @@ _RULES = tuple(
         ),
         (
             "optimizer",
-            r"adamw?(_|\b|Functor)|fused_adam|multi_tensor|_foreach_|optimizer|clip_grad|LpNorm",
+            r"adamw?(_|\b|Functor)|fused_adam|multi_tensor|_foreach_|optimizer|clip_grad|LpNorm"
+            r"|grad_norm|\bsum_squares_kernel\b",
         ),
         (
             "loss",
@@ -40,7 +41,7 @@ _RULES = tuple(
         ),
         # Softmax on its own: attention that writes its scores.
         ("attention", r"softmax"),
-        ("norm", r"(rms|layer)_?norm|rsqrt|fused_\w*_pow_"),
+        ("norm", r"(rms|layer)_?norm|\bsum_partials_kernel\b|rsqrt|fused_\w*_pow_"),
         ("rope", r"rope|rotary|fused_\w*(neg\w*_cat|cat\w*_neg|_cos_|_sin_)"),
         ("swiglu", r"swiglu|silu|fused_\w*sigmoid"),
         (

@@ -60,4 +60,5 @@ def test_loader(benchmark, request, tokenizer, source):
     benchmark.pedantic(read, rounds=5, warmup_rounds=1)
     loader.close()
     tokens = BATCHES[source] * BATCH_SIZE * SEQ_LEN
-    benchmark.extra_info["tokens_per_second"] = round(tokens / benchmark.stats.stats.median)
+    speed = round(tokens / benchmark.stats.stats.median)
+    benchmark.extra_info.update(kind="data", source=source, tokens_per_second=speed)

@@ -19,7 +19,8 @@ import pytest
 import torch
 import torch._functorch.config as functorch_config
 
-from bench.timing import quantiles, timed_as
+from bench import scale
+from bench.timing import record
 from hamner.kernels.adamw import adamw_, adamw_reference_
 from hamner.kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from hamner.kernels.fused_linear import (
@@ -37,23 +38,30 @@ from hamner.kernels.rms_norm import (
 from hamner.kernels.rope import rope, rope_reference
 from hamner.kernels.swiglu import swiglu, swiglu_reference
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-
-# Benchmarks differentiate one graph many times, which compiled graphs otherwise refuse.
-functorch_config.donated_buffer = False
-
-N, D, INTERMEDIATE, V, T = 24_576, 1024, 2816, 49_152, 1024
-HEADS, KV_HEADS, HEAD_DIM = 16, 4, 64
-ELEMENT = 2  # bytes of bf16
-TOKENS_COMPARED = 1024
+pytestmark = pytest.mark.needs_gpu
 
 
-def randn(*shape: int, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0) -> torch.Tensor:
-    return (scale * torch.randn(shape, device="cuda")).to(dtype)
+@pytest.fixture(autouse=True)
+def keep_buffers():
+    """Rows differentiate one graph many times, which compiled graphs otherwise refuse."""
+    with functorch_config.patch(donated_buffer=False):
+        yield
+
+
+N, D, INTERMEDIATE, V, T = scale.pick((24_576, 1024, 2816, 49_152, 1024), (32, 64, 96, 128, 16))
+HEADS, KV_HEADS, HEAD_DIM = scale.pick((16, 4, 64), (4, 2, 16))
+DEVICE, DTYPE = scale.device(), scale.dtype()
+ELEMENT = DTYPE.itemsize
+TOKENS_COMPARED = scale.pick(1024, 32)
+QUICK = {("hamner", way) for way in ("forward", "backward", "both")} | {("compiled", "forward")}
+
+
+def randn(*shape: int, dtype: torch.dtype = DTYPE, std: float = 1.0) -> torch.Tensor:
+    return (std * torch.randn(shape, device=DEVICE)).to(dtype)
 
 
 def rope_inputs(n: int) -> tuple[torch.Tensor, ...]:
-    angles = torch.rand(T, HEAD_DIM // 2, device="cuda")
+    angles = torch.rand(T, HEAD_DIM // 2, device=DEVICE)
     q = randn(n // T, T, HEADS, HEAD_DIM)
     return q, randn(n // T, T, KV_HEADS, HEAD_DIM), angles.cos(), angles.sin()
 
@@ -146,7 +154,7 @@ CASES = {
             randn(n, D),
             randn(n, D),
             randn(D, dtype=torch.float32),
-            randn(2 * INTERMEDIATE, D, scale=D**-0.5),
+            randn(2 * INTERMEDIATE, D, std=D**-0.5),
         ),
         op=add_rms_norm_linear,
         reference=add_rms_norm_linear_reference,
@@ -155,7 +163,7 @@ CASES = {
     "swiglu_linear": Case(
         inputs=lambda n: (
             randn(n, 2 * INTERMEDIATE),
-            randn(D, INTERMEDIATE, scale=INTERMEDIATE**-0.5),
+            randn(D, INTERMEDIATE, std=INTERMEDIATE**-0.5),
         ),
         op=swiglu_linear,
         reference=swiglu_linear_reference,
@@ -164,8 +172,8 @@ CASES = {
     "linear_cross_entropy": Case(
         inputs=lambda n: (
             randn(n, D),
-            randn(V, D, scale=D**-0.5),
-            torch.randint(V, (n,), device="cuda"),
+            randn(V, D, std=D**-0.5),
+            torch.randint(V, (n,), device=DEVICE),
         ),
         op=linear_cross_entropy,
         reference=linear_cross_entropy_reference,
@@ -182,10 +190,12 @@ def implementation_of(case: Case, name: str) -> Callable:
         if case.liger is None:
             pytest.skip("Liger has no such op")
         pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
+        if scale.SMOKE:
+            pytest.skip("Liger's kernels need a GPU")
         return case.liger
     if name == "compiled":
         torch.compiler.reset()
-        return torch.compile(case.reference, dynamic=False)
+        return scale.compiled(case.reference)
     return case.op if name == "hamner" else case.reference
 
 
@@ -230,41 +240,21 @@ def assert_agrees(case: Case, function: Callable) -> None:
         assert error <= 0.02 * wanted.float().abs().max().item(), f"result {i} is off by {error}"
 
 
-def record(benchmark, function: Callable, *, num_bytes: int | None, flops: int | None) -> None:
-    """Time a function on the GPU, and put what the times mean into extra_info."""
-    function()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    function()
-    peak = torch.cuda.max_memory_allocated() - before
-    timed, how = timed_as(function)
-    median, p10, p90 = quantiles(timed)
-    info = {
-        "timed": how,
-        "median_ms": median,
-        "p10_ms": p10,
-        "p90_ms": p90,
-        "peak_mib": peak / 2**20,
-    }
-    if num_bytes is not None:
-        info["gb_per_s"] = num_bytes / median / 1e6
-    if flops is not None:
-        info["tflop_per_s"] = flops / median / 1e9
-    benchmark.extra_info.update(info)
-
-    def synchronised():
-        function()
-        torch.cuda.synchronize()
-
-    benchmark.pedantic(synchronised, rounds=20, warmup_rounds=3)
+ROWS = [
+    pytest.param(
+        name,
+        direction,
+        implementation,
+        marks=[pytest.mark.quick] if (implementation, direction) in QUICK else [],
+    )
+    for name, case in CASES.items()
+    for direction in case.bytes_moved or case.flops
+    for implementation in IMPLEMENTATIONS
+]
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize(
-    ("name", "direction"),
-    [(name, way) for name, case in CASES.items() for way in (case.bytes_moved or case.flops)],
-)
-def test_op(benchmark, name, direction, implementation):
+@pytest.mark.parametrize(("name", "direction", "implementation"), ROWS)
+def test_op(benchmark, ceilings, name, direction, implementation):
     benchmark.group = f"{name} {direction}"
     case = CASES[name]
     function = implementation_of(case, implementation)
@@ -274,6 +264,9 @@ def test_op(benchmark, name, direction, implementation):
         record(
             benchmark,
             getattr(call, direction),
+            ceilings,
+            op=f"{name} {direction}",
+            implementation=implementation,
             num_bytes=case.bytes_moved[direction] if case.bytes_moved else None,
             flops=case.flops[direction] if case.flops else None,
         )
@@ -282,23 +275,23 @@ def test_op(benchmark, name, direction, implementation):
 
 
 @pytest.mark.parametrize("implementation", ("hamner", "eager", "compiled"))
-def test_adamw(benchmark, implementation):
+def test_adamw(benchmark, ceilings, implementation):
     benchmark.group = "adamw"
     functions = {
         "hamner": adamw_,
         "eager": adamw_reference_,
-        "compiled": torch.compile(adamw_reference_, dynamic=False),
+        "compiled": scale.compiled(adamw_reference_),
     }
 
     def state(rows):
         torch.manual_seed(0)
         master, exp_avg = (randn(rows, D, dtype=torch.float32) for _ in range(2))
-        return master.bfloat16(), master, randn(rows, D), exp_avg, exp_avg.square()
+        return master.to(DTYPE, copy=True), master, randn(rows, D), exp_avg, exp_avg.square()
 
     scalars = {
-        "lr": torch.tensor(1e-3, device="cuda"),
-        "step": torch.tensor(10, device="cuda"),
-        "clip_coef": torch.ones((), device="cuda"),
+        "lr": torch.tensor(1e-3, device=DEVICE),
+        "step": torch.tensor(10, device=DEVICE),
+        "clip_coef": torch.ones((), device=DEVICE),
         "betas": (0.9, 0.95),
         "eps": 1e-8,
         "weight_decay": 0.1,
@@ -312,6 +305,9 @@ def test_adamw(benchmark, implementation):
     record(
         benchmark,
         lambda: functions[implementation](*full, **scalars),
-        num_bytes=28 * V * D,
-        flops=None,
+        ceilings,
+        op="adamw",
+        implementation=implementation,
+        # Master and moments read and written in fp32, gradient read, compute copy written.
+        num_bytes=(6 * 4 + 2 * ELEMENT) * V * D,
     )

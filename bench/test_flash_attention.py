@@ -23,19 +23,23 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from bench.timing import quantiles, timed_as
+from bench import scale
+from bench.timing import record
 from hamner.kernels.flash_attention import (
     document_bounds,
     flash_attention,
     flash_attention_reference,
 )
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="times a CUDA GPU")
+pytestmark = pytest.mark.needs_gpu
 
-TOKENS, HEADS, KV_HEADS = 24_576, 16, 4
+TOKENS, HEADS, KV_HEADS = scale.pick((24_576, 16, 4), (32, 4, 2))
 GROUP = HEADS // KV_HEADS
-DTYPE = torch.bfloat16
-MEAN_DOCUMENT_LENGTH = 350
+DEVICE, DTYPE = scale.device(), scale.dtype()
+MEAN_DOCUMENT_LENGTH = scale.pick(350, 8)
+# (sequence length, head size): the options', a long one, the other head size
+SHAPES = scale.pick([(1024, 64), (8192, 64), (1024, 128)], [(16, 16)])
+QUICK = {((1024, 64), "hamner"), ((1024, 64), "sdpa-cudnn")}
 MAX_RELATIVE_ERROR = 0.02  # of norms: bf16 keeps 8 bits, and backward rounds some steps in between
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -51,18 +55,18 @@ class Problem(NamedTuple):
 
 
 def make_problem(seq_len: int, head_size: int, with_documents: bool) -> Problem:
-    generator = torch.Generator("cuda").manual_seed(0)
+    generator = torch.Generator(DEVICE).manual_seed(0)
     batch_size = TOKENS // seq_len
 
     def randn(heads: int) -> Tensor:
         shape = (batch_size, seq_len, heads, head_size)
-        return torch.randn(shape, generator=generator, device="cuda").to(DTYPE)
+        return torch.randn(shape, generator=generator, device=DEVICE).to(DTYPE)
 
     q, k, v = (randn(heads).requires_grad_() for heads in (HEADS, KV_HEADS, KV_HEADS))
     shape, document_ids = (batch_size, seq_len), None
-    positions = torch.arange(seq_len, device="cuda").expand(shape)
+    positions = torch.arange(seq_len, device=DEVICE).expand(shape)
     if with_documents:
-        begins = torch.rand(shape, generator=generator, device="cuda") < 1 / MEAN_DOCUMENT_LENGTH
+        begins = torch.rand(shape, generator=generator, device=DEVICE) < 1 / MEAN_DOCUMENT_LENGTH
         document_ids = begins.cumsum(dim=1).int()
         positions = positions - document_bounds(document_ids)[0]
     return Problem(q, k, v, randn(HEADS), document_ids, int((positions + 1).sum()))
@@ -75,6 +79,8 @@ def hamner_attention(problem: Problem) -> Attend:
 def sdpa(backend: SDPBackend, problem: Problem) -> Attend:
     if problem.document_ids is not None:
         pytest.skip("SDPA's fast kernels take no document mask")
+    if scale.SMOKE:
+        backend = SDPBackend.MATH
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -91,7 +97,7 @@ def flash_attn(problem: Problem) -> Attend:
         return functools.partial(package.flash_attn_func, causal=True)
     batch_size, seq_len = problem.document_ids.shape
     starts, _ = document_bounds(problem.document_ids)
-    bounds = (starts == torch.arange(seq_len, device="cuda")).flatten().nonzero().flatten()
+    bounds = (starts == torch.arange(seq_len, device=DEVICE)).flatten().nonzero().flatten()
     lengths = pad(bounds, (0, 1), value=starts.numel()).int()
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -107,12 +113,12 @@ def flash_attn(problem: Problem) -> Attend:
 torch._functorch.config.donated_buffer = False
 # One graph a shape, and there are more shapes than torch expects.
 torch._dynamo.config.recompile_limit = 64
-compiled_flex_attention = functools.cache(
-    lambda: torch.compile(flex_attention, dynamic=False, fullgraph=True)
-)
+compiled_flex_attention = functools.cache(lambda: scale.compiled(flex_attention, fullgraph=True))
 
 
 def flex(problem: Problem) -> Attend:
+    if scale.SMOKE:
+        pytest.skip("FlexAttention without a code generator differentiates on a GPU only")
     batch_size, seq_len = problem.q.shape[:2]
     ids = problem.document_ids
 
@@ -124,7 +130,7 @@ def flex(problem: Problem) -> Attend:
 
     mask = create_block_mask(
         causal if ids is None else causal_in_document,
-        None if ids is None else batch_size, None, seq_len, seq_len, device="cuda",
+        None if ids is None else batch_size, None, seq_len, seq_len, device=DEVICE,
     )  # fmt: skip
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -163,12 +169,25 @@ def check(attend: Attend, problem: Problem) -> None:
         assert error <= MAX_RELATIVE_ERROR, f"not timed: {name} is off by {error:.1%}"
 
 
+ROWS = [
+    pytest.param(
+        *shape,
+        implementation,
+        marks=[pytest.mark.quick] if (shape, implementation) in QUICK else [],
+    )
+    for shape in SHAPES
+    for implementation in IMPLEMENTATIONS
+]
+
+
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("with_documents", [False, True], ids=["causal", "documents"])
-@pytest.mark.parametrize("head_size", [64, 128])
-@pytest.mark.parametrize("seq_len", [512, 1024, 2048, 8192])
-def test_attention(seq_len, head_size, with_documents, implementation, direction, benchmark):
+@pytest.mark.parametrize(("seq_len", "head_size", "implementation"), ROWS)
+def test_attention(
+    seq_len, head_size, with_documents, implementation, direction, benchmark, ceilings
+):
+    mask = "documents" if with_documents else "causal"
+    benchmark.group = op = f"attention {mask} {seq_len} x {head_size} {direction}"
     problem = make_problem(seq_len, head_size, with_documents)
     attend = IMPLEMENTATIONS[implementation](problem)
     check(attend, problem)
@@ -178,19 +197,11 @@ def test_attention(seq_len, head_size, with_documents, implementation, direction
     else:
         flops, out = 10, attend(*inputs)
         call = functools.partial(torch.autograd.grad, out, inputs, problem.d_out, retain_graph=True)
-
-    timed, how = timed_as(call)
-    median, low, high = quantiles(timed)
-    benchmark.extra_info.update(
-        timed=how,
-        median_ms=round(median, 4),
-        p10_ms=round(low, 4),
-        p90_ms=round(high, 4),
-        tflops=round(flops * head_size * HEADS * problem.pairs / median / 1e9, 1),
+    record(
+        benchmark,
+        call,
+        ceilings,
+        op=op,
+        implementation=implementation,
+        flops=flops * head_size * HEADS * problem.pairs,
     )
-
-    def call_and_wait() -> None:
-        call()
-        torch.cuda.synchronize()
-
-    benchmark.pedantic(call_and_wait, rounds=20, warmup_rounds=3)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from bench.timing import quantiles, timed_as
+from bench import scale
+from bench.timing import record
 from hamner.kernels.grouped_matmul import moe_mlp, moe_mlp_reference
 from hamner.kernels.grouped_matmul_kernels import (
     launch_gate_up,
@@ -25,11 +26,11 @@ from hamner.kernels.grouped_matmul_kernels import (
 )
 from hamner.kernels.moe_routing import Routing, moe_route, moe_route_reference
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="times a CUDA GPU")
+pytestmark = pytest.mark.needs_gpu
 
-N, E, K, D, I = 24_576, 4, 2, 768, 1536  # noqa: E741
+N, E, K, D, I = scale.pick((24_576, 4, 2, 768, 1536), (32, 4, 2, 64, 96))  # noqa: E741
 M = N * K
-DTYPE = torch.bfloat16
+DEVICE, DTYPE = scale.device(), scale.dtype()
 MAX_RELATIVE_ERROR = 0.02  # of norms: bf16 keeps 8 bits, and backward rounds some steps in between
 
 
@@ -60,10 +61,10 @@ class Problem(NamedTuple):
 
 @pytest.fixture(scope="module")
 def problem() -> Problem:
-    generator = torch.Generator("cuda").manual_seed(0)
+    generator = torch.Generator(DEVICE).manual_seed(0)
 
     def randn(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator, device="cuda")
+        return torch.randn(size, generator=generator, device=DEVICE)
 
     return Problem(
         logits=randn(N, E),
@@ -86,10 +87,11 @@ def grouped_mm_mlp(x: Tensor, routing: Routing, gate_up_weight: Tensor, down_wei
 
 
 MLPS = {"hamner": moe_mlp, "grouped_mm": grouped_mm_mlp, "loop": moe_mlp_reference}
+PEERS = ("grouped_mm", "loop")
 ROUTES = {
     "hamner": moe_route,
     "torch": moe_route_reference,
-    "torch.compile": torch.compile(moe_route_reference),
+    "compiled": scale.compiled(moe_route_reference),
 }
 
 
@@ -129,9 +131,9 @@ def in_direction(direction: str, forward: Callable, inputs: tuple[Tensor, ...]) 
     if direction == "forward":
         return forward
     outputs = forward()
-    generator = torch.Generator("cuda").manual_seed(1)
+    generator = torch.Generator(DEVICE).manual_seed(1)
     gradients = [
-        torch.randn(out.shape, generator=generator, device="cuda").to(out.dtype) for out in outputs
+        torch.randn(out.shape, generator=generator, device=DEVICE).to(out.dtype) for out in outputs
     ]
     return lambda: torch.autograd.grad(outputs, inputs, gradients, retain_graph=True)
 
@@ -227,50 +229,42 @@ def _tensors(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
-def measure(benchmark, case: Case) -> None:
+def measure(benchmark, ceilings, case: Case, op: str, implementation: str) -> None:
     """Compare the outputs, then time."""
     for actual, expected in zip(_tensors(case.call()), _tensors(case.expected()), strict=True):
         error = (actual.float() - expected.float()).norm() / expected.float().norm()
         assert error <= MAX_RELATIVE_ERROR, f"not timed: the output is off by {error:.1%}"
-
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    case.call()
-    peak = torch.cuda.max_memory_allocated() - before
-    timed, how = timed_as(case.call)
-    median, low, high = quantiles(timed)
-    benchmark.extra_info.update(
-        timed=how,
-        median_ms=round(median, 4),
-        p10_ms=round(low, 4),
-        p90_ms=round(high, 4),
-        peak_mib=round(peak / 2**20, 1),
+    benchmark.group = op
+    record(
+        benchmark,
+        case.call,
+        ceilings,
+        op=op,
+        implementation=implementation,
+        flops=case.flops or None,
     )
-    if case.flops:
-        benchmark.extra_info["tflops"] = round(case.flops / median / 1e9, 1)
-
-    def call_and_wait() -> None:
-        case.call()
-        torch.cuda.synchronize()
-
-    benchmark.pedantic(call_and_wait, rounds=20, warmup_rounds=3)
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("implementation", ROUTES)
-def test_route(implementation, direction, problem, benchmark):
-    measure(benchmark, route_case(implementation, direction, problem))
+def test_route(implementation, direction, problem, benchmark, ceilings):
+    case = route_case(implementation, direction, problem)
+    measure(benchmark, ceilings, case, f"moe_route {direction}", implementation)
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("implementation", MLPS)
-def test_mlp(implementation, direction, problem, benchmark):
-    measure(benchmark, mlp_case(implementation, direction, problem))
+@pytest.mark.parametrize(
+    "implementation", [pytest.param("hamner", marks=pytest.mark.quick), *PEERS]
+)
+def test_mlp(implementation, direction, problem, benchmark, ceilings):
+    case = mlp_case(implementation, direction, problem)
+    measure(benchmark, ceilings, case, f"moe_mlp {direction}", implementation)
 
 
 @pytest.mark.parametrize("implementation", ["hamner", "grouped_mm"])
 @pytest.mark.parametrize(
     "stage", ["gate_up", "down", "d_hidden", "d_x", "d_down_weight", "d_gate_up_weight"]
 )
-def test_stage(stage, implementation, problem, benchmark):
-    measure(benchmark, stage_cases(problem)[stage, implementation])
+def test_stage(stage, implementation, problem, benchmark, ceilings):
+    case = stage_cases(problem)[stage, implementation]
+    measure(benchmark, ceilings, case, f"moe {stage}", implementation)

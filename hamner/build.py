@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import torch
+
 from hamner import device, recompute
 from hamner.attention import AttentionBackend, get_attention
 from hamner.checkpoint import Checkpoint
@@ -27,12 +29,15 @@ class Setup:
 
     def model(self, config: TrainConfig, initial: Checkpoint | None = None) -> Transformer:
         """The model on its device in fp32, with the weights of `initial` or random ones."""
-        model = Transformer(config.model, self.ops, self.plan.policies)
+        # No weight has a value before it gets ours: torch's own, drawn first, would take seconds.
+        with torch.device("meta"):
+            model = Transformer(config.model, self.ops, self.plan.policies)
+        model.to_empty(device=self.compute.device)
         if initial is None:
             model.initialize(config.seed)
         else:
             initial.load_model(dict(model.named_parameters()))
-        return model.to(self.compute.device)
+        return model
 
 
 def choose(config: TrainConfig) -> Setup:

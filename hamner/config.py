@@ -64,7 +64,7 @@ class TrainConfig:
     """auto, none, selective, full, or full:N (N layers full, the rest selective)"""
     vram_budget: float | None = None
     """memory to stay within, GiB; default what the device has, less a reserve"""
-    kernels: Literal["auto", "triton", "torch"] = "auto"
+    kernels: Literal["auto", "triton", "torch", "liger"] = "auto"
     """implementations of the fused operations; auto is triton on a GPU, torch on a CPU"""
     attention: Literal["auto", "triton", "flash-attn", "sdpa"] = "auto"
     """attention backend; auto is the fastest measured on this GPU"""

@@ -1,5 +1,6 @@
 """Where a run computes: device, precision, memory budget."""
 
+import importlib.util
 import os
 from dataclasses import dataclass
 
@@ -50,8 +51,8 @@ def select(config: TrainConfig) -> Compute:
         return _select_gpu(config)
     if config.precision == "bf16":
         raise UserError("--precision bf16 needs a GPU; use --precision fp32 on a CPU")
-    if config.kernels == "triton":
-        raise UserError("--kernels triton needs a GPU; use --kernels torch on a CPU")
+    if config.kernels in ("triton", "liger"):
+        raise UserError(f"--kernels {config.kernels} needs a GPU; use --kernels torch on a CPU")
     budget = config.vram_budget * GIB if config.vram_budget else RAM_SHARE * _free_ram()
     name = f"CPU, {torch.get_num_threads()} threads"
     return Compute(
@@ -73,6 +74,10 @@ def _select_gpu(config: TrainConfig) -> Compute:
             f"{properties.name} has no bf16 matmuls (compute capability {properties.major}."
             f"{properties.minor}, 8.0 needed); use --precision fp32"
         )
+    if config.kernels == "liger" and importlib.util.find_spec("liger_kernel") is None:
+        raise UserError(
+            "--kernels liger: liger-kernel is not installed; pip install 'hamner[liger]'"
+        )
     memory_gib = properties.total_memory / GIB
     budget = config.vram_budget or memory_gib - RESERVE_GIB
     if budget > memory_gib:
@@ -87,7 +92,7 @@ def _select_gpu(config: TrainConfig) -> Compute:
         name=properties.name,
         gpu=identify(properties.name),
         precision="fp32" if config.precision == "fp32" else "bf16",
-        kernels="torch" if config.kernels == "torch" else "triton",
+        kernels="triton" if config.kernels == "auto" else config.kernels,
         budget_bytes=int(budget * GIB),
     )
 

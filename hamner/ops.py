@@ -1,11 +1,13 @@
 """The one place where the trainer picks implementations: `--kernels` and `--attention`.
 
-`triton` runs the kernels, `torch` their plain references. Both have the same signatures, so the
-model and the optimizer never know which runs.
+`triton` runs the kernels, `torch` their plain references, `liger` liger-kernel's. All have the same
+signatures, so the model and the optimizer never know which runs.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -101,7 +103,7 @@ class Ops:
 
 
 def build_ops(kernels: str, attention_backend: AttentionBackend) -> Ops:
-    """The operations of `--kernels {triton,torch}` with the chosen attention."""
+    """The operations of `--kernels {triton,torch,liger}` with the chosen attention."""
     if kernels == "triton":
         return Ops(
             rms_norm=rms_norm,
@@ -117,13 +119,17 @@ def build_ops(kernels: str, attention_backend: AttentionBackend) -> Ops:
             global_grad_norm=global_grad_norm,
             attention_backend=attention_backend,
         )
+    if kernels == "liger":
+        from hamner import liger as source  # optional extra
+    else:
+        source = _TORCH
     return Ops(
-        rms_norm=rms_norm_reference,
-        add_rms_norm=add_rms_norm_reference,
-        norm_linear=_norm_linear_torch,
-        norm_qkv_rope=_norm_qkv_rope_torch,
-        swiglu_linear=_swiglu_linear_torch,
-        linear_cross_entropy=_linear_cross_entropy_torch,
+        rms_norm=source.rms_norm,
+        add_rms_norm=source.add_rms_norm,
+        norm_linear=partial(_norm_linear, source.rms_norm_linear),
+        norm_qkv_rope=partial(_norm_qkv_rope, source.rms_norm_linear, source.rope_packed),
+        swiglu_linear=partial(_swiglu_linear, source.swiglu_linear),
+        linear_cross_entropy=source.linear_cross_entropy,
         router_linear=router_linear_reference,
         moe_route=moe_route_reference,
         moe_mlp=_moe_mlp_torch,
@@ -144,22 +150,22 @@ def _rebuilt(rebuild: bool, function: Callable, *args):
     return function(*args)
 
 
-def _norm_linear_torch(x, residual, norm_weight, weight, eps, *, rebuild):
+def _norm_linear(pair, x, residual, norm_weight, weight, eps, *, rebuild):
     # The sum stays outside the pair because it is kept: it is the next residual.
     stream = x if residual is None else x + residual
-    pair = rms_norm_linear_reference
     return _rebuilt(rebuild, pair, stream, norm_weight, weight, eps), stream
 
 
-def _norm_qkv_rope_torch(
-    x, residual, norm_weight, qkv_weight, cos, sin, heads, kv_heads, positions, eps, *, rebuild
-):
-    qkv, stream = _norm_linear_torch(x, residual, norm_weight, qkv_weight, eps, rebuild=rebuild)
-    return rope_packed_reference(qkv, cos, sin, heads, kv_heads, positions), stream
+def _norm_qkv_rope(
+    pair, rope_packed, x, residual, norm_weight, qkv_weight,
+    cos, sin, heads, kv_heads, positions, eps, *, rebuild,
+):  # fmt: skip
+    qkv, stream = _norm_linear(pair, x, residual, norm_weight, qkv_weight, eps, rebuild=rebuild)
+    return rope_packed(qkv, cos, sin, heads, kv_heads, positions), stream
 
 
-def _swiglu_linear_torch(gate_up, weight, *, rebuild):
-    return _rebuilt(rebuild, swiglu_linear_reference, gate_up, weight)
+def _swiglu_linear(pair, gate_up, weight, *, rebuild):
+    return _rebuilt(rebuild, pair, gate_up, weight)
 
 
 def _moe_mlp_torch(x, routing, gate_up_weight, down_weight, *, rebuild):
@@ -170,6 +176,16 @@ def _linear_cross_entropy_torch(hidden, weight, targets):
     logits = torch.nn.functional.linear(hidden, weight).float()
     losses = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
     return losses / (targets != IGNORED_TARGET).sum().clamp(min=1)
+
+
+_TORCH = SimpleNamespace(
+    rms_norm=rms_norm_reference,
+    add_rms_norm=add_rms_norm_reference,
+    rms_norm_linear=rms_norm_linear_reference,
+    rope_packed=rope_packed_reference,
+    swiglu_linear=swiglu_linear_reference,
+    linear_cross_entropy=_linear_cross_entropy_torch,
+)
 
 
 @torch.no_grad()

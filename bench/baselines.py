@@ -1,0 +1,499 @@
+"""The trainers Hamner is measured against, each as its users have it, on equal terms.
+
+Equal are: initial weights, batches (the real loader's), AdamW with fp32 state, weight decay on
+matrices, clipping at 1.0, bf16 compute with fp32 weights (Hamner: bf16 weights with fp32 masters),
+one pass over the whole batch where memory allows. Before anything is timed, the gradients of one
+whole batch are compared with those of a plain fp32 model (`gradient_error`).
+
+    Hamner        hamner.trainer.Trainer, its step as it trains
+    Plain         a plain torch model; torch.compile around all of it, or around each block with a
+                  chunked loss and an activation memory budget
+    HuggingFace   transformers' Llama or Mixtral, with or without Liger's kernels
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Protocol
+
+import torch
+import torch._functorch.config as functorch_config
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from bench import scale
+from hamner.attention import get_attention
+from hamner.config import TrainConfig
+from hamner.data.loader import Batch
+from hamner.model import RMSNorm, Transformer
+from hamner.ops import IGNORED_TARGET, build_ops
+from hamner.optimizer import BETAS, EPS
+from hamner.options import ModelConfig
+from hamner.profiling.steps import LR, Steps
+
+WEIGHT_DECAY, GRAD_CLIP = 0.1, 1.0
+MAX_GRADIENT_ERROR = {"dense": 0.1, "moe": 0.25}
+"""against fp32. bf16 alone is 2% off at 12 layers, and 11% with experts: it sends tokens between
+two nearly equal ones to the other one, and the reference balances them over fewer rows at once.
+Another RoPE or epsilon is more than 60% off"""
+SHARPENING = 2.0
+"""times the initial weights, while gradients are compared"""
+REFERENCE_ROWS = 2
+"""of one pass of the fp32 reference, which holds its logits whole"""
+LOSS_CHUNK = 4096
+"""tokens whose logits the chunked loss holds"""
+
+
+class Contender(Protocol):
+    """A trainer that is built and takes steps."""
+
+    def step(self, batch: Batch) -> object:
+        """One optimizer step on a whole batch, without waiting for the GPU."""
+        ...
+
+    def gradients(self, batch: Batch) -> dict[str, Tensor]:
+        """Gradients of the batch's mean loss by the contender's own names; changes no weight."""
+        ...
+
+    def named(self, model: Transformer) -> Mapping[str, Tensor]:
+        """A Hamner model's parameters under the contender's names."""
+        ...
+
+    def parameters(self) -> Iterable[Tensor]:
+        """What forward and backward read."""
+        ...
+
+    def close(self) -> None:
+        """Free what it holds."""
+        ...
+
+
+def plain_model(config: ModelConfig) -> Transformer:
+    """Hamner's model on plain torch operations, with its initial weights, in fp32."""
+    attention = get_attention(
+        "sdpa",
+        device=torch.device(scale.device()),
+        dtype=torch.float32,
+        head_size=config.head_size,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_kv_heads,
+        seq_len=config.max_seq_len,
+        micro_batch_size=REFERENCE_ROWS,
+        document_mask=False,
+    )
+    with torch.device("meta"):
+        model = Transformer(config, build_ops("torch", attention))
+    model.to_empty(device=scale.device())
+    model.load_state_dict(_initial_weights(config))
+    return model
+
+
+@functools.lru_cache(maxsize=1)
+def _initial_weights(config: ModelConfig) -> dict[str, Tensor]:
+    """Drawn once for all trainers of a shape, on the CPU as Hamner's trainer draws them."""
+    with torch.device("meta"):
+        model = Transformer(config, ops=None)
+    model.to_empty(device="cpu")
+    model.initialize(TrainConfig.seed)
+    return model.state_dict()
+
+
+class Reference:
+    """Gradients of a batch in fp32, a few rows at a time, as a model that holds them.
+
+    Args:
+        config: shape.
+        batch: whole.
+    """
+
+    def __init__(self, config: ModelConfig, batch: Batch) -> None:
+        self.batch = batch
+        self.model = plain_model(config)
+        rows = len(batch.inputs)
+        with sharpened(self.model.parameters()):
+            for start in range(0, rows, REFERENCE_ROWS):
+                part = slice(start, start + REFERENCE_ROWS)
+                inputs, targets = (
+                    x[part].to(scale.device()) for x in (batch.inputs, batch.targets)
+                )
+                (self.model(inputs, targets).loss * (len(inputs) / rows)).backward()
+        for parameter in self.model.parameters():
+            parameter.data, parameter.grad = parameter.grad, None
+        # Waits outside the GPU's memory for the contenders.
+        self.model.to("cpu")
+
+    def error_of(self, contender: Contender) -> float:
+        """Distance of a contender's gradients from the reference, relative to its norm.
+
+        Of every parameter by itself, then the root of the mean square: small gradients, such as
+        those of queries and keys, count as much as the embedding's. One that is missing is 1 off.
+        """
+        with sharpened(contender.parameters()):
+            theirs = contender.gradients(self.batch)
+        squares = {}
+        for name, expected in contender.named(self.model).items():
+            where = expected.data_ptr()  # a tied head comes under two names
+            if where in squares and name not in theirs:
+                continue
+            expected = expected.detach().to(scale.device())
+            difference = theirs[name].float() - expected if name in theirs else expected
+            squares[where] = (difference.norm() / expected.norm()).square().item()
+        return (sum(squares.values()) / len(squares)) ** 0.5
+
+
+@contextlib.contextmanager
+def sharpened(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Larger matrices for as long as it is open.
+
+    With the initial weights attention is nearly uniform, and a model without RoPE would hardly
+    differ. A power of two is undone exactly.
+    """
+    matrices = [p.data for p in parameters if p.ndim >= 2]
+    torch._foreach_mul_(matrices, SHARPENING)
+    try:
+        yield
+    finally:
+        torch._foreach_mul_(matrices, 1 / SHARPENING)
+
+
+class Hamner:
+    """The project's own trainer.
+
+    Args:
+        config: the run, with its batch and its memory budget.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.steps = Steps(config)
+        self.trainer = self.steps.trainer
+
+    def step(self, batch: Batch) -> object:
+        """A step of the training loop."""
+        return self.steps.step(batch)
+
+    def gradients(self, batch: Batch) -> dict[str, Tensor]:
+        """What the optimizer would be given."""
+        optimizer = self.trainer.optimizer
+        found: dict[str, Tensor] = {}
+
+        def keep(_lr: float) -> Tensor:
+            gradients = optimizer.accumulated or {
+                name: parameter.grad for name, parameter in optimizer.parameters.items()
+            }
+            found.update({name: gradient.clone() for name, gradient in gradients.items()})
+            optimizer.drop_gradients()
+            return torch.zeros((), device=scale.device())
+
+        optimizer.step, step = keep, optimizer.step
+        try:
+            self.steps.step(batch)
+        finally:
+            optimizer.step = step
+        return found
+
+    def named(self, model: Transformer) -> Mapping[str, Tensor]:
+        """Its own names."""
+        return dict(model.named_parameters())
+
+    def parameters(self) -> Iterable[Tensor]:
+        """The weights in the compute dtype; their fp32 masters play no part in gradients."""
+        return self.trainer.model.parameters()
+
+    def close(self) -> None:
+        """End the loader and drop the model."""
+        self.steps.__exit__()
+        self.trainer = self.steps = None
+
+
+class TorchTrainer:
+    """The usual loop: fp32 weights, autocast, PyTorch's fused AdamW.
+
+    Args:
+        model: fp32, on the device.
+        loss: (inputs, targets) -> loss to differentiate.
+    """
+
+    def __init__(self, model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.model, self.loss = model, loss
+        matrices = [p for p in model.parameters() if p.ndim >= 2]
+        vectors = [p for p in model.parameters() if p.ndim < 2]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": matrices, "weight_decay": WEIGHT_DECAY},
+                {"params": vectors, "weight_decay": 0.0},
+            ],
+            lr=LR,
+            betas=BETAS,
+            eps=EPS,
+            fused=True,
+        )
+
+    def backward(self, batch: Batch) -> Tensor:
+        """Leave the gradients of a batch in the parameters; returns its loss."""
+        inputs, targets = (
+            x.to(scale.device(), non_blocking=True) for x in (batch.inputs, batch.targets)
+        )
+        with torch.autocast(scale.device(), torch.bfloat16, enabled=not scale.SMOKE):
+            loss = self.loss(inputs, targets)
+        loss.backward()
+        return loss.detach()
+
+    def step(self, batch: Batch) -> object:
+        """Forward, backward, clip, update."""
+        loss = self.backward(batch)
+        nn.utils.clip_grad_norm_(self.model.parameters(), GRAD_CLIP)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    def gradients(self, batch: Batch) -> dict[str, Tensor]:
+        """By the model's names."""
+        self.backward(batch)
+        found = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        self.optimizer.zero_grad(set_to_none=True)
+        return found
+
+    def parameters(self) -> Iterable[Tensor]:
+        """Of the model."""
+        return self.model.parameters()
+
+    def close(self) -> None:
+        """Drop the model and what was compiled for it."""
+        self.model = self.loss = self.optimizer = None
+        torch.compiler.reset()
+
+
+class Plain(TorchTrainer):
+    """A plain model as one would write it, with Hamner's names, and torch.compile.
+
+    Args:
+        config: dense shape.
+        memory_budget: None compiles the whole model with one loss over all logits. A number from 0
+            to 1 is torch._functorch's activation memory budget (1 keeps what the backward pass
+            needs, 0 recomputes all of it), with each block compiled and the loss in chunks.
+    """
+
+    def __init__(self, config: ModelConfig, memory_budget: float | None = None) -> None:
+        with torch.device(scale.device()):
+            model = PlainModel(config, chunked_loss=memory_budget is not None)
+        model.load_state_dict(_initial_weights(config))
+        if memory_budget is None:
+            loss = scale.compiled(model)
+        else:
+            # Read when the blocks are compiled, at the first step.
+            functorch_config.activation_memory_budget = memory_budget
+            for layer in model.layers:
+                layer.compile(dynamic=False, backend="eager" if scale.SMOKE else "inductor")
+            loss = model
+        super().__init__(model, loss)
+
+    def named(self, model: Transformer) -> Mapping[str, Tensor]:
+        """Hamner's names."""
+        return dict(model.named_parameters())
+
+    def close(self) -> None:
+        """Drop the model and give the memory budget back."""
+        super().close()
+        functorch_config.activation_memory_budget = 1.0
+
+
+class PlainBlock(nn.Module):
+    """Attention, then SwiGLU, each behind an RMSNorm and a residual connection."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        d, inner = config.hidden_size, config.expert_intermediate_size
+        self.config = config
+        self.attention = nn.ModuleDict(
+            {
+                "norm": RMSNorm(d, config.rms_norm_eps),
+                "qkv_proj": nn.Linear(d, config.qkv_size, bias=False),
+                "o_proj": nn.Linear(d, d, bias=False),
+            }
+        )
+        self.mlp = nn.ModuleDict(
+            {
+                "norm": RMSNorm(d, config.rms_norm_eps),
+                "gate_up_proj": nn.Linear(d, 2 * inner, bias=False),
+                "down_proj": nn.Linear(inner, d, bias=False),
+            }
+        )
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        config, attention, mlp = self.config, self.attention, self.mlp
+        heads, kv_heads = config.num_attention_heads, config.num_kv_heads
+        qkv = attention["qkv_proj"](normed(x, attention["norm"]))
+        qkv = qkv.unflatten(-1, (-1, config.head_size)).transpose(1, 2)
+        q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        x = x + attention["o_proj"](out.transpose(1, 2).flatten(-2))
+        gate, up = mlp["gate_up_proj"](normed(x, mlp["norm"])).chunk(2, dim=-1)
+        return x + mlp["down_proj"](functional.silu(gate) * up)
+
+
+class PlainModel(nn.Module):
+    """Embedding, blocks, norm, tied head, mean cross-entropy."""
+
+    def __init__(self, config: ModelConfig, *, chunked_loss: bool) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(PlainBlock(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.chunked_loss = chunked_loss
+        exponent = torch.arange(0, config.head_size, 2).double() / config.head_size
+        angles = torch.outer(
+            torch.arange(config.max_seq_len).double(), config.rope_theta**-exponent
+        )
+        self.register_buffer("cos", angles.cos().float(), persistent=False)
+        self.register_buffer("sin", angles.sin().float(), persistent=False)
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """(B, T) tokens and what each should predict -> mean cross-entropy."""
+        length = inputs.shape[1]
+        # The residual stream in the compute dtype, as autocast leaves the embedding in fp32.
+        x = self.embed(inputs).to(scale.dtype())
+        for layer in self.layers:
+            x = layer(x, self.cos[:length], self.sin[:length])
+        hidden, targets = normed(x, self.norm).flatten(0, 1), targets.flatten()
+        if not self.chunked_loss:
+            return functional.cross_entropy(
+                functional.linear(hidden, self.embed.weight).float(),
+                targets,
+                ignore_index=IGNORED_TARGET,
+            )
+        total = sum(
+            checkpoint(sum_of_losses, part, self.embed.weight, wanted, use_reentrant=False)
+            for part, wanted in zip(
+                hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True
+            )
+        )
+        return total / (targets != IGNORED_TARGET).sum()
+
+
+def sum_of_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropies of some tokens, added up."""
+    logits = functional.linear(hidden, weight).float()
+    return functional.cross_entropy(logits, targets, ignore_index=IGNORED_TARGET, reduction="sum")
+
+
+def normed(x: Tensor, norm: RMSNorm) -> Tensor:
+    """RMSNorm with fp32 statistics, in x's dtype."""
+    return functional.rms_norm(x.float(), norm.weight.shape, norm.weight, norm.eps).to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE, half-rotation: x (B, H, T, hd), tables (T, hd / 2)."""
+    first, second = x.float().chunk(2, dim=-1)
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return rotated.to(x.dtype)
+
+
+def hugging_face_weights(model: Transformer) -> dict[str, Tensor]:
+    """Our weights under the names that transformers' modules have in memory, tied head included.
+
+    Files have other names for experts: hamner.hf_format.
+    """
+    config = model.config
+    q, kv = config.num_attention_heads * config.head_size, config.num_kv_heads * config.head_size
+    weights = {
+        "model.embed_tokens.weight": model.embed.weight,
+        "model.norm.weight": model.norm.weight,
+        "lm_head.weight": model.head_weight,
+    }
+    for number, layer in enumerate(model.layers):
+        prefix = f"model.layers.{number}"
+        attention, mlp = layer.attention, layer.mlp
+        packed = attention.qkv_proj.weight.split((q, kv, kv))
+        for name, part in zip(("q_proj", "k_proj", "v_proj"), packed, strict=True):
+            weights[f"{prefix}.self_attn.{name}.weight"] = part
+        weights[f"{prefix}.self_attn.o_proj.weight"] = attention.o_proj.weight
+        weights[f"{prefix}.input_layernorm.weight"] = attention.norm.weight
+        weights[f"{prefix}.post_attention_layernorm.weight"] = mlp.norm.weight
+        if config.use_differential_attention:
+            for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
+                weights[f"{prefix}.self_attn.{name}"] = getattr(attention, name)
+        if config.is_moe:
+            weights[f"{prefix}.mlp.gate.weight"] = mlp.router.weight
+            weights[f"{prefix}.mlp.experts.gate_up_proj"] = mlp.gate_up_weight
+            weights[f"{prefix}.mlp.experts.down_proj"] = mlp.down_weight
+        else:
+            gate, up = mlp.gate_up_proj.weight.chunk(2)
+            weights[f"{prefix}.mlp.gate_proj.weight"] = gate
+            weights[f"{prefix}.mlp.up_proj.weight"] = up
+            weights[f"{prefix}.mlp.down_proj.weight"] = mlp.down_proj.weight
+    return weights
+
+
+class HuggingFace(TorchTrainer):
+    """transformers' Llama, or Mixtral with its grouped_mm experts, eager, with SDPA.
+
+    Args:
+        config: shape.
+        liger: patch Liger's kernels in, as its users do.
+    """
+
+    def __init__(self, config: ModelConfig, *, liger: bool = False) -> None:
+        import transformers
+
+        kind = "Mixtral" if config.is_moe else "Llama"
+        shape = {
+            "hidden_size": config.hidden_size,
+            "num_hidden_layers": config.num_layers,
+            "num_attention_heads": config.num_attention_heads,
+            "num_key_value_heads": config.num_kv_heads,
+            "intermediate_size": config.expert_intermediate_size,
+            "max_position_embeddings": config.max_seq_len,
+            "vocab_size": config.vocab_size,
+            "rms_norm_eps": config.rms_norm_eps,
+            "tie_word_embeddings": config.tie_word_embeddings,
+            "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+            "attn_implementation": "sdpa",
+            "use_cache": False,
+        }
+        if config.is_moe:
+            shape |= {
+                "num_local_experts": config.num_experts,
+                "num_experts_per_tok": config.num_experts_per_token,
+                "sliding_window": None,
+                "experts_implementation": "grouped_mm",
+                "output_router_logits": True,
+                "router_aux_loss_coef": config.router_aux_loss_coef,
+            }
+        hf_config = getattr(transformers, f"{kind}Config")(**shape)
+        with torch.device(scale.device()):
+            model = getattr(transformers, f"{kind}ForCausalLM")(hf_config)
+        model.load_state_dict(hugging_face_weights(plain_model(config)))
+        model.train()
+        self._patches = contextlib.ExitStack()
+        if liger:
+            self._patches.enter_context(_patched_by_liger(model))
+        # They shift labels themselves, unless told that it is done.
+        super().__init__(
+            model, lambda inputs, targets: model(inputs, labels=targets, shift_labels=targets).loss
+        )
+
+    def named(self, model: Transformer) -> Mapping[str, Tensor]:
+        """transformers' names."""
+        return hugging_face_weights(model)
+
+    def close(self) -> None:
+        """Drop the model, and Liger's patches of transformers' modules with it."""
+        self._patches.close()
+        super().close()
+
+
+@contextlib.contextmanager
+def _patched_by_liger(model: nn.Module) -> Iterator[None]:
+    from liger_kernel.transformers import apply_liger_kernel_to_llama
+    from transformers.models.llama import modeling_llama
+
+    # It also replaces functions and classes of the module, for every model after this one.
+    before = dict(vars(modeling_llama))
+    apply_liger_kernel_to_llama(model=model)
+    try:
+        yield
+    finally:
+        vars(modeling_llama).update(before)

@@ -1,0 +1,121 @@
+"""What a training step costs and reaches: the figures of a row about a whole trainer."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import torch
+
+from bench import scale
+from hamner.hardware import identify
+from hamner.options import ModelConfig
+from hamner.profiling.steps import time_calls
+from hamner.recompute import GIB
+
+WARM_UP_STEPS = 5
+"""compilation, launch tables, the allocator, the recording of a CUDA graph"""
+STEPS, STEPS_ON_CPU = 10, 4
+ROUNDS = 2
+
+
+def measure(
+    benchmark,
+    step: Callable[[], object],
+    *,
+    model: ModelConfig,
+    seq_len: int,
+    tokens_per_step: int,
+    started: float,
+) -> None:
+    """Warm up, then time steps that follow each other without waiting, into `extra_info`.
+
+    Args:
+        benchmark: the fixture.
+        step: one optimizer step.
+        model, seq_len: for the FLOPs of a token.
+        tokens_per_step: of one call.
+        started: `time.perf_counter()` before the trainer was built.
+    """
+    built = time.perf_counter()
+    # From before the warm-up: replays of a CUDA graph allocate nothing, only its recording does.
+    reset_peak()
+    for _ in range(1 if is_cpu() else WARM_UP_STEPS):
+        step()
+    synchronize()
+    warm = time.perf_counter()
+    milliseconds: list[float] = []
+
+    def steps() -> None:
+        count = STEPS_ON_CPU if is_cpu() else STEPS
+        milliseconds.extend(time_calls(step, count, on_gpu=not is_cpu()))
+
+    benchmark.pedantic(steps, rounds=ROUNDS)
+    median = statistics.median(milliseconds)
+    deciles = statistics.quantiles(milliseconds, n=10)
+    speed = tokens_per_step / median * 1e3
+    benchmark.extra_info.update(
+        tokens_per_second=round(speed),
+        mfu=mfu(model, seq_len, speed),
+        p10_ms=round(deciles[0], 3),
+        p50_ms=round(median, 3),
+        p90_ms=round(deciles[-1], 3),
+        build_seconds=round(built - started, 2),
+        warm_up_seconds=round(warm - built, 2),
+        **peak(),
+    )
+
+
+def is_cpu() -> bool:
+    """Whether trainers run on the CPU."""
+    return scale.SMOKE or not torch.cuda.is_available()
+
+
+def mfu(model: ModelConfig, seq_len: int, tokens_per_second: float) -> float | None:
+    """Share of the bf16 peak, causal FLOPs; None where the peak is unknown."""
+    gpu = None if is_cpu() else identify(torch.cuda.get_device_name())
+    if gpu is None:
+        return None
+    flops = tokens_per_second * model.flops_per_token(seq_len)
+    return round(flops / (gpu.bf16_tflops * 1e12), 4)
+
+
+def synchronize() -> None:
+    """Wait for the GPU, if rows use one."""
+    if not is_cpu():
+        torch.cuda.synchronize()
+
+
+def reset_peak() -> None:
+    """Count the peak from here."""
+    if not is_cpu():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak() -> dict[str, float]:
+    """GiB at the peak: allocated by tensors, reserved from the driver."""
+    if is_cpu():
+        return {}
+    return {
+        "peak_allocated_gib": round(torch.cuda.max_memory_allocated() / GIB, 3),
+        "peak_reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 3),
+    }
+
+
+@contextmanager
+def clean_memory():
+    """Start from, and leave, a GPU whose memory nobody holds."""
+    free_memory()
+    try:
+        yield
+    finally:
+        free_memory()
+
+
+def free_memory() -> None:
+    """Return what the last row held."""
+    gc.collect()
+    if not is_cpu():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()

@@ -1,0 +1,139 @@
+"""Hamner beside other trainers: the same weights, batches, optimizer and precision.
+
+    pytest bench/test_trainers.py --benchmark-only
+
+A row first compares the gradients of one whole batch with a plain model's in fp32, and is not timed
+if they disagree. `extra_info` is that of test_options.py, with this error.
+"""
+
+import functools
+import itertools
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from bench import scale, steps
+from bench.baselines import (
+    MAX_GRADIENT_ERROR,
+    Contender,
+    Hamner,
+    HuggingFace,
+    Plain,
+    Reference,
+)
+from bench.test_options import capacity_gib, configure
+from hamner.config import TrainConfig
+from hamner.data.loader import Batch, DataConfig, TrainLoader
+from hamner.data.tokenizer import load_tokenizer
+from hamner.recompute import GIB
+
+pytestmark = pytest.mark.needs_gpu
+
+BATCHES = 8
+
+
+def compiled(config: TrainConfig) -> Contender:
+    """A plain model, torch.compile around all of it."""
+    return Plain(config.model)
+
+
+def budgeted(memory_budget: float, config: TrainConfig) -> Contender:
+    """A plain model, compiled block by block, under an activation memory budget."""
+    return Plain(config.model, memory_budget)
+
+
+def hugging_face(config: TrainConfig) -> Contender:
+    """transformers' Llama or Mixtral."""
+    return HuggingFace(config.model)
+
+
+def hugging_face_liger(config: TrainConfig) -> Contender:
+    """transformers' Llama on Liger's kernels."""
+    pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
+    if scale.SMOKE:
+        pytest.skip("Liger's kernels need a GPU")
+    return HuggingFace(config.model, liger=True)
+
+
+TRAINERS: dict[str, Callable[[TrainConfig], Contender]] = {
+    "hamner": Hamner,
+    "compiled": compiled,
+    "compiled, memory budget 0.7": functools.partial(budgeted, 0.7),
+    "compiled, memory budget 0.5": functools.partial(budgeted, 0.5),
+    "compiled, memory budget 0.3": functools.partial(budgeted, 0.3),
+    "Hugging Face": hugging_face,
+    "Hugging Face + Liger": hugging_face_liger,
+}
+# Compiling a whole model takes a minute or more, and its step more memory than ours: where peers
+# are held against us within the same memory, the ones with a budget are enough.
+ROWS = [
+    *(("a", trainer) for trainer in TRAINERS),
+    *itertools.product(
+        ("current", "b"), ("hamner", "compiled, memory budget 0.7", "compiled, memory budget 0.5")
+    ),
+    *(("c", name) for name in ("hamner", "Hugging Face")),
+]
+QUICK = {("a", "hamner"), ("a", "compiled, memory budget 0.5"), ("a", "Hugging Face + Liger")}
+
+
+@functools.lru_cache(maxsize=1)
+def batches_of(option: str) -> tuple[Batch, ...]:
+    """The first batches of the built-in corpus, the same for every trainer; rows come by option."""
+    config = configure(option, "auto", None)
+    data = DataConfig(config.data, config.seq_len, config.batch_size, config.seed)
+    tokenizer = load_tokenizer(config.tokenizer, config.model.vocab_size)
+    loader = TrainLoader(data, tokenizer, pin_memory=not steps.is_cpu())
+    try:
+        return tuple(itertools.islice(loader, BATCHES))
+    finally:
+        loader.close()
+
+
+@functools.lru_cache(maxsize=1)
+def reference_of(option: str) -> Reference:
+    """The gradients that every trainer of an option must agree with."""
+    return Reference(configure(option, "auto", None).model, batches_of(option)[0])
+
+
+@pytest.mark.parametrize(
+    ("option", "trainer"),
+    [pytest.param(*row, marks=[pytest.mark.quick] if row in QUICK else []) for row in ROWS],
+)
+def test_trainer(benchmark, option, trainer, vram_budget, does_not_fit):
+    benchmark.group = f"trainers {option}"
+    config = configure(option, "auto", vram_budget)
+    if vram_budget is not None and not steps.is_cpu():
+        total = torch.cuda.get_device_properties(0).total_memory / GIB
+        torch.cuda.set_per_process_memory_fraction(min(1.0, vram_budget / total))
+    try:
+        with steps.clean_memory():
+            reference = reference_of(option)
+            compare_and_measure(benchmark, config, trainer, reference)
+    except torch.OutOfMemoryError:
+        does_not_fit(f"{option} {trainer}", None, capacity_gib(vram_budget))
+
+
+def compare_and_measure(benchmark, config: TrainConfig, trainer: str, reference: Reference) -> None:
+    """Build a trainer, compare its gradients, then time its steps."""
+    started = time.perf_counter()
+    contender = TRAINERS[trainer](config)
+    try:
+        error = reference.error_of(contender)
+        most = MAX_GRADIENT_ERROR["moe" if config.model.is_moe else "dense"]
+        assert error <= most, f"not timed: gradients are off by {error:.1%}"
+        benchmark.extra_info.update(
+            kind="trainer", option=config.option, trainer=trainer, gradient_error=round(error, 5)
+        )
+        batches = itertools.cycle(batches_of(config.option))
+        steps.measure(
+            benchmark,
+            lambda: contender.step(next(batches)),
+            model=config.model,
+            seq_len=config.seq_len,
+            tokens_per_step=config.tokens_per_step,
+            started=started,
+        )
+    finally:
+        contender.close()

@@ -1,0 +1,141 @@
+"""Tables and pictures from results whose figures are known."""
+
+import json
+
+import pytest
+
+from bench.report import (
+    ReportConfig,
+    Results,
+    kernel_table,
+    main,
+    pareto,
+    read_results,
+    short_report,
+    training_table,
+    write_report,
+)
+from hamner.errors import UserError
+
+
+def training(option: str, speed: int, gib: float | None, **labels) -> dict:
+    kind = "trainer" if "trainer" in labels else "option"
+    memory = {} if gib is None else {"peak_allocated_gib": gib, "peak_reserved_gib": gib + 1}
+    return {
+        "kind": kind,
+        "option": option,
+        "tokens_per_second": speed,
+        "mfu": 0.4,
+        "p10_ms": 9.0,
+        "p50_ms": 10.0,
+        "p90_ms": 11.0,
+        "build_seconds": 2.0,
+        "warm_up_seconds": 30.0,
+        "conditions": {"gpu": "NVIDIA X", "torch": "2.13"},
+        **labels,
+        **memory,
+    }
+
+
+def kernel(op: str, implementation: str, milliseconds: float, share: float | None = 0.5) -> dict:
+    row = {"kind": "kernel", "op": op, "implementation": implementation, "median_ms": milliseconds}
+    return row | ({} if share is None else {"gb_per_s": 100.0, "of_ceiling": share})
+
+
+ROWS = [
+    training("a", 200_000, 16.0, recompute="selective"),
+    training("a", 160_000, 7.0, recompute="full"),
+    training("a", 190_000, 25.9, trainer="compiled"),
+    kernel("rope forward", "hamner", 0.05),
+    kernel("rope forward", "compiled", 0.10),
+    kernel("rope forward", "liger", 0.20),
+    kernel("moe_route forward", "hamner", 0.01, share=None),
+    {"kind": "data", "source": "shards", "tokens_per_second": 20_000_000},
+    {"kind": "checkpoint", "direction": "save", "mb_per_s": 500},
+]
+MISFITS = [{"row": "current none", "needs_gib": 31.25, "available_gib": 22.0}]
+
+
+@pytest.fixture
+def results_file(tmp_path):
+    path = tmp_path / "results.json"
+    document = {"benchmarks": [{"name": "x", "extra_info": row} for row in ROWS]}
+    path.write_text(json.dumps({**document, "misfits": MISFITS}))
+    return path
+
+
+def cells(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+
+
+def test_trainers_by_speed():
+    rows = cells(training_table(ROWS[:3]))
+    assert [row[1] for row in rows[2:]] == ["hamner, selective", "compiled", "hamner, full"]
+    assert rows[2][2:8] == ["200,000", "40.0%", "16.00", "10.0", "2", "30"]
+
+
+def test_kernels_beside_their_best_peer():
+    rows = cells(kernel_table(row for row in ROWS if row["kind"] == "kernel"))
+    assert rows[2] == ["rope forward", "0.050", "100 GB/s", "50%", "compiled", "0.100", "2.00 x"]
+    assert rows[3] == ["moe_route forward", "0.010", "", "", "", "", ""]
+
+
+def test_a_row_that_disagreed_gives_no_speed_up():
+    """It was not timed, so it is not there, and nothing is said of it."""
+    rows = cells(kernel_table([kernel("rope forward", "compiled", 0.1)]))
+    assert rows[2] == ["rope forward", "", "", "", "compiled", "0.100", ""]
+
+
+def test_pareto_front():
+    assert pareto([(16, 200), (7, 160), (26, 190), (16, 150), (30, 210)]) == [
+        (7, 160),
+        (16, 200),
+        (30, 210),
+    ]
+
+
+def test_writes_tables_and_pictures(results_file, tmp_path):
+    report = write_report(ReportConfig(results_file, tmp_path / "out"))
+    text = report.read_text()
+    for part in ("gpu NVIDIA X", "![Throughput", "![Kernels", "needs 31.2 GiB of 22.0 GiB"):
+        assert part in text
+    for name in ("throughput.png", "kernels.png"):
+        assert (report.parent / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_rows_of_a_cpu_have_no_picture(tmp_path):
+    row = training("tiny", 4_000, None, recompute="auto")
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"benchmarks": [{"extra_info": row}]}))
+    main([str(path), "--out", str(tmp_path / "out")])
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["report.md"]
+
+
+def test_the_short_report_names_what_did_not_fit():
+    text = "\n".join(short_report(Results(ROWS, MISFITS)))
+    for part in ("hamner, full", "rope forward", "data from shards: 20,000,000", "does not fit"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("not json", "is not pytest-benchmark's JSON"),
+        ("[]", "is not pytest-benchmark's JSON"),
+        ('{"benchmarks": []}', "holds no row"),
+        (None, "cannot be read"),
+    ],
+)
+def test_bad_results_are_refused_before_anything_is_written(tmp_path, content, said):
+    path = tmp_path / "results.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=said):
+        write_report(ReportConfig(path, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_without_a_kind_are_of_other_suites(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"benchmarks": [{"extra_info": {"a": 1}}]}))
+    assert read_results(path).rows == []

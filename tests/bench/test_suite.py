@@ -1,0 +1,60 @@
+"""`pytest bench/` as a user runs it: a real process at a minute size."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.report import ReportConfig, write_report
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*args: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "pytest", "--benchmark-only", "-p", "no:cacheprovider", *args]
+    # It must not take itself for one of our workers, where benchmarks are off.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, cwd=ROOT, env=environment
+    )
+
+
+def test_smoke_of_the_quick_rows(tmp_path):
+    file = tmp_path / "results.json"
+    modules = [
+        f"bench/test_{name}.py"
+        for name in ("options", "trainers", "dense_kernels", "flash_attention", "moe_kernels")
+    ]
+    result = run("--smoke", "--quick", f"--benchmark-json={file}", *modules)
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = [benchmark["extra_info"] for benchmark in json.loads(file.read_text())["benchmarks"]]
+    assert {row["kind"] for row in rows} == {"option", "trainer", "kernel"}
+    assert all({"commit", "torch", "triton"} <= row["conditions"].keys() for row in rows)
+    for row in rows:
+        if row["kind"] != "kernel":
+            assert row["p10_ms"] <= row["p50_ms"] <= row["p90_ms"]
+            assert row["warm_up_seconds"] > 0
+    assert "| a " in result.stdout and "rms_norm forward" in result.stdout
+    assert "Rounds" not in result.stdout  # pytest-benchmark's table, a dozen columns wide
+    assert write_report(ReportConfig(file, tmp_path / "out")).exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_without_a_gpu_it_says_what_did_not_run():
+    result = run("bench/test_checkpoint.py", "bench/test_trainers.py")
+    assert result.returncode == 0, result.stdout + result.stderr
+    line = r"no CUDA GPU here, so these rows did not run: \d+ of test_trainers"
+    assert re.search(line, result.stdout)
+    assert "checkpoint save: " in result.stdout
+
+
+def test_a_budget_that_is_too_small_is_reported(tmp_path):
+    file = tmp_path / "results.json"
+    args = ("bench/test_options.py", "-k", "tiny-full", "--vram-budget", "0.001")
+    result = run("--smoke", f"--benchmark-json={file}", *args)
+    assert "tiny full: does not fit, needs 0.0 GiB of 0.0 GiB" in result.stdout

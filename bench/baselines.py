@@ -177,7 +177,7 @@ class Hamner:
         optimizer = self.trainer.optimizer
         found: dict[str, Tensor] = {}
 
-        def keep(_lr: float) -> Tensor:
+        def keep(_lr: float, _loss: Tensor | None = None) -> Tensor:
             gradients = optimizer.accumulated or {
                 name: parameter.grad for name, parameter in optimizer.parameters.items()
             }

@@ -11,7 +11,7 @@ from hamner.config import TrainConfig
 from hamner.device import Compute
 from hamner.model import Transformer
 from hamner.ops import Ops, build_ops
-from hamner.recompute import MemoryPlan
+from hamner.recompute import MemoryPlan, Policy
 
 
 @dataclass(frozen=True)
@@ -47,17 +47,8 @@ def choose(config: TrainConfig) -> Setup:
         UserError: what is asked for does not fit or is not on this machine.
     """
     compute = device.select(config)
-    plan = recompute.choose(
-        config.model,
-        batch_size=config.batch_size,
-        seq_len=config.seq_len,
-        precision=compute.precision,
-        fused=compute.kernels == "triton",
-        budget=compute.budget_bytes,
-        policies=recompute.parse(config.recompute, config.model.num_layers),
-        micro_batch_size=config.micro_batch_size,
-        max_micro_batch_tokens=compute.max_micro_batch_tokens,
-    )
+    policies = recompute.parse(config.recompute, config.model.num_layers)
+    plan = plan_memory(config, compute, compute.budget_bytes, policies)
     attention = get_attention(
         config.attention,
         device=compute.device,
@@ -70,3 +61,27 @@ def choose(config: TrainConfig) -> Setup:
         document_mask=config.document_mask,
     )
     return Setup(compute, plan, attention)
+
+
+def plan_memory(
+    config: TrainConfig,
+    compute: Compute,
+    budget: int,
+    policies: tuple[Policy, ...] | None = None,
+) -> MemoryPlan:
+    """Fit the run into `budget` bytes on this device; `recompute.choose` has the rules.
+
+    Raises:
+        UserError: it does not fit.
+    """
+    return recompute.choose(
+        config.model,
+        batch_size=config.batch_size,
+        seq_len=config.seq_len,
+        precision=compute.precision,
+        fused=compute.kernels == "triton",
+        budget=budget,
+        policies=policies,
+        micro_batch_size=config.micro_batch_size,
+        max_micro_batch_tokens=compute.max_micro_batch_tokens,
+    )

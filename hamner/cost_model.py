@@ -393,16 +393,20 @@ def predict(
 
 
 def compare_with_reality(
-    prediction: StepPrediction, tokens_per_second: float, peak_gib: float
+    prediction: StepPrediction, tokens_per_second: float, peak_gib: float, total_tokens: int
 ) -> str:
-    """One line for the log: measured speed and peak memory against what was projected."""
+    """One line for the log: measured speed, peak memory and length against what was projected."""
     speed = tokens_per_second / prediction.tokens_per_second
     memory = peak_gib - prediction.peak_gib
+    days, projected_days = (
+        total_tokens / rate / 86_400 for rate in (tokens_per_second, prediction.tokens_per_second)
+    )
     return (
         f"measured {tokens_per_second:,.0f} tokens/s, {speed:.0%} of the projected "
         f"{prediction.tokens_per_second:,.0f}; peak {peak_gib:.1f} GiB, "
         f"{abs(memory):.1f} GiB {'above' if memory > 0 else 'below'} the projected "
-        f"{prediction.peak_gib:.1f}"
+        f"{prediction.peak_gib:.1f}; the whole run takes {days:.2f} days, "
+        f"projected {projected_days:.2f}"
     )
 
 

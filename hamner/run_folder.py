@@ -1,4 +1,5 @@
-"""The files of a run: config.json, metrics.jsonl, samples.jsonl, plots/, checkpoints/.
+"""The files of a run: config.json, metrics.jsonl, samples.jsonl, plots/, checkpoints/, and
+plan.jsonl, what was projected beside what was measured.
 
 And, when something went wrong: bad_steps/ (batches for `--replay`) and stacks.txt (of a hang).
 """
@@ -30,6 +31,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.bad_steps = path / "bad_steps"
         self.stacks = path / "stacks.txt"
+        self.plan = path / "plan.jsonl"
 
     def check(self, *, resume: bool) -> None:
         """Refuse to overwrite a run, or to resume one that is not there.

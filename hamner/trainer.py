@@ -24,6 +24,7 @@ from hamner.attention import waits_for_gpu
 from hamner.background_save import RETRY_SECONDS, BackgroundSaver
 from hamner.checkpoint import Checkpoint
 from hamner.config import TrainConfig
+from hamner.cost_model import compare_with_reality, predict
 from hamner.cuda_graph import GraphedBackward
 from hamner.data.loader import Batch, DataConfig, TrainLoader, validation_rows
 from hamner.data.tokenizer import Tokenizer, load_tokenizer
@@ -47,6 +48,12 @@ PATIENCE_SECONDS = 10.0
 
 EVALUATION_TOKENS = 2_048
 """of one forward pass of an evaluation"""
+FIRST_STEPS = 5
+"""of a start, in which running out of memory changes the plan"""
+STEP_DOWN = 0.9
+"""of the planned memory, after that"""
+PLAN_CHECK_STEP = 100
+"""by then speed and memory are steady, and are compared with the plan"""
 
 
 @dataclass(frozen=True)
@@ -154,9 +161,8 @@ class Trainer:
             grad_clip=config.grad_clip,
         )
         self.forward = torch.compile(self.model) if config.compile else self.model
-        self.micro_step = self.forward_backward
-        if self.can_graph():
-            self.micro_step = GraphedBackward(self.forward_backward, self.model.parameters())
+        self.micro_step = self.build_micro_step()
+        self.stepped_down = False
         self.schedule = Schedule(
             config.lr,
             config.min_lr,
@@ -204,6 +210,12 @@ class Trainer:
         budget_gib = None if compute.device.type == "cpu" else compute.budget_bytes / recompute.GIB
         self.display = Display(f"hamner {config.option}", self.schedule.total_tokens, budget_gib)
 
+    def build_micro_step(self) -> Callable:
+        """Forward and backward of a micro-batch, recorded where that is possible."""
+        if self.can_graph():
+            return GraphedBackward(self.forward_backward, self.model.parameters())
+        return self.forward_backward
+
     def can_graph(self) -> bool:
         """Whether forward and backward can be one CUDA graph: the plain ops wait for the GPU in
         places, flash-attn does with documents, and compiled code has graphs of its own."""
@@ -233,7 +245,7 @@ class Trainer:
             while not (self.finished or interrupt.requested or self.diagnosis):
                 batch = self.next_batch()
                 lr = self.schedule(self.tokens + batch.inputs.numel())
-                norm = self.train_step(batch, lr, interrupt)
+                norm = self.fitting_step(batch, lr, interrupt, self.step - first_step)
                 if norm is None:
                     break
                 self.finish_step(batch, lr, norm)
@@ -289,6 +301,56 @@ class Trainer:
         self.watchdog.beat()
         self.monitor.record(self.step, self.tokens, lr, batch, self.step_loss, norm)
         self.judge_steps()
+
+    def fitting_step(
+        self, batch: Batch, lr: float, interrupt: Interrupt, steps_so_far: int
+    ) -> Tensor | None:
+        """`train_step`, which early in a start may run out of memory once: then it needs less.
+
+        Raises:
+            UserError: it does not fit, what was trained is saved.
+        """
+        updates = self.optimizer.steps
+        while True:
+            try:
+                return self.train_step(batch, lr, interrupt)
+            except torch.OutOfMemoryError as error:
+                reason = str(error).partition(". ")[0]
+            # Out of the handler, whose error would keep the step's activations alive.
+            unchanged = self.optimizer.steps == updates
+            if not (unchanged and steps_so_far < FIRST_STEPS and self.step_down(reason)):
+                break
+        self.optimizer.drop_gradients()
+        if self.step and unchanged:
+            self.save_last()
+        raise UserError(
+            f"step {self.step + 1:,} does not fit ({reason}): free the memory other programs hold, "
+            "lower --micro-batch-size or --vram-budget, or recompute more (--recompute full)"
+        )
+
+    def step_down(self, reason: str) -> bool:
+        """Plan for a tenth less memory, once; whether there is such a plan."""
+        if self.stepped_down:
+            return False
+        self.stepped_down = True
+        budget = int(STEP_DOWN * self.plan.account.total)
+        try:
+            plan = build.plan_memory(self.config, self.compute, budget=budget)
+        except UserError:
+            return False
+        if plan.account.total > budget:
+            return False
+        self.display.message(
+            f"WARNING: {reason}. Other programs, or memory in pieces, leave less than was planned "
+            f"with; going on with {plan}"
+        )
+        self.plan = plan
+        self.optimizer.drop_gradients()
+        self.model.policies = plan.policies
+        self.micro_step = self.build_micro_step()
+        if self.compute.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return True
 
     def train_step(self, batch: Batch, lr: float, interrupt: Interrupt) -> Tensor | None:
         """Forward, backward and update on one global batch, in micro-batches.
@@ -397,6 +459,8 @@ class Trainer:
             except Exception as error:  # whatever ails a service, the run does not end of it
                 self.display.message(f"WARNING: {type(reporter).__name__} failed: {error}")
         self.display.show(record)
+        if self.interval_start < PLAN_CHECK_STEP <= self.step:
+            self.compare_with_plan(record)
         self.loss_sum.zero_()
         self.loss_steps.zero_()
         self.spikes.clear()
@@ -407,6 +471,34 @@ class Trainer:
         if self.watch.started is None:
             self.watch.start()
         self.interval_tokens, self.interval_seconds = self.tokens, self.watch.read()
+        self.interval_start = self.step
+
+    def compare_with_plan(self, record: Record) -> None:
+        """Say and keep how far the projection for this GPU was off; for the kernels only."""
+        if self.compute.gpu is None or self.compute.kernels != "triton":
+            return
+        prediction = predict(
+            self.config.model,
+            self.compute.gpu,
+            policies=self.plan.policies,
+            micro_batch_size=self.plan.micro_batch_size,
+            batch_size=self.config.batch_size,
+            seq_len=self.config.seq_len,
+        )
+        speed, peak = record.tokens_per_second, record.peak_vram_gib
+        line = compare_with_reality(prediction, speed, peak, self.config.total_tokens)
+        self.display.message(f"plan: {line}")
+        self.append(
+            RecordLog(self.run.plan),
+            {
+                "step": record.step,
+                "projected": {
+                    "tokens_per_second": prediction.tokens_per_second,
+                    "peak_gib": prediction.peak_gib,
+                },
+                "measured": {"tokens_per_second": speed, "peak_gib": peak},
+            },
+        )
 
     def append(self, log: RecordLog, record: dict) -> None:
         """Write a record, or go on training with a warning: the next one takes it along."""

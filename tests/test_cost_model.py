@@ -171,13 +171,15 @@ def test_wrong_arguments():
 def test_compare_with_reality():
     prediction = predict_option("a")
     speed, peak = prediction.tokens_per_second, prediction.peak_gib
-    line = compare_with_reality(prediction, 0.8 * speed, peak + 0.5)
+    line = compare_with_reality(prediction, 0.8 * speed, peak + 0.5, 86_400 * 10_000)
+    days = 10_000 / speed
     assert "\n" not in line
     assert line == (
         f"measured {0.8 * speed:,.0f} tokens/s, 80% of the projected {speed:,.0f}; "
-        f"peak {peak + 0.5:.1f} GiB, 0.5 GiB above the projected {peak:.1f}"
+        f"peak {peak + 0.5:.1f} GiB, 0.5 GiB above the projected {peak:.1f}; "
+        f"the whole run takes {days / 0.8:.2f} days, projected {days:.2f}"
     )
-    assert "1.0 GiB below" in compare_with_reality(prediction, speed, peak - 1)
+    assert "1.0 GiB below" in compare_with_reality(prediction, speed, peak - 1, 1)
 
 
 def test_kernels_beat_plain_compile():

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from hamner import checkpoint
 from hamner.config import TrainConfig
 from hamner.errors import UserError
+from hamner.hardware import GPUS
 from hamner.options import OPTIONS
 from hamner.run_folder import RunFolder
 from hamner.trainer import Trainer, train
@@ -308,3 +309,58 @@ def test_recompute_policies_train_the_same(config):
         for policy in ("none", "full:1")
     ]
     assert_equal_weights(*results)
+
+
+def out_of_memory_at(trainer: Trainer, step: int, times: int = 1) -> None:
+    """Let the forward pass of a step (counted from 0) fail as the allocator does."""
+    forward = trainer.model.forward
+    left = [times]
+
+    def fail(*args):
+        if trainer.step == step and left[0] and torch.is_grad_enabled():
+            left[0] -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 36.00 MiB. GPU 0")
+        return forward(*args)
+
+    trainer.model.forward = fail
+
+
+def test_out_of_memory_at_first_changes_the_plan(config, capsys):
+    run = RunFolder(config.folder)
+    trainer = Trainer(replace(config, micro_batch_size=8), run)
+    before = trainer.plan.account.total
+    out_of_memory_at(trainer, 1)
+    result = trainer.run_to_end()
+    trainer.close()
+    assert result.step == 20
+    assert trainer.plan.account.total <= 0.9 * before
+    assert trainer.model.policies == trainer.plan.policies
+    said = capsys.readouterr().out
+    assert "WARNING: CUDA out of memory. Other programs, or memory in pieces" in said
+    assert f"going on with {trainer.plan}" in said
+
+
+@pytest.mark.parametrize(("step", "times"), [(1, 2), (12, 1)])
+def test_out_of_memory_later_saves_and_says_what_to_lower(config, step, times):
+    trainer = Trainer(replace(config, micro_batch_size=8), RunFolder(config.folder))
+    out_of_memory_at(trainer, step, times)
+    with pytest.raises(UserError, match=rf"step {step + 1} does not fit \(CUDA out of memory\)"):
+        trainer.run_to_end()
+    trainer.close()
+    assert [c.step for c in checkpoint.find(config.run_dir / "checkpoints")] == [step]
+
+
+def test_plan_is_compared_with_reality_at_step_100(config, capsys, monkeypatch):
+    monkeypatch.setattr("hamner.trainer.PLAN_CHECK_STEP", 10)
+    trainer = Trainer(config, RunFolder(config.folder))
+    # What is measured is this CPU; only the plan's line is of interest.
+    trainer.compute = replace(trainer.compute, gpu=GPUS["rtx-3090"], kernels="triton")
+    trainer.display.budget_gib = 24.0
+    monkeypatch.setattr("hamner.trainer.peak_vram_gib", lambda device: 1.0)
+    trainer.run_to_end()
+    trainer.close()
+    said = [line for line in capsys.readouterr().out.splitlines() if "plan: measured" in line]
+    assert len(said) == 1
+    (row,) = (config.run_dir / "plan.jsonl").read_text().splitlines()
+    assert json.loads(row)["step"] == 10
+    assert set(json.loads(row)) == {"step", "projected", "measured"}

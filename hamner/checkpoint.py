@@ -115,11 +115,6 @@ class Checkpoint:
         path = self.path / OPTIMIZER_FILE
         with _open(path) as saved:
             names = set(saved.keys())
-            if not names:
-                raise CheckpointError(
-                    f"{path} is empty: this model was imported without its optimizer's state, so "
-                    "its training cannot go on here; fine-tune it with python -m hamner.sft"
-                )
             for prefix, tensors in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
                 _require_names(
                     path,

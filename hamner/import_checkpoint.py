@@ -127,10 +127,8 @@ def _write_run(
         # The other trainer's moments belong to parameters that are packed differently.
         optimizer={},
         state={
-            "format": 1,
             "step": step,
             "tokens": tokens,
-            "optimizer_steps": 0,
             "model": dataclasses.asdict(model),
             "tokenizer": tokenizer.fingerprint,
             "imported_from": config.file.name,

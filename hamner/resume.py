@@ -48,6 +48,11 @@ def find_checkpoint(folder: Path, notes: list[str]) -> tuple[Checkpoint | None, 
     if found is None:
         return None, {}
     state = found.state()
+    if "imported_from" in state:
+        raise UserError(
+            f"--resume: {found.path} was imported without its optimizer's state, so its training "
+            "cannot go on here; fine-tune it with python -m hamner.sft"
+        )
     if state.get("format") != STATE_FORMAT or not state.keys() >= STATE_FIELDS:
         raise CheckpointError(
             f"{found.path / checkpoint.STATE_FILE} has format {state.get('format')}, this version "

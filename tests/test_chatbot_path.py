@@ -1,11 +1,14 @@
-"""From nothing to a chatbot, as a user types it: train, fine-tune, evaluate."""
+"""From nothing to a chatbot, as a user types it: train, fine-tune, evaluate, chat, export."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import gguf
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SMALL = [
     *("--option", "tiny", "--hidden-size", "64", "--num-layers", "2", "--vocab-size", "600"),
@@ -14,10 +17,12 @@ SMALL = [
 ]
 
 
-def run(module: str, *args: str, cwd: Path) -> str:
+def run(module: str, *args: str, cwd: Path, typed: str = "") -> str:
     """Run a command, which must succeed; gives what it printed."""
     command = [sys.executable, "-m", f"hamner.{module}", *args]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=170, cwd=cwd)
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=170, cwd=cwd, input=typed
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -65,3 +70,33 @@ def test_evaluation_tells_base_and_chat_model_apart(folder):
     assert losses["chat", "conversations"] == pytest.approx(best, rel=1e-5)
     assert f"{losses['chat', 'conversations']:.4f}" in printed
     assert len(chat["probe"]["answers"]) > 20
+
+
+def test_the_chatbot_says_the_same_in_the_terminal_and_once_exported(folder):
+    greedy = ["--temperature", "0", "--repetition-penalty", "1", "--device", "cpu"]
+    best = json.loads(
+        (sorted((folder / "runs/tiny-sft/checkpoints").iterdir())[-1] / "state.json").read_text()
+    )["best_step"]
+    question = "Hello there!"
+    printed = run("chat", "--checkpoint", "runs/tiny-sft", *greedy, cwd=folder, typed=question)
+    title, _, answer = printed.split("\n", 2)
+    assert f"runs/tiny-sft/checkpoints/step_{best:08d}" in title
+
+    run("export", "--checkpoint", "runs/tiny-sft", "--to", "hf", "exported", cwd=folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "exported")
+    model = AutoModelForCausalLM.from_pretrained(folder / "exported", dtype="float32")
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    output = model.generate(**prompt, max_length=128, do_sample=False)
+    text = tokenizer.decode(output[0][prompt["input_ids"].shape[1] :])
+    # Up to the first special token, here as there; what follows may be a note that it was cut.
+    assert text.strip("\n")
+    assert answer.startswith(re.split(r"<\|\w+\|>", text)[0])
+
+    run("export", "--checkpoint", "runs/tiny-sft", "--to", "gguf", "chat.gguf", cwd=folder)
+    fields = gguf.GGUFReader(folder / "chat.gguf").fields
+    assert "<|assistant|>" in fields["tokenizer.chat_template"].contents()

@@ -243,34 +243,38 @@ def wait_until(condition) -> None:
         time.sleep(0.01)
 
 
+@contextlib.contextmanager
+def asking(client, results: list[str]):
+    """A request on its way, whose answer is added to `results`."""
+    thread = threading.Thread(
+        target=lambda: results.append(create(client).choices[0].message.content)
+    )
+    thread.start()
+    yield
+    thread.join(30)
+
+
+def test_a_request_waits_for_the_one_before(tokenizer):
+    script = SlowScript(tokenizer, [*tokenizer.encode("Hi"), END])
+    results = []
+    with running(script, max_requests=2) as client, asking(client, results):
+        wait_until(lambda: script.prompts)
+        with asking(client, results):
+            script.may_speak.set()
+    assert results == ["Hi", "Hi"]
+
+
 def test_requests_beyond_the_bound_are_turned_away(tokenizer):
     script = SlowScript(tokenizer, [*tokenizer.encode("Hi"), END])
     results = []
-    with running(script, max_requests=2) as client:
-        threads = [
-            threading.Thread(target=lambda: results.append(create(client).choices[0].message))
-            for _ in range(2)
-        ]
-        for thread in threads:
-            thread.start()
-        refusals = []
-
-        def is_full() -> bool:
-            # Until both are in, a third is let in as well, and gives up.
-            try:
-                create(client, timeout=0.5)
-            except openai.RateLimitError as error:
-                refusals.append(error)
-            except openai.APITimeoutError:
-                pass
-            return bool(refusals)
-
-        wait_until(is_full)
-        assert refusals[0].response.headers["retry-after"] == "1"
-        script.may_speak.set()
-        for thread in threads:
-            thread.join(30)
-        assert [result.content for result in results] == ["Hi", "Hi"]
+    with running(script, max_requests=1) as client:
+        with asking(client, results):
+            wait_until(lambda: script.prompts)
+            with pytest.raises(openai.RateLimitError) as caught:
+                create(client)
+            assert caught.value.response.headers["retry-after"] == "1"
+            script.may_speak.set()
+        assert results == ["Hi"]
         assert create(client).choices[0].message.content == "Hi"
 
 

@@ -26,6 +26,7 @@ from bench import scale
 from hamner.attention import get_attention
 from hamner.config import TrainConfig
 from hamner.data.loader import Batch
+from hamner.hf_format import to_hugging_face
 from hamner.model import RMSNorm, Transformer
 from hamner.ops import IGNORED_TARGET, build_ops
 from hamner.optimizer import BETAS, EPS
@@ -131,15 +132,12 @@ class Reference:
         """
         with sharpened(contender.parameters()):
             theirs = contender.gradients(self.batch)
-        squares = {}
+        squares = []
         for name, expected in contender.named(self.model).items():
-            where = expected.data_ptr()  # a tied head comes under two names
-            if where in squares and name not in theirs:
-                continue
             expected = expected.detach().to(scale.device())
             difference = theirs[name].float() - expected if name in theirs else expected
-            squares[where] = (difference.norm() / expected.norm()).square().item()
-        return (sum(squares.values()) / len(squares)) ** 0.5
+            squares.append((difference.norm() / expected.norm()).square().item())
+        return (sum(squares) / len(squares)) ** 0.5
 
 
 @contextlib.contextmanager
@@ -177,7 +175,7 @@ class Hamner:
         optimizer = self.trainer.optimizer
         found: dict[str, Tensor] = {}
 
-        def keep(_lr: float, _loss: Tensor | None = None) -> Tensor:
+        def keep(_lr: float, _loss: Tensor) -> Tensor:
             gradients = optimizer.accumulated or {
                 name: parameter.grad for name, parameter in optimizer.parameters.items()
             }
@@ -391,42 +389,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotated.to(x.dtype)
 
 
-def hugging_face_weights(model: Transformer) -> dict[str, Tensor]:
-    """Our weights under the names that transformers' modules have in memory, tied head included.
-
-    Files have other names for experts: hamner.hf_format.
-    """
-    config = model.config
-    q, kv = config.num_attention_heads * config.head_size, config.num_kv_heads * config.head_size
-    weights = {
-        "model.embed_tokens.weight": model.embed.weight,
-        "model.norm.weight": model.norm.weight,
-        "lm_head.weight": model.head_weight,
-    }
-    for number, layer in enumerate(model.layers):
-        prefix = f"model.layers.{number}"
-        attention, mlp = layer.attention, layer.mlp
-        packed = attention.qkv_proj.weight.split((q, kv, kv))
-        for name, part in zip(("q_proj", "k_proj", "v_proj"), packed, strict=True):
-            weights[f"{prefix}.self_attn.{name}.weight"] = part
-        weights[f"{prefix}.self_attn.o_proj.weight"] = attention.o_proj.weight
-        weights[f"{prefix}.input_layernorm.weight"] = attention.norm.weight
-        weights[f"{prefix}.post_attention_layernorm.weight"] = mlp.norm.weight
-        if config.use_differential_attention:
-            for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
-                weights[f"{prefix}.self_attn.{name}"] = getattr(attention, name)
-        if config.is_moe:
-            weights[f"{prefix}.mlp.gate.weight"] = mlp.router.weight
-            weights[f"{prefix}.mlp.experts.gate_up_proj"] = mlp.gate_up_weight
-            weights[f"{prefix}.mlp.experts.down_proj"] = mlp.down_weight
-        else:
-            gate, up = mlp.gate_up_proj.weight.chunk(2)
-            weights[f"{prefix}.mlp.gate_proj.weight"] = gate
-            weights[f"{prefix}.mlp.up_proj.weight"] = up
-            weights[f"{prefix}.mlp.down_proj.weight"] = mlp.down_proj.weight
-    return weights
-
-
 class HuggingFace(TorchTrainer):
     """transformers' Llama, or Mixtral with its grouped_mm experts, eager, with SDPA.
 
@@ -465,7 +427,10 @@ class HuggingFace(TorchTrainer):
         hf_config = getattr(transformers, f"{kind}Config")(**shape)
         with torch.device(scale.device()):
             model = getattr(transformers, f"{kind}ForCausalLM")(hf_config)
-        model.load_state_dict(hugging_face_weights(plain_model(config)))
+        missing, unexpected = model.load_state_dict(self.named(plain_model(config)), strict=False)
+        tied = ["lm_head.weight"] if config.tie_word_embeddings else []
+        if missing != tied or unexpected:
+            raise RuntimeError(f"transformers' {kind} has other weights: {missing}, {unexpected}")
         model.train()
         self._patches = contextlib.ExitStack()
         if liger:
@@ -477,7 +442,17 @@ class HuggingFace(TorchTrainer):
 
     def named(self, model: Transformer) -> Mapping[str, Tensor]:
         """transformers' names."""
-        return hugging_face_weights(model)
+        weights = dict(model.named_parameters())
+        named = to_hugging_face(model.config, weights)
+        if model.config.is_moe:
+            # Published one by one, but packed in memory, as ours are.
+            named = {k: v for k, v in named.items() if ".block_sparse_moe." not in k}
+            for layer in range(model.config.num_layers):
+                ours, theirs = f"layers.{layer}.mlp", f"model.layers.{layer}.mlp"
+                named[f"{theirs}.gate.weight"] = weights[f"{ours}.router.weight"]
+                named[f"{theirs}.experts.gate_up_proj"] = weights[f"{ours}.gate_up_weight"]
+                named[f"{theirs}.experts.down_proj"] = weights[f"{ours}.down_weight"]
+        return named
 
     def close(self) -> None:
         """Drop the model, and Liger's patches of transformers' modules with it."""

@@ -12,13 +12,12 @@ from typing import Literal
 
 import tyro
 
-from hamner.cli import gather_data, run_command
+from hamner.cli import flag_value, gather_data, run_command
 from hamner.config import TrainConfig
 from hamner.errors import UserError
 from hamner.profiling.report import describe, describe_difference, describe_memory
 from hamner.profiling.summary import summarize
 from hamner.profiling.trace import read_trace, with_callers_of
-from hamner.train import flag_value
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,9 @@ class ProfileConfig(TrainConfig):
     def run(self) -> TrainConfig:
         """The run whose steps are traced, as long as its option's."""
         values = {field.name: getattr(self, field.name) for field in fields(TrainConfig)}
-        return TrainConfig(**values | {"steps": None, "tokens": None, "resume": False})
+        return TrainConfig(
+            **values | {"steps": None, "tokens": None, "resume": False, "replay": None}
+        )
 
 
 @dataclass(frozen=True)

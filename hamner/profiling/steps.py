@@ -71,10 +71,9 @@ class Steps:
     def step(self, batch: Batch, lr: float = LR) -> Tensor:
         """One optimizer step; returns its mean cross-entropy, 0-d on the device."""
         trainer = self.trainer
-        trainer.loss_sum.zero_()
         trainer.train_step(batch, lr, _NeverInterrupted())
         trainer.step += 1
-        return trainer.loss_sum.clone()
+        return trainer.step_loss
 
     def take(self, count: int, phases: Phases | None = None) -> None:
         """`count` steps on the run's own data."""

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hamner.errors import UserError
+from hamner.json_input import parse_json
 
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -249,13 +250,20 @@ def rng_state() -> dict[str, str]:
 
 
 def set_rng_state(states: Mapping[str, str]) -> None:
-    """Restore what `rng_state` returned, as far as this machine has the devices."""
-    for device, text in states.items():
-        state = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
-        if device == "cpu":
-            torch.set_rng_state(state)
-        elif torch.cuda.is_available():
-            torch.cuda.set_rng_state(state)
+    """Restore what `rng_state` returned, as far as this machine has the devices.
+
+    Raises:
+        CheckpointError: it is not what `rng_state` returned.
+    """
+    try:
+        for device, text in states.items():
+            state = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+            if device == "cpu":
+                torch.set_rng_state(state)
+            elif torch.cuda.is_available():
+                torch.cuda.set_rng_state(state)
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"the saved RNG state is damaged ({type(error).__name__})") from error
 
 
 def flush(path: Path) -> None:
@@ -299,7 +307,10 @@ def _open(path: Path):
 
 
 def _read_tensor(path: Path, saved, name: str, shape: torch.Size) -> Tensor:
-    tensor = saved.get_tensor(name)
+    try:
+        tensor = saved.get_tensor(name)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: {name} cannot be read: {error}") from error
     if tensor.shape != shape:
         raise CheckpointError(
             f"{path}: {name} has shape {tuple(tensor.shape)}, this model needs {tuple(shape)}; "
@@ -319,7 +330,7 @@ def _require_names(path: Path, saved: set[str], expected: set[str]) -> None:
 
 def _read_json(path: Path) -> dict:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(value, dict):

@@ -3,8 +3,9 @@
 Torch-free, so that `--help` and every refusal come at once.
 """
 
+import contextlib
 import dataclasses
-import json
+import math
 import types
 import typing
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from hamner.errors import UserError
+from hamner.json_input import parse_json
 from hamner.options import OPTIONS, ModelConfig, flag
 
 CONFIG_FILE = "config.json"
@@ -113,6 +115,11 @@ class TrainConfig:
     """also send the metrics there, when installed"""
 
     def __post_init__(self) -> None:
+        if self.option not in OPTIONS:
+            raise UserError(f"--option {self.option} is not one of {', '.join(OPTIONS)}")
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"--{flag(name)} {value} must be a finite number")
         positive = {
             "batch_size": 1,
             "seq_len": 1,
@@ -209,7 +216,7 @@ class TrainConfig:
             UserError: not readable, or not a config of this version.
         """
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = parse_json(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read as a run's configuration: {error}") from error
         if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
@@ -249,7 +256,8 @@ def _convert(value, hint, name: str, path: Path):
     if hint is Path and isinstance(value, str):
         return Path(value)
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+        with contextlib.suppress(OverflowError):
+            return float(value)
     if isinstance(hint, type) and type(value) is hint:
         return value
     raise UserError(f"{path}: field {name} has an unfit value {value!r}")

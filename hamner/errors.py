@@ -1,8 +1,16 @@
 """The one exception for bad input."""
 
+#: Of a sentence, from its beginning and from its end, which says the mend.
+HEAD, TAIL = 700, 300
+
 
 class UserError(Exception):
     """Bad input: one clear sentence naming the flag or file and the mend.
 
     Commands print it without a traceback and exit with code 2 (`hamner.cli.run_command`).
     """
+
+    def __str__(self) -> str:
+        """The sentence on one line, and short even if it quotes what a file holds."""
+        text = " ".join(super().__str__().splitlines())
+        return text if len(text) <= HEAD + TAIL else f"{text[:HEAD]} ... {text[-TAIL:]}"

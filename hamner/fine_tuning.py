@@ -9,12 +9,11 @@ from hamner import checkpoint
 from hamner.conversations import lint
 from hamner.conversations.examples import load_examples
 from hamner.conversations.loader import ConversationLoader, validation_batch
-from hamner.data.loader import Batch
 from hamner.data.tokenizer import Tokenizer, load_tokenizer
 from hamner.run_folder import RunFolder
 from hamner.saved_model import find_saved_model
 from hamner.sft_config import SftConfig
-from hamner.trainer import TrainResult, train
+from hamner.trainer import RunData, TrainResult, train
 
 WARMUP_SHARE = 10
 """the warm-up is at most a tenth of the run"""
@@ -44,11 +43,9 @@ def fine_tune(config: SftConfig) -> TrainResult:
     )
     validation = validation_batch(sources, tokenizer, config.seq_len, config.eval_tokens)
 
-    def open_data(
-        _: SftConfig, __: Tokenizer, pin_memory: bool
-    ) -> tuple[ConversationLoader, Batch]:
+    def open_data(_: SftConfig, __: Tokenizer, pin_memory: bool) -> RunData:
         loader.pin_memory = pin_memory
-        return loader, validation
+        return RunData(loader, validation)
 
     return train(scheduled(config, loader.rows_in_epoch(0)), open_data, initial)
 

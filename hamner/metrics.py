@@ -49,6 +49,9 @@ class Record:
     """of training in all starts together"""
     skipped_steps: int
     """steps without an update because loss or gradient was not finite, all in all"""
+    sources: dict[str, dict]
+    """by --data SPEC: tokens, documents, epochs, skipped, lost (see `TrainLoader.progress`);
+    empty for conversations"""
     router: dict | None = None
     """per layer expert load (shares of the routed assignments) and entropy (nats), or None"""
     spikes: tuple[Spike, ...] = ()
@@ -67,6 +70,8 @@ class Record:
         }
         if self.router is None:
             del values["router"]
+        if not self.sources:
+            del values["sources"]
         if not self.spikes:
             del values["spikes"]
         return values

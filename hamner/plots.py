@@ -16,7 +16,7 @@ from matplotlib.ticker import EngFormatter  # noqa: E402
 
 def draw(run: RunFolder) -> list[Path]:
     """Write loss, throughput and, with a GPU, VRAM over tokens; returns the files."""
-    records = [r for r in read_records(run.metrics) if r.get("tokens")]
+    records = [r for r in read_records(run.metrics) if _is_number(r.get("tokens"))]
     if not records:
         return []
     files = [
@@ -28,7 +28,7 @@ def draw(run: RunFolder) -> list[Path]:
             lambda axes, records: _line(axes, records, "tokens_per_second", "tokens/s"),
         ),
     ]
-    if any(r.get("peak_vram_gib") for r in records):
+    if any(_is_number(r.get("peak_vram_gib")) for r in records):
         files.append(
             _figure(
                 run.plots / "vram.png",
@@ -43,7 +43,9 @@ def draw(run: RunFolder) -> list[Path]:
 def _loss(axes, records: list[dict]) -> None:
     _line(axes, records, "loss", "training")
     # Every record repeats the latest evaluation: draw it where it was made.
-    validation = [r for r in records if r.get("val_step") == r["step"]]
+    validation = [
+        r for r in records if r.get("val_step") == r["step"] and _is_number(r.get("val_loss"))
+    ]
     if validation:
         tokens = [r["tokens"] for r in validation]
         axes.plot(tokens, [r["val_loss"] for r in validation], "o-", label="validation")
@@ -63,8 +65,13 @@ def _loss(axes, records: list[dict]) -> None:
 
 
 def _line(axes, records: list[dict], field: str, label: str) -> None:
-    points = [(r["tokens"], r[field]) for r in records if r.get(field) is not None]
+    points = [(r["tokens"], r[field]) for r in records if _is_number(r.get(field))]
     axes.plot([x for x, _ in points], [y for _, y in points], label=label, linewidth=1)
+
+
+def _is_number(value: object) -> bool:
+    """Whether a value of a file that anyone may have written can be drawn."""
+    return isinstance(value, int | float) and abs(value) < 1e300
 
 
 def _figure(path: Path, ylabel: str, records: list[dict], plot: Callable) -> Path:

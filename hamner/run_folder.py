@@ -13,6 +13,7 @@ from pathlib import Path
 
 from hamner.config import CONFIG_FILE, TrainConfig
 from hamner.errors import UserError
+from hamner.json_input import parse_json
 
 
 class RunFolder:
@@ -32,6 +33,7 @@ class RunFolder:
         self.bad_steps = path / "bad_steps"
         self.stacks = path / "stacks.txt"
         self.plan = path / "plan.jsonl"
+        self.validation = path / "validation.safetensors"
 
     def check(self, *, resume: bool) -> None:
         """Refuse to overwrite a run, or to resume one that is not there.
@@ -123,7 +125,7 @@ def read_records(path: Path) -> Iterable[dict]:
         return
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(ValueError):
-            record = json.loads(line)
+            record = parse_json(line)
             if isinstance(record, dict) and isinstance(record.get("step"), int):
                 yield record
 

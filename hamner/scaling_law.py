@@ -6,7 +6,6 @@ During: the same form in D alone, fitted to the run's own curve with an interval
 """
 
 import csv
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from hamner.errors import UserError
+from hamner.json_input import parse_json
 
 TOKENS_PER_PARAMETER = 20
 COHERENT_LOSS = 3.5
@@ -145,8 +145,8 @@ def _json_rows(path: Path) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
+            record = parse_json(line)
+        except ValueError:
             if number == len(lines) and not line.endswith("\n"):
                 return
             raise UserError(f"--metrics {path} line {number} is not a JSON object") from None
@@ -178,7 +178,7 @@ def _row(path: Path, number: int, record: dict, tokens_field: str) -> Iterator[R
         rate = float(record.get("lr") or 0.0)
     except KeyError as error:
         raise UserError(f"--metrics {path} line {number} has no field {error}") from None
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         raise UserError(
             f"--metrics {path} line {number}: step, {tokens_field}, loss and lr must be numbers"
         ) from None

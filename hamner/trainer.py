@@ -26,8 +26,9 @@ from hamner.checkpoint import Checkpoint
 from hamner.config import TrainConfig
 from hamner.cost_model import compare_with_reality, predict
 from hamner.cuda_graph import GraphedBackward
-from hamner.data.loader import Batch, DataConfig, TrainLoader, validation_rows
+from hamner.data.loader import Batch, DataConfig, TrainLoader
 from hamner.data.tokenizer import Tokenizer, load_tokenizer
+from hamner.data.validation import ValidationSet
 from hamner.display import Display, count, duration
 from hamner.early_stopping import EarlyStopping
 from hamner.errors import UserError
@@ -71,9 +72,11 @@ class TrainResult:
 
 
 class Loader(Protocol):
-    """Endless training batches that resume exactly."""
+    """Endless training batches that resume exactly; see `hamner.data.loader.TrainLoader`."""
 
-    def __next__(self) -> Batch: ...
+    def next_batch(self, is_stopped: Callable[[], bool]) -> Batch | None: ...
+
+    def progress(self) -> dict[str, dict]: ...
 
     def state_dict(self) -> dict: ...
 
@@ -82,13 +85,21 @@ class Loader(Protocol):
     def close(self) -> None: ...
 
 
-OpenData = Callable[[TrainConfig, Tokenizer, bool], tuple[Loader, Batch]]
-"""(config, tokenizer, whether to pin memory) -> training batches and the validation rows"""
+@dataclass(frozen=True)
+class RunData:
+    """What a run trains and is evaluated on."""
+
+    loader: Loader
+    validation: Batch
+    keep: Callable[[], None] = lambda: None
+    """called once the run's folder is there: writes what the next start need not gather again"""
 
 
-def open_documents(
-    config: TrainConfig, tokenizer: Tokenizer, pin_memory: bool
-) -> tuple[TrainLoader, Batch]:
+OpenData = Callable[[TrainConfig, Tokenizer, bool], RunData]
+"""(config, tokenizer, whether to pin memory) -> what to train on"""
+
+
+def open_documents(config: TrainConfig, tokenizer: Tokenizer, pin_memory: bool) -> RunData:
     """The data of pre-training; see `OpenData`."""
     data = DataConfig(
         specs=config.data,
@@ -98,7 +109,8 @@ def open_documents(
         val_fraction=config.val_fraction,
     )
     loader = TrainLoader(data, tokenizer, pin_memory=pin_memory)
-    return loader, validation_rows(data, tokenizer, config.eval_tokens)
+    validation = ValidationSet(RunFolder(config.folder).validation, loader, config.eval_tokens)
+    return RunData(loader, validation.rows, validation.keep)
 
 
 def train(
@@ -150,7 +162,8 @@ class Trainer:
         self.compute, self.plan, self.attention = setup.compute, setup.plan, setup.attention
         compute = self.compute
         pin_memory = compute.device.type == "cuda"
-        self.loader, self.validation = open_data(config, self.tokenizer, pin_memory)
+        data = open_data(config, self.tokenizer, pin_memory)
+        self.loader, self.validation = data.loader, data.validation
 
         self.model = setup.model(config, initial)
         self.optimizer = AdamW(
@@ -198,6 +211,7 @@ class Trainer:
         if config.resume:
             self.restore()
         run.start(config)
+        data.keep()
         self.metrics, self.samples = RecordLog(run.metrics), RecordLog(run.samples)
         self.saver = BackgroundSaver(
             run.checkpoints,
@@ -243,7 +257,9 @@ class Trainer:
             self.introduce()
             self.mark_interval()
             while not (self.finished or interrupt.requested or self.diagnosis):
-                batch = self.next_batch()
+                batch = self.next_batch(interrupt)
+                if batch is None:
+                    break
                 lr = self.schedule(self.tokens + batch.inputs.numel())
                 norm = self.fitting_step(batch, lr, interrupt, self.step - first_step)
                 if norm is None:
@@ -283,11 +299,11 @@ class Trainer:
         """Whether the run has its length or stopped improving."""
         return self.tokens >= self.schedule.total_tokens or self.early_stopping.exhausted
 
-    def next_batch(self) -> Batch:
-        """The next batch; if the data fails, what was trained is saved first."""
+    def next_batch(self, interrupt: Interrupt) -> Batch | None:
+        """The next batch, None once interrupted; if the data fails, what was trained is saved."""
         try:
             with self.watchdog.waiting():
-                return next(self.loader)
+                return self.loader.next_batch(lambda: interrupt.requested)
         except Exception:
             if self.step:
                 self.save_last()
@@ -449,6 +465,7 @@ class Trainer:
             peak_vram_gib=peak_vram_gib(self.compute.device),
             seconds=seconds,
             skipped_steps=int(self.skipped.item()),
+            sources=self.loader.progress(),
             router=describe_router(self.router),
             spikes=tuple(self.spikes),
         )

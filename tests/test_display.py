@@ -23,6 +23,7 @@ RECORD = Record(
     peak_vram_gib=16.0,
     seconds=1228.8,
     skipped_steps=2,
+    sources={},
 )
 
 

@@ -189,13 +189,16 @@ def test_data_that_fails_saves_first(config, monkeypatch):
     batches = iter([next(made.loader) for _ in range(7)])
 
     class Failing:
-        def __next__(self):
+        def next_batch(self, is_stopped):
             try:
                 return next(batches)
             except StopIteration:
                 raise UserError("the source is gone") from None
 
         def state_dict(self):
+            return {}
+
+        def progress(self):
             return {}
 
         def close(self):
@@ -273,15 +276,15 @@ def test_a_stalled_source_is_noticed_and_the_run_saved(config, monkeypatch, caps
         return checkpoint_of_hang
 
     monkeypatch.setattr(made.saver, "_write", note)
-    real_next = made.loader.__next__
+    real = made.loader
 
     class Stalling:
-        state_dict, close = made.loader.state_dict, made.loader.close
+        state_dict, progress, close = real.state_dict, real.progress, real.close
 
-        def __next__(self):
+        def next_batch(self, is_stopped):
             if made.step == 7:
                 assert saved.wait(30)
-            return real_next()
+            return real.next_batch(is_stopped)
 
     made.loader = Stalling()
     result = run_to_end(made)

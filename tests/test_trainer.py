@@ -98,7 +98,7 @@ def test_run_folder_has_everything(config):
     assert records[-1]["val_loss"] == result.val_loss
     assert set(records[0]) == {
         *("step", "tokens", "loss", "val_loss", "val_step", "lr", "grad_norm"),
-        *("mfu", "peak_vram_gib", "skipped_steps"),
+        *("mfu", "peak_vram_gib", "skipped_steps", "sources"),
     }
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     assert [s["step"] for s in samples] == [10, 10, 10, 20, 20, 20]

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 
 from hamner.conversations.examples import ConversationSource, Example
@@ -66,6 +66,14 @@ class ConversationLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         return self
+
+    def next_batch(self, is_stopped: Callable[[], bool]) -> Batch | None:
+        """The next batch, or None once `is_stopped`; it never waits."""
+        return None if is_stopped() else next(self)
+
+    def progress(self) -> dict[str, State]:
+        """Empty: conversations are in memory, none of their sources can be lost."""
+        return {}
 
     def __next__(self) -> Batch:
         epoch, row = self._position["epoch"], self._position["row"]

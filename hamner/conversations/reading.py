@@ -21,6 +21,7 @@ from hamner.data.files import find_files
 from hamner.data.specs import Spec
 from hamner.data.tokenizer import END_OF_TEXT
 from hamner.errors import UserError
+from hamner.json_input import parse_json
 
 BUILTIN_FILE = "builtin.jsonl"
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.zstd")
@@ -94,13 +95,13 @@ def _parse_lines(stream: IO[bytes], name: str) -> Iterator[Conversation]:
         place = f"{name}, line {number}"
         try:
             # A byte order mark may open the first line.
-            row = json.loads(line.decode("utf-8-sig"))
+            row = parse_json(line.decode("utf-8-sig"))
             messages = parse_conversation(row)
         except json.JSONDecodeError as error:
             raise UserError(f"--data {place}: not JSON ({error.msg})") from error
         except UnicodeDecodeError as error:
             raise UserError(f"--data {place}: not UTF-8 at byte {error.start}") from error
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise UserError(f"--data {place}: {error}") from error
         yield Conversation(messages, f"{Path(name).name}:{number}")
 

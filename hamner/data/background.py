@@ -10,6 +10,10 @@ from typing import Generic, TypeVar
 Item = TypeVar("Item")
 
 
+class NotReady(Exception):
+    """No item yet. Not a TimeoutError: that may be what the iterator itself raised."""
+
+
 class Prefetcher(Generic[Item]):
     """Takes items from an iterator in a thread and keeps up to `depth` of them ready.
 
@@ -35,7 +39,7 @@ class Prefetcher(Generic[Item]):
             timeout: seconds to wait; None waits for ever.
 
         Raises:
-            TimeoutError: no item in that time; a later call may have it.
+            NotReady: no item in that time; a later call may have it.
             StopIteration: the iterator has ended.
             RuntimeError: after `close`.
             Exception: whatever the iterator raised.
@@ -46,7 +50,7 @@ class Prefetcher(Generic[Item]):
             try:
                 item, self._end = self._queue.get(timeout=timeout)
             except queue.Empty:
-                raise TimeoutError from None
+                raise NotReady from None
         if self._end is not None:
             raise self._end
         return item

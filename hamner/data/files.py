@@ -20,10 +20,14 @@ from hamner.data.documents import TEXT_FIELDS, document_text
 from hamner.data.shuffle import State, permutation, shuffled_documents
 from hamner.data.tokenizer import END_OF_TEXT
 from hamner.errors import UserError
+from hamner.json_input import parse_json
 
 BLOCK_BYTES = 4 * 2**20
 #: A text file up to this size is one document; a larger one is cut into documents of about it.
 TEXT_DOCUMENT_BYTES = 64 * 2**10
+#: A longer line, or row group, is no data but a mistake or an attack: it has to be in memory whole.
+MAX_LINE_BYTES = 64 * 2**20
+MAX_ROW_GROUP_BYTES = 2**30
 
 #: First bytes of a file by the last part of its name.
 MAGIC = {".parquet": b"PAR1", ".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}
@@ -53,7 +57,6 @@ class FileSource:
     """
 
     def __init__(self, location: str) -> None:
-        self._location = location
         try:
             self._paths = find_files(location)
             self._sizes = [path.stat().st_size for path in self._paths]
@@ -72,10 +75,7 @@ class FileSource:
 
     def documents(self, seed: int, epoch: int, state: State | None) -> Iterator[tuple[str, State]]:
         """One shuffled epoch; see `shuffled_documents`."""
-        try:
-            yield from shuffled_documents(self._files, seed, epoch, state)
-        except OSError as error:  # a file that went away since
-            raise UserError(f"--data {self._location}: cannot be read ({error})") from error
+        return shuffled_documents(self._files, seed, epoch, state)
 
 
 def find_files(location: str) -> list[Path]:
@@ -139,6 +139,11 @@ class _ParquetFile:
                 field = self._text_field(file.schema_arrow.names)
                 groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
                 for group in permutation(len(groups), *key)[start:]:
+                    if self._size(file.metadata.row_group(group), field) > MAX_ROW_GROUP_BYTES:
+                        raise UserError(
+                            f"--data {self._path}: a row group of more than "
+                            f"{MAX_ROW_GROUP_BYTES // 2**30} GiB; write it with smaller ones"
+                        )
                     values = file.read_row_group(group, columns=[field]).column(0)
                     yield self._texts(field, values, first_row=sum(groups[:group]))
         except (pyarrow.ArrowException, OSError) as error:
@@ -146,6 +151,15 @@ class _ParquetFile:
             raise UserError(
                 f"--data {self._path}: not a readable parquet file ({reason})"
             ) from error
+
+    def _size(self, group: Any, field: str) -> int:
+        """Bytes of a field in memory, as the file says."""
+        columns = map(group.column, range(group.num_columns))
+        return sum(
+            column.total_uncompressed_size
+            for column in columns
+            if column.path_in_schema.partition(".")[0] == field
+        )
 
     def _text_field(self, names: list[str]) -> str:
         for name in TEXT_FIELDS:
@@ -209,6 +223,8 @@ class _TextFile:
                 cut = self._last_cut(buffer) if len(buffer) >= BLOCK_BYTES else 0
                 if cut:
                     yield offset, buffer[:cut]
+                elif len(buffer) > MAX_LINE_BYTES:
+                    self._refuse_length(offset)
                 offset, buffer = offset + cut, buffer[cut:] + chunk
         if buffer:
             yield offset, buffer
@@ -272,7 +288,8 @@ class _JsonLinesFile(_TextFile):
         if position == 0:
             return 0
         stream.seek(position - 1)
-        stream.readline()
+        if len(stream.readline(MAX_LINE_BYTES + 1)) > MAX_LINE_BYTES:
+            self._refuse_length(position)
         return stream.tell()
 
     def _last_cut(self, text: bytes) -> int:
@@ -285,13 +302,19 @@ class _JsonLinesFile(_TextFile):
             text = self._decode(line, offset + begin)
             if text.strip():
                 try:
-                    documents.append(document_text(json.loads(text)))
+                    documents.append(document_text(parse_json(text)))
                 except json.JSONDecodeError as error:
                     self._refuse(offset + begin, f"not JSON ({error.msg})", error)
-                except (ValueError, RecursionError) as error:
+                except ValueError as error:
                     self._refuse(offset + begin, str(error), error)
             begin += len(line)
         return documents
+
+    def _refuse_length(self, offset: int) -> None:
+        raise UserError(
+            f"--data {self._path}: a line of more than {MAX_LINE_BYTES // 2**20} MiB at byte "
+            f"{offset:,}; JSON lines have one document a line"
+        )
 
     def _refuse(self, offset: int, message: str, error: Exception) -> None:
         """Names the line, counted only now: blocks are read in any order."""

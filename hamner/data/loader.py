@@ -6,21 +6,28 @@ never handed out do not count.
 """
 
 import itertools
-from collections.abc import Iterator
+import logging
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
 from hamner.data import stages
-from hamner.data.background import Prefetcher
-from hamner.data.shuffle import State
+from hamner.data.background import NotReady, Prefetcher
+from hamner.data.shuffle import State, check_count
 from hamner.data.sources import TokenSource, open_source
 from hamner.data.specs import Spec, parse_specs
 from hamner.data.tokenizer import Tokenizer
 from hamner.errors import UserError
 
-STATE_VERSION = 1
+logger = logging.getLogger(__name__)
+
+STATE_VERSION = 2
+#: How often a wait for a batch looks whether to go on waiting.
+POLL_SECONDS = 0.1
 #: Validation reads the same documents whatever the seed, so that runs compare.
 VALIDATION_SEED = 0
 
@@ -115,6 +122,16 @@ class TrainLoader:
         return self
 
     def __next__(self) -> Batch:
+        batch = self.next_batch()
+        assert batch is not None
+        return batch
+
+    def next_batch(self, is_stopped: Callable[[], bool] = lambda: False) -> Batch | None:
+        """The next batch, however long a source takes, or None once `is_stopped`.
+
+        Raises:
+            UserError: every source has failed; `state_dict` is still good.
+        """
         if self._batches is None:
             # The thread runs a function, not a method: it must not keep the loader alive.
             batches = _batches(
@@ -126,8 +143,13 @@ class TrainLoader:
                 self._pin_memory,
             )
             self._batches = Prefetcher(batches, self._prefetch, "hamner-data")
-        batch, self._position = self._batches.get()
-        return batch
+        while not is_stopped():
+            try:
+                batch, self._position = self._batches.get(timeout=POLL_SECONDS)
+            except NotReady:
+                continue
+            return batch
+        return None
 
     def state_dict(self) -> State:
         """The state after the last batch handed out: JSON, never counting prefetched batches."""
@@ -137,31 +159,53 @@ class TrainLoader:
         """Goes on where `state_dict` was taken; batch size and sequence length may differ.
 
         Raises:
-            UserError: the state is of other data, another tokenizer, seed or validation split.
+            UserError: the state is of other data, another tokenizer, seed or validation split, or
+                damaged.
         """
         if self._batches is not None:
             raise RuntimeError("load the state before the first batch")
-        _check_same_data(state, self._header)
+        try:
+            _check_same_data(state, self._header)
+            _check_position(state["position"], len(self._specs))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"--resume: the saved data position is damaged ({type(error).__name__}: {error})"
+            ) from error
         self._position = state["position"]
+        for spec, counts in self.progress().items():
+            if counts["lost"]:
+                logger.warning("--data %s: was lost before; still going on without it", spec)
 
     def progress(self) -> dict[str, State]:
         """Counters of each source up to the last batch handed out.
 
         Returns:
             By spec: `tokens` and `documents` read, `epochs` completed before the last document,
-            empty documents `skipped`.
+            empty documents `skipped`, and whether the source is `lost`: the others take its place.
         """
         documents = self._position["documents"] if self._position else None
-        states = documents["sources"] if documents else [None] * len(self._specs)
+        nothing = [None] * len(self._specs)
+        states = documents["sources"] if documents else nothing
+        lost = documents["lost"] if documents else nothing
         return {
             spec.text: {
                 "tokens": state["tokens"] if state else 0,
                 "documents": state["documents"] if state else 0,
                 "epochs": state["epoch"] if state else 0,
                 "skipped": state["skipped"] if state else 0,
+                "lost": since is not None,
             }
-            for spec, state in zip(self._specs, states, strict=True)
+            for spec, state, since in zip(self._specs, states, lost, strict=True)
         }
+
+    def validation_rows(self, max_tokens: int) -> Batch:
+        """As the function of that name, from the sources that are open already."""
+        return _validation_rows(self._config, self._specs, self._sources, max_tokens)
+
+    def validation_key(self, max_tokens: int) -> State:
+        """What decides `validation_rows`: JSON, equal for equal rows."""
+        decisive = {key: value for key, value in self._header.items() if key != "seed"}
+        return decisive | {"seq_len": self._config.seq_len, "max_tokens": max_tokens}
 
     def close(self) -> None:
         """Stops the background thread; the loader gives no more batches."""
@@ -184,14 +228,27 @@ def validation_rows(config: DataConfig, tokenizer: Tokenizer, max_tokens: int) -
     Raises:
         UserError: a source that cannot be read.
     """
+    specs = parse_specs(config.specs)
+    sources = _open_sources(specs, tokenizer, config.val_fraction)
+    return _validation_rows(config, specs, sources, max_tokens)
+
+
+def _validation_rows(
+    config: DataConfig, specs: list[Spec], sources: list[TokenSource], max_tokens: int
+) -> Batch:
     num_rows = max_tokens // config.seq_len if config.val_fraction > 0 else 0
     rows: list[stages.Rows] = []
     if num_rows:
-        specs = parse_specs(config.specs)
-        sources = _open_sources(specs, tokenizer, config.val_fraction)
-        streams = [stages.one_epoch(source, "validation", VALIDATION_SEED) for source in sources]
-        documents = stages.mixture(streams, [spec.weight for spec in specs], None)
-        packed = stages.packed(documents, 1, config.seq_len, None)
+        streams = [
+            stages.WeightedStream(
+                spec.text,
+                spec.weight,
+                lambda _, source=source: stages.one_epoch(source, "validation", VALIDATION_SEED),
+            )
+            for source, spec in zip(sources, specs, strict=True)
+        ]
+        documents = stages.mixture(streams, None)
+        packed = stages.packed(documents, 1, config.seq_len)
         rows = [row for row, _ in itertools.islice(packed, num_rows)]
     empty = np.empty((0, config.seq_len), np.int64)
     return Batch(
@@ -218,14 +275,15 @@ def _batches(
     pin_memory: bool,
 ) -> Iterator[tuple[Batch, State]]:
     """The whole pipeline, going on after `position`."""
-    documents = position["documents"] if position else None
-    states = documents["sources"] if documents else [None] * len(sources)
     streams = [
-        stages.epochs(source, spec.text, config.seed, state)
-        for source, spec, state in zip(sources, specs, states, strict=True)
+        stages.WeightedStream(
+            spec.text, spec.weight, partial(stages.epochs, source, spec.text, config.seed)
+        )
+        for source, spec in zip(sources, specs, strict=True)
     ]
-    mixed = stages.mixture(streams, [spec.weight for spec in specs], documents)
-    for rows, state in stages.packed(mixed, config.batch_size, config.seq_len, position):
+    documents, used = (position["documents"], position["used"]) if position else (None, 0)
+    mixed = stages.mixture(streams, documents, used, stages.LOST_TOKENS)
+    for rows, state in stages.packed(mixed, config.batch_size, config.seq_len):
         tensors = [
             torch.from_numpy(array[rank_rows].copy())
             for array in (rows.inputs, rows.targets, rows.document_ids)
@@ -233,6 +291,34 @@ def _batches(
         if pin_memory:
             tensors = [tensor.pin_memory() for tensor in tensors]
         yield Batch(*tensors), state
+
+
+def _check_position(position: State | None, num_sources: int) -> None:
+    """Refuses what is not the state of `stages.packed`, which a damaged file may hold.
+
+    Raises:
+        AttributeError, KeyError, TypeError, ValueError: with what is wrong.
+    """
+    if position is None:
+        return
+    check_count(position, "used")
+    documents = position["documents"]
+    for key in ("sources", "credit", "lost", "used"):
+        if len(documents[key]) != num_sources:
+            raise ValueError(f"{key} of {len(documents[key])} sources")
+    if not all(math.isfinite(credit) and credit >= 0 for credit in documents["credit"]):
+        raise ValueError("credit")
+    for key in ("lost", "used"):
+        for value in documents[key]:
+            if key == "used" or value is not None:
+                check_count({key: value}, key)
+    for source in documents["sources"]:
+        if source is not None:
+            for key in ("epoch", "tokens", "documents", "skipped"):
+                check_count(source, key)
+            if source["position"] is not None:
+                for key in ("file", "block", "row"):
+                    check_count(source["position"], key)
 
 
 def _check_same_data(saved: State, current: State) -> None:

@@ -7,7 +7,6 @@ from there, and ends with the same bytes as one that was not.
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, get_args
 
 import numpy as np
 
+from hamner.data.atomic import TEMPORARY, write_whole
 from hamner.data.documents import Split
 from hamner.data.shards import (
     DTYPES,
@@ -26,13 +26,12 @@ from hamner.data.shards import (
     Shard,
     read_json,
 )
-from hamner.data.shuffle import State
+from hamner.data.shuffle import State, check_count
 from hamner.data.sources import TextSource, open_text_source, tokenized
 from hamner.data.specs import parse_specs
 from hamner.data.tokenizer import Tokenizer
 from hamner.errors import UserError
 
-TEMPORARY = ".new"
 _TEMPORARY_NAME = re.compile(
     r"((train|validation)-\d{5,}\.(tokens|offsets)|(index|progress)\.json)" + re.escape(TEMPORARY)
 )
@@ -159,8 +158,8 @@ class _ShardPair:
             if offsets[-1] == 0:
                 continue
             name = f"{split}-{number:05d}"
-            _write(folder / f"{name}.tokens", self._data[split])
-            _write(folder / f"{name}.offsets", np.array(offsets, dtype=OFFSET_DTYPE).tobytes())
+            write_whole(folder / f"{name}.tokens", self._data[split])
+            write_whole(folder / f"{name}.offsets", np.array(offsets, dtype=OFFSET_DTYPE).tobytes())
             shards.append(
                 {
                     "split": split,
@@ -182,8 +181,6 @@ def _resume(output: Path, header: State) -> State:
     progress = header | {"source": 0, "state": None, "pairs": 0, "shards": [], "skipped": 0}
     if PROGRESS in names:
         progress = _read_own(output / PROGRESS, header)
-        for shard in progress["shards"]:
-            Shard(output, shard, DTYPES[header["dtype"]], header["vocab_size"])
     elif names - unfinished:
         raise UserError(
             f"--output {output}: holds other files ({min(names - unfinished)}); "
@@ -204,18 +201,33 @@ def _read_own(path: Path, header: State) -> State:
                 f"--output {path.parent}: holds shards of another preparation ({key} was "
                 f"{saved.get(key)}, now {value}); give another folder or repeat its command"
             )
+    try:
+        _check_own(path, saved)
+    except (KeyError, OSError, TypeError, ValueError) as error:
+        raise UserError(
+            f"--output {path.parent}: {path.name} is damaged ({error!r}); empty the folder and "
+            "prepare it again"
+        ) from error
     return saved
 
 
+def _check_own(path: Path, saved: State) -> None:
+    """Refuses an index or progress that cannot be gone on from.
+
+    Raises:
+        KeyError, OSError, TypeError, ValueError: with what is wrong.
+    """
+    for shard in saved["shards"]:
+        Shard(path.parent, shard, DTYPES[saved["dtype"]], saved["vocab_size"])
+    check_count(saved, "skipped")
+    if path.name == PROGRESS:
+        check_count(saved, "pairs")
+        if check_count(saved, "source") >= len(saved["sources"]):
+            raise ValueError(f"source {saved['source']}")
+        if saved["state"] is not None:
+            for key in ("file", "block", "row"):
+                check_count(saved["state"], key)
+
+
 def _write_json(path: Path, value: State) -> None:
-    _write(path, json.dumps(value, indent=1).encode())
-
-
-def _write(path: Path, data: bytes | bytearray) -> None:
-    """Readers see the old file or the whole new one."""
-    temporary = path.with_name(path.name + TEMPORARY)
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_whole(path, json.dumps(value, indent=1).encode())

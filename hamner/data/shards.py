@@ -8,16 +8,17 @@ DIR/progress.json              only while unfinished: where to go on
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
 from hamner.data.documents import Split
-from hamner.data.shuffle import State, shuffled_documents
+from hamner.data.shuffle import State, check_count, shuffled_documents
 from hamner.data.tokenizer import Tokenizer
 from hamner.errors import UserError
+from hamner.json_input import parse_json
 
 FORMAT = "hamner-shards"
 VERSION = 1
@@ -62,7 +63,7 @@ class ShardSource:
         try:
             dtype = DTYPES[index["dtype"]]
             shards = [Shard(folder, s, dtype, tokenizer.vocab_size) for s in index["shards"]]
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, OSError, TypeError, ValueError) as error:
             raise UserError(
                 f"--data shards:{location}: {INDEX} is damaged ({error!r}); prepare it again"
             ) from error
@@ -82,20 +83,27 @@ class ShardSource:
 
 
 class Shard:
-    """One shard on disk; its sizes are checked here, its content when it is first read."""
+    """One shard on disk; its sizes are checked here, its content when it is first read.
+
+    Raises:
+        UserError: files that are missing or of another size.
+        KeyError, OSError, TypeError, ValueError: an entry that is none, with what is wrong.
+    """
 
     def __init__(self, folder: Path, entry: State, dtype: np.dtype, vocab_size: int) -> None:
+        if entry["split"] not in get_args(Split):
+            raise ValueError(f"split {entry['split']!r}")
         self.split: Split = entry["split"]
-        self.tokens = int(entry["tokens"])
+        self.tokens, documents = (check_count(entry, key) for key in ("tokens", "documents"))
         self._dtype = dtype
         self._vocab_size = vocab_size
         self._sha256 = entry["sha256"]
-        self._path = folder / Path(entry["file"]).name
-        self._offsets_path = folder / Path(entry["offsets"]).name
+        self._path = _inside(folder, entry["file"])
+        self._offsets_path = _inside(folder, entry["offsets"])
         self._is_checked = False
         sizes = {
             self._path: self.tokens * dtype.itemsize,
-            self._offsets_path: (int(entry["documents"]) + 1) * OFFSET_DTYPE.itemsize,
+            self._offsets_path: (documents + 1) * OFFSET_DTYPE.itemsize,
         }
         for path, size in sizes.items():
             found = path.stat().st_size if path.is_file() else 0
@@ -139,9 +147,21 @@ class _ShardDocuments(Sequence[np.ndarray]):
         return np.array(self._tokens[self._offsets[index] : self._offsets[index + 1]])
 
 
+def _inside(folder: Path, name: str) -> Path:
+    """The file of that name in the folder, whatever the name pretends.
+
+    Raises:
+        ValueError: it is, or is a link to, a file elsewhere.
+    """
+    path = folder / name
+    if path.resolve().parent != folder.resolve():
+        raise ValueError(f"{name!r} is not in the folder")
+    return path
+
+
 def read_json(path: Path) -> State:
     try:
-        value = json.loads(path.read_text("utf-8"))
+        value = parse_json(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(value, dict):

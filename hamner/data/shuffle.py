@@ -15,6 +15,18 @@ Document = TypeVar("Document", covariant=True)
 State = dict[str, Any]
 
 
+def check_count(state: State, key: str) -> int:
+    """A number of a saved state, which a damaged file may hold no more.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is not there, or not a count.
+    """
+    value = state[key]
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{key} {value!r}")
+    return value
+
+
 def permutation(length: int, *key: int) -> np.ndarray:
     """A random permutation of `range(length)` that depends on the key alone.
 

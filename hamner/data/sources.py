@@ -45,7 +45,7 @@ class TokenSource(Protocol):
 
 
 def open_text_source(spec: Spec) -> TextSource:
-    """The reader of a spec that gives text.
+    """The reader of a spec that gives text; it reads on after a disk's or network's errors.
 
     Raises:
         UserError: nothing to read there.
@@ -54,13 +54,15 @@ def open_text_source(spec: Spec) -> TextSource:
         from hamner.data.builtin import BuiltinSource
 
         return BuiltinSource()
+    from hamner.data.retry import RetriedSource
+
     if spec.kind == "hub":
         from hamner.data.hub import HubSource
 
-        return HubSource(spec.location)
+        return RetriedSource(HubSource(spec.location), spec.text)
     from hamner.data.files import FileSource
 
-    return FileSource(spec.location)
+    return RetriedSource(FileSource(spec.location), spec.text)
 
 
 def open_source(spec: Spec, tokenizer: Tokenizer, val_fraction: float) -> TokenSource:

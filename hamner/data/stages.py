@@ -7,7 +7,8 @@ the position of the whole pipeline is to keep the state that came with the last 
 small JSON and are never changed once yielded.
 """
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,16 @@ from hamner.data.documents import Split
 from hamner.data.shuffle import State
 from hamner.data.sources import TokenSource
 from hamner.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+#: A lost source is asked again after so many tokens of the others: half an hour or more at the
+#: speeds of one GPU, so that waiting for one that is still dead costs little.
+LOST_TOKENS = 50_000_000
+
+
+class SourceLost(UserError):
+    """A source that has given documents and now fails: others can take its place."""
 
 
 def epochs(
@@ -30,28 +41,45 @@ def epochs(
         state: to go on from; its counters are what `TrainLoader.progress` shows.
 
     Raises:
-        UserError: an epoch without a single training document.
+        SourceLost: it fails after its first document, or has none left.
+        UserError: it fails before, or has none at all.
     """
     state = state or {"epoch": 0, "position": None, "tokens": 0, "documents": 0, "skipped": 0}
-    while True:
-        is_whole, documents_before = state["position"] is None, state["documents"]
-        for ids, position in source.tokens("train", seed, state["epoch"], state["position"]):
-            is_empty = len(ids) == 0
-            state = {
-                "epoch": state["epoch"],
-                "position": position,
-                "tokens": state["tokens"] + len(ids),
-                "documents": state["documents"] + (not is_empty),
-                "skipped": state["skipped"] + is_empty,
-            }
-            if not is_empty:
-                yield ids, state
-        if is_whole and state["documents"] == documents_before:
-            raise UserError(
-                f"--data {name}: no document to train on ({state['skipped']} empty ones skipped, "
-                "the rest, if any, held out for validation)"
-            )
-        state = {**state, "epoch": state["epoch"] + 1, "position": None}
+    try:
+        while True:
+            is_whole, documents_before = state["position"] is None, state["documents"]
+            for ids, position in source.tokens("train", seed, state["epoch"], state["position"]):
+                is_empty = len(ids) == 0
+                state = {
+                    "epoch": state["epoch"],
+                    "position": position,
+                    "tokens": state["tokens"] + len(ids),
+                    "documents": state["documents"] + (not is_empty),
+                    "skipped": state["skipped"] + is_empty,
+                }
+                if not is_empty:
+                    yield ids, state
+            if is_whole and state["documents"] == documents_before:
+                raise UserError(
+                    f"--data {name}: no document to train on ({state['skipped']} empty ones "
+                    "skipped, the rest, if any, held out for validation)"
+                )
+            state = {**state, "epoch": state["epoch"] + 1, "position": None}
+            _announce_epoch(name, state["epoch"])
+    except UserError as error:
+        if state["documents"] == 0:
+            raise
+        raise SourceLost(str(error)) from error
+
+
+def _announce_epoch(name: str, epoch: int) -> None:
+    """Says that documents come again: the 1st, 2nd, 4th, 8th ... time."""
+    if epoch & (epoch - 1) == 0:
+        logger.warning(
+            "--data %s: all of it has been read %d times over; its documents come again",
+            name,
+            epoch,
+        )
 
 
 def one_epoch(source: TokenSource, split: Split, seed: int) -> Iterator[tuple[np.ndarray, State]]:
@@ -63,30 +91,102 @@ def one_epoch(source: TokenSource, split: Split, seed: int) -> Iterator[tuple[np
             yield ids, {"tokens": tokens}
 
 
+@dataclass(frozen=True)
+class WeightedStream:
+    """A source as `mixture` sees it.
+
+    Attributes:
+        name: in messages, as the user wrote it.
+        weight: share of the tokens, relative to the others' weights.
+        read: its documents, each with the state to go on after it, from a state on (None: from the
+            beginning). A state counts the `tokens` so far.
+    """
+
+    name: str
+    weight: float
+    read: Callable[[State | None], Iterator[tuple[np.ndarray, State]]]
+
+
 def mixture(
-    streams: Sequence[Iterator[tuple[np.ndarray, State]]],
-    weights: Sequence[float],
+    streams: Sequence[WeightedStream],
     state: State | None,
-) -> Iterator[tuple[np.ndarray, State]]:
-    """Takes each document from the stream whose tokens lag its weight the most.
+    used: int = 0,
+    lost_tokens: int = LOST_TOKENS,
+) -> Iterator[tuple[np.ndarray, int, State]]:
+    """Takes each document from the stream whose credit of tokens lags its weight the most.
 
     So the shares of tokens follow the weights to within a document, at any time. A stream that
     ends is left out.
+
+    A stream that is lost is left out too, with a warning, and the shares of the others follow
+    their weights. After every `lost_tokens` tokens it is asked again. When it comes back its
+    credit is level with the others': it takes its share from there, and makes up for nothing, lest
+    the model see it alone for hours. Who is lost is part of the state, so a resumed run goes by the
+    same shares.
+
+    Args:
+        streams: the sources.
+        state: to go on from.
+        used: tokens of the next document that were inputs already. Should its stream be lost now,
+            they are remembered until it comes back.
+        lost_tokens: as above.
+
+    Yields:
+        A document, how many of its tokens were inputs already, and the state to read it again.
+
+    Raises:
+        SourceLost: the last stream is lost.
+        UserError: a state that does not fit its document.
     """
-    states = list(state["sources"]) if state else [None] * len(streams)
-    live = set(range(len(streams)))
-    while live:
-        index = min(live, key=lambda i: (_tokens(states[i]) / weights[i], i))
+    count = len(streams)
+    state = state or {
+        "sources": [None] * count,
+        "credit": [0.0] * count,
+        "lost": [None] * count,
+        "used": [0] * count,
+    }
+    keys = ("sources", "credit", "lost", "used")
+    states, credit, lost, used_of = (list(state[key]) for key in keys)
+    readers = [stream.read(of) for stream, of in zip(streams, states, strict=True)]
+    total = sum(of["tokens"] for of in states if of)
+    ended: set[int] = set()
+    pending: int | None = used
+
+    def level(index: int) -> float:
+        return credit[index] / streams[index].weight
+
+    while True:
+        live = [i for i in range(count) if lost[i] is None and i not in ended]
+        due = [i for i in range(count) if lost[i] is not None and total >= lost[i] + lost_tokens]
+        if not live:
+            return
+        index = due[0] if due else min(live, key=lambda i: (level(i), i))
+        if pending is not None:
+            used_of[index], pending = pending, None
+        state = dict(zip(keys, map(list, (states, credit, lost, used_of)), strict=True))
+        if due:
+            readers[index] = streams[index].read(states[index])
+            credit[index] = min(map(level, live)) * streams[index].weight
         try:
-            ids, states[index] = next(streams[index])
+            ids, states[index] = next(readers[index])
         except StopIteration:
-            live.remove(index)
+            ended.add(index)
             continue
-        yield ids, {"sources": list(states)}
-
-
-def _tokens(state: State | None) -> int:
-    return state["tokens"] if state else 0
+        except SourceLost as error:
+            if live == [index]:
+                raise
+            logger.warning("%s. TRAINING GOES ON WITHOUT IT, on the other sources alone", error)
+            lost[index] = total
+            continue
+        if lost[index] is not None:
+            logger.warning("--data %s: is back", streams[index].name)
+            lost[index] = None
+        skip, used_of[index] = used_of[index], 0
+        if skip >= len(ids):
+            raise UserError("--resume: the saved data position is damaged: its document is shorter")
+        total += len(ids)
+        credit[index] += len(ids)
+        yield ids, skip, state
 
 
 @dataclass(frozen=True)
@@ -105,38 +205,31 @@ class Rows:
 
 
 def packed(
-    documents: Iterator[tuple[np.ndarray, State]],
-    num_rows: int,
-    seq_len: int,
-    state: State | None,
+    documents: Iterator[tuple[np.ndarray, int, State]], num_rows: int, seq_len: int
 ) -> Iterator[tuple[Rows, State]]:
     """Lays documents end to end and cuts every `num_rows * seq_len` tokens, losing none.
 
     What is left over at a cut is always the end of the last document. So the state is the state
     before that document and the number of its tokens that were inputs already, which holds for any
-    number and length of rows. A stream that ends loses what does not fill the rows.
+    number and length of rows: what `mixture` takes to go on. A stream that ends loses what does not
+    fill the rows.
 
     Args:
-        documents: token ids, going on after `state["documents"]`.
+        documents: as `mixture` yields them.
         num_rows: rows of an item.
         seq_len: T.
-        state: to go on from.
     """
-    before, skip = (state["documents"], state["used"]) if state else (None, 0)
-    after = before
     size = num_rows * seq_len
     pieces: list[np.ndarray] = []
     available = 0
     while True:
         while available <= size:  # one token more than the inputs: the last target
-            before = after
             try:
-                document, after = next(documents)
+                document, skip, before = next(documents)
             except StopIteration:
                 return
             pieces.append(document[skip:])
             available += len(document) - skip
-            skip = 0
         left = available - size
         pieces[-1] = pieces[-1][: len(pieces[-1]) - left + 1]
         used = len(document) - left

@@ -5,10 +5,11 @@ were learnt. So the first n ids are themselves a byte-level BPE, the one that tr
 `vocab_size=n` on the same text gives, and small models use the same file with a cut.
 """
 
+import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from hamner.errors import UserError
+from hamner.json_input import parse_json
 
 END_OF_TEXT = "<|endoftext|>"
 SPECIAL_TOKENS = (END_OF_TEXT, "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
@@ -59,33 +61,34 @@ class Tokenizer:
     """
 
     def __init__(self, definition: str, name: str) -> None:
-        try:
+        with _refused(f"--tokenizer {name}: not a tokenizer.json"):
             backend = tokenizers.Tokenizer.from_str(definition)
-        except Exception as error:  # the library raises bare Exception
-            raise UserError(f"--tokenizer {name}: not a tokenizer.json ({error})") from error
-        backend.encode_special_tokens = True
-        backend.no_truncation()
-        backend.no_padding()
+            backend.encode_special_tokens = True
+            backend.no_truncation()
+            backend.no_padding()
+            self.definition: dict = parse_json(definition)
+            self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self._backend = backend
-        self.definition: dict = json.loads(definition)
         self._name = name
-        self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         # Of the file, not of `backend.to_str()`, which changes with the library's version.
         canonical = json.dumps(self.definition, sort_keys=True)
         self.fingerprint: str = hashlib.sha256(canonical.encode()).hexdigest()
         self.eot_id: int = self._find_eot_id()
 
     def encode(self, text: str) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=False).ids
+        with _refused(f"--tokenizer {self._name}: it cannot encode"):
+            return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Encodes on all cores and without the GIL."""
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        with _refused(f"--tokenizer {self._name}: it cannot encode"):
+            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids, special tokens spelled out."""
-        return self._backend.decode(list(ids), skip_special_tokens=False)
+        with _refused(f"--tokenizer {self._name}: it cannot decode"):
+            return self._backend.decode(list(ids), skip_special_tokens=False)
 
     def stream(self) -> "StreamDecoder":
         """A decoder for ids that come one by one."""
@@ -179,6 +182,18 @@ class StreamDecoder:
         """What is left at the end; bytes that make no character become U+FFFD."""
         whole = self._backend.decode(self._ids, skip_special_tokens=False)
         return whole[self._given :]
+
+
+@contextlib.contextmanager
+def _refused(what: str) -> Iterator[None]:
+    """Turns what the library raises, bare exceptions and its panics, into a `UserError`."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic is no Exception
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"{what} ({reason})") from error
 
 
 def load_tokenizer(name: str = "builtin", vocab_size: int | None = None) -> Tokenizer:

@@ -66,7 +66,7 @@ def test_one_file_may_mix_the_forms(tmp_path):
 
 def test_folders_globs_and_compression(tmp_path):
     plain = write(tmp_path / "a.jsonl", OPENAI).read_bytes()
-    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(plain))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(plain, mtime=0))
     with pyarrow.output_stream(str(tmp_path / "c.jsonl.zst"), compression="zstd") as stream:
         stream.write(plain)
     assert [c.messages for c in read(str(tmp_path))] == [MESSAGES] * 3
@@ -116,7 +116,7 @@ def test_a_row_that_is_no_conversation_is_refused_by_line(tmp_path, row, named):
         ("a.jsonl", b"{not json\n", "line 1: not JSON"),
         ("a.jsonl", b'{"text": "\xff"}\n', "line 1: not UTF-8"),
         ("a.jsonl", b"[" * 100_000, "line 1"),
-        ("a.jsonl.gz", gzip.compress(b"{}" * 50)[:-9], "cannot be read"),
+        ("a.jsonl.gz", gzip.compress(b"{}" * 50, mtime=0)[:-9], "cannot be read"),
         ("a.jsonl.zst", b"no zstd", "cannot be read"),
         ("a.txt", b"Hi", "read from .jsonl files"),
     ],

@@ -4,7 +4,7 @@ import weakref
 
 import pytest
 
-from hamner.data.background import Prefetcher
+from hamner.data.background import NotReady, Prefetcher
 
 
 def test_items_come_in_order_and_then_the_end():
@@ -28,6 +28,15 @@ def test_exception_arrives_in_its_place_and_stays():
             prefetcher.get()
 
 
+def test_time_out_of_the_iterator_is_not_a_slow_item():
+    def items():
+        raise TimeoutError("read timed out")
+        yield
+
+    with pytest.raises(TimeoutError, match="read timed out"):
+        Prefetcher(items(), 1, "test").get(timeout=60)
+
+
 def test_slow_item_times_out_and_is_not_lost():
     ready = threading.Event()
 
@@ -36,7 +45,7 @@ def test_slow_item_times_out_and_is_not_lost():
         yield 1
 
     prefetcher = Prefetcher(items(), 1, "test")
-    with pytest.raises(TimeoutError):
+    with pytest.raises(NotReady):
         prefetcher.get(timeout=0.05)
     ready.set()
     assert prefetcher.get() == 1

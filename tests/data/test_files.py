@@ -146,7 +146,7 @@ def test_nothing_there_is_refused(tmp_path):
     (tmp_path / "a.csv").write_text("a,b")
     refused(tmp_path / "a.csv", "name of a data file must end in")
     refused(tmp_path, "the folder has no file")
-    refused("x" * 5000, "cannot be read")
+    refused("x" * 300, "cannot be read")
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_nothing_there_is_refused(tmp_path):
         ("a.jsonl", b'"ok"\n\n{"text": "cut\n', "line 3: not JSON"),
         ("a.jsonl", b'"ok"\n{"text": null}\n', 'line 2: "text" must be a string, not null'),
         ("a.jsonl", b'{"body": "x"}', r"line 1: has no field .* \(it has body\)"),
-        ("a.jsonl", b"[" * 100_000, "line 1: .*recursion"),
+        ("a.jsonl", b"[" * 100_000, "line 1: nested too deeply"),
         ("a.jsonl", b'{"text": "\\ud800"}', "line 1: .* half a surrogate pair"),
     ],
 )
@@ -185,14 +185,6 @@ def test_content_that_cannot_be_read_is_refused(tmp_path, name, content, message
     path = tmp_path / name
     path.write_bytes(content)
     refused(path, re.escape(str(path)) + ".*" + message)
-
-
-def test_file_that_went_away_is_refused(tmp_path):
-    (tmp_path / "a.txt").write_text("a")
-    source = FileSource(str(tmp_path))
-    (tmp_path / "a.txt").unlink()
-    with pytest.raises(UserError, match="--data .*cannot be read .*a.txt"):
-        list(source.documents(0, 0, None))
 
 
 def test_line_number_of_a_compressed_file(tmp_path):

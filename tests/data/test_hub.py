@@ -8,12 +8,13 @@ import pytest
 from datasets.exceptions import DatasetNotFoundError
 
 from hamner.data import hub
-from hamner.data.hub import HubSource, Retry, open_dataset
+from hamner.data.hub import HubSource, open_dataset
 from hamner.data.loader import DataConfig, TrainLoader
+from hamner.data.retry import RetriedSource, Retry
 from hamner.errors import UserError
 
 TEXTS = [f"file {i % 4} document {i}" for i in range(200)]
-FAST = Retry(stall_seconds=0.5, attempts=3, first_delay_seconds=0.001, max_delay_seconds=0.002)
+FAST = Retry(attempts=3, first_delay_seconds=0.001, max_delay_seconds=0.002)
 
 
 @pytest.fixture
@@ -72,7 +73,10 @@ def fails(error=None):
 def faulty(repository, *faults):
     faults = list(faults)
     opener = open_local(repository)
-    return HubSource("owner/name", opener=lambda *a: Faulty(opener(*a), faults), retry=FAST), faults
+    source = HubSource(
+        "owner/name", opener=lambda *a: Faulty(opener(*a), faults), stall_seconds=0.5
+    )
+    return RetriedSource(source, "hf:owner/name", FAST), faults
 
 
 def texts(source, seed=0, epoch=0):
@@ -96,7 +100,8 @@ def test_resumes_after_any_document(repository):
     for index in (0, 13, 14, 15, 49, 50, 123, 199):
         state = json.loads(json.dumps(whole[index][1]))
         resumed = HubSource("owner/name", opener=open_local(repository)).documents(0, 0, state)
-        assert list(resumed) == whole[index + 1 :]
+        # The stream's own states may name the same place in several ways.
+        assert [text for text, _ in resumed] == [text for text, _ in whole[index + 1 :]]
 
 
 def test_resumes_in_the_middle_of_parquet_files(write_parquet, tmp_path):
@@ -160,14 +165,6 @@ def test_row_that_is_no_document_is_refused_at_once(repository, row):
     source = HubSource("owner/name", opener=lambda *a: GarbageDataset(opener(*a), []))
     with pytest.raises(UserError, match="--data hf:owner/name: a row "):
         texts(source)
-
-
-def test_delays_grow_with_jitter_up_to_a_limit():
-    retry = Retry(first_delay_seconds=1.0, max_delay_seconds=60.0)
-    for failures, longest in [(1, 1), (2, 2), (5, 16), (7, 60), (20, 60)]:
-        delays = {retry.delay(failures) for _ in range(50)}
-        assert all(longest / 2 <= delay <= longest for delay in delays)
-        assert len(delays) > 1
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,24 @@
+import contextlib
 import itertools
 import json
+import re
+from functools import partial
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hamner.data.shuffle import shuffled_documents
-from hamner.data.stages import epochs, mixture, one_epoch, packed
+from hamner.data.stages import (
+    LOST_TOKENS,
+    SourceLost,
+    WeightedStream,
+    epochs,
+    mixture,
+    one_epoch,
+    packed,
+)
 from hamner.errors import UserError
 from tests.data.test_shuffle import ListFile
 
@@ -31,10 +42,16 @@ class FakeSource:
 
 def stream(sources, weights, num_rows, seq_len, state=None, seed=0):
     """The pipeline from sources to rows, going on after `state`."""
-    documents = state["documents"] if state else None
-    states = documents["sources"] if documents else [None] * len(sources)
-    streams = [epochs(source, "x", seed, s) for source, s in zip(sources, states, strict=True)]
-    return packed(mixture(streams, weights, documents), num_rows, seq_len, state)
+    documents, used = (state["documents"], state["used"]) if state else (None, 0)
+    return packed(mixed(sources, weights, documents, seed, used), num_rows, seq_len)
+
+
+def mixed(sources, weights, state, seed=0, used=0, lost_tokens=LOST_TOKENS):
+    streams = [
+        WeightedStream(f"source {i}", weight, partial(epochs, source, f"source {i}", seed))
+        for i, (source, weight) in enumerate(zip(sources, weights, strict=True))
+    ]
+    return mixture(streams, state, used, lost_tokens)
 
 
 LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=25).filter(any)
@@ -89,23 +106,100 @@ def test_document_ids_begin_at_zero_and_change_where_the_document_does(lengths, 
 def test_mixture_keeps_to_the_weights_and_resumes(lengths, weights, stop):
     sources = [FakeSource(some, first_token=1000 * i) for i, some in enumerate(lengths)]
 
-    def run(state):
-        states = state["sources"] if state else [None] * 3
-        streams = [epochs(s, "x", 0, t) for s, t in zip(sources, states, strict=True)]
-        return mixture(streams, weights, state)
-
     counts = np.zeros(3)
-    items = list(itertools.islice(run(None), 120))
-    for ids, state in items:
+    items = list(itertools.islice(mixed(sources, weights, None), 120))
+    for ids, _, state in items:
+        assert [s["tokens"] if s else 0 for s in state["sources"]] == counts.tolist()
         counts[ids[0] // 1000] += len(ids)
         # Nobody is ahead of another by more than the document that it was just given.
         ahead = counts / weights
         assert (ahead - 40 / np.array(weights) <= ahead.min() + 1e-9).all()
-        assert [s["tokens"] if s else 0 for s in state["sources"]] == counts.tolist()
-    rest = list(itertools.islice(run(items[stop - 1][1]), 120 - stop))
-    for (ids, state), (again, state_again) in zip(items[stop:], rest, strict=True):
+    rest = list(itertools.islice(mixed(sources, weights, items[stop][2]), 120 - stop))
+    for (ids, _, state), (again, _, state_again) in zip(items[stop:], rest, strict=True):
         assert ids.tolist() == again.tolist()
         assert state == state_again
+
+
+class FailingSource(FakeSource):
+    """Fails instead of giving its n-th document, counted over all attempts, for each n given."""
+
+    def __init__(self, lengths, first_token, failures):
+        super().__init__(lengths, first_token)
+        self._given = itertools.count()
+        self._failures = failures
+
+    def tokens(self, split, seed, epoch, state):
+        for item in super().tokens(split, seed, epoch, state):
+            if next(self._given) in self._failures:
+                raise UserError("failed")
+            yield item
+
+
+@settings(max_examples=50)
+@given(
+    lengths=st.tuples(LENGTHS, LENGTHS, LENGTHS),
+    failures=st.tuples(*[st.sets(st.integers(0, 60), max_size=12)] * 3),
+    weights=st.tuples(*[st.floats(0.1, 10)] * 3),
+    shapes=SHAPES,
+    lost_tokens=st.integers(0, 200),
+)
+def test_no_token_is_lost_or_repeated_by_lost_sources(
+    lengths, failures, weights, shapes, lost_tokens
+):
+    """Sources fail and come back, the run is interrupted, its shape changes: all at any time."""
+    sources = [FailingSource(some, 2000 * i, failures[i]) for i, some in enumerate(lengths)]
+    inputs, state = [], None
+    for num_rows, seq_len, count in itertools.cycle([*shapes, (1, 3, 2)]):
+        if sum(map(np.size, inputs)) > 800:
+            break
+        documents, used = (state["documents"], state["used"]) if state else (None, 0)
+        rows = packed(mixed(sources, weights, documents, 0, used, lost_tokens), num_rows, seq_len)
+        with contextlib.suppress(UserError):  # the last one is lost: a run stops, and is resumed
+            for row, after in itertools.islice(rows, count):
+                inputs.append(row.inputs.ravel())
+                state = json.loads(json.dumps(after))
+    tokens = np.concatenate(inputs)
+    for i, some in enumerate(lengths):
+        of_source = tokens[tokens // 2000 == i]
+        expected = []
+        for ids, _ in epochs(FakeSource(some, 2000 * i), "x", 0, None):
+            if len(expected) >= len(of_source):
+                break
+            expected += ids.tolist()
+        assert of_source.tolist() == expected[: len(of_source)]
+
+
+def test_a_source_that_fails_before_its_first_document_is_refused():
+    sources = [FakeSource([3]), FailingSource([3, 3], 1000, {0})]
+    with pytest.raises(UserError, match="failed") as caught:
+        list(itertools.islice(mixed(sources, [1, 1], None), 10))
+    assert not isinstance(caught.value, SourceLost)
+
+
+def test_a_lost_source_is_asked_again_and_takes_its_share_from_there(caplog):
+    always = range(3, 12)
+    sources = [FakeSource([10] * 20), FailingSource([10] * 20, 1000, set(always))]
+    items = list(itertools.islice(mixed(sources, [1, 1], None, lost_tokens=100), 400))
+    is_second = [ids[0] >= 1000 for ids, _, _ in items]
+    lost = [state["lost"][1] is not None for _, _, state in items]
+    begin, end = lost.index(True), 400 - lost[::-1].index(True)
+    assert not any(is_second[begin : end - 1]) and is_second[end - 1]
+    # Nine attempts, each after 100 tokens of the other, then half of the documents as before.
+    assert end - 1 - begin == 9 * 10
+    assert abs(sum(is_second[end:]) - (400 - end) / 2) <= 1
+    assert caplog.text.count("TRAINING GOES ON WITHOUT IT") == len(always)
+    assert caplog.text.count("source 1: is back") == 1
+
+
+def test_repeated_documents_are_announced(caplog):
+    list(itertools.islice(epochs(FakeSource([1, 1]), "notes.txt", 0, None), 19))
+    found = [int(n) for n in re.findall(r"notes\.txt: all .* read (\d+) times", caplog.text)]
+    assert found == [1, 2, 4, 8]
+
+
+def test_state_of_a_longer_document_is_refused():
+    with pytest.raises(UserError, match="--resume: .* damaged"):
+        next(mixed([FakeSource([3])], [1], None, used=3))
 
 
 def test_exhausted_source_starts_its_next_epoch_in_a_new_order():
@@ -127,6 +221,9 @@ def test_source_without_a_document_is_refused(lengths):
 
 def test_finite_streams_end_and_leave_the_others():
     sources = [FakeSource([3, 3]), FakeSource([5] * 9, first_token=1000)]
-    streams = [one_epoch(source, "validation", 0) for source in sources]
-    tokens = np.concatenate([ids for ids, _ in mixture(streams, [1, 1], None)])
+    streams = [
+        WeightedStream("x", 1, lambda _, source=source: one_epoch(source, "validation", 0))
+        for source in sources
+    ]
+    tokens = np.concatenate([ids for ids, _, _ in mixture(streams, None)])
     assert sorted(tokens) == sorted(np.concatenate([s.every_token for s in sources]))

@@ -280,7 +280,7 @@ class Trainer:
                     self.sample()
                 if config.stop_after and self.step - first_step >= config.stop_after:
                     break
-            self.watch.pause()
+            self.pause_watch()
             self.judge_steps(wait=True)
             self.save_last()
             self.draw()
@@ -430,7 +430,7 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self) -> None:
         """Mean cross-entropy over the validation rows."""
-        self.watch.pause()
+        self.pause_watch()
         # In small pieces: a step's memory may be reserved by its CUDA graph at the same time.
         rows = len(self.validation.inputs)
         size = max(1, min(self.plan.micro_batch_size, EVALUATION_TOKENS // self.config.seq_len))
@@ -483,6 +483,12 @@ class Trainer:
         self.spikes.clear()
         self.mark_interval()
 
+    def pause_watch(self) -> None:
+        """Stop the clock when the steps under way are done: what is launched is not yet trained."""
+        if self.compute.device.type == "cuda":
+            torch.cuda.synchronize(self.compute.device)
+        self.watch.pause()
+
     def mark_interval(self) -> None:
         """Start the interval the next log line is about."""
         if self.watch.started is None:
@@ -528,7 +534,7 @@ class Trainer:
 
     def sample(self) -> None:
         """Continue the fixed prompts and keep the texts."""
-        self.watch.pause()
+        self.pause_watch()
         for prompt in PROMPTS:
             text = generate(self.model, self.tokenizer, prompt, seed=self.config.seed)
             record = {"step": self.step, "tokens": self.tokens, "prompt": prompt, "text": text}

@@ -97,6 +97,22 @@ def test_resume_is_exact_with_the_default_kernels(config, tmp_path):
     assert_equal_weights(whole, train(replace(halves, resume=True)))
 
 
+def test_work_under_way_counts_as_training_time(config):
+    """What is launched before an evaluation runs during it, if nobody waits for it first."""
+    trainer = Trainer(config, RunFolder(config.folder))
+    try:
+        trainer.evaluate()  # loads what is loaded once
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        trainer.watch.start()
+        start.record()
+        torch.cuda._sleep(1_000_000_000)
+        end.record()
+        trainer.evaluate()
+        assert trainer.watch.seconds >= start.elapsed_time(end) / 1e3
+    finally:
+        trainer.close()
+
+
 @pytest.fixture
 def whole_gpu():
     """Gives back the cap that --vram-budget puts on the process."""

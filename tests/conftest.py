@@ -36,6 +36,12 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """On a GPU, which is often lent for minutes, show a failure when it happens."""
+    if report.failed and torch.cuda.is_available():
+        print(f"\n{report.nodeid}\n{report.longreprtext[-2_000:]}", flush=True)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print the tables that tests recorded: what every kernel takes of each GPU, and the like."""
     tables: dict[str, list[str]] = {}

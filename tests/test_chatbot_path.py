@@ -10,6 +10,9 @@ import gguf
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+# One worker, which trains once for all of them.
+pytestmark = pytest.mark.xdist_group("from nothing to a chatbot")
+
 SMALL = [
     *("--option", "tiny", "--hidden-size", "64", "--num-layers", "2", "--vocab-size", "600"),
     *("--expert-intermediate-size", "128", "--max-seq-len", "128", "--seq-len", "128"),

@@ -20,11 +20,34 @@ from hamner.run_folder import RunFolder
 
 STATE_FORMAT = 2
 """of state.json"""
+NUMBER, COUNT = (int, float), (int,)
 STATE_FIELDS = {
-    *("format", "step", "tokens", "seconds", "optimizer_steps", "skipped_steps"),
-    *("loss_sum", "loss_steps", "val_loss", "val_step", "recent_losses"),
-    *("schedule", "model", "tokenizer", "data", "rng", "versions"),
+    "format": COUNT,
+    "step": COUNT,
+    "tokens": COUNT,
+    "seconds": NUMBER,
+    "optimizer_steps": COUNT,
+    "skipped_steps": COUNT,
+    "loss_sum": NUMBER,
+    "loss_steps": COUNT,
+    "val_loss": (*NUMBER, type(None)),
+    "val_step": (*COUNT, type(None)),
+    "recent_losses": (list,),
+    "schedule": (dict,),
+    "model": (dict,),
+    "tokenizer": (str,),
+    "data": (dict,),
+    "rng": (dict,),
+    "versions": (dict,),
 }
+"""of state.json, with the types of their values"""
+SCHEDULE_FIELDS = {
+    "warmup_steps": COUNT,
+    "warmup_tokens": NUMBER,
+    "length": (list,),
+    "total_tokens": COUNT,
+}
+_ANOTHER = "remove that checkpoint, or start another run with --run-dir FOLDER"
 _NOT_THE_MODEL = {"gradient_checkpointing", "router_aux_loss_coef", "router_z_loss_coef"}
 """fields of ModelConfig that say how to train, not what the weights are"""
 
@@ -53,13 +76,31 @@ def find_checkpoint(folder: Path, notes: list[str]) -> tuple[Checkpoint | None, 
             f"--resume: {found.path} was imported without its optimizer's state, so its training "
             "cannot go on here; fine-tune it with python -m hamner.sft"
         )
-    if state.get("format") != STATE_FORMAT or not state.keys() >= STATE_FIELDS:
+    path = found.path / checkpoint.STATE_FILE
+    if state.get("format") != STATE_FORMAT:
         raise CheckpointError(
-            f"{found.path / checkpoint.STATE_FILE} has format {state.get('format')}, this version "
-            f"of Hamner resumes format {STATE_FORMAT}; start another run with --run-dir FOLDER"
+            f"{path} has format {state.get('format')}, this version of Hamner resumes format "
+            f"{STATE_FORMAT}; start another run with --run-dir FOLDER"
         )
+    _require_fields(path, state, STATE_FIELDS)
+    _require_fields(path, state["schedule"], SCHEDULE_FIELDS)
+    if not all(_is_a(value, NUMBER) for value in state["recent_losses"]):
+        raise CheckpointError(f"{path}: recent_losses must be numbers; {_ANOTHER}")
     notes += [f"WARNING: passed over a newer checkpoint: {error}" for error in errors]
     return found, state
+
+
+def _require_fields(path: Path, found: dict, fields: dict[str, tuple[type, ...]]) -> None:
+    for name, types in fields.items():
+        value = found.get(name)
+        is_count = types[0] is int and not isinstance(value, float)
+        if name not in found or not _is_a(value, types) or (is_count and value and value < 0):
+            raise CheckpointError(f"{path}: {name} is missing or not what it must be; {_ANOTHER}")
+
+
+def _is_a(value: object, types: tuple[type, ...]) -> bool:
+    """isinstance, except that JSON's true is no number."""
+    return isinstance(value, types) and not isinstance(value, bool)
 
 
 def rewind(run: RunFolder, step: int) -> None:

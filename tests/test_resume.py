@@ -1,5 +1,7 @@
 """What may change between two starts of a run, and what may not."""
 
+import hashlib
+import json
 from dataclasses import replace
 
 import pytest
@@ -207,3 +209,31 @@ def test_other_data_is_refused_unless_insisted(stopped, tmp_path, capsys):
     )
     # From here on the new data is the run's.
     assert train(replace(changed, steps=22)).step == 22
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("step", "10"),
+        ("step", True),
+        ("tokens", -1),
+        ("seconds", None),
+        ("recent_losses", ["low"]),
+        ("rng", []),
+        ("schedule", {"warmup_steps": 3}),
+        ("tokenizer", 7),
+    ],
+)
+def test_a_state_of_the_wrong_kind_is_one_sentence(stopped, name, value):
+    """Even with sums that fit: whoever edits a checkpoint by hand makes them anew."""
+    (saved,) = checkpoint.find(stopped.run_dir / "checkpoints")
+    path, manifest = saved.path / "state.json", saved.path / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    sums = json.loads(manifest.read_text())
+    sums["files"]["state.json"] = {
+        "bytes": path.stat().st_size,
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+    }
+    manifest.write_text(json.dumps(sums))
+    with pytest.raises(UserError, match=r"state.json: \w+ (is missing or not|must be)"):
+        train(stopped)

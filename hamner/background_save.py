@@ -72,9 +72,10 @@ class BackgroundSaver:
 
         Args:
             step: names the checkpoint.
-            model: the module's parameters.
+            model: the module's parameters and buffers.
             optimizer: masters and moments.
-            counters: 0-d tensors that belong into `state` but are still on the device.
+            counters: small tensors that belong into `state` but are still on the device; there
+                they are a number or nested lists.
             state: the rest of state.json.
         """
         if self._future is not None:
@@ -138,7 +139,7 @@ class BackgroundSaver:
         """Body of the thread."""
         if copied is not None:
             copied.synchronize()
-        state |= {name: counter.item() for name, counter in counters.items()}
+        state |= {name: counter.tolist() for name, counter in counters.items()}
         for path in self.records:
             if path.exists():
                 checkpoint.flush(path)

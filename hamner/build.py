@@ -36,7 +36,7 @@ class Setup:
         if initial is None:
             model.initialize(config.seed)
         else:
-            initial.load_model(dict(model.named_parameters()))
+            initial.load_model(model.state_dict())
         return model
 
 

@@ -1,7 +1,7 @@
 """Saved state on disk: a checkpoint folder is whole or does not exist.
 
     checkpoints/step_00001000/
-        model.safetensors       the module's parameters, in their compute dtype
+        model.safetensors       the module's parameters, in their compute dtype, and buffers
         optimizer.safetensors   fp32 masters and moments
         state.json              counters, data position, RNG state, versions
         manifest.json           size and SHA-256 of each of the three

@@ -33,6 +33,12 @@ def architecture(config: ModelConfig) -> str:
             "routed ones; only dense models, mixtures without shared experts and dense models "
             "with differential attention can be exported"
         )
+    if config.router_balance == "bias":
+        raise UserError(
+            "--to: Mixtral, the format of mixtures, has no place for the router biases of "
+            "--router-balance bias; train with --router-balance aux to export, or use this model "
+            "with hamner.chat and hamner.evaluate"
+        )
     if config.is_moe and config.use_differential_attention:
         raise UserError(
             "--to: no model of Hugging Face's or llama.cpp's joins differential attention with "

@@ -53,7 +53,8 @@ class Record:
     """by --data SPEC: tokens, documents, epochs, skipped, lost (see `TrainLoader.progress`);
     empty for conversations"""
     router: dict | None = None
-    """per layer expert load (shares of the routed assignments) and entropy (nats), or None"""
+    """per layer expert load (shares of the routed assignments) and entropy (nats), means over the
+    same steps as the loss, and dropped (assignments that no expert took: none ever); or None"""
     spikes: tuple[Spike, ...] = ()
     """steps since the last record whose loss stood out"""
 

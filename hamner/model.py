@@ -197,6 +197,8 @@ class MoEMLP(nn.Module):
         experts, d, width = config.num_experts, config.hidden_size, config.expert_intermediate_size
         self.norm = RMSNorm(d, config.rms_norm_eps)
         self.router = nn.Linear(d, experts, bias=False)
+        bias = torch.empty(experts, dtype=torch.float32)
+        self.register_buffer("router_bias", bias if config.router_balance == "bias" else None)
         self.gate_up_weight = nn.Parameter(torch.empty(experts, 2 * width, d))
         self.down_weight = nn.Parameter(torch.empty(experts, d, width))
         self.shared = SharedExpert(config, ops) if config.num_shared_experts else None
@@ -206,7 +208,9 @@ class MoEMLP(nn.Module):
         normed, residual = self.ops.add_rms_norm(x, residual, self.norm.weight, self.norm.eps)
         tokens = normed.flatten(0, 1)
         logits = self.ops.router_linear(tokens, self.router.weight)
-        routing = self.ops.moe_route(logits, self.config.num_experts_per_token)
+        routing = self.ops.moe_route(
+            logits, self.config.num_experts_per_token, bias=self.router_bias
+        )
         out = self.ops.moe_mlp(
             tokens, routing, self.gate_up_weight, self.down_weight, rebuild=rebuild
         )
@@ -264,7 +268,8 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
-        """Matrices from normal(0, 0.02), norm weights 1, lambda vectors from normal(0, 0.1).
+        """Matrices from normal(0, 0.02), norm weights 1, lambda vectors from normal(0, 0.1),
+        router biases 0.
 
         Drawn on the CPU in the order of the parameters, so every device starts from equal weights.
         """
@@ -276,6 +281,8 @@ class Transformer(nn.Module):
             std = 0.1 if "lambda" in name else 0.02
             values = torch.empty(parameter.shape, dtype=torch.float32)
             parameter.copy_(values.normal_(0.0, std, generator=generator))
+        for bias in self.buffers():
+            bias.zero_()
 
     def forward(
         self,
@@ -314,7 +321,8 @@ class Transformer(nn.Module):
         )
         loss = cross_entropy
         if router is not None:
-            loss = loss + self.config.router_aux_loss_coef * router.load_balancing_loss
+            if self.config.router_balance == "aux":
+                loss = loss + self.config.router_aux_loss_coef * router.load_balancing_loss
             loss = loss + self.config.router_z_loss_coef * router.z_loss
         return Output(None, loss, cross_entropy, router)
 
@@ -336,6 +344,23 @@ class Transformer(nn.Module):
             cos, sin = cos[rows], sin[rows]
         positions = None if document_ids is None else document_positions(document_ids)
         return Context(Rotary(cos, sin, positions), document_ids, cache)
+
+    @torch.no_grad()
+    def balance_routers(self, load: Tensor, is_good: Tensor) -> None:
+        """Move every router's biases one step towards even load (arXiv:2408.15664, algorithm 1).
+
+            b_e += speed * sign(mean load - load_e)
+
+        In place, because a CUDA graph reads them where they are. Only with `router_balance` bias.
+
+        Args:
+            load: (layers, experts) of the whole step.
+            is_good: () bool, on the device; false leaves the biases as they are.
+        """
+        direction = (load.mean(dim=1, keepdim=True) - load).sign()
+        steps = torch.where(is_good, direction * self.config.router_bias_update_speed, 0.0)
+        for layer, step in zip(self.layers, steps, strict=True):
+            layer.mlp.router_bias.add_(step)
 
     def matrices(self) -> Iterator[nn.Parameter]:
         """Parameters that matmuls read: computed in bf16 and decayed, unlike the vectors."""

@@ -65,7 +65,7 @@ class Ops:
     router_linear: Callable[..., Tensor]
     """(x (N, D), weight (E, D)) -> router logits (N, E), fp32"""
     moe_route: Callable[..., Routing]
-    """(router_logits (N, E), experts per token) -> Routing"""
+    """(router_logits (N, E), experts per token, *, bias (E,) fp32 or None) -> Routing"""
     moe_mlp: Callable[..., Tensor]
     """(x (N, D), routing, gate_up_weight (E, 2I, D), down_weight (E, D, I), *, rebuild)
     -> (N, D)"""

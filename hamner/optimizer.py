@@ -60,6 +60,7 @@ class AdamW:
     ) -> None:
         self.ops, self.weight_decay, self.grad_clip = ops, weight_decay, grad_clip
         self.parameters = dict(model.named_parameters())
+        self.buffers = dict(model.named_buffers())
         self.masters: dict[str, Tensor] = {}
         self.accumulated: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
@@ -76,9 +77,9 @@ class AdamW:
 
     @torch.no_grad()
     def restore(self, saved: Checkpoint, steps: int) -> None:
-        """Load weights, masters and moments of a checkpoint, whatever precision it was saved in."""
+        """Load the model, masters and moments of a checkpoint, whatever precision it has."""
         masters = {name: self.master(name) for name in self.parameters}
-        saved.load_model(masters)
+        saved.load_model({**masters, **self.buffers})
         saved.load_optimizer(masters, self.exp_avg, self.exp_avg_sq)
         for name, master in self.masters.items():
             self.parameters[name].copy_(master)

@@ -62,8 +62,15 @@ class ModelConfig:
     """subtract two softmax maps (DIFF Transformer, arXiv:2410.05258)"""
     gradient_checkpointing: bool = True
     """allow recomputing activations in the backward pass; --recompute says how"""
+    router_balance: Literal["aux", "bias"] = "aux"
+    """what keeps the experts' load even: a loss, or a bias per expert that only the choice of
+    experts sees and that each step moves towards even load, without a loss (DeepSeek-V3,
+    arXiv:2408.15664, 2412.19437)"""
     router_aux_loss_coef: float = 0.01
-    """weight of the load-balancing loss (Switch Transformer, arXiv:2101.03961)"""
+    """weight of the load-balancing loss (Switch Transformer, arXiv:2101.03961), with
+    --router-balance aux"""
+    router_bias_update_speed: float = 0.001
+    """what a step adds to or takes from an expert's bias, with --router-balance bias"""
     router_z_loss_coef: float = 0.001
     """weight of the router z-loss (ST-MoE, arXiv:2202.08906)"""
 
@@ -74,7 +81,7 @@ class ModelConfig:
             _require(getattr(self, name) >= 1, f"--{flag(name)} must be at least 1")
         for name in ("num_experts", "num_experts_per_token", "num_shared_experts"):
             _require(getattr(self, name) >= 0, f"--{flag(name)} must not be negative")
-        for name in ("rope_theta", "rms_norm_eps"):
+        for name in ("rope_theta", "rms_norm_eps", "router_bias_update_speed"):
             _require(getattr(self, name) > 0, f"--{flag(name)} must be above 0")
         if self.rope_scaling != "none":
             _require(
@@ -108,6 +115,10 @@ class ModelConfig:
             _require(
                 self.num_experts_per_token == 0 and self.num_shared_experts == 0,
                 "--num-experts-per-token and --num-shared-experts need --num-experts above 0",
+            )
+            _require(
+                self.router_balance == "aux",
+                f"--router-balance {self.router_balance} needs --num-experts above 0",
             )
         if self.use_differential_attention:
             _require(

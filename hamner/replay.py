@@ -132,7 +132,7 @@ def _load_weights(model: nn.Module, config: TrainConfig, step: int) -> str:
         return "the initial weights, as the run has no checkpoint"
     nearest = min(found, key=lambda saved: (saved.step >= step, abs(saved.step - step)))
     nearest.verify()
-    nearest.load_model(dict(model.named_parameters()))
+    nearest.load_model(model.state_dict())
     return f"the weights of {nearest.path}"
 
 

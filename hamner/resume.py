@@ -48,7 +48,10 @@ SCHEDULE_FIELDS = {
     "total_tokens": COUNT,
 }
 _ANOTHER = "remove that checkpoint, or start another run with --run-dir FOLDER"
-_NOT_THE_MODEL = {"gradient_checkpointing", "router_aux_loss_coef", "router_z_loss_coef"}
+_NOT_THE_MODEL = {
+    *("gradient_checkpointing", "router_aux_loss_coef", "router_z_loss_coef"),
+    "router_bias_update_speed",
+}
 """fields of ModelConfig that say how to train, not what the weights are"""
 
 

@@ -41,7 +41,7 @@ class SavedModel:
         return self.checkpoint.state().get("stage") == "sft"
 
     def weights(self) -> dict[str, Tensor]:
-        """The parameters by name, on the CPU, in the dtypes they were saved in."""
+        """Every tensor by name, on the CPU, in the dtypes they were saved in."""
         return load_file(self.checkpoint.path / MODEL_FILE)
 
     def build(self, device: torch.device) -> Transformer:
@@ -66,7 +66,7 @@ class SavedModel:
         for parameter in model.matrices():
             parameter.data = parameter.data.to(dtype)
         model.to_empty(device=device).requires_grad_(False)
-        self.checkpoint.load_model(dict(model.named_parameters()))
+        self.checkpoint.load_model(model.state_dict())
         return model
 
 

@@ -39,6 +39,7 @@ from hamner.model import RouterStatistics
 from hamner.ops import IGNORED_TARGET
 from hamner.optimizer import AdamW, Schedule
 from hamner.reporting import open_reporters, require_installed
+from hamner.router_monitor import RouterMonitor, StarvationDetector
 from hamner.run_folder import RecordLog, RunFolder
 from hamner.step_monitor import SpikeDetector, StepMonitor
 from hamner.watchdog import Watchdog
@@ -194,7 +195,9 @@ class Trainer:
         self.loss_steps = torch.zeros((), dtype=torch.int64, device=compute.device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=compute.device)
         self.step_loss = torch.zeros((), device=compute.device)
-        self.router: RouterStatistics | None = None
+        is_moe = config.model.is_moe
+        self.routers = RouterMonitor(config.model, compute.device) if is_moe else None
+        self.starvation = StarvationDetector(config.model) if is_moe else None
 
         self.monitor = StepMonitor()
         self.spike_detector = SpikeDetector([])
@@ -383,11 +386,15 @@ class Trainer:
         kept = [int((batch.targets[s : s + size] != IGNORED_TARGET).sum()) for s in starts]
         started = time.perf_counter()
         loss = torch.zeros((), device=self.compute.device)
+        if self.routers:
+            self.routers.begin_step()
         for number, start in enumerate(starts):
             share = torch.full((), kept[number] / max(1, sum(kept)), device=self.compute.device)
             rows = slice(start, start + size)
             cross_entropy, router = self.micro_step(*self.to_device(batch, rows), share)
             loss += cross_entropy * share
+            if self.routers:
+                self.routers.add(router, len(batch.inputs[rows]) / len(batch.inputs))
             if len(starts) > 1:
                 self.optimizer.accumulate()
             if self.step == 0 and number == 0 and self.compute.device.type == "cpu":
@@ -401,7 +408,11 @@ class Trainer:
         self.loss_sum += torch.where(is_good, loss, 0.0)
         self.loss_steps += is_good
         self.skipped += ~is_good
-        self.step_loss, self.router = loss, router
+        self.step_loss = loss
+        if self.routers:
+            self.routers.end_step(is_good)
+            if self.config.model.router_balance == "bias":
+                self.model.balance_routers(self.routers.step_load, is_good)
         return norm
 
     def forward_backward(
@@ -466,7 +477,7 @@ class Trainer:
             seconds=seconds,
             skipped_steps=int(self.skipped.item()),
             sources=self.loader.progress(),
-            router=describe_router(self.router),
+            router=self.routers and self.routers.read(steps),
             spikes=tuple(self.spikes),
         )
         self.append(self.metrics, record.to_json())
@@ -476,12 +487,32 @@ class Trainer:
             except Exception as error:  # whatever ails a service, the run does not end of it
                 self.display.message(f"WARNING: {type(reporter).__name__} failed: {error}")
         self.display.show(record)
+        self.warn_of_starved_experts(record, steps)
         if self.interval_start < PLAN_CHECK_STEP <= self.step:
             self.compare_with_plan(record)
         self.loss_sum.zero_()
         self.loss_steps.zero_()
         self.spikes.clear()
         self.mark_interval()
+
+    def warn_of_starved_experts(self, record: Record, steps: int) -> None:
+        """Say which experts of a mixture get next to nothing, each once."""
+        if record.router is None:
+            return
+        for starved in self.starvation.starved(record.router["load"], steps):
+            self.display.message(
+                f"WARNING: layer {starved.layer}: expert {starved.expert} gets "
+                f"{starved.load:.1%} of the assignments, under a quarter of its fair share "
+                f"({1 / self.config.model.num_experts:.1%}), since {self.starvation.STEPS} steps or "
+                f"more; {self.balance_advice}"
+            )
+
+    @property
+    def balance_advice(self) -> str:
+        """How to even out the experts' load."""
+        if self.config.model.router_balance == "bias":
+            return "raise --router-bias-update-speed"
+        return "raise --router-aux-loss-coef, or start a run with --router-balance bias"
 
     def pause_watch(self) -> None:
         """Stop the clock when the steps under way are done: what is launched is not yet trained."""
@@ -578,12 +609,13 @@ class Trainer:
             log.flush()
         self.saver.begin(
             self.step,
-            model=self.optimizer.parameters,
+            model=self.model.state_dict(),
             optimizer=self.optimizer.state_tensors(),
             counters={
                 "skipped_steps": self.skipped,
                 "loss_sum": self.loss_sum,
                 "loss_steps": self.loss_steps,
+                **({"router_sum": self.routers.interval_sum} if self.routers else {}),
             },
             state={
                 "format": resume.STATE_FORMAT,
@@ -596,6 +628,7 @@ class Trainer:
                 "recent_losses": list(self.spike_detector.recent),
                 "schedule": resume.describe_schedule(self.config, self.schedule),
                 **self.early_stopping.state_dict(),
+                **({"starvation": self.starvation.state_dict()} if self.starvation else {}),
                 "stage": self.config.stage,
                 "model": self.config.to_json()["model"],
                 "tokenizer": self.tokenizer.fingerprint,
@@ -687,6 +720,10 @@ class Trainer:
         self.val_loss, self.val_step = state["val_loss"], state["val_step"]
         self.spike_detector = SpikeDetector(state["recent_losses"])
         self.early_stopping.load_state_dict(state)
+        # Checkpoints of mixtures that are older than these sums begin an interval anew.
+        if self.routers and "router_sum" in state:
+            self.routers.interval_sum.copy_(torch.tensor(state["router_sum"]))
+            self.starvation.load_state_dict(state["starvation"])
         checkpoint.set_rng_state(state["rng"])
         resume.rewind(self.run, self.step)
         self.saved = found
@@ -769,10 +806,3 @@ class Trainer:
 def due(step: int, every: int) -> bool:
     """Whether something done `every` so many steps (0: never) is due."""
     return every > 0 and step % every == 0
-
-
-def describe_router(router: RouterStatistics | None) -> dict | None:
-    """Expert load and entropy per layer, for the metrics."""
-    if router is None:
-        return None
-    return {"load": router.load.tolist(), "entropy": router.entropy.tolist()}

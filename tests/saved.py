@@ -42,13 +42,13 @@ def save_run(
     RunFolder(folder).start(config)
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(exist_ok=True)
-    matrices = set(model.matrices())
+    matrices = {name for name, p in model.named_parameters() if p.ndim >= 2}
     checkpoint.save(
         checkpoints,
         step,
         model={
-            name: p.to(dtype) if p in matrices else p.detach()
-            for name, p in model.named_parameters()
+            name: tensor.to(dtype) if name in matrices else tensor
+            for name, tensor in model.state_dict().items()
         },
         optimizer={},
         state={

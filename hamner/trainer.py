@@ -503,8 +503,8 @@ class Trainer:
             self.display.message(
                 f"WARNING: layer {starved.layer}: expert {starved.expert} gets "
                 f"{starved.load:.1%} of the assignments, under a quarter of its fair share "
-                f"({1 / self.config.model.num_experts:.1%}), since {self.starvation.STEPS} steps or "
-                f"more; {self.balance_advice}"
+                f"({1 / self.config.model.num_experts:.1%}), for {self.starvation.STEPS} steps "
+                f"by now; {self.balance_advice}"
             )
 
     @property

@@ -49,6 +49,11 @@ def random_batch(config: TrainConfig) -> Batch:
 KINDS = {
     "dense": {},
     "moe": {"num_experts": 4, "num_experts_per_token": 2, "num_shared_experts": 1},
+    "moe-bias": {
+        "num_experts": 4,
+        "num_experts_per_token": 2,
+        "router_balance": "bias",
+    },
     "differential": {"use_differential_attention": True},
 }
 

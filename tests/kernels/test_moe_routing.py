@@ -161,6 +161,31 @@ def test_bias_chooses_but_does_not_weigh(device):
     assert bias.grad is None
 
 
+def test_bias_decides_between_ties_and_ties_of_the_sums_go_to_the_lower_expert(device):
+    logits = torch.zeros(20, 6, device=device)
+    bias = torch.tensor([0.0, 0.0, 0.5, 0.0, 0.5, 0.0], device=device)
+    routing = assert_matches_reference(logits, 3, bias=bias)
+    assert routing.experts[0].tolist() == [2, 4, 0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_matches_reference_with_a_bias(shape, dtype, device):
+    num_tokens, num_experts, top_k = shape
+    generator = torch.Generator().manual_seed(2)
+    bias = (0.1 * torch.randn(num_experts, generator=generator)).to(device)
+    logits = random_logits(num_tokens, num_experts, dtype, device)
+    assert_matches_reference(logits, top_k, bias=bias)
+
+
+def test_a_bias_of_zero_changes_nothing(device):
+    logits = random_logits(257, 5, torch.float32, device)
+    plain = moe_route(logits, 3)
+    biased = moe_route(logits, 3, bias=torch.zeros(5, device=device))
+    for name, expected, actual in zip(Routing._fields, plain, biased, strict=True):
+        assert torch.equal(expected, actual), name
+
+
 @pytest.mark.parametrize("renormalize", [True, False])
 def test_gradient_is_the_derivative(renormalize, device):
     logits = random_logits(6, 4, torch.float32, device, scale=2.0)

@@ -149,6 +149,36 @@ def require_same_model(
         )
 
 
+def require_router_state(found: Checkpoint, state: dict, model: ModelConfig) -> bool:
+    """Whether the checkpoint of a mixture has its routers' state; ones older than it have none.
+
+    Raises:
+        CheckpointError: the state is not what it must be.
+    """
+    if not model.is_moe or "router_sum" not in state:
+        return False
+    experts = model.num_experts
+    starvation = state.get("starvation")
+    starvation = starvation if isinstance(starvation, dict) else {}
+    tables = {
+        "router_sum": (state["router_sum"], experts + 1, NUMBER),
+        "starvation: low_steps": (starvation.get("low_steps"), experts, COUNT),
+        "starvation: told": (starvation.get("told"), experts, (bool,)),
+    }
+    for name, (rows, columns, types) in tables.items():
+        is_table = isinstance(rows, list) and len(rows) == model.num_layers
+        if not is_table or not all(
+            isinstance(row, list)
+            and len(row) == columns
+            and all(isinstance(value, types) for value in row)
+            for row in rows
+        ):
+            raise CheckpointError(
+                f"{found.path / checkpoint.STATE_FILE}: {name} is not what it must be; {_ANOTHER}"
+            )
+    return True
+
+
 def load_position(loader: TrainLoader, saved: dict, config: TrainConfig, notes: list[str]) -> None:
     """Go on in the data where the checkpoint was.
 

@@ -708,6 +708,7 @@ class Trainer:
             resume.rewind(self.run, 0)
             return
         resume.require_same_model(found, state, self.config, self.tokenizer)
+        has_routers = resume.require_router_state(found, state, self.config.model)
         self.optimizer.restore(found, state["optimizer_steps"])
         resume.load_position(self.loader, state["data"], self.config, self.notes)
         self.position = self.loader.state_dict()
@@ -720,8 +721,7 @@ class Trainer:
         self.val_loss, self.val_step = state["val_loss"], state["val_step"]
         self.spike_detector = SpikeDetector(state["recent_losses"])
         self.early_stopping.load_state_dict(state)
-        # Checkpoints of mixtures that are older than these sums begin an interval anew.
-        if self.routers and "router_sum" in state:
+        if has_routers:
             self.routers.interval_sum.copy_(torch.tensor(state["router_sum"]))
             self.starvation.load_state_dict(state["starvation"])
         checkpoint.set_rng_state(state["rng"])

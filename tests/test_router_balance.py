@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from hamner.checkpoint import Checkpoint
 from hamner.config import TrainConfig
 from hamner.errors import UserError
 from hamner.export import ExportConfig, export
@@ -157,6 +158,35 @@ def test_resume_is_exact(config):
     assert saved.dtype == torch.float32
     assert saved.any()
     assert metrics(config.run_dir) == metrics(halves.run_dir)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"router_sum": 1.0},
+        {"router_sum": [[0.5] * 4] * 2},
+        {"starvation": None},
+        {"starvation": {"low_steps": [["0"] * 4] * 2, "told": [[False] * 4] * 2}},
+    ],
+)
+def test_damaged_state_of_the_routers_is_refused(config, damage, monkeypatch):
+    train(replace(config, stop_after=1))
+    state = Checkpoint.state
+    monkeypatch.setattr(Checkpoint, "state", lambda self: state(self) | damage)
+    with pytest.raises(UserError, match=f"{next(iter(damage))}.* is not what it must be"):
+        train(replace(config, resume=True))
+
+
+def test_a_mixture_saved_before_its_routers_had_state_resumes(config, monkeypatch):
+    train(replace(config, stop_after=1))
+    state = Checkpoint.state
+
+    def older(self) -> dict:
+        values = state(self)
+        return {k: v for k, v in values.items() if k not in ("router_sum", "starvation")}
+
+    monkeypatch.setattr(Checkpoint, "state", older)
+    assert train(replace(config, resume=True, stop_after=1)).step == 2
 
 
 def test_recompute_sees_the_biases_of_the_forward_pass(config):

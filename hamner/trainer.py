@@ -46,8 +46,6 @@ from hamner.watchdog import Watchdog
 
 PATIENCE_SECONDS = 10.0
 """longest an interrupted step is finished; a slower one is dropped and comes again on resume"""
-
-
 EVALUATION_TOKENS = 2_048
 """of one forward pass of an evaluation"""
 FIRST_STEPS = 5

@@ -65,15 +65,21 @@ def loaded(saved: Checkpoint, elements: int = 50) -> torch.Tensor:
     return weight
 
 
-def test_what_is_written_is_the_state_of_the_moment(saver, monkeypatch):
-    """Training goes on while the thread has not written a byte yet."""
-    may_write = threading.Event()
+@pytest.fixture
+def may_write(monkeypatch) -> threading.Event:
+    """The writer waits until it is set."""
+    event = threading.Event()
     real_save = checkpoint.save
     monkeypatch.setattr(
         background_save.checkpoint,
         "save",
-        lambda *args, **kwargs: may_write.wait(10) and real_save(*args, **kwargs),
+        lambda *args, **kwargs: event.wait(10) and real_save(*args, **kwargs),
     )
+    return event
+
+
+def test_what_is_written_is_the_state_of_the_moment(saver, may_write):
+    """Training goes on while the thread has not written a byte yet."""
     weight = begin(saver, 3)
     weight.fill_(-1.0)
     assert saver.collect() is None
@@ -84,14 +90,7 @@ def test_what_is_written_is_the_state_of_the_moment(saver, monkeypatch):
     assert saver.wait() is None
 
 
-def test_one_save_at_a_time(saver, monkeypatch):
-    may_write = threading.Event()
-    real_save = checkpoint.save
-    monkeypatch.setattr(
-        background_save.checkpoint,
-        "save",
-        lambda *args, **kwargs: may_write.wait(10) and real_save(*args, **kwargs),
-    )
+def test_one_save_at_a_time(saver, may_write):
     begin(saver, 1)
     saver.wanted = True
     assert not saver.ready

@@ -12,25 +12,14 @@ from hamner.config import TrainConfig
 from hamner.run_folder import RunFolder
 from hamner.trainer import Trainer, train
 from tests.test_trainer import NeverInterrupted, metrics
-from tests.test_trainer_gpu import random_batch
+from tests.test_trainer_gpu import random_batch, tiny_config
 
 pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture
 def config(tmp_path) -> TrainConfig:
-    """Option tiny on the built-in corpus, for a few steps."""
-    return replace(
-        TrainConfig.for_option("tiny"),
-        run_dir=tmp_path / "run",
-        steps=20,
-        log_every=1,
-        eval_every=10,
-        save_every=0,
-        sample_every=0,
-        device="cuda",
-        attention="triton",
-    )
+    return replace(tiny_config(tmp_path), log_every=1, attention="triton")
 
 
 def test_a_save_copies_the_moment_and_waits_for_nothing(tmp_path):

@@ -1,6 +1,7 @@
 """The trainer on a GPU: no waits inside a step, kernels against plain torch, memory as planned."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +19,7 @@ from tests.test_trainer import NeverInterrupted, assert_equal_weights
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture
-def config(tmp_path) -> TrainConfig:
+def tiny_config(tmp_path: Path) -> TrainConfig:
     """Option tiny on the built-in corpus, as long as a test needs."""
     return replace(
         TrainConfig.for_option("tiny"),
@@ -30,6 +30,11 @@ def config(tmp_path) -> TrainConfig:
         sample_every=0,
         device="cuda",
     )
+
+
+@pytest.fixture
+def config(tmp_path) -> TrainConfig:
+    return tiny_config(tmp_path)
 
 
 def random_batch(config: TrainConfig) -> Batch:

@@ -65,6 +65,17 @@ ROWS = pytest.StashKey[list[dict]]()
 MISFITS = pytest.StashKey[list[dict]]()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def recordable_stream():
+    """Kernels are timed as CUDA graphs."""
+    import torch
+
+    from bench.timing import use_recordable_stream
+
+    if torch.cuda.is_available():
+        use_recordable_stream()
+
+
 @pytest.fixture(scope="session")
 def conditions(request: pytest.FixtureRequest) -> dict:
     """GPU, power limit, clocks, driver, versions, commit: of every row."""

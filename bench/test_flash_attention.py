@@ -6,9 +6,10 @@
 peers are those that can skip: flash-attn's variable lengths and FlexAttention's block mask.
 
 Each row first compares the output and gradients of one group of heads with fp32 plain torch, and is
-not timed if they disagree. Medians with 10th and 90th percentiles and TFLOP/s (pairs that are seen,
-4 hd FLOPs forward and 10 backward) are in the row's extra_info (`--benchmark-json`);
-pytest-benchmark's own columns include the launch from Python and a wait for the GPU.
+not timed if they disagree: our row fails then, a peer's is skipped with what is wrong. Medians with
+10th and 90th percentiles and TFLOP/s (pairs that are seen, 4 hd FLOPs forward and 10 backward) are
+in the row's extra_info (`--benchmark-json`); pytest-benchmark's own columns include the launch from
+Python and a wait for the GPU.
 """
 
 import functools
@@ -190,7 +191,12 @@ def test_attention(
     benchmark.group = op = f"attention {mask} {seq_len} x {head_size} {direction}"
     problem = make_problem(seq_len, head_size, with_documents)
     attend = IMPLEMENTATIONS[implementation](problem)
-    check(attend, problem)
+    try:
+        check(attend, problem)
+    except AssertionError as error:
+        if implementation == "hamner":
+            raise
+        pytest.skip(str(error))
     inputs = problem.q, problem.k, problem.v
     if direction == "forward":
         flops, call = 4, functools.partial(attend, *inputs)

@@ -18,28 +18,46 @@ WARM_UP_CALLS = 3
 ROUNDS = 10
 
 
+def use_recordable_stream() -> None:
+    """Run from now on on a stream that a CUDA graph can record, which the default one is not."""
+    torch.cuda.set_stream(torch.cuda.Stream())
+
+
 def graphed(function: Callable[[], object]) -> Callable[[], object]:
     """The function as a CUDA graph, so that a row is the GPU's time and not Python's.
 
     A trainer replays its step as a graph, or launches far ahead of a slower GPU: either way the
-    launches cost nothing there. A function that waits for the GPU cannot be recorded and raises.
+    launches cost nothing there.
     """
     for _ in range(WARM_UP_CALLS):
         function()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Autograd runs a backward on the stream of its forward: it must be the one that records.
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         function()
     return graph.replay
 
 
+def waits_for_gpu(function: Callable[[], object]) -> bool:
+    """Whether a function waits for the GPU, so that no graph can record it."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        function()
+    except RuntimeError as error:
+        if "synchroniz" not in str(error):
+            raise
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return False
+
+
 def timed_as(function: Callable[[], object]) -> tuple[Callable[[], object], str]:
     """What to time for a function, and how that runs: "graph", or "launches" if it waits."""
-    if scale.SMOKE:
+    function()  # compilation may wait
+    if scale.SMOKE or waits_for_gpu(function):
         return function, "launches"
-    try:
-        return graphed(function), "graph"
-    except RuntimeError:
-        return function, "launches"
+    return graphed(function), "graph"
 
 
 def quantiles(call: Callable[[], object], *, rep: float = 100) -> tuple[float, float, float]:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from triton.runtime.errors import OutOfResources
 
-from bench.timing import graphed, quantiles
+from bench.timing import graphed, quantiles, use_recordable_stream
 from hamner.kernels.launch import capability
 
 N, D, INTERMEDIATE, V, T = 24_576, 1024, 2816, 49_152, 1024
@@ -246,6 +246,7 @@ def main() -> None:
     with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
         list(pool.map(compile_row, jobs(kernels)))
 
+    use_recordable_stream()
     print(f"# {torch.cuda.get_device_name()}, row {capability(torch.device('cuda'))}")
     for kernel in kernels:
         for direction, tunable in KERNELS[kernel].items():

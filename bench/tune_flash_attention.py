@@ -45,11 +45,15 @@ class Problem:
             return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
 
         self.sizes = head_size, max(head_size, v_head_size)
-        self.qkv = (
-            randn(HEADS, head_size),
-            randn(KV_HEADS, head_size),
-            randn(KV_HEADS, self.sizes[1]),
-        )
+        if head_size == v_head_size:  # slices of a packed projection, as in a model
+            packed = randn(HEADS + 2 * KV_HEADS, head_size)
+            self.qkv = packed.split((HEADS, KV_HEADS, KV_HEADS), dim=2)
+        else:
+            self.qkv = (
+                randn(HEADS, head_size),
+                randn(KV_HEADS, head_size),
+                randn(KV_HEADS, self.sizes[1]),
+            )
         self.d_out = randn(HEADS, self.sizes[1])
         self.masking = None, None, True, head_size**-0.5
         self.out, self.lse = launch_forward(*self.qkv, *self.masking)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hamner.model import RouterStatistics
 from hamner.options import ModelConfig
+from hamner.readback import Readback
 
 
 class RouterMonitor:
@@ -40,24 +41,31 @@ class RouterMonitor:
         """Count the step to the interval if `is_good`, () bool on the device."""
         self.interval_sum += torch.where(is_good, self.step_sum, 0.0)
 
-    def read(self, steps: int) -> dict | None:
-        """The interval's means for the metrics (see `Record.router`), waiting for the GPU.
-
-        Args:
-            steps: good ones in the interval; without any there is nothing to tell.
-        """
-        means = (self.interval_sum.double() / max(1, steps)).tolist()
+    def end_interval(self) -> Readback:
+        """Start to read the interval's sums back, for `describe_routers`, and begin another."""
+        sums = Readback(self.interval_sum)
         self.interval_sum.zero_()
-        if not steps:
-            return None
-        load = [layer[:-1] for layer in means]
-        return {
-            "load": load,
-            "entropy": [layer[-1] for layer in means],
-            # Load is counted from what each expert was handed, so what is missing was dropped;
-            # beyond six digits there is only fp32's rounding.
-            "dropped": [abs(round(1.0 - sum(layer), 6)) for layer in load],
-        }
+        return sums
+
+
+def describe_routers(interval_sum: Tensor, steps: int) -> dict | None:
+    """An interval's means for the metrics (see `Record.router`).
+
+    Args:
+        interval_sum: from `RouterMonitor.end_interval`, on the CPU.
+        steps: good ones in the interval; without any there is nothing to tell.
+    """
+    if not steps:
+        return None
+    means = (interval_sum.double() / steps).tolist()
+    load = [layer[:-1] for layer in means]
+    return {
+        "load": load,
+        "entropy": [layer[-1] for layer in means],
+        # Load is counted from what each expert was handed, so what is missing was dropped;
+        # beyond six digits there is only fp32's rounding.
+        "dropped": [abs(round(1.0 - sum(layer), 6)) for layer in load],
+    }
 
 
 class StarvedExpert(NamedTuple):

@@ -1,7 +1,7 @@
 """Loss and gradient norm of every step, read back without waiting for the GPU.
 
 A step's two numbers are copied to the host behind the step itself and looked at once they are
-there, usually one step later. Until then its batch is kept, so that the batch of a bad step can be
+there, a step or two later. Until then its batch is kept, so that the batch of a bad step can be
 written down.
 """
 
@@ -14,6 +14,11 @@ import torch
 from torch import Tensor
 
 from hamner.data.loader import Batch
+from hamner.readback import Readback
+
+MOST_UNDER_WAY = 2
+"""steps that are launched before the host waits for the oldest: the GPU never runs out of work, and
+what the clock says when a step's numbers come in is the GPU's time, not that of a launch"""
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,12 @@ class StepMonitor:
     """Hands out the readings of steps in their order."""
 
     def __init__(self) -> None:
-        self._under_way: deque[tuple[Tensor, torch.cuda.Event | None, tuple]] = deque()
+        self._under_way: deque[tuple[Readback, tuple]] = deque()
+
+    @property
+    def under_way(self) -> int:
+        """Steps whose readings were not handed out yet."""
+        return len(self._under_way)
 
     def record(
         self, step: int, tokens: int, lr: float, batch: Batch, loss: Tensor, grad_norm: Tensor
@@ -51,25 +61,17 @@ class StepMonitor:
             step, tokens, lr, batch: as in `StepReading`.
             loss, grad_norm: 0-d fp32, on the device.
         """
-        # Copies to the CPU that do not block land in page-locked memory.
-        values = torch.stack((loss, grad_norm)).to("cpu", non_blocking=True)
-        arrived = None
-        if loss.is_cuda:
-            arrived = torch.cuda.Event()
-            arrived.record()
-        self._under_way.append((values, arrived, (step, tokens, lr, batch)))
+        values = Readback(torch.stack((loss, grad_norm)))
+        self._under_way.append((values, (step, tokens, lr, batch)))
 
-    def arrived(self, *, wait: bool = False) -> Iterator[StepReading]:
-        """Readings that have come in since; with `wait`, of every step so far."""
+    def arrived(self, *, most_under_way: int = MOST_UNDER_WAY) -> Iterator[StepReading]:
+        """Readings that have come in; all but the latest `most_under_way` are waited for."""
         while self._under_way:
-            values, arrived, (step, tokens, lr, batch) = self._under_way[0]
-            if arrived is not None:
-                if wait:
-                    arrived.synchronize()
-                elif not arrived.query():
-                    return
+            values, (step, tokens, lr, batch) = self._under_way[0]
+            if len(self._under_way) <= most_under_way and not values.arrived:
+                return
+            loss, grad_norm = values.wait().tolist()
             self._under_way.popleft()
-            loss, grad_norm = values.tolist()
             yield StepReading(step, tokens, lr, loss, grad_norm, batch)
 
 

@@ -1,7 +1,8 @@
 """The training loop: build, resume, then step, log, evaluate, sample, save.
 
-Between two log lines nothing waits for the GPU: losses, the gradient norm and the skip of a bad
-step stay on the device, and the number of kept targets is counted on the CPU before a batch leaves.
+Nothing in a step waits for the GPU: losses, the gradient norm and the skip of a bad step stay on
+the device and are read back behind it, so that log lines come two steps late and the GPU never runs
+out of work; the number of kept targets is counted on the CPU before a batch leaves.
 
 What a long run must survive lives beside the loop: `background_save` (checkpoints that may fail and
 are tried again), `step_monitor` (bad steps and spikes), `bad_steps` (batches kept for replay),
@@ -10,6 +11,7 @@ are tried again), `step_monitor` (bad steps and spikes), `bad_steps` (batches ke
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,10 +40,11 @@ from hamner.metrics import Mfu, Record, Spike, Stopwatch, peak_vram_gib
 from hamner.model import RouterStatistics
 from hamner.ops import IGNORED_TARGET
 from hamner.optimizer import AdamW, Schedule
+from hamner.readback import Readback
 from hamner.reporting import open_reporters, require_installed
-from hamner.router_monitor import RouterMonitor, StarvationDetector
+from hamner.router_monitor import RouterMonitor, StarvationDetector, describe_routers
 from hamner.run_folder import RecordLog, RunFolder
-from hamner.step_monitor import SpikeDetector, StepMonitor
+from hamner.step_monitor import MOST_UNDER_WAY, SpikeDetector, StepMonitor, StepReading
 from hamner.watchdog import Watchdog
 
 PATIENCE_SECONDS = 10.0
@@ -137,6 +140,21 @@ def train(
         trainer.close()
 
 
+@dataclass(frozen=True)
+class LogLine:
+    """A log line whose numbers are on their way from the device."""
+
+    step: int
+    tokens: int
+    val_loss: float | None
+    val_step: int | None
+    lr: float
+    sources: dict[str, dict]
+    sums: Readback
+    """loss_sum, loss_steps, skipped and the gradient norm"""
+    router_sum: Readback | None
+
+
 class Trainer:
     """One start of a run: everything it needs, built once, and the loop.
 
@@ -198,6 +216,8 @@ class Trainer:
         self.starvation = StarvationDetector(config.model) if is_moe else None
 
         self.monitor = StepMonitor()
+        self.log_lines: deque[LogLine] = deque()
+        """begun, and not written yet"""
         self.spike_detector = SpikeDetector([])
         self.spikes: list[Spike] = []
         self.bad_in_a_row = 0
@@ -256,7 +276,8 @@ class Trainer:
         first_step = self.step
         with self.display, Interrupt() as interrupt, self.watchdog:
             self.introduce()
-            self.mark_interval()
+            self.watch.start()
+            self.mark_interval(self.step, self.tokens, self.watch.read())
             while not (self.finished or interrupt.requested or self.diagnosis):
                 batch = self.next_batch(interrupt)
                 if batch is None:
@@ -282,7 +303,6 @@ class Trainer:
                 if config.stop_after and self.step - first_step >= config.stop_after:
                     break
             self.pause_watch()
-            self.judge_steps(wait=True)
             self.save_last()
             self.draw()
             self.conclude(interrupt.requested)
@@ -455,27 +475,47 @@ class Trainer:
         self.watch.start()
 
     def log(self, lr: float, norm: Tensor) -> None:
-        """Read the device's counters: the only place where the loop waits for the GPU."""
-        steps = self.loss_steps.item()
-        loss = self.loss_sum.item() / steps if steps else math.nan
-        self.judge_steps(wait=True)
-        seconds = self.watch.read()
-        speed = (self.tokens - self.interval_tokens) / max(1e-9, seconds - self.interval_seconds)
-        record = Record(
+        """Begin a log line: it is written once the numbers of its step have come in."""
+        sums = torch.stack(
+            [x.double() for x in (self.loss_sum, self.loss_steps, self.skipped, norm)]
+        )
+        line = LogLine(
             step=self.step,
             tokens=self.tokens,
-            loss=loss,
             val_loss=self.val_loss,
             val_step=self.val_step,
             lr=lr,
-            grad_norm=norm.item(),
+            sources=self.loader.progress(),
+            sums=Readback(sums),
+            router_sum=self.routers and self.routers.end_interval(),
+        )
+        self.log_lines.append(line)
+        self.loss_sum.zero_()
+        self.loss_steps.zero_()
+        if not self.monitor.under_way:
+            self.write_log_line()
+
+    def write_log_line(self) -> None:
+        """Write, show and report the oldest line begun, now that its step is done."""
+        line = self.log_lines.popleft()
+        loss_sum, steps, skipped, norm = line.sums.wait().tolist()
+        seconds = self.watch.read()
+        speed = (line.tokens - self.interval_tokens) / max(1e-9, seconds - self.interval_seconds)
+        record = Record(
+            step=line.step,
+            tokens=line.tokens,
+            loss=loss_sum / steps if steps else math.nan,
+            val_loss=line.val_loss,
+            val_step=line.val_step,
+            lr=line.lr,
+            grad_norm=norm,
             tokens_per_second=speed,
             mfu=self.mfu(speed),
             peak_vram_gib=peak_vram_gib(self.compute.device),
             seconds=seconds,
-            skipped_steps=int(self.skipped.item()),
-            sources=self.loader.progress(),
-            router=self.routers and self.routers.read(steps),
+            skipped_steps=int(skipped),
+            sources=line.sources,
+            router=line.router_sum and describe_routers(line.router_sum.wait(), int(steps)),
             spikes=tuple(self.spikes),
         )
         self.append(self.metrics, record.to_json())
@@ -485,13 +525,11 @@ class Trainer:
             except Exception as error:  # whatever ails a service, the run does not end of it
                 self.display.message(f"WARNING: {type(reporter).__name__} failed: {error}")
         self.display.show(record)
-        self.warn_of_starved_experts(record, steps)
-        if self.interval_start < PLAN_CHECK_STEP <= self.step:
+        self.warn_of_starved_experts(record, int(steps))
+        if self.interval_start < PLAN_CHECK_STEP <= record.step:
             self.compare_with_plan(record)
-        self.loss_sum.zero_()
-        self.loss_steps.zero_()
         self.spikes.clear()
-        self.mark_interval()
+        self.mark_interval(record.step, record.tokens, seconds)
 
     def warn_of_starved_experts(self, record: Record, steps: int) -> None:
         """Say which experts of a mixture get next to nothing, each once."""
@@ -514,16 +552,12 @@ class Trainer:
 
     def pause_watch(self) -> None:
         """Stop the clock when the steps under way are done: what is launched is not yet trained."""
-        if self.compute.device.type == "cuda":
-            torch.cuda.synchronize(self.compute.device)
+        self.judge_steps(most_under_way=0)
         self.watch.pause()
 
-    def mark_interval(self) -> None:
-        """Start the interval the next log line is about."""
-        if self.watch.started is None:
-            self.watch.start()
-        self.interval_tokens, self.interval_seconds = self.tokens, self.watch.read()
-        self.interval_start = self.step
+    def mark_interval(self, step: int, tokens: int, seconds: float) -> None:
+        """Start the interval the next log line is about, after `step`."""
+        self.interval_start, self.interval_tokens, self.interval_seconds = step, tokens, seconds
 
     def compare_with_plan(self, record: Record) -> None:
         """Say and keep how far the projection for this GPU was off; for the kernels only."""
@@ -571,38 +605,46 @@ class Trainer:
             self.display.message(f"sample: {prompt}{text}".replace("\n", " "))
         self.watch.start()
 
-    def judge_steps(self, *, wait: bool = False) -> None:
-        """Mark spikes, keep the batches of bad steps, and stop after too many in a row.
+    def judge_steps(self, *, most_under_way: int = MOST_UNDER_WAY) -> None:
+        """Judge the steps whose numbers have come in, and write the log lines they complete.
 
         Args:
-            wait: for the numbers of every step so far.
+            most_under_way: steps whose numbers may still be missing; waits for those before.
         """
-        for reading in self.monitor.arrived(wait=wait):
-            if not reading.is_bad:
-                self.bad_in_a_row = 0
-                score = self.spike_detector.score(reading.loss)
-                if score is not None:
-                    spike = Spike(reading.step, reading.tokens, reading.loss, score)
-                    self.spikes.append(spike)
-                    self.display.message(
-                        f"loss spike at step {spike.step:,}: {spike.loss:.4f}, {score:.1f} robust "
-                        "standard deviations above the recent losses"
-                    )
-                continue
-            self.bad_in_a_row += 1
-            kept = bad_steps.keep(self.run.bad_steps, reading)
-            self.display.message(
-                f"WARNING: step {reading.step:,} skipped: loss {reading.loss}, gradient norm "
-                f"{reading.grad_norm}; {kept}"
-            )
-            if self.bad_in_a_row == bad_steps.MOST_IN_A_ROW:
-                self.poisoned = bad_steps.not_finite(
-                    {**self.optimizer.parameters, **self.optimizer.state_tensors()}
+        for reading in self.monitor.arrived(most_under_way=most_under_way):
+            self.judge(reading)
+            if self.log_lines and self.log_lines[0].step == reading.step:
+                self.write_log_line()
+
+    def judge(self, reading: StepReading) -> None:
+        """Mark a spike, keep the batch of a bad step, and stop after too many in a row."""
+        if not reading.is_bad:
+            self.bad_in_a_row = 0
+            score = self.spike_detector.score(reading.loss)
+            if score is not None:
+                spike = Spike(reading.step, reading.tokens, reading.loss, score)
+                self.spikes.append(spike)
+                self.display.message(
+                    f"loss spike at step {spike.step:,}: {spike.loss:.4f}, {score:.1f} robust "
+                    "standard deviations above the recent losses"
                 )
-                self.diagnosis = bad_steps.diagnose(reading, self.poisoned)
+            return
+        self.bad_in_a_row += 1
+        kept = bad_steps.keep(self.run.bad_steps, reading)
+        self.display.message(
+            f"WARNING: step {reading.step:,} skipped: loss {reading.loss}, gradient norm "
+            f"{reading.grad_norm}; {kept}"
+        )
+        if self.bad_in_a_row == bad_steps.MOST_IN_A_ROW:
+            self.poisoned = bad_steps.not_finite(
+                {**self.optimizer.parameters, **self.optimizer.state_tensors()}
+            )
+            self.diagnosis = bad_steps.diagnose(reading, self.poisoned)
 
     def save(self) -> None:
         """Start to write a checkpoint of the last finished step."""
+        if self.log_lines:  # of steps up to this one: a resume would not write them again
+            self.judge_steps(most_under_way=0)
         for log in (self.metrics, self.samples):
             log.flush()
         self.saver.begin(

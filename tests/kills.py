@@ -20,9 +20,13 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["hamner.trainer", "hamner.train", "hamner.data.__main__"])
 
 PHASES = {
-    "step": ("trainer.py", {"Trainer.train_step", "Trainer.finish_step", "Trainer.judge_steps"}),
+    "step": (
+        "trainer.py",
+        {"Trainer.train_step", "Trainer.finish_step", "Trainer.judge_steps", "Trainer.judge"},
+    ),
     "update": ("optimizer.py", {"AdamW.step", "AdamW.drop_gradients"}),
     "evaluation": ("trainer.py", {"Trainer.evaluate"}),
+    "log line": ("trainer.py", {"Trainer.log", "Trainer.write_log_line"}),
     "log": ("run_folder.py", {"RecordLog.append", "RecordLog.flush", "append_record"}),
     "snapshot": ("background_save.py", {"BackgroundSaver.begin", "BackgroundSaver._copy"}),
     "writer": (

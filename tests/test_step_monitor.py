@@ -16,7 +16,7 @@ def read(*values: tuple[float, float]):
     monitor = StepMonitor()
     for step, (loss, norm) in enumerate(values, start=1):
         monitor.record(step, 6 * step, 1e-3, BATCH, torch.tensor(loss), torch.tensor(norm))
-    return list(monitor.arrived(wait=True))
+    return list(monitor.arrived(most_under_way=0))
 
 
 def test_readings_come_in_order_with_their_batches():
@@ -49,7 +49,18 @@ def test_a_reading_does_not_wait_for_the_gpu():
         assert list(monitor.arrived()) == []
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert [reading.step for reading in monitor.arrived(wait=True)] == [2]
+    assert [reading.step for reading in monitor.arrived(most_under_way=0)] == [2]
+
+
+@pytest.mark.gpu
+def test_the_host_stays_two_steps_ahead_at_most():
+    monitor = StepMonitor()
+    values = torch.tensor(3.0, device="cuda"), torch.tensor(1.0, device="cuda")
+    for step in (1, 2, 3):
+        torch.cuda._sleep(300_000_000)
+        monitor.record(step, 6 * step, 1e-3, BATCH, *values)
+    assert [reading.step for reading in monitor.arrived()] == [1]
+    assert monitor.under_way == 2
 
 
 def noisy(count: int) -> list[float]:

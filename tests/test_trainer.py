@@ -13,6 +13,7 @@ from hamner.config import TrainConfig
 from hamner.errors import UserError
 from hamner.hardware import GPUS
 from hamner.options import OPTIONS
+from hamner.readback import Readback
 from hamner.run_folder import RunFolder
 from hamner.trainer import Trainer, train
 from tests.corpus import write_predictable
@@ -105,6 +106,30 @@ def test_run_folder_has_everything(config):
     assert {p.name for p in (run / "plots").iterdir()} == {"loss.png", "throughput.png"}
     assert [c.step for c in checkpoint.find(run / "checkpoints")] == [10, 20]
     assert result.checkpoint == run / "checkpoints" / "step_00000020"
+
+
+def test_numbers_that_come_in_late_change_no_record(config, monkeypatch):
+    """As on a GPU, whose numbers are two steps behind; a save waits for the lines before it."""
+    saving = replace(config, log_every=2, save_every=5, run_dir=config.run_dir.with_name("late"))
+    train(replace(saving, run_dir=config.run_dir))
+    monkeypatch.setattr(Readback, "arrived", False)
+    written, saved = {}, {}
+    trainer = Trainer(saving, RunFolder(saving.folder))
+
+    def noting(method, notes: dict):
+        def noted(*args, **kwargs):
+            notes[trainer.step] = len(trainer.log_lines)
+            return method(*args, **kwargs)
+
+        return noted
+
+    monkeypatch.setattr(trainer, "write_log_line", noting(trainer.write_log_line, written))
+    monkeypatch.setattr(trainer.saver, "begin", noting(trainer.saver.begin, saved))
+    trainer.run_to_end()
+    trainer.close()
+    assert metrics(saving.run_dir) == metrics(config.run_dir)
+    assert set(written) == {4, 5, 8, 10, 14, 15, 18, 20}
+    assert saved == dict.fromkeys((5, 10, 15, 20), 0)
 
 
 @pytest.mark.parametrize("stop_at", [10, 7])

@@ -116,6 +116,7 @@ def test_work_under_way_counts_as_training_time(config):
         trainer.watch.start()
         start.record()
         torch.cuda._sleep(1_000_000_000)
+        trainer.finish_step(random_batch(config), 1e-3, torch.zeros((), device="cuda"))
         end.record()
         trainer.evaluate()
         assert trainer.watch.seconds >= start.elapsed_time(end) / 1e3

@@ -131,6 +131,7 @@ def _trace_time(run: Steps, path: Path, steps: int, metadata: dict) -> None:
         named(run.trainer) as phases,
     ):
         run.take(1, phases)
+        run.synchronize()  # or what is still running would be counted to the traced steps
         profiler.step()
         # Only a profiler that records takes it.
         profiler.add_metadata_json(METADATA_KEY, json.dumps(metadata))

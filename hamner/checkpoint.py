@@ -27,6 +27,7 @@ from torch import Tensor
 
 from hamner.errors import UserError
 from hamner.json_input import parse_json
+from hamner.kernels.adamw import join_master
 
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -141,6 +142,14 @@ def save(
 
     The folder must exist: made anew here, it would hide a mount that has vanished.
 
+    Args:
+        folder: of the checkpoints.
+        step: names the checkpoint.
+        model: the module's parameters and buffers.
+        optimizer: moments, masters, and of split masters the remainders
+            (`hamner.kernels.adamw.split_master`), each under `KIND.NAME`.
+        state: of state.json.
+
     Raises:
         OSError: the disk is full, gone or cannot be written; nothing new named step_* is left.
     """
@@ -150,9 +159,10 @@ def save(
         shutil.rmtree(temporary)
     temporary.mkdir()
     try:
+        model, optimizer = _on_cpu(model), _on_cpu(optimizer)
         with _disk_errors():
-            save_file(_on_cpu(model), temporary / MODEL_FILE)
-            save_file(_on_cpu(optimizer), temporary / OPTIMIZER_FILE)
+            save_file(model, temporary / MODEL_FILE)
+            save_file(_with_whole_masters(optimizer, model), temporary / OPTIMIZER_FILE)
         _write_json(temporary / STATE_FILE, state)
         files = {
             name: {
@@ -297,6 +307,20 @@ def _remove(checkpoint: Path) -> None:
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _with_whole_masters(
+    optimizer: Mapping[str, Tensor], model: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Replace each remainder by the fp32 master, so that any precision and kernels can resume."""
+    whole = {}
+    for key, tensor in optimizer.items():
+        kind, name = key.split(".", 1)
+        if kind == "remainder":
+            whole[f"master.{name}"] = join_master(model[name], tensor)
+        else:
+            whole[key] = tensor
+    return whole
 
 
 def _open(path: Path):

@@ -71,6 +71,8 @@ class Ops:
     -> (N, D)"""
     adamw_: Callable[..., None]
     """see hamner.kernels.adamw.adamw_"""
+    splits_masters: bool
+    """`adamw_` takes a bf16 parameter's master split: see hamner.kernels.adamw.split_master"""
     global_grad_norm: Callable[..., Tensor]
     """(gradients) -> () fp32"""
     attention_backend: AttentionBackend
@@ -116,6 +118,7 @@ def build_ops(kernels: str, attention_backend: AttentionBackend) -> Ops:
             moe_route=moe_route,
             moe_mlp=moe_mlp,
             adamw_=adamw_,
+            splits_masters=True,
             global_grad_norm=global_grad_norm,
             attention_backend=attention_backend,
         )
@@ -134,6 +137,7 @@ def build_ops(kernels: str, attention_backend: AttentionBackend) -> Ops:
         moe_route=moe_route_reference,
         moe_mlp=_moe_mlp_torch,
         adamw_=_adamw_torch_,
+        splits_masters=False,
         global_grad_norm=global_grad_norm_reference,
         attention_backend=attention_backend,
     )
@@ -192,7 +196,7 @@ _TORCH = SimpleNamespace(
 def _adamw_torch_(
     param, master, grad, exp_avg, exp_avg_sq, *, lr, betas, eps, weight_decay, step, clip_coef
 ):
-    """`hamner.kernels.adamw.adamw_` by PyTorch's own fused AdamW.
+    """`hamner.kernels.adamw.adamw_` by PyTorch's own fused AdamW, on whole fp32 masters.
 
     Its gradient scaling does the clipping, and its overflow flag skips the step on the device.
     """

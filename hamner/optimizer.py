@@ -1,9 +1,10 @@
 """AdamW with fp32 masters, parameter groups and the learning-rate schedule.
 
 The module's parameters are what matmuls read (bf16 on a GPU); the optimizer owns fp32 masters and
-moments and writes the bf16 copy in the same pass (Loshchilov & Hutter 2019, arXiv:1711.05101).
-Nothing waits for the GPU: the clip coefficient stays on the device, and a step whose loss or
-gradient norm is not finite is skipped there.
+moments and writes the bf16 copy in the same pass (Loshchilov & Hutter 2019, arXiv:1711.05101). With
+the Triton kernels it keeps of each master only what the bf16 copy lacks (`split_master`): the same
+updates in 2 bytes less a parameter. Nothing waits for the GPU: the clip coefficient stays on the
+device, and a step whose loss or gradient norm is not finite is skipped there.
 """
 
 import math
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hamner.checkpoint import Checkpoint
-from hamner.kernels.adamw import clip_coefficient
+from hamner.kernels.adamw import clip_coefficient, join_master, split_master
 from hamner.ops import Ops
 
 BETAS = (0.9, 0.95)
@@ -62,27 +63,47 @@ class AdamW:
         self.parameters = dict(model.named_parameters())
         self.buffers = dict(model.named_buffers())
         self.masters: dict[str, Tensor] = {}
+        """fp32, of parameters in another dtype"""
+        self.remainders: dict[str, Tensor] = {}
+        """int16, in place of masters where ops splits them"""
         self.accumulated: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
-            if parameter.ndim >= 2 and dtype != torch.float32:
-                self.masters[name] = parameter.detach().clone()
+            if parameter.ndim < 2 or dtype == torch.float32:
+                continue
+            if ops.splits_masters and dtype == torch.bfloat16:
+                parameter.data, self.remainders[name] = split_master(parameter.data)
+            else:
+                self.masters[name] = parameter.data
                 parameter.data = parameter.data.to(dtype)
-        self.exp_avg = {n: torch.zeros_like(self.master(n)) for n in self.parameters}
-        self.exp_avg_sq = {n: torch.zeros_like(self.master(n)) for n in self.parameters}
+        self.exp_avg, self.exp_avg_sq = (
+            {n: torch.zeros_like(p, dtype=torch.float32) for n, p in self.parameters.items()}
+            for _ in range(2)
+        )
         self.steps = 0
 
     def master(self, name: str) -> Tensor:
-        """The fp32 weights that are updated."""
-        return self.masters.get(name, self.parameters[name].data)
+        """The fp32 weights that updates add up in; a copy where they are split."""
+        weight = self.parameters[name].data
+        if name in self.remainders:
+            return join_master(weight, self.remainders[name])
+        return self.masters.get(name, weight)
 
     @torch.no_grad()
     def restore(self, saved: Checkpoint, steps: int) -> None:
         """Load the model, masters and moments of a checkpoint, whatever precision it has."""
-        masters = {name: self.master(name) for name in self.parameters}
+        # On the host: where masters are split, the device may have no room for whole ones.
+        masters = {name: torch.empty(p.shape) for name, p in self.parameters.items()}
         saved.load_model({**masters, **self.buffers})
         saved.load_optimizer(masters, self.exp_avg, self.exp_avg_sq)
-        for name, master in self.masters.items():
-            self.parameters[name].copy_(master)
+        for name, master in masters.items():
+            weight = self.parameters[name].data
+            if name in self.remainders:
+                param, remainder = split_master(master)
+                weight.copy_(param)
+                self.remainders[name].copy_(remainder)
+            else:
+                self.master(name).copy_(master)
+                weight.copy_(master)
         self.steps = steps
 
     @torch.no_grad()
@@ -120,11 +141,13 @@ class AdamW:
         if loss is not None:
             norm = norm + (loss - loss)  # 0, or NaN where the loss is infinite or NaN
         clip = clip_coefficient(norm, self.grad_clip or math.inf)
+        masters = self.masters | self.remainders
         for name, gradient in gradients.items():
             parameter = self.parameters[name]
+            weight = parameter.data
             self.ops.adamw_(
-                parameter.data,
-                self.master(name),
+                weight,
+                masters.get(name, weight),
                 gradient,
                 self.exp_avg[name],
                 self.exp_avg_sq[name],
@@ -146,7 +169,11 @@ class AdamW:
             parameter.grad = None
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the state by the name it has in a checkpoint."""
+        """Every tensor of the state by the name it has in a checkpoint.
+
+        `remainder.NAME` is the exception: `checkpoint.save` writes `master.NAME`, joined.
+        """
         tensors = {f"master.{name}": tensor for name, tensor in self.masters.items()}
+        tensors |= {f"remainder.{name}": tensor for name, tensor in self.remainders.items()}
         tensors |= {f"exp_avg.{name}": tensor for name, tensor in self.exp_avg.items()}
         return tensors | {f"exp_avg_sq.{name}": t for name, t in self.exp_avg_sq.items()}

@@ -236,13 +236,14 @@ def account(
         model: shape.
         policies: one per layer.
         micro_batch_tokens: tokens of one forward and backward pass.
-        precision: "bf16" (fp32 masters) or "fp32".
+        precision: "bf16" (fp32 masters, split under `fused`) or "fp32".
         accumulate: more than one micro-batch a step, so gradients are also summed in fp32.
         fused: the Triton kernels, or their plain references.
     """
     size = _DTYPE_BYTES[precision]
     parameters = model.num_parameters()
-    masters = 4 if precision == "bf16" else 0
+    # Of a split master only the int16 remainder is held beside the bf16 weight.
+    masters = (2 if fused else 4) if precision == "bf16" else 0
     d, tokens = model.hidden_size, micro_batch_tokens
     kept = [tokens * policy.kept_bytes(model, size, fused=fused) for policy in policies]
     # After the last block: the norm's input and its result; plain torch keeps both in fp32 too.

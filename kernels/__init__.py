@@ -6,7 +6,13 @@ import os
 # multiply-adds: fewer instructions, and one rounding instead of two.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
-from hamner.kernels.adamw import adamw_, clip_coefficient, global_grad_norm
+from hamner.kernels.adamw import (
+    adamw_,
+    clip_coefficient,
+    global_grad_norm,
+    join_master,
+    split_master,
+)
 from hamner.kernels.cross_entropy import linear_cross_entropy
 from hamner.kernels.flash_attention import flash_attention, flash_attention_qkv
 from hamner.kernels.fused_linear import (
@@ -32,6 +38,7 @@ __all__ = [
     "flash_attention",
     "flash_attention_qkv",
     "global_grad_norm",
+    "join_master",
     "linear_cross_entropy",
     "moe_mlp",
     "moe_route",
@@ -40,6 +47,7 @@ __all__ = [
     "rope",
     "rope_packed_",
     "router_linear",
+    "split_master",
     "swiglu",
     "swiglu_linear",
 ]

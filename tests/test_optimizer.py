@@ -1,12 +1,16 @@
 """AdamW with masters against torch's, the schedule, and accumulation."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from hamner.background_save import BackgroundSaver
+from hamner.checkpoint import Checkpoint
+from hamner.kernels.adamw import split_master
 from hamner.optimizer import AdamW, Schedule
-from tests.models import DENSE, build, plain_ops
+from tests.models import DENSE, build, cpu_ops, plain_ops
 
 
 def test_schedule_warms_up_then_follows_a_cosine():
@@ -23,8 +27,13 @@ def test_schedule_without_warmup_starts_at_the_peak():
 
 
 def make(model, **changes):
-    arguments = {"dtype": torch.float32, "weight_decay": 0.1, "grad_clip": 1.0}
-    return AdamW(model, plain_ops(), **{**arguments, **changes})
+    arguments = {
+        "ops": plain_ops(),
+        "dtype": torch.float32,
+        "weight_decay": 0.1,
+        "grad_clip": 1.0,
+    }
+    return AdamW(model, **{**arguments, **changes})
 
 
 def set_gradients(model, seed: int, scale: float = 1.0) -> None:
@@ -74,6 +83,103 @@ def test_masters_keep_what_bf16_loses():
     assert master.dtype == torch.float32
     assert not torch.equal(master, start)
     assert torch.equal(model.embed.weight, master.to(torch.bfloat16))
+
+
+def run(optimizer: AdamW, model, steps: range) -> None:
+    """Steps on fp32 sums of gradients, which the kernels take on every machine."""
+    for step in steps:
+        set_gradients(model, step)
+        optimizer.accumulate()
+        optimizer.step(1e-3)
+
+
+def assert_equal_tensors(actual: dict, expected: dict) -> None:
+    assert actual.keys() == expected.keys()
+    for name, tensor in actual.items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_split_masters_are_the_masters(device):
+    """The same kernel with whole masters gives the same bits."""
+    ops = cpu_ops("triton", "sdpa")
+    optimizers = []
+    for splits_masters in (True, False):
+        model = build(DENSE).to(device)
+        optimizer = make(
+            model, ops=replace(ops, splits_masters=splits_masters), dtype=torch.bfloat16
+        )
+        run(optimizer, model, range(3))
+        optimizers.append(optimizer)
+    split, whole = optimizers
+    assert split.masters == whole.remainders == {}
+    assert split.remainders.keys() == whole.masters.keys()
+    for name, remainder in split.remainders.items():
+        weight, master = split.parameters[name], whole.master(name)
+        assert (weight.dtype, remainder.dtype) == (torch.bfloat16, torch.int16)
+        assert torch.equal(weight, split_master(master)[0]), name
+        assert torch.equal(split.master(name), master), name
+    assert_equal_tensors(split.exp_avg, whole.exp_avg)
+
+
+HOLDERS = {
+    "split": ("triton", torch.bfloat16),
+    "whole": ("torch", torch.bfloat16),
+    "fp32": ("triton", torch.float32),
+}
+"""what holds the masters: kernels and dtype"""
+
+
+def make_holder(name: str, device, seed: int):
+    kernels, dtype = HOLDERS[name]
+    model = build(DENSE, seed).to(device)
+    return model, make(model, ops=cpu_ops(kernels, "sdpa"), dtype=dtype)
+
+
+def save(folder, step: int, model, optimizer: AdamW) -> Checkpoint:
+    saver = BackgroundSaver(folder, keep=0, keep_every=0)
+    saver.begin(
+        step,
+        model=model.state_dict(),
+        optimizer=optimizer.state_tensors(),
+        counters={},
+        state={},
+    )
+    saver.close()
+    return saver.wait()
+
+
+@pytest.mark.parametrize("reader", HOLDERS)
+@pytest.mark.parametrize("writer", HOLDERS)
+def test_masters_go_from_any_run_to_any_other(writer, reader, tmp_path, device):
+    model, optimizer = make_holder(writer, device, seed=0)
+    run(optimizer, model, range(3))
+    saved = save(tmp_path, 3, model, optimizer)
+    other_model, other = make_holder(reader, device, seed=1)
+    other.restore(saved, 3)
+    for name, parameter in other.parameters.items():
+        assert torch.equal(other.master(name), optimizer.master(name)), name
+        torch.testing.assert_close(
+            parameter.float(), other.master(name), rtol=2**-8, atol=0, msg=name
+        )
+    assert_equal_tensors(other.exp_avg, optimizer.exp_avg)
+    assert_equal_tensors(other.exp_avg_sq, optimizer.exp_avg_sq)
+    if reader == writer:
+        run(optimizer, model, range(3, 5))
+        run(other, other_model, range(3, 5))
+        assert_equal_tensors(other.state_tensors(), optimizer.state_tensors())
+        assert_equal_tensors(other_model.state_dict(), model.state_dict())
+
+
+def test_a_checkpoint_does_not_tell_how_masters_were_held(tmp_path, device):
+    """`optimizer.safetensors` of a split run, loaded by one with whole masters and saved again."""
+    model, optimizer = make_holder("split", device, seed=0)
+    run(optimizer, model, range(2))
+    saved = save(tmp_path, 2, model, optimizer)
+    other_model, other = make_holder("whole", device, seed=1)
+    other.restore(saved, 2)
+    again = save(tmp_path, 3, other_model, other)
+    first, second = (c.path / "optimizer.safetensors" for c in (saved, again))
+    assert first.read_bytes() == second.read_bytes()
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])

@@ -107,6 +107,24 @@ def test_resume_is_exact_with_the_default_kernels(config, tmp_path):
     assert_equal_weights(whole, train(replace(halves, resume=True)))
 
 
+def test_a_resume_with_plain_torch_has_the_same_masters(config):
+    train(replace(config, stop_after=10))
+    masters = {}
+    for kernels in ("triton", "torch"):
+        resumed = replace(config, resume=True, kernels=kernels)
+        trainer = Trainer(resumed, RunFolder(config.folder))
+        try:
+            trainer.restore()
+        finally:
+            trainer.close()
+        optimizer = trainer.optimizer
+        assert bool(optimizer.remainders) == (kernels == "triton")
+        assert bool(optimizer.masters) == (kernels == "torch")
+        masters[kernels] = {name: optimizer.master(name) for name in optimizer.parameters}
+    for name, master in masters["torch"].items():
+        assert torch.equal(masters["triton"][name], master), name
+
+
 def test_work_under_way_counts_as_training_time(config):
     """What is launched before an evaluation runs during it, if nobody waits for it first."""
     trainer = Trainer(config, RunFolder(config.folder))

@@ -37,6 +37,7 @@ _ELEMENT_BYTES = {
     "double": 8,
     "long int": 8,
     "int": 4,
+    "short int": 2,
     "bool": 1,
     "unsigned char": 1,
 }
@@ -164,9 +165,14 @@ def _rotates(a: Arguments) -> float:
 
 
 def _adamw(a: Arguments) -> float:
-    """Master and moments read and written, the gradient read, the compute copy written."""
+    """Master and moments read and written, the gradient read, the compute copy written.
+
+    Beside a split master the compute copy is read too: it is the master's upper half.
+    """
     copy = a.element(0) if a.given(0) else 0
-    return a.count(1) * (6 * 4 + a.element(2) + copy)
+    if a.types[1] == "short int":
+        copy *= 2
+    return a.count(1) * (2 * (a.element(1) + 4 + 4) + a.element(2) + copy)
 
 
 # (category of the kernel, operation's name) -> work; positions are those of the op's schema.

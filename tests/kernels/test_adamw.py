@@ -10,6 +10,8 @@ from hamner.kernels.adamw import (
     clip_coefficient,
     global_grad_norm,
     global_grad_norm_reference,
+    join_master,
+    split_master,
 )
 from tests.kernels.accuracy import assert_as_accurate_as_torch
 from tests.kernels.gradients import DTYPES, compiled
@@ -54,6 +56,130 @@ def test_accuracy(step, shape, dtype, device):
         assert_as_accurate_as_torch(name, state[name], same_dtype[name], exact[name])
 
 
+def make_split_state(shape, device, **kwargs):
+    """Make the same with a split master; the gradient is bf16 where that can be run."""
+    on_gpu = torch.device(device).type == "cuda"
+    state = make_state(shape, torch.bfloat16 if on_gpu else torch.float16, device, **kwargs)
+    state["param"], state["master"] = split_master(state["master"])
+    return state
+
+
+def whole(state):
+    """The state with its master in one piece."""
+    return {**state, "master": join_master(state["param"], state["master"])}
+
+
+@pytest.mark.parametrize("shape", [(1,), (37,), (3, 1000), (2, 3, 512)])
+@pytest.mark.parametrize("step", [1, 2, 1000])
+def test_accuracy_of_a_split_master(step, shape, device):
+    state = make_split_state(shape, device, fresh=step == 1)
+    clip_coef = torch.tensor(0.75, device=device)
+    same_dtype, exact = (
+        copy.deepcopy(state),
+        {k: x.double() for k, x in whole(state).items()},
+    )
+    adamw_(**state, **OPTIONS, step=step, clip_coef=clip_coef)
+    adamw_reference_(**same_dtype, **OPTIONS, step=step, clip_coef=clip_coef)
+    adamw_reference_(**exact, **OPTIONS, step=step, clip_coef=clip_coef)
+    for name in ("param", "master", "exp_avg", "exp_avg_sq"):
+        assert_as_accurate_as_torch(name, whole(state)[name], whole(same_dtype)[name], exact[name])
+
+
+@pytest.mark.parametrize("implementation", [adamw_, adamw_reference_])
+def test_a_split_master_is_updated_as_a_whole_one(implementation, device):
+    """Bit for bit, over steps that are smaller than bf16 can tell and larger."""
+    split = make_split_state((2, 1000), device, fresh=True)
+    plain = {k: x.clone() for k, x in whole(split).items()}
+    generator = torch.Generator().manual_seed(1)
+    for step in range(1, 201):
+        gradient = torch.randn(2, 1000, generator=generator).to(split["grad"])
+        scalars = {
+            **OPTIONS,
+            "lr": 1e-2 / step**2,
+            "step": step,
+            "clip_coef": one(device) * (math.nan if step % 50 == 0 else 0.5),
+        }
+        for state in (split, plain):
+            state["grad"] = gradient
+            implementation(**state, **scalars)
+    assert_same_bits(join_master(split["param"], split["master"]), plain["master"])
+    assert_same_bits(split["param"], split_master(plain["master"])[0])
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(split[name], plain[name]), name
+
+
+def assert_same_bits(actual, expected):
+    """Equal, signs of zeros and NaNs too."""
+    assert actual.dtype == expected.dtype
+    bits = torch.int32 if actual.dtype == torch.float32 else torch.int16
+    assert torch.equal(actual.view(bits), expected.view(bits))
+
+
+def every_kind_of_fp32():
+    """Every sign and exponent (zero, denormals, infinity) with mantissas at the ends, at and beside
+    the ties of rounding, and at random; no NaN."""
+    generator = torch.Generator().manual_seed(0)
+    upper = torch.arange(2**16, dtype=torch.int64)[:, None] << 16
+    lower = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF]).expand(2**16, -1)
+    lower = torch.cat((lower, torch.randint(2**16, (2**16, 4), generator=generator)), dim=1)
+    x = (upper | lower).to(torch.int32).view(torch.float32)
+    return x[~x.isnan()]
+
+
+def test_split_and_join_lose_nothing(device):
+    master = every_kind_of_fp32().to(device)
+    param, remainder = split_master(master)
+    assert (param.dtype, remainder.dtype) == (torch.bfloat16, torch.int16)
+    assert_same_bits(join_master(param, remainder), master)
+    # Half to even is torch's; where it differs lies a tie, and ours is away from zero.
+    rounded = master.to(torch.bfloat16)
+    ties = (master.view(torch.int32) & 0xFFFF) == 0x8000
+    assert_same_bits(param[~ties], rounded[~ties])
+    assert (param[ties].abs() > master[ties].abs()).all()
+
+
+def test_split_of_what_bf16_has_no_number_for(device):
+    largest = torch.finfo(torch.float32).max
+    master = torch.tensor([largest, -largest, math.inf, -math.inf], device=device)
+    param, remainder = split_master(master)
+    assert param.tolist() == [math.inf, -math.inf, math.inf, -math.inf]
+    assert join_master(param, remainder).tolist() == master.tolist()
+    # Of these, rounding alone would carry the first two into zero.
+    bits = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000, 0x7F800001, -0x7FFFFF], dtype=torch.int32)
+    param, remainder = split_master(bits.to(device).view(torch.float32))
+    assert param.isnan().all()
+    assert join_master(param, remainder).isnan().all()
+
+
+@pytest.mark.parametrize("implementation", [adamw_, adamw_reference_])
+def test_an_update_of_zero_keeps_every_kind_of_weight(implementation, device):
+    master = every_kind_of_fp32()[:: 37 if device.type == "cpu" else 1].to(device)
+    param, remainder = split_master(master)
+    zeros = [torch.zeros_like(master) for _ in range(3)]
+    options = {**OPTIONS, "weight_decay": 0.0}
+    implementation(param, remainder, *zeros, **options, step=1, clip_coef=one(device))
+    is_inf = master.isinf()
+    # Infinity less 0 times infinity: NaN.
+    assert param[is_inf].isnan().all()
+    # Equal as numbers: of -0.0 the decay's -0.0 is taken away, which makes it 0.0.
+    assert torch.equal(join_master(param, remainder)[~is_inf], master[~is_inf])
+
+
+def test_a_nan_stays_one(device):
+    param, remainder = split_master(torch.ones(5, device=device))
+    zeros = [torch.zeros(5, device=device) for _ in range(3)]
+    adamw_(param, remainder, *zeros, **{**OPTIONS, "lr": math.nan}, step=1, clip_coef=one(device))
+    assert param.isnan().all()
+    assert join_master(param, remainder).isnan().all()
+
+
+def test_split_and_join_name_wrong_dtypes():
+    with pytest.raises(TypeError, match=r"master is torch\.float64"):
+        split_master(torch.zeros(3).double())
+    with pytest.raises(TypeError, match=r"param is torch\.float16, remainder torch\.int16"):
+        join_master(torch.zeros(3).half(), torch.zeros(3, dtype=torch.int16))
+
+
 @pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize(
     ("betas", "weight_decay"), [((0.9, 0.95), 0.1), ((0.9, 0.999), 0.0), ((0.0, 0.999), 0.01)]
@@ -83,10 +209,14 @@ def test_follows_torch_adamw(betas, weight_decay, on_device, device):
     torch.testing.assert_close(exp_avg_sq, moments["exp_avg_sq"], rtol=2e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("implementation", [adamw_, adamw_reference_])
 @pytest.mark.parametrize("clip_coef", [math.nan, math.inf, -math.inf])
-def test_a_clip_coefficient_that_is_not_finite_changes_nothing(clip_coef, implementation, device):
-    state = make_state((37,), torch.float16, device)
+def test_a_clip_coefficient_that_is_not_finite_changes_nothing(
+    clip_coef, implementation, split, device
+):
+    shape = (37,)
+    state = make_split_state(shape, device) if split else make_state(shape, torch.float16, device)
     state["grad"].fill_(math.nan)
     before = copy.deepcopy(state)
     clip_coef = torch.tensor(clip_coef, device=device)
@@ -118,11 +248,14 @@ def test_a_parameter_that_requires_grad(device):
 
 
 def test_empty(device):
-    adamw_(**make_state((0,), torch.float16, device), **OPTIONS, step=1, clip_coef=one(device))
+    for state in (make_state((0,), torch.float16, device), make_split_state((0,), device)):
+        adamw_(**state, **OPTIONS, step=1, clip_coef=one(device))
 
 
-def test_compiled_gives_the_same_bits(device):
-    state = make_state((37,), torch.float16, device)
+@pytest.mark.parametrize("split", [False, True])
+def test_compiled_gives_the_same_bits(split, device):
+    shape = (37,)
+    state = make_split_state(shape, device) if split else make_state(shape, torch.float16, device)
     by_compiled = copy.deepcopy(state)
     scalars = {
         **OPTIONS,
@@ -136,8 +269,10 @@ def test_compiled_gives_the_same_bits(device):
         assert torch.equal(x, by_compiled[name]), name
 
 
-def test_opcheck(device):
-    state = make_state((37,), torch.float16, device)
+@pytest.mark.parametrize("split", [False, True])
+def test_opcheck(split, device):
+    shape = (37,)
+    state = make_split_state(shape, device) if split else make_state(shape, torch.float16, device)
     scalars = (one(device), None, 1e-3, None, 3.0, 0.9, 0.95, 1e-8, 0.1)
     torch.library.opcheck(torch.ops.hamner.adamw_, (*state.values(), *scalars))
 
@@ -146,6 +281,11 @@ def test_opcheck(device):
     ("error", "message", "change"),
     [
         (TypeError, "master is torch.float16", {"master": torch.zeros(37).half()}),
+        (
+            TypeError,
+            "param is torch.float16; beside an int16 master it must be bfloat16",
+            {"master": torch.zeros(37, dtype=torch.int16)},
+        ),
         (TypeError, "exp_avg_sq is torch.float64", {"exp_avg_sq": torch.zeros(37).double()}),
         (TypeError, "grad is torch.int64", {"grad": torch.zeros(37).long()}),
         (TypeError, "param is torch.float64", {"param": torch.zeros(37).double()}),
@@ -218,7 +358,7 @@ def test_clip_coefficient_of_a_bad_norm_is_nan(device):
 @pytest.mark.gpu
 class TestOnGpu:
     def test_step_without_host_sync(self):
-        state = make_state((1024, 1024), torch.bfloat16, "cuda")
+        state = make_split_state((1024, 1024), "cuda")
         lr, step = torch.tensor(1e-3, device="cuda"), torch.tensor(3, device="cuda")
 
         def update():
@@ -244,3 +384,16 @@ class TestOnGpu:
         )
         torch.testing.assert_close(master[-5:], torch.full((5,), -1e-3, device="cuda"))
         assert torch.equal(ones[-5:], master[-5:].bfloat16())
+
+    @pytest.mark.xdist_group("most of the GPU's memory")
+    def test_more_elements_than_int32_with_a_split_master(self):
+        numel = 2**31 + 5
+        param = torch.zeros(numel, dtype=torch.bfloat16, device="cuda")
+        remainder = torch.zeros(numel, dtype=torch.int16, device="cuda")
+        exp_avg, exp_avg_sq = (torch.zeros(numel, device="cuda") for _ in range(2))
+        grad = torch.ones_like(param)
+        adamw_(
+            param, remainder, grad, exp_avg, exp_avg_sq, **OPTIONS, step=1, clip_coef=one("cuda")
+        )
+        master = join_master(param[-5:], remainder[-5:])
+        torch.testing.assert_close(master, torch.full((5,), -1e-3, device="cuda"))

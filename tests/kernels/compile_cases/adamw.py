@@ -1,4 +1,7 @@
-"""AdamW on bf16 parameters (scalars on the device) and on fp32 ones (scalars from the host)."""
+"""AdamW on bf16 parameters (scalars on the device) and on fp32 ones (scalars from the host).
+
+Beside bf16 a whole master, or its remainder (scalars from the host, as the trainer has them).
+"""
 
 from hamner.kernels.adamw import (
     CONFIGS,
@@ -21,17 +24,24 @@ def cases() -> list[CompileCase]:
                 capability,
                 {
                     "param_ptr": "*bf16",
+                    "master_ptr": "*fp32",
                     "grad_ptr": "*bf16",
                     "lr_ptr": "*fp32",
                     "step_ptr": "*i64",
                 },
-                {},
+                {"IS_SPLIT": False},
+            ),
+            _case(
+                "bf16, split master",
+                capability,
+                {"param_ptr": "*i16", "master_ptr": "*i16", "grad_ptr": "*bf16"},
+                {"IS_SPLIT": True, "lr_ptr": None, "step_ptr": None},
             ),
             _case(
                 "fp32",
                 capability,
-                {"grad_ptr": "*fp32"},
-                {"param_ptr": None, "lr_ptr": None, "step_ptr": None},
+                {"master_ptr": "*fp32", "grad_ptr": "*fp32"},
+                {"IS_SPLIT": False, "param_ptr": None, "lr_ptr": None, "step_ptr": None},
             ),
             CompileCase(
                 name="global_grad_norm",
@@ -48,12 +58,10 @@ def cases() -> list[CompileCase]:
 
 
 def _case(
-    name: str, capability: str, pointers: dict[str, str], absent: dict[str, None]
+    name: str, capability: str, pointers: dict[str, str], constexprs: dict[str, bool | None]
 ) -> CompileCase:
     config = CONFIGS[capability]
-    states = dict.fromkeys(
-        ("master_ptr", "exp_avg_ptr", "exp_avg_sq_ptr", "clip_coef_ptr"), "*fp32"
-    )
+    states = dict.fromkeys(("exp_avg_ptr", "exp_avg_sq_ptr", "clip_coef_ptr"), "*fp32")
     scalars = dict.fromkeys(
         (
             "lr",
@@ -71,7 +79,7 @@ def _case(
         name=f"adamw/{name}",
         kernel=adamw_kernel,
         signature={**pointers, **states, **scalars, "numel": "i32"},
-        constexprs={**absent, "BLOCK": config.block},
+        constexprs={**constexprs, "BLOCK": config.block},
         num_warps=config.warps,
         num_stages=3,
         capability=capability,

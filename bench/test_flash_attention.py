@@ -10,6 +10,9 @@ not timed if they disagree: our row fails then, a peer's is skipped with what is
 10th and 90th percentiles and TFLOP/s (pairs that are seen, 4 hd FLOPs forward and 10 backward) are
 in the row's extra_info (`--benchmark-json`); pytest-benchmark's own columns include the launch from
 Python and a wait for the GPU.
+
+Backward with RoPE's is timed as the model runs it, in attention's own kernels ("hamner"), and with
+RoPE's kernel behind them ("rope apart"); each is compared with the other.
 """
 
 import functools
@@ -31,6 +34,7 @@ from hamner.kernels.flash_attention import (
     flash_attention,
     flash_attention_reference,
 )
+from hamner.kernels.rope import launch_packed_rotation
 
 pytestmark = pytest.mark.needs_gpu
 
@@ -210,4 +214,51 @@ def test_attention(
         op=op,
         implementation=implementation,
         flops=flops * head_size * HEADS * problem.pairs,
+    )
+
+
+def backward_with_rope(problem: Problem) -> dict[str, Callable[[], Tensor]]:
+    """By implementation: the gradient of a packed qkv as it was before q and k were rotated."""
+    heads, head_size = (HEADS, KV_HEADS), problem.q.shape[-1]
+    ids, starts, ends, positions = problem.document_ids, None, None, None
+    qkv = torch.cat((problem.q, problem.k, problem.v), dim=2).detach().flatten(2)
+    if ids is not None:
+        starts, ends = document_bounds(ids)
+        positions = torch.arange(qkv.shape[1], dtype=torch.int32, device=DEVICE) - starts
+    mask = (starts, ends, *heads, True, head_size**-0.5)
+    out, lse = torch.ops.hamner.flash_attention_qkv(qkv, *heads, *mask[:2], *mask[4:])
+    inputs = (problem.d_out.flatten(2), qkv, out, lse, *mask)
+    angles = torch.rand(qkv.shape[1], head_size // 2, device=DEVICE)
+    tables = angles.cos(), angles.sin()
+    attention = torch.ops.hamner.flash_attention_qkv_backward
+
+    def apart() -> Tensor:
+        d_qkv = attention(*inputs, None, None, None)
+        return launch_packed_rotation(
+            d_qkv, *tables, *heads, positions, inverse=True, in_place=False
+        )
+
+    return {"hamner": lambda: attention(*inputs, *tables, positions), "rope apart": apart}
+
+
+@pytest.mark.parametrize("implementation", ["hamner", "rope apart"])
+@pytest.mark.parametrize("with_documents", [False, True], ids=["causal", "documents"])
+@pytest.mark.parametrize(("seq_len", "head_size"), SHAPES)
+def test_backward_with_rope(
+    seq_len, head_size, with_documents, implementation, benchmark, ceilings
+):
+    mask = "documents" if with_documents else "causal"
+    benchmark.group = op = f"attention and rope {mask} {seq_len} x {head_size} backward"
+    problem = make_problem(seq_len, head_size, with_documents)
+    calls = backward_with_rope(problem)
+    folded, apart = (call().float() for call in calls.values())
+    error = (folded - apart).norm() / apart.norm()
+    assert error <= MAX_RELATIVE_ERROR, f"not timed: the gradients differ by {error:.1%}"
+    record(
+        benchmark,
+        calls[implementation],
+        ceilings,
+        op=op,
+        implementation=implementation,
+        flops=10 * head_size * HEADS * problem.pairs,
     )

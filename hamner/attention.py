@@ -56,6 +56,8 @@ class AttentionShape:
     seq_len: int
     micro_batch_size: int
     document_mask: bool
+    folds_rope: bool
+    """whether triton's backward pass includes RoPE's, which else is a kernel of its own"""
 
 
 def get_attention(
@@ -69,6 +71,7 @@ def get_attention(
     seq_len: int,
     micro_batch_size: int,
     document_mask: bool,
+    folds_rope: bool = False,
 ) -> AttentionBackend:
     """Choose the attention of a run.
 
@@ -79,13 +82,16 @@ def get_attention(
         head_size, num_heads, num_kv_heads: of the model.
         seq_len, micro_batch_size: of one forward pass.
         document_mask: whether packed documents are kept apart.
+        folds_rope: whether triton is given RoPE's backward pass too, as standard attention under
+            `--kernels triton` does: auto then counts RoPE's own kernel against the others.
 
     Raises:
         UserError: the backend cannot do what is asked; names those that can.
     """
     shape = AttentionShape(
-        device, dtype, head_size, num_heads, num_kv_heads, seq_len, micro_batch_size, document_mask
-    )
+        device, dtype, head_size, num_heads, num_kv_heads,
+        seq_len, micro_batch_size, document_mask, folds_rope,
+    )  # fmt: skip
     obstacles = {backend: obstacle(shape) for backend, obstacle in _OBSTACLES.items()}
     able = [backend for backend, obstacle in obstacles.items() if obstacle is None]
     if name == "auto":
@@ -109,7 +115,9 @@ def _choose(
         name, why = able[0], "the only one that can"
     else:
         waiting = [name for name in able if waits_for_gpu(name, shape.document_mask)]
-        name, why = fastest(shape, {name: _FUNCTIONS[name][0] for name in able}, waiting)
+        rotating = [name for name in able if shape.folds_rope and name != "triton"]
+        functions = {name: _FUNCTIONS[name][0] for name in able}
+        name, why = fastest(shape, functions, waiting, rotating)
     return AttentionBackend(name, *_FUNCTIONS[name], ", ".join([why, *others]))
 
 

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hamner.kernels.rope import rope_packed_
+
 if TYPE_CHECKING:
     from hamner.attention import AttentionShape
 
@@ -29,7 +31,10 @@ Functions = dict[str, Callable[..., Tensor]]
 
 
 def fastest(
-    shape: AttentionShape, functions: Functions, waiting: Collection[str]
+    shape: AttentionShape,
+    functions: Functions,
+    waiting: Collection[str],
+    rotating: Collection[str],
 ) -> tuple[str, str]:
     """Name the fastest of `functions` (packed attention) and say why, from the cache if it can.
 
@@ -37,6 +42,8 @@ def fastest(
         shape: what the attention of the run is asked for.
         functions: by name.
         waiting: names of those that wait for the GPU, which no CUDA graph can record.
+        rotating: names of those after which a layer runs RoPE's backward pass by a kernel of its
+            own, whose time is theirs.
 
     Raises:
         RuntimeError: none of them ran.
@@ -46,7 +53,7 @@ def fastest(
     milliseconds = read_times(cache, key, list(functions))
     failures: dict[str, str] = {}
     if milliseconds is None:
-        milliseconds, failures = measure_all(shape, functions, waiting)
+        milliseconds, failures = measure_all(shape, functions, waiting, rotating)
         if not failures:
             write_times(cache, key, milliseconds)
     if not milliseconds:
@@ -60,7 +67,10 @@ def fastest(
 
 
 def measure_all(
-    shape: AttentionShape, functions: Functions, waiting: Collection[str]
+    shape: AttentionShape,
+    functions: Functions,
+    waiting: Collection[str],
+    rotating: Collection[str],
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Milliseconds of each function that ran, and the error of each that did not."""
     milliseconds, failures = {}, {}
@@ -68,15 +78,19 @@ def measure_all(
         # Whatever goes wrong in one (out of memory, an extension built for another torch) must
         # not keep the run from the others.
         try:
-            milliseconds[name] = measure(shape, function, graphed=name not in waiting)
+            milliseconds[name] = measure(
+                shape, function, graphed=name not in waiting, rotated=name in rotating
+            )
         except Exception as error:
             failures[name] = f"{type(error).__name__}: {error}".splitlines()[0]
     torch.cuda.empty_cache()
     return milliseconds, failures
 
 
-def measure(shape: AttentionShape, function: Callable[..., Tensor], *, graphed: bool) -> float:
-    """Median milliseconds of one forward and backward.
+def measure(
+    shape: AttentionShape, function: Callable[..., Tensor], *, graphed: bool, rotated: bool
+) -> float:
+    """Median milliseconds of one forward and backward, with RoPE's backward if `rotated`.
 
     `graphed` replays both as a CUDA graph, as the trainer's step does: launched one by one, the
     backend of many small kernels would be charged for Python's time between them.
@@ -95,9 +109,13 @@ def measure(shape: AttentionShape, function: Callable[..., Tensor], *, graphed: 
         positions = torch.arange(shape.seq_len, dtype=torch.int32, device=shape.device)
         document_ids = (positions // DOCUMENT_LENGTH).expand(tokens).contiguous()
 
+    table = torch.ones(shape.seq_len, shape.head_size // 2, device=shape.device)
+
     def run() -> None:
         out = function(qkv, num_heads, num_kv_heads, document_ids=document_ids)
-        torch.autograd.grad(out, qkv, d_out)
+        (d_qkv,) = torch.autograd.grad(out, qkv, d_out)
+        if rotated:
+            rope_packed_(d_qkv.contiguous(), table, table, num_heads, num_kv_heads, inverse=True)
 
     with torch.cuda.device(shape.device):
         for _ in range(WARM_UP):
@@ -138,6 +156,7 @@ def cache_key(shape: AttentionShape, names: list[str]) -> str:
             f"{shape.micro_batch_size} x {shape.seq_len}",
             f"{shape.num_heads}/{shape.num_kv_heads} heads of {shape.head_size}",
             "documents" if shape.document_mask else "no documents",
+            "rope folded" if shape.folds_rope else "rope apart",
         ]
     )
 

@@ -59,6 +59,7 @@ def choose(config: TrainConfig) -> Setup:
         seq_len=config.seq_len,
         micro_batch_size=plan.micro_batch_size,
         document_mask=config.document_mask,
+        folds_rope=compute.kernels == "triton" and not config.model.use_differential_attention,
     )
     return Setup(compute, plan, attention)
 

@@ -106,28 +106,20 @@ class Attention(nn.Module):
         self, x: Tensor, residual: Tensor | None, context: Context, rebuild: bool
     ) -> tuple[Tensor, Tensor]:
         """(B, T, D) branch and residual in, branch and residual out."""
-        config, ops = self.config, self.ops
-        qkv, residual = ops.norm_qkv_rope(
-            x,
-            residual,
-            self.norm.weight,
-            self.qkv_proj.weight,
-            context.rotary.cos,
-            context.rotary.sin,
-            config.num_attention_heads,
-            config.num_kv_heads,
-            context.rotary.positions,
-            self.norm.eps,
-            rebuild=rebuild,
-        )
+        config, ops, rotary = self.config, self.ops, context.rotary
+        heads = config.num_attention_heads, config.num_kv_heads
+        inputs = x, residual, self.norm.weight, self.qkv_proj.weight, rotary.cos, rotary.sin
+        eps = self.norm.eps
+        if context.cache is None and not config.use_differential_attention:
+            out, residual = ops.norm_attention(
+                *inputs, *heads, rotary.positions, context.document_ids, eps, rebuild=rebuild
+            )
+            return self.o_proj(out), residual
+        qkv, residual = ops.norm_qkv_rope(*inputs, *heads, rotary.positions, eps, rebuild=rebuild)
         if config.use_differential_attention:
             out = self.subtract_maps(qkv, context)
-        elif context.cache is not None:
-            out = context.cache.attention(self.layer, qkv)
         else:
-            out = ops.attention(
-                qkv, config.num_attention_heads, config.num_kv_heads, context.document_ids
-            )
+            out = context.cache.attention(self.layer, qkv)
         return self.o_proj(out), residual
 
     def subtract_maps(self, qkv: Tensor, context: Context) -> Tensor:

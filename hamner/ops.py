@@ -26,6 +26,7 @@ from hamner.kernels.fused_linear import (
 )
 from hamner.kernels.grouped_matmul import moe_mlp, moe_mlp_reference
 from hamner.kernels.moe_routing import Routing, moe_route, moe_route_reference
+from hamner.kernels.norm_attention import add_rms_norm_attention
 from hamner.kernels.rms_norm import (
     add_rms_norm,
     add_rms_norm_reference,
@@ -58,6 +59,10 @@ class Ops:
     norm_qkv_rope: Callable[..., tuple[Tensor, Tensor]]
     """(x, residual, norm_weight, qkv_weight, cos, sin, H, KV, positions, eps, *, rebuild) ->
     (packed qkv (B, T, (H + 2 KV) head_size), new residual)"""
+    norm_attention: Callable[..., tuple[Tensor, Tensor]]
+    """(x, residual, norm_weight, qkv_weight, cos, sin, H, KV, positions, document_ids, eps, *,
+    rebuild) -> (causal attention of what `norm_qkv_rope` gives (B, T, H head_size), new residual)
+    """
     swiglu_linear: Callable[..., Tensor]
     """(gate_up (..., 2I), weight (D, I), *, rebuild) -> (..., D)"""
     linear_cross_entropy: Callable[..., Tensor]
@@ -77,14 +82,6 @@ class Ops:
     """(gradients) -> () fp32"""
     attention_backend: AttentionBackend
 
-    def attention(
-        self, qkv: Tensor, num_heads: int, num_kv_heads: int, document_ids: Tensor | None
-    ) -> Tensor:
-        """Causal attention on packed qkv: (B, T, (H + 2 KV) head_size) -> (B, T, H head_size)."""
-        return self.attention_backend.function(
-            qkv, num_heads, num_kv_heads, document_ids=document_ids
-        )
-
     def differential_attention(
         self,
         qkv: Tensor,
@@ -93,7 +90,8 @@ class Ops:
         num_kv_heads: int,
         document_ids: Tensor | None,
     ) -> Tensor:
-        """Two attention maps, the second subtracted `weight` times; shapes as `attention`."""
+        """Two causal attention maps on packed qkv, the second subtracted `weight` times:
+        (B, T, (H + 2 KV) head_size) -> (B, T, H head_size)."""
         return differential_attention(
             qkv,
             weight,
@@ -106,12 +104,17 @@ class Ops:
 
 def build_ops(kernels: str, attention_backend: AttentionBackend) -> Ops:
     """The operations of `--kernels {triton,torch,liger}` with the chosen attention."""
+    attend = attention_backend.function
     if kernels == "triton":
+        norm_attention = partial(_norm_attention, add_rms_norm_qkv_rope, attend)
+        if attention_backend.name == "triton":
+            norm_attention = add_rms_norm_attention
         return Ops(
             rms_norm=rms_norm,
             add_rms_norm=add_rms_norm,
             norm_linear=add_rms_norm_linear,
             norm_qkv_rope=add_rms_norm_qkv_rope,
+            norm_attention=norm_attention,
             swiglu_linear=swiglu_linear,
             linear_cross_entropy=linear_cross_entropy,
             router_linear=router_linear,
@@ -126,11 +129,13 @@ def build_ops(kernels: str, attention_backend: AttentionBackend) -> Ops:
         from hamner import liger as source  # optional extra
     else:
         source = _TORCH
+    norm_qkv_rope = partial(_norm_qkv_rope, source.rms_norm_linear, source.rope_packed)
     return Ops(
         rms_norm=source.rms_norm,
         add_rms_norm=source.add_rms_norm,
         norm_linear=partial(_norm_linear, source.rms_norm_linear),
-        norm_qkv_rope=partial(_norm_qkv_rope, source.rms_norm_linear, source.rope_packed),
+        norm_qkv_rope=norm_qkv_rope,
+        norm_attention=partial(_norm_attention, norm_qkv_rope, attend),
         swiglu_linear=partial(_swiglu_linear, source.swiglu_linear),
         linear_cross_entropy=source.linear_cross_entropy,
         router_linear=router_linear_reference,
@@ -166,6 +171,17 @@ def _norm_qkv_rope(
 ):  # fmt: skip
     qkv, stream = _norm_linear(pair, x, residual, norm_weight, qkv_weight, eps, rebuild=rebuild)
     return rope_packed(qkv, cos, sin, heads, kv_heads, positions), stream
+
+
+def _norm_attention(
+    norm_qkv_rope, attend, x, residual, norm_weight, qkv_weight,
+    cos, sin, heads, kv_heads, positions, document_ids, eps, *, rebuild,
+):  # fmt: skip
+    qkv, stream = norm_qkv_rope(
+        x, residual, norm_weight, qkv_weight, cos, sin, heads, kv_heads, positions, eps,
+        rebuild=rebuild,
+    )  # fmt: skip
+    return attend(qkv, heads, kv_heads, document_ids=document_ids), stream
 
 
 def _swiglu_linear(pair, gate_up, weight, *, rebuild):

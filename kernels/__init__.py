@@ -23,6 +23,7 @@ from hamner.kernels.fused_linear import (
 )
 from hamner.kernels.grouped_matmul import moe_mlp
 from hamner.kernels.moe_routing import Routing, moe_route
+from hamner.kernels.norm_attention import add_rms_norm_attention
 from hamner.kernels.rms_norm import add_rms_norm, rms_norm
 from hamner.kernels.rope import rope, rope_packed_
 from hamner.kernels.router_linear import router_linear
@@ -32,6 +33,7 @@ __all__ = [
     "Routing",
     "adamw_",
     "add_rms_norm",
+    "add_rms_norm_attention",
     "add_rms_norm_linear",
     "add_rms_norm_qkv_rope",
     "clip_coefficient",

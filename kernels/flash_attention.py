@@ -4,6 +4,7 @@ FlashAttention-2 (Dao 2023, arXiv:2307.08691): fused are both matmuls, the scale
 softmax. Scores live in registers, one tile at a time; forward keeps the log-sum-exp of each row
 (4 bytes), from which backward builds the scores again. The kernels are in
 flash_attention_kernels.py; here are their launches, the registered ops and the reference.
+norm_attention.py has them rotate dq and dk back by RoPE's angles right before they are stored.
 
     forward     out, lse                        2 matmuls
     dq          delta = sum(out * d_out), dq    3 matmuls, two of them for p and d_p
@@ -38,6 +39,7 @@ from hamner.kernels.flash_attention_kernels import (
     flash_attention_forward_kernel,
 )
 from hamner.kernels.launch import capability
+from hamner.kernels.rope import launch_packed_rotation
 
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_SIZE = 128
@@ -71,10 +73,10 @@ class Config(NamedTuple):
 # have eight warps resident, in two blocks of four or one of eight, that fill the tensor cores in
 # each other's softmax: of 255 registers a thread, they take all 65,536. With four warps, 128 x 64
 # tiles spill in forward at head size 64. Share of 101,376 bytes of shared memory, registers a
-# thread (the most that Triton 3.6 or 3.9 takes, with documents or without), blocks resident:
+# thread (the most that Triton 3.6 or 3.9 takes, documents and RoPE or not), blocks resident:
 #
 #                 forward                  dq                       dk_dv
-#     64, 64      32%  222  2 of 4 warps   48%  191  2 of 4 warps   33%  187  2 of 4 warps
+#     64, 64      32%  222  2 of 4 warps   48%  242  2 of 4 warps   33%  187  2 of 4 warps
 #     64, 128     65%  246  1 of 8         48%  168  2 of 4         61%  253  1 of 8
 #     128, 128    97%  253  1 of 8         81%  189  1 of 8         81%  226  1 of 8
 _SM86 = {
@@ -96,6 +98,7 @@ _SM86 = {
 }
 # The fastest on an H100 (profiles/LOG.md) of those that do not spill. 64 rows to four warps is the
 # shape of Hopper's warpgroup matmul; several such blocks on a multiprocessor beat one large tile.
+# Not measured: dk_dv at 128, 128, which had four stages until it spilled with RoPE on Triton 3.6.
 _SM90 = {
     (64, 64): Config(
         forward=Tile(128, 64, 8, 3),
@@ -110,7 +113,7 @@ _SM90 = {
     (128, 128): Config(
         forward=Tile(64, 64, 4, 3),
         dq=Tile(64, 64, 4, 2),
-        dk_dv=Tile(32, 64, 4, 4),
+        dk_dv=Tile(32, 64, 4, 3),
     ),
 }
 CONFIGS = {"8.6": _SM86, "8.0": _SM86, "9.0": _SM90}
@@ -145,6 +148,11 @@ def document_bounds(document_ids: Tensor) -> tuple[Tensor, Tensor]:
     return starts, ends
 
 
+def _padded(head_size: int) -> int:
+    """Width of a tile that holds heads of this size."""
+    return max(16, triton.next_power_of_2(head_size))
+
+
 def _constexprs(
     q: Tensor, k: Tensor, v: Tensor, document_starts: Tensor | None, causal: bool, tile: Tile
 ) -> dict[str, object]:
@@ -160,8 +168,8 @@ def _constexprs(
         "V_HEAD_SIZE": v_head_size,
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_size)),
-        "BLOCK_DV": max(16, triton.next_power_of_2(v_head_size)),
+        "BLOCK_D": _padded(head_size),
+        "BLOCK_DV": _padded(v_head_size),
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }
@@ -218,10 +226,15 @@ def launch_backward(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    positions: Tensor | None = None,
 ) -> None:
     """Differentiate, into dq, dk and dv: shaped as q, k and v, any strides but the last.
 
     The other arguments are those of `launch_forward`, with its results and the gradient of out.
+    With cos, sin and positions, by which q and k were rotated (rope.py), dq and dk are rotated back
+    before they are stored; q's head size must be one that is not padded.
     """
     if out.numel() == 0:
         return
@@ -231,21 +244,25 @@ def launch_backward(
     num_kv_heads = k.shape[2]
     config = select_config(q.device, q.dtype, head_size, v.shape[-1])
     delta = torch.empty_like(lse)
+    cos, sin, positions = (x if x is None else x.contiguous() for x in (cos, sin, positions))
+    num_positions = 0 if cos is None else cos.shape[0]
     with torch.cuda.device_of(q):
         grid = (triton.cdiv(seq_len, config.dq.block_m) * num_heads * batch_size,)
         flash_attention_dq_kernel[grid](
             q, k, v, out, d_out, lse, delta, dq, document_starts, document_ends,
+            cos, sin, positions,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
             *d_out.stride()[:3], *dq.stride()[:3],
-            seq_len, num_heads, scale, scale * LOG2_E,
+            seq_len, num_heads, num_positions, scale, scale * LOG2_E,
             **_constexprs(q, k, v, document_starts, causal, config.dq),
         )  # fmt: skip
         grid = (triton.cdiv(seq_len, config.dk_dv.block_n) * num_kv_heads * batch_size,)
         flash_attention_dk_dv_kernel[grid](
             q, k, v, d_out, lse, delta, dk, dv, document_starts, document_ends,
+            cos, sin, positions,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             *d_out.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
-            seq_len, num_kv_heads, scale, scale * LOG2_E,
+            seq_len, num_kv_heads, num_positions, scale, scale * LOG2_E,
             **_constexprs(q, k, v, document_starts, causal, config.dk_dv),
         )  # fmt: skip
 
@@ -352,20 +369,33 @@ def _flash_attention_qkv_backward_op(
     num_kv_heads: int,
     causal: bool,
     scale: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    positions: Tensor | None,
 ) -> Tensor:
     d_qkv = qkv.new_empty(qkv.shape)
+    head_size = qkv.shape[-1] // (num_heads + 2 * num_kv_heads)
+    # The halves of a padded head are not those of its tile: it is rotated back in a second pass.
+    is_padded = head_size != _padded(head_size)
     launch_backward(
         d_out.unflatten(-1, (num_heads, -1)),
         *split_qkv(qkv, num_heads, num_kv_heads),
         out.unflatten(-1, (num_heads, -1)),
         lse, document_starts, document_ends, causal, scale,
         *split_qkv(d_qkv, num_heads, num_kv_heads),
+        *((None, None, None) if is_padded else (cos, sin, positions)),
     )  # fmt: skip
+    if is_padded and cos is not None:
+        launch_packed_rotation(
+            d_qkv, cos, sin, num_heads, num_kv_heads, positions, inverse=True, in_place=True
+        )
     return d_qkv
 
 
 @_flash_attention_qkv_backward_op.register_fake
-def _(d_out, qkv, out, lse, starts, ends, num_heads, num_kv_heads, causal, scale):
+def _(
+    d_out, qkv, out, lse, starts, ends, num_heads, num_kv_heads, causal, scale, cos, sin, positions
+):
     return qkv.new_empty(qkv.shape)
 
 
@@ -379,7 +409,9 @@ def _qkv_setup_context(ctx, inputs, output):
 
 
 def _qkv_backward(ctx, d_out, _d_lse):
-    d_qkv = _flash_attention_qkv_backward_op(d_out, *ctx.saved_tensors, *ctx.arguments)
+    d_qkv = _flash_attention_qkv_backward_op(
+        d_out, *ctx.saved_tensors, *ctx.arguments, None, None, None
+    )
     return d_qkv, None, None, None, None, None, None
 
 
@@ -391,6 +423,15 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} is {tensor.dtype}; it must be float32, float16 or bfloat16")
     if tensor.stride(-1) != 1:
         raise ValueError(f"{name} has strides {tensor.stride()}; its last must be 1")
+    check_device(name, tensor)
+
+
+def check_device(name: str, tensor: Tensor) -> None:
+    """Check that the kernels can run where `tensor` is.
+
+    Raises:
+        TypeError, ValueError: they cannot.
+    """
     if tensor.is_cuda:
         return
     if not INTERPRETED:
@@ -414,6 +455,23 @@ def _check_num_heads(num_heads: int, num_kv_heads: int) -> None:
         )
 
 
+def check_packed_width(width: int, num_heads: int, num_kv_heads: int) -> int:
+    """The head size of packed rows (H + 2 KV) hd, checked.
+
+    Raises:
+        ValueError: no such heads, or of a size that the kernels do not take.
+    """
+    _check_num_heads(num_heads, num_kv_heads)
+    head_size, rest = divmod(width, num_heads + 2 * num_kv_heads)
+    if rest:
+        raise ValueError(
+            f"qkv has width {width}; it must be a multiple of num_heads + 2 num_kv_heads "
+            f"= {num_heads + 2 * num_kv_heads}"
+        )
+    _check_head_size("qkv", head_size)
+    return head_size
+
+
 def _scale(scale: float | None, head_size: int) -> float:
     if scale is None:
         return head_size**-0.5
@@ -422,9 +480,14 @@ def _scale(scale: float | None, head_size: int) -> float:
     return float(scale)
 
 
-def _optional_document_bounds(
+def optional_document_bounds(
     document_ids: Tensor | None, tokens: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
+    """`document_bounds` of ids that are checked against `tokens` (B, T, ...), if there are any.
+
+    Raises:
+        TypeError, ValueError: they do not fit.
+    """
     if document_ids is None:
         return None, None
     if document_ids.dtype != torch.int32:
@@ -489,7 +552,7 @@ def flash_attention(
     if v.shape[2] != k.shape[2]:
         raise ValueError(f"v has {v.shape[2]} heads, k {k.shape[2]}; they must agree")
     _check_num_heads(q.shape[2], k.shape[2])
-    bounds = _optional_document_bounds(document_ids, q)
+    bounds = optional_document_bounds(document_ids, q)
     return _flash_attention_op(q, k, v, *bounds, causal, _scale(scale, q.shape[-1]))[0]
 
 
@@ -518,16 +581,9 @@ def flash_attention_qkv(
     """
     if qkv.dim() != 3:
         raise ValueError(f"qkv has shape {tuple(qkv.shape)}; it must be (B, T, (H + 2 KV) hd)")
-    _check_num_heads(num_heads, num_kv_heads)
-    head_size, rest = divmod(qkv.shape[-1], num_heads + 2 * num_kv_heads)
-    if rest:
-        raise ValueError(
-            f"qkv has width {qkv.shape[-1]}; it must be a multiple of num_heads + 2 num_kv_heads "
-            f"= {num_heads + 2 * num_kv_heads}"
-        )
+    head_size = check_packed_width(qkv.shape[-1], num_heads, num_kv_heads)
     _check_tensor("qkv", qkv)
-    _check_head_size("qkv", head_size)
-    bounds = _optional_document_bounds(document_ids, qkv)
+    bounds = optional_document_bounds(document_ids, qkv)
     return _flash_attention_qkv_op(
         qkv, num_heads, num_kv_heads, *bounds, causal, _scale(scale, head_size)
     )[0]

@@ -118,6 +118,34 @@ def _store_tile(
 
 
 @triton.jit
+def _rotate_back(
+    tile,  # (ROWS, HEAD_SIZE) fp32
+    start,
+    num_rows,
+    cos_ptr,  # (num_positions, HEAD_SIZE / 2)
+    sin_ptr,  # (num_positions, HEAD_SIZE / 2)
+    positions_ptr,  # (num_rows,) int32, or None: the row itself
+    num_positions,
+    ROWS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+):
+    """The gradient of rope.py's result made that of its input: rotated by -sin."""
+    HALF: tl.constexpr = HEAD_SIZE // 2
+    position = start + tl.arange(0, ROWS)
+    if positions_ptr is not None:
+        position = tl.load(positions_ptr + tl.minimum(position, num_rows - 1))
+        position = tl.maximum(position, 0)
+    position = tl.minimum(position, num_positions - 1)
+    offs = position[:, None] * HALF + tl.arange(0, HALF)[None, :]
+    cos = tl.load(cos_ptr + offs).to(tl.float32)
+    sin = tl.load(sin_ptr + offs).to(tl.float32)
+    # A matmul's accumulator has both halves of a row in one thread, so the split moves nothing.
+    first, second = tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, HALF)), (0, 2, 1)))
+    rotated = tl.join(first * cos + second * sin, second * cos - first * sin)
+    return tl.reshape(tl.permute(rotated, (0, 2, 1)), (ROWS, HEAD_SIZE))
+
+
+@triton.jit
 def _attend(
     acc,  # (BLOCK_M, BLOCK_DV) fp32
     row_sum,  # (BLOCK_M,) fp32
@@ -330,6 +358,9 @@ def flash_attention_dq_kernel(
     dq_ptr,  # (B, T, H, HEAD_SIZE) input dtype
     document_start_ptr,  # (B, T) int32, or None
     document_end_ptr,  # (B, T) int32, or None
+    cos_ptr,  # (num_positions, HEAD_SIZE / 2), or None: q and k were not rotated
+    sin_ptr,  # (num_positions, HEAD_SIZE / 2), or None
+    positions_ptr,  # (B, T) int32, or None: the row
     stride_qb,
     stride_qt,
     stride_qh,
@@ -350,6 +381,7 @@ def flash_attention_dq_kernel(
     stride_dqh,
     T,
     H,
+    num_positions,
     scale,
     scale_log2,
     GROUP: tl.constexpr,
@@ -413,7 +445,14 @@ def flash_attention_dq_kernel(
         CAUSAL, HAS_DOCUMENTS, EVEN_T,
         HEAD_SIZE, V_HEAD_SIZE, BLOCK_N, BLOCK_D, BLOCK_DV, MASKED=True,
     )  # fmt: skip
-    _store_tile(dq_ptr, stride_dqt, first, T, dq * scale, BLOCK_M, HEAD_SIZE, BLOCK_D)
+    dq *= scale
+    if cos_ptr is not None:
+        if positions_ptr is not None:
+            positions_ptr += batch * T
+        dq = _rotate_back(
+            dq, first, T, cos_ptr, sin_ptr, positions_ptr, num_positions, BLOCK_M, HEAD_SIZE
+        )
+    _store_tile(dq_ptr, stride_dqt, first, T, dq, BLOCK_M, HEAD_SIZE, BLOCK_D)
 
 
 @triton.jit
@@ -506,6 +545,9 @@ def flash_attention_dk_dv_kernel(
     dv_ptr,  # (B, T, KV, V_HEAD_SIZE) input dtype
     document_start_ptr,  # (B, T) int32, or None
     document_end_ptr,  # (B, T) int32, or None
+    cos_ptr,  # (num_positions, HEAD_SIZE / 2), or None: q and k were not rotated
+    sin_ptr,  # (num_positions, HEAD_SIZE / 2), or None
+    positions_ptr,  # (B, T) int32, or None: the row
     stride_qb,
     stride_qt,
     stride_qh,
@@ -526,6 +568,7 @@ def flash_attention_dk_dv_kernel(
     stride_dvh,
     T,
     KV,
+    num_positions,
     scale,
     scale_log2,
     GROUP: tl.constexpr,
@@ -590,5 +633,13 @@ def flash_attention_dk_dv_kernel(
         GROUP, CAUSAL, HAS_DOCUMENTS, EVEN_T,
         HEAD_SIZE, V_HEAD_SIZE, BLOCK_M, BLOCK_D, BLOCK_DV, MASKED=False,
     )  # fmt: skip
-    _store_tile(dk_ptr, stride_dkt, first, T, dk * scale, BLOCK_N, HEAD_SIZE, BLOCK_D)
+    # dv first: its registers are then free for the rotation of dk.
     _store_tile(dv_ptr, stride_dvt, first, T, dv, BLOCK_N, V_HEAD_SIZE, BLOCK_DV)
+    dk *= scale
+    if cos_ptr is not None:
+        if positions_ptr is not None:
+            positions_ptr += batch * T
+        dk = _rotate_back(
+            dk, first, T, cos_ptr, sin_ptr, positions_ptr, num_positions, BLOCK_N, HEAD_SIZE
+        )
+    _store_tile(dk_ptr, stride_dkt, first, T, dk, BLOCK_N, HEAD_SIZE, BLOCK_D)

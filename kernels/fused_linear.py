@@ -218,6 +218,28 @@ def _check_matmul_weight(name: str, weight: Tensor, x_name: str, x: Tensor, widt
         raise ValueError(f"{name} is on {weight.device}, {x_name} on {x.device}")
 
 
+def check_qkv_rope_arguments(
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    qkv_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    positions: Tensor | None,
+) -> None:
+    """Check the arguments of `add_rms_norm_qkv_rope`.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    check_norm_arguments(x, residual, norm_weight, "norm_weight")
+    _check_matmul_weight("qkv_weight", qkv_weight, "x", x, x.shape[-1])
+    qkv_shape = (*x.shape[:-1], qkv_weight.shape[0])
+    check_packed_arguments(qkv_shape, cos, sin, num_heads, num_kv_heads, positions, x)
+
+
 def rms_norm_linear(
     x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float = 1e-5, *, rebuild: bool = True
 ) -> Tensor:
@@ -310,10 +332,9 @@ def add_rms_norm_qkv_rope(
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
     """
-    check_norm_arguments(x, residual, norm_weight, "norm_weight")
-    _check_matmul_weight("qkv_weight", qkv_weight, "x", x, x.shape[-1])
-    qkv_shape = (*x.shape[:-1], qkv_weight.shape[0])
-    check_packed_arguments(qkv_shape, cos, sin, num_heads, num_kv_heads, positions, x)
+    check_qkv_rope_arguments(
+        x, residual, norm_weight, qkv_weight, cos, sin, num_heads, num_kv_heads, positions
+    )
     qkv, new_residual, _, _ = _rms_norm_linear_op(
         x, residual, norm_weight, qkv_weight, eps, rebuild,
         cos, sin, positions, num_heads, num_kv_heads,

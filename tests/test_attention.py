@@ -336,8 +336,8 @@ class TestAuto:
         calls = []
         triton = attention._FUNCTIONS["triton"][0]
 
-        def measure(shape, function, *, graphed):
-            calls.append(function)
+        def measure(shape, function, *, graphed, rotated):
+            calls.append((function, rotated))
             return 0.93 if function is triton else 1.1
 
         monkeypatch.setattr(attention_timing, "measure", measure)
@@ -354,6 +354,12 @@ class TestAuto:
             "0.93 ms forward + backward per layer against sdpa 1.10, not flash-attn ("
         )
 
+    @pytest.mark.parametrize("folds_rope", [True, False])
+    def test_rope_that_triton_folds_is_counted_against_the_others(self, folds_rope, gpu, measured):
+        choose("auto", gpu, folds_rope=folds_rope)
+        triton, sdpa = (attention._FUNCTIONS[name][0] for name in ("triton", "sdpa"))
+        assert measured == [(triton, False), (sdpa, folds_rope)]
+
     def test_remembers(self, gpu, measured):
         first = choose("auto", gpu)
         assert len(measured) == 2
@@ -368,6 +374,7 @@ class TestAuto:
             {"dtype": torch.float16},
             {"head_size": 32},
             {"num_kv_heads": 4},
+            {"folds_rope": True},
         ],
         ids=str,
     )
@@ -408,7 +415,7 @@ class TestAuto:
         assert choose("auto", gpu).name == "triton"
 
     def test_a_backend_that_fails_is_named_and_not_remembered(self, gpu, monkeypatch):
-        def measure(shape, function, *, graphed):
+        def measure(shape, function, *, graphed, rotated):
             if function is attention._FUNCTIONS["triton"][0]:
                 raise torch.OutOfMemoryError("out of memory\nby a lot")
             return 1.1
@@ -428,7 +435,12 @@ class TestAuto:
     @pytest.mark.gpu
     def test_measures_on_the_gpu(self, device, monkeypatch, tmp_path):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        changes = {"dtype": torch.bfloat16, "seq_len": 512, "document_mask": True}
+        changes = {
+            "dtype": torch.bfloat16,
+            "seq_len": 512,
+            "document_mask": True,
+            "folds_rope": True,
+        }
         backend = choose("auto", device, **changes)
         (times,) = json.loads(attention_timing.cache_file().read_text()).values()
         assert backend.name == min(times, key=times.__getitem__)

@@ -52,7 +52,8 @@ def test_step_of_option_a_by_hand():
     assert spent["norm"] == pytest.approx(norm / gb_per_s * 1e3)
     swiglu = 2 * layers * tokens * (3 + 6) * inner
     assert spent["swiglu"] == pytest.approx(swiglu / gb_per_s * 1e3)
-    assert spent["rope"] == pytest.approx(2 * layers * tokens * 4 * (d + kv) / gb_per_s * 1e3)
+    # Forward alone: attention's backward rotates back what it writes.
+    assert spent["rope"] == pytest.approx(2 * layers * tokens * 2 * (d + kv) / gb_per_s * 1e3)
     assert spent["loss"] == pytest.approx(2 * 3 * tokens * vocabulary / gb_per_s * 1e3)
     assert spent["optimizer"] == pytest.approx(28 * 320_914_432 / gb_per_s * 1e3)
     assert spent["routing"] == 0
@@ -109,13 +110,15 @@ def test_mixture_counts_active_experts_and_routing():
     assert shared["swiglu"] == pytest.approx(1.5 * c["swiglu"])
 
 
-def test_differential_attention_costs_attention_only():
+def test_differential_attention_costs_attention_and_rope_only():
     plain = predict_option("a").milliseconds
     model = ModelConfig(use_differential_attention=True)
     differential = predict_option("a", model=model).milliseconds
     products = 24 * 24_576 * 1024 * 1024 * (3 + 7) / 54e12 * 1e3
     combine = 24 * 2 * 24_576 * 1024 * (3 + 5) / 850e9 * 1e3
     assert differential["attention"] == pytest.approx(products + combine)
+    # Two attentions read each half of qkv, so that RoPE's backward stays a pass of its own.
+    assert differential["rope"] == pytest.approx(2 * plain["rope"])
     assert differential["matmul"] == plain["matmul"]
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from hamner.kernels.norm_attention import add_rms_norm_attention
 from hamner.model import Transformer
 from hamner.optimizer import AdamW
 from hamner.recompute import FULL, NONE, SELECTIVE
@@ -50,6 +51,22 @@ def test_kernels_and_plain_torch_agree(name, policies, documents):
         # Many roundings add up over two layers: the floor is 32 eps rather than one op's 4.
         assert_as_accurate_as_torch(
             result, fused[result], plain[result], exact[result], floor_eps=32.0
+        )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU's own test is test_trainer_gpu.py")
+@pytest.mark.parametrize(("kernels", "attention"), [("triton", "sdpa"), ("torch", "triton")])
+def test_rope_and_attention_of_different_sources(kernels, attention):
+    """Then RoPE's backward is an op of its own."""
+    config, policies = CONFIGS["dense"], (NONE, SELECTIVE)
+    assert cpu_ops("triton", "triton").norm_attention is add_rms_norm_attention
+    assert cpu_ops(kernels, attention).norm_attention is not add_rms_norm_attention
+    mixed = run(config, kernels, attention, policies, True)
+    plain = run(config, "torch", "sdpa", policies, True)
+    exact = run(config, "torch", "sdpa", policies, True, torch.float64)
+    for result in exact:
+        assert_as_accurate_as_torch(
+            result, mixed[result], plain[result], exact[result], floor_eps=32.0
         )
 
 

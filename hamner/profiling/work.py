@@ -252,7 +252,7 @@ _FORMULAS: tuple[tuple[str, re.Pattern, Callable[[Arguments], Work]], ...] = tup
             _moves(lambda a: (3 + a.given(1) + (not a.given(4))) * a.size(2)),
         ),
         ("rope", r"hamner::rms_norm_linear", _moves(_rotates)),
-        # Into a fresh tensor: v is copied along.
+        # Into a fresh tensor: v is copied along. Absent where attention's backward rotates.
         ("rope", r"hamner::rms_norm_linear_backward", _moves(lambda a: 2 * a.size(0))),
         (
             "rope",

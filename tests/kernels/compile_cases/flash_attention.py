@@ -1,7 +1,8 @@
 """FlashAttention at head sizes 64 and 128, and 64 with values of 128 (differential attention).
 
-Option A's heads, T a multiple of the tiles, causal, with and without documents. The names of
-strides end in the axis: those of heads and tokens are multiples of 16 elements at these sizes.
+Option A's heads, T a multiple of the tiles, causal, with and without documents, backward also with
+RoPE's folded in. The names of strides end in the axis: those of heads and tokens are multiples of
+16 elements at these sizes.
 """
 
 from triton.runtime.jit import JITFunction
@@ -25,26 +26,36 @@ TYPES = {
     "delta_ptr": "*fp32",
     "document_start_ptr": "*i32",
     "document_end_ptr": "*i32",
+    "cos_ptr": "*fp32",
+    "sin_ptr": "*fp32",
+    "positions_ptr": "*i32",
     "scale": "fp32",
     "scale_log2": "fp32",
     "T": "i32",
     "H": "i32",
     "KV": "i32",
+    "num_positions": "i32",
 }
 
 
 def cases() -> list[CompileCase]:
     return [
-        _case(capability, name, sizes, tile, documents)
+        _case(capability, name, sizes, tile, documents, rotated)
         for capability in CAPABILITIES
         for sizes, config in CONFIGS[capability].items()
         for name, tile in config._asdict().items()
         for documents in (False, True)
+        for rotated in ((False,) if name == "forward" else (False, True))
     ]
 
 
 def _case(
-    capability: str, name: str, sizes: tuple[int, int], tile: Tile, documents: bool
+    capability: str,
+    name: str,
+    sizes: tuple[int, int],
+    tile: Tile,
+    documents: bool,
+    rotated: bool,
 ) -> CompileCase:
     kernel: JITFunction = KERNELS[name]
     head_size, v_head_size = sizes
@@ -62,14 +73,19 @@ def _case(
     }
     if not documents:
         constexprs |= {"document_start_ptr": None, "document_end_ptr": None}
+    if name != "forward" and not rotated:
+        constexprs |= {"cos_ptr": None, "sin_ptr": None}
+    if name != "forward" and not (rotated and documents):
+        constexprs |= {"positions_ptr": None}
     strides = [argument for argument in kernel.arg_names if argument.startswith("stride_")]
     signature = {
         argument: TYPES.get(argument, "i32" if argument in strides else "*bf16")
         for argument in kernel.arg_names
         if argument not in constexprs
     }
+    variant = ",documents" * documents + ",rope" * rotated
     return CompileCase(
-        name=f"flash_attention_{name}/hd={head_size},{v_head_size}{',documents' * documents}",
+        name=f"flash_attention_{name}/hd={head_size},{v_head_size}{variant}",
         kernel=kernel,
         signature=signature,
         constexprs=constexprs,

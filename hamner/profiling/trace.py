@@ -128,21 +128,25 @@ def with_callers_of(trace: Trace, launches: Trace) -> Trace:
     """A CUDA graph's trace with the callers of the same steps launched one by one.
 
     A graph's kernels are launched by one call that knows nothing of operations and shapes. Of each
-    kernel's name, the n-th call of a step stands for the n-th of the other trace's steps, as long
-    as both have equally many.
+    kernel's name, the n-th call stands for the n-th of the other trace, as long as a step has
+    equally many in both, and the other trace has as many steps or more.
     """
-    theirs = defaultdict(list)
+    their_calls = defaultdict(list)
     for activity in launches.activities:
-        theirs[activity.name].append(activity)
-    ours = defaultdict(list)
+        their_calls[activity.name].append(activity)
+    our_calls = defaultdict(list)
     for activity in trace.activities:
-        ours[activity.name].append(activity)
+        our_calls[activity.name].append(activity)
     callers: dict[Activity, Range | None] = {}
-    for name, calls in ours.items():
-        known = theirs[name]
-        a_step = len(known) // max(1, len(launches.steps))
-        if a_step and len(calls) == a_step * max(1, len(trace.steps)):
-            callers |= {call: known[i % a_step].caller for i, call in enumerate(calls)}
+    for name, calls in our_calls.items():
+        known = their_calls[name]
+        # Each call gets an operation of its own: their work adds up over the steps.
+        same_rate = len(calls) * max(1, len(launches.steps)) == len(known) * max(
+            1, len(trace.steps)
+        )
+        if same_rate and len(known) >= len(calls):
+            pairs = zip(calls, known, strict=False)
+            callers |= {ours: theirs.caller for ours, theirs in pairs}
     activities = [replace(a, caller=callers.get(a, a.caller)) for a in trace.activities]
     return replace(trace, activities=activities)
 

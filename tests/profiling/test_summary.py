@@ -8,7 +8,7 @@ from hamner.errors import UserError
 from hamner.hardware import GPUS
 from hamner.profiling.report import describe, describe_difference, table
 from hamner.profiling.summary import short_name, summarize
-from hamner.profiling.trace import read_trace
+from hamner.profiling.trace import read_trace, with_callers_of
 from tests.profiling.traces import AUTOGRAD, TraceWriter, shapes
 
 M, K, N = 24_576, 1024, 1536
@@ -53,6 +53,18 @@ def test_time_by_category_and_phase(writer, tmp_path):
     assert summary.categories == pytest.approx({"matmul": 0.600, "norm": 0.200, "other": 0.045})
     assert summary.phases == pytest.approx({"forward": 0.600, "backward": 0.200})
     assert summary.idle_ms == pytest.approx(0.105)
+
+
+def test_a_graphs_kernels_reach_the_rate_of_their_operations(writer, tmp_path):
+    """The work of every step is counted, not of one."""
+    launches = read_trace(writer.write(tmp_path / "launches.json"))
+    graph = TraceWriter()
+    for begin in (0.0, 1000.0):
+        graph.range(f"ProfilerStep#{int(begin / 1000)}", begin, 990)
+        graph.kernel("nvjet_tst_128x256", begin + 100, 600, launch=begin + 40)
+    trace = with_callers_of(read_trace(graph.write(tmp_path / "graph.json")), launches)
+    [row] = summarize(trace).kernels
+    assert row.tflop_per_s == pytest.approx(2 * M * K * N / 600e-6 / 1e12)
 
 
 def test_idle_time_is_told_apart(writer, tmp_path):

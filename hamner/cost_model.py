@@ -13,12 +13,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from hamner.communication import ONE_GPU, Communication, Parallelism, communicate
 from hamner.hardware import GPUS, Gpu
 from hamner.options import OPTIONS, ModelConfig
 from hamner.recompute import FULL, GIB, NONE, SELECTIVE, Policy, account, loss_chunk
 
 CATEGORIES = (
     *("matmul", "attention", "norm", "swiglu", "rope", "routing", "loss", "optimizer", "gaps"),
+    "communication",
 )
 
 
@@ -293,30 +295,32 @@ def _loss(model: ModelConfig, tokens: int, how: Implementation) -> list[Op]:
     return [head, head, head, softmax]
 
 
-def _optimizer(model: ModelConfig, how: Implementation, micro_batches: int) -> Op:
+def _optimizer(model: ModelConfig, how: Implementation, micro_batches: int, shards: int) -> Op:
     per_parameter = how.optimizer_bytes
     if micro_batches > 1:
         # Each micro-batch adds its bf16 gradient to an fp32 sum, which the two passes then read.
         per_parameter += (2 + 4 + 4) * micro_batches + 2 * 2
     tensors = 6 * model.num_layers
-    return Op(
-        "optimizer", "optimizer", bytes=per_parameter * model.num_parameters(), launches=tensors
-    )
+    size = per_parameter * model.num_parameters() / shards
+    return Op("optimizer", "optimizer", bytes=size, launches=tensors)
 
 
 @dataclass(frozen=True)
 class StepPrediction:
-    """One optimizer step on one GPU, before it was ever run."""
+    """One optimizer step, before it was ever run."""
 
     gpu: Gpu
     milliseconds: dict[str, float]
-    """by category, summed over micro-batches"""
+    """of each GPU, by category, summed over micro-batches; of communication what is not hidden"""
     tokens_per_step: int
+    """of all GPUs"""
     flops_per_token: int
     """model FLOPs: forward and backward, causal, nothing recomputed"""
     peak_gib: float
-    """by hamner.recompute's account"""
+    """of each GPU, by hamner.recompute's account"""
     provenance: str
+    gpus: int
+    communication: Communication
 
     @property
     def step_ms(self) -> float:
@@ -330,8 +334,9 @@ class StepPrediction:
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs utilisation, 0 to 1: tokens/s x FLOPs per token / bf16 peak."""
-        return self.tokens_per_second * self.flops_per_token / (self.gpu.bf16_tflops * 1e12)
+        """Model FLOPs utilisation, 0 to 1: tokens/s x FLOPs per token / bf16 peak of all GPUs."""
+        peak = self.gpus * self.gpu.bf16_tflops * 1e12
+        return self.tokens_per_second * self.flops_per_token / peak
 
 
 def predict(
@@ -343,6 +348,7 @@ def predict(
     batch_size: int,
     seq_len: int,
     implementation: Implementation = TRITON,
+    parallelism: Parallelism = ONE_GPU,
 ) -> StepPrediction:
     """Time a bf16 training step.
 
@@ -350,35 +356,53 @@ def predict(
         model: shape.
         gpu: the card.
         policies: recomputation, one per layer.
-        micro_batch_size: sequences of one forward and backward pass.
-        batch_size: sequences of one optimizer step, a multiple of `micro_batch_size`.
+        micro_batch_size: sequences of one forward and backward pass of a GPU.
+        batch_size: sequences of one optimizer step, over all GPUs: each GPU's share is a multiple
+            of `micro_batch_size`.
         seq_len: tokens of a sequence.
         implementation: whose kernels.
+        parallelism: `kind` "ddp" or "fsdp" where there is more than one GPU.
 
     Raises:
-        ValueError: batch_size is not a multiple of micro_batch_size, or policies are not one a
-            layer.
+        ValueError: a GPU's share of batch_size is not a multiple of micro_batch_size, or policies
+            are not one a layer.
     """
-    if batch_size % micro_batch_size:
-        raise ValueError(f"{batch_size=} is not a multiple of {micro_batch_size=}")
+    if batch_size % (parallelism.ranks * micro_batch_size):
+        raise ValueError(f"{batch_size=} is not a multiple of {micro_batch_size=} on each GPU")
     if len(policies) != model.num_layers:
         raise ValueError(f"policies has {len(policies)} entries for {model.num_layers} layers")
-    micro_batches = batch_size // micro_batch_size
+    micro_batches = batch_size // parallelism.ranks // micro_batch_size
     tokens = micro_batch_size * seq_len
     reached = efficiency(gpu)
 
     milliseconds = dict.fromkeys(CATEGORIES, 0.0)
 
-    def add(ops: Sequence[Op], times: int) -> None:
+    def add(ops: Sequence[Op], times: int) -> float:
+        """Count `ops`, `times` over, in the step; returns what one time takes, launches aside."""
+        once = 0.0
         for op in ops:
-            milliseconds[op.category] += 1e3 * times * op.seconds(gpu, reached)
+            spent = 1e3 * op.seconds(gpu, reached)
+            once += spent
+            milliseconds[op.category] += times * spent
             milliseconds["gaps"] += 1e-3 * times * op.launches * reached.launch_gap_us
+        return once
 
+    forward = backward = 0.0
     for policy, layers in Counter(policies).items():
-        add(_forward(model, tokens, seq_len, implementation), layers * micro_batches)
-        add(_backward(model, tokens, seq_len, implementation, policy), layers * micro_batches)
+        times = layers * micro_batches
+        forward += layers * add(_forward(model, tokens, seq_len, implementation), times)
+        backward += layers * add(_backward(model, tokens, seq_len, implementation, policy), times)
     add(_loss(model, tokens, implementation), micro_batches)
-    add([_optimizer(model, implementation, micro_batches)], 1)
+    add([_optimizer(model, implementation, micro_batches, parallelism.shards)], 1)
+    communication = communicate(
+        parallelism,
+        parameters=model.num_parameters(),
+        embedding=model.vocab_size * model.hidden_size,
+        micro_batches=micro_batches,
+        forward_ms=forward,
+        backward_ms=backward,
+    )
+    milliseconds["communication"] = communication.exposed_ms
 
     memory = account(
         model,
@@ -387,6 +411,7 @@ def predict(
         precision="bf16",
         accumulate=micro_batches > 1,
         fused=implementation.chunked_loss,
+        parallelism=parallelism,
     )
     return StepPrediction(
         gpu=gpu,
@@ -395,6 +420,8 @@ def predict(
         flops_per_token=model.flops_per_token(seq_len),
         peak_gib=memory.total / GIB,
         provenance=reached.provenance,
+        gpus=parallelism.ranks,
+        communication=communication,
     )
 
 

@@ -1,4 +1,4 @@
-"""What a GPU can do: dense peak by dtype, memory bandwidth and size, shared memory.
+"""What a GPU can do: dense peak by dtype, memory bandwidth and size, shared memory, links.
 
 Vendor figures without sparsity, at boost clock; matrix products accumulate in fp32. A card that is
 not in the table is "unknown", never measured against another card's peak. Torch-free.
@@ -6,6 +6,24 @@ not in the table is "unknown", never measured against another card's peak. Torch
 
 import re
 from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Link:
+    """What connects the GPUs of one machine."""
+
+    name: str
+    gbs: float
+    """GB/s each way that ring collectives reach; assumed, not measured"""
+
+
+# GeForce drivers let no GPU read another's memory over PCIe: everything goes through the host's.
+PCIE4 = Link("PCIe 4.0 x16 through host memory", 10)
+PCIE5 = Link("PCIe 5.0 x16 through host memory", 25)
+PCIE5_PEER = Link("PCIe 5.0 x16", 40)
+# Four fifths of 300 and of 450 GB/s.
+NVLINK3 = Link("NVLink 3", 240)
+NVLINK4 = Link("NVLink 4", 360)
 
 
 @dataclass(frozen=True)
@@ -29,6 +47,8 @@ class Gpu:
     """largest shared memory of one thread block"""
     num_sms: int
     """streaming multiprocessors"""
+    link: Link
+    """to the others of its machine, with no bridge added"""
 
     def peak_tflops(self, precision: str) -> float:
         """Peak for `precision` ("bf16" or "fp32"), TFLOP/s."""
@@ -40,21 +60,40 @@ _A100_SHARED = 166_912
 _HOPPER_SHARED = 232_448
 
 GPUS: dict[str, Gpu] = {
-    "rtx-3090": Gpu("RTX 3090", r"3090(?! Ti)", 71.2, 35.6, 936, 24, 6, _AMPERE_ADA_SHARED, 82),
-    "rtx-3090-ti": Gpu("RTX 3090 Ti", r"3090 Ti", 80.0, 40.0, 1008, 24, 6, _AMPERE_ADA_SHARED, 84),
+    "rtx-3090": Gpu(
+        "RTX 3090", r"3090(?! Ti)", 71.2, 35.6, 936, 24, 6, _AMPERE_ADA_SHARED, 82, PCIE4
+    ),
+    "rtx-3090-ti": Gpu(
+        "RTX 3090 Ti", r"3090 Ti", 80.0, 40.0, 1008, 24, 6, _AMPERE_ADA_SHARED, 84, PCIE4
+    ),
     "rtx-4090": Gpu(
-        "RTX 4090", r"RTX 4090(?! D)", 165.2, 82.6, 1008, 24, 72, _AMPERE_ADA_SHARED, 128
+        "RTX 4090", r"RTX 4090(?! D)", 165.2, 82.6, 1008, 24, 72, _AMPERE_ADA_SHARED, 128, PCIE4
     ),
     "rtx-5090": Gpu(
-        "RTX 5090", r"RTX 5090(?! D)", 209.5, 104.8, 1792, 32, 96, _AMPERE_ADA_SHARED, 170
+        "RTX 5090", r"RTX 5090(?! D)", 209.5, 104.8, 1792, 32, 96, _AMPERE_ADA_SHARED, 170, PCIE5
     ),
-    "a100-40gb": Gpu("A100 40GB", r"A100.*40GB", 312.0, 19.5, 1555, 40, 40, _A100_SHARED, 108),
-    "a100-80gb": Gpu("A100 80GB", r"A100.*80GB", 312.0, 19.5, 2039, 80, 40, _A100_SHARED, 108),
+    "a100-40gb": Gpu(
+        "A100 40GB", r"A100.*40GB", 312.0, 19.5, 1555, 40, 40, _A100_SHARED, 108, NVLINK3
+    ),
+    "a100-80gb": Gpu(
+        "A100 80GB", r"A100.*80GB", 312.0, 19.5, 2039, 80, 40, _A100_SHARED, 108, NVLINK3
+    ),
     "h100": Gpu(
-        "H100 SXM", r"H100(?! PCIe| NVL).*80GB", 989.4, 66.9, 3352, 80, 50, _HOPPER_SHARED, 132
+        "H100 SXM",
+        r"H100(?! PCIe| NVL).*80GB",
+        989.4,
+        66.9,
+        3352,
+        80,
+        50,
+        _HOPPER_SHARED,
+        132,
+        NVLINK4,
     ),
-    "h100-pcie": Gpu("H100 PCIe", r"H100 PCIe", 756.0, 51.2, 2039, 80, 50, _HOPPER_SHARED, 114),
-    "h200": Gpu("H200", r"H200(?! NVL)", 989.4, 66.9, 4800, 141, 50, _HOPPER_SHARED, 132),
+    "h100-pcie": Gpu(
+        "H100 PCIe", r"H100 PCIe", 756.0, 51.2, 2039, 80, 50, _HOPPER_SHARED, 114, PCIE5_PEER
+    ),
+    "h200": Gpu("H200", r"H200(?! NVL)", 989.4, 66.9, 4800, 141, 50, _HOPPER_SHARED, 132, NVLINK4),
 }
 
 

@@ -1,21 +1,23 @@
 """The plan before the run: `python -m hamner.plan --option a`.
 
-Parameters, VRAM, speed, hours and expected loss of an option on a card, by arithmetic alone: no GPU
-and no torch, so the answer comes at once. With a run's metrics it also says where that run is
-heading; with `--report` it writes the whole analysis as a document.
+Parameters, VRAM, speed, hours and expected loss of an option on one GPU or several, by arithmetic
+alone: no GPU and no torch, so the answer comes at once. With a run's metrics it also says where
+that run is heading; with `--report` it writes the whole analysis as a document.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from hamner.cli import run_command
+from hamner.communication import ONE_GPU, QUIET, Parallelism
 from hamner.cost_model import StepPrediction, predict
 from hamner.errors import UserError
-from hamner.hardware import GPUS, Gpu
-from hamner.options import OPTIONS, Option
-from hamner.recompute import GIB, RESERVE_GIB, MemoryPlan, choose
+from hamner.hardware import GPUS, PCIE4, Gpu
+from hamner.options import OPTIONS, Option, flag
+from hamner.recompute import GIB, RESERVE_GIB, MemoryPlan, Policy, choose
 from hamner.scaling_law import BESIROGLU, KNOWN_RUN, LossLaw, RunProjection, project, read_run
 
 COMPARED = ("current", "a", "a-short", "b", "c", "c-shared")
@@ -31,10 +33,25 @@ class PlanConfig:
     """card: a name in hamner.hardware.GPUS, or custom with --gpu-spec"""
     gpu_spec: tuple[float, float, float, float] | None = None
     """a custom card: dense bf16 TFLOP/s, GB/s, GiB, fp32 TFLOP/s"""
+    gpus: int = 1
+    """such cards in each node (torchrun --nproc-per-node)"""
+    nodes: int = 1
+    """machines (torchrun --nnodes)"""
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
+    """ddp: the whole model on each GPU; fsdp: sharded over the GPUs of a node; auto: ddp where it
+    fits, else fsdp"""
+    link: float | None = None
+    """GB/s each way between the GPUs of a node, as nccl-tests' busbw; None: what the card has
+    without a bridge"""
+    network: float = 1.25
+    """GB/s each way of a node's network; 1.25 is Ethernet of 10 Gbit/s"""
+    batch_size: int | None = None
+    """sequences per optimizer step, over all GPUs, as in hamner.train: N GPUs take an Nth each;
+    None: what the option plans"""
     tokens: float | None = None
     """tokens to train on, such as 10e9; None: what the option plans"""
     vram_budget: float | None = None
-    """GiB the run may take; None: the card's memory less 2 GiB"""
+    """GiB the run may take of each GPU; None: the card's memory less 2 GiB"""
     metrics: Path | None = None
     """metrics.jsonl of a run of --option, or a CSV with columns step, loss, tokens_total"""
     report: Path | None = None
@@ -43,13 +60,14 @@ class PlanConfig:
 
 @dataclass(frozen=True)
 class Plan:
-    """One option on one card."""
+    """One option on one card, or on several of a kind."""
 
     option: Option
     gpu: Gpu
+    parallelism: Parallelism
     tokens: int
     vram_budget: int
-    """bytes"""
+    """bytes of each GPU"""
     memory: MemoryPlan
     prediction: StepPrediction
 
@@ -72,6 +90,54 @@ class Plan:
     def hours(self) -> float:
         """Projected duration, evaluation and saving aside."""
         return self.tokens / self.prediction.tokens_per_second / 3600
+
+    @property
+    def rows_per_gpu(self) -> int:
+        """Sequences of each GPU in a step."""
+        return self.parallelism.rows_per_gpu(self.option.batch_size)
+
+    @property
+    def communication_share(self) -> float:
+        """Of a step's time, what communication adds to it."""
+        return self.prediction.communication.exposed_ms / self.prediction.step_ms
+
+    @property
+    def efficiency(self) -> float | None:
+        """Tokens/s over those of as many GPUs, each alone at the option's own batch.
+
+        None where one GPU alone has too little memory.
+        """
+        option = OPTIONS[self.option.name]
+        try:
+            alone = make_plan(option, self.gpu, vram_budget=self.vram_budget / GIB)
+        except UserError:
+            return None
+        speed = self.prediction.tokens_per_second / self.parallelism.ranks
+        return speed / alone.prediction.tokens_per_second
+
+    def with_quiet_communication(self) -> "Plan | None":
+        """This plan, its batch doubled until communication takes less than QUIET of a step.
+
+        Recomputation stays as it is, so that what does not fit becomes micro-batches. None where
+        even 64 times the batch does not: within a node FSDP sends with every micro-batch.
+        """
+        for times in (2, 4, 8, 16, 32, 64):
+            option = replace(self.option, batch_size=times * self.option.batch_size)
+            try:
+                larger = make_plan(
+                    option,
+                    self.gpu,
+                    self.parallelism,
+                    tokens=max(self.tokens, option.tokens_per_step),
+                    vram_budget=self.vram_budget / GIB,
+                    policies=self.memory.policies,
+                )
+            except UserError:
+                # No room for the fp32 sums that several micro-batches take.
+                return None
+            if larger.communication_share < QUIET:
+                return larger
+        return None
 
     def loss_range(self, law: LossLaw, tokens: float | None = None) -> tuple[float, float]:
         """Expected loss after `tokens` (default: at the end), lower and upper bound.
@@ -121,7 +187,7 @@ def find_gpu(name: str, spec: tuple[float, float, float, float] | None) -> Gpu:
                 "dense bf16 TFLOP/s, GB/s, GiB, fp32 TFLOP/s"
             )
         bf16, bandwidth, memory, fp32 = spec
-        return Gpu("custom GPU", "(?!)", bf16, fp32, bandwidth, memory, 0, 0, 0)
+        return Gpu("custom GPU", "(?!)", bf16, fp32, bandwidth, memory, 0, 0, 0, PCIE4)
     if spec is not None:
         raise UserError(f"--gpu-spec describes a custom card: use it with --gpu custom, not {name}")
     if name not in GPUS:
@@ -129,20 +195,58 @@ def find_gpu(name: str, spec: tuple[float, float, float, float] | None) -> Gpu:
     return GPUS[name]
 
 
-def make_plan(
-    option: Option, gpu: Gpu, *, tokens: float | None = None, vram_budget: float | None = None
-) -> Plan:
-    """Plan a bf16 run of `option` on one `gpu`.
-
-    Args:
-        option: model, batch and schedule.
-        gpu: the card.
-        tokens: to train on; default: the option's.
-        vram_budget: GiB; default: the card's memory less RESERVE_GIB.
+def find_parallelism(config: PlanConfig, gpu: Gpu) -> Parallelism:
+    """What `--gpus`, `--nodes`, `--parallel`, `--link` and `--network` mean.
 
     Raises:
-        UserError: fewer tokens than one step has, or a budget that is beyond the card or too small.
+        UserError: a number that makes no sense, or shards over nodes of one GPU.
     """
+    for name in ("gpus", "nodes", "batch_size"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{flag(name)} {value} must be above 0")
+    link = gpu.link.gbs if config.link is None else config.link
+    for name, gbs in (("link", link), ("network", config.network)):
+        if not 0 < gbs < math.inf:
+            raise UserError(f"--{name} {gbs:g} must be above 0 and finite, in GB/s")
+    if config.parallel == "fsdp" and config.gpus == 1:
+        raise UserError(
+            "--parallel fsdp shards the model over the GPUs of a node: give --gpus 2 or more"
+        )
+    return Parallelism(config.parallel, config.gpus, config.nodes, link, config.network)
+
+
+def make_plan(
+    option: Option,
+    gpu: Gpu,
+    parallelism: Parallelism = ONE_GPU,
+    *,
+    tokens: float | None = None,
+    vram_budget: float | None = None,
+    policies: tuple[Policy, ...] | None = None,
+) -> Plan:
+    """Plan a bf16 run of `option`.
+
+    Args:
+        option: model, batch (over all GPUs) and schedule.
+        gpu: the card.
+        parallelism: how many of them and what connects them; "auto" is DDP where that fits.
+        tokens: to train on; default: the option's.
+        vram_budget: GiB of each GPU; default: the card's memory less RESERVE_GIB.
+        policies: recomputation, one per layer; default: the fastest that fits.
+
+    Raises:
+        UserError: fewer tokens than one step has, a budget that is beyond the card or too small, or
+            a batch that the GPUs cannot share evenly.
+    """
+    if parallelism.kind == "auto":
+        wishes = {"tokens": tokens, "vram_budget": vram_budget, "policies": policies}
+        try:
+            return make_plan(option, gpu, replace(parallelism, kind="ddp"), **wishes)
+        except UserError:
+            if parallelism.gpus_per_node == 1:
+                raise
+            return make_plan(option, gpu, replace(parallelism, kind="fsdp"), **wishes)
     tokens = option.tokens if tokens is None else tokens
     if not option.tokens_per_step <= tokens < math.inf:
         raise UserError(
@@ -162,6 +266,8 @@ def make_plan(
         precision="bf16",
         fused=True,
         budget=int(vram_budget * GIB),
+        policies=policies,
+        parallelism=parallelism,
     )
     prediction = predict(
         option.model,
@@ -170,21 +276,34 @@ def make_plan(
         micro_batch_size=memory.micro_batch_size,
         batch_size=option.batch_size,
         seq_len=option.seq_len,
+        parallelism=parallelism,
     )
-    return Plan(option, gpu, int(tokens), int(vram_budget * GIB), memory, prediction)
+    return Plan(option, gpu, parallelism, int(tokens), int(vram_budget * GIB), memory, prediction)
 
 
 def compare(
-    gpu: Gpu, *, tokens: float | None = None, vram_budget: float | None = None
+    gpu: Gpu,
+    parallelism: Parallelism = ONE_GPU,
+    *,
+    batch_size: int | None = None,
+    tokens: float | None = None,
+    vram_budget: float | None = None,
 ) -> tuple[list[Plan], dict[str, str]]:
     """Plan every option of the comparison: those that fit, and why the others do not."""
     plans, misfits = [], {}
     for name in COMPARED:
+        option = _with_batch(OPTIONS[name], batch_size)
         try:
-            plans.append(make_plan(OPTIONS[name], gpu, tokens=tokens, vram_budget=vram_budget))
+            plans.append(
+                make_plan(option, gpu, parallelism, tokens=tokens, vram_budget=vram_budget)
+            )
         except UserError as error:
             misfits[name] = str(error)
     return plans, misfits
+
+
+def _with_batch(option: Option, batch_size: int | None) -> Option:
+    return option if batch_size is None else replace(option, batch_size=batch_size)
 
 
 def recommend(plans: Sequence[Plan], hours: float) -> Plan:
@@ -208,9 +327,13 @@ def analyse(config: PlanConfig) -> Analysis:
         raise UserError(f"--option {config.option} is not one of {', '.join(OPTIONS)}, all")
     if config.option == "all" and config.metrics:
         raise UserError("--metrics needs the --option that the run trains, not all")
+    parallelism = find_parallelism(config, gpu)
     wishes = {"tokens": config.tokens, "vram_budget": config.vram_budget}
-    plans, misfits = compare(gpu, **wishes)
-    asked = None if config.option == "all" else make_plan(OPTIONS[config.option], gpu, **wishes)
+    plans, misfits = compare(gpu, parallelism, batch_size=config.batch_size, **wishes)
+    asked = None
+    if config.option != "all":
+        option = _with_batch(OPTIONS[config.option], config.batch_size)
+        asked = make_plan(option, gpu, parallelism, **wishes)
     if not asked and not plans:
         raise UserError(misfits["a"])
     candidates = plans or [asked]

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hamner.communication import QUIET
 from hamner.cost_model import MEASURED_RUNS, StepPrediction, predict
 from hamner.errors import UserError
 from hamner.hardware import GPUS
@@ -68,8 +69,34 @@ def _losses(plan: "Plan", hours: float | None) -> dict[str, str]:
     return rows
 
 
+def _gpus(plan: "Plan", one: str = "") -> str:
+    """`RTX 3090` after `one`, `2 x RTX 3090`, or `4 nodes of 8 x H100 SXM`."""
+    parallelism = plan.parallelism
+    if parallelism.ranks == 1:
+        return one + plan.gpu.name
+    nodes = f"{parallelism.nodes} nodes of " if parallelism.nodes > 1 else ""
+    return f"{nodes}{parallelism.gpus_per_node} x {plan.gpu.name}"
+
+
+def _scaling(plan: "Plan") -> dict[str, str]:
+    """What there is to say of several GPUs."""
+    if plan.parallelism.ranks == 1:
+        return {}
+    efficiency = plan.efficiency
+    return {
+        "parallel": plan.parallelism.kind,
+        "batch per GPU": str(plan.rows_per_gpu),
+        "sent per GPU and step, GB": f"{plan.prediction.communication.bytes_sent / 1e9:.2f}",
+        "communication, share of a step": f"{plan.communication_share:.1%}",
+        f"efficiency against {plan.parallelism.ranks} GPUs alone": (
+            "does not fit one" if efficiency is None else f"{efficiency:.0%}"
+        ),
+    }
+
+
 def _quantities(plan: "Plan", hours: float | None) -> dict[str, str]:
     option, model, prediction = plan.option, plan.option.model, plan.prediction
+    gib = "VRAM, GiB" if plan.parallelism.ranks == 1 else "VRAM of each GPU, GiB"
     return {
         "": option.name,
         "parameters": _count(plan.parameters),
@@ -80,7 +107,8 @@ def _quantities(plan: "Plan", hours: float | None) -> dict[str, str]:
         "FLOPs per token": f"{prediction.flops_per_token / 1e9:.2f}G",
         "recompute": describe(plan.memory.policies),
         "micro-batch": str(plan.memory.micro_batch_size),
-        "VRAM, GiB": f"{prediction.peak_gib:.1f}",
+        gib: f"{prediction.peak_gib:.1f}",
+        **_scaling(plan),
         "tokens/s (projected)": f"{prediction.tokens_per_second:,.0f}",
         "MFU (projected)": f"{prediction.mfu:.0%}",
         "tokens": _count(plan.tokens),
@@ -101,21 +129,23 @@ def options_table(plans: Sequence["Plan"], hours: float | None = None) -> str:
 
 def _kinds(memory: MemoryAccount) -> dict[str, int]:
     """Bytes by kind, adding up to the total."""
-    return {
+    kinds = {
         "weights": memory.weights,
         "optimizer": memory.optimizer,
         "activations": memory.activations,
-        "loss, or gradients": memory.total - memory.weights - memory.optimizer - memory.activations,
     }
+    if memory.communication:
+        kinds["communication"] = memory.communication
+    return kinds | {"loss, or gradients": memory.total - sum(kinds.values())}
 
 
 def _policies(plan: "Plan") -> Iterator[tuple[str, MemoryAccount, StepPrediction]]:
     """Each recomputation policy for the whole batch, and the plan's own choice."""
     option, model = plan.option, plan.option.model
-    choices = [((p,) * model.num_layers, option.batch_size) for p in (NONE, SELECTIVE, FULL)]
+    choices = [((p,) * model.num_layers, plan.rows_per_gpu) for p in (NONE, SELECTIVE, FULL)]
     chosen = plan.memory.policies, plan.memory.micro_batch_size
     for policies, micro_batch in choices if chosen in choices else [*choices, chosen]:
-        split = f", micro-batch {micro_batch}" if micro_batch < option.batch_size else ""
+        split = f", micro-batch {micro_batch}" if micro_batch < plan.rows_per_gpu else ""
         mark = " (chosen)" if (policies, micro_batch) == chosen else ""
         memory = account(
             model,
@@ -124,6 +154,7 @@ def _policies(plan: "Plan") -> Iterator[tuple[str, MemoryAccount, StepPrediction
             precision="bf16",
             accumulate=bool(split),
             fused=True,
+            parallelism=plan.parallelism,
         )
         prediction = predict(
             model,
@@ -132,6 +163,7 @@ def _policies(plan: "Plan") -> Iterator[tuple[str, MemoryAccount, StepPrediction
             micro_batch_size=micro_batch,
             batch_size=option.batch_size,
             seq_len=option.seq_len,
+            parallelism=plan.parallelism,
         )
         yield f"{describe(policies)}{split}{mark}", memory, prediction
 
@@ -153,6 +185,42 @@ def step_times(plan: "Plan") -> str:
     times = plan.prediction.milliseconds.items()
     parts = ", ".join(f"{category} {spent:,.1f}" for category, spent in times if spent)
     return f"A step takes {plan.prediction.step_ms:,.1f} ms, projected: {parts}."
+
+
+def communication_findings(plan: "Plan") -> list[str]:
+    """What is sent, over what, how much of it shows, and the batch with which less does."""
+    parallelism, sent = plan.parallelism, plan.prediction.communication
+    if parallelism.ranks == 1:
+        return []
+    links = []
+    if parallelism.gpus_per_node > 1:
+        own = parallelism.link_gbs == plan.gpu.link.gbs
+        name = f"{plan.gpu.link.name}, assumed" if own else "--link"
+        links.append(f"{parallelism.link_gbs:g} GB/s between the GPUs of a node ({name})")
+    if parallelism.nodes > 1:
+        links.append(f"{parallelism.network_gbs:g} GB/s between nodes (--network)")
+    lines = [
+        f"Communication, projected: each GPU sends {sent.bytes_sent / 1e9:.2f} GB a step in "
+        f"{sent.ms:,.1f} ms at {' and '.join(links)}; all but {sent.exposed_ms:,.1f} ms, "
+        f"{plan.communication_share:.1%} of the step, is hidden."
+    ]
+    if plan.communication_share < QUIET:
+        return lines
+    larger = plan.with_quiet_communication()
+    if larger is None:
+        lines.append(
+            f"No batch up to 64 times as large brings that under {QUIET:.0%}; faster links or "
+            "fewer GPUs would."
+        )
+    else:
+        batch, micro_batch = larger.option.batch_size, larger.memory.micro_batch_size
+        lines.append(
+            f"--batch-size {batch} --micro-batch-size {micro_batch} in hamner.train (micro-batches "
+            f"of each GPU in a step: {larger.rows_per_gpu // micro_batch}) brings that to "
+            f"{larger.communication_share:.1%} and {larger.prediction.tokens_per_second:,.0f} "
+            "tokens/s. The larger the batch, the more tokens the same loss may take."
+        )
+    return lines
 
 
 def coherence_table(analysis: "Analysis") -> str:
@@ -228,6 +296,16 @@ def caveats(plan: "Plan") -> list[str]:
         f"{BESIROGLU.loss(parameters, tokens):.2f}. When a loss is reached is told by the law "
         "shifted through that run, or through the run under --metrics.",
     ]
+    if plan.parallelism.ranks > 1:
+        lines.append(
+            "Several GPUs were never measured. Counted: ring collectives, 2 (n-1)/n of the bytes "
+            "for an all-reduce, (n-1)/n for a reduce-scatter or a gather. ddp reduces bf16 "
+            "gradients (fp32 sums with several micro-batches) once a step beside the last "
+            "backward; fsdp gathers bf16 weights and reduces fp32 gradients beside forward and "
+            "backward of every micro-batch; the embedding's share is never hidden. Not counted: "
+            "latency, arithmetic slowed by what is sent beside it. Efficiency is against as many "
+            "GPUs, each alone at the option's own batch."
+        )
     if option.model.is_moe:
         lines.append(
             "The law knows dense models only: a mixture of experts is given the range from a dense "
@@ -253,7 +331,7 @@ def run_findings(run: RunProjection) -> list[str]:
 def screen(analysis: "Analysis", *, every_option: bool) -> str:
     """What the command prints, as Markdown."""
     plan, best = analysis.plan, analysis.recommended.option
-    parts = [f"**{plan.gpu.name}, bf16**"]
+    parts = [f"**{_gpus(plan)}, bf16**"]
     if every_option:
         parts += [
             options_table(analysis.plans, analysis.hours),
@@ -264,11 +342,27 @@ def screen(analysis: "Analysis", *, every_option: bool) -> str:
         ]
     else:
         parts += [options_table([plan]), memory_table(plan), step_times(plan)]
+        parts += communication_findings(plan)
     if analysis.run:
         parts += ["**The run so far**", _bullets(run_findings(analysis.run))]
     if every_option or analysis.run:
         parts.append(coherence_table(analysis))
     return "\n\n".join((*parts, "**What this rests on**", _bullets(caveats(plan))))
+
+
+def _command(plan: "Plan") -> str:
+    """What starts the run; on each node, where there are several (examples/)."""
+    parallelism, option = plan.parallelism, plan.option
+    launcher, batch = "python", ""
+    if parallelism.ranks > 1:
+        nodes = f"--nnodes {parallelism.nodes} " if parallelism.nodes > 1 else ""
+        launcher = f"torchrun {nodes}--nproc-per-node {parallelism.gpus_per_node}"
+    if option.batch_size != OPTIONS[option.name].batch_size:
+        batch = f" --batch-size {option.batch_size}"
+    return (
+        f"{launcher} -m hamner.train --option {option.name} --tokens {plan.tokens}{batch} "
+        f"--vram-budget {plan.vram_budget / GIB:g}"
+    )
 
 
 def document(analysis: "Analysis", files: str) -> str:
@@ -281,13 +375,16 @@ def document(analysis: "Analysis", files: str) -> str:
     if analysis.run:
         findings = _bullets(run_findings(analysis.run))
         run = f"\nThe run so far:\n\n{findings}\n\n![The run so far]({files}/run.png)\n"
+    gpus = _gpus(plan, one="one ")
+    each = " of each" if plan.parallelism.ranks > 1 else ""
+    steps = "\n\n".join((step_times(plan), *communication_findings(plan)))
     misfits = (f"{name} does not fit: {why}" for name, why in analysis.misfits.items())
     return f"""\
-# Pre-training plan: option {option.name} on one {gpu.name}
+# Pre-training plan: option {option.name} on {gpus}
 
 ## The problem
 
-Train a language model from scratch on {_count(plan.tokens)} tokens with one {gpu.name}, and know
+Train a language model from scratch on {_count(plan.tokens)} tokens with {gpus}, and know
 before starting whether it fits, how long it takes and how good it will be.
 
 ## Evidence
@@ -303,13 +400,13 @@ The speed model is held against runs that were measured:
 ## Hardware budget
 
 {gpu.name}: {gpu.bf16_tflops:g} TFLOP/s dense bf16, {gpu.bandwidth_gbs:g} GB/s,
-{gpu.memory_gib:g} GiB, of which the run may take {budget:.1f} GiB.
+{gpu.memory_gib:g} GiB, of which the run may take {budget:.1f} GiB{each}.
 
 {memory_table(plan)}
 
 ![GiB by policy]({files}/memory.png)
 
-{step_times(plan)}
+{steps}
 
 ## Options
 
@@ -336,7 +433,7 @@ Expected loss: {_range(best.loss_range(BESIROGLU), 2)} by {BESIROGLU.source};
 
 ## Training plan
 
-- `python -m hamner.train --option {option.name} --tokens {plan.tokens} --vram-budget {budget:g}`
+- `{_command(plan)}`
 - {plan.steps:,} steps of {option.batch_size} x {option.seq_len} = {option.tokens_per_step:,}
   tokens, micro-batch {plan.memory.micro_batch_size}.
 - AdamW, {option.warmup_steps:,} steps of warm-up, learning rate {option.lr:g} to

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from hamner.communication import ONE_GPU, Parallelism
 from hamner.errors import UserError
 from hamner.options import ModelConfig
 
@@ -183,7 +184,7 @@ def describe(policies: Sequence[Policy]) -> str:
 
 @dataclass(frozen=True)
 class MemoryAccount:
-    """Bytes of a training step, by kind."""
+    """Bytes of a training step on one GPU, by kind."""
 
     weights: int
     optimizer: int
@@ -198,18 +199,23 @@ class MemoryAccount:
     backward: int
     """most that backward holds: activations still needed, gradients formed so far, and the block
     that is being differentiated"""
+    communication: int = 0
+    """with DDP the buckets that all gradients are formed and reduced in; with FSDP the weights and
+    gradients that are whole: the embedding's, those of a block and of the next one"""
 
     @property
     def total(self) -> int:
         """Bytes at the peak: of the loss, of the backward pass, or of the update."""
         step = max(self.activations + self.loss, self.backward, self.gradients)
-        return self.weights + self.optimizer + self.gradient_sums + step
+        return self.weights + self.optimizer + self.gradient_sums + self.communication + step
 
     def parts(self) -> dict[str, int]:
         """What is held at the peak, by name; adds up to `total`."""
         parts = {"weights": self.weights, "optimizer": self.optimizer}
         if self.gradient_sums:
             parts["gradient sums"] = self.gradient_sums
+        if self.communication:
+            parts["communication"] = self.communication
         if self.activations + self.loss >= max(self.backward, self.gradients):
             return parts | {"activations": self.activations, "loss": self.loss}
         if self.backward >= self.gradients:
@@ -229,19 +235,22 @@ def account(
     precision: str,
     accumulate: bool,
     fused: bool,
+    parallelism: Parallelism = ONE_GPU,
 ) -> MemoryAccount:
-    """Bytes of a training step.
+    """Bytes of a training step on each GPU.
 
     Args:
         model: shape.
         policies: one per layer.
-        micro_batch_tokens: tokens of one forward and backward pass.
+        micro_batch_tokens: tokens of one forward and backward pass of a GPU.
         precision: "bf16" (fp32 masters, split under `fused`) or "fp32".
         accumulate: more than one micro-batch a step, so gradients are also summed in fp32.
         fused: the Triton kernels, or their plain references.
+        parallelism: `kind` "ddp" or "fsdp" where there is more than one GPU.
     """
     size = _DTYPE_BYTES[precision]
     parameters = model.num_parameters()
+    shards = parallelism.shards
     # Of a split master only the int16 remainder is held beside the bf16 weight.
     masters = (2 if fused else 4) if precision == "bf16" else 0
     d, tokens = model.hidden_size, micro_batch_tokens
@@ -252,11 +261,19 @@ def account(
     heads = 1 if model.tie_word_embeddings else 2
     layer_gradient = (parameters - heads * embedding - d) // model.num_layers * size
     head_gradient = embedding * size
+    communication, gradients = 0, parameters * size // shards
+    if shards > 1:
+        communication = 2 * (heads * head_gradient + 2 * layer_gradient)
+    elif parallelism.ranks > 1:
+        # Every gradient is a view of a bucket, and the buckets stay.
+        communication, gradients = gradients, 0
+        layer_gradient = head_gradient = 0
 
     most = held = 0
     for layer, policy in enumerate(policies):
         held += kept[layer]
         formed = head_gradient + (len(policies) - 1 - layer) * layer_gradient
+        formed //= shards
         working = tokens * _backward_bytes(model, policy, size, fused=fused)
         most = max(most, held + formed + working)
 
@@ -268,13 +285,14 @@ def account(
         # In backward: the log-probabilities, their gradient and that of the logits, all in fp32.
         loss = tokens * model.vocab_size * 12
     return MemoryAccount(
-        weights=parameters * size,
-        optimizer=parameters * (8 + masters),
-        gradient_sums=parameters * 4 if accumulate else 0,
-        gradients=parameters * size,
+        weights=parameters * size // shards,
+        optimizer=parameters * (8 + masters) // shards,
+        gradient_sums=parameters * 4 // shards if accumulate else 0,
+        gradients=gradients,
         activations=sum(kept) + tail,
         loss=loss,
         backward=most,
+        communication=communication,
     )
 
 
@@ -330,8 +348,9 @@ def choose(
     policies: tuple[Policy, ...] | None = None,
     micro_batch_size: int | None = None,
     max_micro_batch_tokens: int | None = None,
+    parallelism: Parallelism = ONE_GPU,
 ) -> MemoryPlan:
-    """Fit a run into `budget` bytes: the fastest choice that fits by the account.
+    """Fit a run into `budget` bytes of each GPU: the fastest choice that fits by the account.
 
     Selective everywhere; else full on the fewest layers needed; else a smaller micro-batch with
     accumulation. Without the fused kernels, which rebuild operands inside a pass that backward
@@ -340,8 +359,10 @@ def choose(
     as far as one sequence allows.
 
     Raises:
-        UserError: not even one sequence with every block recomputed fits.
+        UserError: not even one sequence with every block recomputed fits, or the GPUs cannot share
+            `batch_size` evenly.
     """
+    batch_size = parallelism.rows_per_gpu(batch_size)
     most = max(1, (max_micro_batch_tokens or batch_size * seq_len) // seq_len)
     micro_batches = (
         [micro_batch_size]
@@ -370,6 +391,7 @@ def choose(
                     precision=precision,
                     accumulate=size < batch_size,
                     fused=fused,
+                    parallelism=parallelism,
                 ),
             )
             if plan.account.total <= budget:

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -109,6 +110,55 @@ def test_custom_gpu():
     assert make_plan(OPTIONS["current"], gpu).vram_budget == 14 * GIB
 
 
+def plan_of(**flags):
+    return analyse(PlanConfig(**flags)).plan
+
+
+def test_two_3090s_share_the_options_batch():
+    """By hand: one bf16 gradient, 641.8 MB, at 10 GB/s; the embedding's 100.7 MB are not hidden."""
+    one, two = plan_of(), plan_of(gpus=2)
+    assert (two.parallelism.kind, two.rows_per_gpu) == ("ddp", 12)
+    assert (two.steps, two.tokens) == (one.steps, one.tokens)
+    assert two.prediction.communication.ms == pytest.approx(64.18, abs=0.01)
+    assert two.prediction.communication.exposed_ms == pytest.approx(10.07, abs=0.01)
+    assert two.communication_share == pytest.approx(10.07 / two.prediction.step_ms, abs=1e-4)
+    assert two.hours == pytest.approx(1e10 / two.prediction.tokens_per_second / 3600)
+    assert one.hours / 2 / two.hours == pytest.approx(two.efficiency)
+    assert 0.9 < two.efficiency < 1
+
+
+def test_batch_size_is_of_all_gpus():
+    one, two = plan_of(batch_size=12), plan_of(gpus=2, batch_size=24)
+    assert two.rows_per_gpu == one.rows_per_gpu == 12
+    assert two.prediction.tokens_per_step == 2 * one.prediction.tokens_per_step
+    assert plan_of(batch_size=48).steps == one.steps // 4
+
+
+def test_auto_shards_what_does_not_fit_one_gpu():
+    plan = plan_of(gpus=4, vram_budget=4)
+    assert plan.parallelism.kind == "fsdp"
+    assert plan.memory.account.total <= 4 * GIB
+    assert plan.efficiency is None
+    with pytest.raises(UserError, match="too small"):
+        plan_of(gpus=4, vram_budget=4, parallel="ddp")
+    # A node of one GPU has nothing to shard over.
+    with pytest.raises(UserError, match="too small"):
+        plan_of(nodes=4, vram_budget=4)
+
+
+def test_slow_links_are_made_up_for_by_micro_batches():
+    slow = plan_of(gpus=4, link=3)
+    assert slow.communication_share > 0.4
+    quiet = slow.with_quiet_communication()
+    assert quiet.communication_share < 0.05
+    assert quiet.memory.policies == slow.memory.policies
+    assert quiet.rows_per_gpu // quiet.memory.micro_batch_size > 1
+    half = replace(quiet.option, batch_size=quiet.option.batch_size // 2)
+    earlier = make_plan(half, RTX_3090, slow.parallelism, policies=slow.memory.policies)
+    assert earlier.communication_share >= 0.05
+    assert plan_of(gpus=4, link=1, parallel="fsdp").with_quiet_communication() is None
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -126,6 +176,14 @@ def test_custom_gpu():
         ({"vram_budget": 1.0}, "--vram-budget 1.0 GiB is too small"),
         ({"option": "all", "vram_budget": 1.0}, "--vram-budget 1.0 GiB is too small"),
         ({"option": "all", "metrics": "m.jsonl"}, "--metrics needs the --option"),
+        ({"gpus": 0}, "--gpus 0 must be above 0"),
+        ({"nodes": -1}, "--nodes -1 must be above 0"),
+        ({"batch_size": 0}, "--batch-size 0 must be above 0"),
+        ({"gpus": 2, "link": 0.0}, "--link 0 must be above 0 and finite"),
+        ({"nodes": 2, "network": math.inf}, "--network inf must be above 0 and finite"),
+        ({"nodes": 2, "parallel": "fsdp"}, "--parallel fsdp shards the model over the GPUs"),
+        ({"gpus": 5}, "--batch-size 24 is shared by all GPUs and must be a multiple of their"),
+        ({"gpus": 5}, "number, 5: try --batch-size 25"),
     ],
 )
 def test_bad_input(flags, message):
@@ -153,6 +211,32 @@ def test_command_compares_all(capsys):
     assert "with 4 experts, 2 active, it has 210.9M" in out
     assert "16,384, fewer than 24,576. 72 x 512 would be 36,864" in out
     assert "compute-optimal budget at 6.42B" in out
+
+
+def test_command_says_what_several_gpus_send(capsys):
+    main(["--gpus", "2"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "2 x RTX 3090, bf16" in out
+    assert "sends 0.64 GB a step in 64.2 ms at 10 GB/s between the GPUs of a node" in out
+    assert "PCIe 4.0 x16 through host memory, assumed" in out
+    assert "--batch-size" not in out
+    main(["--gpus", "4", "--link", "3"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "--batch-size 384 --micro-batch-size 32 in hamner.train" in out
+    main(["--gpus", "2", "--nodes", "2", "--batch-size", "96", "--parallel", "fsdp"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "2 nodes of 2 x RTX 3090" in out
+    assert "1.25 GB/s between nodes (--network)" in out
+    main(["--gpus", "4", "--link", "1", "--parallel", "fsdp"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "No batch up to 64 times as large brings that under 5%" in out
+
+
+def test_one_gpu_hears_nothing_of_several(capsys):
+    main([])
+    out = capsys.readouterr().out
+    for word in ("ommunication", "efficiency", "per GPU", "of each"):
+        assert word not in out
 
 
 def test_command_reads_metrics(capsys, metrics):

@@ -77,6 +77,26 @@ def test_document_has_every_section_and_measured_run(analysis):
     assert "\n\n\n" not in text
 
 
+def test_document_for_several_gpus():
+    text = document(analyse(PlanConfig(gpus=2, nodes=2, batch_size=96)), "plan_files")
+    assert "option a on 2 nodes of 2 x RTX 3090" in text
+    assert "24 GiB, of which the run may take 22.0 GiB of each." in text
+    assert "Communication, projected: each GPU sends" in text
+    assert (
+        "`torchrun --nnodes 2 --nproc-per-node 2 -m hamner.train --option a --tokens 10000000000 "
+        "--batch-size 96 --vram-budget 22`"
+    ) in text
+    assert "\n\n\n" not in text
+
+
+def test_memory_table_of_several_gpus_adds_up():
+    rows = cells(memory_table(analyse(PlanConfig(gpus=2, parallel="fsdp")).plan))
+    kinds = ("weights", "optimizer", "activations", "communication", "loss, or gradients")
+    for column, total in enumerate(rows["total"]):
+        parts = sum(float(rows[kind][column]) for kind in kinds)
+        assert float(total) == pytest.approx(parts, abs=0.03)
+
+
 def test_report_and_its_plots(tmp_path, analysis_with_run):
     path = tmp_path / "plan.md"
     write_report(path, analysis_with_run)

@@ -1,0 +1,160 @@
+"""What a training step on several GPUs sends, how long that takes and how much the step hides.
+
+Arithmetic alone, torch-free. DDP (Li et al. 2020, arXiv:2006.15704) keeps a copy of the model on
+each GPU and all-reduces the gradients. FSDP (Zhao et al. 2023, arXiv:2304.11277) shards parameters,
+gradients and optimizer state over the GPUs of a node, replicated across nodes: a block's weights
+are all-gathered in bf16 for its forward and again for its backward, its gradients reduce-scattered
+in fp32.
+
+Assumed: collectives as fast as their slowest link; matmuls not slowed by those beside them; no
+latency, which an all-reduce of a few MB on many nodes does not forgive.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from hamner.errors import UserError
+
+#: Share of a step below which communication is not worth changing anything for.
+QUIET = 0.05
+_BF16, _FP32 = 2, 4
+
+
+def all_reduce_bytes(size: float, ranks: int) -> float:
+    """Bytes that each of `ranks` GPUs sends, and receives, to sum `size` bytes: 2 (n-1)/n of them.
+
+    A ring's count, and the least there is (Patarasuk & Yuan 2009, "Bandwidth optimal all-reduce
+    algorithms for clusters of workstations"); nccl-tests, doc/PERFORMANCE.md, defines its "bus
+    bandwidth" by it.
+    """
+    return 2 * (ranks - 1) / ranks * size
+
+
+def all_gather_bytes(size: float, ranks: int) -> float:
+    """Bytes that each GPU sends to gather shards of `size` bytes in all: (n-1)/n of them.
+
+    A reduce-scatter of `size` bytes sends as many: it is the other half of an all-reduce.
+    """
+    return (ranks - 1) / ranks * size
+
+
+@dataclass(frozen=True)
+class Parallelism:
+    """How a step is spread over GPUs, and what connects them."""
+
+    kind: Literal["auto", "ddp", "fsdp"] = "auto"
+    gpus_per_node: int = 1
+    nodes: int = 1
+    link_gbs: float = 0.0
+    """between the GPUs of a node: GB/s each way that a ring reaches"""
+    network_gbs: float = 0.0
+    """between nodes: GB/s each way, shared by the GPUs of a node"""
+
+    @property
+    def ranks(self) -> int:
+        """GPUs in all, one process each."""
+        return self.gpus_per_node * self.nodes
+
+    @property
+    def shards(self) -> int:
+        """Parts into which parameters, gradients and optimizer state are cut."""
+        return self.gpus_per_node if self.kind == "fsdp" else 1
+
+    @property
+    def ring_gbs(self) -> float:
+        """The slowest link of a ring through all GPUs, GB/s."""
+        links = [self.link_gbs] * (self.gpus_per_node > 1) + [self.network_gbs] * (self.nodes > 1)
+        return min(links)
+
+    def rows_per_gpu(self, batch_size: int) -> int:
+        """Sequences of each GPU in a step of `batch_size`.
+
+        Raises:
+            UserError: the GPUs cannot share them evenly.
+        """
+        if batch_size % self.ranks:
+            above = -(-batch_size // self.ranks) * self.ranks
+            raise UserError(
+                f"--batch-size {batch_size} is shared by all GPUs and must be a multiple of "
+                f"their number, {self.ranks}: try --batch-size {above}"
+            )
+        return batch_size // self.ranks
+
+
+ONE_GPU = Parallelism()
+
+
+@dataclass(frozen=True)
+class Communication:
+    """Of one step."""
+
+    bytes_sent: float
+    """by each GPU, and as many received"""
+    ms: float
+    """of all collectives"""
+    exposed_ms: float
+    """of them, what no arithmetic hides: the step is longer by this"""
+
+
+def communicate(
+    parallelism: Parallelism,
+    *,
+    parameters: int,
+    embedding: int,
+    micro_batches: int,
+    forward_ms: float,
+    backward_ms: float,
+) -> Communication:
+    """What a bf16 step sends, and what of it shows.
+
+    Collectives run beside the blocks' arithmetic: DDP's beside the last micro-batch's backward,
+    FSDP's beside forward and backward of each. The embedding's cannot: its weights are the first to
+    be needed, its gradient the last to be whole.
+
+    Args:
+        parallelism: `kind` "ddp" or "fsdp".
+        parameters: of the model.
+        embedding: of them, those of the token embedding.
+        micro_batches: forward and backward passes of each GPU in a step. DDP sends once a step,
+            with several micro-batches their fp32 sums; FSDP with each, across nodes with the last.
+        forward_ms: the blocks' forward in one micro-batch.
+        backward_ms: the blocks' backward in one micro-batch.
+    """
+    if parallelism.ranks == 1:
+        return Communication(0.0, 0.0, 0.0)
+    tail = embedding / parameters
+    if parallelism.kind == "ddp":
+        size = parameters * (_BF16 if micro_batches == 1 else _FP32)
+        sent = all_reduce_bytes(size, parallelism.ranks)
+        reduce_ms = _milliseconds(sent, parallelism.ring_gbs)
+        exposed = tail * reduce_ms + max(0.0, (1 - tail) * reduce_ms - backward_ms)
+        return Communication(sent, reduce_ms, exposed)
+
+    gathered = all_gather_bytes(parameters * _BF16, parallelism.shards)
+    reduced = all_gather_bytes(parameters * _FP32, parallelism.shards)
+    replicated = all_reduce_bytes(parameters * _FP32 / parallelism.shards, parallelism.nodes)
+    gather_ms = _milliseconds(gathered, parallelism.link_gbs)
+    reduce_ms = _milliseconds(reduced, parallelism.link_gbs)
+    replicate_ms = 0.0
+    if parallelism.nodes > 1:
+        # The GPUs of a node send their shards side by side through its network.
+        on_network = replicated * parallelism.gpus_per_node
+        replicate_ms = _milliseconds(on_network, parallelism.network_gbs)
+
+    def exposed_ms(reduce_ms: float) -> float:
+        """Of one micro-batch whose gradients take `reduce_ms`."""
+        return (
+            tail * (gather_ms + reduce_ms)
+            + max(0.0, (1 - tail) * gather_ms - forward_ms)
+            + max(0.0, (1 - tail) * (gather_ms + reduce_ms) - backward_ms)
+        )
+
+    return Communication(
+        micro_batches * (2 * gathered + reduced) + replicated,
+        micro_batches * (2 * gather_ms + reduce_ms) + replicate_ms,
+        (micro_batches - 1) * exposed_ms(reduce_ms) + exposed_ms(reduce_ms + replicate_ms),
+    )
+
+
+def _milliseconds(size: float, gbs: float) -> float:
+    return size / (gbs * 1e6)

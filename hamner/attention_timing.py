@@ -94,6 +94,10 @@ def measure(
 
     `graphed` replays both as a CUDA graph, as the trainer's step does: launched one by one, the
     backend of many small kernels would be charged for Python's time between them.
+
+    Raises:
+        RuntimeError: the output or its gradient is not finite: a package may hold kernels for some
+            head sizes only, and say nothing.
     """
     generator = torch.Generator(shape.device).manual_seed(0)
     num_heads, num_kv_heads = shape.num_heads, shape.num_kv_heads
@@ -111,15 +115,18 @@ def measure(
 
     table = torch.ones(shape.seq_len, shape.head_size // 2, device=shape.device)
 
-    def run() -> None:
+    def run() -> tuple[Tensor, Tensor]:
         out = function(qkv, num_heads, num_kv_heads, document_ids=document_ids)
         (d_qkv,) = torch.autograd.grad(out, qkv, d_out)
         if rotated:
             rope_packed_(d_qkv.contiguous(), table, table, num_heads, num_kv_heads, inverse=True)
+        return out, d_qkv
 
     with torch.cuda.device(shape.device):
         for _ in range(WARM_UP):
-            run()
+            results = run()
+        if not all(result.isfinite().all() for result in results):
+            raise RuntimeError("its result is not finite")
         timed = run
         if graphed:
             graph = torch.cuda.CUDAGraph()

@@ -445,3 +445,26 @@ class TestAuto:
         (times,) = json.loads(attention_timing.cache_file().read_text()).values()
         assert backend.name == min(times, key=times.__getitem__)
         assert choose("auto", device, **changes) == backend
+
+    @pytest.mark.gpu
+    def test_a_backend_that_computes_nonsense_is_not_chosen(self, device, monkeypatch, tmp_path):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+        def nonsense(qkv, num_heads, num_kv_heads, *, document_ids=None):
+            return qkv[..., : num_heads * HEAD_SIZE] * float("nan")
+
+        functions = {"triton": REFERENCE.function, "flash-attn": nonsense}
+        shape = attention.AttentionShape(
+            device=device,
+            dtype=torch.bfloat16,
+            head_size=HEAD_SIZE,
+            num_heads=HEADS,
+            num_kv_heads=KV_HEADS,
+            seq_len=32,
+            micro_batch_size=2,
+            document_mask=False,
+            folds_rope=False,
+        )
+        name, why = attention_timing.fastest(shape, functions, waiting=(), rotating=())
+        assert name == "triton"
+        assert why.endswith("flash-attn failed (RuntimeError: its result is not finite)")

@@ -35,7 +35,7 @@ from hamner.kernels.rms_norm import (
     rms_norm,
     rms_norm_reference,
 )
-from hamner.kernels.rope import rope, rope_reference
+from hamner.kernels.rope import rope_packed_, rope_reference
 from hamner.kernels.swiglu import swiglu, swiglu_reference
 
 pytestmark = pytest.mark.needs_gpu
@@ -60,12 +60,6 @@ def randn(*shape: int, dtype: torch.dtype = DTYPE, std: float = 1.0) -> torch.Te
     return (std * torch.randn(shape, device=DEVICE)).to(dtype)
 
 
-def rope_inputs(n: int) -> tuple[torch.Tensor, ...]:
-    angles = torch.rand(T, HEAD_DIM // 2, device=DEVICE)
-    q = randn(n // T, T, HEADS, HEAD_DIM)
-    return q, randn(n // T, T, KV_HEADS, HEAD_DIM), angles.cos(), angles.sin()
-
-
 def liger_functional(name: str) -> Callable:
     return getattr(importlib.import_module("liger_kernel.transformers.functional"), name)
 
@@ -80,12 +74,6 @@ def liger_add_rms_norm(x, residual, weight):
 
 def liger_swiglu(gate, up):
     return liger_functional("liger_swiglu")(gate, up)
-
-
-def liger_rope(q, k, cos, sin):
-    # It rotates in place: right once, when compared, and on its own results when timed.
-    q, k = liger_functional("liger_rope")(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
-    return q.transpose(1, 2), k.transpose(1, 2)
 
 
 def liger_linear_cross_entropy(hidden, weight, targets):
@@ -134,20 +122,6 @@ CASES = {
             "forward": 3 * N * INTERMEDIATE * ELEMENT,
             "backward": 5 * N * INTERMEDIATE * ELEMENT,
         },
-    ),
-    "rope": Case(
-        inputs=rope_inputs,
-        op=rope,
-        reference=rope_reference,
-        liger=liger_rope,
-        liger_inputs=lambda q, k, *tables: (
-            q,
-            k,
-            *(torch.cat((table, table), dim=-1)[None] for table in tables),
-        ),
-        bytes_moved=dict.fromkeys(
-            ("forward", "backward"), 2 * N * (HEADS + KV_HEADS) * HEAD_DIM * ELEMENT
-        ),
     ),
     "add_rms_norm_linear": Case(
         inputs=lambda n: (
@@ -209,8 +183,6 @@ class Call:
         if function is case.liger:
             self.inputs = case.liger_inputs(*self.inputs)
         self.leaves = [x for x in self.inputs if x.is_floating_point()]
-        if case is CASES["rope"]:
-            self.leaves = self.leaves[:2]  # cos and sin get no gradient
         for leaf in self.leaves:
             leaf.requires_grad_()
         self.outputs = self.forward()
@@ -272,6 +244,55 @@ def test_op(benchmark, ceilings, name, direction, implementation):
         )
     except torch.OutOfMemoryError:
         pytest.skip("does not fit into this GPU's memory")
+
+
+def rotation(implementation: str, num_tokens: int) -> Callable:
+    """A call that rotates q and k of one batch and returns them, (B, T, heads, hd) each."""
+    torch.manual_seed(0)
+    packed = randn(num_tokens // T, T, (HEADS + 2 * KV_HEADS) * HEAD_DIM)
+    angles = torch.rand(T, HEAD_DIM // 2, device=DEVICE)
+    cos, sin = angles.cos(), angles.sin()
+    heads = packed.unflatten(-1, (-1, HEAD_DIM))
+    q, k, _ = heads.split((HEADS, KV_HEADS, KV_HEADS), dim=2)
+
+    def ours():
+        rope_packed_(packed, cos, sin, HEADS, KV_HEADS)
+        return q, k
+
+    def ligers():
+        rotate = liger_functional("liger_rope")
+        rotated = rotate(*(x.transpose(1, 2) for x in liger_inputs), *tables)
+        return tuple(x.transpose(1, 2) for x in rotated)
+
+    if implementation == "hamner":
+        return ours
+    if implementation == "liger":
+        # As its users have them: contiguous, and cos and sin for both halves. It is in place too.
+        liger_inputs = q.contiguous(), k.contiguous()
+        tables = [torch.cat((table, table), dim=-1)[None] for table in (cos, sin)]
+        return ligers
+    function = scale.compiled(rope_reference) if implementation == "compiled" else rope_reference
+    return lambda: function(q, k, cos, sin)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_rope(benchmark, ceilings, implementation):
+    """Forward; backward is the same rotation by -sin, and in training part of attention's."""
+    benchmark.group = "rope"
+    if implementation == "liger":
+        pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
+        if scale.SMOKE:
+            pytest.skip("Liger's kernels need a GPU")
+    once, expected = rotation(implementation, TOKENS_COMPARED), rotation("eager", TOKENS_COMPARED)
+    torch.testing.assert_close(once(), expected())
+    record(
+        benchmark,
+        rotation(implementation, N),
+        ceilings,
+        op="rope",
+        implementation=implementation,
+        num_bytes=2 * N * (HEADS + KV_HEADS) * HEAD_DIM * ELEMENT,
+    )
 
 
 @pytest.mark.parametrize("implementation", ("hamner", "eager", "compiled"))

@@ -149,8 +149,8 @@ KERNELS: dict[str, dict[str, Tunable]] = {
         ),
         "backward": Tunable(
             "rms_norm",
-            ("backward_tile", "backward_warps", "backward_programs_per_sm"),
-            grid((1024, 2048, 4096, 8192), (2, 4, 8), (2, 4, 8, 16)),
+            ("backward_tile", "backward_warps", "backward_programs_per_sm", "backward_stages"),
+            grid((1024, 2048, 4096, 8192), (2, 4, 8), (2, 4, 8), (1, 2, 3)),
             rms_norm_backward,
         ),
     },

@@ -46,6 +46,8 @@ class Config(NamedTuple):
     backward_tile: int
     backward_warps: int
     backward_programs_per_sm: int
+    backward_stages: int
+    """rows of tiles that are under way to shared memory at once; 1 loads each when it is needed"""
 
 
 # 9.0 as measured on an H100 (`python -m bench.tune rms_norm`, profiles/LOG.md). The others by
@@ -53,9 +55,9 @@ class Config(NamedTuple):
 # backward, which also accumulates the weight's gradient, few enough registers for the programs of a
 # multiprocessor to be resident at once.
 CONFIGS = {
-    "8.6": Config(2048, 4, 2048, 4, 4),
-    "8.0": Config(2048, 4, 2048, 4, 4),
-    "9.0": Config(2048, 2, 4096, 8, 2),
+    "8.6": Config(2048, 4, 2048, 4, 4, 1),
+    "8.0": Config(2048, 4, 2048, 4, 4, 1),
+    "9.0": Config(2048, 2, 4096, 8, 2, 1),
 }
 
 # Of the second pass over the partial sums: runs of 128 bytes, a few hundred rows.
@@ -118,6 +120,7 @@ def rms_norm_backward_kernel(
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     pid = tl.program_id(0).to(tl.int64)
     first_row = pid * rows_per_program
@@ -126,7 +129,7 @@ def rms_norm_backward_kernel(
     weight = tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
     d_weight = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
-    for step in range(rows_per_program // BLOCK_M):
+    for step in tl.range(rows_per_program // BLOCK_M, num_stages=STAGES):
         offs_m = first_row + step * BLOCK_M + tl.arange(0, BLOCK_M)
         mask_m = offs_m < N
         mask = mask_m[:, None] & mask_d[None, :]
@@ -246,7 +249,8 @@ def launch_rms_norm_backward(
         rms_norm_backward_kernel[(num_programs,)](
             d_y, d_residual, x, weight.contiguous(), rstd, d_x, partial_sums, y,
             num_rows, rows_per_program,
-            D=width, BLOCK_M=block_m, BLOCK_D=block_d, num_warps=warps,
+            D=width, BLOCK_M=block_m, BLOCK_D=block_d, STAGES=config.backward_stages,
+            num_warps=warps,
         )  # fmt: skip
         d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
         sum_partials_kernel[(triton.cdiv(width, SUM_BLOCK_D),)](

@@ -72,7 +72,12 @@ def _backward(capability: str, width: int) -> CompileCase:
             "N": "i32",
             "rows_per_program": "i32",
         },
-        constexprs={"D": width, "BLOCK_M": block_m, "BLOCK_D": block_d},
+        constexprs={
+            "D": width,
+            "BLOCK_M": block_m,
+            "BLOCK_D": block_d,
+            "STAGES": config.backward_stages,
+        },
         num_warps=warps,
         num_stages=3,
         capability=capability,

@@ -59,6 +59,10 @@ class BackgroundSaver:
         """Whether a save is wanted and can be taken now."""
         return self.wanted and self._future is None and self.clock() >= self.retry_at
 
+    def may_begin(self, is_healthy: bool) -> bool:
+        """Whether a save is to be taken now, given whether the state is one to keep."""
+        return self.ready and is_healthy
+
     def begin(
         self,
         step: int,
@@ -143,6 +147,37 @@ class BackgroundSaver:
         for path in self.records:
             if path.exists():
                 checkpoint.flush(path)
-        saved = checkpoint.save(self.folder, step, model=model, optimizer=optimizer, state=state)
-        checkpoint.retain(self.folder, self.keep, self.keep_every)
+        saved = self._save(step, model=model, optimizer=optimizer, state=state)
+        self._retain()
         return saved
+
+    def _save(self, step: int, **parts: Mapping) -> Checkpoint:
+        """Write one checkpoint; see `checkpoint.save`."""
+        return checkpoint.save(self.folder, step, **parts)
+
+    def _retain(self) -> None:
+        """Remove the checkpoints that are too many."""
+        checkpoint.retain(self.folder, self.keep, self.keep_every)
+
+
+class NoSaver:
+    """In a process whose state another one saves."""
+
+    wanted = False
+    step = None
+
+    def may_begin(self, is_healthy: bool) -> bool:
+        """Never."""
+        return False
+
+    def begin(self, step: int, **parts: Mapping) -> None:
+        """Leave it to the other process."""
+
+    def collect(self) -> None:
+        """No outcome."""
+
+    def wait(self) -> None:
+        """No outcome."""
+
+    def close(self) -> None:
+        """Nothing is under way."""

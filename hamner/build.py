@@ -1,16 +1,21 @@
 """How a configuration computes here: device, recompute plan, attention, and the model on them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from hamner import device, recompute
 from hamner.attention import AttentionBackend, get_attention
 from hamner.checkpoint import Checkpoint
+from hamner.communication import ONE_GPU, Parallelism
 from hamner.config import TrainConfig
 from hamner.device import Compute
+from hamner.errors import UserError
 from hamner.model import Transformer
 from hamner.ops import Ops, build_ops
+from hamner.parallel.engines import OneProcess, open_engine
+from hamner.parallel.place import Place
+from hamner.parallel.processes import Alone
 from hamner.recompute import MemoryPlan, Policy
 
 
@@ -21,6 +26,7 @@ class Setup:
     compute: Compute
     plan: MemoryPlan
     attention: AttentionBackend
+    engine: OneProcess
 
     @property
     def ops(self) -> Ops:
@@ -32,6 +38,7 @@ class Setup:
         # No weight has a value before it gets ours: torch's own, drawn first, would take seconds.
         with torch.device("meta"):
             model = Transformer(config.model, self.ops, self.plan.policies)
+        self.engine.shard(model)
         model.to_empty(device=self.compute.device)
         if initial is None:
             model.initialize(config.seed)
@@ -40,15 +47,19 @@ class Setup:
         return model
 
 
-def choose(config: TrainConfig) -> Setup:
-    """Choose device, recompute policies, micro-batch and attention.
+def choose(config: TrainConfig, processes: Alone | None = None) -> Setup:
+    """Choose device, recompute policies, micro-batch, attention and, with several processes, how
+    they divide the work.
 
     Raises:
         UserError: what is asked for does not fit or is not on this machine.
     """
+    processes = processes or Alone()
     compute = device.select(config)
     policies = recompute.parse(config.recompute, config.model.num_layers)
-    plan = plan_memory(config, compute, compute.budget_bytes, policies)
+    # All processes plan alike, with the memory of the one that has least.
+    budget = processes.least(compute.budget_bytes)
+    kind, plan = plan_parallel(config, compute, budget, processes.place, policies)
     attention = get_attention(
         config.attention,
         device=compute.device,
@@ -61,7 +72,40 @@ def choose(config: TrainConfig) -> Setup:
         document_mask=config.document_mask,
         folds_rope=compute.kernels == "triton" and not config.model.use_differential_attention,
     )
-    return Setup(compute, plan, attention)
+    return Setup(compute, plan, attention, open_engine(kind, processes, compute, config))
+
+
+def plan_parallel(
+    config: TrainConfig,
+    compute: Compute,
+    budget: int,
+    place: Place,
+    policies: tuple[Policy, ...] | None,
+) -> tuple[str, MemoryPlan]:
+    """The kind of `hamner.parallel.engines.open_engine` and the memory plan of `--parallel`.
+
+    Raises:
+        UserError: it does not fit, or a step cannot be dealt to the processes.
+    """
+    if place.world_size == 1:
+        return "none", plan_memory(config, compute, budget, policies)
+    ddp = Parallelism("ddp", place.local_world_size, place.num_machines)
+    rows, size = ddp.rows_per_gpu(config.batch_size), config.micro_batch_size or 1
+    if rows % size:
+        raise UserError(
+            f"--micro-batch-size {size} does not divide the {rows} sequences that each of "
+            f"{place.world_size} processes takes of --batch-size {config.batch_size}"
+        )
+    if config.parallel in ("auto", "ddp"):
+        try:
+            return "ddp", plan_memory(config, compute, budget, policies, ddp)
+        except UserError:
+            if config.parallel == "ddp":
+                raise
+    fsdp = replace(ddp, kind="fsdp", reshard=config.fsdp_reshard)
+    if place.local_world_size == 1:
+        fsdp = replace(fsdp, gpus_per_node=place.world_size, nodes=1)
+    return "fsdp", plan_memory(config, compute, budget, policies, fsdp)
 
 
 def plan_memory(
@@ -69,6 +113,7 @@ def plan_memory(
     compute: Compute,
     budget: int,
     policies: tuple[Policy, ...] | None = None,
+    parallelism: Parallelism = ONE_GPU,
 ) -> MemoryPlan:
     """Fit the run into `budget` bytes on this device; `recompute.choose` has the rules.
 
@@ -85,4 +130,5 @@ def plan_memory(
         policies=policies,
         micro_batch_size=config.micro_batch_size,
         max_micro_batch_tokens=compute.max_micro_batch_tokens,
+        parallelism=parallelism,
     )

@@ -28,6 +28,7 @@ from torch import Tensor
 from hamner.errors import UserError
 from hamner.json_input import parse_json
 from hamner.kernels.adamw import join_master
+from hamner.parallel.tensors import fill
 
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -94,13 +95,15 @@ class Checkpoint:
     def load_model(self, parameters: Mapping[str, Tensor]) -> None:
         """Copy the saved weights into `parameters`, tensor by tensor (no second copy on the GPU).
 
+        Where a process holds shards of them, it takes its part.
+
         Raises:
             CheckpointError: names or shapes that are not the model's.
         """
         with _open(self.path / MODEL_FILE) as saved:
             _require_names(self.path / MODEL_FILE, set(saved.keys()), set(parameters))
             for name, parameter in parameters.items():
-                parameter.copy_(_read_tensor(self.path / MODEL_FILE, saved, name, parameter.shape))
+                fill(parameter, _read_tensor(self.path / MODEL_FILE, saved, name, parameter.shape))
 
     @torch.no_grad()
     def load_optimizer(
@@ -124,10 +127,10 @@ class Checkpoint:
                     set(tensors),
                 )
                 for name, tensor in tensors.items():
-                    tensor.copy_(_read_tensor(path, saved, f"{prefix}.{name}", tensor.shape))
+                    fill(tensor, _read_tensor(path, saved, f"{prefix}.{name}", tensor.shape))
             for name, tensor in masters.items():
                 if f"master.{name}" in names:
-                    tensor.copy_(_read_tensor(path, saved, f"master.{name}", tensor.shape))
+                    fill(tensor, _read_tensor(path, saved, f"master.{name}", tensor.shape))
 
 
 def save(
@@ -153,36 +156,52 @@ def save(
     Raises:
         OSError: the disk is full, gone or cannot be written; nothing new named step_* is left.
     """
-    final = folder / f"step_{step:08d}"
-    temporary = folder / f"{_TEMPORARY_PREFIX}{step:08d}"
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    temporary.mkdir()
+    temporary = begin_save(folder, step)
     try:
         model, optimizer = _on_cpu(model), _on_cpu(optimizer)
         with _disk_errors():
             save_file(model, temporary / MODEL_FILE)
             save_file(_with_whole_masters(optimizer, model), temporary / OPTIMIZER_FILE)
-        _write_json(temporary / STATE_FILE, state)
-        files = {
-            name: {
-                "bytes": (temporary / name).stat().st_size,
-                "sha256": _sha256(temporary / name),
-            }
-            for name in _FILES
-        }
-        _write_json(temporary / MANIFEST_FILE, {"format": _FORMAT, "files": files})
-        for name in (*_FILES, MANIFEST_FILE):
-            flush(temporary / name)
-        flush(temporary)
-        if final.exists():
-            # Saved already at this step (an interrupt right after a save): the new one replaces it.
-            _remove(final)
-        temporary.rename(final)
-        flush(folder)
+        return finish_save(temporary, step, state)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def begin_save(folder: Path, step: int) -> Path:
+    """Make the temporary folder of a checkpoint in `folder`.
+
+    Raises:
+        OSError: as `save`.
+    """
+    temporary = folder / f"{_TEMPORARY_PREFIX}{step:08d}"
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir()
+    return temporary
+
+
+def finish_save(temporary: Path, step: int, state: Mapping) -> Checkpoint:
+    """Make a checkpoint of a temporary folder that has the two files of tensors.
+
+    Raises:
+        OSError: as `save`; the temporary folder is the caller's to remove.
+    """
+    folder, final = temporary.parent, temporary.with_name(f"step_{step:08d}")
+    _write_json(temporary / STATE_FILE, state)
+    files = {
+        name: {"bytes": (temporary / name).stat().st_size, "sha256": _sha256(temporary / name)}
+        for name in _FILES
+    }
+    _write_json(temporary / MANIFEST_FILE, {"format": _FORMAT, "files": files})
+    for name in (*_FILES, MANIFEST_FILE):
+        flush(temporary / name)
+    flush(temporary)
+    if final.exists():
+        # Saved already at this step (an interrupt right after a save): the new one replaces it.
+        _remove(final)
+    temporary.rename(final)
+    flush(folder)
     return Checkpoint(final, step)
 
 

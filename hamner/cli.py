@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from hamner.errors import UserError
+from hamner.parallel.place import Place
 
 EXIT_BAD_INPUT = 2
 EXIT_BAD_STEPS = 3
@@ -19,15 +20,19 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
     """Run a command's `main` on the process's arguments and exit with its code.
 
     `main` returns an exit code, or None for 0. A `UserError` is printed as one sentence without a
-    traceback; anything else unexpected is a bug and keeps its traceback.
+    traceback; anything else unexpected is a bug and keeps its traceback. Of several processes with
+    the same command line, the first one speaks.
     """
+    is_main = Place.read().is_main
     try:
         code = main(sys.argv[1:]) or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if is_main:
+            print(f"error: {error}", file=sys.stderr)
         code = EXIT_BAD_INPUT
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        if is_main:
+            print("interrupted", file=sys.stderr)
         code = EXIT_INTERRUPTED
     sys.exit(code)
 

@@ -49,6 +49,8 @@ class Parallelism:
     """between the GPUs of a node: GB/s each way that a ring reaches"""
     network_gbs: float = 0.0
     """between nodes: GB/s each way, shared by the GPUs of a node"""
+    reshard: bool = True
+    """fsdp: whether gathered weights are freed between forward and backward"""
 
     @property
     def ranks(self) -> int:

@@ -77,7 +77,14 @@ class TrainConfig:
     compile: bool = False
     """run the model through torch.compile"""
     cuda_graph: bool = True
-    """replay forward and backward as one CUDA graph where that is possible"""
+    """replay forward and backward as one CUDA graph where that is possible; not yet with several
+    processes"""
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
+    """with several processes (torchrun): ddp, the whole model on every GPU; fsdp, its state divided
+    over the GPUs of a machine; auto is ddp where the model fits"""
+    fsdp_reshard: bool = True
+    """with fsdp: free a block's gathered weights after its forward pass and gather them again for
+    backward; without, they stay, which takes memory and saves messages"""
     log_every: int = 10
     """steps between log lines and metrics; 0 is never"""
     eval_every: int = 500
@@ -95,7 +102,7 @@ class TrainConfig:
     """the first checkpoint at or after each multiple of so many steps is kept too; 0 is none"""
     hang_minutes: float = 30.0
     """minutes without a finished step, after which all stacks are written down and what can be is
-    saved; 0 is never"""
+    saved, or with several processes the job is ended; 0 is never"""
     allow_data_change: bool = False
     """with --resume: go on with other --data, --seed or --val-fraction, read from their start"""
     replay: Path | None = None

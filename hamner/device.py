@@ -9,6 +9,7 @@ import torch
 from hamner.config import TrainConfig
 from hamner.errors import UserError
 from hamner.hardware import Gpu, identify
+from hamner.parallel.place import Place
 from hamner.recompute import GIB, RESERVE_GIB
 
 RAM_SHARE = 0.6
@@ -53,7 +54,8 @@ def select(config: TrainConfig) -> Compute:
         raise UserError("--precision bf16 needs a GPU; use --precision fp32 on a CPU")
     if config.kernels in ("triton", "liger"):
         raise UserError(f"--kernels {config.kernels} needs a GPU; use --kernels torch on a CPU")
-    budget = config.vram_budget * GIB if config.vram_budget else RAM_SHARE * _free_ram()
+    ram = RAM_SHARE * _free_ram() / Place.read().local_world_size
+    budget = config.vram_budget * GIB if config.vram_budget else ram
     name = f"CPU, {torch.get_num_threads()} threads"
     return Compute(
         device=torch.device("cpu"),

@@ -20,13 +20,19 @@ class Display:
         total_tokens: length of the run.
         budget_gib: memory the run may take, GiB, or None without a GPU.
         console: where to; a terminal gets the panel.
+        log: gets plain lines as well.
     """
 
     def __init__(
-        self, name: str, total_tokens: int, budget_gib: float | None, console: Console | None = None
+        self,
+        name: str,
+        total_tokens: int,
+        budget_gib: float | None,
+        console: Console | None = None,
+        log: Console | None = None,
     ) -> None:
         self.name, self.total_tokens, self.budget_gib = name, total_tokens, budget_gib
-        self.console = console or Console(highlight=False)
+        self.console, self.log = console or Console(highlight=False), log
         self.live: Live | None = None
 
     def __enter__(self) -> "Display":
@@ -42,15 +48,17 @@ class Display:
 
     def message(self, text: str) -> None:
         """Print one message above the panel; a terminal or disk that is gone ends no run."""
-        with contextlib.suppress(OSError):
-            self.console.print(Text(text), soft_wrap=True)
+        self._print(self.console, text)
+        self._print(self.log, text)
 
     def show(self, record: Record) -> None:
         """Show a record."""
         fields = self.fields(record)
+        line = " | ".join(f"{name} {value}" for name, value in fields.items())
         if self.live is None:
-            self.message(" | ".join(f"{name} {value}" for name, value in fields.items()))
+            self.message(line)
             return
+        self._print(self.log, line)
         grid = Table.grid(padding=(0, 3), expand=True)
         for _ in range(4):
             grid.add_column(ratio=1)
@@ -62,6 +70,11 @@ class Display:
         body.add_row(ProgressBar(total=self.total_tokens, completed=record.tokens))
         with contextlib.suppress(OSError):
             self.live.update(Panel(body, title=self.name))
+
+    def _print(self, console: Console | None, text: str) -> None:
+        if console is not None:
+            with contextlib.suppress(OSError):
+                console.print(Text(text), soft_wrap=True)
 
     def fields(self, record: Record) -> dict[str, str]:
         """Names and values of what is shown."""

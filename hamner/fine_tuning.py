@@ -10,6 +10,7 @@ from hamner.conversations import lint
 from hamner.conversations.examples import load_examples
 from hamner.conversations.loader import ConversationLoader, validation_batch
 from hamner.data.tokenizer import Tokenizer, load_tokenizer
+from hamner.parallel.place import Place
 from hamner.run_folder import RunFolder
 from hamner.saved_model import find_saved_model
 from hamner.sft_config import SftConfig
@@ -33,7 +34,8 @@ def fine_tune(config: SftConfig) -> TrainResult:
 
     tokenizer = load_tokenizer(config.tokenizer, config.model.vocab_size)
     sources = load_examples(config.data, tokenizer, config.seq_len, config.val_fraction)
-    lint.show(sources, tokenizer, Console(highlight=False))
+    if Place.read().is_main:
+        lint.show(sources, tokenizer, Console(highlight=False))
     loader = ConversationLoader(
         sources,
         tokenizer,

@@ -12,11 +12,17 @@ class Interrupt:
 
     The second is left to the operating system's default: it works even while a long operation
     keeps Python's own handlers waiting.
+
+    Args:
+        is_alone: false in one of several processes. There the launcher passes signals on, to each
+            process, and ends those that take too long: nothing is said here, later signals count
+            for nothing, and none comes before the message of an error that ends the loop.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_alone: bool = True) -> None:
+        self.is_alone = is_alone
         self.requested = False
 
     def __enter__(self) -> "Interrupt":
@@ -27,12 +33,15 @@ class Interrupt:
         }
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, error: type | None, *_) -> None:
+        keeps_quiet = error is not None and not self.is_alone
         for number, handler in self.previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if keeps_quiet else handler)
 
     def _request(self, *_) -> None:
         self.requested = True
+        if not self.is_alone:
+            return
         for number in self.previous:
             signal.signal(number, signal.SIG_DFL)
         # Not print: the handler may run in the middle of another write. After SIGHUP there may be

@@ -21,6 +21,7 @@ from hamner.attention import document_positions
 from hamner.kv_cache import KVCache
 from hamner.ops import Ops
 from hamner.options import ModelConfig
+from hamner.parallel.tensors import fill
 from hamner.recompute import NONE, Policy
 from hamner.rope_scaling import rotary_tables
 
@@ -272,7 +273,7 @@ class Transformer(nn.Module):
                 continue
             std = 0.1 if "lambda" in name else 0.02
             values = torch.empty(parameter.shape, dtype=torch.float32)
-            parameter.copy_(values.normal_(0.0, std, generator=generator))
+            fill(parameter, values.normal_(0.0, std, generator=generator))
         for bias in self.buffers():
             bias.zero_()
 

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from hamner.checkpoint import Checkpoint
 from hamner.kernels.adamw import clip_coefficient, join_master, split_master
 from hamner.ops import Ops
+from hamner.parallel.engines import OneProcess
+from hamner.parallel.tensors import local
 
 BETAS = (0.9, 0.95)
 EPS = 1e-8
@@ -48,6 +50,8 @@ class AdamW:
         dtype: compute dtype of the matrices; fp32 needs no masters.
         weight_decay: of the matrices, none on vectors.
         grad_clip: largest global gradient norm; 0 does not clip.
+        engine: which finishes the sums of gradients over processes. With FSDP2 all tensors here are
+            DTensors, and each process updates its shards.
     """
 
     def __init__(
@@ -58,8 +62,10 @@ class AdamW:
         dtype: torch.dtype,
         weight_decay: float,
         grad_clip: float,
+        engine: OneProcess | None = None,
     ) -> None:
         self.ops, self.weight_decay, self.grad_clip = ops, weight_decay, grad_clip
+        self.engine = engine or OneProcess()
         self.parameters = dict(model.named_parameters())
         self.buffers = dict(model.named_buffers())
         self.masters: dict[str, Tensor] = {}
@@ -91,19 +97,19 @@ class AdamW:
     @torch.no_grad()
     def restore(self, saved: Checkpoint, steps: int) -> None:
         """Load the model, masters and moments of a checkpoint, whatever precision it has."""
-        # On the host: where masters are split, the device may have no room for whole ones.
-        masters = {name: torch.empty(p.shape) for name, p in self.parameters.items()}
+        # Split masters on the host: the device may have no room for whole ones.
+        masters = {
+            name: torch.empty(parameter.shape) if name in self.remainders else self.master(name)
+            for name, parameter in self.parameters.items()
+        }
         saved.load_model({**masters, **self.buffers})
         saved.load_optimizer(masters, self.exp_avg, self.exp_avg_sq)
-        for name, master in masters.items():
-            weight = self.parameters[name].data
-            if name in self.remainders:
-                param, remainder = split_master(master)
-                weight.copy_(param)
-                self.remainders[name].copy_(remainder)
-            else:
-                self.master(name).copy_(master)
-                weight.copy_(master)
+        for name, remainder in self.remainders.items():
+            param, rest = split_master(masters[name])
+            self.parameters[name].data.copy_(param)
+            remainder.copy_(rest)
+        for name, master in self.masters.items():
+            self.parameters[name].data.copy_(master)
         self.steps = steps
 
     @torch.no_grad()
@@ -137,20 +143,20 @@ class AdamW:
             if parameter.grad is not None
         }
         self.steps += 1
-        norm = self.ops.global_grad_norm(list(gradients.values()))
+        norm = self.engine.grad_norm(self.ops, gradients)
         if loss is not None:
             norm = norm + (loss - loss)  # 0, or NaN where the loss is infinite or NaN
         clip = clip_coefficient(norm, self.grad_clip or math.inf)
         masters = self.masters | self.remainders
         for name, gradient in gradients.items():
             parameter = self.parameters[name]
-            weight = parameter.data
+            weight = local(parameter.data)
             self.ops.adamw_(
                 weight,
-                masters.get(name, weight),
-                gradient,
-                self.exp_avg[name],
-                self.exp_avg_sq[name],
+                local(masters[name]) if name in masters else weight,
+                local(gradient),
+                local(self.exp_avg[name]),
+                local(self.exp_avg_sq[name]),
                 lr=lr,
                 betas=BETAS,
                 eps=EPS,
@@ -165,6 +171,10 @@ class AdamW:
     def drop_gradients(self) -> None:
         """Forget the gradients, accumulated ones too."""
         self.accumulated = {}
+        self.drop_last_gradients()
+
+    def drop_last_gradients(self) -> None:
+        """Forget the gradients of the last backward pass alone."""
         for parameter in self.parameters.values():
             parameter.grad = None
 

@@ -251,8 +251,10 @@ def account(
     size = _DTYPE_BYTES[precision]
     parameters = model.num_parameters()
     shards = parallelism.shards
-    # Of a split master only the int16 remainder is held beside the bf16 weight.
-    masters = (2 if fused else 4) if precision == "bf16" else 0
+    # Of a split master only the int16 remainder is held beside the bf16 weight. A shard is fp32, as
+    # its gradient is, which adds up by itself.
+    masters = (2 if fused or shards > 1 else 4) if precision == "bf16" else 0
+    gradient_size = 4 if shards > 1 else size
     d, tokens = model.hidden_size, micro_batch_tokens
     kept = [tokens * policy.kept_bytes(model, size, fused=fused) for policy in policies]
     # After the last block: the norm's input and its result; plain torch keeps both in fp32 too.
@@ -261,9 +263,11 @@ def account(
     heads = 1 if model.tie_word_embeddings else 2
     layer_gradient = (parameters - heads * embedding - d) // model.num_layers * size
     head_gradient = embedding * size
-    communication, gradients = 0, parameters * size // shards
+    communication, gradients = 0, parameters * gradient_size // shards
     if shards > 1:
         communication = 2 * (heads * head_gradient + 2 * layer_gradient)
+        if not parallelism.reshard:
+            communication += parameters * size
     elif parallelism.ranks > 1:
         # Every gradient is a view of a bucket, and the buckets stay.
         communication, gradients = gradients, 0
@@ -273,7 +277,7 @@ def account(
     for layer, policy in enumerate(policies):
         held += kept[layer]
         formed = head_gradient + (len(policies) - 1 - layer) * layer_gradient
-        formed //= shards
+        formed = formed * gradient_size // (size * shards)
         working = tokens * _backward_bytes(model, policy, size, fused=fused)
         most = max(most, held + formed + working)
 
@@ -287,7 +291,7 @@ def account(
     return MemoryAccount(
         weights=parameters * size // shards,
         optimizer=parameters * (8 + masters) // shards,
-        gradient_sums=parameters * 4 // shards if accumulate else 0,
+        gradient_sums=parameters * 4 if accumulate and shards == 1 else 0,
         gradients=gradients,
         activations=sum(kept) + tail,
         loss=loss,

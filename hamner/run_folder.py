@@ -1,7 +1,8 @@
 """The files of a run: config.json, metrics.jsonl, samples.jsonl, plots/, checkpoints/, and
 plan.jsonl, what was projected beside what was measured.
 
-And, when something went wrong: bad_steps/ (batches for `--replay`) and stacks.txt (of a hang).
+And, when something went wrong: bad_steps/ (batches for `--replay`) and stacks.txt (of a hang). With
+several processes: logs/rank_N.txt, what each said.
 """
 
 import contextlib
@@ -34,6 +35,7 @@ class RunFolder:
         self.stacks = path / "stacks.txt"
         self.plan = path / "plan.jsonl"
         self.validation = path / "validation.safetensors"
+        self.logs = path / "logs"
 
     def check(self, *, resume: bool) -> None:
         """Refuse to overwrite a run, or to resume one that is not there.

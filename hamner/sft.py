@@ -10,6 +10,7 @@ from hamner.cli import EXIT_INTERRUPTED, flag_value, gather_data, run_command
 from hamner.config import CONFIG_FILE, TrainConfig
 from hamner.errors import UserError
 from hamner.options import OPTIONS
+from hamner.parallel.place import resume_after_restart
 from hamner.sft_config import SftConfig
 
 
@@ -29,6 +30,8 @@ def parse(args: Sequence[str]) -> SftConfig:
     if path is not None:
         default = SftConfig.for_checkpoint(Path(path))
     saved = Path(run_dir) if run_dir else default.run_dir
+    if saved is not None:
+        args = resume_after_restart(args, saved)
     if "--resume" in args and saved is not None and (saved / CONFIG_FILE).is_file():
         default = replace(
             SftConfig.read(saved / CONFIG_FILE), resume=True, stop_after=None, tokens=None

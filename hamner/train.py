@@ -14,6 +14,7 @@ from hamner.cli import (
     run_command,
 )
 from hamner.config import CONFIG_FILE, TrainConfig
+from hamner.parallel.place import resume_after_restart
 
 
 def parse(args: Sequence[str]) -> TrainConfig:
@@ -31,7 +32,8 @@ def parse(args: Sequence[str]) -> TrainConfig:
     option = flag_value(args, "--option") or TrainConfig.option
     default = TrainConfig.for_option(option)
     run_dir, replay = flag_value(args, "--run-dir"), flag_value(args, "--replay")
-    saved = (Path(run_dir) if run_dir else default.folder) / CONFIG_FILE
+    folder = Path(run_dir) if run_dir else default.folder
+    args, saved = resume_after_restart(args, folder), folder / CONFIG_FILE
     if replay:
         # RUN/bad_steps/FILE
         saved = Path(replay).parent.parent / CONFIG_FILE

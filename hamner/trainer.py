@@ -6,7 +6,8 @@ out of work; the number of kept targets is counted on the CPU before a batch lea
 
 What a long run must survive lives beside the loop: `background_save` (checkpoints that may fail and
 are tried again), `step_monitor` (bad steps and spikes), `bad_steps` (batches kept for replay),
-`watchdog` (hangs), `resume` (what may change between two starts).
+`watchdog` (hangs), `resume` (what may change between two starts). Of several processes each runs
+this loop in step with the others: `hamner.parallel` has all that differs.
 """
 
 import math
@@ -23,7 +24,7 @@ from torch import Tensor
 import hamner
 from hamner import bad_steps, build, checkpoint, plots, recompute, resume
 from hamner.attention import waits_for_gpu
-from hamner.background_save import RETRY_SECONDS, BackgroundSaver
+from hamner.background_save import RETRY_SECONDS
 from hamner.checkpoint import Checkpoint
 from hamner.config import TrainConfig
 from hamner.cost_model import compare_with_reality, predict
@@ -40,6 +41,8 @@ from hamner.metrics import Mfu, Record, Spike, Stopwatch, peak_vram_gib
 from hamner.model import RouterStatistics
 from hamner.ops import IGNORED_TARGET
 from hamner.optimizer import AdamW, Schedule
+from hamner.parallel.processes import Alone, open_processes
+from hamner.parallel.tensors import local
 from hamner.readback import Readback
 from hamner.reporting import open_reporters, require_installed
 from hamner.router_monitor import RouterMonitor, StarvationDetector, describe_routers
@@ -132,12 +135,13 @@ def train(
             written before all three were read.
     """
     run = RunFolder(config.folder)
-    run.check(resume=config.resume)
-    trainer = Trainer(config, run, open_data, initial)
-    try:
-        return trainer.run_to_end()
-    finally:
-        trainer.close()
+    with open_processes(config) as processes:
+        processes.from_main(lambda: run.check(resume=config.resume))
+        trainer = Trainer(config, run, open_data, initial, processes)
+        try:
+            return trainer.run_to_end()
+        finally:
+            trainer.close()
 
 
 @dataclass(frozen=True)
@@ -163,6 +167,7 @@ class Trainer:
         run: the run's folder, checked.
         open_data: what to train on.
         initial: whose weights to start from; default random ones.
+        processes: that train together; default this one alone.
     """
 
     def __init__(
@@ -171,12 +176,17 @@ class Trainer:
         run: RunFolder,
         open_data: OpenData = open_documents,
         initial: Checkpoint | None = None,
+        processes: Alone | None = None,
     ) -> None:
         require_installed(config.report_to)
         self.config, self.run = config, run
+        self.processes = processes or Alone()
+        self.is_main = self.processes.place.is_main
+        self.world_size = self.processes.place.world_size
         self.tokenizer = load_tokenizer(config.tokenizer, config.model.vocab_size)
-        setup = build.choose(config)
+        setup = build.choose(config, self.processes)
         self.compute, self.plan, self.attention = setup.compute, setup.plan, setup.attention
+        self.engine = setup.engine
         compute = self.compute
         pin_memory = compute.device.type == "cuda"
         data = open_data(config, self.tokenizer, pin_memory)
@@ -186,11 +196,14 @@ class Trainer:
         self.optimizer = AdamW(
             self.model,
             self.model.ops,
-            dtype=compute.dtype,
+            dtype=self.engine.parameter_dtype(compute.dtype),
             weight_decay=config.weight_decay,
             grad_clip=config.grad_clip,
+            engine=self.engine,
         )
-        self.forward = torch.compile(self.model) if config.compile else self.model
+        self.forward = self.engine.wrap(self.model, self.optimizer)
+        if config.compile:
+            self.forward = torch.compile(self.forward)
         self.micro_step = self.build_micro_step()
         self.stepped_down = False
         self.schedule = Schedule(
@@ -221,6 +234,8 @@ class Trainer:
         self.spike_detector = SpikeDetector([])
         self.spikes: list[Spike] = []
         self.bad_in_a_row = 0
+        self.hopeless: StepReading | None = None
+        """the bad step after which the run stops"""
         self.diagnosis: str | None = None
         self.poisoned: list[str] = []
         """tensors that were found not to be finite then"""
@@ -231,19 +246,27 @@ class Trainer:
         """to say once the display is there"""
         if config.resume:
             self.restore()
-        run.start(config)
-        data.keep()
+        self.processes.from_main(lambda: run.start(config))
+        self.processes.open_log(run)
+        if self.is_main:
+            data.keep()
         self.metrics, self.samples = RecordLog(run.metrics), RecordLog(run.samples)
-        self.saver = BackgroundSaver(
+        self.saver = self.engine.open_saver(
             run.checkpoints,
             keep=config.keep,
             keep_every=config.keep_every,
             records=(run.metrics, run.samples),
         )
-        self.watchdog = Watchdog(config.hang_minutes, run.stacks, self.report_hang)
-        self.reporters = open_reporters(config)
+        stacks = self.processes.stacks(run)
+        self.watchdog = Watchdog(config.hang_minutes, stacks, self.report_hang)
+        self.reporters = open_reporters(config) if self.is_main else []
         budget_gib = None if compute.device.type == "cpu" else compute.budget_bytes / recompute.GIB
-        self.display = Display(f"hamner {config.option}", self.schedule.total_tokens, budget_gib)
+        self.display = Display(
+            f"hamner {config.option}",
+            self.schedule.total_tokens,
+            budget_gib,
+            *self.processes.consoles(),
+        )
 
     def build_micro_step(self) -> Callable:
         """Forward and backward of a micro-batch, recorded where that is possible."""
@@ -260,6 +283,7 @@ class Trainer:
             config.cuda_graph
             and self.compute.device.type == "cuda"
             and self.compute.kernels == "triton"
+            and self.world_size == 1
             and not (config.compile or waits)
         )
 
@@ -274,11 +298,11 @@ class Trainer:
         """Train until the run's length, `--stop-after`, an interrupt or a diagnosis; then save."""
         config = self.config
         first_step = self.step
-        with self.display, Interrupt() as interrupt, self.watchdog:
+        with self.display, Interrupt(is_alone=self.world_size == 1) as interrupt, self.watchdog:
             self.introduce()
             self.watch.start()
             self.mark_interval(self.step, self.tokens, self.watch.read())
-            while not (self.finished or interrupt.requested or self.diagnosis):
+            while not self.finished:
                 batch = self.next_batch(interrupt)
                 if batch is None:
                     break
@@ -303,15 +327,19 @@ class Trainer:
                 if config.stop_after and self.step - first_step >= config.stop_after:
                     break
             self.pause_watch()
+            if self.hopeless:
+                self.diagnose(self.hopeless)
+            interrupted = self.processes.any(interrupt.requested)
             self.save_last()
-            self.draw()
-            self.conclude(interrupt.requested)
+            if self.is_main:
+                self.draw()
+                self.conclude(interrupted)
         return TrainResult(
             step=self.step,
             tokens=self.tokens,
             val_loss=self.val_loss,
             checkpoint=self.saved.path if self.saved else None,
-            interrupted=interrupt.requested,
+            interrupted=interrupted,
             diagnosis=self.diagnosis,
         )
 
@@ -321,14 +349,23 @@ class Trainer:
         return self.tokens >= self.schedule.total_tokens or self.early_stopping.exhausted
 
     def next_batch(self, interrupt: Interrupt) -> Batch | None:
-        """The next batch, None once interrupted; if the data fails, what was trained is saved."""
+        """The next batch; None, in all processes, once one is interrupted or has lost hope.
+
+        If the data fails, what was trained is saved.
+        """
+        batch = failure = None
         try:
             with self.watchdog.waiting():
-                return self.loader.next_batch(lambda: interrupt.requested)
-        except Exception:
-            if self.step:
-                self.save_last()
-            raise
+                if not self.hopeless:
+                    batch = self.loader.next_batch(lambda: interrupt.requested)
+        except Exception as error:
+            failure = error
+        stops, fails = self.processes.most([batch is None, failure is not None])
+        if fails and self.step:
+            self.save_last()
+        if failure:
+            raise failure
+        return None if stops else batch
 
     def finish_step(self, batch: Batch, lr: float, norm: Tensor) -> None:
         """Count a step, and look at those whose numbers have come in."""
@@ -336,6 +373,7 @@ class Trainer:
         self.step += 1
         self.tokens += batch.inputs.numel()
         self.watchdog.beat()
+        self.processes.step_done(self.step)
         self.monitor.record(self.step, self.tokens, lr, batch, self.step_loss, norm)
         self.judge_steps()
 
@@ -358,7 +396,7 @@ class Trainer:
             if not (unchanged and steps_so_far < FIRST_STEPS and self.step_down(reason)):
                 break
         self.optimizer.drop_gradients()
-        if self.step and unchanged:
+        if self.step and unchanged and self.world_size == 1:
             self.save_last()
         raise UserError(
             f"step {self.step + 1:,} does not fit ({reason}): free the memory other programs hold, "
@@ -366,8 +404,11 @@ class Trainer:
         )
 
     def step_down(self, reason: str) -> bool:
-        """Plan for a tenth less memory, once; whether there is such a plan."""
-        if self.stepped_down:
+        """Plan for a tenth less memory, once; whether there is such a plan.
+
+        Not with several processes: the others are half-way through the step.
+        """
+        if self.stepped_down or self.world_size > 1:
             return False
         self.stepped_down = True
         budget = int(STEP_DOWN * self.plan.account.total)
@@ -393,7 +434,8 @@ class Trainer:
         """Forward, backward and update on one global batch, in micro-batches.
 
         Each micro-batch's mean loss is weighted by its share of the step's kept targets, so the
-        step does not depend on how it is cut.
+        step does not depend on how it is cut, nor on how many processes its micro-batches are
+        dealt to.
 
         Returns:
             The gradient norm before clipping, 0-d on the device; None if an interrupt made the
@@ -401,26 +443,32 @@ class Trainer:
         """
         size = self.plan.micro_batch_size
         starts = range(0, len(batch.inputs), size)
-        kept = [int((batch.targets[s : s + size] != IGNORED_TARGET).sum()) for s in starts]
+        all_kept = int((batch.targets != IGNORED_TARGET).sum())
+        starts = self.processes.share(starts)
         started = time.perf_counter()
         loss = torch.zeros((), device=self.compute.device)
         if self.routers:
             self.routers.begin_step()
         for number, start in enumerate(starts):
-            share = torch.full((), kept[number] / max(1, sum(kept)), device=self.compute.device)
-            rows = slice(start, start + size)
-            cross_entropy, router = self.micro_step(*self.to_device(batch, rows), share)
+            rows, is_last = slice(start, start + size), number == len(starts) - 1
+            kept = int((batch.targets[rows] != IGNORED_TARGET).sum())
+            share = torch.full((), kept / max(1, all_kept), device=self.compute.device)
+            with self.engine.micro_batch(is_last=is_last):
+                cross_entropy, router = self.micro_step(*self.to_device(batch, rows), share)
             loss += cross_entropy * share
             if self.routers:
                 self.routers.add(router, len(batch.inputs[rows]) / len(batch.inputs))
             if len(starts) > 1:
-                self.optimizer.accumulate()
+                self.engine.accumulate(self.optimizer, is_last=is_last)
             if self.step == 0 and number == 0 and self.compute.device.type == "cpu":
                 self.announce_cpu_speed(time.perf_counter() - started, start + size)
             left = (time.perf_counter() - started) / (number + 1) * (len(starts) - number - 1)
-            if interrupt.requested and left > PATIENCE_SECONDS:
+            if self.processes.any(interrupt.requested and left > PATIENCE_SECONDS):
                 self.optimizer.drop_gradients()
                 return None
+        self.processes.sum_(loss)
+        if self.routers:
+            self.processes.sum_(self.routers.step_sum)
         norm = self.optimizer.step(lr, loss)
         is_good = torch.isfinite(norm)
         self.loss_sum += torch.where(is_good, loss, 0.0)
@@ -464,13 +512,17 @@ class Trainer:
         rows = len(self.validation.inputs)
         size = max(1, min(self.plan.micro_batch_size, EVALUATION_TOKENS // self.config.seq_len))
         if rows:
-            total, kept = torch.zeros((), device=self.compute.device), 0
-            for start in range(0, rows, size):
-                part = slice(start, start + size)
-                part_kept = int((self.validation.targets[part] != IGNORED_TARGET).sum())
-                output = self.model(*self.to_device(self.validation, part))
-                total += output.cross_entropy * part_kept
-                kept += part_kept
+            total = torch.zeros((), device=self.compute.device)
+            # As many pieces for every process: of those beyond the last row nothing is kept.
+            pieces = math.ceil(math.ceil(rows / size) / self.world_size) * self.world_size
+            with self.engine.inference(self.model):
+                for start in self.processes.share(range(0, pieces * size, size)):
+                    part = slice(min(start, rows - 1), start + size)
+                    kept = int((self.validation.targets[start : part.stop] != IGNORED_TARGET).sum())
+                    output = self.model(*self.to_device(self.validation, part))
+                    total += output.cross_entropy * kept
+            self.processes.sum_(total)
+            kept = int((self.validation.targets != IGNORED_TARGET).sum())
             self.val_loss, self.val_step = total.item() / max(1, kept), self.step
         self.watch.start()
 
@@ -510,7 +562,7 @@ class Trainer:
             lr=line.lr,
             grad_norm=norm,
             tokens_per_second=speed,
-            mfu=self.mfu(speed),
+            mfu=self.mfu(speed / self.world_size),
             peak_vram_gib=peak_vram_gib(self.compute.device),
             seconds=seconds,
             skipped_steps=int(skipped),
@@ -561,7 +613,7 @@ class Trainer:
 
     def compare_with_plan(self, record: Record) -> None:
         """Say and keep how far the projection for this GPU was off; for the kernels only."""
-        if self.compute.gpu is None or self.compute.kernels != "triton":
+        if self.compute.gpu is None or self.compute.kernels != "triton" or self.world_size > 1:
             return
         prediction = predict(
             self.config.model,
@@ -588,7 +640,7 @@ class Trainer:
 
     def append(self, log: RecordLog, record: dict) -> None:
         """Write a record, or go on training with a warning: the next one takes it along."""
-        error = log.append(record)
+        error = log.append(record) if self.is_main else None
         if error:
             self.display.message(
                 f"WARNING: {log.path} cannot be written ({error.strerror}); "
@@ -599,7 +651,8 @@ class Trainer:
         """Continue the fixed prompts and keep the texts."""
         self.pause_watch()
         for prompt in PROMPTS:
-            text = generate(self.model, self.tokenizer, prompt, seed=self.config.seed)
+            with self.engine.inference(self.model):
+                text = generate(self.model, self.tokenizer, prompt, seed=self.config.seed)
             record = {"step": self.step, "tokens": self.tokens, "prompt": prompt, "text": text}
             self.append(self.samples, record)
             self.display.message(f"sample: {prompt}{text}".replace("\n", " "))
@@ -630,16 +683,22 @@ class Trainer:
                 )
             return
         self.bad_in_a_row += 1
-        kept = bad_steps.keep(self.run.bad_steps, reading)
-        self.display.message(
-            f"WARNING: step {reading.step:,} skipped: loss {reading.loss}, gradient norm "
-            f"{reading.grad_norm}; {kept}"
-        )
         if self.bad_in_a_row == bad_steps.MOST_IN_A_ROW:
-            self.poisoned = bad_steps.not_finite(
-                {**self.optimizer.parameters, **self.optimizer.state_tensors()}
+            self.hopeless = reading
+        if self.is_main:
+            kept = bad_steps.keep(self.run.bad_steps, reading)
+            self.display.message(
+                f"WARNING: step {reading.step:,} skipped: loss {reading.loss}, gradient norm "
+                f"{reading.grad_norm}; {kept}"
             )
-            self.diagnosis = bad_steps.diagnose(reading, self.poisoned)
+
+    def diagnose(self, last: StepReading) -> None:
+        """Find out why step after step was bad, `last` the last of them."""
+        state = {**self.optimizer.parameters, **self.optimizer.state_tensors()}
+        bad = bad_steps.not_finite({name: local(tensor) for name, tensor in state.items()})
+        is_bad = self.processes.most([name in bad for name in state])
+        self.poisoned = [name for name, flag in zip(state, is_bad, strict=True) if flag]
+        self.diagnosis = bad_steps.diagnose(last, self.poisoned)
 
     def save(self) -> None:
         """Start to write a checkpoint of the last finished step."""
@@ -685,7 +744,7 @@ class Trainer:
         """
         self.note_save(self.saver.collect())
         self.saver.wanted |= is_due
-        if self.saver.ready and not self.bad_in_a_row:
+        if self.saver.may_begin(not self.bad_in_a_row):
             self.save()
 
     def save_best(self) -> None:
@@ -729,10 +788,12 @@ class Trainer:
         return None
 
     def report_hang(self, between_steps: bool) -> None:
-        """Say that the run hangs and save what can be; called by the watchdog's thread."""
+        """Say that the run hangs and save what can be, or end a job of several processes; called by
+        the watchdog's thread."""
+        self.processes.give_up(self.config.hang_minutes)
         self.display.message(
             f"WARNING: no step for {self.config.hang_minutes:g} minutes; what every thread does is "
-            f"in {self.run.stacks}"
+            f"in {self.watchdog.stacks}"
         )
         if not between_steps:
             return  # half a step cannot be saved; a save under way goes on by itself
@@ -743,9 +804,9 @@ class Trainer:
 
     def restore(self) -> None:
         """Load the newest whole checkpoint; a run that never saved starts over."""
-        found, state = resume.find_checkpoint(self.run.checkpoints, self.notes)
+        found, state, self.notes = self.processes.from_main(self.find_checkpoint)
         if found is None:
-            resume.rewind(self.run, 0)
+            self.processes.from_main(lambda: resume.rewind(self.run, 0))
             return
         resume.require_same_model(found, state, self.config, self.tokenizer)
         has_routers = resume.require_router_state(found, state, self.config.model)
@@ -765,8 +826,15 @@ class Trainer:
             self.routers.interval_sum.copy_(torch.tensor(state["router_sum"]))
             self.starvation.load_state_dict(state["starvation"])
         checkpoint.set_rng_state(state["rng"])
-        resume.rewind(self.run, self.step)
+        # Not before every process has taken its part of it.
+        self.processes.any(False)
+        self.processes.from_main(lambda: resume.rewind(self.run, self.step))
         self.saved = found
+
+    def find_checkpoint(self) -> tuple[Checkpoint | None, dict, list[str]]:
+        """The newest whole checkpoint, its state, and what to say of others."""
+        notes: list[str] = []
+        return *resume.find_checkpoint(self.run.checkpoints, notes), notes
 
     def draw(self) -> None:
         """Draw the run's plots, if the disk takes them."""
@@ -789,6 +857,7 @@ class Trainer:
             f"{config.batch_size} x {config.seq_len}",
             f"on {compute.name}, {compute.precision}, kernels {compute.kernels}, "
             f"attention {self.attention.name}: {self.attention.reason}",
+            *self.describe_processes(),
             f"memory: {self.plan}",
             self.mfu.explain(),
         ]
@@ -804,9 +873,24 @@ class Trainer:
         for line in [*lines, *self.notes]:
             self.display.message(line)
 
+    def describe_processes(self) -> list[str]:
+        """How several processes divide the work; nothing of one."""
+        place = self.processes.place
+        if place.world_size == 1:
+            return []
+        how = {
+            "ddp": "each with the whole model (DDP)",
+            "fsdp": "with weights, gradients and moments divided over them (FSDP2)",
+        }
+        where = "" if place.num_machines == 1 else f" on {place.num_machines} machines"
+        return [
+            f"{place.world_size} processes{where}, {how[self.engine.name]}, of which each takes "
+            f"{self.config.batch_size // place.world_size} sequences of a step and the memory below"
+        ]
+
     def announce_cpu_speed(self, seconds: float, rows: int) -> None:
         """Say how fast this CPU is and what that means for the whole run."""
-        speed = rows * self.config.seq_len / seconds
+        speed = self.world_size * rows * self.config.seq_len / seconds
         whole = duration(self.schedule.total_tokens / speed)
         self.display.message(
             f"measured on this CPU: about {speed:,.0f} tokens/s, so the full run of "

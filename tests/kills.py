@@ -31,7 +31,10 @@ PHASES = {
     "snapshot": ("background_save.py", {"BackgroundSaver.begin", "BackgroundSaver._copy"}),
     "writer": (
         "checkpoint.py",
-        {"save", "find", "retain", "flush", "_remove", "_sha256", "_write_json", "_on_cpu"},
+        {
+            *("save", "begin_save", "finish_save", "find", "retain", "flush"),
+            *("_remove", "_sha256", "_write_json", "_on_cpu"),
+        },
     ),
     "resume": ("run_folder.py", {"RunFolder.rewind", "RunFolder.start", "replace_text"}),
     "shards": ("data/prepare.py", {"prepare", "_write_shards", "_ShardPair.write", "_write"}),

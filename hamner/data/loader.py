@@ -56,7 +56,7 @@ class DataConfig:
     Attributes:
         specs: values of `--data`, `SPEC[=WEIGHT]`; without any, the built-in corpus.
         seq_len: tokens a row.
-        batch_size: rows a batch, over all ranks.
+        batch_size: rows a batch.
         seed: of the order of documents.
         val_fraction: share of documents held out for validation. Shards have their own, from when
             they were prepared.
@@ -72,11 +72,12 @@ class DataConfig:
 class TrainLoader:
     """Endless training batches. Iterate, and `close` at the end.
 
+    Where several processes train one model, each reads the whole batches and trains on its part: so
+    all know the step's targets, and the position holds for any number of processes.
+
     Args:
         config: what to read.
         tokenizer: that of the model.
-        rank: this process; every rank runs the same pipeline and keeps rows `rank::world_size`.
-        world_size: number of processes.
         pin_memory: put batches into page-locked memory, for asynchronous copies to a GPU.
         prefetch: batches made ahead.
 
@@ -89,18 +90,10 @@ class TrainLoader:
         config: DataConfig,
         tokenizer: Tokenizer,
         *,
-        rank: int = 0,
-        world_size: int = 1,
         pin_memory: bool = False,
         prefetch: int = 8,
     ) -> None:
-        if config.batch_size % world_size:
-            raise UserError(
-                f"--batch-size {config.batch_size}: must be a multiple of the number of "
-                f"processes, {world_size}"
-            )
         self._config = config
-        self._rank_rows = slice(rank, None, world_size)
         self._pin_memory = pin_memory
         self._prefetch = prefetch
         self._specs = parse_specs(config.specs)
@@ -139,7 +132,6 @@ class TrainLoader:
                 self._specs,
                 self._sources,
                 self._position,
-                self._rank_rows,
                 self._pin_memory,
             )
             self._batches = Prefetcher(batches, self._prefetch, "hamner-data")
@@ -271,7 +263,6 @@ def _batches(
     specs: list[Spec],
     sources: list[TokenSource],
     position: State | None,
-    rank_rows: slice,
     pin_memory: bool,
 ) -> Iterator[tuple[Batch, State]]:
     """The whole pipeline, going on after `position`."""
@@ -285,7 +276,7 @@ def _batches(
     mixed = stages.mixture(streams, documents, used, stages.LOST_TOKENS)
     for rows, state in stages.packed(mixed, config.batch_size, config.seq_len):
         tensors = [
-            torch.from_numpy(array[rank_rows].copy())
+            torch.from_numpy(array.copy())
             for array in (rows.inputs, rows.targets, rows.document_ids)
         ]
         if pin_memory:

@@ -116,20 +116,6 @@ def test_empty_documents_are_skipped_and_counted(loader_of, write_jsonl):
     assert (counts["documents"] - 1) // 2 == counts["epochs"]
 
 
-def test_ranks_share_the_global_batch(corpus, loader_of):
-    whole = take(loader_of(config(corpus, batch_size=6)), 5)
-    ranks = [
-        take(loader_of(config(corpus, batch_size=6), rank=r, world_size=3), 5) for r in range(3)
-    ]
-    for step, batch in enumerate(whole):
-        for rank in range(3):
-            assert torch.equal(ranks[rank][step].inputs, batch.inputs[rank::3])
-            assert torch.equal(ranks[rank][step].targets, batch.targets[rank::3])
-            assert torch.equal(ranks[rank][step].document_ids, batch.document_ids[rank::3])
-    with pytest.raises(UserError, match="--batch-size 4: must be a multiple of .* processes, 3"):
-        loader_of(config(corpus), rank=0, world_size=3)
-
-
 def test_error_arrives_at_its_batch(tmp_path, loader_of):
     rows = [json.dumps(text) for text in TEXTS]
     (tmp_path / "a").mkdir()

@@ -1,0 +1,254 @@
+"""How a model is trained by the processes of a job: alone, with DDP or with FSDP2.
+
+Whatever the engine, a step is that of one process: its micro-batches are dealt to the processes,
+each weights its own by their share of the step's kept targets, and gradients are summed.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hamner.background_save import BackgroundSaver, NoSaver
+from hamner.config import TrainConfig
+from hamner.device import Compute
+from hamner.ops import Ops
+from hamner.parallel.processes import Alone
+from hamner.parallel.tensors import is_sharded, local
+
+if TYPE_CHECKING:
+    from hamner.model import Transformer
+    from hamner.optimizer import AdamW
+
+
+class OneProcess:
+    """Everything here; what the other engines change."""
+
+    name = "none"
+
+    def shard(self, model: nn.Module) -> None:
+        """Divide the parameters of a model on the meta device, before they have values."""
+
+    def parameter_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """In which matrices are held that are computed with in `dtype`."""
+        return dtype
+
+    def wrap(self, model: nn.Module, optimizer: "AdamW") -> Callable:
+        """What is called for a forward pass with gradients."""
+        return model
+
+    @contextlib.contextmanager
+    def micro_batch(self, *, is_last: bool) -> Iterator[None]:
+        """Around forward and backward of one micro-batch of a step."""
+        yield
+
+    def accumulate(self, optimizer: "AdamW", *, is_last: bool) -> None:
+        """After a micro-batch of several: keep its gradients for the update."""
+        optimizer.accumulate()
+
+    def grad_norm(self, ops: Ops, gradients: Mapping[str, Tensor]) -> Tensor:
+        """The global 2-norm of all gradients, () fp32 on the device.
+
+        Before it reads them it finishes the sums over the processes that backward left open.
+        """
+        return ops.global_grad_norm(list(gradients.values()))
+
+    @contextlib.contextmanager
+    def inference(self, model: nn.Module) -> Iterator[None]:
+        """Around forward passes without gradients, which every process must make alike."""
+        yield
+
+    def open_saver(
+        self, folder: Path, *, keep: int, keep_every: int, records: Sequence[Path]
+    ) -> BackgroundSaver | NoSaver:
+        """What writes the checkpoints; see `BackgroundSaver`."""
+        return BackgroundSaver(folder, keep=keep, keep_every=keep_every, records=records)
+
+
+class DataParallel(OneProcess):
+    """The whole model in every process, gradients summed while backward runs (DDP,
+    arXiv:2006.15704); once a step, also when it has several micro-batches."""
+
+    name = "ddp"
+
+    def __init__(self, processes: Alone) -> None:
+        self.processes = processes
+
+    def wrap(self, model, optimizer):
+        """The model in DistributedDataParallel."""
+        with warnings.catch_warnings():
+            # torch 2.13 has another name for it, torch 2.11 has only this one.
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+            self.model = nn.parallel.DistributedDataParallel(
+                model,
+                # Router biases are moved alike everywhere, by the load of all processes.
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
+        self.names = {parameter: name for name, parameter in optimizer.parameters.items()}
+        self.model.register_comm_hook(optimizer, self.sum_bucket)
+        return self.model
+
+    def sum_bucket(
+        self, optimizer: "AdamW", bucket: dist.GradBucket
+    ) -> torch.futures.Future[torch.Tensor]:
+        """Sum the gradients of a bucket over the processes; called by DDP as they come in.
+
+        Where a step has several micro-batches, the fp32 sums of this process are what is summed,
+        this last one added. The bucket itself is then left as it is, and forgotten.
+        """
+        if not optimizer.accumulated:
+            return _sum(bucket.buffer()).then(lambda future: future.value()[0])
+        names = [self.names[parameter] for parameter in bucket.parameters()]
+        parts = [
+            optimizer.accumulated[name].add_(gradient).flatten()
+            for name, gradient in zip(names, bucket.gradients(), strict=True)
+        ]
+        sums = torch.cat(parts)
+        for name, gradient, part in zip(
+            names, bucket.gradients(), sums.split([len(p) for p in parts]), strict=True
+        ):
+            optimizer.accumulated[name] = part.view(gradient.shape)
+        buffer = bucket.buffer()
+        return _sum(sums).then(lambda _: buffer)
+
+    @contextlib.contextmanager
+    def micro_batch(self, *, is_last):
+        """Gradients of all but the last micro-batch stay in this process."""
+        with contextlib.nullcontext() if is_last else self.model.no_sync():
+            yield
+
+    def accumulate(self, optimizer, *, is_last):
+        """The last micro-batch is in the sums already."""
+        if is_last:
+            optimizer.drop_last_gradients()
+        else:
+            optimizer.accumulate()
+
+    def open_saver(self, folder, **settings):
+        """Rank 0 has everything, and saves as one process does."""
+        if not self.processes.place.is_main:
+            return NoSaver()
+        return super().open_saver(folder, **settings)
+
+
+class FullySharded(OneProcess):
+    """Parameters, gradients and moments divided over the processes, the weights gathered block by
+    block as they are needed (FSDP2; ZeRO, arXiv:1910.02054).
+
+    The shards are the fp32 masters: gathered in the compute dtype, their gradients summed in fp32.
+    Vectors (norms, lambdas), a ten-thousandth of the model, are whole everywhere and fp32 as ever.
+    With several machines each has the whole model in its processes, and only sums of gradients pass
+    between machines (hybrid sharding), once a step. Within a machine every micro-batch reduces its
+    gradients, or they would not stay divided.
+
+    Args:
+        processes: of the job.
+        compute: of this one.
+        reshard: free gathered weights after forward and gather them again for backward.
+    """
+
+    name = "fsdp"
+
+    def __init__(self, processes: Alone, compute: Compute, *, reshard: bool) -> None:
+        self.processes, self.compute, self.reshard = processes, compute, reshard
+        place = processes.place
+        if place.num_machines > 1 and place.local_world_size > 1:
+            shape, names = (place.num_machines, place.local_world_size), ("replicate", "shard")
+        else:
+            shape, names = (place.world_size,), ("shard",)
+        from torch.distributed.device_mesh import init_device_mesh
+
+        self.mesh = init_device_mesh(compute.device.type, shape, mesh_dim_names=names)
+
+    def shard(self, model: "Transformer") -> None:
+        """`fully_shard` every block, then what is left of the model."""
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        precision = MixedPrecisionPolicy(
+            param_dtype=self.compute.dtype,
+            reduce_dtype=torch.float32,
+            # RoPE's tables are fp32 inputs of a block.
+            cast_forward_inputs=False,
+        )
+        self.vectors = {name for name, p in model.named_parameters() if p.ndim < 2}
+        ignored = {parameter for parameter in model.parameters() if parameter.ndim < 2}
+        for module in (*model.layers, model):
+            fully_shard(
+                module,
+                mesh=self.mesh,
+                mp_policy=precision,
+                # Backward begins with what is gathered last: the model's own, which stays.
+                reshard_after_forward=self.reshard and module is not model,
+                ignored_params=ignored,
+            )
+            # Sums, not means: the loss is weighted by the whole step's targets.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+        self.model = model
+
+    def parameter_dtype(self, dtype):
+        """Shards are masters."""
+        return torch.float32
+
+    @contextlib.contextmanager
+    def micro_batch(self, *, is_last):
+        """Between machines the gradients of all micro-batches are summed once."""
+        self.model.set_requires_all_reduce(is_last)
+        yield
+
+    def accumulate(self, optimizer, *, is_last):
+        """The parameters' own gradients are fp32 and add up."""
+
+    def grad_norm(self, ops, gradients):
+        """Of shards and vectors; the vectors' gradients are summed over the processes first."""
+        vectors = [gradients[name] for name in gradients if name in self.vectors]
+        flat = torch.cat([vector.flatten() for vector in vectors])
+        self.processes.sum_(flat)
+        for vector, part in zip(vectors, flat.split([v.numel() for v in vectors]), strict=True):
+            vector.copy_(part.view_as(vector))
+        shards = [local(gradient) for gradient in gradients.values() if is_sharded(gradient)]
+        square = ops.global_grad_norm(shards).square()
+        dist.all_reduce(square, group=self.mesh.get_group("shard"))
+        return (square + ops.global_grad_norm([flat]).square()).sqrt()
+
+    @contextlib.contextmanager
+    def inference(self, model):
+        """All processes run the same passes; what is chosen by the logits follows rank 0's."""
+
+        def agree(_, __, output) -> None:
+            if output.logits is not None:
+                dist.broadcast(output.logits, src=0)
+
+        hook = model.register_forward_hook(agree)
+        try:
+            yield
+        finally:
+            hook.remove()
+            # Gathered weights that no backward pass frees would be those of this step for ever.
+            for module in (*model.layers, model):
+                module.reshard()
+
+    def open_saver(self, folder, **settings):
+        """Every process writes its shards, which rank 0 joins."""
+        from hamner.parallel.sharded_save import ShardedSaver
+
+        return ShardedSaver(folder, self.processes, self.mesh, **settings)
+
+
+def open_engine(kind: str, processes: Alone, compute: Compute, config: TrainConfig) -> OneProcess:
+    """The engine named `kind`: none, ddp or fsdp."""
+    if kind == "ddp":
+        return DataParallel(processes)
+    if kind == "fsdp":
+        return FullySharded(processes, compute, reshard=config.fsdp_reshard)
+    return OneProcess()
+
+
+def _sum(tensor: Tensor) -> torch.futures.Future:
+    return dist.all_reduce(tensor, async_op=True).get_future()

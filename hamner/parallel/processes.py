@@ -1,0 +1,233 @@
+"""The processes of a job: who they are, what they agree on, how they end.
+
+Agreement goes through the CPU (gloo), so it never waits for a GPU. Between steps it costs one
+message of a few bytes.
+"""
+
+import contextlib
+import datetime
+import logging
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TextIO, TypeVar
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from torch import Tensor
+
+from hamner.cli import EXIT_BAD_INPUT
+from hamner.config import TrainConfig
+from hamner.errors import UserError
+from hamner.parallel.peers import Peers
+from hamner.parallel.place import Place
+from hamner.run_folder import RunFolder
+
+T = TypeVar("T")
+
+EXIT_FAILED = 1
+COLLECTIVE_TIMEOUT = 1.5
+"""times --hang-minutes, after which PyTorch itself gives a collective up: the second net"""
+FOREVER = datetime.timedelta(days=7)
+_LOST_PEER = ("gloo", "NCCL", "ProcessGroup", "Connection closed", "Connection reset")
+"""in what a collective raises when another process is gone"""
+
+
+class Alone:
+    """The only process of a run: agrees with itself."""
+
+    place = Place()
+    log: TextIO | None = None
+
+    def most(self, numbers: Sequence[int]) -> list[int]:
+        """Each number's largest value over the processes."""
+        return list(numbers)
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true in any process. Every process must ask."""
+        return bool(self.most([flag])[0])
+
+    def all(self, flag: bool) -> bool:
+        """Whether it is true in every process. Every process must ask."""
+        return not self.any(not flag)
+
+    def least(self, number: int) -> int:
+        """The smallest value over the processes."""
+        return -self.most([-number])[0]
+
+    def from_main(self, function: Callable[[], T]) -> T:
+        """What `function` returns in rank 0, which alone calls it."""
+        return function()
+
+    def sum_(self, tensor: Tensor) -> None:
+        """Replace a tensor on the device by its sum over the processes, without waiting for it."""
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """This process's part of `items`, one after another; ranks before it have those before.
+
+        Args:
+            items: as many as a multiple of the processes.
+        """
+        count = len(items) // self.place.world_size
+        return items[self.place.rank * count : (self.place.rank + 1) * count]
+
+    def open_log(self, run: RunFolder) -> None:
+        """Have each process write down what it says in a file of its own."""
+
+    def stacks(self, run: RunFolder) -> Path:
+        """Where the stacks of a process that hangs are written."""
+        return run.stacks
+
+    def consoles(self) -> tuple[Console | None, Console | None]:
+        """Where a `Display` writes to, and its log; None is the terminal, or no log."""
+        return None, None
+
+    def step_done(self, step: int) -> None:
+        """Let the others know how far this process is."""
+
+    def give_up(self, minutes: float) -> None:
+        """End a job of several processes, because no step has ended for so long."""
+
+
+class Several(Alone):
+    """One of the processes that torchrun started.
+
+    Args:
+        place: of this one.
+        config: of the run.
+
+    Raises:
+        UserError: the machine has fewer GPUs than processes.
+    """
+
+    def __init__(self, place: Place, config: TrainConfig) -> None:
+        self.place = place
+        backend = "gloo"
+        if torch.cuda.is_available() and config.device != "cpu":
+            if place.local_world_size > torch.cuda.device_count():
+                raise UserError(
+                    f"torchrun started {place.local_world_size} processes on a machine with "
+                    f"{torch.cuda.device_count()} GPUs; lower --nproc-per-node"
+                )
+            torch.cuda.set_device(place.local_rank)
+            backend = "cpu:gloo,cuda:nccl"
+        minutes = COLLECTIVE_TIMEOUT * config.hang_minutes
+        self.timeout = datetime.timedelta(minutes=minutes) if minutes else FOREVER
+        store, rank, world_size = next(dist.rendezvous("env://"))
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore("collectives", store),
+            rank=rank,
+            world_size=world_size,
+            timeout=self.timeout,
+        )
+        if not place.is_main:
+            logging.getLogger().addHandler(logging.NullHandler())
+        self.peers = Peers(dist.PrefixStore("peers", store.clone()), place)
+        self.any(False)  # nobody looks for one that is not there yet
+        self.peers.watch()
+
+    def most(self, numbers):
+        """Each number's largest value over the processes."""
+        values = torch.tensor(numbers, dtype=torch.int64)
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values.tolist()
+
+    def from_main(self, function):
+        """What `function` returns in rank 0, which alone calls it."""
+        value = [function() if self.place.is_main else None]
+        dist.broadcast_object_list(value, device=torch.device("cpu"))
+        return value[0]
+
+    def sum_(self, tensor):
+        """Replace a tensor on the device by its sum over the processes, without waiting for it."""
+        dist.all_reduce(tensor)
+
+    def open_log(self, run):
+        """Have each process write down what it says in RUN/logs/rank_N.txt."""
+        path = run.logs / f"rank_{self.place.rank}.txt"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            self.log = path.open("a", encoding="utf-8", buffering=1)
+        except OSError as error:
+            raise UserError(
+                f"--run-dir: {path} cannot be written ({error.strerror}); every machine of the job "
+                "must see the run's folder"
+            ) from error
+        handlers: list[logging.Handler] = [logging.StreamHandler(self.log)]
+        if self.place.is_main:
+            handlers.append(logging.StreamHandler())
+        logging.basicConfig(level=logging.WARNING, handlers=handlers, force=True)
+
+    def stacks(self, run):
+        """One file for each process, beside its log."""
+        return run.logs / f"stacks_{self.place.rank}.txt"
+
+    def consoles(self):
+        """Rank 0 has the terminal and its log, the others their logs alone."""
+        log = Console(file=self.log, highlight=False, width=200)
+        return (None, log) if self.place.is_main else (log, None)
+
+    def step_done(self, step):
+        """Let the others know how far this process is."""
+        self.peers.step = step
+
+    def give_up(self, minutes):
+        """End the job, because no step has ended for so long."""
+        where = self.peers.where_it_hangs()
+        self.peers.end(f"no step for {minutes:g} minutes: {where}; {self.peers.ADVICE}")
+
+    def leave(self) -> None:
+        """Part in order: nobody before the others."""
+        self.any(False)
+        self.peers.close()
+        dist.destroy_process_group()
+
+    def fail(self, error: BaseException) -> int:
+        """End this process of a job that has failed; returns its exit code.
+
+        The first to fail says why, in one line with its rank; the traceback is in its log. The
+        others fail of its absence, and are silent.
+        """
+        # The launcher ends the others with a signal; the message must come first.
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        is_bad_input = isinstance(error, UserError)
+        if self.log is not None:
+            traceback.print_exception(error, file=self.log)
+        if isinstance(error, RuntimeError) and any(word in str(error) for word in _LOST_PEER):
+            # Another process has ended: its own message, or the watch's, says more than this one.
+            self.peers.wait_for_cause()
+        if self.peers.claim():
+            text = str(error) if is_bad_input else f"{type(error).__name__}: {error}"
+            where = "" if is_bad_input or self.log is None else f" (traceback in {self.log.name})"
+            self.peers.say(f"{' '.join(text.split())}{where}")
+            if self.log is None and not is_bad_input:
+                traceback.print_exception(error)
+        return EXIT_BAD_INPUT if is_bad_input else EXIT_FAILED
+
+
+@contextlib.contextmanager
+def open_processes(config: TrainConfig) -> Iterator[Alone]:
+    """The processes of this job: this one alone, or those that torchrun started.
+
+    If one of several fails, the job has one message, and this process ends here.
+
+    Raises:
+        UserError: see `Several`.
+    """
+    place = Place.read()
+    if place.world_size == 1:
+        yield Alone()
+        return
+    processes = Several(place, config)
+    try:
+        yield processes
+        processes.leave()
+    except Exception as error:
+        code = processes.fail(error)
+        sys.stdout.flush()
+        processes.peers.exit(code)

@@ -1,0 +1,104 @@
+"""Jobs of several processes on this machine's CPU, with a limit on their time.
+
+The processes come from the fork server of `tests.kills`, which has torch loaded; what torchrun
+would put into their environment is put there.
+"""
+
+import os
+import socket
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from hamner.config import TrainConfig
+from hamner.trainer import train
+from tests.kills import CONTEXT
+
+CONTEXT.set_forkserver_preload(
+    [
+        *("hamner.trainer", "hamner.train", "hamner.data.__main__"),
+        *("torch.distributed.fsdp", "torch.distributed.checkpoint"),
+    ]
+)
+
+
+def train_together(configs: Sequence[TrainConfig], count: int, output: Path, **options) -> None:
+    """Train one configuration after another with `count` processes; see `run_job`."""
+    codes = run_job(_train_all, count, output, list(configs), **options)
+    assert codes == [0] * count, said(output, count)
+
+
+def run_job(
+    function: Callable,
+    count: int,
+    output: Path,
+    *args,
+    machines: int = 1,
+    timeout: float = 120,
+) -> list[int | None]:
+    """Call `function(ports, *args)` in every process of a job.
+
+    Args:
+        function: at the top of a module.
+        count: processes.
+        output: folder for what each says, rank_N.txt.
+        machines: that the processes are told they are on.
+        timeout: seconds, after which the processes are killed.
+
+    Returns:
+        Exit codes by rank.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    ports = [_free_port() for _ in range(32)]
+    processes = [
+        CONTEXT.Process(target=_run, args=(function, rank, count, machines, ports, output, args))
+        for rank in range(count)
+    ]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + timeout
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    late = [rank for rank, process in enumerate(processes) if process.is_alive()]
+    for process in processes:
+        process.kill()
+        process.join()
+    assert not late, f"ranks {late} did not end in {timeout} s\n{said(output, count)}"
+    return [process.exitcode for process in processes]
+
+
+def said(output: Path, count: int) -> str:
+    """What all processes printed."""
+    return "".join((output / f"rank_{rank}.txt").read_text() for rank in range(count))
+
+
+def enter(ports: list[int]) -> None:
+    """Take the next port: each `train` opens the processes' group anew."""
+    os.environ["MASTER_PORT"] = str(ports.pop(0))
+
+
+def _train_all(ports: list[int], configs: list[TrainConfig]) -> None:
+    for config in configs:
+        enter(ports)
+        train(config)
+
+
+def _run(function, rank, count, machines, ports, output, args) -> None:
+    """Body of a process."""
+    with (output / f"rank_{rank}.txt").open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        "LOCAL_RANK": str(rank % (count // machines)),
+        "LOCAL_WORLD_SIZE": str(count // machines),
+        "MASTER_ADDR": "localhost",
+    }
+    function(ports, *args)
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]

@@ -490,7 +490,7 @@ class Trainer:
             The micro-batch's mean cross-entropy, 0-d, and what its routers did.
         """
         output = self.forward(inputs, targets, document_ids)
-        (output.loss * share).backward()
+        self.engine.backward(output.loss * share)
         router = output.router and RouterStatistics(*(x.detach() for x in output.router))
         return output.cross_entropy.detach(), router
 

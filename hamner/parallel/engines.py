@@ -47,6 +47,10 @@ class OneProcess:
         """Around forward and backward of one micro-batch of a step."""
         yield
 
+    def backward(self, loss: Tensor) -> None:
+        """Leave the gradients of `loss`, 0-d, in the parameters; here processes wait for others."""
+        loss.backward()
+
     def accumulate(self, optimizer: "AdamW", *, is_last: bool) -> None:
         """After a micro-batch of several: keep its gradients for the update."""
         optimizer.accumulate()

@@ -120,8 +120,8 @@ class Peers:
                     seen[rank] = sign["beats"], now
                 if self._is_dead(sign, now - since if sign["beats"] == beats else 0.0):
                     self.end(
-                        f"rank {rank} on {sign['host']} is dead (killed, or its machine is gone) "
-                        f"after step {sign['step']:,}; {self.ADVICE}"
+                        f"rank {rank} on {sign['host']} is dead (killed, or its machine is gone); "
+                        f"rank {self.place.rank} was in step {self.step + 1:,}; {self.ADVICE}"
                     )
 
     def _is_dead(self, sign: dict, silent: float) -> bool:

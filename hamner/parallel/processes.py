@@ -117,6 +117,8 @@ class Several(Alone):
         minutes = COLLECTIVE_TIMEOUT * config.hang_minutes
         self.timeout = datetime.timedelta(minutes=minutes) if minutes else FOREVER
         store, rank, world_size = next(dist.rendezvous("env://"))
+        # torchrun's store outlives a failed start, with the addresses of processes that are gone.
+        store = dist.PrefixStore(f"start_{place.restarts}", store)
         dist.init_process_group(
             backend,
             store=dist.PrefixStore("collectives", store),

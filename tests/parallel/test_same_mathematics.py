@@ -5,23 +5,29 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from hamner import checkpoint
 from hamner.config import TrainConfig
+from hamner.export import ExportConfig, export
+from hamner.fine_tuning import fine_tune
 from hamner.options import ModelConfig
+from hamner.saved_model import find_saved_model
+from hamner.sft_config import SftConfig
 from hamner.trainer import train
-from tests.parallel.jobs import train_together
-from tests.test_trainer import metrics, small_config, weights
+from tests.parallel.jobs import enter, run_job, said, train_together
+from tests.test_trainer import metrics, small_config
 
 pytestmark = [pytest.mark.xdist_group("parallel"), pytest.mark.timeout(300)]
 
 STEPS = 20
-MIXTURE = {"num_experts": 4, "num_experts_per_token": 2, "num_shared_experts": 1}
+MIXTURE = {"num_experts": 4, "num_experts_per_token": 2}
 CASES = [
     ("dense", {}),
     ("differential", {"use_differential_attention": True}),
     ("mixture", MIXTURE),
-    ("balanced", {**MIXTURE, "router_balance": "bias"}),
+    ("balanced", {**MIXTURE, "num_shared_experts": 1, "router_balance": "bias"}),
 ]
 MICRO_BATCHES = {4: ["dense", "differential", "mixture"], 2: ["dense", "differential", "balanced"]}
 """by size, of steps of 8 rows: two processes accumulate those of 2 alone"""
@@ -49,6 +55,10 @@ def assert_same_losses(one: Path, several: Path) -> None:
                 assert flat(found["router"][part]) == pytest.approx(
                     flat(expected["router"][part]), abs=1e-5
                 )
+    samples = [(run / "samples.jsonl") for run in (one, several)]
+    assert samples[0].exists() == samples[1].exists()
+    if samples[0].exists():
+        assert samples[0].read_text() == samples[1].read_text()
 
 
 def flat(values: list) -> list[float]:
@@ -72,7 +82,11 @@ def alone(config) -> dict[tuple[str, int], TrainConfig]:
     shapes: dict[str, ModelConfig] = {n: replace(config.model, **c) for n, c in CASES}
     runs = {
         (name, size): variant(
-            config, f"one_{name}_{size}", model=shapes[name], micro_batch_size=size
+            config,
+            f"one_{name}_{size}",
+            model=shapes[name],
+            micro_batch_size=size,
+            sample_every=STEPS if name == "balanced" else 0,
         )
         for size, names in MICRO_BATCHES.items()
         for name in names
@@ -115,38 +129,64 @@ def test_four_processes_on_two_machines_train_as_one(config, alone, tmp_path):
 
 def test_a_run_moves_between_numbers_of_processes(config, alone, tmp_path):
     """1 -> 2 -> 4 -> 1, sharded and not, with the batches and losses of a run that stayed."""
-    whole = alone["mixture", 4]
-    moved = variant(whole, "moved", micro_batch_size=2, stop_after=5, save_every=2)
-    resumed = replace(moved, resume=True)
-    # Statistics of a mixture's routers are those of a micro-batch, so that stays 2.
-    reference = variant(whole, "stayed", micro_batch_size=2)
-    train(reference)
+    # The statistics of a mixture's routers are those of a micro-batch, so its size stays.
+    stayed = variant(alone["mixture", 4], "stayed", micro_batch_size=2, save_every=5, keep=0)
+    moved = variant(stayed, "moved", stop_after=5, save_every=2, keep=2)
+    train(stayed)
     train(moved)
-    train_together([replace(resumed, parallel="fsdp")], 2, tmp_path / "two")
-    saved = checkpoint.find(moved.run_dir / "checkpoints")[-1]
-    saved.verify()
-    assert saved.step == 10
-    assert set(weights_of(saved.path)) == set(weights_of(one_checkpoint(reference)))
+    resumed = replace(moved, resume=True)
+    tuned = replace(
+        SftConfig.for_checkpoint(moved.run_dir),
+        data=(str(write_conversations(tmp_path / "echo.jsonl")),),
+        run_dir=tmp_path / "tuned",
+        steps=4,
+        batch_size=4,
+        eval_every=2,
+        parallel="fsdp",
+        device="cpu",
+    )
+    codes = run_job(train_and_tune, 2, tmp_path / "two", replace(resumed, parallel="fsdp"), tuned)
+    assert codes == [0, 0], said(tmp_path / "two", 2)
+    assert_same_state(last_checkpoint(moved), stayed.run_dir / "checkpoints" / "step_00000010")
+    assert find_saved_model(tuned.run_dir).is_chat
+    exported = export(ExportConfig(tmp_path / "exported", "hf", checkpoint=tuned.run_dir))
+    assert (exported / "model.safetensors").is_file()
     train_together([replace(resumed, parallel="fsdp")], 4, tmp_path / "four", machines=2)
-    last = train(replace(resumed, stop_after=None))
-    assert last.step == STEPS
-    assert_same_losses(reference.run_dir, moved.run_dir)
-    stayed = weights_of(one_checkpoint(reference))
-    for name, tensor in weights_of(last.checkpoint).items():
-        assert tensor.shape == stayed[name].shape
-    states = [
-        json.loads((path / checkpoint.STATE_FILE).read_text())
-        for path in (last.checkpoint, one_checkpoint(reference))
-    ]
-    assert states[0]["data"] == states[1]["data"]
+    train(replace(resumed, stop_after=None))
+    assert_same_losses(stayed.run_dir, moved.run_dir)
+    assert_same_state(last_checkpoint(moved), last_checkpoint(stayed))
 
 
-def weights_of(path: Path) -> dict:
-    class Result:
-        checkpoint = path
+def train_and_tune(ports: list[int], config: TrainConfig, tuned: SftConfig) -> None:
+    """Body of a process: fine-tuning begins with what training saved."""
+    enter(ports)
+    train(config)
+    enter(ports)
+    fine_tune(tuned)
 
-    return weights(Result)
+
+def write_conversations(path: Path) -> Path:
+    with path.open("w") as file:
+        for number in range(40):
+            turns = [("user", "abcdefgh"[number % 8]), ("assistant", "yes")]
+            messages = [{"role": role, "content": content} for role, content in turns]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    return path
 
 
-def one_checkpoint(config: TrainConfig) -> Path:
+def last_checkpoint(config: TrainConfig) -> Path:
     return checkpoint.find(config.run_dir / "checkpoints")[-1].path
+
+
+def assert_same_state(one: Path, other: Path) -> None:
+    """Weights and moments to rounding, data position exactly."""
+    assert one.name == other.name
+    checkpoint.Checkpoint(one, 0).verify()
+    for file in (checkpoint.MODEL_FILE, checkpoint.OPTIMIZER_FILE):
+        found, expected = load_file(one / file), load_file(other / file)
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, rtol=0, atol=2e-5, msg=name)
+    states = [json.loads((path / checkpoint.STATE_FILE).read_text()) for path in (one, other)]
+    for name in ("data", "tokens", "optimizer_steps", "schedule"):
+        assert states[0][name] == states[1][name]

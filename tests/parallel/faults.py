@@ -1,0 +1,81 @@
+"""Processes that fail at a chosen moment, to be started in place of `hamner.train`.
+
+As a module it is a command for torchrun: the first start loses rank 1 in the middle of step 7, the
+second one rank 0 in the middle of the save of step 12.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+
+from hamner import checkpoint
+from hamner.cli import run_command
+from hamner.parallel.place import Place
+from hamner.train import main
+from hamner.trainer import Trainer
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hang() -> None:
+    time.sleep(1_000)
+
+
+def fail() -> None:
+    raise ValueError("a broken\ncard")
+
+
+def be_interrupted() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def in_step(step: int, fault: Callable[[], None]) -> None:
+    """Let a fault happen between backward and update of a step, counted from 1."""
+    from hamner.optimizer import AdamW
+
+    update = AdamW.step
+
+    def step_once(self, *args):
+        if self.steps == step - 1:
+            fault()
+        return update(self, *args)
+
+    AdamW.step = step_once
+
+
+def before_step(step: int, fault: Callable[[], None]) -> None:
+    """Let a fault happen when a step is due, counted from 1."""
+    train_step = Trainer.train_step
+
+    def step_once(self, *args):
+        if self.step == step - 1:
+            fault()
+        return train_step(self, *args)
+
+    Trainer.train_step = step_once
+
+
+def in_save(step: int, fault: Callable[[], None]) -> None:
+    """Let a fault happen when the tensors of a checkpoint are on disk."""
+    finish_save = checkpoint.finish_save
+
+    def finish_once(temporary, of_step, state):
+        if of_step == step:
+            fault()
+        return finish_save(temporary, of_step, state)
+
+    checkpoint.finish_save = finish_once
+
+
+if __name__ == "__main__":
+    place = Place.read()
+    if place.restarts == 0 and place.rank == 1:
+        in_step(7, die)
+    if place.restarts == 1 and place.rank == 0:
+        in_save(12, die)
+    sys.argv[0] = "hamner.train"
+    run_command(main)

@@ -1,0 +1,129 @@
+"""A job in which one process dies, hangs, raises or is interrupted."""
+
+import re
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hamner import checkpoint
+from hamner.config import TrainConfig
+from hamner.parallel.place import Place
+from hamner.trainer import train
+from tests.corpus import write_predictable
+from tests.parallel import faults
+from tests.parallel.jobs import enter, run_job, said
+from tests.test_train_command import SMALL
+from tests.test_trainer import metrics, small_config
+
+pytestmark = [pytest.mark.xdist_group("parallel"), pytest.mark.timeout(300)]
+
+FAULT_STEP = 5
+SECONDS = 20
+"""within which a job of this machine must have ended; --hang-minutes is a part of it"""
+
+
+@pytest.fixture
+def config(tmp_path) -> TrainConfig:
+    return replace(
+        small_config(tmp_path), log_every=1, eval_every=0, save_every=2, hang_minutes=4 / 60
+    )
+
+
+def train_with_fault(ports: list[int], config: TrainConfig, where: str, fault: str) -> None:
+    """Body of a process: rank 1 has the fault."""
+    enter(ports)
+    if Place.read().rank == 1:
+        getattr(faults, where)(FAULT_STEP, getattr(faults, fault))
+    result = train(config)
+    print("INTERRUPTED" if result.interrupted else "DONE", result.step)
+
+
+@pytest.mark.parametrize(
+    ("where", "fault", "cause"),
+    [
+        ("in_step", "die", r"rank 1 on \S+ is dead \(killed, .*\); rank 0 was in step [56];"),
+        (
+            "before_step",
+            "hang",
+            r"no step for 0\.06\d* minutes: rank 1 on \S+ is at trainer\.py.*5",
+        ),
+        (
+            "before_step",
+            "fail",
+            r"rank 1 on \S+: ValueError: a broken card \(traceback in .*rank_1",
+        ),
+    ],
+)
+def test_one_process_ends_the_job_with_one_message(where, fault, cause, config, tmp_path):
+    started = time.monotonic()
+    codes = run_job(train_with_fault, 2, tmp_path / "out", config, where, fault)
+    assert time.monotonic() - started < SECONDS
+    assert 0 not in codes
+    errors = [line for line in said(tmp_path / "out", 2).splitlines() if "error:" in line]
+    assert len(errors) == 1, errors
+    assert re.match(f"error: {cause}", errors[0]), errors
+    assert "Traceback" not in said(tmp_path / "out", 2)
+    assert ("Traceback" in (config.run_dir / "logs" / "rank_1.txt").read_text()) == (
+        fault == "fail"
+    )
+    saved = checkpoint.find(config.run_dir / "checkpoints")
+    for each in saved:
+        each.verify()
+    assert saved[-1].step >= 2  # that of step 4 may have been under way
+    if fault == "hang":
+        stacks = (config.run_dir / "logs" / "stacks_1.txt").read_text()
+        assert "faults.py" in stacks
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_a_signal_to_one_process_stops_all_at_one_step(engine, config, tmp_path):
+    config = replace(config, parallel=engine)
+    job = (train_with_fault, 2, tmp_path / "out", config, "before_step", "be_interrupted")
+    assert run_job(*job) == [0, 0]
+    for rank in range(2):
+        printed = (tmp_path / "out" / f"rank_{rank}.txt").read_text()
+        assert f"INTERRUPTED {FAULT_STEP}" in printed
+        # Rank 0 speaks; what each has said is in its log.
+        assert ("interrupted at step" in printed) == (rank == 0)
+        assert ("loss" in printed) == (rank == 0)
+        assert "step 3 | loss" in (config.run_dir / "logs" / f"rank_{rank}.txt").read_text()
+    assert checkpoint.find(config.run_dir / "checkpoints")[-1].step == FAULT_STEP
+
+
+def test_torchrun_starts_a_failed_job_again(tmp_path):
+    """A process is killed in a step, another in a save: the run is the one nobody killed."""
+    data = write_predictable(tmp_path / "data.jsonl")
+    args = [
+        *(*SMALL, "--data", str(data), "--steps", "20", "--log-every", "1", "--eval-every", "0"),
+        *("--save-every", "4", "--micro-batch-size", "4", "--parallel", "fsdp"),
+    ]
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    folder = tmp_path / "job"
+    job = subprocess.run(
+        [sys.executable, *launch, "--max-restarts", "2", "-m", "tests.parallel.faults", *args]
+        + ["--run-dir", str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        cwd=Path(__file__).parents[2],
+    )
+    assert job.returncode == 0, job.stderr
+    resumed = re.findall(r"^resuming \S+ from (.*)$", job.stdout, re.MULTILINE)
+    assert len(resumed) == 2, job.stdout
+    # The save of step 4 may have been under way in step 7; that of step 12 was not whole.
+    assert resumed[0].startswith("the start") or resumed[0].endswith("step_00000004")
+    assert resumed[1].endswith("step_00000008")
+    assert re.findall(r"^error: rank (\d) on \S+ is dead", job.stderr, re.MULTILINE) == ["1", "0"]
+    assert not list((folder / "checkpoints").glob(".saving_*"))
+
+    from hamner.train import parse
+
+    train(parse([*args, "--run-dir", str(tmp_path / "alone")]))
+    alone, together = metrics(tmp_path / "alone"), metrics(folder)
+    assert [record["step"] for record in together] == list(range(1, 21))
+    for expected, found in zip(alone, together, strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)

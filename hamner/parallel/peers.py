@@ -11,6 +11,8 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -37,14 +39,13 @@ class Peers:
         place: of this process.
     """
 
-    ADVICE = "the job ends; the last checkpoint is whole, --resume goes on from there"
-
     def __init__(self, store: dist.Store, place: Place) -> None:
         self.store, self.place = store, place
         self.step = 0
         """the last one this process has finished"""
         self._main_thread = threading.main_thread().ident
         self._beats = 0
+        self._is_leaving = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="hamner-peers", daemon=True)
         self._give_sign()
@@ -53,8 +54,13 @@ class Peers:
         """Start to look after the others, which have all given a sign."""
         self._thread.start()
 
+    def announce_end(self) -> None:
+        """Tell the others that this process may be gone soon, with nothing wrong."""
+        self._is_leaving = True
+        self._give_sign()
+
     def close(self) -> None:
-        """Stop; the others have been told by other means."""
+        """Stop looking after the others."""
         self._stop.set()
         self._thread.join()
 
@@ -62,17 +68,17 @@ class Peers:
         """Whether this process is the first to fail, and so the one that says why."""
         try:
             return self.store.add("failures", 1) == 1
-        except RuntimeError:  # the store is gone with the launcher, so nobody else can claim
-            return True
+        except RuntimeError:  # the store is gone with the launcher
+            return self.place.is_main
 
     def say(self, cause: str) -> None:
         """Print the one message of a failed job."""
         self._print(f"rank {self.place.rank} on {socket.gethostname()}: {cause}")
 
-    def end(self, cause: str) -> None:
-        """End the job; `cause` names the rank that is to blame."""
+    def end(self, cause: Callable[[], str]) -> None:
+        """End the job; `cause` gives the message, which names the rank that is to blame."""
         if self.claim():
-            self._print(cause)
+            self._print(f"{cause()}; the job ends; the last checkpoint is whole, --resume goes on")
         self.exit(1)
 
     def exit(self, code: int) -> None:
@@ -106,7 +112,7 @@ class Peers:
                 has_failed = self.store.check(["failures"])
             except RuntimeError:
                 if not self._stop.wait(INTERVAL):
-                    self.end(f"the launcher of this job does not answer any more; {self.ADVICE}")
+                    self.end(lambda: "the launcher of this job does not answer any more")
                 return
             if has_failed:
                 if not self._stop.wait(GRACE):
@@ -118,11 +124,15 @@ class Peers:
                 beats, since = seen.get(rank, (-1, now))
                 if sign["beats"] != beats:
                     seen[rank] = sign["beats"], now
-                if self._is_dead(sign, now - since if sign["beats"] == beats else 0.0):
-                    self.end(
-                        f"rank {rank} on {sign['host']} is dead (killed, or its machine is gone); "
-                        f"rank {self.place.rank} was in step {self.step + 1:,}; {self.ADVICE}"
-                    )
+                silent = now - since if sign["beats"] == beats else 0.0
+                if not sign["leaves"] and self._is_dead(sign, silent):
+                    self.end(partial(self._obituary, rank, sign["host"]))
+
+    def _obituary(self, rank: int, host: str) -> str:
+        return (
+            f"rank {rank} on {host} is dead (killed, or its machine is gone); "
+            f"rank {self.place.rank} was in step {self.step + 1:,}"
+        )
 
     def _is_dead(self, sign: dict, silent: float) -> bool:
         if sign["host"] != socket.gethostname():
@@ -143,6 +153,7 @@ class Peers:
             "step": self.step,
             "frame": frame,
             "waits": waits,
+            "leaves": self._is_leaving,
         }
         self.store.set(str(self.place.rank), json.dumps(sign))
 

@@ -23,14 +23,12 @@ class Place:
 
     @classmethod
     def read(cls, environment: Mapping[str, str] = os.environ) -> "Place":
-        """The place torchrun gave this process."""
-        if "WORLD_SIZE" not in environment:
+        """The place torchrun gave this process; without all of its variables it is alone."""
+        names = ("rank", "world_size", "local_rank", "local_world_size")
+        if any(name.upper() not in environment for name in names):
             return cls()
         return cls(
-            rank=int(environment["RANK"]),
-            world_size=int(environment["WORLD_SIZE"]),
-            local_rank=int(environment["LOCAL_RANK"]),
-            local_world_size=int(environment["LOCAL_WORLD_SIZE"]),
+            **{name: int(environment[name.upper()]) for name in names},
             restarts=int(environment.get("TORCHELASTIC_RESTART_COUNT", 0)),
         )
 

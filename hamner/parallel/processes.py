@@ -179,11 +179,11 @@ class Several(Alone):
 
     def give_up(self, minutes):
         """End the job, because no step has ended for so long."""
-        where = self.peers.where_it_hangs()
-        self.peers.end(f"no step for {minutes:g} minutes: {where}; {self.peers.ADVICE}")
+        self.peers.end(lambda: f"no step for {minutes:g} minutes: {self.peers.where_it_hangs()}")
 
     def leave(self) -> None:
         """Part in order: nobody before the others."""
+        self.peers.announce_end()
         self.any(False)
         self.peers.close()
         dist.destroy_process_group()

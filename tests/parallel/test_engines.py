@@ -1,0 +1,134 @@
+"""What engines and plans decide without other processes."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from hamner import build, device, recompute
+from hamner.config import TrainConfig
+from hamner.errors import UserError
+from hamner.optimizer import AdamW
+from hamner.options import OPTIONS
+from hamner.parallel import engines
+from hamner.parallel.engines import DataParallel
+from hamner.parallel.place import Place, resume_after_restart
+from hamner.parallel.processes import Alone
+from tests.models import DENSE, plain_ops
+from tests.models import build as build_model
+
+FOUR = Place(rank=1, world_size=4, local_rank=1, local_world_size=4)
+
+
+def plan(config: TrainConfig, place: Place, budget: float):
+    compute = device.select(replace(config, device="cpu"))
+    return build.plan_parallel(config, compute, int(budget * recompute.GIB), place, None)
+
+
+def test_auto_is_ddp_where_the_model_fits_and_fsdp_where_it_does_not():
+    config = TrainConfig.for_option("a")
+    whole = 16 * config.model.num_parameters() / recompute.GIB
+    kind, memory = plan(config, FOUR, 100.0)
+    assert (kind, memory.micro_batch_size) == ("ddp", 1)  # a CPU gains nothing from more
+    assert memory.account.total > whole * recompute.GIB
+    kind, memory = plan(config, FOUR, whole)
+    assert kind == "fsdp"
+    assert memory.account.total < whole * recompute.GIB
+    with pytest.raises(UserError, match="--vram-budget"):
+        plan(replace(config, parallel="ddp"), FOUR, whole)
+    assert plan(replace(config, parallel="fsdp"), FOUR, 100.0)[0] == "fsdp"
+    assert plan(config, Place(), 100.0)[0] == "none"
+
+
+def test_a_step_must_be_dealt_evenly():
+    config = TrainConfig.for_option("a")
+    with pytest.raises(
+        UserError, match=r"--batch-size 24 cannot .* 4 processes: .* multiple of 16"
+    ):
+        plan(replace(config, micro_batch_size=4), FOUR, 100.0)
+    assert plan(replace(config, micro_batch_size=3), FOUR, 100.0)[1].micro_batch_size == 3
+
+
+def test_shards_divide_the_state_and_not_the_activations():
+    arguments = {
+        "policies": (recompute.SELECTIVE,) * OPTIONS["a"].model.num_layers,
+        "micro_batch_tokens": 4096, "precision": "bf16", "accumulate": True, "fused": True,
+    }
+    accounts = [recompute.account(OPTIONS["a"].model, **arguments, shards=n) for n in (2, 4)]
+    assert accounts[0].optimizer == 2 * accounts[1].optimizer
+    assert accounts[0].activations == accounts[1].activations
+    assert accounts[0].total > accounts[1].total
+
+
+def test_micro_batches_are_dealt_in_order():
+    class Third(Alone):
+        place = Place(rank=2, world_size=4)
+
+    assert Third().share(range(0, 24, 3)) == range(12, 18, 3)
+
+
+def test_place_is_read_from_the_environment_of_torchrun():
+    variables = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    place = Place.read(variables)
+    assert place == Place(rank=3, world_size=4, local_rank=1, local_world_size=2)
+    assert place.num_machines == 2
+    assert not place.is_main
+    assert Place.read({"WORLD_SIZE": "4"}) == Place()  # other launchers set that one alone
+
+
+def test_a_repeated_command_resumes(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert resume_after_restart(["--steps", "9"], run) == ["--steps", "9"]
+    run.mkdir()
+    (run / "config.json").touch()
+    assert resume_after_restart(["--steps", "9"], run) == ["--steps", "9", "--resume"]
+    assert resume_after_restart(["--resume"], run) == ["--resume"]
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert resume_after_restart(["--steps", "9"], run) == ["--steps", "9"]
+
+
+@pytest.fixture
+def group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_ddp_sends_gradients_once_a_step_in_fp32_where_they_add_up(
+    micro_batches, group, monkeypatch
+):
+    sent = []
+    real = engines._sum
+    monkeypatch.setattr(engines, "_sum", lambda tensor: sent.append(tensor.dtype) or real(tensor))
+    model = build_model(DENSE)
+    optimizer = AdamW(model, plain_ops(), dtype=torch.bfloat16, weight_decay=0.0, grad_clip=1.0)
+    engine = DataParallel(Alone())
+    forward = engine.wrap(model, optimizer)
+    inputs = torch.randint(DENSE.vocab_size, (micro_batches, 1, 17))
+    expected = {}
+    for number, tokens in enumerate(inputs):
+        is_last = number == micro_batches - 1
+        grads = torch.autograd.grad(
+            model(tokens[:, :-1], tokens[:, 1:]).loss, list(optimizer.parameters.values())
+        )
+        for name, grad in zip(optimizer.parameters, grads, strict=True):
+            expected[name] = expected.get(name, 0) + grad.float()
+        before = len(sent)
+        with engine.micro_batch(is_last=is_last):
+            engine.backward(forward(tokens[:, :-1], tokens[:, 1:]).loss)
+        assert (len(sent) > before) == is_last
+        if micro_batches > 1:
+            engine.accumulate(optimizer, is_last=is_last)
+    gradients = optimizer.accumulated or {n: p.grad for n, p in optimizer.parameters.items()}
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient.float(), expected[name]), name
+    if micro_batches > 1:
+        assert set(sent) == {torch.float32}
+        assert all(parameter.grad is None for parameter in optimizer.parameters.values())

@@ -138,8 +138,10 @@ def test_memory_of_ddp_is_that_of_one_gpu_and_all_gradients_throughout():
 def test_memory_of_fsdp_is_a_shard_and_what_is_whole():
     eight = Parallelism("fsdp", 8, 1)
     one, sharded = memory(ONE_GPU, accumulate=True), memory(eight, accumulate=True)
-    for kind in ("weights", "optimizer", "gradient_sums", "gradients"):
+    for kind in ("weights", "optimizer"):
         assert getattr(sharded, kind) == getattr(one, kind) // 8
+    # A shard's gradient is fp32, and so the sum of the micro-batches' as well.
+    assert (sharded.gradients, sharded.gradient_sums) == (one.gradient_sums // 8, 0)
     embedding = 49_152 * 1024
     layer = (A.num_parameters() - embedding - 1024) // 24
     # Weights and gradients, bf16, of the embedding and of two blocks.

@@ -10,7 +10,6 @@ from hamner import build, device, recompute
 from hamner.config import TrainConfig
 from hamner.errors import UserError
 from hamner.optimizer import AdamW
-from hamner.options import OPTIONS
 from hamner.parallel import engines
 from hamner.parallel.engines import DataParallel
 from hamner.parallel.place import Place, resume_after_restart
@@ -43,22 +42,20 @@ def test_auto_is_ddp_where_the_model_fits_and_fsdp_where_it_does_not():
 
 def test_a_step_must_be_dealt_evenly():
     config = TrainConfig.for_option("a")
-    with pytest.raises(
-        UserError, match=r"--batch-size 24 cannot .* 4 processes: .* multiple of 16"
-    ):
+    with pytest.raises(UserError, match=r"--micro-batch-size 4 .* the 6 sequences .* 4 processes"):
         plan(replace(config, micro_batch_size=4), FOUR, 100.0)
+    with pytest.raises(UserError, match="--batch-size 10 is shared .* multiple of their number, 4"):
+        plan(replace(config, batch_size=10), FOUR, 100.0)
     assert plan(replace(config, micro_batch_size=3), FOUR, 100.0)[1].micro_batch_size == 3
 
 
-def test_shards_divide_the_state_and_not_the_activations():
-    arguments = {
-        "policies": (recompute.SELECTIVE,) * OPTIONS["a"].model.num_layers,
-        "micro_batch_tokens": 4096, "precision": "bf16", "accumulate": True, "fused": True,
-    }
-    accounts = [recompute.account(OPTIONS["a"].model, **arguments, shards=n) for n in (2, 4)]
-    assert accounts[0].optimizer == 2 * accounts[1].optimizer
-    assert accounts[0].activations == accounts[1].activations
-    assert accounts[0].total > accounts[1].total
+def test_weights_that_stay_gathered_are_counted():
+    config = replace(TrainConfig.for_option("a"), parallel="fsdp")
+    freed, kept = (
+        plan(replace(config, fsdp_reshard=reshard), FOUR, 100.0)[1].account
+        for reshard in (True, False)
+    )
+    assert kept.total - freed.total == 4 * config.model.num_parameters()
 
 
 def test_micro_batches_are_dealt_in_order():

@@ -1,10 +1,11 @@
-"""Mixture-of-experts kernels at option c's shape, beside torch._grouped_mm and a loop over experts.
+"""Mixture-of-experts kernels at option c's shape, beside torch._grouped_mm and plain torch.
 
     pytest bench/test_moe_kernels.py --benchmark-only
 
 Each row first compares its output with fp32 plain torch, and is not timed if they disagree. Medians
-with 10th and 90th percentiles and TFLOP/s are in the row's extra_info (`--benchmark-json`);
-pytest-benchmark's own columns include the launch from Python and a wait for the GPU.
+with 10th and 90th percentiles and TFLOP/s, or GB/s of what must move, are in the row's extra_info
+(`--benchmark-json`); pytest-benchmark's own columns include the launch from Python and a wait for
+the GPU.
 """
 
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from hamner.kernels.grouped_matmul_kernels import (
     launch_weight_grad,
 )
 from hamner.kernels.moe_routing import Routing, moe_route, moe_route_reference
+from hamner.kernels.router_linear import router_linear, router_linear_reference
 
 pytestmark = pytest.mark.needs_gpu
 
@@ -35,16 +37,18 @@ MAX_RELATIVE_ERROR = 0.02  # of norms: bf16 keeps 8 bits, and backward rounds so
 
 
 class Case(NamedTuple):
-    """What is timed, what it must agree with, its FLOPs (0 where matmuls are not the work)."""
+    """What is timed, what it must agree with; FLOPs or bytes, where one of them is the work."""
 
     call: Callable[[], Tensor | tuple[Tensor, ...]]
     expected: Callable[[], Tensor | tuple[Tensor, ...]]
-    flops: int
+    flops: int | None = None
+    num_bytes: int | None = None
 
 
 class Problem(NamedTuple):
     logits: Tensor  # (N, E) fp32
     x: Tensor  # (N, D)
+    router_weight: Tensor  # (E, D)
     gate_up_weight: Tensor  # (E, 2I, D)
     down_weight: Tensor  # (E, D, I)
     d_out: Tensor  # (N, D)
@@ -69,6 +73,7 @@ def problem() -> Problem:
     return Problem(
         logits=randn(N, E),
         x=randn(N, D).to(DTYPE),
+        router_weight=(randn(E, D) / D**0.5).to(DTYPE),
         gate_up_weight=(randn(E, 2 * I, D) / D**0.5).to(DTYPE),
         down_weight=(randn(E, D, I) / I**0.5).to(DTYPE),
         d_out=randn(N, D).to(DTYPE),
@@ -94,6 +99,12 @@ ROUTES = {
     "compiled": scale.compiled(moe_route_reference),
 }
 
+ROUTER_LINEARS = {
+    "hamner": router_linear,
+    "torch": router_linear_reference,
+    "compiled": scale.compiled(router_linear_reference),
+}
+
 
 def route_case(implementation: str, direction: str, problem: Problem) -> Case:
     def run(route: Callable, problem: Problem) -> tuple[Tensor, ...]:
@@ -104,7 +115,21 @@ def route_case(implementation: str, direction: str, problem: Problem) -> Case:
         cast = problem.cast(DTYPE)
         return in_direction(direction, lambda: run(route, cast), (cast.logits,))
 
-    return Case(call(ROUTES[implementation]), call(moe_route_reference), flops=0)
+    return Case(call(ROUTES[implementation]), call(moe_route_reference))
+
+
+def router_linear_case(implementation: str, direction: str, problem: Problem) -> Case:
+    def call(function: Callable, dtype: torch.dtype) -> Callable:
+        cast = problem.cast(dtype)
+        inputs = (cast.x, cast.router_weight)
+        return in_direction(direction, lambda: (function(*inputs),), inputs)
+
+    x_passes = 1 if direction == "forward" else 2
+    return Case(
+        call(ROUTER_LINEARS[implementation], DTYPE),
+        call(router_linear_reference, torch.float32),
+        num_bytes=x_passes * N * D * DTYPE.itemsize + 4 * N * E,
+    )
 
 
 def mlp_case(implementation: str, direction: str, problem: Problem) -> Case:
@@ -241,8 +266,16 @@ def measure(benchmark, ceilings, case: Case, op: str, implementation: str) -> No
         ceilings,
         op=op,
         implementation=implementation,
-        flops=case.flops or None,
+        num_bytes=case.num_bytes,
+        flops=case.flops,
     )
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("implementation", ROUTER_LINEARS)
+def test_router_linear(implementation, direction, problem, benchmark, ceilings):
+    case = router_linear_case(implementation, direction, problem)
+    measure(benchmark, ceilings, case, f"router_linear {direction}", implementation)
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])

@@ -1,11 +1,12 @@
 """Measure the launch tables of the kernels on the GPU at hand and print the best rows.
 
-    python -m bench.tune [rms_norm swiglu rope cross_entropy grouped_matmul]
+    python -m bench.tune [rms_norm swiglu rope cross_entropy router_linear grouped_matmul]
 
-Shapes are those of option a (c for grouped_matmul) at 24 x 1024, bf16. A row goes into CONFIGS of
-the kernel's module; tests/kernels/test_compile_gate.py then says whether it fits the smallest card
-that uses it. Every candidate is compiled first, by all cores at once; then each is timed alone, as
-a CUDA graph. FlashAttention, whose table depends on head sizes, has bench/tune_flash_attention.py.
+Shapes are those of option a (c for router_linear and grouped_matmul) at 24 x 1024, bf16. A row goes
+into CONFIGS of the kernel's module; tests/kernels/test_compile_gate.py then says whether it fits
+the smallest card that uses it. Every candidate is compiled first, by all cores at once; then each
+is timed alone, as a CUDA graph. FlashAttention, whose table depends on head sizes, has
+bench/tune_flash_attention.py.
 """
 
 import argparse
@@ -79,6 +80,17 @@ def cross_entropy(m):
     logits, losses = randn(4096, V), torch.empty(4096, device="cuda")
     targets = torch.randint(V, (4096,), device="cuda")
     return lambda: m.launch_cross_entropy_(logits, targets, losses, -100, 0.0, write_gradient=True)
+
+
+def router_linear_forward(m):
+    x, weight = randn(N, MOE_D), randn(EXPERTS, MOE_D)
+    return lambda: m.launch_router_linear(x, weight)
+
+
+def router_linear_backward(m):
+    d_logits, x = torch.randn(N, EXPERTS, device="cuda"), randn(N, MOE_D)
+    weight = randn(EXPERTS, MOE_D)
+    return lambda: m.launch_router_linear_backward(d_logits, x, weight)
 
 
 class MoeProblem:
@@ -186,6 +198,24 @@ KERNELS: dict[str, dict[str, Tunable]] = {
             ("block_v", "warps"),
             grid((2048, 4096, 8192, 16384), (4, 8, 16, 32)),
             cross_entropy,
+        ),
+    },
+    "router_linear": {
+        "forward": Tunable(
+            "router_linear",
+            ("forward_tile", "forward_warps"),
+            grid((1024, 2048, 4096, 8192), (1, 2, 4, 8)),
+            router_linear_forward,
+        ),
+        "backward": Tunable(
+            "router_linear",
+            ("backward_block_m", "backward_block_d", "backward_warps"),
+            [
+                tile
+                for tile in grid((32, 64, 128, 256), (64, 128, 256), (2, 4, 8, 16))
+                if 8 <= tile[0] * tile[1] / (32 * tile[2]) <= 64
+            ],
+            router_linear_backward,
         ),
     },
     "grouped_matmul": {

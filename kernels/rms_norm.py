@@ -18,8 +18,7 @@ element, never shows. For bf16, N 24,576, D 1024 that is 201 MB: 0.067 ms at 3.0
 850 GB/s.
 
 The weight's gradient sums over all rows: each of a fixed number of programs sums its own rows in
-registers, a second pass adds those partial sums in a fixed order. No atomics, so two runs on the
-same GPU give the same bits.
+registers, a second pass (partial_sums.py) adds those in a fixed order.
 """
 
 from typing import NamedTuple
@@ -30,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hamner.kernels.launch import capability
+from hamner.kernels.partial_sums import sum_partials
 
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_WIDTH = 8192  # a row is held in registers
@@ -59,9 +59,6 @@ CONFIGS = {
     "8.0": Config(2048, 4, 2048, 4, 4, 1),
     "9.0": Config(2048, 2, 4096, 8, 2, 1),
 }
-
-# Of the second pass over the partial sums: runs of 128 bytes, a few hundred rows.
-SUM_BLOCK_P, SUM_BLOCK_D, SUM_WARPS = 64, 32, 4
 
 
 def tile_shape(tile: int, warps: int, width: int) -> tuple[int, int, int]:
@@ -155,27 +152,6 @@ def rms_norm_backward_kernel(
     tl.store(d_weight_ptr + pid * D + offs_d, tl.sum(d_weight, axis=0), mask=mask_d)
 
 
-@triton.jit
-def sum_partials_kernel(
-    partial_ptr,  # (P, D) fp32
-    out_ptr,  # (D,) fp32 or input dtype
-    P,
-    D: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    offs_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask_d = offs_d < D
-    total = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
-    for start in range(0, P, BLOCK_P):
-        offs_p = start + tl.arange(0, BLOCK_P)
-        offs = offs_p.to(tl.int64)[:, None] * D + offs_d[None, :]
-        mask = (offs_p < P)[:, None] & mask_d[None, :]
-        total += tl.load(partial_ptr + offs, mask=mask, other=0.0)
-    out = tl.sum(total, axis=0)
-    tl.store(out_ptr + offs_d, out.to(out_ptr.dtype.element_ty), mask=mask_d)
-
-
 def launch_rms_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -252,12 +228,7 @@ def launch_rms_norm_backward(
             D=width, BLOCK_M=block_m, BLOCK_D=block_d, STAGES=config.backward_stages,
             num_warps=warps,
         )  # fmt: skip
-        d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        sum_partials_kernel[(triton.cdiv(width, SUM_BLOCK_D),)](
-            partial_sums, d_weight, num_programs,
-            D=width, BLOCK_P=SUM_BLOCK_P, BLOCK_D=SUM_BLOCK_D, num_warps=SUM_WARPS,
-        )  # fmt: skip
-    return d_x, d_weight
+    return d_x, sum_partials(partial_sums, weight)
 
 
 @torch.library.custom_op("hamner::rms_norm", mutates_args=())

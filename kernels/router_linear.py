@@ -3,25 +3,179 @@
     logits = x.float() @ weight.float()^T
 
 The router's choice is discrete: logits rounded to bf16 would tie experts that fp32 tells apart, and
-so, more rarely, would the sums of a tensor core, which keeps fewer bits than fp32 on the way. The
-matmuls are cuBLAS's in fp32; what this adds to plain torch is that x is kept for backward as it is,
-not as an fp32 copy of N D 4 bytes a layer.
+so, more rarely, would the sums of a tensor core, which keeps fewer bits than fp32 on the way. So
+both directions are elementwise fp32 multiplications and additions: with few experts memory is the
+limit even so. Fused are the conversions to fp32, and in backward both gradients; x is kept for
+backward as it is.
 
-Bytes that move, for bf16 x: forward reads x, writes its copy, reads that, 10 N D; backward makes
-the copy again and reads it, and writes d_x in fp32 and in bf16, 20 N D. For N 24,576, D 768 that is
-0.19 and 0.38 GB: 0.06 and 0.13 ms at 3.0 TB/s, 0.22 and 0.44 ms at 850 GB/s. A kernel of our own,
-reading x once, would need a fifth of it.
+    forward     a program holds whole rows of x and takes their dot product with each expert's row
+                of the weight, which all programs share through the caches
+    backward    a program holds a tile of x, and for each expert adds to its tile of d_x and writes
+                a partial sum of d_weight over its rows; a second pass (partial_sums.py) adds those
+                in a fixed order
+
+Bytes that must move, e = bytes an element of x: forward reads x, N D e; backward reads x and writes
+d_x, 2 N D e; the logits, 4 N E, beside each. FLOPs: 2 N D E and 4 N D E. For bf16, N 24,576, D 768,
+E 4 that is 38 and 76 MB: 0.013 and 0.025 ms at 3.0 TB/s, 0.045 and 0.089 ms at 850 GB/s.
+Arithmetic passes memory from about 20 experts on an H100 (67 TFLOP/s of fp32), 40 on a 3090 (36).
+Not among those bytes: the partial sums, 4 N D E / backward_block_m, are written and read once, as a
+rule in the L2 cache; 6% of x's bytes at E 4, all of them at E 64.
 """
 
+from typing import NamedTuple
+
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+
+from hamner.kernels.launch import capability
+from hamner.kernels.partial_sums import sum_partials
+from hamner.kernels.rms_norm import MAX_WIDTH, tile_shape
 
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+class Config(NamedTuple):
+    """Elements of x that a forward program holds, a backward program's tile, and their warps.
+
+    Rows narrower than the forward tile share a program; a wider row takes a program with more
+    warps.
+    """
+
+    forward_tile: int
+    forward_warps: int
+    backward_block_m: int
+    backward_block_d: int
+    backward_warps: int
+
+
+# By reasoning, not yet measured (`python -m bench.tune router_linear`). Forward: a warp alone holds
+# two rows of 768 or 1024, so that dot products cross no warps. Backward: rows of a tile are runs of
+# 128 bytes, and of 32 elements a thread x and d_x both stay in registers.
+CONFIGS = {
+    "8.6": Config(2048, 1, 128, 64, 8),
+    "8.0": Config(2048, 1, 128, 64, 8),
+    "9.0": Config(2048, 1, 128, 64, 8),
+}
+
+
+@triton.jit(do_not_specialize=["N"])
+def router_linear_forward_kernel(
+    x_ptr,  # (N, D) input dtype
+    weight_ptr,  # (E, D) input dtype
+    logits_ptr,  # (N, E) fp32
+    N,
+    D: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_m = offs_m < N
+    mask_d = offs_d < D
+    mask = mask_m[:, None] & mask_d[None, :]
+    x = tl.load(x_ptr + offs_m[:, None] * D + offs_d[None, :], mask=mask, other=0.0)
+    x = x.to(tl.float32)
+    for expert in range(NUM_EXPERTS):
+        weight = tl.load(weight_ptr + expert * D + offs_d, mask=mask_d, other=0.0)
+        # One expert at a time: of a sum over two broadcast operands Triton makes a tensor-core dot.
+        logits = tl.sum(x * weight.to(tl.float32)[None, :], axis=1)
+        tl.store(logits_ptr + offs_m * NUM_EXPERTS + expert, logits, mask=mask_m)
+
+
+@triton.jit(do_not_specialize=["N"])
+def router_linear_backward_kernel(
+    d_logits_ptr,  # (N, E) fp32
+    x_ptr,  # (N, D) input dtype
+    weight_ptr,  # (E, D) input dtype
+    d_x_ptr,  # (N, D) input dtype
+    d_weight_ptr,  # (row blocks, E, D) fp32 partial sums
+    N,
+    D: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # Tiles of the same rows run side by side, and share d_logits through the caches.
+    num_d_blocks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    pid = tl.program_id(0)
+    block_m = (pid // num_d_blocks).to(tl.int64)
+    offs_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_d = pid % num_d_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_m = offs_m < N
+    mask_d = offs_d < D
+    mask = mask_m[:, None] & mask_d[None, :]
+    offs = offs_m[:, None] * D + offs_d[None, :]
+
+    x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    # Zeros, x being 0 outside the mask, but in x's layout, which Triton then keeps. Plain zeros get
+    # another: converting the sum for the store takes twice the registers.
+    d_x = tl.where(mask, 0.0, x)
+    for expert in range(NUM_EXPERTS):
+        d_logits = tl.load(d_logits_ptr + offs_m * NUM_EXPERTS + expert, mask=mask_m, other=0.0)
+        weight = tl.load(weight_ptr + expert * D + offs_d, mask=mask_d, other=0.0)
+        d_x += d_logits[:, None] * weight.to(tl.float32)[None, :]
+        d_weight = tl.sum(d_logits[:, None] * x, axis=0)
+        offs_partial = (block_m * NUM_EXPERTS + expert) * D + offs_d
+        tl.store(d_weight_ptr + offs_partial, d_weight, mask=mask_d)
+    tl.store(d_x_ptr + offs, d_x.to(d_x_ptr.dtype.element_ty), mask=mask)
+
+
+def launch_router_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Project x (N, D) on each row of weight (E, D): (N, E) fp32."""
+    x = x.contiguous()
+    num_tokens, width = x.shape
+    num_experts = len(weight)
+    logits = x.new_empty(num_tokens, num_experts, dtype=torch.float32)
+    if num_tokens == 0:
+        return logits
+    config = CONFIGS[capability(x.device)]
+    block_m, block_d, warps = tile_shape(config.forward_tile, config.forward_warps, width)
+    with torch.cuda.device_of(x):
+        router_linear_forward_kernel[(triton.cdiv(num_tokens, block_m),)](
+            x, weight.contiguous(), logits, num_tokens,
+            D=width, NUM_EXPERTS=num_experts, BLOCK_M=block_m, BLOCK_D=block_d, num_warps=warps,
+        )  # fmt: skip
+    return logits
+
+
+def launch_router_linear_backward(
+    d_logits: Tensor, x: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Differentiate the projection.
+
+    Args:
+        d_logits: (N, E) fp32.
+        x: (N, D).
+        weight: (E, D), dtype of x.
+
+    Returns:
+        (d_x, d_weight), shaped as x and weight, in their dtype.
+    """
+    x = x.contiguous()
+    num_tokens, width = x.shape
+    num_experts = len(weight)
+    d_x = torch.empty_like(x)
+    if num_tokens == 0:
+        return d_x, torch.zeros_like(weight, memory_format=torch.contiguous_format)
+    config = CONFIGS[capability(x.device)]
+    block_m, block_d = config.backward_block_m, config.backward_block_d
+    row_blocks = triton.cdiv(num_tokens, block_m)
+    partial_sums = x.new_empty(row_blocks, num_experts, width, dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        router_linear_backward_kernel[(row_blocks * triton.cdiv(width, block_d),)](
+            d_logits.contiguous(), x, weight.contiguous(), d_x, partial_sums, num_tokens,
+            D=width, NUM_EXPERTS=num_experts, BLOCK_M=block_m, BLOCK_D=block_d,
+            num_warps=config.backward_warps,
+        )  # fmt: skip
+    return d_x, sum_partials(partial_sums, weight)
+
+
 @torch.library.custom_op("hamner::router_linear", mutates_args=())
 def _router_linear_op(x: Tensor, weight: Tensor) -> Tensor:
-    return x.float() @ weight.float().t()
+    return launch_router_linear(x, weight)
 
 
 @_router_linear_op.register_fake
@@ -33,9 +187,7 @@ def _(x, weight):
 def _router_linear_backward_op(
     d_logits: Tensor, x: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor]:
-    d_x = (d_logits @ weight.float()).to(x.dtype)
-    d_weight = (d_logits.t() @ x.float()).to(weight.dtype)
-    return d_x, d_weight
+    return launch_router_linear_backward(d_logits, x, weight)
 
 
 @_router_linear_backward_op.register_fake
@@ -58,11 +210,11 @@ def router_linear(x: Tensor, weight: Tensor) -> Tensor:
     """Router logits in fp32.
 
     Args:
-        x: (N, D) float32, float16 or bfloat16.
-        weight: (E, D), dtype of x.
+        x: (N, D) float32, float16 or bfloat16, D up to 8192.
+        weight: (E, D), dtype of x. Time grows with E: meant for a router's few experts.
 
     Returns:
-        (N, E) float32.
+        (N, E) float32. Products and sums are computed in float32, without tensor cores.
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
@@ -75,6 +227,11 @@ def router_linear(x: Tensor, weight: Tensor) -> Tensor:
         raise ValueError(
             f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; they must be "
             "(tokens, width) and (experts, width)"
+        )
+    if not 1 <= x.shape[1] <= MAX_WIDTH or len(weight) == 0:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; width must be 1 to "
+            f"{MAX_WIDTH}, with at least one expert"
         )
     if weight.device != x.device:
         raise ValueError(f"weight is on {weight.device}, x on {x.device}")

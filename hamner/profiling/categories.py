@@ -27,7 +27,8 @@ _RULES = tuple(
         ),
         (
             "routing",
-            r"\b(route|route_backward|scan|scatter|sum_slots)_kernel\b|moe_route|topk|moe_align",
+            r"\b(route|route_backward|scan|scatter|sum_slots)_kernel\b|moe_route|topk|moe_align"
+            r"|router_linear",
         ),
         (
             "optimizer",

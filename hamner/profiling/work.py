@@ -284,6 +284,8 @@ _FORMULAS: tuple[tuple[str, re.Pattern, Callable[[Arguments], Work]], ...] = tup
             r"hamner::linear_cross_entropy_backward",
             _moves(lambda a: 2 * a.size(1) + a.size(2) + a.count(2) * a.element(1)),
         ),
+        ("routing", r"hamner::router_linear", _moves(lambda a: a.size(0))),
+        ("routing", r"hamner::router_linear_backward", _moves(lambda a: a.size(0) + 2 * a.size(1))),
         ("optimizer", r"hamner::adamw_", _moves(_adamw)),
     )
 )

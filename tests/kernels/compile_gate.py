@@ -62,13 +62,14 @@ class CompileCase:
 
 @dataclass(frozen=True)
 class CompileResult:
-    """What ptxas made of a case: registers a thread, bytes of stack, bytes of shared memory."""
+    """What a case became: registers a thread, bytes of stack and of shared memory, matmuls."""
 
     name: str
     capability: str
     registers: int
     stack: int
     shared: int
+    uses_tensor_cores: bool = False
 
     def row(self, op: str) -> str:
         """A line of the table that the tests print."""
@@ -114,7 +115,15 @@ def compile_case(case: CompileCase) -> CompileResult:
         options={"num_warps": case.num_warps, "num_stages": case.num_stages},
     )
     registers, stack = _registers_and_stack(compiled.asm["cubin"])
-    return CompileResult(case.name, case.capability, registers, stack, compiled.metadata.shared)
+    return CompileResult(
+        case.name,
+        case.capability,
+        registers,
+        stack,
+        shared=compiled.metadata.shared,
+        # mma.sync or wgmma.mma_async
+        uses_tensor_cores="mma" in compiled.asm["ptx"],
+    )
 
 
 def _registers_and_stack(cubin: bytes) -> tuple[int, int]:

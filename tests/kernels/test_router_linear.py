@@ -4,88 +4,139 @@ import pytest
 import torch
 
 from hamner.kernels.router_linear import router_linear, router_linear_reference
-from tests.kernels.accuracy import assert_as_accurate_as_torch
+from tests.kernels.gradients import (
+    DTYPES,
+    assert_derivative,
+    assert_matches_reference,
+    assert_same_bits,
+    compiled,
+    outputs_and_gradients,
+)
 
-DTYPES = [torch.float32, torch.float16]
-if torch.cuda.is_available():
-    DTYPES.append(torch.bfloat16)
-NAMES = ("logits", "d_x", "d_weight")
+# (tokens, experts, width): one token, odd numbers, whole tiles, a row of several warps.
+SHAPES = [
+    *((1, 2, 1), (17, 4, 33), (129, 5, 65), (256, 4, 64), (130, 4, 768), (3, 2, 8192)),
+    *((5, 1, 48), (40, 3, 100), (40, 8, 100), (257, 64, 96)),
+]
 
 
-def inputs(shape, dtype, device):
+def make_inputs(shape, dtype, device):
     num_tokens, num_experts, width = shape
     generator = torch.Generator().manual_seed(0)
-
-    def randn(*size, scale=1.0):
-        return (scale * torch.randn(size, generator=generator)).to(device, dtype)
-
-    d_logits = torch.randn(num_tokens, num_experts, generator=generator).to(device)
-    return randn(num_tokens, width), randn(num_experts, width, scale=width**-0.5), d_logits
-
-
-def run(function, x, weight, d_logits, dtype=None):
-    dtype = dtype or x.dtype
-    leaves = [t.detach().to(dtype).requires_grad_() for t in (x, weight)]
-    logits = function(*leaves)
-    gradients = torch.autograd.grad(logits, leaves, d_logits.to(logits.dtype))
-    return dict(zip(NAMES, (logits.detach(), *gradients), strict=True))
-
-
-def assert_matches_reference(x, weight, d_logits):
-    actual = run(router_linear, x, weight, d_logits)
-    same_dtype = run(router_linear_reference, x, weight, d_logits)
-    exact = run(router_linear_reference, x, weight, d_logits, torch.float64)
-    assert actual["logits"].dtype == torch.float32
-    for name in NAMES:
-        assert_as_accurate_as_torch(name, actual[name], same_dtype[name], exact[name])
+    x = torch.randn(num_tokens, width, generator=generator)
+    weight = torch.randn(num_experts, width, generator=generator) * width**-0.5
+    return {
+        "x": x.to(device, dtype).requires_grad_(),
+        "weight": weight.to(device, dtype).requires_grad_(),
+    }
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 2, 1), (17, 4, 33), (257, 64, 96), (300, 3, 128)])
+@pytest.mark.parametrize("shape", SHAPES)
 def test_matches_reference(shape, dtype, device):
-    assert_matches_reference(*inputs(shape, dtype, device))
+    inputs = make_inputs(shape, dtype, device)
+    assert_matches_reference(router_linear, router_linear_reference, inputs)
+    assert router_linear(**inputs).dtype == torch.float32
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(24_576, 4, 768), (4099, 64, 1024)])
-def test_matches_reference_at_size(shape, dtype, device):
-    assert_matches_reference(*inputs(shape, dtype, device))
+def test_logits_differ_where_half_precision_would_tie(device):
+    x = torch.tensor([[1.0, 2.0**-13]], dtype=torch.float16, device=device)
+    weight = torch.tensor([[1.0, 0.0], [1.0, 1.0]], dtype=torch.float16, device=device)
+    assert router_linear(x, weight).tolist() == [[1.0, 1.0 + 2.0**-13]]
 
 
-def test_non_contiguous_and_empty(device):
-    x, weight, d_logits = inputs((40, 4, 32), torch.float32, device)
-    strided = torch.stack((x, x), dim=-1)[..., 0]
-    assert not strided.is_contiguous()
-    assert torch.equal(router_linear(strided, weight), router_linear(x, weight))
-    empty = run(router_linear, x[:0], weight, d_logits[:0])
-    assert empty["logits"].shape == (0, 4)
-    assert (empty["d_weight"] == 0).all()
+def test_not_contiguous(device):
+    inputs = make_inputs((40, 4, 32), torch.float32, device)
+    views = {
+        "x": torch.stack((inputs["x"].detach(),) * 2, dim=-1)[..., 0].requires_grad_(),
+        "weight": inputs["weight"].detach().t().contiguous().t().requires_grad_(),
+    }
+    assert not any(view.is_contiguous() for view in views.values())
+    expected = outputs_and_gradients(router_linear, inputs)
+    for name, result in outputs_and_gradients(router_linear, views).items():
+        assert torch.equal(result, expected[name]), name
 
 
-def test_gradcheck(device):
-    x, weight, _ = inputs((5, 3, 7), torch.float32, device)
-    leaves = (x.requires_grad_(), weight.requires_grad_())
-    assert torch.autograd.gradcheck(router_linear, leaves, eps=1e-2, atol=1e-2, rtol=1e-2)
+def test_expanded_gradient(device):
+    inputs = make_inputs((40, 4, 32), torch.float32, device)
+    router_linear(**inputs).sum().backward()
+    expected = torch.autograd.grad(router_linear_reference(**inputs).sum(), list(inputs.values()))
+    torch.testing.assert_close([leaf.grad for leaf in inputs.values()], list(expected))
 
 
-def test_compiles_to_one_graph(device):
-    x, weight, d_logits = inputs((24, 4, 32), torch.float32, device)
-    compiled = torch.compile(router_linear, fullgraph=True, backend="aot_eager")
-    expected = run(router_linear, x, weight, d_logits)
-    for name, value in run(compiled, x, weight, d_logits).items():
-        assert torch.equal(value, expected[name])
+def test_a_token_that_is_not_finite_spoils_no_other(device):
+    inputs = make_inputs((40, 4, 32), torch.float32, device)
+    clean = router_linear(**inputs)
+    (clean_d_x,) = torch.autograd.grad(clean.sum(), inputs["x"])
+    with torch.no_grad():
+        inputs["x"][7] = float("inf")
+    logits = router_linear(**inputs)
+    (d_x,) = torch.autograd.grad(logits.sum(), inputs["x"])
+    others = torch.arange(40, device=device) != 7
+    assert torch.equal(logits[others], clean[others])
+    assert torch.equal(d_x, clean_d_x)
+
+
+def test_empty(device):
+    results = outputs_and_gradients(router_linear, make_inputs((0, 4, 32), torch.float32, device))
+    assert results["output 0"].shape == (0, 4)
+    assert results["gradient of x"].shape == (0, 32)
+    assert torch.equal(results["gradient of weight"], torch.zeros(4, 32, device=device))
+
+
+def test_two_runs_give_the_same_bits(device):
+    assert_same_bits(router_linear, router_linear, make_inputs((301, 5, 33), torch.float16, device))
+
+
+def test_compiled_gives_the_same_bits(device):
+    inputs = make_inputs((150, 4, 40), torch.float32, device)
+    assert_same_bits(router_linear, compiled(router_linear), inputs)
+
+
+def test_derivative(device):
+    assert_derivative(router_linear, make_inputs((150, 3, 20), torch.float32, device))
+
+
+def test_opcheck(device):
+    inputs = make_inputs((3, 4, 20), torch.float32, device)
+    torch.library.opcheck(torch.ops.hamner.router_linear, tuple(inputs.values()))
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "message"),
+    ("error", "message", "change"),
     [
-        ({"x": torch.ones(2, 3, dtype=torch.int64)}, TypeError, "x is torch.int64"),
-        ({"weight": torch.ones(4, 3, dtype=torch.float16)}, TypeError, "weight is torch.float16"),
-        ({"weight": torch.ones(4, 5)}, ValueError, "they must be"),
-        ({"x": torch.ones(2, 3, 1)}, ValueError, "they must be"),
+        (TypeError, "x is torch.int64", {"x": torch.ones(2, 3, dtype=torch.int64)}),
+        (TypeError, "weight is torch.float16", {"weight": torch.ones(4, 3).half()}),
+        (ValueError, "they must be", {"weight": torch.ones(4, 5)}),
+        (ValueError, "they must be", {"x": torch.ones(2, 3, 1)}),
+        (ValueError, "at least one expert", {"weight": torch.ones(0, 3)}),
+        (ValueError, "1 to 8192", {"x": torch.ones(2, 0), "weight": torch.ones(4, 0)}),
+        (ValueError, "1 to 8192", {"x": torch.ones(2, 8193), "weight": torch.ones(4, 8193)}),
+        (ValueError, "weight is on meta", {"weight": torch.ones(4, 3, device="meta")}),
     ],
 )
-def test_rejects(change, error, message):
+def test_rejects(error, message, change):
     with pytest.raises(error, match=message):
         router_linear(**{"x": torch.ones(2, 3), "weight": torch.ones(4, 3), **change})
+
+
+@pytest.mark.gpu
+class TestOnGpu:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("shape", [(24_576, 4, 768), (4099, 64, 1024)])
+    def test_training_shape(self, shape, dtype):
+        inputs = make_inputs(shape, dtype, "cuda")
+        assert_matches_reference(router_linear, router_linear_reference, inputs)
+        assert_same_bits(router_linear, router_linear, inputs)
+
+    @pytest.mark.xdist_group("most of the GPU's memory")
+    def test_more_elements_than_int32(self):
+        rows = 2**31 // 1024 + 3
+        x = torch.empty(rows, 1024, dtype=torch.bfloat16, device="cuda").normal_()
+        weight = torch.randn(2, 1024, device="cuda").bfloat16()
+        logits = router_linear(x.requires_grad_(), weight)
+        torch.testing.assert_close(logits[-5:], router_linear_reference(x[-5:], weight))
+        (d_x,) = torch.autograd.grad(logits, x, logits.detach())
+        last = x.detach()[-5:].requires_grad_()
+        (d_last,) = torch.autograd.grad(router_linear(last, weight), last, logits.detach()[-5:])
+        assert torch.equal(d_x[-5:], d_last)

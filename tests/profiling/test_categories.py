@@ -60,7 +60,13 @@ NAMES = {
         "void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor<float, 4>>",
         "void at::native::multi_tensor_apply_kernel<LpNormFunctor<c10::BFloat16, NormType::L2>>",
     ],
-    "routing": ["route_kernel", "scan_kernel", "scatter_kernel", "sum_slots_kernel"],
+    "routing": [
+        "route_kernel",
+        "scan_kernel",
+        "scatter_kernel",
+        "sum_slots_kernel",
+        "router_linear_forward_kernel",
+    ],
     "communication": ["ncclDevKernel_AllReduce_Sum_bf16_RING_LL", "c10d::allreduce_"],
 }
 UNKNOWN = [

@@ -27,3 +27,19 @@ def test_bytes_an_element_of_adamw(param, master, grad, size):
     _, work = work_of("optimizer", operation)
     assert work.bytes == size * 30 * 7
     assert work.flops == 0
+
+
+def test_bytes_of_the_router_projection():
+    x, weight, d_logits = [30, 8], [4, 8], [30, 4]
+    for name, dims, types, size in (
+        ("hamner::router_linear", [x, weight], [BF16, BF16], 2 * 30 * 8),
+        (
+            "hamner::router_linear_backward",
+            [d_logits, x, weight],
+            [FP32, BF16, BF16],
+            4 * 30 * 4 + 2 * 2 * 30 * 8,
+        ),
+    ):
+        operation = Range(name, 0, 1, is_operation=True, dims=dims, types=types)
+        _, work = work_of("routing", operation)
+        assert (work.bytes, work.flops) == (size, 0)

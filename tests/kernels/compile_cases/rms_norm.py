@@ -1,15 +1,12 @@
 """RMSNorm at the widths of the options (256 to 1024) and at the widest that is supported."""
 
+from hamner.kernels import partial_sums
 from hamner.kernels.launch import CAPABILITIES
 from hamner.kernels.rms_norm import (
     CONFIGS,
     MAX_WIDTH,
-    SUM_BLOCK_D,
-    SUM_BLOCK_P,
-    SUM_WARPS,
     rms_norm_backward_kernel,
     rms_norm_forward_kernel,
-    sum_partials_kernel,
     tile_shape,
 )
 from tests.kernels.compile_gate import CompileCase
@@ -25,7 +22,7 @@ def cases() -> list[CompileCase]:
         for case in (
             _forward(capability, width),
             _backward(capability, width),
-            _sum_partials(capability, width),
+            sum_partials(capability, width),
         )
     ]
 
@@ -85,14 +82,18 @@ def _backward(capability: str, width: int) -> CompileCase:
     )
 
 
-def _sum_partials(capability: str, width: int) -> CompileCase:
+def sum_partials(capability: str, width: int) -> CompileCase:
+    """The second pass over partial sums of `width` elements."""
     return CompileCase(
-        name=f"rms_norm_sum_partials/D={width}",
-        kernel=sum_partials_kernel,
+        name=f"sum_partials/D={width}",
+        kernel=partial_sums.sum_partials_kernel,
         signature={"partial_ptr": "*fp32", "out_ptr": "*fp32", "P": "i32"},
-        constexprs={"D": width, "BLOCK_P": SUM_BLOCK_P, "BLOCK_D": SUM_BLOCK_D},
-        num_warps=SUM_WARPS,
+        constexprs={
+            "D": width,
+            "BLOCK_P": partial_sums.BLOCK_P,
+            "BLOCK_D": partial_sums.BLOCK_D,
+        },
+        num_warps=partial_sums.NUM_WARPS,
         num_stages=3,
         capability=capability,
-        divisible_by_16=(),
     )

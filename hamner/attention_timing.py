@@ -120,7 +120,8 @@ def measure(
         (d_qkv,) = torch.autograd.grad(out, qkv, d_out)
         if rotated:
             rope_packed_(d_qkv.contiguous(), table, table, num_heads, num_kv_heads, inverse=True)
-        return out, d_qkv
+        # Detached: a graph kept alive from here would break the recording of the next.
+        return out.detach(), d_qkv
 
     with torch.cuda.device(shape.device):
         for _ in range(WARM_UP):

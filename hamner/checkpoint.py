@@ -334,7 +334,7 @@ def _with_whole_masters(
     """Replace each remainder by the fp32 master, so that any precision and kernels can resume."""
     whole = {}
     for key, tensor in optimizer.items():
-        kind, name = key.split(".", 1)
+        kind, _, name = key.partition(".")
         if kind == "remainder":
             whole[f"master.{name}"] = join_master(model[name], tensor)
         else:

@@ -16,9 +16,9 @@ from torch import Tensor
 from hamner.data.loader import Batch
 from hamner.readback import Readback
 
-MOST_UNDER_WAY = 2
-"""steps that are launched before the host waits for the oldest: the GPU never runs out of work, and
-what the clock says when a step's numbers come in is the GPU's time, not that of a launch"""
+MOST_UNDER_WAY = 1
+"""steps that may still run when the host goes on: the GPU never runs out of work, and what the clock
+says when a step's numbers come in is the GPU's time, not that of a launch"""
 
 
 @dataclass(frozen=True)

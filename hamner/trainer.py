@@ -1,7 +1,7 @@
 """The training loop: build, resume, then step, log, evaluate, sample, save.
 
 Nothing in a step waits for the GPU: losses, the gradient norm and the skip of a bad step stay on
-the device and are read back behind it, so that log lines come two steps late and the GPU never runs
+the device and are read back behind it, so that log lines come a step late and the GPU never runs
 out of work; the number of kept targets is counted on the CPU before a batch leaves.
 
 What a long run must survive lives beside the loop: `background_save` (checkpoints that may fail and

@@ -17,8 +17,8 @@ from hamner.data.loader import Batch
 from hamner.readback import Readback
 
 MOST_UNDER_WAY = 1
-"""steps that may still run when the host goes on: the GPU never runs out of work, and what the clock
-says when a step's numbers come in is the GPU's time, not that of a launch"""
+"""steps that may still run when the host goes on: the GPU never runs out of work, and when a step's
+numbers come in the clock shows the GPU's time, not that of a launch"""
 
 
 @dataclass(frozen=True)

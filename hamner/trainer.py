@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import hamner
-from hamner import bad_steps, build, checkpoint, plots, recompute, resume
+from hamner import announcements, bad_steps, build, checkpoint, plots, recompute, resume
 from hamner.attention import waits_for_gpu
 from hamner.background_save import RETRY_SECONDS
 from hamner.checkpoint import Checkpoint
@@ -32,7 +32,7 @@ from hamner.cuda_graph import GraphedBackward
 from hamner.data.loader import Batch, DataConfig, TrainLoader
 from hamner.data.tokenizer import Tokenizer, load_tokenizer
 from hamner.data.validation import ValidationSet
-from hamner.display import Display, count, duration
+from hamner.display import Display
 from hamner.early_stopping import EarlyStopping
 from hamner.errors import UserError
 from hamner.generation import PROMPTS, generate
@@ -299,7 +299,8 @@ class Trainer:
         config = self.config
         first_step = self.step
         with self.display, Interrupt(is_alone=self.world_size == 1) as interrupt, self.watchdog:
-            self.introduce()
+            for line in [*announcements.introduction(self), *self.notes]:
+                self.display.message(line)
             self.watch.start()
             self.mark_interval(self.step, self.tokens, self.watch.read())
             while not self.finished:
@@ -333,7 +334,8 @@ class Trainer:
             self.save_last()
             if self.is_main:
                 self.draw()
-                self.conclude(interrupted)
+                for line in announcements.conclusion(self, interrupted):
+                    self.display.message(line)
         return TrainResult(
             step=self.step,
             tokens=self.tokens,
@@ -461,7 +463,10 @@ class Trainer:
             if len(starts) > 1:
                 self.engine.accumulate(self.optimizer, is_last=is_last)
             if self.step == 0 and number == 0 and self.compute.device.type == "cpu":
-                self.announce_cpu_speed(time.perf_counter() - started, start + size)
+                speed = (
+                    self.world_size * size * self.config.seq_len / (time.perf_counter() - started)
+                )
+                self.display.message(announcements.cpu_speed(speed, self.schedule.total_tokens))
             left = (time.perf_counter() - started) / (number + 1) * (len(starts) - number - 1)
             if self.processes.any(interrupt.requested and left > PATIENCE_SECONDS):
                 self.optimizer.drop_gradients()
@@ -842,89 +847,6 @@ class Trainer:
             plots.draw(self.run)
         except OSError as error:
             self.display.message(f"WARNING: plots not drawn ({error.strerror})")
-
-    def introduce(self) -> None:
-        """Say what will run, before it does."""
-        config, compute = self.config, self.compute
-        model = config.model
-        active = model.num_parameters(active=True)
-        size = f"{model.num_parameters():,} parameters"
-        if active != model.num_parameters():
-            size += f", {active:,} active per token"
-        lines = [
-            f"option {config.option}: {size}; {count(self.schedule.total_tokens)} tokens in "
-            f"{self.schedule.total_tokens // config.tokens_per_step:,} steps of "
-            f"{config.batch_size} x {config.seq_len}",
-            f"on {compute.name}, {compute.precision}, kernels {compute.kernels}, "
-            f"attention {self.attention.name}: {self.attention.reason}",
-            *self.describe_processes(),
-            f"memory: {self.plan}",
-            self.mfu.explain(),
-        ]
-        if compute.device.type == "cpu":
-            lines.append("no GPU found: training on the CPU, which suits --option tiny only")
-        if not len(self.validation.inputs):
-            lines.append("the data is too small to hold out validation documents: no evaluation")
-        if config.resume:
-            where = f"from {self.saved.path}" if self.saved else "from the start: it never saved"
-            lines.append(f"resuming {self.run.path} {where}")
-        else:
-            lines.append(f"run folder {self.run.path}")
-        for line in [*lines, *self.notes]:
-            self.display.message(line)
-
-    def describe_processes(self) -> list[str]:
-        """How several processes divide the work; nothing of one."""
-        place = self.processes.place
-        if place.world_size == 1:
-            return []
-        how = {
-            "ddp": "each with the whole model (DDP)",
-            "fsdp": "with weights, gradients and moments divided over them (FSDP2)",
-        }
-        where = "" if place.num_machines == 1 else f" on {place.num_machines} machines"
-        return [
-            f"{place.world_size} processes{where}, {how[self.engine.name]}, of which each takes "
-            f"{self.config.batch_size // place.world_size} sequences of a step and the memory below"
-        ]
-
-    def announce_cpu_speed(self, seconds: float, rows: int) -> None:
-        """Say how fast this CPU is and what that means for the whole run."""
-        speed = self.world_size * rows * self.config.seq_len / seconds
-        whole = duration(self.schedule.total_tokens / speed)
-        self.display.message(
-            f"measured on this CPU: about {speed:,.0f} tokens/s, so the full run of "
-            f"{count(self.schedule.total_tokens)} tokens would take {whole}"
-        )
-
-    def conclude(self, interrupted: bool) -> None:
-        """Say where the run is and how to go on."""
-        if self.diagnosis:
-            self.display.message(self.diagnosis)
-            where = self.saved.path if self.saved else "none: the run never saved"
-            self.display.message(f"stopped at step {self.step:,}; last good checkpoint: {where}")
-        elif not self.finished:
-            word = "interrupted" if interrupted else "stopped"
-            self.display.message(
-                f"{word} at step {self.step:,}; saved in {self.saved.path}; continue with "
-                f"python -m {self.config.command} --resume --run-dir {self.run.path}"
-            )
-        else:
-            loss = "" if self.val_loss is None else f", validation loss {self.val_loss:.4f}"
-            if self.early_stopping.exhausted:
-                self.display.message(
-                    f"stopped early: {self.early_stopping.evaluations_since_best} evaluations "
-                    "without a better validation loss"
-                )
-            if self.early_stopping.best_step is not None:
-                loss += (
-                    f" (best {self.early_stopping.best_loss:.4f} at step "
-                    f"{self.early_stopping.best_step:,}, kept)"
-                )
-            self.display.message(
-                f"done: {count(self.tokens)} tokens in {duration(self.watch.read())}{loss}; "
-                f"model in {self.saved.path}, plots in {self.run.plots}"
-            )
 
 
 def due(step: int, every: int) -> bool:

@@ -35,20 +35,24 @@ class Efficiency:
     bandwidth: dict[str, float]
     """kind: share of the memory bandwidth; "norm" also stands for kinds that are not listed"""
     launch_gap_us: float
-    """the GPU's idle time before each kernel, microseconds"""
+    """the GPU's idle time before each kernel that is launched by itself, microseconds"""
+    graph_gap_us: float
+    """the same inside a CUDA graph"""
     provenance: str
 
 
 # H100: 24576x1024x1536 678 TFLOP/s, x5632 677, x49152 641, 24576x2816x1024 700, 49152x768x3072 629,
 # 49152x1536x768 659, 8192^3 776 are within 6% of 792 * m / (m + 176), m the smallest dimension;
-# attention is cuDNN's time for 24 x 1024 tokens, 16 heads of 64; the GB/s are the traffic counted
-# below over the time each kind took in a step of option a; about 4 ms of that step were gaps.
+# grouped ones are a step of option c's 421 to 444, SwiGLU's forward in it; attention is cuDNN's
+# time for 24 x 1024 tokens, 16 heads of 64; the GB/s are the traffic counted below over the time each
+# kind took in a step of option a; about 4 ms of that step were gaps, in a CUDA graph 1.3.
 EFFICIENCIES: dict[str, Efficiency] = {
     "H100 SXM": Efficiency(
         flops={
             "matmul": 792 / 989.4,
             "attention_forward": 328 / 989.4,
             "attention_backward": 211 / 989.4,
+            "grouped_matmul": 430 / 989.4,
         },
         half_dim=176,
         bandwidth={
@@ -59,6 +63,7 @@ EFFICIENCIES: dict[str, Efficiency] = {
             "optimizer": 2292 / 3352,
         },
         launch_gap_us=4.3,
+        graph_gap_us=1.2,
         provenance="kernel efficiencies measured on an H100 SXM (routing assumed as norms)",
     ),
     "RTX 3090": Efficiency(
@@ -66,12 +71,14 @@ EFFICIENCIES: dict[str, Efficiency] = {
             "matmul": 65 / 71.2,
             "attention_forward": 54 / 71.2,
             "attention_backward": 54 / 71.2,
+            "grouped_matmul": 55 / 71.2,
         },
         half_dim=0,
         bandwidth={"norm": 850 / 936},
         launch_gap_us=4.3,
+        graph_gap_us=1.2,
         provenance="kernel efficiencies assumed, not measured: matmuls 65 of 71.2 TFLOP/s, "
-        "attention 54 TFLOP/s, 850 of 936 GB/s, the H100's launch gaps",
+        "grouped ones 55, attention 54 TFLOP/s, 850 of 936 GB/s, the H100's gaps between kernels",
     ),
 }
 _STAND_INS = dict.fromkeys(("H100 PCIe", "H200", "A100 40GB", "A100 80GB"), "H100 SXM")
@@ -107,6 +114,8 @@ class Implementation:
     """over the logits, beyond their matmuls"""
     optimizer_bytes: int
     """per parameter: clip norm, AdamW, weight casts"""
+    graphed: bool
+    """one GPU replays forward and backward as a CUDA graph"""
 
 
 # Read grad (twice, once for the norm), bf16 weight, its master's remainder and two moments; write
@@ -120,6 +129,7 @@ TRITON = Implementation(
     folds_rope=True,
     loss_passes=3,
     optimizer_bytes=2 * 2 + 2 * (2 + 2 + 2 * 4),
+    graphed=True,
 )
 # A plain model under torch.compile, fp32 weights and bf16 autocast. rope_traffic and loss_passes
 # follow from its measured breakdown on an H100: 7.7 ms of RoPE with its copies, 3.4 ms of loss.
@@ -132,6 +142,7 @@ COMPILED = Implementation(
     folds_rope=False,
     loss_passes=4,
     optimizer_bytes=2 * 4 + 3 * 4 + 3 * 4 + (4 + 2) + (2 + 4),
+    graphed=False,
 )
 # The trainer this project replaces: COMPILED, but attention writes its scores; blocks recomputed.
 EARLIER = replace(COMPILED, name="earlier trainer", fused_attention=False)
@@ -167,14 +178,24 @@ def _traffic(category: str, elements: float, launches: int = 1) -> Op:
     return Op(category, category, bytes=2 * elements, launches=launches)
 
 
-def _matmul(tokens: int, k: int, n: int, groups: int = 1) -> Op:
-    """(tokens, k) x (k, n); in `groups`, each expert sees its share of the tokens."""
+def _matmul(tokens: int, k: int, n: int) -> Op:
+    """(tokens, k) x (k, n)."""
     return Op(
         "matmul",
         "matmul",
         flops=2 * tokens * k * n,
-        bytes=2 * (tokens * (k + n) + groups * k * n),
-        smallest_dim=min(tokens // groups or 1, k, n),
+        bytes=2 * (tokens * (k + n) + k * n),
+        smallest_dim=min(tokens, k, n),
+    )
+
+
+def _grouped_matmul(rows: int, k: int, n: int, experts: int) -> Op:
+    """(rows, k) x (k, n), each expert with its share of the rows and a weight of its own."""
+    return Op(
+        "matmul",
+        "grouped_matmul",
+        flops=2 * rows * k * n,
+        bytes=2 * (rows * (k + n) + experts * k * n),
     )
 
 
@@ -186,10 +207,10 @@ def _block_matmuls(model: ModelConfig, tokens: int) -> list[Op]:
         shared = inner * (model.num_shared_experts or 1)
         ops += [_matmul(tokens, d, 2 * shared), _matmul(tokens, shared, d)]
     if model.is_moe:
-        rows = tokens * model.num_experts_per_token
+        rows = _routed_rows(model, tokens)
         ops += [
-            _matmul(rows, d, 2 * inner, model.num_experts),
-            _matmul(rows, inner, d, model.num_experts),
+            _grouped_matmul(rows, d, 2 * inner, model.num_experts),
+            _grouped_matmul(rows, inner, d, model.num_experts),
         ]
     return ops
 
@@ -233,9 +254,14 @@ def _attention(
     return ops
 
 
-def _mlp_rows(model: ModelConfig, tokens: int) -> int:
-    """Rows of gate_up: every token once per expert it goes through."""
-    return tokens * ((model.num_experts_per_token + model.num_shared_experts) or 1)
+def _dense_rows(model: ModelConfig, tokens: int) -> int:
+    """Rows of the gate_up of a dense MLP or of the shared experts: every token once for each."""
+    return tokens * (model.num_shared_experts if model.is_moe else 1)
+
+
+def _routed_rows(model: ModelConfig, tokens: int) -> int:
+    """Rows of the routed experts' gate_up: every token once per expert it goes through."""
+    return tokens * model.num_experts_per_token if model.is_moe else 0
 
 
 def _routing(model: ModelConfig, tokens: int) -> list[Op]:
@@ -252,7 +278,8 @@ def _forward(model: ModelConfig, tokens: int, seq_len: int, how: Implementation)
     return [
         _traffic("norm", 2 * tokens * 4 * d, launches=2),
         _traffic("rope", tokens * 2 * (d + kv) * how.rope_traffic),
-        _traffic("swiglu", _mlp_rows(model, tokens) * 3 * model.expert_intermediate_size),
+        # Of routed experts it is part of the grouped matmul.
+        _traffic("swiglu", _dense_rows(model, tokens) * 3 * model.expert_intermediate_size),
         *_block_matmuls(model, tokens),
         *_attention(model, tokens, seq_len, how.fused_attention, backward=False),
         *_routing(model, tokens),
@@ -268,11 +295,12 @@ def _backward(
         model.expert_intermediate_size,
     )
     rebuild = how.rebuilds_operands and policy != NONE
+    rows = _dense_rows(model, tokens) + _routed_rows(model, tokens)
     ops = [
         # Norms sum their weight's gradient in a second pass.
         _traffic("norm", 2 * tokens * 4 * d, launches=4),
         # Rebuilding writes the operand in the pass that forms the gradient of gate_up.
-        _traffic("swiglu", _mlp_rows(model, tokens) * (6 if rebuild else 5) * inner),
+        _traffic("swiglu", rows * (6 if rebuild else 5) * inner),
         *_attention(model, tokens, seq_len, how.fused_attention, backward=True),
         *_routing(model, tokens),
     ]
@@ -375,6 +403,9 @@ def predict(
     tokens = micro_batch_size * seq_len
     reached = efficiency(gpu)
 
+    is_graphed = implementation.graphed and parallelism.ranks == 1
+    gap = 1e-3 * (reached.graph_gap_us if is_graphed else reached.launch_gap_us)
+
     milliseconds = dict.fromkeys(CATEGORIES, 0.0)
 
     def add(ops: Sequence[Op], times: int) -> float:
@@ -384,7 +415,7 @@ def predict(
             spent = 1e3 * op.seconds(gpu, reached)
             once += spent
             milliseconds[op.category] += times * spent
-            milliseconds["gaps"] += 1e-3 * times * op.launches * reached.launch_gap_us
+            milliseconds["gaps"] += gap * times * op.launches
         return once
 
     forward = backward = 0.0
@@ -477,10 +508,15 @@ class MeasuredRun:
 
 # TRITON as it was when measured: fp32 masters read and written, the bf16 weights only written;
 # attention cuDNN's, with RoPE's backward in a pass of its own.
-_FIRST_KERNELS = replace(TRITON, optimizer_bytes=2 * 2 + 2 * (4 + 2 * 4) + 2, folds_rope=False)
+_FIRST_KERNELS = replace(
+    TRITON, optimizer_bytes=2 * 2 + 2 * (4 + 2 * 4) + 2, folds_rope=False, graphed=False
+)
 MEASURED_RUNS = (
     MeasuredRun("a", "h100", _FIRST_KERNELS, SELECTIVE, 24, 205_896, fitted=True),
     MeasuredRun("current", "h100", _FIRST_KERNELS, SELECTIVE, 48, 368_743, fitted=False),
+    MeasuredRun("a", "h100", TRITON, SELECTIVE, 24, 216_908, fitted=False),
+    MeasuredRun("current", "h100", TRITON, SELECTIVE, 24, 366_726, fitted=False),
+    MeasuredRun("c", "h100", TRITON, SELECTIVE, 24, 248_893, fitted=True),
     MeasuredRun("a", "h100", COMPILED, NONE, 24, 197_433, fitted=True),
     MeasuredRun("a", "h100", COMPILED, FULL, 24, 160_320, fitted=False),
     MeasuredRun("a", "h100", EARLIER, FULL, 24, 94_873, fitted=False),

@@ -177,7 +177,11 @@ def test_a_step_on_several_gpus_is_one_gpus_share_and_what_shows():
     assert sent.bytes_sent == 2 * A.num_parameters()
     # The embedding's 50M parameters in bf16 at 10 GB/s; the rest is hidden.
     assert sent.exposed_ms == pytest.approx(2 * 49_152 * 1024 / 10e9 * 1e3)
-    assert both.step_ms == pytest.approx(alone.step_ms + sent.exposed_ms)
+    # Without a CUDA graph: 4.3 us before each kernel instead of 1.2.
+    gaps = alone.milliseconds["gaps"] * 4.3 / 1.2
+    assert both.milliseconds["gaps"] == pytest.approx(gaps)
+    launched = alone.step_ms - alone.milliseconds["gaps"] + gaps
+    assert both.step_ms == pytest.approx(launched + sent.exposed_ms)
     assert both.tokens_per_second == pytest.approx(24 * 1024 / both.step_ms * 1e3)
     assert both.mfu == pytest.approx(alone.mfu * alone.step_ms / both.step_ms)
     assert sharded.milliseconds["optimizer"] == pytest.approx(alone.milliseconds["optimizer"] / 2)

@@ -44,8 +44,8 @@ class Efficiency:
 # H100: 24576x1024x1536 678 TFLOP/s, x5632 677, x49152 641, 24576x2816x1024 700, 49152x768x3072 629,
 # 49152x1536x768 659, 8192^3 776 are within 6% of 792 * m / (m + 176), m the smallest dimension;
 # grouped ones are a step of option c's 421 to 444, SwiGLU's forward in it; attention is cuDNN's
-# time for 24 x 1024 tokens, 16 heads of 64; the GB/s are the traffic counted below over the time each
-# kind took in a step of option a; about 4 ms of that step were gaps, in a CUDA graph 1.3.
+# time for 24 x 1024 tokens, 16 heads of 64; the GB/s are the traffic counted below over the time
+# each kind took in a step of option a; about 4 ms of that step were gaps, in a CUDA graph 1.3.
 EFFICIENCIES: dict[str, Efficiency] = {
     "H100 SXM": Efficiency(
         flops={

@@ -341,7 +341,8 @@ class Trainer:
             tokens=self.tokens,
             val_loss=self.val_loss,
             checkpoint=self.saved.path if self.saved else None,
-            interrupted=interrupted,
+            # Asked again: it may have come during the last save.
+            interrupted=self.processes.any(interrupt.requested),
             diagnosis=self.diagnosis,
         )
 

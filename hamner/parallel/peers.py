@@ -77,8 +77,13 @@ class Peers:
 
     def end(self, cause: Callable[[], str]) -> None:
         """End the job; `cause` gives the message, which names the rank that is to blame."""
+        try:
+            message = cause()
+        except RuntimeError:  # the store is gone with the process that ended the job
+            self.exit(1)
+        # Only now: who claims must speak at once, for the others leave, and the store with them.
         if self.claim():
-            self._print(f"{cause()}; the job ends; the last checkpoint is whole, --resume goes on")
+            self._print(f"{message}; the job ends; the last checkpoint is whole, --resume goes on")
         self.exit(1)
 
     def exit(self, code: int) -> None:

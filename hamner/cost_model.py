@@ -268,8 +268,7 @@ def _routing(model: ModelConfig, tokens: int) -> list[Op]:
     """Rows gathered by expert and summed back; the same traffic in forward and backward."""
     if not model.is_moe:
         return []
-    rows = tokens * model.num_experts_per_token
-    elements = (3 * rows + tokens) * model.hidden_size
+    elements = (3 * _routed_rows(model, tokens) + tokens) * model.hidden_size
     return [_traffic("routing", elements, launches=6)]
 
 

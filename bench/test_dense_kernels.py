@@ -11,13 +11,16 @@ pytest-benchmark's own columns are wall time with a synchronisation.
     pytest bench/test_dense_kernels.py --benchmark-only --benchmark-json=dense.json
 """
 
+import functools
 import importlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import torch
 import torch._functorch.config as functorch_config
+from torch.optim import adamw as torch_adamw
 
 from bench import scale
 from bench.timing import record
@@ -50,6 +53,7 @@ def keep_buffers():
 
 N, D, INTERMEDIATE, V, T = scale.pick((24_576, 1024, 2816, 49_152, 1024), (32, 64, 96, 128, 16))
 HEADS, KV_HEADS, HEAD_DIM = scale.pick((16, 4, 64), (4, 2, 16))
+LAYERS = scale.pick(24, 1)
 DEVICE, DTYPE = scale.device(), scale.dtype()
 ELEMENT = DTYPE.itemsize
 TOKENS_COMPARED = scale.pick(1024, 32)
@@ -295,23 +299,32 @@ def test_rope(benchmark, ceilings, implementation):
     )
 
 
-@pytest.mark.parametrize("implementation", ("hamner", "eager", "compiled"))
+@pytest.mark.parametrize("implementation", ("hamner", "eager", "compiled", "torch fused"))
 def test_adamw(benchmark, ceilings, implementation):
-    """Ours on a split master, as the trainer runs it; torch on the whole one, its faster form."""
+    """Over the matrices of option a.
+
+    Ours on split masters, as the trainer runs it; torch on whole ones, its faster form. Its own
+    fused AdamW has the casts around it.
+    """
     benchmark.group = "adamw"
     function = {
         "hamner": adamw_,
         "eager": adamw_reference_,
-        "compiled": scale.compiled(adamw_reference_),
+        "compiled": functools.partial(_one_by_one, scale.compiled(adamw_reference_)),
+        "torch fused": _torch_fused_adamw_,
     }[implementation]
     is_split = implementation == "hamner"
 
-    def state(rows, is_split):
+    def states(shapes, is_split):
         torch.manual_seed(0)
-        master, exp_avg = (randn(rows, D, dtype=torch.float32) for _ in range(2))
-        param = master.to(torch.bfloat16)
-        weights = split_master(master) if is_split else (param, master)
-        return *weights, randn(rows, D), exp_avg, exp_avg.square()
+        columns = [[] for _ in range(5)]
+        for shape in shapes:
+            master, exp_avg = (randn(*shape, dtype=torch.float32) for _ in range(2))
+            weights = split_master(master) if is_split else (master.to(torch.bfloat16), master)
+            state = (*weights, randn(*shape), exp_avg, exp_avg.square())
+            for column, tensor in zip(columns, state, strict=True):
+                column.append(tensor)
+        return columns
 
     scalars = {
         "lr": torch.tensor(1e-3, device=DEVICE),
@@ -321,14 +334,18 @@ def test_adamw(benchmark, ceilings, implementation):
         "eps": 1e-8,
         "weight_decay": 0.1,
     }
-    compared, expected = state(TOKENS_COMPARED, is_split), state(TOKENS_COMPARED, False)
+    few = [(TOKENS_COMPARED, D), (D,)]
+    compared, expected = states(few, is_split), states(few, False)
     function(*compared, **scalars)
     adamw_reference_(*expected, **scalars)
-    param, master, *rest = compared
-    master = join_master(param, master) if is_split else master
-    torch.testing.assert_close((param, master, *rest), expected)
+    params, masters, *rest = compared
+    if is_split:
+        masters = [join_master(*pair) for pair in zip(params, masters, strict=True)]
+    torch.testing.assert_close([params, masters, *rest], expected)
 
-    full = state(V, is_split)
+    layer = [((HEADS + 2 * KV_HEADS) * HEAD_DIM, D), (D, D), (2 * INTERMEDIATE, D)]
+    shapes = [*([*layer, (D, INTERMEDIATE)] * LAYERS), (V, D)]
+    full = states(shapes, is_split)
     # A split master's two halves are read and written; of a whole one's copy the writing is all.
     weight_bytes = 2 * (2 + 2) if is_split else 2 * 4 + 2
     record(
@@ -338,5 +355,31 @@ def test_adamw(benchmark, ceilings, implementation):
         op="adamw",
         implementation=implementation,
         # And two fp32 moments are read and written, the gradient read.
-        num_bytes=(weight_bytes + 2 * 2 * 4 + ELEMENT) * V * D,
+        num_bytes=(weight_bytes + 2 * 2 * 4 + ELEMENT) * sum(math.prod(x) for x in shapes),
     )
+
+
+def _one_by_one(function, *columns, **scalars):
+    for state in zip(*columns, strict=True):
+        function(*state, **scalars)
+
+
+def _torch_fused_adamw_(params, masters, grads, exp_avgs, exp_avg_sqs, *, step, clip_coef, **rest):
+    """PyTorch's, with the casts that mixed precision needs around it."""
+    beta1, beta2 = rest.pop("betas")
+    torch_adamw.adamw(
+        masters,
+        [grad.float() for grad in grads],
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        [step.float() - 1 for _ in masters],
+        fused=True,
+        grad_scale=clip_coef.reciprocal(),
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        maximize=False,
+        **rest,
+    )
+    torch._foreach_copy_(params, masters)

@@ -1,6 +1,6 @@
 """Measure the launch tables of the kernels on the GPU at hand and print the best rows.
 
-    python -m bench.tune [rms_norm swiglu rope cross_entropy router_linear grouped_matmul]
+    python -m bench.tune [rms_norm swiglu rope cross_entropy adamw router_linear grouped_matmul]
 
 Shapes are those of option a (c for router_linear and grouped_matmul) at 24 x 1024, bf16. A row goes
 into CONFIGS of the kernel's module; tests/kernels/test_compile_gate.py then says whether it fits
@@ -80,6 +80,21 @@ def cross_entropy(m):
     logits, losses = randn(4096, V), torch.empty(4096, device="cuda")
     targets = torch.randint(V, (4096,), device="cuda")
     return lambda: m.launch_cross_entropy_(logits, targets, losses, -100, 0.0, write_gradient=True)
+
+
+def adamw(m):
+    # Matrices of four layers, and an embedding.
+    shapes = [(1536, D), (D, D), (2 * INTERMEDIATE, D), (D, INTERMEDIATE)] * 4 + [(V, D)]
+    params, remainders = zip(
+        *(m.split_master(torch.randn(shape, device="cuda")) for shape in shapes), strict=True
+    )
+    states = [[torch.zeros(shape, device="cuda") for shape in shapes] for _ in range(2)]
+    grads = [randn(*shape) for shape in shapes]
+    scalars = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    clip_coef = torch.ones((), device="cuda")
+    return lambda: m.adamw_(
+        params, remainders, grads, *states, lr=1e-4, step=9, clip_coef=clip_coef, **scalars
+    )
 
 
 def router_linear_forward(m):
@@ -198,6 +213,18 @@ KERNELS: dict[str, dict[str, Tunable]] = {
             ("block_v", "warps"),
             grid((2048, 4096, 8192, 16384), (4, 8, 16, 32)),
             cross_entropy,
+        ),
+    },
+    "adamw": {
+        "update": Tunable(
+            "adamw",
+            ("chunk", "block", "warps"),
+            [
+                row
+                for row in grid((1024, 2048, 4096, 8192), (512, 1024, 2048), (2, 4, 8))
+                if row[0] >= row[1] and 4 <= row[1] // (32 * row[2]) <= 16
+            ],
+            adamw,
         ),
     },
     "router_linear": {

@@ -210,31 +210,34 @@ _TORCH = SimpleNamespace(
 
 @torch.no_grad()
 def _adamw_torch_(
-    param, master, grad, exp_avg, exp_avg_sq, *, lr, betas, eps, weight_decay, step, clip_coef
+    params, masters, grads, exp_avgs, exp_avg_sqs, *, lr, betas, eps, weight_decay, step, clip_coef
 ):
     """`hamner.kernels.adamw.adamw_` by PyTorch's own fused AdamW, on whole fp32 masters.
 
-    Its gradient scaling does the clipping, and its overflow flag skips the step on the device.
+    Its gradient scaling does the clipping, and its overflow flag skips the step on the device. One
+    parameter after the other: together, they would need fp32 copies of all gradients at once.
     """
-    is_bad = (~clip_coef.isfinite()).float()
-    torch_adamw.adamw(
-        [master],
-        [grad.to(master.dtype)],
-        [exp_avg],
-        [exp_avg_sq],
-        [],
-        # It counts up before it reads the step.
-        [torch.full((), step - 1.0, device=master.device)],
-        fused=True,
-        grad_scale=clip_coef.reciprocal(),
-        found_inf=is_bad,
-        amsgrad=False,
-        beta1=betas[0],
-        beta2=betas[1],
-        lr=lr,
-        weight_decay=weight_decay,
-        eps=eps,
-        maximize=False,
-    )
-    if param.data_ptr() != master.data_ptr():
-        param.copy_(master)
+    for param, master, grad, exp_avg, exp_avg_sq in zip(
+        params, masters, grads, exp_avgs, exp_avg_sqs, strict=True
+    ):
+        torch_adamw.adamw(
+            [master],
+            [grad.to(master.dtype)],
+            [exp_avg],
+            [exp_avg_sq],
+            [],
+            # It counts up before it reads the step.
+            [torch.full((), step - 1.0, device=master.device)],
+            fused=True,
+            grad_scale=clip_coef.reciprocal(),
+            found_inf=(~clip_coef.isfinite()).float(),
+            amsgrad=False,
+            beta1=betas[0],
+            beta2=betas[1],
+            lr=lr,
+            weight_decay=weight_decay,
+            eps=eps,
+            maximize=False,
+        )
+        if param.data_ptr() != master.data_ptr():
+            param.copy_(master)

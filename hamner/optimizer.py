@@ -8,6 +8,8 @@ device, and a step whose loss or gradient norm is not finite is skipped there.
 """
 
 import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -147,26 +149,39 @@ class AdamW:
         if loss is not None:
             norm = norm + (loss - loss)  # 0, or NaN where the loss is infinite or NaN
         clip = clip_coefficient(norm, self.grad_clip or math.inf)
+        for decays, states in self._kinds(gradients):
+            self.ops.adamw_(
+                *zip(*states, strict=True),
+                lr=lr,
+                betas=BETAS,
+                eps=EPS,
+                weight_decay=self.weight_decay if decays else 0.0,
+                step=self.steps,
+                clip_coef=clip,
+            )
+        self.drop_gradients()
+        return norm
+
+    def _kinds(self, gradients: Mapping[str, Tensor]) -> Iterator[tuple[bool, list[tuple]]]:
+        """What `adamw_` updates at once: whether the weights decay, and each parameter's tensors.
+
+        Of one kind are parameters of the same dtypes that all decay or all do not.
+        """
         masters = self.masters | self.remainders
+        kinds = defaultdict(list)
         for name, gradient in gradients.items():
             parameter = self.parameters[name]
             weight = local(parameter.data)
-            self.ops.adamw_(
+            state = (
                 weight,
                 local(masters[name]) if name in masters else weight,
                 local(gradient),
                 local(self.exp_avg[name]),
                 local(self.exp_avg_sq[name]),
-                lr=lr,
-                betas=BETAS,
-                eps=EPS,
-                weight_decay=self.weight_decay if parameter.ndim >= 2 else 0.0,
-                step=self.steps,
-                clip_coef=clip,
             )
-            parameter.grad = None
-        self.drop_gradients()
-        return norm
+            kinds[parameter.ndim >= 2, *(tensor.dtype for tensor in state)].append(state)
+        for (decays, *_), states in kinds.items():
+            yield decays, states
 
     def drop_gradients(self) -> None:
         """Forget the gradients, accumulated ones too."""

@@ -1,4 +1,4 @@
-"""AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) on a mixed-precision parameter, one pass.
+"""AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) on mixed-precision parameters, one pass.
 
     g = clip_coef * grad
     exp_avg    += (1 - beta1) * (g - exp_avg)
@@ -8,8 +8,9 @@
     param = master, rounded
 
 Fused: gradient clipping, both moments, the fp32 master's update and its half-precision copy.
-Everything is in place. A clip_coef that is not finite leaves all of it unchanged: the decision to
-skip a bad step is taken on the GPU, so nothing waits for it.
+Everything is in place, and one launch updates all parameters of a kind. A clip_coef that is not
+finite leaves all of it unchanged: the decision to skip a bad step is taken on the GPU, so nothing
+waits for it.
 
 A bf16 param is the upper half of its master's bits, up to rounding, so of the master only the
 int16 remainder needs to be stored beside it (`split_master`; the param remainders of NVIDIA Apex's
@@ -31,23 +32,24 @@ import triton.language as tl
 from torch import Tensor
 
 from hamner.kernels.launch import capability
+from hamner.kernels.tensor_table import TRITON_DTYPES, table_chunk, table_entry, tensor_table
 
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Config(NamedTuple):
-    """Elements a program updates, and its warps."""
+    """Elements a program updates, how many of them at a time, and its warps."""
 
+    chunk: int
     block: int
     warps: int
 
 
-# 8 elements a thread are two 16-byte loads from each fp32 state and one from a bf16 gradient: 2.95
-# TB/s on an H100 (profiles/LOG.md).
+# 8 elements a thread are two 16-byte loads from each fp32 state and one from a bf16 gradient.
 CONFIGS = {
-    "8.6": Config(1024, 4),
-    "8.0": Config(1024, 4),
-    "9.0": Config(1024, 4),
+    "8.6": Config(4096, 1024, 4),
+    "8.0": Config(4096, 1024, 4),
+    "9.0": Config(4096, 1024, 4),
 }
 
 
@@ -118,11 +120,10 @@ def join_master(param: Tensor, remainder: Tensor) -> Tensor:
 
 @triton.jit
 def adamw_kernel(
-    param_ptr,  # (numel,) half precision copy of master, or None; beside a remainder bf16 as int16
-    master_ptr,  # (numel,) fp32, or int16: the remainder beside param
-    grad_ptr,  # (numel,) any dtype
-    exp_avg_ptr,  # (numel,) fp32
-    exp_avg_sq_ptr,  # (numel,) fp32
+    addresses_ptr,  # (5, num_tensors) int64: masters, grads, exp_avgs, exp_avg_sqs, params if any
+    numels_ptr,  # (num_tensors,) int64
+    chunks_ptr,  # (programs, 2) int32
+    num_tensors,
     clip_coef_ptr,  # () fp32
     lr_ptr,  # () fp32, or None: lr
     lr,
@@ -134,14 +135,25 @@ def adamw_kernel(
     log_beta2,
     eps,
     weight_decay,
-    numel,
-    IS_SPLIT: tl.constexpr,  # master is a remainder
+    MASTER: tl.constexpr,  # fp32, or int16: the remainder beside param
+    GRAD: tl.constexpr,  # any dtype
+    PARAM: tl.constexpr,  # of the half precision copy of master, beside a remainder int16; or None
+    ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    IS_SPLIT: tl.constexpr = tl.int16 == MASTER
+    tensor, start, numel = table_chunk(numels_ptr, chunks_ptr, CHUNK, ALIGNED)
+    master_ptr = table_entry(addresses_ptr, 0, tensor, num_tensors, MASTER, ALIGNED)
+    grad_ptr = table_entry(addresses_ptr, 1, tensor, num_tensors, GRAD, ALIGNED)
+    exp_avg_ptr = table_entry(addresses_ptr, 2, tensor, num_tensors, tl.float32, ALIGNED)
+    exp_avg_sq_ptr = table_entry(addresses_ptr, 3, tensor, num_tensors, tl.float32, ALIGNED)
+    if PARAM is not None:
+        param_ptr = table_entry(addresses_ptr, 4, tensor, num_tensors, PARAM, ALIGNED)
+
     clip_coef = tl.load(clip_coef_ptr).to(tl.float32)
     # Nothing is read or written when clip_coef is not finite; NaN compares as not less.
-    mask = offs < tl.where(tl.abs(clip_coef) < float("inf"), numel, 0)
+    end = tl.where(tl.abs(clip_coef) < float("inf"), numel, 0)
     if lr_ptr is not None:
         lr = tl.load(lr_ptr).to(tl.float32)
     if step_ptr is not None:
@@ -149,54 +161,58 @@ def adamw_kernel(
     correction1 = bias_correction(step, log_beta1)
     correction2 = bias_correction(step, log_beta2)
 
-    grad = tl.load(grad_ptr + offs, mask=mask, other=0.0).to(tl.float32) * clip_coef
-    exp_avg = tl.load(exp_avg_ptr + offs, mask=mask, other=0.0)
-    exp_avg_sq = tl.load(exp_avg_sq_ptr + offs, mask=mask, other=0.0)
-    if IS_SPLIT:
-        # On the bits, as split_master and join_master. No sum here leaves int32.
-        upper = tl.load(param_ptr + offs, mask=mask, other=0).to(tl.int32) << 16
-        bits = upper + tl.load(master_ptr + offs, mask=mask, other=0).to(tl.int32)
-        master = bits.to(tl.float32, bitcast=True)
-    else:
-        master = tl.load(master_ptr + offs, mask=mask, other=0.0)
+    for first in range(0, CHUNK, BLOCK):
+        offs = start + first + tl.arange(0, BLOCK)
+        mask = offs < end
+        grad = tl.load(grad_ptr + offs, mask=mask, other=0.0).to(tl.float32) * clip_coef
+        exp_avg = tl.load(exp_avg_ptr + offs, mask=mask, other=0.0)
+        exp_avg_sq = tl.load(exp_avg_sq_ptr + offs, mask=mask, other=0.0)
+        if IS_SPLIT:
+            # On the bits, as split_master and join_master. No sum here leaves int32.
+            upper = tl.load(param_ptr + offs, mask=mask, other=0).to(tl.int32) << 16
+            bits = upper + tl.load(master_ptr + offs, mask=mask, other=0).to(tl.int32)
+            master = bits.to(tl.float32, bitcast=True)
+        else:
+            master = tl.load(master_ptr + offs, mask=mask, other=0.0)
 
-    exp_avg += one_minus_beta1 * (grad - exp_avg)
-    exp_avg_sq += one_minus_beta2 * (grad * grad - exp_avg_sq)
-    denominator = tl.sqrt(exp_avg_sq) / tl.sqrt(correction2) + eps
-    master -= lr * weight_decay * master
-    master -= lr / correction1 * (exp_avg / denominator)
+        exp_avg += one_minus_beta1 * (grad - exp_avg)
+        exp_avg_sq += one_minus_beta2 * (grad * grad - exp_avg_sq)
+        denominator = tl.sqrt(exp_avg_sq) / tl.sqrt(correction2) + eps
+        master -= lr * weight_decay * master
+        master -= lr / correction1 * (exp_avg / denominator)
 
-    tl.store(exp_avg_ptr + offs, exp_avg, mask=mask)
-    tl.store(exp_avg_sq_ptr + offs, exp_avg_sq, mask=mask)
-    if IS_SPLIT:
-        bits = tl.where(master == master, master.to(tl.int32, bitcast=True), QUIET_NAN)
-        remainder = bits.to(tl.int16)
-        tl.store(master_ptr + offs, remainder, mask=mask)
-        upper = bits - remainder.to(tl.int32)
-        tl.store(param_ptr + offs, (upper >> 16).to(tl.int16), mask=mask)
-    else:
-        tl.store(master_ptr + offs, master, mask=mask)
-        if param_ptr is not None:
-            tl.store(param_ptr + offs, master.to(param_ptr.dtype.element_ty), mask=mask)
+        tl.store(exp_avg_ptr + offs, exp_avg, mask=mask)
+        tl.store(exp_avg_sq_ptr + offs, exp_avg_sq, mask=mask)
+        if IS_SPLIT:
+            bits = tl.where(master == master, master.to(tl.int32, bitcast=True), QUIET_NAN)
+            remainder = bits.to(tl.int16)
+            tl.store(master_ptr + offs, remainder, mask=mask)
+            upper = bits - remainder.to(tl.int32)
+            tl.store(param_ptr + offs, (upper >> 16).to(tl.int16), mask=mask)
+        else:
+            tl.store(master_ptr + offs, master, mask=mask)
+            if PARAM is not None:
+                tl.store(param_ptr + offs, master.to(PARAM), mask=mask)
 
 
-# Defined by hand: one call a parameter makes the op's own overhead count, and custom_op's handling
-# of mutated arguments costs the host ten times as much as this does.
+# Defined by hand: custom_op's handling of mutated arguments costs the host ten times as much as
+# this does.
 torch.library.define(
     "hamner::adamw_",
-    "(Tensor(a!)? param, Tensor(b!) master, Tensor grad, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq,"
-    " Tensor clip_coef, Tensor? lr_tensor, float lr, Tensor? step_tensor, float step,"
-    " float beta1, float beta2, float eps, float weight_decay) -> ()",
+    "(Tensor(a!)[] params, Tensor(b!)[] masters, Tensor[] grads, Tensor(c!)[] exp_avgs,"
+    " Tensor(d!)[] exp_avg_sqs, Tensor clip_coef, Tensor? lr_tensor, float lr,"
+    " Tensor? step_tensor, float step, float beta1, float beta2, float eps, float weight_decay)"
+    " -> ()",
 )
 
 
 @torch.library.impl("hamner::adamw_", "default")
 def _launch_adamw(
-    param: Tensor | None,
-    master: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
+    params: list[Tensor],  # empty where they are the masters
+    masters: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
     clip_coef: Tensor,
     lr_tensor: Tensor | None,
     lr: float,
@@ -207,27 +223,31 @@ def _launch_adamw(
     eps: float,
     weight_decay: float,
 ) -> None:
-    mutated = (master, exp_avg, exp_avg_sq) + (() if param is None else (param,))
-    torch.autograd.graph.increment_version(mutated)
-    if master.numel() == 0:
+    torch.autograd.graph.increment_version((*params, *masters, *exp_avgs, *exp_avg_sqs))
+    config = CONFIGS[capability(clip_coef.device)]
+    columns = [masters, grads, exp_avgs, exp_avg_sqs, *([params] if params else [])]
+    table = tensor_table(columns, config.chunk)
+    if not len(table.chunks):
         return
-    is_split = master.dtype == torch.int16
-    if is_split:
-        param = param.view(torch.int16)
-    config = CONFIGS[capability(master.device)]
-    with torch.cuda.device_of(master):
-        adamw_kernel[(triton.cdiv(master.numel(), config.block),)](
-            param, master, grad, exp_avg, exp_avg_sq, clip_coef,
+    master = masters[0].dtype
+    param = params[0].dtype if params else None
+    if master == torch.int16:
+        param = master
+    with torch.cuda.device_of(clip_coef):
+        adamw_kernel[(len(table.chunks),)](
+            table.addresses, table.numels, table.chunks, len(masters), clip_coef,
             lr_tensor, lr, step_tensor, step,
             # On the host in fp64: 1 - 0.999 in fp32 is already off by 1e-5.
-            1.0 - beta1, _log(beta1), 1.0 - beta2, _log(beta2),
-            eps, weight_decay, master.numel(),
-            IS_SPLIT=is_split, BLOCK=config.block, num_warps=config.warps,
+            1.0 - beta1, _log(beta1), 1.0 - beta2, _log(beta2), eps, weight_decay,
+            MASTER=TRITON_DTYPES[master], GRAD=TRITON_DTYPES[grads[0].dtype],
+            PARAM=None if param is None else TRITON_DTYPES[param],
+            ALIGNED=table.is_aligned, CHUNK=config.chunk, BLOCK=config.block,
+            num_warps=config.warps,
         )  # fmt: skip
 
 
 @torch.library.register_fake("hamner::adamw_")
-def _(param, master, grad, exp_avg, exp_avg_sq, clip_coef, *scalars):
+def _(params, masters, grads, exp_avgs, exp_avg_sqs, clip_coef, *scalars):
     return None
 
 
@@ -237,11 +257,11 @@ def _log(beta: float) -> float:
 
 @torch.no_grad()
 def adamw_(
-    param: Tensor,
-    master: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
+    param: Tensor | Sequence[Tensor],
+    master: Tensor | Sequence[Tensor],
+    grad: Tensor | Sequence[Tensor],
+    exp_avg: Tensor | Sequence[Tensor],
+    exp_avg_sq: Tensor | Sequence[Tensor],
     *,
     lr: float | Tensor,
     betas: tuple[float, float],
@@ -250,7 +270,10 @@ def adamw_(
     step: int | Tensor,
     clip_coef: Tensor,
 ) -> None:
-    """Take one AdamW step in place, as `torch.optim.AdamW` does, on a parameter or a shard of it.
+    """Take one AdamW step in place, as `torch.optim.AdamW` does, on parameters or shards of them.
+
+    The first five are tensors, or sequences of equally many: parameters of one kind (the same
+    dtypes) and of the same scalars, updated by one launch.
 
     Args:
         param: what the model computes with, any shape; or `master` itself, when that is fp32.
@@ -269,6 +292,60 @@ def adamw_(
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
     """
+    states = _parameters(param, master, grad, exp_avg, exp_avg_sq)
+    for state in states:
+        _check_parameter(*state, device=clip_coef.device)
+        if [x.dtype for x in state] != [x.dtype for x in states[0]]:
+            raise TypeError("parameters updated together must have the same dtypes")
+    for name, beta in zip(("betas[0]", "betas[1]"), betas, strict=True):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"{name} is {beta}; it must be in [0, 1)")
+    for name, scalar in (("lr", lr), ("step", step), ("clip_coef", clip_coef)):
+        if isinstance(scalar, Tensor) and (
+            scalar.numel() != 1 or scalar.device != clip_coef.device
+        ):
+            raise ValueError(
+                f"{name} has {scalar.numel()} elements on {scalar.device}; it must be one, "
+                f"on {clip_coef.device}"
+            )
+    if not states:
+        return
+    lr_is_tensor, step_is_tensor = isinstance(lr, Tensor), isinstance(step, Tensor)
+    params, *rest = (list(column) for column in zip(*states, strict=True))
+    torch.ops.hamner.adamw_(
+        [] if all(param is master for param, master, *_ in states) else params,
+        *rest,
+        clip_coef,
+        lr if lr_is_tensor else None,
+        0.0 if lr_is_tensor else lr,
+        step if step_is_tensor else None,
+        0.0 if step_is_tensor else float(step),
+        *betas,
+        eps,
+        weight_decay,
+    )
+
+
+def _parameters(*columns: Tensor | Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+    """(param, master, grad, exp_avg, exp_avg_sq) of each."""
+    listed = [[column] if isinstance(column, Tensor) else column for column in columns]
+    if len({len(column) for column in listed}) > 1:
+        raise ValueError(
+            f"got {[len(column) for column in listed]} tensors; there must be equally many of "
+            "param, master, grad, exp_avg and exp_avg_sq"
+        )
+    return list(zip(*listed, strict=True))
+
+
+def _check_parameter(
+    param: Tensor,
+    master: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    device: torch.device,
+) -> None:
     if master.dtype == torch.int16:
         if param.dtype != torch.bfloat16:
             raise TypeError(f"param is {param.dtype}; beside an int16 master it must be bfloat16")
@@ -291,60 +368,48 @@ def adamw_(
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}, master {tuple(master.shape)}"
             )
-        if tensor.device != master.device:
-            raise ValueError(f"{name} is on {tensor.device}, master on {master.device}")
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, clip_coef on {device}")
         if not tensor.is_contiguous():
             raise ValueError(f"{name} has strides {tensor.stride()}; it must be contiguous")
-    for name, beta in zip(("betas[0]", "betas[1]"), betas, strict=True):
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"{name} is {beta}; it must be in [0, 1)")
-    for name, scalar in (("lr", lr), ("step", step), ("clip_coef", clip_coef)):
-        if isinstance(scalar, Tensor) and (scalar.numel() != 1 or scalar.device != master.device):
-            raise ValueError(
-                f"{name} has {scalar.numel()} elements on {scalar.device}; it must be one, "
-                f"on {master.device}"
-            )
-    lr_is_tensor, step_is_tensor = isinstance(lr, Tensor), isinstance(step, Tensor)
-    torch.ops.hamner.adamw_(
-        None if param is master else param,
-        master,
-        grad,
-        exp_avg,
-        exp_avg_sq,
-        clip_coef,
-        lr if lr_is_tensor else None,
-        0.0 if lr_is_tensor else lr,
-        step if step_is_tensor else None,
-        0.0 if step_is_tensor else float(step),
-        *betas,
-        eps,
-        weight_decay,
-    )
 
 
 @triton.jit
 def sum_squares_kernel(
-    x_ptr,  # (numel,) any dtype
+    addresses_ptr,  # (1, num_tensors) int64
+    numels_ptr,  # (num_tensors,) int64
+    chunks_ptr,  # (programs, 2) int32
     partial_ptr,  # (programs,) fp32
-    numel,
+    num_tensors,
+    DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    pid = tl.program_id(0).to(tl.int64)
-    offs = pid * BLOCK + tl.arange(0, BLOCK)
+    tensor, start, numel = table_chunk(numels_ptr, chunks_ptr, BLOCK, ALIGNED)
+    x_ptr = table_entry(addresses_ptr, 0, tensor, num_tensors, DTYPE, ALIGNED)
+    offs = start + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + offs, mask=offs < numel, other=0.0).to(tl.float32)
-    tl.store(partial_ptr + pid, tl.sum(x * x, axis=0))
+    tl.store(partial_ptr + tl.program_id(0), tl.sum(x * x, axis=0))
 
 
 @torch.library.custom_op("hamner::global_grad_norm", mutates_args=())
 def _global_grad_norm_op(grads: list[Tensor]) -> Tensor:
-    counts = [triton.cdiv(grad.numel(), NORM_BLOCK) for grad in grads]
+    grads = [grad.contiguous() for grad in grads]
+    tables = {
+        dtype: tensor_table([[grad for grad in grads if grad.dtype == dtype]], NORM_BLOCK)
+        for dtype in SUPPORTED_DTYPES
+        if any(grad.dtype == dtype for grad in grads)
+    }
+    counts = [len(table.chunks) for table in tables.values()]
     partials = grads[0].new_empty(sum(counts), dtype=torch.float32)
     with torch.cuda.device_of(partials):
-        for grad, part in zip(grads, partials.split(counts), strict=True):
-            if grad.numel():
+        for (dtype, table), part in zip(tables.items(), partials.split(counts), strict=True):
+            if len(part):
                 sum_squares_kernel[(len(part),)](
-                    grad.contiguous(), part, grad.numel(), BLOCK=NORM_BLOCK, num_warps=NORM_WARPS
-                )
+                    table.addresses, table.numels, table.chunks, part, len(table.numels),
+                    DTYPE=TRITON_DTYPES[dtype], ALIGNED=table.is_aligned,
+                    BLOCK=NORM_BLOCK, num_warps=NORM_WARPS,
+                )  # fmt: skip
     return partials.sum().sqrt()
 
 
@@ -356,7 +421,7 @@ def _(grads):
 def global_grad_norm(grads: Sequence[Tensor]) -> Tensor:
     """The 2-norm of all gradients together, without waiting for the GPU.
 
-    One small kernel a tensor, whose partial sums are added in a fixed order: torch's multi-tensor
+    One launch for each dtype, whose partial sums are added in a fixed order: torch's multi-tensor
     norm leaves its fast path when half-precision gradients are to be summed in fp32.
 
     Args:
@@ -406,6 +471,19 @@ def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
 
 @torch.no_grad()
 def adamw_reference_(
+    param: Tensor | Sequence[Tensor],
+    master: Tensor | Sequence[Tensor],
+    grad: Tensor | Sequence[Tensor],
+    exp_avg: Tensor | Sequence[Tensor],
+    exp_avg_sq: Tensor | Sequence[Tensor],
+    **scalars,
+) -> None:
+    """`adamw_` in plain torch, in the dtype of master; of a split one in float32."""
+    for state in _parameters(param, master, grad, exp_avg, exp_avg_sq):
+        _adamw_reference_(*state, **scalars)
+
+
+def _adamw_reference_(
     param: Tensor,
     master: Tensor,
     grad: Tensor,
@@ -419,7 +497,6 @@ def adamw_reference_(
     step: int | Tensor,
     clip_coef: Tensor,
 ) -> None:
-    """`adamw_` in plain torch, in the dtype of master; of a split one in float32."""
     is_split = master.dtype == torch.int16
     weight = join_master(param, master) if is_split else master
     beta1, beta2 = betas

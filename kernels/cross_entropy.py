@@ -113,8 +113,12 @@ def cross_entropy_kernel(
                 logits = tl.load(logits_ptr + start + offs, mask=mask, other=0.0).to(tl.float32)
                 gradient = scale * tl.exp(logits - row_max)
                 gradient -= tl.where(start + offs == target, 1.0, 0.0)
+                # Streamed past the cache, which holds the rows that are to be read a second time.
                 tl.store(
-                    logits_ptr + start + offs, gradient.to(logits_ptr.dtype.element_ty), mask=mask
+                    logits_ptr + start + offs,
+                    gradient.to(logits_ptr.dtype.element_ty),
+                    mask=mask,
+                    cache_modifier=".cs",
                 )
 
 
@@ -177,14 +181,19 @@ def default_chunk_size(num_tokens: int, vocabulary: int, element_size: int) -> i
     return triton.cdiv(triton.cdiv(num_tokens, max(num_chunks, 1)), CHUNK_MULTIPLE) * CHUNK_MULTIPLE
 
 
-def _add_matmul_(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a @ b to an fp32 accumulator without rounding the product to the dtype of a and b."""
+def _add_matmul_(accumulator: Tensor, a: Tensor, b: Tensor, *, is_first: bool) -> None:
+    """Add a @ b to an fp32 accumulator without rounding the product to the dtype of a and b.
+
+    The first product is written over what is there, which need not be zeroed and read then.
+    """
+    if not a.is_cuda:  # torch has no mixed matmul on the CPU
+        a, b = a.float(), b.float()
     if a.dtype == torch.float32:
-        accumulator.addmm_(a, b)
-    elif a.is_cuda:
+        torch.addmm(accumulator, a, b, beta=0 if is_first else 1, out=accumulator)
+    elif is_first:
+        torch.mm(a, b, out_dtype=torch.float32, out=accumulator)
+    else:
         torch.addmm(accumulator, a, b, out_dtype=torch.float32, out=accumulator)
-    else:  # torch has no mixed matmul on the CPU
-        accumulator.addmm_(a.float(), b.float())
 
 
 @torch.library.custom_op("hamner::linear_cross_entropy", mutates_args=())
@@ -203,7 +212,8 @@ def _linear_cross_entropy_op(
     num_kept = (targets != ignore_index).sum()
     losses = hidden.new_empty(num_tokens, dtype=torch.float32)
     d_hidden = torch.empty_like(hidden) if needs_gradient else hidden.new_empty(0)
-    d_weight = weight.new_zeros(weight.shape if needs_gradient else 0, dtype=torch.float32)
+    make_d_weight = weight.new_empty if num_tokens else weight.new_zeros
+    d_weight = make_d_weight(weight.shape if needs_gradient else 0, dtype=torch.float32)
 
     if chunk_size is None:
         chunk_size = default_chunk_size(num_tokens, vocabulary, hidden.element_size())
@@ -218,7 +228,7 @@ def _linear_cross_entropy_op(
         if needs_gradient:
             d_logits = logits
             torch.mm(d_logits, weight, out=d_hidden[chunk])
-            _add_matmul_(d_weight, d_logits.t(), hidden[chunk])
+            _add_matmul_(d_weight, d_logits.t(), hidden[chunk], is_first=start == 0)
     loss = losses.sum() / num_kept.clamp(min=1)
     return loss, d_hidden, d_weight, num_kept
 

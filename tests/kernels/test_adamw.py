@@ -252,6 +252,59 @@ def test_empty(device):
         adamw_(**state, **OPTIONS, step=1, clip_coef=one(device))
 
 
+@pytest.mark.parametrize("implementation", [adamw_, adamw_reference_])
+@pytest.mark.parametrize("kind", ["whole master", "split master", "fp32"])
+def test_parameters_together_are_updated_as_one_by_one(kind, implementation, device):
+    """Bit for bit; sizes around those of a program's chunk, odd ones, none, and unaligned views."""
+
+    def make(index, numel):
+        if kind == "split master":
+            state = make_split_state((numel,), device)
+        else:
+            state = make_state((numel,), torch.float32 if kind == "fp32" else torch.float16, device)
+        state["grad"] = state["grad"] * (index + 1)
+        return state
+
+    for sizes in ((16, 4096, 8192), (4097, 0, 1, 37, 4096), (0, 0)):
+        states = [make(index, numel) for index, numel in enumerate(sizes)]
+        alone = copy.deepcopy(states)
+        scalars = {**OPTIONS, "step": 3, "clip_coef": torch.tensor(0.75, device=device)}
+        columns = {name: [state[name] for state in states] for name in states[0]}
+        implementation(**columns, **scalars)
+        for together, one_by_one in zip(states, alone, strict=True):
+            implementation(**one_by_one, **scalars)
+            for name, x in one_by_one.items():
+                assert torch.equal(together[name], x), (sizes, name)
+
+
+def test_parameters_at_unaligned_addresses(device):
+    """As shards of a larger tensor are."""
+    state, exact = (make_split_state((4096,), device) for _ in range(2))
+    shifted = {}
+    for name, x in state.items():
+        shifted[name] = torch.cat((x[:1], x))[1:]
+        assert shifted[name].data_ptr() % 16
+    scalars = {**OPTIONS, "step": 3, "clip_coef": one(device)}
+    adamw_(**shifted, **scalars)
+    adamw_(**exact, **scalars)
+    for name, x in exact.items():
+        assert torch.equal(shifted[name], x), name
+
+
+def test_no_parameters(device):
+    adamw_([], [], [], [], [], **OPTIONS, step=1, clip_coef=one(device))
+
+
+def test_parameters_that_do_not_go_together():
+    cpu = torch.device("cpu")
+    half, single = make_state((3,), torch.float16, cpu), make_state((3,), torch.float32, cpu)
+    scalars = {**OPTIONS, "step": 1, "clip_coef": one(cpu)}
+    with pytest.raises(TypeError, match="must have the same dtypes"):
+        adamw_(**{name: [half[name], single[name]] for name in half}, **scalars)
+    with pytest.raises(ValueError, match=r"got \[2, 1, 1, 1, 1\] tensors"):
+        adamw_(**{**half, "param": [half["param"]] * 2}, **scalars)
+
+
 @pytest.mark.parametrize("split", [False, True])
 def test_compiled_gives_the_same_bits(split, device):
     shape = (37,)
@@ -274,7 +327,8 @@ def test_opcheck(split, device):
     shape = (37,)
     state = make_split_state(shape, device) if split else make_state(shape, torch.float16, device)
     scalars = (one(device), None, 1e-3, None, 3.0, 0.9, 0.95, 1e-8, 0.1)
-    torch.library.opcheck(torch.ops.hamner.adamw_, (*state.values(), *scalars))
+    lists = [[tensor] for tensor in state.values()]
+    torch.library.opcheck(torch.ops.hamner.adamw_, (*lists, *scalars))
 
 
 @pytest.mark.parametrize(
@@ -317,6 +371,7 @@ def test_global_grad_norm(global_grad_norm, dtype, device):
         torch.randn(shape, generator=generator).to(device, dtype)
         for shape in [(300, 70), (5,), (0,), (2, 3, 4), (8192,)]
     ]
+    grads.append(torch.randn(50, generator=generator).to(device))  # fp32 beside another dtype
     exact = torch.cat([grad.double().flatten() for grad in grads]).norm()
     norm = global_grad_norm(grads)
     assert norm.dtype == torch.float32

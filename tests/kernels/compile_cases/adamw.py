@@ -3,6 +3,8 @@
 Beside bf16 a whole master, or its remainder (scalars from the host, as the trainer has them).
 """
 
+import triton.language as tl
+
 from hamner.kernels.adamw import (
     CONFIGS,
     NORM_BLOCK,
@@ -13,6 +15,13 @@ from hamner.kernels.adamw import (
 from hamner.kernels.launch import CAPABILITIES
 from tests.kernels.compile_gate import CompileCase
 
+TABLE = {
+    "addresses_ptr": "*i64",
+    "numels_ptr": "*i64",
+    "chunks_ptr": "*i32",
+    "num_tensors": "i32",
+}
+
 
 def cases() -> list[CompileCase]:
     return [
@@ -22,46 +31,35 @@ def cases() -> list[CompileCase]:
             _case(
                 "bf16",
                 capability,
-                {
-                    "param_ptr": "*bf16",
-                    "master_ptr": "*fp32",
-                    "grad_ptr": "*bf16",
-                    "lr_ptr": "*fp32",
-                    "step_ptr": "*i64",
-                },
-                {"IS_SPLIT": False},
+                {"lr_ptr": "*fp32", "step_ptr": "*i64"},
+                {"MASTER": tl.float32, "GRAD": tl.bfloat16, "PARAM": tl.bfloat16},
             ),
             _case(
                 "bf16, split master",
                 capability,
-                {"param_ptr": "*i16", "master_ptr": "*i16", "grad_ptr": "*bf16"},
-                {"IS_SPLIT": True, "lr_ptr": None, "step_ptr": None},
+                {},
+                {"MASTER": tl.int16, "GRAD": tl.bfloat16, "PARAM": tl.int16},
             ),
             _case(
-                "fp32",
-                capability,
-                {"master_ptr": "*fp32", "grad_ptr": "*fp32"},
-                {"IS_SPLIT": False, "param_ptr": None, "lr_ptr": None, "step_ptr": None},
+                "fp32", capability, {}, {"MASTER": tl.float32, "GRAD": tl.float32, "PARAM": None}
             ),
             CompileCase(
                 name="global_grad_norm",
                 kernel=sum_squares_kernel,
-                signature={"x_ptr": "*bf16", "partial_ptr": "*fp32", "numel": "i32"},
-                constexprs={"BLOCK": NORM_BLOCK},
+                signature={**TABLE, "partial_ptr": "*fp32"},
+                constexprs={"DTYPE": tl.bfloat16, "ALIGNED": True, "BLOCK": NORM_BLOCK},
                 num_warps=NORM_WARPS,
                 num_stages=3,
                 capability=capability,
-                divisible_by_16=("numel",),
             ),
         )
     ]
 
 
 def _case(
-    name: str, capability: str, pointers: dict[str, str], constexprs: dict[str, bool | None]
+    name: str, capability: str, on_device: dict[str, str], dtypes: dict[str, tl.dtype | None]
 ) -> CompileCase:
     config = CONFIGS[capability]
-    states = dict.fromkeys(("exp_avg_ptr", "exp_avg_sq_ptr", "clip_coef_ptr"), "*fp32")
     scalars = dict.fromkeys(
         (
             "lr",
@@ -75,13 +73,14 @@ def _case(
         ),
         "fp32",
     )
+    from_host = dict.fromkeys({"lr_ptr", "step_ptr"} - on_device.keys())
+    blocks = {"CHUNK": config.chunk, "BLOCK": config.block}
     return CompileCase(
         name=f"adamw/{name}",
         kernel=adamw_kernel,
-        signature={**pointers, **states, **scalars, "numel": "i32"},
-        constexprs={**constexprs, "BLOCK": config.block},
+        signature={**TABLE, "clip_coef_ptr": "*fp32", **on_device, **scalars},
+        constexprs={**from_host, **dtypes, **blocks, "ALIGNED": True},
         num_warps=config.warps,
         num_stages=3,
         capability=capability,
-        divisible_by_16=("numel",),
     )

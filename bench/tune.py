@@ -298,6 +298,8 @@ def main() -> None:
     for kernel in kernels:
         if kernel not in KERNELS:
             parser.error(f"{kernel} is not one of {', '.join(KERNELS)}")
+    if not torch.cuda.is_available():
+        parser.error("no CUDA GPU found; launch tables are measured on the GPU they are for")
 
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:

@@ -4,7 +4,9 @@
 
 The row goes into CONFIGS of kernels/flash_attention.py; tests/kernels/test_compile_gate.py then
 says whether it fits the smallest card that uses it. Causal, bf16, 24,576 tokens, 16 query and 4
-key/value heads. Every candidate is compiled first, by all cores at once; then each is timed alone.
+key/value heads; where both head sizes are one, packed and with RoPE's backward in attention's, as
+a model runs it. Every candidate is compiled first, by all cores at once; then each is timed alone,
+as a CUDA graph.
 """
 
 import argparse
@@ -16,15 +18,15 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
 import torch
-import triton
 from triton.runtime.errors import OutOfResources
 
+from bench.timing import graphed, quantiles, use_recordable_stream
 from hamner.kernels.flash_attention import CONFIGS, Tile, launch_backward, launch_forward
 from hamner.kernels.launch import capability
 
 TOKENS, HEADS, KV_HEADS = 24_576, 16, 4
 KERNELS = ("forward", "dq", "dk_dv")
-OUTER_BLOCKS, INNER_BLOCKS, WARPS, STAGES = (64, 128), (16, 32, 64, 128), (4, 8), (2, 3, 4)
+OUTER_BLOCKS, INNER_BLOCKS, WARPS, STAGES = (64, 128), (32, 64, 128), (4, 8), (2, 3, 4)
 SHOWN = 6
 
 
@@ -45,27 +47,32 @@ class Problem:
             return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
 
         self.sizes = head_size, max(head_size, v_head_size)
+        self.rope = ()
         if head_size == v_head_size:  # slices of a packed projection, as in a model
-            packed = randn(HEADS + 2 * KV_HEADS, head_size)
-            self.qkv = packed.split((HEADS, KV_HEADS, KV_HEADS), dim=2)
+            heads = (HEADS, KV_HEADS, KV_HEADS)
+            self.qkv, self.gradients = (
+                randn(sum(heads), head_size).split(heads, dim=2) for _ in range(2)
+            )
+            angles = torch.rand(seq_len, head_size // 2, device="cuda")
+            self.rope = angles.cos(), angles.sin(), None
         else:
             self.qkv = (
                 randn(HEADS, head_size),
                 randn(KV_HEADS, head_size),
                 randn(KV_HEADS, self.sizes[1]),
             )
+            self.gradients = [torch.empty_like(x) for x in self.qkv]
         self.d_out = randn(HEADS, self.sizes[1])
         self.masking = None, None, True, head_size**-0.5
         self.out, self.lse = launch_forward(*self.qkv, *self.masking)
-        self.gradients = [torch.empty_like(x) for x in self.qkv]
 
     def forward(self) -> None:
         launch_forward(*self.qkv, *self.masking)
 
     def backward(self) -> None:
         launch_backward(
-            self.d_out, *self.qkv, self.out, self.lse, *self.masking, *self.gradients
-        )  # fmt: skip
+            self.d_out, *self.qkv, self.out, self.lse, *self.masking, *self.gradients, *self.rope
+        )
 
     def with_tile(self, kernel: str, tile: Tile, use: Callable[[Callable[[], None]], float]):
         """`use` the direction `kernel` is part of, run with `tile`; infinite if it does not fit."""
@@ -92,6 +99,8 @@ def main() -> None:
     parser.add_argument("--v-head-size", type=int, choices=(64, 128), default=64)
     parser.add_argument("--seq-len", type=int, default=1024)
     arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("no CUDA GPU found; launch tables are measured on the GPU they are for")
     shape = arguments.head_size, arguments.v_head_size, arguments.seq_len
 
     jobs = [(kernel, tile) for kernel in KERNELS for tile in candidates(kernel)]
@@ -99,12 +108,15 @@ def main() -> None:
     with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
         list(pool.map(partial(compile_tile, *shape), jobs))
 
+    use_recordable_stream()
     problem = Problem(*shape, batch_size=TOKENS // arguments.seq_len)
-    time = partial(triton.testing.do_bench, warmup=10, rep=50, quantiles=[0.5])
     best = {}
     # dq and dk_dv are one call: its time falls with either.
     for kernel in KERNELS:
-        times = {tile: problem.with_tile(kernel, tile, time) for tile in candidates(kernel)}
+        times = {
+            tile: problem.with_tile(kernel, tile, lambda run: quantiles(graphed(run), rep=40)[0])
+            for tile in candidates(kernel)
+        }
         ranking = sorted(times, key=times.__getitem__)
         best[kernel] = ranking[0]
         call = "forward" if kernel == "forward" else "backward, both kernels"

@@ -72,7 +72,10 @@ def read_results(path: Path) -> Results:
 
 def label(row: dict) -> str:
     """Who trained: a recompute policy of ours, or a trainer."""
-    return f"hamner, {row['recompute']}" if row["kind"] == "option" else row["trainer"]
+    if row["kind"] == "trainer":
+        return row["trainer"]
+    micro_batches = row["batch_size"] // row["micro_batch_size"]
+    return f"hamner, {row['recompute']}" + (f", {micro_batches} passes" * (micro_batches > 1))
 
 
 def training_table(rows: Iterable[dict], *, short: bool = False) -> str:
@@ -105,6 +108,23 @@ def training_table(rows: Iterable[dict], *, short: bool = False) -> str:
 
 def _gib(row: dict, field: str) -> str:
     return f"{row[field]:.2f}" if row.get(field) is not None else ""
+
+
+def projection_table(rows: Iterable[dict]) -> str:
+    """What `hamner.plan` projects for this card beside what was measured, memory allocated."""
+    header = ["option", "trainer", "tokens/s projected", "measured", "error"]
+    cells = []
+    for row in rows:
+        speeds = row["projected_tokens_per_second"], row["tokens_per_second"]
+        gib = row["projected_gib"], row["peak_allocated_gib"]
+        cells.append(
+            [row["option"], label(row)]
+            + [f"{speed:,}" for speed in speeds]
+            + [f"{speeds[0] / speeds[1] - 1:+.1%}"]
+            + [f"{value:.2f}" for value in gib]
+            + [f"{gib[0] / gib[1] - 1:+.1%}"]
+        )
+    return table([*header, "GiB projected", "measured", "error"], cells)
 
 
 def kernel_table(rows: Iterable[dict]) -> str:
@@ -169,6 +189,8 @@ def short_report(results: Results) -> list[str]:
     parts = []
     if training := results.of_kind("option", "trainer"):
         parts.append(training_table(training, short=True))
+    if projected := [row for row in training if "projected_tokens_per_second" in row]:
+        parts.append(projection_table(projected))
     if kernels := results.of_kind("kernel"):
         parts.append(kernel_table(kernels))
     parts.append("\n".join(other_lines(results)))
@@ -266,6 +288,8 @@ def write_report(config: ReportConfig) -> Path:
         config.out.mkdir(parents=True, exist_ok=True)
         if training:
             parts += ["## Training", training_table(training)]
+        if projected := [row for row in training if "projected_tokens_per_second" in row]:
+            parts += ["## Plan against measurement", projection_table(projected)]
         # Without a GPU there is no memory to draw against.
         if placed := [row for row in training if row.get("peak_allocated_gib") is not None]:
             draw_throughput(placed, config.out / "throughput.png")

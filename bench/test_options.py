@@ -2,12 +2,17 @@
 
     pytest bench/test_options.py --benchmark-only [--vram-budget 24]
 
-Real data through the real loader, the whole batch in one pass; "auto" is what `hamner.train` would
-choose within the budget. What does not fit is reported with what it needs. `extra_info` holds
-tokens/s (of the median step), MFU, the step's 10th, 50th and 90th percentile, the peak allocated
-and reserved, and apart from them the seconds to build and to warm up, compilation included.
+Real data through the real loader, the whole batch in one pass, some also in smaller micro-batches;
+"auto" is what `hamner.train` would choose within the budget. What does not fit is reported with
+what it needs. `extra_info` holds tokens/s (of the median step), MFU, the step's 10th, 50th and 90th
+percentile, the peak allocated and reserved, and apart from them the seconds to build and to warm
+up, compilation included; beside speed and memory stands what `hamner.plan` projects for this card.
+
+The rows of an option share one trainer, which changes its recompute policies between them: only
+the first one's build takes time.
 """
 
+import contextlib
 import itertools
 import time
 from dataclasses import replace
@@ -16,29 +21,46 @@ import pytest
 import torch
 
 from bench import scale, steps
-from hamner import recompute
+from hamner import build, recompute
 from hamner.config import TrainConfig
+from hamner.cost_model import predict
 from hamner.errors import UserError
+from hamner.hardware import identify
 from hamner.options import OPTIONS
 from hamner.profiling.steps import Steps
-from hamner.recompute import GIB, RESERVE_GIB
+from hamner.recompute import GIB, RESERVE_GIB, MemoryPlan
 
 POLICIES = ("auto", "none", "selective", "full")
-QUICK = {("a", "selective"), ("a", "full"), ("c", "selective"), ("tiny", "auto")}
-ON_CPU_TOO = {("tiny", "auto")}
+QUICK = {("a", "selective", 1), ("a", "full", 1), ("c", "selective", 1), ("tiny", "auto", 1)}
+ON_CPU_TOO = {("tiny", "auto", 1)}
+ACCUMULATED = [("a", "selective", 2), ("a", "selective", 4), ("c", "selective", 2)]
+"""(option, policy, micro-batches a step), beside those in one pass"""
 
 
-def marks(row: tuple[str, str]) -> list[pytest.MarkDecorator]:
+def marks(row: tuple[str, str, int]) -> list[pytest.MarkDecorator]:
     """Those of a row."""
     quick = [pytest.mark.quick] if row in QUICK else []
     return quick if row in ON_CPU_TOO else [*quick, pytest.mark.needs_gpu]
 
 
-ROWS = [pytest.param(*row, marks=marks(row)) for row in itertools.product(OPTIONS, POLICIES)]
+def row_id(row: tuple[str, str, int]) -> str:
+    """option-policy, and the number of micro-batches if there are several."""
+    option, policy, micro_batches = row
+    return f"{option}-{policy}" + (f"-{micro_batches}" if micro_batches > 1 else "")
 
 
-def configure(option: str, policy: str, vram_budget: float | None) -> TrainConfig:
-    """The option as it trains; in one pass over the batch, but for "auto"."""
+IN_ONE_PASS = [(*row, 1) for row in itertools.product(OPTIONS, POLICIES)]
+ROWS = [
+    pytest.param(*row, marks=marks(row), id=row_id(row))
+    # An option's rows one after the other, so that they share its trainer.
+    for row in sorted(IN_ONE_PASS + ACCUMULATED, key=lambda row: list(OPTIONS).index(row[0]))
+]
+
+
+def configure(
+    option: str, policy: str, vram_budget: float | None, micro_batches: int = 1
+) -> TrainConfig:
+    """The option as it trains; in so many passes over the batch, but for "auto"."""
     config = replace(TrainConfig.for_option(option), recompute=policy, vram_budget=vram_budget)
     if scale.SMOKE:
         model = replace(
@@ -52,7 +74,9 @@ def configure(option: str, policy: str, vram_budget: float | None) -> TrainConfi
             vocab_size=OPTIONS["tiny"].model.vocab_size,
         )
         config = replace(config, model=model, batch_size=4, seq_len=32, device="cpu")
-    return config if policy == "auto" else replace(config, micro_batch_size=config.batch_size)
+    if policy == "auto":
+        return config
+    return replace(config, micro_batch_size=config.batch_size // micro_batches)
 
 
 def capacity_gib(vram_budget: float | None) -> float:
@@ -69,45 +93,101 @@ def needed_gib(config: TrainConfig) -> float:
     account = recompute.account(
         config.model,
         recompute.parse(config.recompute, config.model.num_layers),
-        micro_batch_tokens=config.tokens_per_step,
+        micro_batch_tokens=config.micro_batch_size * config.seq_len,
         precision="bf16",
-        accumulate=False,
+        accumulate=config.micro_batch_size < config.batch_size,
         fused=True,
     )
     return account.total / GIB
 
 
-@pytest.mark.parametrize(("option", "policy"), ROWS)
-def test_option(benchmark, option, policy, vram_budget, does_not_fit):
+class SharedSteps:
+    """The steps of the option at hand, built when a row first asks for them."""
+
+    def __init__(self) -> None:
+        self.option: str | None = None
+        self.stack = contextlib.ExitStack()
+
+    def of(self, config: TrainConfig) -> Steps:
+        """The option's, which take this configuration's plan from now on."""
+        if self.option != config.option:
+            self.close()
+            self.stack.enter_context(steps.clean_memory())
+            self.steps = self.stack.enter_context(Steps(config))
+            self.option = config.option
+        trainer = self.steps.trainer
+        policies = recompute.parse(config.recompute, config.model.num_layers)
+        plan = build.plan_memory(config, trainer.compute, trainer.compute.budget_bytes, policies)
+        trainer.follow(plan)
+        steps.free_memory()
+        return self.steps
+
+    def close(self) -> None:
+        """Give its memory back."""
+        self.option = self.steps = None
+        self.stack.close()
+
+
+@pytest.fixture(scope="module")
+def shared_steps():
+    shared = SharedSteps()
+    yield shared
+    shared.close()
+
+
+def projection(config: TrainConfig, plan: MemoryPlan) -> dict[str, float]:
+    """What `hamner.plan` says of this card; nothing where it does not know it."""
+    gpu = None if steps.is_cpu() else identify(torch.cuda.get_device_name())
+    if gpu is None:
+        return {}
+    prediction = predict(
+        config.model,
+        gpu,
+        policies=plan.policies,
+        micro_batch_size=plan.micro_batch_size,
+        batch_size=config.batch_size,
+        seq_len=config.seq_len,
+    )
+    return {
+        "projected_tokens_per_second": round(prediction.tokens_per_second),
+        "projected_gib": round(prediction.peak_gib, 3),
+    }
+
+
+@pytest.mark.parametrize(("option", "policy", "micro_batches"), ROWS)
+def test_option(benchmark, option, policy, micro_batches, vram_budget, does_not_fit, shared_steps):
     benchmark.group = f"option {option}"
     if policy == "auto" and vram_budget is None and not steps.is_cpu():
         pytest.skip("where memory is plenty, auto is selective; it differs under --vram-budget")
-    config = configure(option, policy, vram_budget)
+    config = configure(option, policy, vram_budget, micro_batches)
     capacity = capacity_gib(vram_budget)
-    row = f"{option} {policy}"
+    row = row_id((option, policy, micro_batches)).replace("-", " ")
     if policy != "auto" and needed_gib(config) > capacity:
         does_not_fit(row, needed_gib(config), capacity)
     started = time.perf_counter()
     try:
-        with steps.clean_memory(), Steps(config) as run:
-            plan = run.trainer.plan
-            benchmark.extra_info.update(
-                kind="option",
-                option=option,
-                recompute=policy,
-                policies=recompute.describe(plan.policies),
-                micro_batch_size=plan.micro_batch_size,
-                attention=run.trainer.attention.name,
-                planned_gib=round(plan.account.total / GIB, 3),
-            )
-            steps.measure(
-                benchmark,
-                lambda: run.take(1),
-                model=config.model,
-                seq_len=config.seq_len,
-                tokens_per_step=config.tokens_per_step,
-                started=started,
-            )
+        run = shared_steps.of(config)
+        plan = run.trainer.plan
+        benchmark.extra_info.update(
+            kind="option",
+            option=option,
+            recompute=policy,
+            policies=recompute.describe(plan.policies),
+            batch_size=config.batch_size,
+            micro_batch_size=plan.micro_batch_size,
+            attention=run.trainer.attention.name,
+            planned_gib=round(plan.account.total / GIB, 3),
+            **projection(config, plan),
+        )
+        steps.measure(
+            benchmark,
+            lambda: run.take(1),
+            model=config.model,
+            seq_len=config.seq_len,
+            tokens_per_step=config.tokens_per_step,
+            started=started,
+        )
     except (torch.OutOfMemoryError, UserError):
         # "auto" refuses a budget that is too small for a single sequence.
+        shared_steps.close()
         does_not_fit(row, None, capacity)

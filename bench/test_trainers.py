@@ -60,7 +60,6 @@ def hugging_face_liger(config: TrainConfig) -> Contender:
 TRAINERS: dict[str, Callable[[TrainConfig], Contender]] = {
     "hamner": Hamner,
     "compiled": compiled,
-    "compiled, memory budget 0.7": functools.partial(budgeted, 0.7),
     "compiled, memory budget 0.5": functools.partial(budgeted, 0.5),
     "compiled, memory budget 0.3": functools.partial(budgeted, 0.3),
     "Hugging Face": hugging_face,
@@ -71,7 +70,7 @@ TRAINERS: dict[str, Callable[[TrainConfig], Contender]] = {
 ROWS = [
     *(("a", trainer) for trainer in TRAINERS),
     *itertools.product(
-        ("current", "b"), ("hamner", "compiled, memory budget 0.7", "compiled, memory budget 0.5")
+        ("current", "b"), ("hamner", "compiled, memory budget 0.5", "Hugging Face + Liger")
     ),
     *(("c", name) for name in ("hamner", "Hugging Face")),
 ]

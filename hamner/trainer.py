@@ -44,6 +44,7 @@ from hamner.optimizer import AdamW, Schedule
 from hamner.parallel.processes import Alone, open_processes
 from hamner.parallel.tensors import local
 from hamner.readback import Readback
+from hamner.recompute import MemoryPlan
 from hamner.reporting import open_reporters, require_installed
 from hamner.router_monitor import RouterMonitor, StarvationDetector, describe_routers
 from hamner.run_folder import RecordLog, RunFolder
@@ -425,13 +426,17 @@ class Trainer:
             f"WARNING: {reason}. Other programs, or memory in pieces, leave less than was planned "
             f"with; going on with {plan}"
         )
+        self.follow(plan)
+        return True
+
+    def follow(self, plan: MemoryPlan) -> None:
+        """Train by another plan from the next step on."""
         self.plan = plan
         self.optimizer.drop_gradients()
         self.model.policies = plan.policies
         self.micro_step = self.build_micro_step()
         if self.compute.device.type == "cuda":
             torch.cuda.empty_cache()
-        return True
 
     def train_step(self, batch: Batch, lr: float, interrupt: Interrupt) -> Tensor | None:
         """Forward, backward and update on one global batch, in micro-batches.

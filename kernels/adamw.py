@@ -49,7 +49,7 @@ class Config(NamedTuple):
 CONFIGS = {
     "8.6": Config(4096, 1024, 4),
     "8.0": Config(4096, 1024, 4),
-    "9.0": Config(4096, 1024, 4),
+    "9.0": Config(2048, 2048, 8),
 }
 
 

@@ -10,6 +10,7 @@ from bench.report import (
     kernel_table,
     main,
     pareto,
+    projection_table,
     read_results,
     short_report,
     training_table,
@@ -20,6 +21,8 @@ from hamner.errors import UserError
 
 def training(option: str, speed: int, gib: float | None, **labels) -> dict:
     kind = "trainer" if "trainer" in labels else "option"
+    if kind == "option":
+        labels = {"batch_size": 24, "micro_batch_size": 24, **labels}
     memory = {} if gib is None else {"peak_allocated_gib": gib, "peak_reserved_gib": gib + 1}
     return {
         "kind": kind,
@@ -72,6 +75,14 @@ def test_trainers_by_speed():
     rows = cells(training_table(ROWS[:3]))
     assert [row[1] for row in rows[2:]] == ["hamner, selective", "compiled", "hamner, full"]
     assert rows[2][2:8] == ["200,000", "40.0%", "16.00", "10.0", "2", "30"]
+
+
+def test_projected_beside_measured():
+    row = training("a", 200_000, 16.0, recompute="selective", micro_batch_size=6)
+    row |= {"projected_tokens_per_second": 210_000, "projected_gib": 15.6}
+    assert cells(projection_table([row]))[2] == [
+        "a", "hamner, selective, 4 passes", "210,000", "200,000", "+5.0%", "15.60", "16.00", "-2.5%"
+    ]  # fmt: skip
 
 
 def test_kernels_beside_their_best_peer():

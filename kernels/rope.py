@@ -63,9 +63,12 @@ def rope_kernel(
     BLOCK_HALF: tl.constexpr,
 ):
     HALF: tl.constexpr = HEAD_DIM // 2
-    # A row's heads by neighbouring programs, so that memory is walked in order.
-    offs_h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
-    offs_m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    # A row's heads by neighbouring programs, so that memory is walked in order. On one axis of the
+    # grid: the others end at 65,535 programs, which a large batch's rows exceed.
+    num_head_groups = tl.cdiv(num_heads, BLOCK_H)
+    group_m = tl.program_id(0) // num_head_groups
+    offs_h = tl.program_id(0) % num_head_groups * BLOCK_H + tl.arange(0, BLOCK_H)
+    offs_m = group_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_i = tl.arange(0, BLOCK_HALF)
     mask_m = offs_m < N
     mask_i = offs_i < HALF
@@ -123,7 +126,7 @@ def launch_rotation(
     if num_rows == 0:
         return
     config = CONFIGS[capability(x.device)]
-    grid = (triton.cdiv(num_heads, config.block_h), triton.cdiv(num_rows, config.block_m))
+    grid = (triton.cdiv(num_heads, config.block_h) * triton.cdiv(num_rows, config.block_m),)
     with torch.cuda.device_of(x):
         rope_kernel[grid](
             x, out, cos, sin, positions,

@@ -66,9 +66,9 @@ class ModelConfig:
     """what keeps the experts' load even: a loss, or a bias per expert that only the choice of
     experts sees and that each step moves towards even load, without a loss (DeepSeek-V3,
     arXiv:2408.15664, 2412.19437)"""
-    router_aux_loss_coef: float = 0.01
-    """weight of the load-balancing loss (Switch Transformer, arXiv:2101.03961), with
-    --router-balance aux"""
+    router_aux_loss_coef: float = 0.02
+    """weight of the load-balancing loss (Switch Transformer, arXiv:2101.03961; Mixtral's published
+    value), with --router-balance aux"""
     router_bias_update_speed: float = 0.001
     """what a step adds to or takes from an expert's bias, with --router-balance bias"""
     router_z_loss_coef: float = 0.001

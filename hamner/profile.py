@@ -17,7 +17,7 @@ from hamner.config import TrainConfig
 from hamner.errors import UserError
 from hamner.profiling.report import describe, describe_difference, describe_memory
 from hamner.profiling.summary import summarize
-from hamner.profiling.trace import read_trace, with_callers_of
+from hamner.profiling.trace import Trace, read_trace, with_callers_of
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,8 @@ class ReadConfig:
     """the same steps launched one by one: tells what a CUDA graph's kernels are for"""
     memory: Path | None = None
     """also draw memory by kind here (PNG), if the trace has allocations (profile_memory=True)"""
+    picture: Path | None = None
+    """also draw when the GPU did what in the last step (PNG); with --compare both steps"""
 
     def __post_init__(self) -> None:
         if (self.trace is None) == (self.compare is None):
@@ -83,13 +85,15 @@ def read(config: ReadConfig) -> None:
         UserError: a file is not a trace, or holds no allocations to draw.
     """
     if config.compare is not None:
-        summaries = [summarize(read_trace(path), steps=config.steps) for path in config.compare]
-        print(describe_difference(*summaries))
+        traces = [read_trace(path) for path in config.compare]
+        print(describe_difference(*(summarize(trace, steps=config.steps) for trace in traces)))
+        _draw_steps(traces, config.picture)
         return
     trace = read_trace(config.trace)
     if config.launches is not None:
         trace = with_callers_of(trace, read_trace(config.launches))
     print(describe(summarize(trace, steps=config.steps)))
+    _draw_steps([trace], config.picture)
     if config.memory is not None:
         from hamner.profiling.memory import draw, memory_timeline
 
@@ -100,6 +104,13 @@ def read(config: ReadConfig) -> None:
             )
         print(f"\n{describe_memory(timeline)}")
         draw(timeline, config.memory)
+
+
+def _draw_steps(traces: list[Trace], path: Path | None) -> None:
+    if path is not None:
+        from hamner.profiling.picture import draw
+
+        draw(traces, path)
 
 
 def parse(args: Sequence[str]) -> ProfileConfig:

@@ -83,8 +83,10 @@ def test_read_and_compare_print(captured, capsys, tmp_path):
     assert "Memory at its peak" in capsys.readouterr().out
     assert (tmp_path / "m.png").exists()
     for command in (["read", "--compare"], ["--compare"]):
-        main([*command, str(trace), str(trace)])
+        picture = tmp_path / f"{len(command)}.png"
+        main([*command, str(trace), str(trace), "--picture", str(picture)])
         assert "+0.00" in capsys.readouterr().out
+        assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_ranges_leave_nothing_behind(tmp_path):

@@ -140,15 +140,8 @@ def _mfu(
 
 def _within_steps(trace: Trace) -> list[Activity]:
     """The work launched inside the annotated steps; all of it if there are none."""
-    if not trace.steps:
-        return trace.activities
-    first, last = trace.steps[0].start, trace.steps[-1].end
-
-    def issued(activity: Activity) -> float:
-        return activity.start if activity.launched is None else activity.launched
-
-    found = [activity for activity in trace.activities if first <= issued(activity) <= last]
-    return found or trace.activities
+    steps = trace.steps
+    return (steps and trace.launched_within(steps[0], steps[-1])) or trace.activities
 
 
 def _durations(trace: Trace, activities: list[Activity], steps: int) -> tuple[float, float]:

@@ -119,6 +119,14 @@ class Trace:
         """The profiler's step annotations."""
         return [r for r in self.ranges if not r.is_operation and STEP_NAME.fullmatch(r.name)]
 
+    def launched_within(self, first: Range, last: Range) -> list[Activity]:
+        """The work launched from the start of one range to the end of another."""
+
+        def launched(activity: Activity) -> float:
+            return activity.start if activity.launched is None else activity.launched
+
+        return [a for a in self.activities if first.start <= launched(a) <= last.end]
+
     def timeline(self, names: Sequence[str]) -> "Timeline":
         """Where the annotations `names`, which follow each other, lie in time."""
         return Timeline([r for r in self.ranges if not r.is_operation and r.name in names])

@@ -47,7 +47,9 @@ def draw(traces: Sequence[Trace], path: Path) -> None:
     for axes, trace, by_category in zip(plots[:, 0], traces, spans, strict=True):
         for lane, category in enumerate(categories):
             bars = by_category.get(category, [])
-            axes.broken_barh(bars, (lane - 0.4, 0.8), facecolors=colours[category])
+            drawn = axes.broken_barh(bars, (lane - 0.4, 0.8), facecolors=colours[category])
+            # A kernel narrower than a pixel tints it instead of being rounded away.
+            drawn.set(snap=False, linewidth=0)
         axes.set_yticks(range(len(categories)), categories, fontsize=8)
         axes.set_ylim(len(categories) - 0.5, -0.5)
         axes.set_title(str(trace.path), fontsize=8, loc="left")

@@ -3,13 +3,16 @@
     pytest bench/test_trainers.py --benchmark-only
 
 A row first compares the gradients of one whole batch with a plain model's in fp32, and is not timed
-if they disagree. `extra_info` is that of test_options.py, with this error.
+if they disagree. The losses that balance a mixture's experts are computed, but weigh nothing: they
+depend on the rows they see together, and the reference sees fewer. `extra_info` is that of
+test_options.py, with this error.
 """
 
 import functools
 import itertools
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -77,10 +80,18 @@ ROWS = [
 QUICK = {("a", "hamner"), ("a", "compiled, memory budget 0.5"), ("a", "Hugging Face + Liger")}
 
 
+def comparable(option: str, vram_budget: float | None = None) -> TrainConfig:
+    """The option as all its trainers train it."""
+    config = configure(option, "auto", vram_budget)
+    return replace(
+        config, model=replace(config.model, router_aux_loss_coef=0.0, router_z_loss_coef=0.0)
+    )
+
+
 @functools.lru_cache(maxsize=1)
 def batches_of(option: str) -> tuple[Batch, ...]:
     """The first batches of the built-in corpus, the same for every trainer; rows come by option."""
-    config = configure(option, "auto", None)
+    config = comparable(option)
     data = DataConfig(config.data, config.seq_len, config.batch_size, config.seed)
     tokenizer = load_tokenizer(config.tokenizer, config.model.vocab_size)
     loader = TrainLoader(data, tokenizer, pin_memory=not steps.is_cpu())
@@ -93,7 +104,7 @@ def batches_of(option: str) -> tuple[Batch, ...]:
 @functools.lru_cache(maxsize=1)
 def reference_of(option: str) -> Reference:
     """The gradients that every trainer of an option must agree with."""
-    return Reference(configure(option, "auto", None).model, batches_of(option)[0])
+    return Reference(comparable(option).model, batches_of(option)[0])
 
 
 @pytest.mark.parametrize(
@@ -102,7 +113,7 @@ def reference_of(option: str) -> Reference:
 )
 def test_trainer(benchmark, option, trainer, vram_budget, does_not_fit):
     benchmark.group = f"trainers {option}"
-    config = configure(option, "auto", vram_budget)
+    config = comparable(option, vram_budget)
     if vram_budget is not None and not steps.is_cpu():
         total = torch.cuda.get_device_properties(0).total_memory / GIB
         torch.cuda.set_per_process_memory_fraction(min(1.0, vram_budget / total))

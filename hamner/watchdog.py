@@ -64,13 +64,15 @@ class Watchdog:
     def _watch(self) -> None:
         """Body of the thread."""
         armed_for = told_of = None
+        # The stacks come first: the call may let the training thread go on.
+        patience = self.seconds + min(1.0, self.seconds / 4)
         while True:
             beat = self.last_beat
             if beat != armed_for:
                 left = max(1e-3, beat + self.seconds - time.monotonic())
                 faulthandler.dump_traceback_later(left, repeat=True, file=self._file)
                 armed_for = beat
-            elif time.monotonic() > beat + self.seconds and beat != told_of:
+            elif time.monotonic() > beat + patience and beat != told_of:
                 told_of = beat
                 self._tell()
             if self._stop.wait(self.seconds / 20):

@@ -5,7 +5,8 @@ python -m hamner.profile read TRACE
 python -m hamner.profile read --compare A B
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -82,35 +83,47 @@ def read(config: ReadConfig) -> None:
     """Print the summary of a trace, or the difference of two.
 
     Raises:
-        UserError: a file is not a trace, or holds no allocations to draw.
+        UserError: a file is not a trace or holds no allocations to draw, or a picture cannot be
+            written.
     """
     if config.compare is not None:
         traces = [read_trace(path) for path in config.compare]
         print(describe_difference(*(summarize(trace, steps=config.steps) for trace in traces)))
-        _draw_steps(traces, config.picture)
-        return
-    trace = read_trace(config.trace)
-    if config.launches is not None:
-        trace = with_callers_of(trace, read_trace(config.launches))
-    print(describe(summarize(trace, steps=config.steps)))
-    _draw_steps([trace], config.picture)
-    if config.memory is not None:
-        from hamner.profiling.memory import draw, memory_timeline
-
-        timeline = memory_timeline(trace)
-        if timeline is None:
-            raise UserError(
-                f"--memory: {config.trace} holds no allocations; trace with profile_memory=True"
-            )
-        print(f"\n{describe_memory(timeline)}")
-        draw(timeline, config.memory)
-
-
-def _draw_steps(traces: list[Trace], path: Path | None) -> None:
-    if path is not None:
+    else:
+        trace = read_trace(config.trace)
+        if config.launches is not None:
+            trace = with_callers_of(trace, read_trace(config.launches))
+        traces = [trace]
+        print(describe(summarize(trace, steps=config.steps)))
+        if config.memory is not None:
+            _draw_memory(trace, config.memory)
+    if config.picture is not None:
         from hamner.profiling.picture import draw
 
-        draw(traces, path)
+        with _writing("--picture", config.picture):
+            draw(traces, config.picture)
+
+
+def _draw_memory(trace: Trace, path: Path) -> None:
+    from hamner.profiling.memory import draw, memory_timeline
+
+    timeline = memory_timeline(trace)
+    if timeline is None:
+        raise UserError(
+            f"--memory: {trace.path} holds no allocations; trace with profile_memory=True"
+        )
+    print(f"\n{describe_memory(timeline)}")
+    with _writing("--memory", path):
+        draw(timeline, path)
+
+
+@contextlib.contextmanager
+def _writing(flag: str, path: Path) -> Iterator[None]:
+    """Name the flag whose file cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{flag} {path} cannot be written: {error.strerror}") from None
 
 
 def parse(args: Sequence[str]) -> ProfileConfig:

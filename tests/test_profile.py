@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from hamner.errors import UserError
 from hamner.profile import ProfileConfig, main, parse
 from hamner.profiling.capture import capture
 from hamner.profiling.ranges import MODULES, named
@@ -87,6 +88,15 @@ def test_read_and_compare_print(captured, capsys, tmp_path):
         main([*command, str(trace), str(trace), "--picture", str(picture)])
         assert "+0.00" in capsys.readouterr().out
         assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("flag", "trace"), [("--picture", "trace.json.gz"), ("--memory", "memory.json.gz")]
+)
+def test_a_picture_that_cannot_be_written_is_named(captured, flag, trace, tmp_path):
+    path = tmp_path / "missing" / "picture.png"
+    with pytest.raises(UserError, match=f"{flag} {path} cannot be written"):
+        main(["read", str(captured[0] / trace), flag, str(path)])
 
 
 def test_ranges_leave_nothing_behind(tmp_path):

@@ -95,13 +95,15 @@ def _before(trace: Trace) -> dict[str, int]:
 
 
 def draw(timeline: MemoryTimeline, path: Path) -> None:
-    """Write the timeline as a PNG."""
-    import matplotlib
+    """Write the timeline as a PNG.
 
-    matplotlib.use("Agg")  # a training machine has no display
-    import matplotlib.pyplot as plt
+    Raises:
+        OSError: it cannot be written.
+    """
+    from matplotlib.figure import Figure
 
-    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.subplots()
     drawn = {kind: sizes for kind, sizes in timeline.kinds.items() if any(sizes)}
     axes.stackplot(
         timeline.milliseconds,
@@ -116,5 +118,4 @@ def draw(timeline: MemoryTimeline, path: Path) -> None:
             axes.text(begin, top, f" {phase}", rotation=90, va="top", fontsize=7)
     axes.set(xlabel="ms since the step began, on the CPU's clock", ylabel="GiB allocated")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    figure.savefig(path, format="png", dpi=120)

@@ -4,47 +4,25 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from hamner.profiling.categories import category_of
-from hamner.profiling.trace import Activity, Trace
-
-
-def last_step(trace: Trace) -> list[Activity]:
-    """The work launched within the trace's last step; all of it if it marks none."""
-    steps = trace.steps
-    return (steps and trace.launched_within(steps[-1], steps[-1])) or trace.activities
+from hamner.profiling.categories import CATEGORIES, category_of
+from hamner.profiling.trace import Trace
 
 
 def draw(traces: Sequence[Trace], path: Path) -> None:
-    """Write the last step of each trace, one below the other on one scale of time, as a PNG."""
-    import matplotlib
+    """Write the last step of each trace, one below the other on one scale of time, as a PNG.
 
-    matplotlib.use("Agg")  # a training machine has no display
-    import matplotlib.pyplot as plt
+    Raises:
+        OSError: it cannot be written.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
 
-    spans: list[dict[str, list[tuple[float, float]]]] = []
-    for trace in traces:
-        activities = last_step(trace)
-        begin = min((a.start for a in activities), default=0.0)
-        by_category = defaultdict(list)
-        for a in activities:
-            by_category[category_of(a)].append(((a.start - begin) / 1e3, a.duration / 1e3))
-        spans.append(by_category)
-    # Longest first, in the same order and colours for all.
-    totals = defaultdict(float)
-    for by_category in spans:
-        for category, bars in by_category.items():
-            totals[category] += sum(duration for _, duration in bars)
-    categories = sorted(totals, key=totals.get, reverse=True)
-    colours = dict(zip(categories, plt.colormaps["tab10"].colors * len(categories), strict=False))
-
-    figure, plots = plt.subplots(
-        len(traces),
-        figsize=(9, 0.8 + 0.24 * len(categories) * len(traces)),
-        sharex=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    for axes, trace, by_category in zip(plots[:, 0], traces, spans, strict=True):
+    colours = dict(zip(CATEGORIES, colormaps["tab10"].colors, strict=True))
+    spans = [_spans(trace) for trace in traces]
+    categories = [c for c in CATEGORIES if any(c in by_category for by_category in spans)]
+    figure = Figure(figsize=(9, 0.8 + 0.24 * len(categories) * len(traces)), layout="constrained")
+    plots = figure.subplots(len(traces), sharex=True, squeeze=False)[:, 0]
+    for axes, trace, by_category in zip(plots, traces, spans, strict=True):
         for lane, category in enumerate(categories):
             bars = by_category.get(category, [])
             drawn = axes.broken_barh(bars, (lane - 0.4, 0.8), facecolors=colours[category])
@@ -53,6 +31,16 @@ def draw(traces: Sequence[Trace], path: Path) -> None:
         axes.set_yticks(range(len(categories)), categories, fontsize=8)
         axes.set_ylim(len(categories) - 0.5, -0.5)
         axes.set_title(str(trace.path), fontsize=8, loc="left")
-    plots[-1, 0].set_xlabel("ms since the step's first kernel")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    plots[-1].set_xlabel("ms since the step's first kernel")
+    figure.savefig(path, format="png", dpi=120)
+
+
+def _spans(trace: Trace) -> dict[str, list[tuple[float, float]]]:
+    """(begin, duration) in ms of each piece of work of the last step, by category."""
+    activities = trace.launched_in(trace.steps[-1:])
+    begin = activities[0].start
+    spans = defaultdict(list)
+    for activity in activities:
+        span = (activity.start - begin) / 1e3, activity.duration / 1e3
+        spans[category_of(activity)].append(span)
+    return spans

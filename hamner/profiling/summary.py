@@ -101,7 +101,7 @@ def summarize(trace: Trace, *, steps: int | None = None) -> Summary:
             f"--steps {steps}: {trace.path} marks {annotated} steps itself; leave out --steps"
         )
     count = annotated or steps or 1
-    activities = _within_steps(trace)
+    activities = trace.launched_in(trace.steps)
     gpu = identify(trace.device) if trace.device else None
     precision = trace.metadata.get("precision", "bf16")
     busy_us, step_us = _durations(trace, activities, count)
@@ -136,12 +136,6 @@ def _mfu(
     if speed is None or flops_per_token is None or gpu is None:
         return None
     return speed * flops_per_token / (gpu.peak_tflops(precision) * 1e12)
-
-
-def _within_steps(trace: Trace) -> list[Activity]:
-    """The work launched inside the annotated steps; all of it if there are none."""
-    steps = trace.steps
-    return (steps and trace.launched_within(steps[0], steps[-1])) or trace.activities
 
 
 def _durations(trace: Trace, activities: list[Activity], steps: int) -> tuple[float, float]:

@@ -119,13 +119,16 @@ class Trace:
         """The profiler's step annotations."""
         return [r for r in self.ranges if not r.is_operation and STEP_NAME.fullmatch(r.name)]
 
-    def launched_within(self, first: Range, last: Range) -> list[Activity]:
-        """The work launched from the start of one range to the end of another."""
+    def launched_in(self, steps: Sequence[Range]) -> list[Activity]:
+        """The work launched inside steps that follow each other; all of it if there is none."""
 
         def launched(activity: Activity) -> float:
             return activity.start if activity.launched is None else activity.launched
 
-        return [a for a in self.activities if first.start <= launched(a) <= last.end]
+        if not steps:
+            return self.activities
+        first, last = steps[0].start, steps[-1].end
+        return [a for a in self.activities if first <= launched(a) <= last] or self.activities
 
     def timeline(self, names: Sequence[str]) -> "Timeline":
         """Where the annotations `names`, which follow each other, lie in time."""

@@ -1,6 +1,6 @@
 """The picture of a step."""
 
-from hamner.profiling.picture import draw, last_step
+from hamner.profiling.picture import draw
 from hamner.profiling.trace import read_trace
 from tests.profiling.traces import TraceWriter
 
@@ -17,14 +17,16 @@ def write_two_steps(path):
 
 
 def test_the_last_step_is_what_it_launched(tmp_path):
-    step = last_step(write_two_steps(tmp_path / "t.json"))
+    trace = write_two_steps(tmp_path / "t.json")
+    step = trace.launched_in(trace.steps[-1:])
     assert [(a.name, a.start) for a in step] == [("nvjet_a", 120), ("rms_norm_forward_kernel", 300)]
 
 
 def test_without_marks_everything_is_the_step(tmp_path):
     writer = TraceWriter()
     writer.kernel("nvjet_a", 20, 50, launch=10)
-    assert len(last_step(read_trace(writer.write(tmp_path / "t.json")))) == 1
+    trace = read_trace(writer.write(tmp_path / "t.json"))
+    assert len(trace.launched_in(trace.steps[-1:])) == 1
 
 
 def test_draws_one_trace_and_two(tmp_path):

@@ -22,12 +22,12 @@ Bytes and FLOPs, N tokens, V vocabulary, D width, C chunks, 2-byte elements:
 
 For N 24,576, V 49,152, D 1024 the matmuls are 7.4 TFLOP: 11.4 ms at 650 TFLOP/s, 114 ms at 65. The
 softmax pass between them reads and writes the logits once, 4 N V = 4.8 GB: 1.6 ms at 3.0 TB/s,
-5.7 ms at 850 GB/s; C = 8 chunks add 3.2 GB.
+5.7 ms at 850 GB/s; C = 7 chunks add 2.8 GB.
 
 Memory beyond the gradients themselves: chunk * V * 2 bytes of logits and V * D * 4 of d_weight. A
 larger chunk passes fewer times over d_weight and gives the matmuls more rows; a smaller one takes
-less memory. The default gives the logits of a chunk at most 0.3 GiB (3,072 tokens above, in eight
-equal chunks; 0.47 GiB in all). Each further chunk costs 8 V D bytes: 0.13 ms at 3.0 TB/s. Smaller
+less memory. The default gives the logits of a chunk at most 0.35 GiB (3,584 tokens above, in seven
+chunks; 0.52 GiB in all). Each further chunk costs 8 V D bytes: 0.13 ms at 3.0 TB/s. Smaller
 chunks would let the logits stay in L2, but at 50 MB of L2 that is 512 tokens, and 48 passes over
 d_weight cost more than the logits do.
 """
@@ -42,7 +42,7 @@ from torch import Tensor
 from hamner.kernels.launch import capability
 
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-LOGITS_BYTES = int(0.3 * 2**30)
+LOGITS_BYTES = int(0.35 * 2**30)
 CHUNK_MULTIPLE = 128  # keeps the matmuls' tiles full
 
 
@@ -175,7 +175,7 @@ def launch_scale(x: Tensor, d_loss: Tensor, num_kept: Tensor, dtype: torch.dtype
 
 
 def default_chunk_size(num_tokens: int, vocabulary: int, element_size: int) -> int:
-    """Tokens a chunk: equal chunks, each with at most 0.3 GiB of logits (at least 128 tokens)."""
+    """Tokens a chunk: equal chunks, each with at most 0.35 GiB of logits (at least 128 tokens)."""
     most = LOGITS_BYTES // (vocabulary * element_size) // CHUNK_MULTIPLE * CHUNK_MULTIPLE
     num_chunks = triton.cdiv(num_tokens, max(most, CHUNK_MULTIPLE))
     return triton.cdiv(triton.cdiv(num_tokens, max(num_chunks, 1)), CHUNK_MULTIPLE) * CHUNK_MULTIPLE
@@ -297,7 +297,7 @@ def linear_cross_entropy(
         z_loss: weight of logsumexp(logits)^2, added to each kept row's loss.
         chunk_size: rows whose logits exist at a time. Extra memory is chunk_size * V elements and,
             for gradients, V * D * 4 bytes; a smaller chunk saves the first and passes more often
-            over the second. None: equal chunks of at most 0.3 GiB of logits.
+            over the second. None: equal chunks of at most 0.35 GiB of logits.
 
     Returns:
         () float32. 0, with gradients 0, when no target is kept. A target that is neither a token id

@@ -10,6 +10,7 @@ implementation runs. Labels are never shifted here: `targets[:, t]` is what `inp
 predict, and only the data loader makes them.
 """
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from hamner.attention import document_positions
+from hamner.kernels.moe_routing import Routing
 from hamner.kv_cache import KVCache
 from hamner.ops import Ops
 from hamner.options import ModelConfig
@@ -198,7 +200,18 @@ class MoEMLP(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None, rebuild: bool):
         """(B, T, D) branch and residual in; branch, residual and `Routing` out."""
-        normed, residual = self.ops.add_rms_norm(x, residual, self.norm.weight, self.norm.eps)
+        norm, ops = self.norm, self.ops
+        normed, residual = ops.add_rms_norm(x, residual, norm.weight, norm.eps)
+        keeping = contextlib.nullcontext()
+        if rebuild:
+            stream, weight = residual.detach(), norm.weight.detach()
+            keeping = ops.rebuilding(normed, lambda: ops.rms_norm(stream, weight, norm.eps))
+        with keeping:
+            out, routing = self.experts(normed, rebuild)
+        return out, residual, routing
+
+    def experts(self, normed: Tensor, rebuild: bool) -> tuple[Tensor, Routing]:
+        """(B, T, D) -> what all experts add, (B, T, D), and the routing."""
         tokens = normed.flatten(0, 1)
         logits = self.ops.router_linear(tokens, self.router.weight)
         routing = self.ops.moe_route(
@@ -210,7 +223,7 @@ class MoEMLP(nn.Module):
         out = out.view_as(normed)
         if self.shared is not None:
             out = out + self.shared(normed, rebuild)
-        return out, residual, routing
+        return out, routing
 
 
 class Block(nn.Module):

@@ -5,6 +5,7 @@ signatures, so the model and the optimizer never know which runs.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -35,6 +36,7 @@ from hamner.kernels.rms_norm import (
 )
 from hamner.kernels.rope import rope_packed_reference
 from hamner.kernels.router_linear import router_linear, router_linear_reference
+from hamner.rebuild import rebuilt_in_backward
 
 IGNORED_TARGET = -100
 """target that no loss counts"""
@@ -74,6 +76,9 @@ class Ops:
     moe_mlp: Callable[..., Tensor]
     """(x (N, D), routing, gate_up_weight (E, 2I, D), down_weight (E, D, I), *, rebuild)
     -> (N, D)"""
+    rebuilding: Callable[..., AbstractContextManager]
+    """(tensor, rebuild) -> context in which operations that save `tensor` call `rebuild` in
+    backward instead"""
     adamw_: Callable[..., None]
     """see hamner.kernels.adamw.adamw_"""
     splits_masters: bool
@@ -120,6 +125,7 @@ def build_ops(kernels: str, attention_backend: AttentionBackend) -> Ops:
             router_linear=router_linear,
             moe_route=moe_route,
             moe_mlp=moe_mlp,
+            rebuilding=rebuilt_in_backward,
             adamw_=adamw_,
             splits_masters=True,
             global_grad_norm=global_grad_norm,
@@ -141,6 +147,8 @@ def build_ops(kernels: str, attention_backend: AttentionBackend) -> Ops:
         router_linear=router_linear_reference,
         moe_route=moe_route_reference,
         moe_mlp=_moe_mlp_torch,
+        # Its plain experts are checkpointed, which keeps their input.
+        rebuilding=lambda *_: nullcontext(),
         adamw_=_adamw_torch_,
         splits_masters=False,
         global_grad_norm=global_grad_norm_reference,

@@ -108,12 +108,12 @@ class Selective:
         return block(x, residual, *args, rebuild=True)
 
     def kept_bytes(self, model, element_size, *, fused):
-        """2 residuals, attention, gate_up; routing also keeps its normed input."""
+        """2 residuals, attention, gate_up."""
         d, size = model.hidden_size, element_size
         kept = 2 * d * size + _attention_bytes(model, size, fused=fused)
         kept += 2 * _dense_width(model) * size
         if model.is_moe and fused:
-            kept += (d + 2 * _routed_width(model)) * size
+            kept += 2 * _routed_width(model) * size
         elif model.is_moe:
             # The plain experts rebuild all. Before them a norm, which keeps the residual in fp32
             # instead, and the router, which keeps an fp32 copy of its input.
@@ -306,8 +306,8 @@ def _backward_bytes(model: ModelConfig, policy: Policy, size: int, *, fused: boo
     # The MLP is the widest: gradient of its result, rebuilt operand, gradient of gate_up.
     working = (2 * d + 3 * max(_dense_width(model), routed)) * size
     if routed:
-        # A row of x's gradient from each expert, and what they add up to.
-        working += (model.num_experts_per_token + 1) * d * size
+        # A row of x's gradient from each expert, what they add up to, and x itself, rebuilt.
+        working += (model.num_experts_per_token + 2) * d * size
     if not fused:
         # fp32 intermediates again, and gradients of each.
         working += 2 * NONE.kept_bytes(model, size, fused=False)
@@ -321,7 +321,7 @@ def loss_chunk(vocab_size: int, tokens: int, element_size: int = 2) -> int:
 
     Said again here, because that module needs torch; a test keeps the two equal.
     """
-    most = int(0.3 * GIB) // (vocab_size * element_size) // 128 * 128
+    most = int(0.35 * GIB) // (vocab_size * element_size) // 128 * 128
     chunks = max(1, math.ceil(tokens / max(128, most)))
     return math.ceil(math.ceil(tokens / chunks) / 128) * 128
 

@@ -70,6 +70,14 @@ def test_account_is_what_autograd_keeps(name, policy):
     assert policy.kept_bytes(one, 2, fused=False) == pytest.approx(kept, rel=0.02)
 
 
+def test_a_mixture_keeps_what_a_dense_layer_of_its_active_width_does():
+    c = OPTIONS["c"].model
+    width = c.num_experts_per_token * c.expert_intermediate_size
+    dense = replace(c, num_experts=0, num_experts_per_token=0, expert_intermediate_size=width)
+    assert not dense.is_moe
+    assert SELECTIVE.kept_bytes(c, 2, fused=True) == SELECTIVE.kept_bytes(dense, 2, fused=True)
+
+
 def test_peak_is_the_loss_or_the_backward_pass():
     arguments = {"micro_batch_tokens": 24_576, "precision": "bf16", "fused": True}
     kept = recompute.account(A, (SELECTIVE,) * 24, accumulate=False, **arguments)

@@ -1,0 +1,61 @@
+"""Tensors that autograd would keep, made again in the backward pass instead."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+
+class _Rebuilt:
+    """What stands in for a tensor until backward, whose readers share one rebuilt value."""
+
+    def __init__(self, rebuild: Callable[[], Tensor]) -> None:
+        self.rebuild = rebuild
+        self.readers = self.left = 0
+        self.value: Tensor | None = None
+
+    def read(self) -> Tensor:
+        """The tensor; let go of after the last of its readers."""
+        if self.value is None:
+            with torch.no_grad():
+                self.value = self.rebuild()
+            self.left = self.readers
+        value = self.value
+        self.left -= 1
+        if not self.left:
+            self.value = None
+        return value
+
+
+@contextlib.contextmanager
+def rebuilt_in_backward(tensor: Tensor, rebuild: Callable[[], Tensor]) -> Iterator[None]:
+    """Have autograd call `rebuild` in backward for what it would keep of `tensor` in this context.
+
+    Where saved tensors have hooks already (a block that is checkpointed as a whole keeps nothing of
+    it anyway) or the code is being compiled, it keeps the tensor.
+
+    Args:
+        tensor: contiguous; it, or views of all of it, are saved by operations in the context.
+        rebuild: returns a tensor of the same values, shape and dtype; holds what that takes, and
+            not `tensor`.
+    """
+    # The hooks set last are the only ones that autograd asks. There is no public way to see them.
+    is_hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    if torch.compiler.is_compiling() or is_hooked or not torch.is_grad_enabled():
+        yield
+        return
+    rebuilt = _Rebuilt(rebuild)
+    address, size = tensor.data_ptr(), tensor.numel()
+
+    def pack(saved: Tensor):
+        if saved.data_ptr() != address or saved.numel() != size:
+            return saved
+        rebuilt.readers += 1
+        return saved.shape
+
+    def unpack(kept: Tensor | torch.Size) -> Tensor:
+        return kept if isinstance(kept, Tensor) else rebuilt.read().view(kept)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield

@@ -24,9 +24,8 @@ from typing import Literal
 import tyro
 
 from bench.faulty_train import Faults
-from hamner import checkpoint
+from bench.restarts import RestartedRun, is_same
 from hamner.cli import EXIT_INTERRUPTED
-from hamner.run_folder import read_records
 
 WARM_UP_SECONDS = 45.0
 """of a start, before its memory and handles are looked at"""
@@ -61,49 +60,19 @@ class Soak:
     """folder, made anew"""
 
 
-class Run:
-    """One of the two runs: a folder, and starts of `bench.faulty_train` in it."""
+class Run(RestartedRun):
+    """One of the two runs, by `bench.faulty_train`, which keeps a diary of memory and handles."""
 
     def __init__(self, soak: Soak, name: str, faults: Faults) -> None:
-        self.folder = soak.output / name
         self.diary = soak.output / f"{name}_diary.jsonl"
-        self.output = soak.output / f"{name}.txt"
-        self.faults = soak.output / f"{name}_faults.json"
-        self.faults.write_text(json.dumps({"diary": str(self.diary), **asdict(faults)}))
-        self.flags = [
+        given = soak.output / f"{name}_faults.json"
+        given.write_text(json.dumps({"diary": str(self.diary), **asdict(faults)}))
+        flags = [
             *("--option", soak.option, "--device", soak.device, "--data", soak.data),
-            *("--run-dir", str(self.folder), "--steps", STEPS, "--log-every", "5"),
+            *("--steps", STEPS, "--log-every", "5"),
             *("--eval-every", "50", "--sample-every", "100", "--save-every", str(soak.save_every)),
         ]
-
-    def start(self, *flags: str) -> subprocess.Popen:
-        own = (
-            ["--resume", "--run-dir", str(self.folder)]
-            if (self.folder / "config.json").exists()
-            else self.flags
-        )
-        command = [sys.executable, "-m", "bench.faulty_train", str(self.faults), *own, *flags]
-        with self.output.open("ab") as file:
-            return subprocess.Popen(command, stdout=file, stderr=file)
-
-    @property
-    def saved_step(self) -> int:
-        found = checkpoint.find(self.folder / "checkpoints")
-        return found[-1].step if found else 0
-
-    def losses(self) -> dict[int, tuple]:
-        """Loss and validation loss of each logged step; every step must be there once."""
-        records = list(read_records(self.folder / "metrics.jsonl"))
-        assert len(records) == len({record["step"] for record in records}), "a step came twice"
-        return {r["step"]: (r["loss"], r["val_loss"], r["grad_norm"]) for r in records}
-
-    def sums(self) -> dict[str, str]:
-        """SHA-256 of weights and optimizer state in the last checkpoint."""
-        last = checkpoint.find(self.folder / "checkpoints")[-1]
-        last.verify()
-        files = json.loads((last.path / checkpoint.MANIFEST_FILE).read_text())["files"]
-        names = (checkpoint.MODEL_FILE, checkpoint.OPTIMIZER_FILE)
-        return {name: files[name]["sha256"] for name in names}
+        super().__init__(soak.output, name, ["bench.faulty_train", str(given)], flags)
 
     def growth(self, field: str) -> tuple[float, float]:
         """Slope of a field within the starts, per hour, and what it comes to in the time watched.
@@ -196,14 +165,9 @@ def main(soak: Soak) -> int:
     warnings = ("could not be saved", "cannot be written", "source has failed")
     print("; ".join(f"{text.count(warning)} x '{warning}'" for warning in warnings))
 
-    same_losses = peace.losses() == disturbed.losses()
-    same_weights = peace.sums() == disturbed.sums()
-    final = max(peace.losses())
-    print(f"losses of {len(peace.losses())} logged steps equal bit for bit: {same_losses}")
-    print(f"step {final:,}: loss, validation loss, norm {peace.losses()[final]}")
-    print(f"weights and optimizer state equal bit for bit: {same_weights}")
+    same = is_same(peace, disturbed)
     flat = [is_flat(run) for run in (peace, disturbed)]
-    return 0 if same_losses and same_weights and all(flat) else 1
+    return 0 if same and all(flat) else 1
 
 
 def is_flat(run: Run) -> bool:

@@ -38,7 +38,11 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
 
 
 def gather_data(args: Sequence[str]) -> list[str]:
-    """Join repeated `--data` flags into one, so that `--data A --data B` and `--data A B` agree."""
+    """Join repeated `--data` flags into one, so that `--data A --data B` and `--data A B` agree.
+
+    Raises:
+        UserError: the flag is there without a value, as an unset variable of the shell leaves it.
+    """
     rest: list[str] = []
     specs: list[str] = []
     in_data = False
@@ -52,7 +56,11 @@ def gather_data(args: Sequence[str]) -> list[str]:
         else:
             in_data = False
             rest.append(argument)
-    return [*rest, "--data", *specs] if specs else rest
+    if specs:
+        return [*rest, "--data", *specs]
+    if len(rest) < len(args):
+        raise UserError("--data has no value: say what to read, or leave the flag out")
+    return rest
 
 
 def flag_value(args: Sequence[str], flag: str) -> str | None:

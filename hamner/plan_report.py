@@ -246,7 +246,7 @@ def measured_table() -> str:
         rows.append(
             [
                 f"{run.option}, {run.implementation.name}, recompute {run.policy.name}",
-                run.gpu,
+                GPUS[run.gpu].name,
                 *(f"{speed:,.0f}" for speed in speeds),
                 f"{run.error:+.1%}",
                 "yes" if run.fitted else "no",
@@ -336,7 +336,7 @@ def screen(analysis: "Analysis", *, every_option: bool) -> str:
         parts += [
             options_table(analysis.plans, analysis.hours),
             _bullets(f"{name} does not fit: {why}" for name, why in analysis.misfits.items()),
-            f"Recommended: **{best.name}**, {best.description}",
+            f"Recommended: **{best.name}**, {_count(best.model.num_parameters())} parameters",
             "**Where the original plan and the arithmetic disagree**",
             _bullets(contradictions(plan.tokens)),
         ]
@@ -420,9 +420,9 @@ Where the original plan and the arithmetic disagree, and what does not fit:
 
 ## Recommendation
 
-Train **{best.option.name}** ({best.option.description}): of the options trained on their full
-context it has the lowest expected loss after {analysis.hours:,.0f} hours, a mixture of experts
-counted by its active parameters. It takes {best.prediction.peak_gib:.1f} GiB with recompute
+Train **{best.option.name}** ({_count(best.parameters)} parameters): of the options trained on
+their full context it has the lowest expected loss after {analysis.hours:,.0f} hours, a mixture of
+experts counted by its active parameters. It takes {best.prediction.peak_gib:.1f} GiB with recompute
 {describe(best.memory.policies)} and, projected, {best.hours / 24:.1f} days for
 {_count(best.tokens)} tokens at {best.prediction.tokens_per_second:,.0f} tokens/s.
 
@@ -432,6 +432,8 @@ Expected loss: {_range(best.loss_range(BESIROGLU), 2)} by {BESIROGLU.source};
 {"the run so far" if analysis.run else "the model under Evidence"}.
 
 ## Training plan
+
+Of option {option.name}{"" if best.option.name == option.name else ", as asked"}:
 
 - `{_command(plan)}`
 - {plan.steps:,} steps of {option.batch_size} x {option.seq_len} = {option.tokens_per_step:,}

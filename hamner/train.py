@@ -14,6 +14,7 @@ from hamner.cli import (
     run_command,
 )
 from hamner.config import CONFIG_FILE, TrainConfig
+from hamner.errors import UserError
 from hamner.parallel.place import resume_after_restart
 
 
@@ -35,6 +36,8 @@ def parse(args: Sequence[str]) -> TrainConfig:
     folder = Path(run_dir) if run_dir else default.folder
     args, saved = resume_after_restart(args, folder), folder / CONFIG_FILE
     if replay:
+        if not Path(replay).is_file():
+            raise UserError(f"--replay {replay}: no such file; RUN/bad_steps/ has those of a run")
         # RUN/bad_steps/FILE
         saved = Path(replay).parent.parent / CONFIG_FILE
         default = replace(TrainConfig.read(saved), run_dir=saved.parent)

@@ -19,8 +19,9 @@ from hamner.data.tokenizer import load_tokenizer
 from hamner.errors import UserError
 from hamner.export import ExportConfig, export, main
 from hamner.generation import Generator
+from hamner.model import Transformer
 from hamner.sampling import Sampling
-from tests.models import DENSE, MOE
+from tests.models import DENSE, MOE, cpu_ops
 from tests.saved import save_run, sharp
 
 VOCABULARY = 600
@@ -83,6 +84,20 @@ def test_hugging_face_loads_the_same_model(shape, tmp_path, tokenizer):
     assert theirs.num_parameters() == shape.num_parameters()
     assert_same_model(model, theirs, tokenizer)
     assert list(folder.parent.iterdir()) == [folder]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run in the interpreter here")
+@pytest.mark.parametrize("shape", [DENSE_, MOE_], ids=["Llama", "Mixtral"])
+def test_the_kernels_compute_what_hugging_face_does(shape, tmp_path):
+    """Not only the plain operations, with which a saved model is used on a CPU."""
+    model = sharp(shape)
+    theirs = from_pretrained(exported(tmp_path, model, "hf"))
+    kernels = Transformer(shape, cpu_ops("triton", "triton"))
+    kernels.load_state_dict(model.state_dict())
+    inputs = torch.randint(VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        logits, expected = kernels(inputs).logits, theirs(inputs).logits
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
 
 
 def test_bf16_stays_bf16_and_norms_stay_fp32(tmp_path):

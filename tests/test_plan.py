@@ -211,6 +211,7 @@ def test_command_compares_all(capsys):
     assert "with 4 experts, 2 active, it has 210.9M" in out
     assert "16,384, fewer than 24,576. 72 x 512 would be 36,864" in out
     assert "compute-optimal budget at 6.42B" in out
+    assert "Recommended: a, 320.9M parameters" in out
 
 
 def test_command_says_what_several_gpus_send(capsys):

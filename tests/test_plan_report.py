@@ -73,7 +73,9 @@ def test_document_has_every_section_and_measured_run(analysis):
         "What this rests on",
     ]
     assert all(f"{run.tokens_per_second:,.0f}" in text for run in MEASURED_RUNS)
-    assert f"Train **{analysis.recommended.option.name}**" in text
+    assert "Train **a** (320.9M parameters): " in text
+    assert "## Training plan\n\nOf option a:\n" in text
+    assert "| H100 SXM |" in text
     assert "\n\n\n" not in text
 
 

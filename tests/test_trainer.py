@@ -276,6 +276,15 @@ def test_bad_data_leaves_no_run_folder(config):
     assert not config.run_dir.exists()
 
 
+@pytest.mark.parametrize("val_fraction", [0.0, 0.1])
+def test_data_without_a_document_leaves_no_run_folder(config, tmp_path, val_fraction):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n")
+    with pytest.raises(UserError, match=r"empty\.txt: no document to train on"):
+        train(replace(config, data=(str(empty),), val_fraction=val_fraction))
+    assert not config.run_dir.exists()
+
+
 def test_missing_tracker_leaves_no_run_folder(config):
     with pytest.raises(UserError, match=r"--report-to wandb: .* pip install 'hamner\[wandb\]'"):
         train(replace(config, report_to=("wandb",)))

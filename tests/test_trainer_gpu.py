@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from hamner import recompute
 from hamner.config import TrainConfig
@@ -98,6 +99,31 @@ def test_kernels_train_as_plain_torch_does(config, kind, tmp_path):
         losses[name, seed] = train(settings).val_loss
     noise = abs(losses["torch", 0] - losses["torch", 1])
     assert abs(losses["triton", 0] - losses["torch", 0]) < max(noise, 0.02)
+
+
+def gradients(trainer: Trainer, batch: Batch, policy: recompute.Policy) -> dict[str, Tensor]:
+    """Of a whole batch, every layer by one policy."""
+    trainer.optimizer.drop_gradients()
+    trainer.model.policies = (policy,) * trainer.config.model.num_layers
+    rows = slice(0, trainer.config.batch_size)
+    share = torch.ones((), device=trainer.compute.device)
+    trainer.forward_backward(*trainer.to_device(batch, rows), share)
+    return {name: p.grad.float() for name, p in trainer.model.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_recompute_policies_give_the_same_gradients(config, kind):
+    """Within bf16's rounding; on the CPU, in fp32, to the bit (test_model.py)."""
+    config = replace(config, model=replace(config.model, **KINDS[kind]), attention="triton")
+    trainer, batch = Trainer(config, RunFolder(config.folder)), random_batch(config)
+    try:
+        kept = gradients(trainer, batch, recompute.NONE)
+        for policy in (recompute.SELECTIVE, recompute.FULL):
+            for name, gradient in gradients(trainer, batch, policy).items():
+                error = (gradient - kept[name]).norm() / kept[name].norm()
+                assert error <= torch.finfo(torch.bfloat16).eps, (policy.name, name, error)
+    finally:
+        trainer.close()
 
 
 def test_resume_is_exact_with_the_default_kernels(config, tmp_path):

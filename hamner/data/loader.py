@@ -191,8 +191,17 @@ class TrainLoader:
         }
 
     def validation_rows(self, max_tokens: int) -> Batch:
-        """As the function of that name, from the sources that are open already."""
-        return _validation_rows(self._config, self._specs, self._sources, max_tokens)
+        """As the function of that name, from the sources that are open already.
+
+        Raises:
+            UserError: also a source without a document to train on, where nothing was held out.
+        """
+        rows = _validation_rows(self._config, self._specs, self._sources, max_tokens)
+        if not len(rows.inputs):
+            # Perhaps there is nothing at all: better said now than at the first batch.
+            for source, spec in zip(self._sources, self._specs, strict=True):
+                next(stages.epochs(source, spec.text, self._config.seed, None))
+        return rows
 
     def validation_key(self, max_tokens: int) -> State:
         """What decides `validation_rows`: JSON, equal for equal rows."""

@@ -1,8 +1,14 @@
 """Every launch table row compiles for its GPUs, within shared memory and without spilling."""
 
+import importlib
+import re
+from pathlib import Path
+
 import pytest
 
+import hamner.kernels
 from hamner.kernels.launch import CAPABILITIES
+from tests.kernels import compile_cases
 from tests.kernels.compile_gate import CompileResult, compile_op_in_subprocess, ops
 
 MATMUL_OPS = ("flash_attention", "moe")
@@ -20,6 +26,21 @@ def test_fits(op, record_property):
     assert not problems, "\n".join(problems)
     # Triton may make a dot of a product and a sum, less exact than fp32: no other op wants one.
     assert any(result.uses_tensor_cores for result in results) == (op in MATMUL_OPS)
+
+
+def test_no_kernel_is_left_out():
+    """Every function of kernels/ that a launcher starts, by its name, has a case."""
+    kernels = Path(hamner.kernels.__path__[0])
+    named = r"@triton\.jit.*\n(?:@.*\n)*def (\w+_kernel)\("
+    launched = {
+        name for path in kernels.glob("*.py") for name in re.findall(named, path.read_text())
+    }
+    compiled = {
+        case.kernel.__name__
+        for op in ops()
+        for case in importlib.import_module(f"{compile_cases.__name__}.{op}").cases()
+    }
+    assert launched == compiled
 
 
 def test_reports_too_much_shared_memory_and_spills():

@@ -77,11 +77,13 @@ class TrainConfig:
     compile: bool = False
     """run the model through torch.compile"""
     cuda_graph: bool = True
-    """replay forward and backward as one CUDA graph where that is possible; not yet with several
-    processes"""
+    """replay forward and backward as one CUDA graph where that is possible; with several processes
+    where each has one micro-batch a step"""
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
     """with several processes (torchrun): ddp, the whole model on every GPU; fsdp, its state divided
     over the GPUs of a machine; auto is ddp where the model fits"""
+    ddp_bucket_mib: int = 25
+    """with ddp: MiB of gradients that are sent together, while backward computes the next ones"""
     fsdp_reshard: bool = True
     """with fsdp: free a block's gathered weights after its forward pass and gather them again for
     backward; without, they stay, which takes memory and saves messages"""
@@ -136,6 +138,7 @@ class TrainConfig:
             "micro_batch_size": 1,
             "stop_after": 1,
             "eval_tokens": 1,
+            "ddp_bucket_mib": 1,
             "vram_budget": 0,
         }
         for name, least in positive.items():

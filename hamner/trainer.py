@@ -272,24 +272,32 @@ class Trainer:
     def build_micro_step(self) -> Callable:
         """Forward and backward of a micro-batch, recorded where that is possible."""
         if self.can_graph():
-            return GraphedBackward(self.forward_backward, self.model.parameters())
+            return GraphedBackward(
+                self.forward_backward,
+                self.model.parameters(),
+                warm_up_calls=self.engine.warm_up_calls,
+            )
         return self.forward_backward
 
     def can_graph(self) -> bool:
         """Whether forward and backward can be one CUDA graph: the plain ops wait for the GPU in
-        places, flash-attn does with documents, and compiled code has graphs of its own."""
+        places, flash-attn does with documents, compiled code has graphs of its own, and with
+        several processes the micro-batches of a step may differ in what they send."""
         config = self.config
+        micro_batches = config.batch_size // (self.plan.micro_batch_size * self.world_size)
         waits = waits_for_gpu(self.attention.name, config.document_mask)
         return (
             config.cuda_graph
             and self.compute.device.type == "cuda"
             and self.compute.kernels == "triton"
-            and self.world_size == 1
+            and self.engine.can_record(micro_batches)
             and not (config.compile or waits)
         )
 
     def close(self) -> None:
         """Stop what runs beside the loop."""
+        # NCCL does not let go of a communicator before the graphs that were recorded with it.
+        self.micro_step = self.forward_backward
         self.saver.close()
         self.loader.close()
         for reporter in self.reporters:

@@ -6,6 +6,7 @@ each weights its own by their share of the step's kept targets, and gradients ar
 
 import contextlib
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,11 +26,17 @@ if TYPE_CHECKING:
     from hamner.model import Transformer
     from hamner.optimizer import AdamW
 
+_NEVER = 2**31 - 1
+"""steps, DDP's largest number of them"""
+
 
 class OneProcess:
     """Everything here; what the other engines change."""
 
     name = "none"
+    warm_up_calls = 2
+    """of forward and backward before they can be recorded as a CUDA graph: the first ones compile
+    kernels, build tables and load libraries"""
 
     def shard(self, model: nn.Module) -> None:
         """Divide the parameters of a model on the meta device, before they have values."""
@@ -46,6 +53,14 @@ class OneProcess:
     def micro_batch(self, *, is_last: bool) -> Iterator[None]:
         """Around forward and backward of one micro-batch of a step."""
         yield
+
+    def can_record(self, micro_batches: int) -> bool:
+        """Whether forward and backward of every micro-batch can be one CUDA graph.
+
+        Args:
+            micro_batches: of a step, in each process.
+        """
+        return True
 
     def backward(self, loss: Tensor) -> None:
         """Leave the gradients of `loss`, 0-d, in the parameters; here processes wait for others."""
@@ -76,27 +91,41 @@ class OneProcess:
 
 class DataParallel(OneProcess):
     """The whole model in every process, gradients summed while backward runs (DDP,
-    arXiv:2006.15704); once a step, also when it has several micro-batches."""
+    arXiv:2006.15704); once a step, also when it has several micro-batches.
+
+    Args:
+        processes: of the job.
+        bucket_mib: MiB of gradients that are sent together.
+    """
 
     name = "ddp"
+    # DDP arranges its buckets anew in the second, and times the first ten of them, for which the
+    # eleventh waits for the GPU.
+    warm_up_calls = 11
 
-    def __init__(self, processes: Alone) -> None:
-        self.processes = processes
+    def __init__(self, processes: Alone, *, bucket_mib: int) -> None:
+        self.processes, self.bucket_mib = processes, bucket_mib
 
     def wrap(self, model, optimizer):
         """The model in DistributedDataParallel."""
+        self.names = {parameter: name for name, parameter in optimizer.parameters.items()}
         with warnings.catch_warnings():
             # torch 2.13 has another name for it, torch 2.11 has only this one.
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
-            self.model = nn.parallel.DistributedDataParallel(
+            wrapped = nn.parallel.DistributedDataParallel(
                 model,
                 # Router biases are moved alike everywhere, by the load of all processes.
                 broadcast_buffers=False,
+                # Between steps too: a CUDA graph finds its gradients where it left them.
                 gradient_as_bucket_view=True,
+                bucket_cap_mb=self.bucket_mib,
             )
-        self.names = {parameter: name for name, parameter in optimizer.parameters.items()}
-        self.model.register_comm_hook(optimizer, self.sum_bucket)
-        return self.model
+        # Never again: a timed step waits for the GPU.
+        wrapped._set_ddp_runtime_logging_sample_rate(_NEVER)
+        wrapped.register_comm_hook(optimizer, self.sum_bucket)
+        # It holds its hook, and so this engine, out of the garbage collector's sight.
+        self.wrapped = weakref.ref(wrapped)
+        return wrapped
 
     def sum_bucket(
         self, optimizer: "AdamW", bucket: dist.GradBucket
@@ -121,10 +150,14 @@ class DataParallel(OneProcess):
         buffer = bucket.buffer()
         return _sum(sums).then(lambda _: buffer)
 
+    def can_record(self, micro_batches):
+        """One that is the last and the first: others send nothing, or sums."""
+        return micro_batches == 1
+
     @contextlib.contextmanager
     def micro_batch(self, *, is_last):
         """Gradients of all but the last micro-batch stay in this process."""
-        with contextlib.nullcontext() if is_last else self.model.no_sync():
+        with contextlib.nullcontext() if is_last else self.wrapped().no_sync():
             yield
 
     def accumulate(self, optimizer, *, is_last):
@@ -200,6 +233,10 @@ class FullySharded(OneProcess):
         """Shards are masters."""
         return torch.float32
 
+    def can_record(self, micro_batches):
+        """One: gradients add up in tensors that a graph would overwrite."""
+        return micro_batches == 1
+
     @contextlib.contextmanager
     def micro_batch(self, *, is_last):
         """Between machines the gradients of all micro-batches are summed once."""
@@ -237,6 +274,7 @@ class FullySharded(OneProcess):
             # Gathered weights that no backward pass frees would be those of this step for ever.
             for module in (*model.layers, model):
                 module.reshard()
+                _forget_passes(module)
 
     def open_saver(self, folder, **settings):
         """Every process writes its shards, which rank 0 joins."""
@@ -248,10 +286,19 @@ class FullySharded(OneProcess):
 def open_engine(kind: str, processes: Alone, compute: Compute, config: TrainConfig) -> OneProcess:
     """The engine named `kind`: none, ddp or fsdp."""
     if kind == "ddp":
-        return DataParallel(processes)
+        return DataParallel(processes, bucket_mib=config.ddp_bucket_mib)
     if kind == "fsdp":
         return FullySharded(processes, compute, reshard=config.fsdp_reshard)
     return OneProcess()
+
+
+def _forget_passes(module: nn.Module) -> None:
+    """Drop FSDP2's list of forward passes, which only a backward pass that is not replayed clears:
+    with a CUDA graph it would grow as long as the run."""
+    state = module._get_fsdp_state()
+    state._comm_ctx.post_forward_order.clear()
+    if state._fsdp_param_group is not None:
+        state._fsdp_param_group._post_forward_indices.clear()
 
 
 def _sum(tensor: Tensor) -> torch.futures.Future:

@@ -113,6 +113,9 @@ class Several(Alone):
                     f"{torch.cuda.device_count()} GPUs; lower --nproc-per-node"
                 )
             torch.cuda.set_device(place.local_rank)
+            # All work goes to one stream that a CUDA graph can record, unlike the default one: what
+            # FSDP2 and DDP tie to the stream they are built on then belongs to the recording.
+            torch.cuda.set_stream(torch.cuda.Stream())
             backend = "cpu:gloo,cuda:nccl"
         minutes = COLLECTIVE_TIMEOUT * config.hang_minutes
         self.timeout = datetime.timedelta(minutes=minutes) if minutes else FOREVER

@@ -10,6 +10,8 @@ A capture writes into its folder
     memory.png             memory over that step by kind
     summary.md, .json      what is printed
 
+With several processes they are those of rank 0; the others take the same steps beside it.
+
 Some steps are timed without the profiler, because its own cost widens the gaps it shows.
 """
 
@@ -23,6 +25,8 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from hamner.config import TrainConfig
 from hamner.errors import UserError
+from hamner.parallel.processes import Alone, open_processes
+from hamner.parallel.tensors import local
 from hamner.profiling import memory, report
 from hamner.profiling.ranges import named
 from hamner.profiling.steps import Steps
@@ -34,7 +38,7 @@ TIMED_STEPS = 10
 SNAPSHOT_EVENTS = 1_000_000
 
 
-def capture(config: TrainConfig, out: Path, *, steps: int, warmup: int) -> Summary:
+def capture(config: TrainConfig, out: Path, *, steps: int, warmup: int) -> Summary | None:
     """Trace `steps` steps of a run after `warmup` others, and write what they show.
 
     Args:
@@ -43,12 +47,22 @@ def capture(config: TrainConfig, out: Path, *, steps: int, warmup: int) -> Summa
         steps: to trace.
         warmup: steps before anything is timed.
 
+    Returns:
+        The summary; None in all processes but rank 0.
+
     Raises:
         UserError: the configuration or the folder does not allow it.
     """
-    _require_new(out)
-    with Steps(config) as run:
-        out.mkdir(parents=True, exist_ok=True)
+    with open_processes(config) as processes:
+        processes.from_main(lambda: _require_new(out))
+        graphed = _trace(config, out, processes, steps=steps, warmup=warmup)
+        return _summarize(config, out, graphed) if processes.place.is_main else None
+
+
+def _trace(config: TrainConfig, out: Path, processes: Alone, *, steps: int, warmup: int) -> bool:
+    """Take the steps and write what was traced; whether a CUDA graph replays them."""
+    with Steps(config, processes) as run:
+        processes.from_main(lambda: out.mkdir(parents=True, exist_ok=True))
         metadata = _metadata(run.trainer)
         with run.launched_one_by_one() as graphed:
             run.take(warmup)
@@ -56,9 +70,14 @@ def capture(config: TrainConfig, out: Path, *, steps: int, warmup: int) -> Summa
             if graphed:
                 _trace_time(run, out / "launches.json.gz", steps, metadata)
         if graphed:
-            run.take(warmup)
+            run.warm_up(warmup)
         metadata["unprofiled_step_ms"] = statistics.median(run.time(TIMED_STEPS))
         _trace_time(run, out / "trace.json.gz", steps, metadata)
+    return graphed
+
+
+def _summarize(config: TrainConfig, out: Path, graphed: bool) -> Summary:
+    """Write and print what the traces show."""
     trace = read_trace(out / "trace.json.gz")
     if graphed:
         trace = with_callers_of(trace, read_trace(out / "launches.json.gz"))
@@ -84,8 +103,8 @@ def run_for_nsight(config: TrainConfig, *, steps: int, warmup: int) -> None:
     """
     if not torch.cuda.is_available():
         raise UserError("--tool nsight needs a CUDA GPU; --tool torch works on a CPU")
-    with Steps(config) as run:
-        run.take(warmup)
+    with open_processes(config) as processes, Steps(config, processes) as run:
+        run.warm_up(warmup)
         torch.cuda.synchronize()
         torch.cuda.cudart().cudaProfilerStart()
         with named(run.trainer) as phases:
@@ -109,10 +128,11 @@ def _metadata(trainer: Trainer) -> dict:
     return {
         "option": config.option,
         "tokens_per_step": config.tokens_per_step,
+        "gpus": trainer.world_size,
         "flops_per_token": config.model.flops_per_token(config.seq_len),
         "precision": trainer.compute.precision,
-        "weight_bytes": sum(w.nbytes for w in weights),
-        "optimizer_bytes": sum(t.nbytes for t in optimizer.state_tensors().values()),
+        "weight_bytes": sum(local(w).nbytes for w in weights),
+        "optimizer_bytes": sum(local(t).nbytes for t in optimizer.state_tensors().values()),
     }
 
 
@@ -120,13 +140,18 @@ def _trace_time(run: Steps, path: Path, steps: int, metadata: dict) -> None:
     activities = [ProfilerActivity.CPU]
     if run.on_gpu:
         activities.append(ProfilerActivity.CUDA)
+
+    def export(profiler: profile) -> None:
+        if run.trainer.is_main:
+            profiler.export_chrome_trace(str(path))
+
     with (
         profile(
             activities=activities,
             # One step to let the tracing itself warm up.
             schedule=schedule(wait=0, warmup=1, active=steps, repeat=1),
             record_shapes=True,
-            on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
+            on_trace_ready=export,
         ) as profiler,
         named(run.trainer) as phases,
     ):
@@ -155,7 +180,9 @@ def _trace_memory(run: Steps, out: Path, metadata: dict) -> None:
         run.take(1, phases)
         phases.enter(None)
         run.synchronize()
-    profiler.export_chrome_trace(str(out / "memory.json.gz"))
+    if run.trainer.is_main:
+        profiler.export_chrome_trace(str(out / "memory.json.gz"))
     if run.on_gpu:
-        torch.cuda.memory._dump_snapshot(str(out / "memory_snapshot.pickle"))
+        if run.trainer.is_main:
+            torch.cuda.memory._dump_snapshot(str(out / "memory_snapshot.pickle"))
         torch.cuda.memory._record_memory_history(enabled=None)

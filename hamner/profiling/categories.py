@@ -19,7 +19,11 @@ CATEGORIES = (
 _RULES = tuple(
     (category, re.compile(pattern, re.IGNORECASE))
     for category, pattern in (
-        ("communication", r"nccl|c10d::|all_?reduce|all_?gather|reduce_?scatter"),
+        # FSDP2 cuts what it sends and puts together what it got with kernels of ATen.
+        (
+            "communication",
+            r"nccl|c10d::|all_?reduce|all_?gather|reduce_?scatter|chunk_cat|split_with_sizes_copy",
+        ),
         (
             "attention",
             r"flash_attention|flash_(fwd|bwd)|flash::|flash_attn|flex_attention|fmha|sdpa"
@@ -59,6 +63,11 @@ _RULES = tuple(
 def category_of_name(name: str) -> str | None:
     """The category a kernel's or an operation's name tells, or None."""
     return next((category for category, rule in _RULES if rule.search(name)), None)
+
+
+def is_collective(activity: Activity) -> bool:
+    """Whether it is a message between GPUs itself, not a copy made for one."""
+    return "nccl" in activity.name.lower()
 
 
 def category_of(activity: Activity) -> str:

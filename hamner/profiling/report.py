@@ -15,6 +15,8 @@ def describe(summary: Summary) -> str:
     if summary.phases:
         phases = ", ".join(f"{name} {time:.2f}" for name, time in summary.phases.items())
         parts.append(f"By phase, ms: {phases}.")
+    if summary.communication is not None:
+        parts.append(_describe_communication(summary))
     if summary.gaps is not None:
         parts.append(_describe_gaps(summary))
     parts.append(_kernel_table(summary))
@@ -76,7 +78,8 @@ def _headline(summary: Summary) -> str:
             if summary.mfu is not None
             else "MFU not shown: the device's peak is unknown"
         )
-        lines.append(f"{summary.tokens_per_second:,.0f} tokens/s, {utilisation}.")
+        together = f" on {summary.gpus} GPUs" if summary.gpus > 1 else ""
+        lines.append(f"{summary.tokens_per_second:,.0f} tokens/s{together}, {utilisation}.")
     if summary.counted_tflops is not None:
         lines.append(
             f"Operations of known shape do {summary.counted_tflops:.1f} TFLOP/s over the step, "
@@ -93,6 +96,15 @@ def _time_table(summary: Summary) -> str:
     if overlap > 0.005 * summary.step_ms:
         rows.append(("side by side", f"-{overlap:.2f}", f"-{overlap / summary.step_ms:.1%}"))
     return table(("category", "ms", "of the step"), rows)
+
+
+def _describe_communication(summary: Summary) -> str:
+    total, exposed = summary.communication.milliseconds, summary.communication.exposed_ms
+    return (
+        f"Communication: {total:.2f} ms a step, waiting for other GPUs included; "
+        f"{total - exposed:.2f} ms of it ({1 - exposed / total:.0%}) beside other work, "
+        f"{exposed:.2f} ms exposed ({exposed / summary.step_ms:.1%} of the step)."
+    )
 
 
 def _describe_gaps(summary: Summary) -> str:

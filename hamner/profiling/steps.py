@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from hamner.config import TrainConfig
+from hamner.cuda_graph import GraphedBackward
 from hamner.data.loader import Batch
+from hamner.parallel.processes import Alone
 from hamner.profiling.ranges import Phases
 from hamner.run_folder import RunFolder
 from hamner.trainer import Trainer
@@ -29,18 +31,20 @@ class Steps:
 
     Args:
         config: the run whose steps are taken; nothing is written to its run folder.
+        processes: that train together, each with its `Steps`, which must take the same ones;
+            default this one alone.
 
     Raises:
         UserError: the configuration or the data does not allow it.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, processes: Alone | None = None) -> None:
         self._scratch = tempfile.TemporaryDirectory()
         folder = Path(self._scratch.name)
         # Its folder goes when the steps are over, and no step reads validation rows.
         config = replace(config, run_dir=folder, resume=False, report_to=(), eval_tokens=1)
         try:
-            self.trainer = Trainer(config, RunFolder(folder))
+            self.trainer = Trainer(config, RunFolder(folder), processes=processes)
         except BaseException:
             self._scratch.cleanup()
             raise
@@ -82,6 +86,13 @@ class Steps:
                 phases.enter("data")
             self.trainer.train_step(next(self.trainer.loader), LR, _NeverInterrupted())
             self.trainer.step += 1
+
+    def warm_up(self, count: int) -> None:
+        """`count` steps, and those that a CUDA graph needs beyond them until it is recorded."""
+        self.take(count)
+        micro_step = self.trainer.micro_step
+        while isinstance(micro_step, GraphedBackward) and not micro_step.is_recorded:
+            self.take(1)
 
     def time(self, count: int) -> list[float]:
         """Milliseconds of each of `count` steps, taken without waiting for the GPU between them."""

@@ -5,7 +5,10 @@
          + between kernels             it was queued already: the GPU's own latency
 
 Kernels that run side by side (several streams) count in full each, so categories may add up to more
-than busy.
+than busy. Messages between GPUs are best sent beside arithmetic:
+
+    communication = hidden              something else runs at the same time
+                  + exposed             nothing else does: the step is longer by this
 """
 
 import re
@@ -15,7 +18,7 @@ from dataclasses import dataclass
 
 from hamner.errors import UserError
 from hamner.hardware import Gpu, identify
-from hamner.profiling.categories import CATEGORIES, category_of
+from hamner.profiling.categories import CATEGORIES, category_of, is_collective
 from hamner.profiling.trace import PHASES, Activity, Trace
 from hamner.profiling.work import Work, work_of
 
@@ -53,6 +56,15 @@ class Gaps:
 
 
 @dataclass(frozen=True)
+class Communication:
+    """When messages between GPUs were under way, per step; waiting for other GPUs included."""
+
+    milliseconds: float
+    exposed_ms: float
+    """of them, those in which nothing else ran on this GPU"""
+
+
+@dataclass(frozen=True)
 class Summary:
     """A step of a trace, averaged over the traced steps."""
 
@@ -70,6 +82,10 @@ class Summary:
     launches: float
     gaps: Gaps | None
     """None without a GPU"""
+    communication: Communication | None
+    """None where no GPU sends anything"""
+    gpus: int
+    """that train together; 1 for traces that do not say"""
     waits: dict[str, tuple[float, float]]
     """calls in which the CPU waits for the GPU: times and milliseconds"""
     counted_tflops: float | None
@@ -111,6 +127,7 @@ def summarize(trace: Trace, *, steps: int | None = None) -> Summary:
     step_seconds = (unprofiled / 1e3) if unprofiled else step_us / 1e6
     tokens = trace.metadata.get("tokens_per_step")
     speed = tokens / step_seconds if tokens else None
+    gpus = trace.metadata.get("gpus", 1)
     return Summary(
         source=str(trace.path),
         device=trace.device,
@@ -122,10 +139,12 @@ def summarize(trace: Trace, *, steps: int | None = None) -> Summary:
         kernels=rows,
         launches=len(activities) / count,
         gaps=_gaps(activities, count) if trace.device else None,
+        communication=_communication(activities, count),
+        gpus=gpus,
         waits=_waits(trace, count),
         counted_tflops=known.flops / count / step_us / 1e6 if known.flops else None,
         tokens_per_second=speed,
-        mfu=_mfu(speed, trace.metadata.get("flops_per_token"), gpu, precision),
+        mfu=_mfu(speed and speed / gpus, trace.metadata.get("flops_per_token"), gpu, precision),
         unprofiled_step_ms=unprofiled,
     )
 
@@ -258,6 +277,34 @@ def _gaps(activities: list[Activity], steps: int) -> Gaps:
         longest_us=longest,
         head_start_us=statistics.median(ahead) if ahead else None,
     )
+
+
+def _communication(activities: list[Activity], steps: int) -> Communication | None:
+    sending = _spans([a for a in activities if is_collective(a)])
+    if not sending:
+        return None
+    total = sum(end - start for start, end in sending)
+    computing = _spans([a for a in activities if not is_collective(a)])
+    hidden, first = 0.0, 0
+    for start, end in sending:
+        while first < len(computing) and computing[first][1] <= start:
+            first += 1
+        for other_start, other_end in computing[first:]:
+            if other_start >= end:
+                break
+            hidden += min(end, other_end) - max(start, other_start)
+    return Communication(total / steps / 1e3, (total - hidden) / steps / 1e3)
+
+
+def _spans(activities: list[Activity]) -> list[tuple[float, float]]:
+    """When at least one of them ran, in order: start and end, microseconds, none overlapping."""
+    spans: list[tuple[float, float]] = []
+    for activity in activities:
+        if spans and activity.start <= spans[-1][1]:
+            spans[-1] = spans[-1][0], max(spans[-1][1], activity.end)
+        else:
+            spans.append((activity.start, activity.end))
+    return spans
 
 
 def _waits(trace: Trace, steps: int) -> dict[str, tuple[float, float]]:

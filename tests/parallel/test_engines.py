@@ -1,5 +1,7 @@
 """What engines and plans decide without other processes."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -9,9 +11,10 @@ import torch.distributed as dist
 from hamner import build, device, recompute
 from hamner.config import TrainConfig
 from hamner.errors import UserError
+from hamner.model import Transformer
 from hamner.optimizer import AdamW
 from hamner.parallel import engines
-from hamner.parallel.engines import DataParallel
+from hamner.parallel.engines import DataParallel, FullySharded, OneProcess
 from hamner.parallel.place import Place, resume_after_restart
 from hamner.parallel.processes import Alone
 from tests.models import DENSE, plain_ops
@@ -106,7 +109,7 @@ def test_ddp_sends_gradients_once_a_step_in_fp32_where_they_add_up(
     monkeypatch.setattr(engines, "_sum", lambda tensor: sent.append(tensor.dtype) or real(tensor))
     model = build_model(DENSE)
     optimizer = AdamW(model, plain_ops(), dtype=torch.bfloat16, weight_decay=0.0, grad_clip=1.0)
-    engine = DataParallel(Alone())
+    engine = DataParallel(Alone(), bucket_mib=1)
     forward = engine.wrap(model, optimizer)
     inputs = torch.randint(DENSE.vocab_size, (micro_batches, 1, 17))
     expected = {}
@@ -129,3 +132,41 @@ def test_ddp_sends_gradients_once_a_step_in_fp32_where_they_add_up(
     if micro_batches > 1:
         assert set(sent) == {torch.float32}
         assert all(parameter.grad is None for parameter in optimizer.parameters.values())
+
+
+def test_with_several_processes_a_graph_holds_the_only_micro_batch_of_a_step(group):
+    compute = device.select(replace(TrainConfig.for_option("tiny"), device="cpu"))
+    sharded = FullySharded(Alone(), compute, reshard=True)
+    for engine in (DataParallel(Alone(), bucket_mib=1), sharded):
+        assert [engine.can_record(count) for count in (1, 2)] == [True, False]
+    assert OneProcess().can_record(2)
+
+
+def test_the_garbage_collector_finds_a_model_that_ddp_has_wrapped(group):
+    """The hook that DDP holds must not hold DDP: a bench builds one trainer after another."""
+    model = build_model(DENSE)
+    optimizer = AdamW(model, plain_ops(), dtype=torch.float32, weight_decay=0.0, grad_clip=1.0)
+    engine = DataParallel(Alone(), bucket_mib=1)
+    forward = engine.wrap(model, optimizer)
+    found = weakref.ref(forward)
+    del model, optimizer, engine, forward
+    gc.collect()
+    assert found() is None
+
+
+def test_passes_without_gradients_leave_nothing_behind(group):
+    """A replayed backward pass never clears what FSDP2 remembers of forward passes."""
+    config = replace(TrainConfig.for_option("tiny"), device="cpu")
+    engine = FullySharded(Alone(), device.select(config), reshard=True)
+    with torch.device("meta"):
+        model = Transformer(DENSE, plain_ops())
+    engine.shard(model)
+    model.to_empty(device="cpu")
+    model.initialize(0)
+    with engine.inference(model), torch.no_grad():
+        for _ in range(3):
+            model(torch.randint(DENSE.vocab_size, (1, 16)))
+    for module in (*model.layers, model):
+        state = module._get_fsdp_state()
+        assert not state._comm_ctx.post_forward_order
+        assert not state._fsdp_param_group._post_forward_indices

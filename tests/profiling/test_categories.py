@@ -67,7 +67,14 @@ NAMES = {
         "sum_slots_kernel",
         "router_linear_forward_kernel",
     ],
-    "communication": ["ncclDevKernel_AllReduce_Sum_bf16_RING_LL", "c10d::allreduce_"],
+    "communication": [
+        "ncclDevKernel_AllReduce_Sum_bf16_RING_LL",
+        "ncclDevKernel_ReduceScatter_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)",
+        "c10d::allreduce_",
+        "void at::native::detail::chunk_cat_cuda_kernel<float, c10::BFloat16>",
+        "at::native::detail::split_with_sizes_copy_out_contiguous_no_cast_kernel",
+        "fsdp::all_gather_copy_in",
+    ],
 }
 UNKNOWN = [
     "void at::native::elementwise_kernel<128, 4, direct_copy_kernel_cuda>",

@@ -133,6 +133,40 @@ def test_streams_side_by_side_are_busy_once(tmp_path):
     assert "side by side" in describe(summary)
 
 
+def test_communication_is_hidden_or_exposed(tmp_path):
+    """Two steps, each with 100 us of two messages: 50 us and 10 us of them beside arithmetic."""
+    writer = TraceWriter()
+    for begin in (0.0, 1000.0):
+        writer.range(f"ProfilerStep#{int(begin / 1000)}", begin, 990)
+        writer.kernel("nvjet_a", begin + 100, 100, launch=begin + 10)
+        writer.kernel("nvjet_b", begin + 120, 30, launch=begin + 11)  # on another stream
+        writer.kernel(
+            "ncclDevKernel_AllReduce_Sum_bf16_RING_LL", begin + 150, 80, launch=begin + 12, stream=9
+        )
+        # What a collective's tensors are put together with is arithmetic like any other.
+        writer.kernel(
+            "void at::native::chunk_cat_cuda_kernel<1>", begin + 250, 20, launch=begin + 13
+        )
+        writer.kernel(
+            "ncclDevKernel_AllGather_RING_LL", begin + 260, 20, launch=begin + 14, stream=9
+        )
+    metadata = {"tokens_per_step": 100, "flops_per_token": 10**9, "gpus": 2}
+    summary = summarize(read_trace(writer.write(tmp_path / "t.json", hamner=metadata)))
+    assert summary.communication.milliseconds == pytest.approx(0.100)
+    assert summary.communication.exposed_ms == pytest.approx(0.040)
+    assert summary.categories["communication"] == pytest.approx(0.120)
+    text = describe(summary)
+    assert "0.06 ms of it (60%) beside other work, 0.04 ms exposed" in text
+    assert "tokens/s on 2 GPUs" in text
+    assert summary.mfu == pytest.approx(summary.tokens_per_second / 2 * 1e9 / 989.4e12)
+
+
+def test_one_gpu_sends_nothing(writer, tmp_path):
+    summary = summarize(read_trace(writer.write(tmp_path / "t.json")))
+    assert summary.communication is None
+    assert "Communication" not in describe(summary)
+
+
 def test_steps_of_a_trace_that_marks_none(tmp_path):
     writer = TraceWriter()
     for i in range(4):

@@ -1,0 +1,132 @@
+"""Body of the processes that `bench.scaling` starts: takes the steps of its rows, one by one.
+
+    torchrun --nproc-per-node 2 -m bench.scaling_job JOB.json
+
+Every row builds its own trainer; the processes, and what they have loaded, are those of them all.
+"""
+
+import gc
+import json
+import statistics
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from bench.conditions import conditions
+from hamner import train
+from hamner.cli import run_command
+from hamner.communication import all_reduce_bytes
+from hamner.config import TrainConfig
+from hamner.parallel.processes import Alone, open_processes
+from hamner.profiling.steps import Steps, time_calls
+from hamner.recompute import GIB
+
+ALL_REDUCE_BYTES = 256 * 2**20
+ALL_REDUCES = 10
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement."""
+
+    option: str
+    engine: Literal["one", "ddp", "fsdp"]
+    """one: a single GPU"""
+    gpus: int
+    steps: int
+    """that are timed"""
+    micro_batches: int = 1
+    """a step, in each process; each as large as the option's batch"""
+    bucket_mib: int = TrainConfig.ddp_bucket_mib
+    transport: str = "links"
+    """what NCCL sends through; see `bench.scaling.TRANSPORTS`"""
+    losses: int = 0
+    """of the first so many steps, kept to be compared"""
+    warm_up: int = 4
+    """least steps before those that are timed"""
+
+    @property
+    def name(self) -> str:
+        """Unlike that of any other row."""
+        size = f"{self.micro_batches}x, {self.bucket_mib} MiB"
+        return f"{self.option}, {self.engine} on {self.gpus}, {self.transport}, {size}"
+
+
+def configure(row: Row, flags: list[str]) -> TrainConfig:
+    """The row's run: the option as it trains, on as many rows a step as it says.
+
+    Raises:
+        UserError: the flags make no sense.
+    """
+    config = train.parse([*flags, "--option", row.option])
+    return replace(
+        config,
+        batch_size=config.batch_size * row.gpus * row.micro_batches,
+        micro_batch_size=config.batch_size,
+        parallel="auto" if row.engine == "one" else row.engine,
+        ddp_bucket_mib=row.bucket_mib,
+    )
+
+
+def measure(row: Row, flags: list[str], processes: Alone) -> dict:
+    """The row's figures, the same in every process but for its own clock."""
+    config = configure(row, flags)
+    with Steps(config, processes) as run:
+        if run.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        losses = [run.step(next(run.trainer.loader)) for _ in range(row.losses)]
+        run.warm_up(max(0, row.warm_up - row.losses))
+        milliseconds = run.time(row.steps)
+        peak = torch.cuda.max_memory_allocated() if run.on_gpu else 0
+        is_graph = run.trainer.micro_step != run.trainer.forward_backward
+    deciles = statistics.quantiles(milliseconds, n=10)
+    return {
+        "tokens_per_step": config.tokens_per_step,
+        "p10_ms": round(deciles[0], 3),
+        "p50_ms": round(statistics.median(milliseconds), 3),
+        "p90_ms": round(deciles[-1], 3),
+        "peak_gib": round(processes.most([peak])[0] / GIB, 3),
+        "cuda_graph": is_graph,
+        "losses": [loss.item() for loss in losses],
+    }
+
+
+def bus_bandwidth(gpus: int) -> float:
+    """GB/s that each GPU sends, and receives, in an all-reduce of ALL_REDUCE_BYTES.
+
+    What nccl-tests call bus bandwidth; the median of ALL_REDUCES.
+    """
+    tensor = torch.zeros(ALL_REDUCE_BYTES // 2, dtype=torch.bfloat16, device="cuda")
+    dist.all_reduce(tensor)
+    milliseconds = time_calls(lambda: dist.all_reduce(tensor), ALL_REDUCES, on_gpu=True)
+    sent = all_reduce_bytes(ALL_REDUCE_BYTES, gpus)
+    return round(sent / (statistics.median(milliseconds) * 1e6), 2)
+
+
+def main(args: list[str]) -> None:
+    """Measure the rows of a job and append each to its results as soon as it is there."""
+    job = json.loads(Path(args[0]).read_text())
+    rows = [Row(**row) for row in job["rows"]]
+    config = configure(rows[0], job["flags"])
+    with open_processes(config) as processes:
+        is_main = processes.place.is_main
+        on_gpu = torch.cuda.is_available() and config.device != "cpu"
+        several = processes.place.world_size > 1
+        link = bus_bandwidth(processes.place.world_size) if several and on_gpu else None
+        common = {"bus_gbs": link, "conditions": conditions() if is_main else None}
+        for row in rows:
+            result = measure(row, job["flags"], processes)
+            # The next row's peak must not have this one's memory in it.
+            gc.collect()
+            if on_gpu:
+                torch.cuda.empty_cache()
+            if is_main:
+                with Path(job["results"]).open("a") as file:
+                    file.write(json.dumps({**asdict(row), **result, **common}) + "\n")
+
+
+if __name__ == "__main__":
+    run_command(main)

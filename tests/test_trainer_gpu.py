@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hamner import recompute
+from hamner.checkpoint import Checkpoint
 from hamner.config import TrainConfig
 from hamner.cuda_graph import GraphedBackward
 from hamner.data.loader import Batch
@@ -209,7 +210,12 @@ def test_memory_of_every_option(name, tmp_path, whole_gpu, record_property):
             )
         }
         assert isinstance(trainer.micro_step, GraphedBackward)
+        # Still within the cap; of one option also a save, which takes as long as the disk does.
         trainer.evaluate()
+        trainer.sample()
+        if name == "current":
+            trainer.save()
+            assert isinstance(trainer.saver.wait(), Checkpoint)
         torch.cuda.set_per_process_memory_fraction(1.0)
         trainer.micro_step = trainer.forward_backward
         for policy in (recompute.NONE, recompute.SELECTIVE, recompute.FULL):

@@ -172,3 +172,19 @@ class TestOnGpu:
         last = x.detach()[-5:].requires_grad_()
         rms_norm(last, weight).backward(last.detach())
         assert torch.equal(x.grad[-5:], last.grad)
+
+    @pytest.mark.xdist_group("most of the GPU's memory")
+    def test_more_elements_than_int32_with_a_residual(self):
+        rows = 2**31 // 1024 + 3
+        x, residual, d_y, d_stream = (
+            torch.empty(rows, 1024, dtype=torch.bfloat16, device="cuda").normal_() for _ in range(4)
+        )
+        weight = torch.ones(1024, device="cuda")
+        outputs = add_rms_norm(x.requires_grad_(), residual, weight)
+        torch.autograd.backward(outputs, (d_y, d_stream))
+        last = x.detach()[-5:].requires_grad_()
+        alone = add_rms_norm(last, residual[-5:], weight)
+        torch.autograd.backward(alone, (d_y[-5:], d_stream[-5:]))
+        for output, expected in zip(outputs, alone, strict=True):
+            assert torch.equal(output[-5:], expected)
+        assert torch.equal(x.grad[-5:], last.grad)

@@ -267,11 +267,6 @@ class Transformer(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rotary_tables: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
 
-    @property
-    def head_weight(self) -> Tensor:
-        """(vocab_size, D) weight of the output head."""
-        return self.embed.weight if self.config.tie_word_embeddings else self.lm_head.weight
-
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
         """Matrices from normal(0, 0.02), norm weights 1, lambda vectors from normal(0, 0.1),
@@ -307,7 +302,11 @@ class Transformer(nn.Module):
             cache: `inputs` go on from the tokens it holds, and are added to it; then there are
                 neither targets nor documents, and only the last position's logits are computed.
         """
-        x, residual = self.embed(inputs), None
+        if self.config.tie_word_embeddings:
+            x, head_weight = self.ops.tied_embedding(inputs, self.embed.weight)
+        else:
+            x, head_weight = self.embed(inputs), self.lm_head.weight
+        residual = None
         context = self.context(inputs, document_ids, cache)
         routings = []
         for layer, policy in zip(self.layers, self.policies, strict=True):
@@ -320,10 +319,10 @@ class Transformer(nn.Module):
             hidden = hidden[:, -1:]
         router = summarize_routers(routings) if self.config.is_moe else None
         if targets is None:
-            logits = nn.functional.linear(hidden, self.head_weight)
+            logits = nn.functional.linear(hidden, head_weight)
             return Output(logits, None, None, router)
         cross_entropy = self.ops.linear_cross_entropy(
-            hidden.flatten(0, 1), self.head_weight, targets.flatten()
+            hidden.flatten(0, 1), head_weight, targets.flatten()
         )
         loss = cross_entropy
         if router is not None:

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from hamner.attention import AttentionBackend, differential_attention
 from hamner.kernels.adamw import adamw_, global_grad_norm, global_grad_norm_reference
 from hamner.kernels.cross_entropy import linear_cross_entropy
+from hamner.kernels.embedding import tied_embedding, tied_embedding_reference
 from hamner.kernels.fused_linear import (
     add_rms_norm_linear,
     add_rms_norm_qkv_rope,
@@ -52,6 +53,8 @@ class Ops:
     in backward instead of kept.
     """
 
+    tied_embedding: Callable[..., tuple[Tensor, Tensor]]
+    """(tokens (...), weight (V, D)) -> (x (..., D), weight as the output head is to use it)"""
     rms_norm: Callable[..., Tensor]
     """(x (..., D), weight (D,), eps) -> y"""
     add_rms_norm: Callable[..., tuple[Tensor, Tensor]]
@@ -115,6 +118,7 @@ def build_ops(kernels: str, attention_backend: AttentionBackend) -> Ops:
         if attention_backend.name == "triton":
             norm_attention = add_rms_norm_attention
         return Ops(
+            tied_embedding=tied_embedding,
             rms_norm=rms_norm,
             add_rms_norm=add_rms_norm,
             norm_linear=add_rms_norm_linear,
@@ -137,6 +141,7 @@ def build_ops(kernels: str, attention_backend: AttentionBackend) -> Ops:
         source = _TORCH
     norm_qkv_rope = partial(_norm_qkv_rope, source.rms_norm_linear, source.rope_packed)
     return Ops(
+        tied_embedding=tied_embedding_reference,
         rms_norm=source.rms_norm,
         add_rms_norm=source.add_rms_norm,
         norm_linear=partial(_norm_linear, source.rms_norm_linear),

@@ -14,6 +14,7 @@ from hamner.kernels.adamw import (
     split_master,
 )
 from hamner.kernels.cross_entropy import linear_cross_entropy
+from hamner.kernels.embedding import tied_embedding
 from hamner.kernels.flash_attention import flash_attention, flash_attention_qkv
 from hamner.kernels.fused_linear import (
     add_rms_norm_linear,
@@ -52,4 +53,5 @@ __all__ = [
     "split_master",
     "swiglu",
     "swiglu_linear",
+    "tied_embedding",
 ]

@@ -86,7 +86,7 @@ def test_the_kernels_decode_too(config):
 def test_a_second_prompt_only_costs_its_new_tokens(tokenizer):
     model = sharp(CONFIGS["dense"])
     lengths = []
-    model.embed.register_forward_hook(lambda _, inputs, __: lengths.append(inputs[0].shape[1]))
+    model.register_forward_hook(lambda _, inputs, __: lengths.append(inputs[0].shape[1]))
     generator = Generator(model, tokenizer, context=24)
     first = list(range(50, 70))
     answer = decoded(generator, first)

@@ -93,7 +93,7 @@ def plain_model(config: ModelConfig) -> Transformer:
     return model
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def _initial_weights(config: ModelConfig) -> dict[str, Tensor]:
     """Drawn once for all trainers of a shape, on the CPU as Hamner's trainer draws them."""
     with torch.device("meta"):

@@ -1,8 +1,18 @@
-"""The suite's flags, the conditions every row is stored with, and the short table at the end."""
+"""The suite's flags, what is compiled before its rows, the conditions every row is stored with, and
+the short table at the end."""
 
+import contextlib
+import json
 import os
+import time
+from pathlib import Path
 
 import pytest
+
+from bench import compile_ahead
+
+SLOWEST = 10
+"""rows whose seconds are printed"""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -22,6 +32,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="every row at a minute size on the CPU, to test the suite; times mean nothing",
     )
+    group.addoption(
+        "--rows",
+        type=Path,
+        metavar="FILE",
+        help="write each row when it is finished, a JSON object a line, for bench.report",
+    )
+    group.addoption(
+        "--compile-only",
+        type=Path,
+        metavar="DIR",
+        help="time nothing: used by the suite itself for what it compiles ahead, with others who "
+        "share DIR",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -34,8 +57,19 @@ def pytest_configure(config: pytest.Config) -> None:
         from bench import scale
 
         scale.SMOKE = True
+    if folder := config.getoption("--compile-only"):
+        from bench import scale
+
+        scale.COMPILE_ONLY = True
+        config.stash[CLAIMS] = compile_ahead.Claims(folder)
     if config.getoption("verbose") <= 0:
         config.option.benchmark_quiet = True
+    config.stash[STARTED] = time.perf_counter()
+    if rows := config.getoption("--rows"):
+        try:
+            rows.write_text("", encoding="utf-8")
+        except OSError as error:
+            raise pytest.UsageError(f"--rows {rows} cannot be written: {error.strerror}") from error
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -63,6 +97,86 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 LEFT_OUT = pytest.StashKey[dict[str, list[pytest.Item]]]()
 ROWS = pytest.StashKey[list[dict]]()
 MISFITS = pytest.StashKey[list[dict]]()
+CLAIMS = pytest.StashKey[compile_ahead.Claims]()
+COMPILED = pytest.StashKey[dict]()
+STARTED = pytest.StashKey[float]()
+SECONDS = pytest.StashKey[dict[str, float]]()
+BENCHMARK = pytest.StashKey()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> None:
+    """On a GPU, compile what the rows need before the first of them."""
+    import torch
+
+    config = session.config
+    is_timed = not (config.getoption("--smoke") or CLAIMS in config.stash)
+    if session.testsfailed or config.option.collectonly or not is_timed:
+        return
+    if not torch.cuda.is_available():
+        return
+    budget = config.getoption("--vram-budget")
+    flags = [] if budget is None else ["--vram-budget", str(budget)]
+    compile_ahead.use_one_cache()
+    compiled = compile_ahead.run(session.items, flags, lambda: prepare(session.items))
+    if compiled:
+        config.stash[COMPILED] = compiled
+        keep(config, {"compile_ahead": compiled})
+
+
+def prepare(items: list[pytest.Item]) -> None:
+    """What trainers are compared with, which is not timed."""
+    from bench import steps
+
+    trainers = (item for item in items if "trainer" in getattr(item, "fixturenames", ()))
+    # Where the compilers leave too little memory, rows make their own.
+    with contextlib.suppress(RuntimeError):
+        for item in trainers:
+            item.module.reference_of(item.callspec.params["option"])
+    steps.free_memory()
+
+
+def keep(config: pytest.Config, line: dict) -> None:
+    """Append to the file of --rows, which a suite that does not end leaves behind."""
+    if path := config.getoption("--rows"):
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item):
+    """Measure how long a row takes in all, and keep it."""
+    started = time.perf_counter()
+    result = yield
+    config, seconds = item.config, time.perf_counter() - started
+    config.stash.setdefault(SECONDS, {})[item.nodeid] = seconds
+    benchmark = item.stash.get(BENCHMARK, None)
+    if benchmark is not None and benchmark.stats is not None:
+        benchmark.extra_info["row_seconds"] = round(seconds, 2)
+        config.stash.setdefault(ROWS, []).append(benchmark.extra_info)
+        keep(config, {"fullname": item.nodeid, "extra_info": benchmark.extra_info})
+    return result
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Of what is only compiled, leave to other processes what they have taken."""
+    claims = item.config.stash.get(CLAIMS, None)
+    if claims is None:
+        return
+    group = compile_ahead.group_of(item)
+    if group is None or not claims.take(group):
+        pytest.skip("compiles nothing, or another process does it")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
+    """Tell the suite which row could not be compiled ahead."""
+    report = yield
+    claims = item.config.stash.get(CLAIMS, None)
+    if claims is not None and report.failed:
+        claims.fail(item.nodeid, call.excinfo.exconly())
+    return report
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -76,30 +190,47 @@ def recordable_stream():
         use_recordable_stream()
 
 
+@pytest.fixture
+def keep_graphs():
+    """For rows that differentiate one graph many times, which compiled graphs otherwise refuse, and
+    compile a graph a shape, of which there are more than torch expects."""
+    import torch._dynamo.config
+    import torch._functorch.config
+
+    with (
+        torch._functorch.config.patch(donated_buffer=False),
+        torch._dynamo.config.patch(recompile_limit=64),
+    ):
+        yield
+
+
 @pytest.fixture(scope="session")
 def conditions(request: pytest.FixtureRequest) -> dict:
-    """GPU, power limit, clocks, driver, versions, commit: of every row."""
+    """GPU, power limit, clocks, driver, versions, commit: of every row that is timed."""
     from bench.conditions import conditions
 
-    return conditions()
+    return {} if CLAIMS in request.config.stash else conditions()
 
 
 @pytest.fixture(autouse=True)
 def described(request: pytest.FixtureRequest, conditions: dict):
-    """Store the conditions with every row, and keep the rows for the table at the end."""
+    """Store the conditions with every row."""
+    from bench import steps
+
     benchmark = request.getfixturevalue("benchmark")
     benchmark.extra_info["conditions"] = conditions
+    request.node.stash[BENCHMARK] = benchmark
     yield
-    if benchmark.stats is not None:
-        request.config.stash.setdefault(ROWS, []).append(benchmark.extra_info)
+    if CLAIMS in request.config.stash:
+        steps.free_memory()  # others need it
 
 
 @pytest.fixture(scope="session")
-def ceilings():
-    """What this GPU reaches at best: a large copy, a large matmul."""
+def ceilings(request: pytest.FixtureRequest):
+    """What this GPU reaches at best: a large copy, a large matmul. None if nothing is timed."""
     from bench.ceilings import measure
 
-    return measure()
+    return None if CLAIMS in request.config.stash else measure()
 
 
 @pytest.fixture
@@ -115,25 +246,53 @@ def does_not_fit(request: pytest.FixtureRequest):
     def leave(row: str, needs_gib: float | None, available_gib: float):
         need = "more memory than there is" if needs_gib is None else f"{needs_gib:.1f} GiB"
         misfits = request.config.stash.setdefault(MISFITS, [])
-        misfits.append({"row": row, "needs_gib": needs_gib, "available_gib": available_gib})
+        misfit = {"row": row, "needs_gib": needs_gib, "available_gib": available_gib}
+        misfits.append(misfit)
+        keep(request.config, {"misfit": misfit})
         pytest.skip(f"does not fit {available_gib:.1f} GiB: needs {need}")
 
     return leave
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json) -> None:
-    """What did not fit belongs to the result."""
+    """What did not fit belongs to the result, and what was compiled before it."""
     output_json["misfits"] = config.stash.get(MISFITS, [])
+    output_json["compile_ahead"] = config.stash.get(COMPILED, None)
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     """The short table, what did not fit, and what could not run here."""
     from bench.report import Results, short_report
 
-    results = Results(config.stash.get(ROWS, []), config.stash.get(MISFITS, []))
+    if CLAIMS in config.stash:
+        return
+    results = Results(
+        config.stash.get(ROWS, []), config.stash.get(MISFITS, []), config.stash.get(COMPILED, None)
+    )
     for line in short_report(results):
         terminalreporter.write_line(line)
     left_out = config.stash.get(LEFT_OUT, {})
     if left_out:
         counts = ", ".join(f"{len(items)} of {name}" for name, items in left_out.items())
         terminalreporter.write_line(f"no CUDA GPU here, so these rows did not run: {counts}")
+    seconds = config.stash.get(SECONDS, {})
+    for line in where_time_went(seconds, time.perf_counter() - config.stash[STARTED]):
+        terminalreporter.write_line(line)
+
+
+def where_time_went(rows: dict[str, float], total: float) -> list[str]:
+    """Seconds of the suite, of its files and of its slowest rows (their building, checking and
+    compiling included), by node id."""
+    files: dict[str, float] = {}
+    for row, seconds in rows.items():
+        file = Path(row.partition("::")[0]).stem.removeprefix("test_")
+        files[file] = files.get(file, 0.0) + seconds
+    slowest = sorted(rows.items(), key=lambda item: -item[1])[:SLOWEST]
+
+    def listed(items) -> str:
+        return ", ".join(f"{name} {seconds:.1f}" for name, seconds in items)
+
+    return [
+        f"the suite took {total:.0f} s, of them by file: {listed(files.items())}",
+        f"slowest rows, s: {listed((row.rpartition('::')[2], s) for row, s in slowest)}",
+    ]

@@ -1,35 +1,46 @@
 """Tables and pictures from the suite's results.
 
-    pytest bench/ --benchmark-only --benchmark-json=results.json
+    pytest bench/ --benchmark-only --benchmark-json=results.json --rows rows.jsonl
     python -m bench.report results.json --out report
 
 writes report/report.md, throughput.png (tokens/s against memory, with the Pareto front of each
 option) and kernels.png (each kernel beside its best peer, as a share of what the card reaches).
-`pytest-benchmark compare` compares results of several commits.
+rows.jsonl has the same rows, each from the moment it was finished: of a suite that was cut off it
+is what is left. `pytest-benchmark compare` compares results of several commits.
 """
 
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from bench import compile_ahead
 from hamner.cli import run_command
 from hamner.errors import UserError
 from hamner.profiling.report import table
 
 OURS = "hamner"
+PROJECTIONS = (
+    ("projected_tokens_per_second", "tokens_per_second"),
+    ("projected_gib", "peak_allocated_gib"),
+)
+"""fields of an option's row: projected, measured"""
+PANELS_A_ROW = 4
+"""of the picture of throughput"""
+BLUES = {"none": "#6baed6", "selective": "#2171b5", "full": "#08306b"}
+PEERS = ("C1", "C3", "C2", "C5", "C4", "C8")
 
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Draw and tabulate the results of `pytest bench/ --benchmark-json=FILE`."""
+    """Draw and tabulate the results of `pytest bench/`."""
 
     results: Annotated[Path, tyro.conf.Positional]
-    """pytest-benchmark's JSON"""
+    """file of --benchmark-json or of --rows"""
     out: Path = Path("bench-report")
     """folder to write report.md and the pictures into"""
 
@@ -42,6 +53,8 @@ class Results:
     """extra_info of every row"""
     misfits: list[dict]
     """what did not fit the memory: row, needs_gib (or None), available_gib"""
+    compiled: dict | None = None
+    """what was compiled before the first row (bench/compile_ahead.py)"""
 
     def of_kind(self, *kinds: str) -> list[dict]:
         """Rows about one thing."""
@@ -49,25 +62,47 @@ class Results:
 
 
 def read_results(path: Path) -> Results:
-    """Read pytest-benchmark's JSON.
+    """Read pytest-benchmark's JSON, or the lines of `--rows`.
 
     Raises:
-        UserError: the file is not such a result.
+        UserError: the file is neither.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        documents = _documents(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise UserError(f"{path} is not pytest-benchmark's JSON: {error}") from error
-    benchmarks = document.get("benchmarks") if isinstance(document, dict) else None
-    if not isinstance(benchmarks, list):
-        raise UserError(
-            f"{path} is not pytest-benchmark's JSON: write it with "
-            "pytest bench/ --benchmark-only --benchmark-json=FILE"
-        )
-    rows = [benchmark["extra_info"] for benchmark in benchmarks]
-    return Results([row for row in rows if "kind" in row], document.get("misfits", []))
+        raise UserError(f"{path} is no result of the suite: {error}") from error
+    results = Results([], [])
+    for document in documents:
+        match document:
+            case {"benchmarks": [*benchmarks]}:
+                results.rows.extend(benchmark["extra_info"] for benchmark in benchmarks)
+                results.misfits.extend(document.get("misfits", []))
+                results = replace(results, compiled=document.get("compile_ahead"))
+            case {"extra_info": row}:
+                results.rows.append(row)
+            case {"misfit": misfit}:
+                results.misfits.append(misfit)
+            case {"compile_ahead": compiled}:
+                results = replace(results, compiled=compiled)
+            case _:
+                raise UserError(
+                    f"{path} is no result of the suite: write one with "
+                    "pytest bench/ --benchmark-only --benchmark-json=FILE, or --rows FILE"
+                )
+    return replace(results, rows=[row for row in results.rows if "kind" in row])
+
+
+def _documents(text: str) -> list:
+    """One of several lines, or one a line; a last line that was not written to its end is none."""
+    try:
+        return [json.loads(text)]
+    except ValueError:
+        lines = text.split("\n")[:-1]
+        if not lines:
+            raise
+        return [json.loads(line) for line in lines]
 
 
 def label(row: dict) -> str:
@@ -112,19 +147,25 @@ def _gib(row: dict, field: str) -> str:
 
 def projection_table(rows: Iterable[dict]) -> str:
     """What `hamner.plan` projects for this card beside what was measured, memory allocated."""
-    header = ["option", "trainer", "tokens/s projected", "measured", "error"]
+    header = ["option", "policy", "micro-batch"]
+    header += ["tokens/s projected", "measured", "error", "GiB projected", "measured", "error"]
     cells = []
     for row in rows:
-        speeds = row["projected_tokens_per_second"], row["tokens_per_second"]
-        gib = row["projected_gib"], row["peak_allocated_gib"]
-        cells.append(
-            [row["option"], label(row)]
-            + [f"{speed:,}" for speed in speeds]
-            + [f"{speeds[0] / speeds[1] - 1:+.1%}"]
-            + [f"{value:.2f}" for value in gib]
-            + [f"{gib[0] / gib[1] - 1:+.1%}"]
-        )
-    return table([*header, "GiB projected", "measured", "error"], cells)
+        cells.append([row["option"], row["recompute"], str(row["micro_batch_size"])])
+        for (projected, measured), number in zip(PROJECTIONS, (",", ".2f"), strict=True):
+            cells[-1] += [f"{row[projected]:{number}}", f"{row[measured]:{number}}"]
+            cells[-1].append(f"{row[projected] / row[measured] - 1:+.1%}")
+    return table(header, cells)
+
+
+def largest_errors(rows: Sequence[dict]) -> str:
+    """The worst of the projections, in a sentence."""
+    found = []
+    for (projected, measured), name in zip(PROJECTIONS, ("speed", "memory"), strict=True):
+        worst = max(rows, key=lambda row: abs(row[projected] / row[measured] - 1))
+        where = f"{worst['option']}, {worst['recompute']}, {worst['micro_batch_size']}"
+        found.append(f"{name} {worst[projected] / worst[measured] - 1:+.1%} ({where})")
+    return f"Largest errors of {len(rows)} projections: {'; '.join(found)}."
 
 
 def kernel_table(rows: Iterable[dict]) -> str:
@@ -167,8 +208,9 @@ def _share(row: dict) -> str:
 
 
 def other_lines(results: Results) -> list[str]:
-    """The data pipeline, checkpoints, and what did not fit."""
-    lines = [
+    """The data pipeline, checkpoints, what did not fit, and what was compiled ahead."""
+    lines = [] if results.compiled is None else [compile_ahead.describe(results.compiled)]
+    lines += [
         f"data from {row['source']}: {row['tokens_per_second']:,} tokens/s"
         for row in results.of_kind("data")
     ]
@@ -190,7 +232,7 @@ def short_report(results: Results) -> list[str]:
     if training := results.of_kind("option", "trainer"):
         parts.append(training_table(training, short=True))
     if projected := [row for row in training if "projected_tokens_per_second" in row]:
-        parts.append(projection_table(projected))
+        parts += [projection_table(projected), largest_errors(projected)]
     if kernels := results.of_kind("kernel"):
         parts.append(kernel_table(kernels))
     parts.append("\n".join(other_lines(results)))
@@ -207,48 +249,98 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def draw_throughput(rows: Sequence[dict], path: Path) -> None:
-    """Tokens/s against memory: one panel an option, its Pareto front as a line."""
+    """Tokens/s against memory: one panel an option, its Pareto front as a line.
+
+    Our recompute policies are blue circles, empty where the batch goes in several passes; other
+    trainers are squares, and a ring is ours as it ran beside them.
+    """
     plt = _pyplot()
-    options = sorted({row["option"] for row in rows})
+    options = list(dict.fromkeys(row["option"] for row in rows))
+    columns = min(PANELS_A_ROW, len(options))
+    lines = -(-len(options) // columns)
     figure, panels = plt.subplots(
-        1, len(options), figsize=(5 * len(options), 4.5), layout="constrained", squeeze=False
+        lines,
+        columns,
+        figsize=(0.8 + 2.7 * columns, 1.0 + 2.4 * lines),
+        layout="constrained",
+        squeeze=False,
     )
-    for axes, option in zip(panels[0], options, strict=True):
+    markers = _markers(rows)
+    for axes, option in zip(panels.flat, options, strict=False):
         points = [row for row in rows if row["option"] == option]
+        front = pareto([_place(row) for row in points])
+        axes.plot(*zip(*front, strict=True), color="gray", linewidth=1, zorder=0)
         for row in points:
-            at = row["peak_allocated_gib"], row["tokens_per_second"]
-            is_ours = label(row).startswith(OURS)
-            axes.plot(*at, "o" if is_ours else "s", color="C0" if is_ours else "C1")
-            axes.annotate(label(row), at, xytext=(4, 4), textcoords="offset points", fontsize=7)
-        front = pareto([(r["peak_allocated_gib"], r["tokens_per_second"]) for r in points])
-        axes.plot(*zip(*front, strict=True), color="gray", linewidth=0.8, zorder=0)
-        axes.set(title=option, xlabel="peak GiB allocated", ylim=(0, None), xlim=(0, None))
+            axes.plot(*_place(row), **markers[label(row)])
+        axes.set_title(option, fontsize=10)
+        axes.set(ylim=(0, 1.12 * max(row["tokens_per_second"] for row in points) / 1e3))
+        axes.set(xlim=(0, 1.08 * max(row["peak_allocated_gib"] for row in points)))
         axes.grid(alpha=0.3)
-    panels[0][0].set_ylabel("tokens/s")
+        axes.tick_params(labelsize=8)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("thousand tokens/s", fontsize=8)
+    for axes in panels.flat[len(options) - columns : len(options)]:
+        axes.set_xlabel("peak GiB allocated", fontsize=8)
+    for axes in panels.flat[len(options) :]:
+        axes.set_axis_off()
+    handles = [plt.Line2D([], [], **marker) for marker in markers.values()]
+    handles.append(plt.Line2D([], [], color="gray", linewidth=1, label="Pareto front"))
+    place = {"loc": "outside lower center", "ncols": columns, "fontsize": 8, "frameon": False}
+    figure.legend(handles=handles, **place)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _markers(rows: Sequence[dict]) -> dict[str, dict]:
+    """How each trainer is drawn, ours first."""
+    found: dict[str, dict] = {}
+    for row in sorted(rows, key=lambda row: (not label(row).startswith(OURS), row["kind"])):
+        if (name := label(row)) in found:
+            continue
+        style = {"linestyle": "none", "label": name, "markersize": 6}
+        if row["kind"] == "option":
+            color, passes = BLUES.get(row["recompute"], "C9"), row["batch_size"]
+            passes //= row["micro_batch_size"]
+            style |= {"marker": "o", "color": color}
+            if passes > 1:
+                style |= {"markerfacecolor": "none", "markersize": 5 + passes / 2}
+        elif name == OURS:
+            style |= {"marker": "o", "color": "black", "markerfacecolor": "none", "markersize": 10}
+            style["label"] = f"{name}, beside the other trainers"
+        else:
+            peers = sum(marker["marker"] == "s" for marker in found.values())
+            style |= {"marker": "s", "color": PEERS[peers % len(PEERS)]}
+        found[name] = style
+    return found
+
+
+def _place(row: dict) -> tuple[float, float]:
+    return row["peak_allocated_gib"], row["tokens_per_second"] / 1e3
 
 
 def draw_kernels(rows: Sequence[dict], path: Path) -> None:
     """The share of the card's measured ceiling that every implementation of an op reaches."""
     plt = _pyplot()
-    ops = by_op(rows)
     names = sorted({row["implementation"] for row in rows}, key=lambda name: (name != OURS, name))
-    figure, axes = plt.subplots(figsize=(8, 0.5 + 0.45 * len(ops)), layout="constrained")
-    height = 0.8 / len(names)
-    for number, name in enumerate(names):
-        shares = [
-            (position + number * height, found[name]["of_ceiling"])
-            for position, found in enumerate(ops.values())
-            if name in found
-        ]
-        axes.barh(*zip(*shares, strict=True), height=height, label=name)
-    axes.set_yticks([position + 0.4 - height / 2 for position in range(len(ops))], list(ops))
-    axes.invert_yaxis()
+    bars: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    ticks, position = {}, 0.0
+    for op, found in by_op(rows).items():
+        ticks[op] = position + (len(found) - 1) / 2
+        for name in filter(found.__contains__, names):
+            bars[name].append((position, found[name]["of_ceiling"]))
+            position += 1
+        position += 1  # between ops
+    figure, axes = plt.subplots(figsize=(8, 1.0 + 0.13 * position), layout="constrained")
+    for number, (name, shares) in enumerate(bars.items()):
+        axes.barh(*zip(*shares, strict=True), height=0.9, label=name, color=f"C{number % 10}")
+    axes.set_yticks(list(ticks.values()), list(ticks))
+    axes.set_ylim(position - 1, -1)
     axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.set_xlabel("share of the ceiling measured on this card (copy or 8192^3 matmul)")
+    axes.set_xlabel(
+        "share of the ceiling measured on this card (copy or 8192^3 matmul)", fontsize=8
+    )
     axes.tick_params(labelsize=7)
-    axes.legend(fontsize=7)
+    figure.legend(loc="outside lower center", ncols=5, fontsize=7, frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -290,6 +382,7 @@ def write_report(config: ReportConfig) -> Path:
             parts += ["## Training", training_table(training)]
         if projected := [row for row in training if "projected_tokens_per_second" in row]:
             parts += ["## Plan against measurement", projection_table(projected)]
+            parts.append(largest_errors(projected))
         # Without a GPU there is no memory to draw against.
         if placed := [row for row in training if row.get("peak_allocated_gib") is not None]:
             draw_throughput(placed, config.out / "throughput.png")

@@ -3,6 +3,8 @@
 `--smoke` runs every row on the CPU, kernels in Triton's interpreter, to show that the suite itself
 works; its times mean nothing. The other modules read `SMOKE` when they are imported, which the
 suite's conftest sets before that.
+
+`--compile-only` runs what a row compiles once, and times nothing (bench/compile_ahead.py).
 """
 
 from collections.abc import Callable
@@ -11,6 +13,7 @@ from typing import TypeVar
 import torch
 
 SMOKE = False
+COMPILE_ONLY = False
 
 T = TypeVar("T")
 

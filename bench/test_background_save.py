@@ -19,7 +19,7 @@ from hamner.trainer import Trainer
 
 TEN_MINUTES = 600.0
 UNDISTURBED_STEPS = 10
-SAVES = 3
+SAVES = 2
 
 
 class NeverInterrupted:

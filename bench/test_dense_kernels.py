@@ -19,7 +19,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-import torch._functorch.config as functorch_config
 from torch.optim import adamw as torch_adamw
 
 from bench import scale
@@ -41,15 +40,7 @@ from hamner.kernels.rms_norm import (
 from hamner.kernels.rope import rope_packed_, rope_reference
 from hamner.kernels.swiglu import swiglu, swiglu_reference
 
-pytestmark = pytest.mark.needs_gpu
-
-
-@pytest.fixture(autouse=True)
-def keep_buffers():
-    """Rows differentiate one graph many times, which compiled graphs otherwise refuse."""
-    with functorch_config.patch(donated_buffer=False):
-        yield
-
+pytestmark = [pytest.mark.needs_gpu, pytest.mark.usefixtures("keep_graphs")]
 
 N, D, INTERMEDIATE, V, T = scale.pick((24_576, 1024, 2816, 49_152, 1024), (32, 64, 96, 128, 16))
 HEADS, KV_HEADS, HEAD_DIM = scale.pick((16, 4, 64), (4, 2, 16))

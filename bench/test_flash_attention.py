@@ -21,7 +21,6 @@ from typing import NamedTuple
 
 import pytest
 import torch
-import torch._functorch.config
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -36,7 +35,7 @@ from hamner.kernels.flash_attention import (
 )
 from hamner.kernels.rope import launch_packed_rotation
 
-pytestmark = pytest.mark.needs_gpu
+pytestmark = [pytest.mark.needs_gpu, pytest.mark.usefixtures("keep_graphs")]
 
 TOKENS, HEADS, KV_HEADS = scale.pick((24_576, 16, 4), (32, 4, 2))
 GROUP = HEADS // KV_HEADS
@@ -115,10 +114,6 @@ def flash_attn(problem: Problem) -> Attend:
     return attend
 
 
-# Benchmarks differentiate one graph many times, which compiled graphs otherwise refuse.
-torch._functorch.config.donated_buffer = False
-# One graph a shape, and there are more shapes than torch expects.
-torch._dynamo.config.recompile_limit = 64
 compiled_flex_attention = functools.cache(lambda: scale.compiled(flex_attention, fullgraph=True))
 
 

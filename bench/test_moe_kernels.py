@@ -28,7 +28,7 @@ from hamner.kernels.grouped_matmul_kernels import (
 from hamner.kernels.moe_routing import Routing, moe_route, moe_route_reference
 from hamner.kernels.router_linear import router_linear, router_linear_reference
 
-pytestmark = pytest.mark.needs_gpu
+pytestmark = [pytest.mark.needs_gpu, pytest.mark.usefixtures("keep_graphs")]
 
 N, E, K, D, I = scale.pick((24_576, 4, 2, 768, 1536), (32, 4, 2, 64, 96))  # noqa: E741
 M = N * K

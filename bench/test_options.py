@@ -6,7 +6,8 @@ Real data through the real loader, the whole batch in one pass, some also in sma
 "auto" is what `hamner.train` would choose within the budget. What does not fit is reported with
 what it needs. `extra_info` holds tokens/s (of the median step), MFU, the step's 10th, 50th and 90th
 percentile, the peak allocated and reserved, and apart from them the seconds to build and to warm
-up, compilation included; beside speed and memory stands what `hamner.plan` projects for this card.
+up, with all that was not compiled ahead (bench/compile_ahead.py); beside speed and memory stands
+what `hamner.plan` projects for this card.
 
 The rows of an option share one trainer, which changes its recompute policies between them: only
 the first one's build takes time.
@@ -21,6 +22,7 @@ import pytest
 import torch
 
 from bench import scale, steps
+from bench.compile_ahead import few_layers
 from hamner import build, recompute
 from hamner.config import TrainConfig
 from hamner.cost_model import predict
@@ -160,6 +162,8 @@ def test_option(benchmark, option, policy, micro_batches, vram_budget, does_not_
     if policy == "auto" and vram_budget is None and not steps.is_cpu():
         pytest.skip("where memory is plenty, auto is selective; it differs under --vram-budget")
     config = configure(option, policy, vram_budget, micro_batches)
+    if scale.COMPILE_ONLY:
+        config = few_layers(config)
     capacity = capacity_gib(vram_budget)
     row = row_id((option, policy, micro_batches)).replace("-", " ")
     if policy != "auto" and needed_gib(config) > capacity:

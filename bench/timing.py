@@ -94,6 +94,9 @@ def record(
         num_bytes: that the op must move, for its GB/s.
         flops: that it must compute, for its TFLOP/s; at most one of both is given.
     """
+    if scale.COMPILE_ONLY:
+        function()
+        return
     peak = _peak_bytes(function)
     timed, how = timed_as(function)
     median, p10, p90 = quantiles(timed)

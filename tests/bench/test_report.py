@@ -8,6 +8,7 @@ from bench.report import (
     ReportConfig,
     Results,
     kernel_table,
+    largest_errors,
     main,
     pareto,
     projection_table,
@@ -56,6 +57,9 @@ ROWS = [
     {"kind": "data", "source": "shards", "tokens_per_second": 20_000_000},
     {"kind": "checkpoint", "direction": "save", "mb_per_s": 500},
 ]
+COMPILED = {
+    "kernels": 200, "graphs": 60, "rows": 90, "seconds": 70.0, "processes": 10, "failed": []
+}  # fmt: skip
 MISFITS = [{"row": "current none", "needs_gib": 31.25, "available_gib": 22.0}]
 
 
@@ -78,11 +82,18 @@ def test_trainers_by_speed():
 
 
 def test_projected_beside_measured():
-    row = training("a", 200_000, 16.0, recompute="selective", micro_batch_size=6)
-    row |= {"projected_tokens_per_second": 210_000, "projected_gib": 15.6}
-    assert cells(projection_table([row]))[2] == [
-        "a", "hamner, selective, 4 passes", "210,000", "200,000", "+5.0%", "15.60", "16.00", "-2.5%"
+    rows = [
+        training("a", 200_000, 16.0, recompute="selective", micro_batch_size=6)
+        | {"projected_tokens_per_second": 210_000, "projected_gib": 15.6},
+        training("c", 200_000, 10.0, recompute="full")
+        | {"projected_tokens_per_second": 184_000, "projected_gib": 9.9},
+    ]
+    assert cells(projection_table(rows))[2] == [
+        "a", "selective", "6", "210,000", "200,000", "+5.0%", "15.60", "16.00", "-2.5%"
     ]  # fmt: skip
+    assert largest_errors(rows).endswith(
+        "of 2 projections: speed -8.0% (c, full, 24); memory -2.5% (a, selective, 6)."
+    )
 
 
 def test_kernels_beside_their_best_peer():
@@ -128,11 +139,29 @@ def test_the_short_report_names_what_did_not_fit():
         assert part in text
 
 
+def test_rows_of_a_suite_that_was_cut_off(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    lines = [{"compile_ahead": COMPILED}, *({"fullname": "x", "extra_info": row} for row in ROWS)]
+    lines.append({"misfit": MISFITS[0]})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"extra_in')
+    results = read_results(path)
+    assert results == Results(ROWS, MISFITS, COMPILED)
+    assert "compiled ahead: 200 kernels and 60 graphs" in "\n".join(short_report(results))
+
+
+def test_a_single_row(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"fullname": "x", "extra_info": ROWS[0]}) + "\n")
+    assert read_results(path).rows == ROWS[:1]
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("not json", "is not pytest-benchmark's JSON"),
-        ("[]", "is not pytest-benchmark's JSON"),
+        ("not json", "is no result of the suite"),
+        ("not json\nnor this\n", "is no result of the suite"),
+        ("[]", "is no result of the suite"),
+        ("", "is no result of the suite"),
         ('{"benchmarks": []}', "holds no row"),
         (None, "cannot be read"),
     ],

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.report import ReportConfig, write_report
+from bench.report import ReportConfig, read_results, write_report
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,7 +30,9 @@ def test_smoke_of_the_quick_rows(tmp_path):
         f"bench/test_{name}.py"
         for name in ("options", "trainers", "dense_kernels", "flash_attention", "moe_kernels")
     ]
-    result = run("--smoke", "--quick", f"--benchmark-json={file}", *modules)
+    rows_file = tmp_path / "rows.jsonl"
+    output = (f"--benchmark-json={file}", "--rows", str(rows_file))
+    result = run("--smoke", "--quick", *output, *modules)
     assert result.returncode == 0, result.stdout + result.stderr
     rows = [benchmark["extra_info"] for benchmark in json.loads(file.read_text())["benchmarks"]]
     assert {row["kind"] for row in rows} == {"option", "trainer", "kernel"}
@@ -39,7 +41,11 @@ def test_smoke_of_the_quick_rows(tmp_path):
         if row["kind"] != "kernel":
             assert row["p10_ms"] <= row["p50_ms"] <= row["p90_ms"]
             assert row["warm_up_seconds"] > 0
+    assert all(row["row_seconds"] > 0 for row in rows)
+    assert read_results(rows_file) == read_results(file)
     assert "| a " in result.stdout and "rms_norm forward" in result.stdout
+    assert re.search(r"the suite took \d+ s, of them by file: .*dense_kernels \d", result.stdout)
+    assert re.search(r"slowest rows, s: test_\w+\[.*\] \d+\.\d", result.stdout)
     assert "Rounds" not in result.stdout  # pytest-benchmark's table, a dozen columns wide
     assert write_report(ReportConfig(file, tmp_path / "out")).exists()
 
@@ -54,7 +60,25 @@ def test_without_a_gpu_it_says_what_did_not_run():
 
 
 def test_a_budget_that_is_too_small_is_reported(tmp_path):
-    file = tmp_path / "results.json"
+    file, rows = tmp_path / "results.json", tmp_path / "rows.jsonl"
     args = ("bench/test_options.py", "-k", "tiny-full", "--vram-budget", "0.001")
-    result = run("--smoke", f"--benchmark-json={file}", *args)
+    result = run("--smoke", f"--benchmark-json={file}", "--rows", str(rows), *args)
     assert "tiny full: does not fit, needs 0.0 GiB of 0.0 GiB" in result.stdout
+    assert [misfit["row"] for misfit in read_results(rows).misfits] == ["tiny full"]
+
+
+def test_a_file_of_rows_that_cannot_be_written_is_refused_at_once(tmp_path):
+    result = run("--smoke", "--rows", str(tmp_path / "nowhere" / "rows.jsonl"), "bench/")
+    assert result.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "rows.jsonl cannot be written: No such file" in result.stderr
+
+
+def test_compiling_runs_each_row_and_times_none(tmp_path):
+    """Of what another process has taken nothing is left."""
+    files = ("bench/test_trainers.py", "bench/test_options.py", "-k", "tiny-full or a-compiled]")
+    args = ("--smoke", "--compile-only", str(tmp_path), *files)
+    for outcome in ("2 passed", "2 skipped"):
+        result = run(*args)
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert outcome in result.stdout
+        assert "tokens/s" not in result.stdout and "the suite took" not in result.stdout

@@ -25,6 +25,7 @@ from bench import scale
 from bench.timing import record
 from hamner.kernels.adamw import adamw_, adamw_reference_, join_master, split_master
 from hamner.kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from hamner.kernels.embedding import tied_embedding, tied_embedding_reference
 from hamner.kernels.fused_linear import (
     add_rms_norm_linear,
     add_rms_norm_linear_reference,
@@ -53,6 +54,12 @@ QUICK = {("hamner", way) for way in ("forward", "backward", "both")} | {("compil
 
 def randn(*shape: int, dtype: torch.dtype = DTYPE, std: float = 1.0) -> torch.Tensor:
     return (std * torch.randn(shape, device=DEVICE)).to(dtype)
+
+
+def text_like(num_tokens: int) -> torch.Tensor:
+    """Tokens of which a few are very frequent and most are rare, always the same; on the CPU."""
+    ranks = torch.rand(num_tokens, generator=torch.Generator().manual_seed(0))
+    return (V**ranks).long() - 1
 
 
 def liger_functional(name: str) -> Callable:
@@ -137,6 +144,12 @@ CASES = {
         op=swiglu_linear,
         reference=swiglu_linear_reference,
         flops={"forward": 2 * N * D * INTERMEDIATE, "backward": 4 * N * D * INTERMEDIATE},
+    ),
+    "tied_embedding": Case(
+        inputs=lambda n: (text_like(n).to(DEVICE), randn(V, D)),
+        op=tied_embedding,
+        reference=tied_embedding_reference,
+        bytes_moved={"backward": (N + 2 * len(text_like(N).unique())) * D * ELEMENT},
     ),
     "linear_cross_entropy": Case(
         inputs=lambda n: (

@@ -45,14 +45,19 @@ def _to_double(x):
     return x.detach().double().requires_grad_(x.requires_grad) if is_float else x
 
 
-def assert_matches_reference(op: Op, reference: Op, inputs: dict[str, Tensor]) -> None:
-    """Compare op with its reference: outputs and gradients, both against the reference in fp64."""
+def assert_matches_reference(
+    op: Op, reference: Op, inputs: dict[str, Tensor], **criterion: float
+) -> None:
+    """Compare op with its reference: outputs and gradients, both against the reference in fp64.
+
+    `criterion` goes to `assert_as_accurate_as_torch`.
+    """
     actual = outputs_and_gradients(op, inputs)
     same_dtype = outputs_and_gradients(reference, inputs)
     exact = outputs_and_gradients(reference, {name: _to_double(x) for name, x in inputs.items()})
     assert actual.keys() == exact.keys()
     for name in exact:
-        assert_as_accurate_as_torch(name, actual[name], same_dtype[name], exact[name])
+        assert_as_accurate_as_torch(name, actual[name], same_dtype[name], exact[name], **criterion)
 
 
 def assert_same_bits(op: Op, other: Op, inputs: dict[str, Tensor]) -> None:

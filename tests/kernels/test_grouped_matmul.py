@@ -159,7 +159,10 @@ def test_order_of_tokens_does_not_matter(device):
     weights = problem.gate_up_weight, problem.down_weight
     out = moe_mlp(problem.x, moe_route(logits, 2), *weights)
     shuffled = moe_mlp(problem.x[shuffle], moe_route(logits[shuffle], 2), *weights)
-    assert torch.equal(shuffled, out[shuffle])
+    if device.type == "cuda":
+        assert torch.equal(shuffled, out[shuffle])
+    else:  # NumPy's matmul, in the interpreter, may round a row by its place in the tile
+        torch.testing.assert_close(shuffled, out[shuffle], rtol=1e-5, atol=1e-6)
 
 
 def test_inputs_and_gradients_need_not_be_contiguous(device):

@@ -1,7 +1,7 @@
 """Processes that fail at a chosen moment, to be started in place of `hamner.train`.
 
 As a module it is a command for torchrun: the first start loses rank 1 in the middle of step 7, the
-second one rank 0 in the middle of the save of step 12.
+second one rank 0 in the middle of the first save from step 12 on.
 """
 
 import os
@@ -60,11 +60,12 @@ def before_step(step: int, fault: Callable[[], None]) -> None:
 
 
 def in_save(step: int, fault: Callable[[], None]) -> None:
-    """Let a fault happen when the tensors of a checkpoint are on disk."""
+    """Let a fault happen when the tensors of a checkpoint of `step` or later are on disk; a busy
+    machine may still be writing the one before when that of `step` is due."""
     finish_save = checkpoint.finish_save
 
     def finish_once(temporary, of_step, state):
-        if of_step == step:
+        if of_step >= step:
             fault()
         return finish_save(temporary, of_step, state)
 

@@ -332,7 +332,9 @@ def draw_kernels(rows: Sequence[dict], path: Path) -> None:
         position += 1  # between ops
     figure, axes = plt.subplots(figsize=(8, 1.0 + 0.13 * position), layout="constrained")
     for number, (name, shares) in enumerate(bars.items()):
-        axes.barh(*zip(*shares, strict=True), height=0.9, label=name, color=f"C{number % 10}")
+        axes.barh(
+            *zip(*shares, strict=True), height=0.9, label=name, color=plt.cm.tab20(number % 20)
+        )
     axes.set_yticks(list(ticks.values()), list(ticks))
     axes.set_ylim(position - 1, -1)
     axes.axvline(1.0, color="black", linewidth=0.8)

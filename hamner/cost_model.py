@@ -483,8 +483,10 @@ class MeasuredRun:
     policy: Policy
     batch_size: int
     tokens_per_second: float
-    fitted: bool
+    fitted: bool = False
     """whether the efficiencies were taken from this run's own breakdown"""
+    micro_batches: int = 1
+    """a step"""
 
     def predict(self) -> StepPrediction:
         """What the model says of the run."""
@@ -493,7 +495,7 @@ class MeasuredRun:
             option.model,
             GPUS[self.gpu],
             policies=(self.policy,) * option.model.num_layers,
-            micro_batch_size=self.batch_size,
+            micro_batch_size=self.batch_size // self.micro_batches,
             batch_size=self.batch_size,
             seq_len=option.seq_len,
             implementation=self.implementation,
@@ -512,13 +514,31 @@ _FIRST_KERNELS = replace(
 )
 MEASURED_RUNS = (
     MeasuredRun("a", "h100", _FIRST_KERNELS, SELECTIVE, 24, 205_896, fitted=True),
-    MeasuredRun("current", "h100", _FIRST_KERNELS, SELECTIVE, 48, 368_743, fitted=False),
-    MeasuredRun("a", "h100", TRITON, SELECTIVE, 24, 216_908, fitted=False),
-    MeasuredRun("current", "h100", TRITON, SELECTIVE, 24, 366_726, fitted=False),
+    MeasuredRun("current", "h100", _FIRST_KERNELS, SELECTIVE, 48, 368_743),
+    MeasuredRun("a", "h100", TRITON, SELECTIVE, 24, 216_908),
+    MeasuredRun("current", "h100", TRITON, SELECTIVE, 24, 366_726),
     MeasuredRun("c", "h100", TRITON, SELECTIVE, 24, 248_893, fitted=True),
     MeasuredRun("a", "h100", COMPILED, NONE, 24, 197_433, fitted=True),
-    MeasuredRun("a", "h100", COMPILED, FULL, 24, 160_320, fitted=False),
-    MeasuredRun("a", "h100", EARLIER, FULL, 24, 94_873, fitted=False),
-    MeasuredRun("current", "h100", EARLIER, FULL, 24, 156_008, fitted=False),
-    MeasuredRun("current", "rtx-3090", EARLIER, FULL, 24, 26_000, fitted=False),
+    MeasuredRun("a", "h100", COMPILED, FULL, 24, 160_320),
+    MeasuredRun("a", "h100", EARLIER, FULL, 24, 94_873),
+    MeasuredRun("current", "h100", EARLIER, FULL, 24, 156_008),
+    MeasuredRun("current", "rtx-3090", EARLIER, FULL, 24, 26_000),
+    # On a card that nothing was fitted to, 2026-11-25.
+    MeasuredRun("a", "h200", TRITON, NONE, 24, 231_319),
+    MeasuredRun("a", "h200", TRITON, SELECTIVE, 24, 227_464),
+    MeasuredRun("a", "h200", TRITON, SELECTIVE, 24, 218_794, micro_batches=2),
+    MeasuredRun("a", "h200", TRITON, SELECTIVE, 24, 203_990, micro_batches=4),
+    MeasuredRun("a", "h200", TRITON, FULL, 24, 180_571),
+    MeasuredRun("a-short", "h200", TRITON, SELECTIVE, 32, 241_963),
+    MeasuredRun("a-short", "h200", TRITON, FULL, 32, 188_174),
+    MeasuredRun("b", "h200", TRITON, SELECTIVE, 24, 243_145),
+    MeasuredRun("b", "h200", TRITON, FULL, 24, 186_870),
+    MeasuredRun("current", "h200", TRITON, NONE, 48, 418_521),
+    MeasuredRun("current", "h200", TRITON, SELECTIVE, 48, 415_469),
+    MeasuredRun("current", "h200", TRITON, FULL, 48, 325_765),
+    MeasuredRun("c", "h200", TRITON, NONE, 24, 278_317),
+    MeasuredRun("c", "h200", TRITON, SELECTIVE, 24, 273_022),
+    MeasuredRun("c", "h200", TRITON, SELECTIVE, 24, 255_502, micro_batches=2),
+    MeasuredRun("c", "h200", TRITON, FULL, 24, 215_447),
+    MeasuredRun("c-shared", "h200", TRITON, SELECTIVE, 24, 220_473),
 )

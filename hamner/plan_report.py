@@ -245,7 +245,8 @@ def measured_table() -> str:
         speeds = run.tokens_per_second, run.predict().tokens_per_second
         rows.append(
             [
-                f"{run.option}, {run.implementation.name}, recompute {run.policy.name}",
+                f"{run.option}, {run.implementation.name}, recompute {run.policy.name}"
+                + (f", {run.micro_batches} micro-batches" if run.micro_batches > 1 else ""),
                 GPUS[run.gpu].name,
                 *(f"{speed:,.0f}" for speed in speeds),
                 f"{run.error:+.1%}",
@@ -279,8 +280,9 @@ def caveats(plan: "Plan") -> list[str]:
     option, prediction = plan.option, plan.prediction
     whole_square = option.model.flops_per_token(option.seq_len, causal=False)
     errors = [run.error for run in MEASURED_RUNS]
-    here = [f"{run.error:+.0%}" for run in MEASURED_RUNS if GPUS[run.gpu] == plan.gpu]
-    on_this_card = f", on this card {', '.join(here)}" if here else ""
+    here = [run.error for run in MEASURED_RUNS if GPUS[run.gpu] == plan.gpu]
+    ends = dict.fromkeys(f"{error:+.0%}" for error in (min(here), max(here))) if here else ()
+    on_this_card = f", on this card {' to '.join(ends)}" if here else ""
     parameters, tokens, loss = KNOWN_RUN
     lines = [
         f"Speed on the {plan.gpu.name} is projected: {prediction.provenance}. Against the "

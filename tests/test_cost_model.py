@@ -32,7 +32,11 @@ def predict_option(name, gpu=RTX_3090, policy=SELECTIVE, **changes):
     return predict(model, gpu, **(arguments | changes))
 
 
-@pytest.mark.parametrize("run", MEASURED_RUNS, ids=lambda r: f"{r.option}-{r.implementation.name}")
+@pytest.mark.parametrize(
+    "run",
+    MEASURED_RUNS,
+    ids=lambda r: f"{r.option}-{r.implementation.name}-{r.policy.name}-{r.gpu}-{r.micro_batches}",
+)
 def test_measured_runs(run):
     """Within 3% where efficiencies come from the run itself, within 10% elsewhere."""
     assert abs(run.error) < (0.03 if run.fitted else 0.10)

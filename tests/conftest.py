@@ -1,6 +1,7 @@
 """Runs the kernels where they can run: compiled on a GPU, in Triton's interpreter elsewhere."""
 
 import gc
+import importlib.util
 import os
 
 # Each worker and each process a test starts gets one thread: more would only wait for each other.
@@ -12,6 +13,21 @@ import torch
 # Triton reads the variable when a kernel is decorated, so it must be set before any is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+NEEDS = {"test_serve.py": "openai", "test_harness.py": "lm_eval"}
+"""packages of hamner[test] that a machine with a GPU may lack, by the file that imports them;
+neither file has a test that needs a GPU"""
+collect_ignore = [
+    file
+    for file, package in NEEDS.items()
+    if torch.cuda.is_available() and importlib.util.find_spec(package) is None
+]
+
+
+def pytest_report_header() -> list[str]:
+    """Say which files are left out."""
+    return [f"left out: {file}, {NEEDS[file]} is not installed" for file in collect_ignore]
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

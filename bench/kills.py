@@ -15,7 +15,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +23,8 @@ from pathlib import Path
 import tyro
 
 from bench.restarts import RestartedRun, is_same
+from hamner.cli import run_command
+from hamner.errors import UserError
 
 PHASES = ("save", "evaluation", "step")
 """each with a kill of its own"""
@@ -193,7 +194,7 @@ def train_killed(run: Run, kills: Kills, typical: Mapping[str, float]) -> list[K
 def main(kills: Kills, flags: Sequence[str]) -> int:
     """Run both, print what the kills met and whether the runs are the same; 1 if not."""
     if kills.kills < len(PHASES) or kills.steps < 2 * kills.kills:
-        raise SystemExit("at least 3 --kills, and twice as many --steps")
+        raise UserError("give at least 3 --kills, and at least twice as many --steps")
     shutil.rmtree(kills.output, ignore_errors=True)
     kills.output.mkdir(parents=True)
     started = time.monotonic()
@@ -216,4 +217,4 @@ def main(kills: Kills, flags: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*tyro.cli(Kills, return_unknown_args=True)))
+    run_command(lambda args: main(*tyro.cli(Kills, args=args, return_unknown_args=True)))

@@ -28,6 +28,8 @@ import torch
 import tyro
 
 from bench.scaling_job import Row
+from hamner.cli import run_command
+from hamner.errors import UserError
 from hamner.profiling.report import table
 
 TRANSPORTS = {
@@ -67,10 +69,10 @@ class Scaling:
 
     def __post_init__(self) -> None:
         if self.gpus < 2:
-            raise SystemExit("this machine has fewer than 2 GPUs")
+            raise UserError(f"--gpus is {self.gpus}; a comparison needs at least 2")
         unknown = set(self.transports) - set(TRANSPORTS)
         if unknown:
-            raise SystemExit(f"--transports {min(unknown)} is not one of {', '.join(TRANSPORTS)}")
+            raise UserError(f"--transports {min(unknown)} is not one of {', '.join(TRANSPORTS)}")
 
 
 def plan(settings: Scaling) -> list[list[Row]]:
@@ -272,4 +274,4 @@ def main(settings: Scaling, flags: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*tyro.cli(Scaling, return_unknown_args=True)))
+    run_command(lambda args: main(*tyro.cli(Scaling, args=args, return_unknown_args=True)))

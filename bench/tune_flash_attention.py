@@ -27,6 +27,8 @@ from hamner.kernels.launch import capability
 TOKENS, HEADS, KV_HEADS = 24_576, 16, 4
 KERNELS = ("forward", "dq", "dk_dv")
 OUTER_BLOCKS, INNER_BLOCKS, WARPS, STAGES = (64, 128), (32, 64, 128), (4, 8), (2, 3, 4)
+# By warps: no limit, or one at which 12 or 16 warps are resident on a multiprocessor.
+MAX_REGISTERS = {4: (None, 168, 128), 8: (None, 128)}
 SHOWN = 6
 
 
@@ -35,7 +37,8 @@ def candidates(kernel: str) -> Iterator[Tile]:
     for outer, inner, warps, stages in itertools.product(OUTER_BLOCKS, INNER_BLOCKS, WARPS, STAGES):
         if inner <= outer:
             block_m, block_n = (inner, outer) if kernel == "dk_dv" else (outer, inner)
-            yield Tile(block_m, block_n, warps, stages)
+            for max_registers in MAX_REGISTERS[warps]:
+                yield Tile(block_m, block_n, warps, stages, max_registers)
 
 
 class Problem:

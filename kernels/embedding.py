@@ -11,9 +11,9 @@ occurred, and touches no others:
     order = stable sort of tokens           equal tokens next to each other, in the order they came
     d_head_weight[token] += sum of d_x[i] over tokens[i] == token          in fp32, rounded once
 
-No atomics, so the sums have one order. Sorted positions are cut into blocks of BLOCK_N. A run of
-one token inside a block is summed by one program and added at once; of a run that crosses blocks,
-each part is written as a partial sum and a second kernel adds them up in order:
+No atomics, so the sums have one order. A program walks the BLOCK_N sorted positions of a block and
+sums up the run of one token after the other. A run inside a block is added at once; of a run that
+crosses blocks, each part is written as a partial sum and a second kernel adds them up in order:
 
     partials (2 blocks, D) fp32     2 b      block b's first run, if it goes on from, or to, another
                                     2 b + 1  block b's last run, if it began inside and goes on
@@ -29,8 +29,8 @@ import triton.language as tl
 from torch import Tensor
 
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# By reasoning: 64 fp32 elements a thread, rows of 512 columns for few programs that find nothing.
-BLOCK_N, BLOCK_D, NUM_WARPS = 16, 512, 4
+# As measured on an H100 (profiles/LOG.md): more positions a program or wider rows are no faster.
+BLOCK_N, BLOCK_D, NUM_WARPS = 16, 512, 2
 
 
 @triton.jit
@@ -54,32 +54,29 @@ def embedding_runs_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The part within a block of the run that starts, or goes on, at a sorted position."""
-    first = tl.program_id(0)
-    block = first // BLOCK_N
-    token = tl.load(keys_ptr + first)
-    before = tl.load(keys_ptr + first - 1, mask=first > 0, other=-1)
-    starts_run = before != token
-    starts_block = first % BLOCK_N == 0
-    if not (starts_run | starts_block):
-        return
-
-    positions = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    is_behind = (positions >= first) & (positions < N)
-    is_run = is_behind & (tl.load(keys_ptr + positions, mask=is_behind, other=-1) == token)
-    rows = tl.load(order_ptr + positions, mask=is_run, other=0)
+    """All runs of a block: added to their rows, or written as the parts of longer ones."""
+    block = tl.program_id(0)
+    start = block * BLOCK_N
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask = is_run[:, None] & (offs_d < D)[None, :]
-    parts = tl.load(d_x_ptr + rows[:, None] * D + offs_d[None, :], mask=mask, other=0.0)
-    total = tl.sum(parts.to(tl.float32), axis=0)
-
-    end = (block + 1) * BLOCK_N
-    goes_on = tl.load(keys_ptr + end, mask=end < N, other=-1) == token
-    if starts_run & (not goes_on):
-        _add_to_row(d_weight_ptr, token, total, offs_d, D)
-    else:
-        slot = 2 * block + tl.where(starts_block, 0, 1)
-        tl.store(partials_ptr + slot.to(tl.int64) * D + offs_d, total, mask=offs_d < D)
+    token = tl.load(keys_ptr + start)
+    began_before = tl.load(keys_ptr + start - 1, mask=start > 0, other=-1) == token
+    slot = 2 * block
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    for i in range(BLOCK_N):
+        position = start + i
+        width = tl.where(position < N, D, 0)
+        row = tl.load(order_ptr + position, mask=position < N, other=0)
+        total += tl.load(d_x_ptr + row * D + offs_d, mask=offs_d < width, other=0.0).to(tl.float32)
+        next_token = tl.load(keys_ptr + position + 1, mask=position + 1 < N, other=-1)
+        goes_on = next_token == token
+        if (position < N) & ((i == BLOCK_N - 1) | (next_token != token)):
+            if goes_on | (began_before & (slot == 2 * block)):
+                tl.store(partials_ptr + slot.to(tl.int64) * D + offs_d, total, mask=offs_d < D)
+            else:
+                _add_to_row(d_weight_ptr, token, total, offs_d, D)
+            total = tl.zeros((BLOCK_D,), tl.float32)
+            token = next_token
+            slot = 2 * block + 1
 
 
 @triton.jit
@@ -131,7 +128,7 @@ def _add_embedding_gradient_op(d_x: Tensor, tokens: Tensor, d_weight: Tensor) ->
     columns = triton.cdiv(width, BLOCK_D)
     launch = {"BLOCK_N": BLOCK_N, "BLOCK_D": BLOCK_D, "num_warps": NUM_WARPS}
     with torch.cuda.device_of(d_x):
-        embedding_runs_kernel[(num_tokens, columns)](
+        embedding_runs_kernel[(blocks, columns)](
             d_x.contiguous(), keys, order, d_weight, partials, num_tokens, width, **launch
         )
         embedding_long_runs_kernel[(blocks, columns)](

@@ -54,6 +54,8 @@ class Tile(NamedTuple):
     block_n: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
+    """a thread may use, so that more programs are resident; None leaves it to the compiler"""
 
 
 class Config(NamedTuple):
@@ -76,9 +78,9 @@ class Config(NamedTuple):
 # thread (the most that Triton 3.6 or 3.9 takes, documents and RoPE or not), blocks resident:
 #
 #                 forward                  dq                       dk_dv
-#     64, 64      32%  222  2 of 4 warps   48%  242  2 of 4 warps   33%  187  2 of 4 warps
-#     64, 128     65%  246  1 of 8         48%  168  2 of 4         61%  253  1 of 8
-#     128, 128    97%  253  1 of 8         81%  189  1 of 8         81%  226  1 of 8
+#     64, 64      32%  222  2 of 4 warps   48%  242  2 of 4 warps   33%  193  2 of 4 warps
+#     64, 128     65%  246  1 of 8         48%  168  2 of 4         61%  250  1 of 8
+#     128, 128    97%  253  1 of 8         81%  189  1 of 8         81%  228  1 of 8
 _SM86 = {
     (64, 64): Config(
         forward=Tile(128, 32, 4, 3),
@@ -97,11 +99,12 @@ _SM86 = {
     ),
 }
 # The fastest on an H100 (profiles/LOG.md) of those that do not spill. 64 rows to four warps is the
-# shape of Hopper's warpgroup matmul; several such blocks on a multiprocessor beat one large tile.
+# shape of Hopper's warpgroup matmul; several such blocks on a multiprocessor beat one large tile,
+# and a fourth one in forward is worth holding its registers down.
 # Not measured: dk_dv at 128, 128, which had four stages until it spilled with RoPE on Triton 3.6.
 _SM90 = {
     (64, 64): Config(
-        forward=Tile(128, 64, 8, 3),
+        forward=Tile(64, 64, 4, 3, max_registers=128),
         dq=Tile(64, 64, 4, 3),
         dk_dv=Tile(64, 64, 4, 3),
     ),
@@ -172,6 +175,7 @@ def _constexprs(
         "BLOCK_DV": _padded(v_head_size),
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
+        "maxnreg": tile.max_registers,
     }
 
 

@@ -13,6 +13,27 @@ Offsets: the position of a tile is 64-bit, offsets inside a tile 32-bit.
 import triton
 import triton.language as tl
 
+# Query heads whose blocks start together. At T 1024 and head size 64 they and their keys and values
+# are 20 MB, which an H100's L2 holds.
+HEADS_TOGETHER = tl.constexpr(64)
+
+
+@triton.jit
+def _place_in_grid(num_blocks, HEADS: tl.constexpr):
+    """A program's block of rows, counted from the one with the most work, and its head, counted
+    over batches.
+
+    Under a causal mask one block has up to `num_blocks` times the work of another. Head by head,
+    the longest block of the last head would start when nearly all else is done, and the GPU would
+    wait for it. So HEADS heads start together, first the longest block of each: what starts last
+    is short, and the longest blocks of the next heads fill the gaps that these leave.
+    """
+    pid = tl.program_id(0)
+    first_head = pid // (num_blocks * HEADS) * HEADS
+    pid -= first_head * num_blocks
+    num_heads = tl.minimum(HEADS, tl.num_programs(0) // num_blocks - first_head)
+    return pid // num_heads, first_head + pid % num_heads
+
 
 @triton.jit
 def _key_bounds(
@@ -240,13 +261,11 @@ def flash_attention_forward_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    # Neighbouring programs share keys and values in L2: first the blocks of a head, then the heads
-    # of a group. Under a causal mask the last block has the most to do, so it starts first.
     num_blocks = tl.cdiv(T, BLOCK_M)
-    pid = tl.program_id(0)
-    block = num_blocks - 1 - pid % num_blocks
-    head = (pid // num_blocks % H).to(tl.int64)
-    batch = (pid // num_blocks // H).to(tl.int64)
+    rank, any_head = _place_in_grid(num_blocks, HEADS_TOGETHER)
+    block = num_blocks - 1 - rank  # under a causal mask the last queries see the most keys
+    head = (any_head % H).to(tl.int64)
+    batch = (any_head // H).to(tl.int64)
     q_ptr += batch * stride_qb + head * stride_qh
     k_ptr += batch * stride_kb + head // GROUP * stride_kh
     v_ptr += batch * stride_vb + head // GROUP * stride_vh
@@ -396,6 +415,7 @@ def flash_attention_dq_kernel(
     BLOCK_DV: tl.constexpr,
 ):
     num_blocks = tl.cdiv(T, BLOCK_M)
+    # Head by head, unlike the others: 2% faster here (profiles/LOG.md).
     pid = tl.program_id(0)
     block = num_blocks - 1 - pid % num_blocks
     head = (pid // num_blocks % H).to(tl.int64)
@@ -502,6 +522,10 @@ def _accumulate_dk_dv(
     # One loop over heads and tiles together keeps the load pipeline full from head to head. Its
     # first loads are prepared even when there is no tile, hence the divisor of at least 1.
     num_tiles = tl.cdiv(end - begin - hole_size, BLOCK_M)
+    # Hopper's matmuls run while the warps go on, but one whose result the next line needs is waited
+    # for, with all before it. With dp in front of p, those of dv and dk run on into the next tile.
+    # Wider heads have no registers for a dp that waits.
+    DP_FIRST: tl.constexpr = BLOCK_D + BLOCK_DV <= 128
     for i in range(GROUP * num_tiles):
         head = i // tl.maximum(num_tiles, 1)
         start = begin + (i - head * num_tiles) * BLOCK_M
@@ -520,6 +544,8 @@ def _accumulate_dk_dv(
         lse = tl.load(lse_ptr + head * T + offs_row)
         delta = tl.load(delta_ptr + head * T + offs_row)
         scores = tl.dot(k, tl.trans(q), input_precision="ieee")
+        if DP_FIRST:
+            dp = tl.dot(v, tl.trans(d_out), input_precision="ieee")
         p = tl.exp2(scores * scale_log2 - lse[None, :])
         if MASKED:
             visible = (offs_m[None, :] >= query_begin[:, None]) & (
@@ -527,7 +553,8 @@ def _accumulate_dk_dv(
             )
             p = tl.where(visible, p, 0.0)
         dv = tl.dot(p.to(d_out.dtype), d_out, dv, input_precision="ieee")
-        dp = tl.dot(v, tl.trans(d_out), input_precision="ieee")
+        if not DP_FIRST:
+            dp = tl.dot(v, tl.trans(d_out), input_precision="ieee")
         d_scores = p * (dp - delta[None, :])
         dk = tl.dot(d_scores.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
@@ -582,12 +609,11 @@ def flash_attention_dk_dv_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    # Under a causal mask the first keys are seen by the most queries, and start first.
     num_blocks = tl.cdiv(T, BLOCK_N)
-    pid = tl.program_id(0)
-    block = pid % num_blocks
-    kv_head = (pid // num_blocks % KV).to(tl.int64)
-    batch = (pid // num_blocks // KV).to(tl.int64)
+    # Under a causal mask the first keys are seen by the most queries.
+    block, any_head = _place_in_grid(num_blocks, tl.cdiv(HEADS_TOGETHER, GROUP))
+    kv_head = (any_head % KV).to(tl.int64)
+    batch = (any_head // KV).to(tl.int64)
     q_ptr += batch * stride_qb + kv_head * GROUP * stride_qh
     k_ptr += batch * stride_kb + kv_head * stride_kh
     v_ptr += batch * stride_vb + kv_head * stride_vh

@@ -47,7 +47,8 @@ class _NormAttention(torch.autograd.Function):
         ctx.heads, ctx.scale = heads, scale
         ctx.set_materialize_grads(False)
         if not ctx.has_residual:
-            ctx.mark_non_differentiable(new_residual)
+            # Through here all the same: backward then adds the stream's gradient in its one pass.
+            new_residual = x.view_as(x)
         ctx.save_for_backward(
             new_residual if ctx.has_residual else x,
             rstd,
@@ -68,10 +69,9 @@ class _NormAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_out, d_residual):
         no_gradients = (None,) * 10
-        if not ctx.has_residual:
-            d_residual = None  # compiled, the empty tensor has a gradient too
         if d_out is None:
-            return d_residual, d_residual, None, None, *no_gradients
+            d_x = d_residual
+            return d_x, d_x if ctx.has_residual else None, None, None, *no_gradients
         *norm_inputs, qkv, out, lse, document_starts, document_ends, cos, sin, positions = (
             ctx.saved_tensors
         )
@@ -121,7 +121,7 @@ def add_rms_norm_attention(
 
     Returns:
         (out, new_residual): out (B, T, H hd), new_residual (B, T, D), both in the dtype of x.
-        Without a residual new_residual is x itself.
+        Without a residual new_residual is a view of x.
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
@@ -132,11 +132,10 @@ def add_rms_norm_attention(
     head_size = check_packed_width(qkv_weight.shape[0], num_heads, num_kv_heads)
     check_device("x", x)
     bounds = optional_document_bounds(document_ids, x)
-    out, new_residual = _NormAttention.apply(
+    return _NormAttention.apply(
         x, residual, norm_weight, qkv_weight, cos, sin, positions,
         *bounds, num_heads, num_kv_heads, head_size**-0.5, eps, rebuild,
     )  # fmt: skip
-    return out, x if residual is None else new_residual
 
 
 def add_rms_norm_attention_reference(

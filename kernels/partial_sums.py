@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Runs of 128 bytes, a few hundred rows.
-BLOCK_P, BLOCK_D, NUM_WARPS = 64, 32, 4
+# Narrow columns of all rows at once: what costs is the latency of a load, so there should be one
+# after the other as seldom as possible (profiles/LOG.md: 6 us, where 64 x 32 took 9).
+BLOCK_P, BLOCK_D, NUM_WARPS = 256, 8, 16
 
 
 @triton.jit

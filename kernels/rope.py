@@ -26,20 +26,20 @@ SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Config(NamedTuple):
-    """Rows (tokens) and heads of a program's tile, and its warps."""
+    """A program's rows (tokens), the most heads that it rotates at once, and its warps."""
 
     block_m: int
     block_h: int
     warps: int
 
 
-# Four heads divide the q + k heads of the options (20, 16), and 8 pairs a thread at head size 64
-# are 16-byte loads of bf16 from each half. On an H100 in place 48 us, 2.63 TB/s; of 36 tiles, grid
-# orders and cache hints none was faster (profiles/LOG.md).
+# Small programs in the order of memory: all heads of one row, which share its cos and sin. 9.0 as
+# measured on an H100 (profiles/LOG.md). The others by reasoning: 8 pairs a thread at head size 64
+# are 16-byte loads of bf16 from each half.
 CONFIGS = {
-    "8.6": Config(8, 4, 4),
-    "8.0": Config(8, 4, 4),
-    "9.0": Config(4, 4, 4),
+    "8.6": Config(1, 32, 4),
+    "8.0": Config(1, 32, 4),
+    "9.0": Config(1, 32, 8),
 }
 
 
@@ -53,9 +53,9 @@ def rope_kernel(
     N,
     seq_len,
     num_positions,
-    num_rotated,  # heads to rotate, the first ones of a row
-    num_heads,  # heads to write; those beyond num_rotated are copied
     row_size,
+    NUM_ROTATED: tl.constexpr,  # heads to rotate, the first ones of a row
+    NUM_HEADS: tl.constexpr,  # heads to write; those beyond NUM_ROTATED are copied
     HEAD_DIM: tl.constexpr,
     INVERSE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -63,12 +63,7 @@ def rope_kernel(
     BLOCK_HALF: tl.constexpr,
 ):
     HALF: tl.constexpr = HEAD_DIM // 2
-    # A row's heads by neighbouring programs, so that memory is walked in order. On one axis of the
-    # grid: the others end at 65,535 programs, which a large batch's rows exceed.
-    num_head_groups = tl.cdiv(num_heads, BLOCK_H)
-    group_m = tl.program_id(0) // num_head_groups
-    offs_h = tl.program_id(0) % num_head_groups * BLOCK_H + tl.arange(0, BLOCK_H)
-    offs_m = group_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_i = tl.arange(0, BLOCK_HALF)
     mask_m = offs_m < N
     mask_i = offs_i < HALF
@@ -87,15 +82,24 @@ def rope_kernel(
     if INVERSE:
         sin = -sin
 
-    offs = offs_m[:, None, None] * row_size + offs_h[None, :, None] * HEAD_DIM + offs_i[None, None]
-    mask = mask_m[:, None, None] & (offs_h < num_heads)[None, :, None] & mask_i[None, None, :]
-    first = tl.load(x_ptr + offs, mask=mask, other=0.0)
-    second = tl.load(x_ptr + offs + HALF, mask=mask, other=0.0)
-    new_first = (first.to(tl.float32) * cos - second.to(tl.float32) * sin).to(first.dtype)
-    new_second = (second.to(tl.float32) * cos + first.to(tl.float32) * sin).to(first.dtype)
-    is_rotated = (offs_h < num_rotated)[None, :, None]
-    tl.store(out_ptr + offs, tl.where(is_rotated, new_first, first), mask=mask)
-    tl.store(out_ptr + offs + HALF, tl.where(is_rotated, new_second, second), mask=mask)
+    for first_head in tl.static_range(0, NUM_HEADS, BLOCK_H):
+        offs_h = first_head + tl.arange(0, BLOCK_H)
+        offs = (
+            offs_m[:, None, None] * row_size
+            + offs_h[None, :, None] * HEAD_DIM
+            + offs_i[None, None, :]
+        )
+        mask = mask_m[:, None, None] & (offs_h < NUM_HEADS)[None, :, None] & mask_i[None, None, :]
+        first = tl.load(x_ptr + offs, mask=mask, other=0.0)
+        second = tl.load(x_ptr + offs + HALF, mask=mask, other=0.0)
+        new_first = (first.to(tl.float32) * cos - second.to(tl.float32) * sin).to(first.dtype)
+        new_second = (second.to(tl.float32) * cos + first.to(tl.float32) * sin).to(first.dtype)
+        if NUM_ROTATED < NUM_HEADS:
+            is_rotated = (offs_h < NUM_ROTATED)[None, :, None]
+            new_first = tl.where(is_rotated, new_first, first)
+            new_second = tl.where(is_rotated, new_second, second)
+        tl.store(out_ptr + offs, new_first, mask=mask)
+        tl.store(out_ptr + offs + HALF, new_second, mask=mask)
 
 
 def launch_rotation(
@@ -126,13 +130,13 @@ def launch_rotation(
     if num_rows == 0:
         return
     config = CONFIGS[capability(x.device)]
-    grid = (triton.cdiv(num_heads, config.block_h) * triton.cdiv(num_rows, config.block_m),)
     with torch.cuda.device_of(x):
-        rope_kernel[grid](
+        rope_kernel[(triton.cdiv(num_rows, config.block_m),)](
             x, out, cos, sin, positions,
-            num_rows, x.shape[1], cos.shape[0], num_rotated, num_heads, x.shape[2],
-            HEAD_DIM=head_dim, INVERSE=inverse,
-            BLOCK_M=config.block_m, BLOCK_H=config.block_h,
+            num_rows, x.shape[1], cos.shape[0], x.shape[2],
+            NUM_ROTATED=num_rotated, NUM_HEADS=num_heads, HEAD_DIM=head_dim, INVERSE=inverse,
+            BLOCK_M=config.block_m,
+            BLOCK_H=min(config.block_h, triton.next_power_of_2(num_heads)),
             BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
             num_warps=config.warps,
         )  # fmt: skip

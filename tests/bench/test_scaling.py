@@ -8,6 +8,7 @@ import pytest
 from bench import scaling
 from bench.scaling import Scaling, describe, main, plan
 from bench.scaling_job import Row
+from hamner.errors import UserError
 from tests.corpus import write_predictable
 from tests.test_train_command import SMALL
 
@@ -102,5 +103,5 @@ def test_the_plan_has_every_row_once_and_links_apart():
 
 @pytest.mark.parametrize("wrong", [{"gpus": 1}, {"gpus": 2, "transports": ("pigeons",)}])
 def test_what_cannot_be_measured_is_refused(wrong):
-    with pytest.raises(SystemExit, match="fewer than 2|pigeons is not one of"):
+    with pytest.raises(UserError, match="--gpus is 1|pigeons is not one of"):
         Scaling(**wrong)

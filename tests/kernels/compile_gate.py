@@ -48,6 +48,7 @@ class CompileCase:
         capability: the launch table row: "8.6", "8.0" or "9.0".
         divisible_by_16: integer parameters that are multiples of 16 at this shape; Triton
             specialises on that at launch, and vectorises with it.
+        max_registers: a thread may use; None leaves it to the compiler.
     """
 
     name: str
@@ -58,6 +59,7 @@ class CompileCase:
     num_stages: int
     capability: str
     divisible_by_16: tuple[str, ...] = ()
+    max_registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,11 @@ def compile_case(case: CompileCase) -> CompileResult:
     compiled = triton.compile(
         ASTSource(fn=case.kernel, signature=signature, constexprs=case.constexprs, attrs=attrs),
         target=GPUTarget("cuda", int(case.capability.replace(".", "")), 32),
-        options={"num_warps": case.num_warps, "num_stages": case.num_stages},
+        options={
+            "num_warps": case.num_warps,
+            "num_stages": case.num_stages,
+            "maxnreg": case.max_registers,
+        },
     )
     registers, stack = _registers_and_stack(compiled.asm["cubin"])
     return CompileResult(

@@ -312,3 +312,27 @@ class TestOnGpu:
             peak = torch.cuda.max_memory_allocated() - before
         # d_h (then h), d_gate_up and d_weight; 1 MiB for rounding.
         assert peak <= 2 * (8192 * 2816 * 3 + 1024 * 2816) + 2**20
+
+    @pytest.mark.xdist_group("most of the GPU's memory")
+    @pytest.mark.parametrize("pair", ["norm", "swiglu"])
+    def test_more_elements_than_int32(self, pair):
+        rows, width, few = 2**31 // 2048 + 3, 2048, 5
+        # All rows but the last few are zero, so the weights' gradients are those of the few alone.
+        x = torch.zeros(rows, width, dtype=torch.bfloat16, device="cuda")
+        x[-few:].normal_()
+        d_out = torch.empty(rows, 16, dtype=torch.bfloat16, device="cuda").normal_()
+        if pair == "norm":
+            op, scale = rms_norm_linear, make((width,), torch.float32, "cuda")
+            weights = scale, make((16, width), torch.bfloat16, "cuda", scale=width**-0.5)
+        else:
+            op = swiglu_linear
+            weights = (make((16, width // 2), torch.bfloat16, "cuda", scale=width**-0.5),)
+        results = []
+        for selected in (slice(None), slice(-few, None)):
+            leaves = (x[selected].clone().requires_grad_(), *weights)
+            out = op(*leaves)
+            gradients = torch.autograd.grad(out, leaves, d_out[selected])
+            results.append((out[-few:], gradients[0][-few:], *gradients[1:]))
+            del leaves, out, gradients
+        for actual, expected in zip(*results, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=2**-7, atol=2**-7)

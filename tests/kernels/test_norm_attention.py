@@ -218,7 +218,11 @@ def test_gradient_of_the_output_alone(device):
 
 def test_without_a_residual_x_is_the_residual_stream(device):
     inputs = make_inputs(torch.float32, device, residual=False)
-    assert fused()(*inputs.values())[1] is inputs["x"]
+    x = inputs["x"].requires_grad_()
+    stream = fused()(*inputs.values())[1]
+    assert stream.data_ptr() == x.data_ptr() and stream.shape == x.shape
+    (d_x,) = torch.autograd.grad(stream.sum(), x)
+    assert torch.equal(d_x, torch.ones_like(x))
 
 
 def test_without_gradients(device):

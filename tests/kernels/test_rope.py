@@ -1,7 +1,13 @@
 import pytest
 import torch
 
-from hamner.kernels.rope import rope, rope_packed_, rope_packed_reference, rope_reference
+from hamner.kernels.rope import (
+    launch_packed_rotation,
+    rope,
+    rope_packed_,
+    rope_packed_reference,
+    rope_reference,
+)
 from tests.kernels.gradients import (
     DTYPES,
     assert_as_accurate_as_torch,
@@ -74,7 +80,7 @@ def test_scores_depend_on_distance_alone(device):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("has_positions", [False, True])
 @pytest.mark.parametrize(
-    ("num_heads", "num_kv_heads", "head_dim"), [(1, 1, 2), (5, 2, 24), (3, 1, 64)]
+    ("num_heads", "num_kv_heads", "head_dim"), [(1, 1, 2), (5, 2, 24), (3, 1, 64), (33, 3, 8)]
 )
 def test_packed(num_heads, num_kv_heads, head_dim, has_positions, dtype, device):
     qkv = make_packed(2, 11, num_heads, num_kv_heads, head_dim, dtype, device)
@@ -91,6 +97,7 @@ def test_packed(num_heads, num_kv_heads, head_dim, has_positions, dtype, device)
     assert_as_accurate_as_torch("qkv", rotated, same_dtype, exact)
     v = slice((num_heads + num_kv_heads) * head_dim, None)
     assert torch.equal(rotated[..., v], qkv[..., v])
+    assert torch.equal(launch_packed_rotation(qkv, cos, sin, *heads, in_place=False), rotated)
 
     back = rope_packed_(rotated.clone(), cos, sin, *heads, inverse=True)
     tolerance = 8 * torch.finfo(dtype).eps

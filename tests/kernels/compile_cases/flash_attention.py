@@ -93,4 +93,5 @@ def _case(
         num_stages=tile.num_stages,
         capability=capability,
         divisible_by_16=("T", *strides),
+        max_registers=tile.max_registers,
     )

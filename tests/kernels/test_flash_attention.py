@@ -82,6 +82,11 @@ class TestAccuracy:
         inputs = make_inputs(device, HALF, 33, heads, batch_size=1)
         assert_matches_reference(*pair(causal=causal), inputs)
 
+    def test_more_heads_than_start_together(self, causal, device):
+        """72 query heads and 12 of keys, where 64 and 11 start together: several blocks of each."""
+        inputs = make_inputs(device, HALF, 140, (24, 4), (16, 16), batch_size=3)
+        assert_matches_reference(*pair(causal=causal), inputs)
+
     @pytest.mark.parametrize("head_sizes", [(128, 128), (64, 128), (128, 64), (16, 16), (40, 72)])
     def test_head_sizes(self, head_sizes, causal, device):
         inputs = make_inputs(device, HALF, 130, (2, 1), head_sizes, batch_size=1)

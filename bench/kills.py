@@ -12,7 +12,6 @@ gradient norms, weights and optimizer state, bit for bit.
 
 import json
 import random
-import shutil
 import signal
 import subprocess
 import time
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import tyro
 
-from bench.restarts import RestartedRun, is_same
+from bench.restarts import RESULT_FILE, RestartedRun, is_same, make_output
 from hamner.cli import run_command
 from hamner.errors import UserError
 
@@ -46,7 +45,7 @@ class Kills:
     seed: int = 0
     """of the kills"""
     output: Path = Path("runs/kills")
-    """folder, made anew"""
+    """folder; an earlier result in it is replaced"""
 
 
 @dataclass(frozen=True)
@@ -195,8 +194,7 @@ def main(kills: Kills, flags: Sequence[str]) -> int:
     """Run both, print what the kills met and whether the runs are the same; 1 if not."""
     if kills.kills < len(PHASES) or kills.steps < 2 * kills.kills:
         raise UserError("give at least 3 --kills, and at least twice as many --steps")
-    shutil.rmtree(kills.output, ignore_errors=True)
-    kills.output.mkdir(parents=True)
+    make_output(kills.output, ("undisturbed", "killed"))
     started = time.monotonic()
     undisturbed, killed = Run(kills, "undisturbed", flags), Run(kills, "killed", flags)
     undisturbed.finish()
@@ -212,7 +210,7 @@ def main(kills: Kills, flags: Sequence[str]) -> int:
     print(f"killed {len(made)} times: {kills.steps:,} steps in {time.monotonic() - started:.0f} s")
     same = is_same(undisturbed, killed)
     result = {"same": same, "kills": [asdict(one) for one in made]}
-    (kills.output / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    (kills.output / RESULT_FILE).write_text(json.dumps(result, indent=1) + "\n")
     return 0 if same else 1
 
 

@@ -1,13 +1,39 @@
 """A run of `hamner.train` that is started again and again, and what it came to."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from hamner import checkpoint
+from hamner.errors import UserError
 from hamner.run_folder import read_records
+
+RESULT_FILE = "result.json"
+
+
+def make_output(output: Path, names: Sequence[str]) -> None:
+    """Make the folder of some runs; what earlier runs of the same names left in it goes.
+
+    Raises:
+        UserError: it holds something else, which stays.
+    """
+    try:
+        own = (RESULT_FILE, *names)
+        for path in output.iterdir() if output.exists() else ():
+            if not path.name.startswith(own):
+                raise UserError(
+                    f"--output {output} is not a folder of earlier results, it holds {path.name}: "
+                    "give a new folder"
+                )
+        shutil.rmtree(output, ignore_errors=True)
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--output {output} cannot be made a folder ({error.strerror}): give another"
+        ) from error
 
 
 class RestartedRun:

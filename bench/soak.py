@@ -11,11 +11,9 @@ handles must stay flat within each start.
 
 import json
 import random
-import shutil
 import signal
 import statistics
 import subprocess
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,8 +22,8 @@ from typing import Literal
 import tyro
 
 from bench.faulty_train import Faults
-from bench.restarts import RestartedRun, is_same
-from hamner.cli import EXIT_INTERRUPTED
+from bench.restarts import RestartedRun, is_same, make_output
+from hamner.cli import EXIT_INTERRUPTED, run_command
 
 WARM_UP_SECONDS = 45.0
 """of a start, before its memory and handles are looked at"""
@@ -57,7 +55,7 @@ class Soak:
     seed: int = 0
     """of the kills"""
     output: Path = Path("runs/soak")
-    """folder, made anew"""
+    """folder; an earlier result in it is replaced"""
 
 
 class Run(RestartedRun):
@@ -146,8 +144,7 @@ def train_disturbed(run: Run, last_step: int, soak: Soak) -> dict[str, int]:
 
 def main(soak: Soak) -> int:
     """Run both, print the figures; 1 if anything differs or grows."""
-    shutil.rmtree(soak.output, ignore_errors=True)
-    soak.output.mkdir(parents=True)
+    make_output(soak.output, ("undisturbed", "disturbed"))
     started = time.monotonic()
     peace = Run(soak, "undisturbed", Faults())
     last_step = train_in_peace(peace, 60 * soak.minutes / 3)
@@ -186,4 +183,4 @@ def is_flat(run: Run) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Soak)))
+    run_command(lambda args: main(tyro.cli(Soak, args=args)))

@@ -254,50 +254,64 @@ def test_op(benchmark, ceilings, name, direction, implementation):
         pytest.skip("does not fit into this GPU's memory")
 
 
-def rotation(implementation: str, num_tokens: int) -> Callable:
-    """A call that rotates q and k of one batch and returns them, (B, T, heads, hd) each."""
+def rotation(direction: str, implementation: str, num_tokens: int) -> Callable:
+    """A call that rotates q and k of one batch, or their gradients back.
+
+    It returns both, (B, T, heads, hd) each. Ours and Liger's are in place.
+    """
     torch.manual_seed(0)
     packed = randn(num_tokens // T, T, (HEADS + 2 * KV_HEADS) * HEAD_DIM)
     angles = torch.rand(T, HEAD_DIM // 2, device=DEVICE)
     cos, sin = angles.cos(), angles.sin()
     heads = packed.unflatten(-1, (-1, HEAD_DIM))
     q, k, _ = heads.split((HEADS, KV_HEADS, KV_HEADS), dim=2)
+    is_backward = direction == "backward"
 
     def ours():
-        rope_packed_(packed, cos, sin, HEADS, KV_HEADS)
+        rope_packed_(packed, cos, sin, HEADS, KV_HEADS, inverse=is_backward)
         return q, k
 
-    def ligers():
+    def ligers(q, k):
         rotate = liger_functional("liger_rope")
-        rotated = rotate(*(x.transpose(1, 2) for x in liger_inputs), *tables)
+        rotated = rotate(q.transpose(1, 2), k.transpose(1, 2), *tables)
         return tuple(x.transpose(1, 2) for x in rotated)
 
     if implementation == "hamner":
         return ours
+    gradients = q.contiguous(), k.contiguous()
     if implementation == "liger":
-        # As its users have them: contiguous, and cos and sin for both halves. It is in place too.
-        liger_inputs = q.contiguous(), k.contiguous()
+        # As its users have them: contiguous, and cos and sin for both halves.
+        q, k = (x.clone() for x in gradients)
         tables = [torch.cat((table, table), dim=-1)[None] for table in (cos, sin)]
-        return ligers
-    function = scale.compiled(rope_reference) if implementation == "compiled" else rope_reference
-    return lambda: function(q, k, cos, sin)
+        rotate = ligers
+    else:
+        reference = rope_reference
+        if implementation == "compiled":
+            reference = scale.compiled(reference)
+        rotate = functools.partial(reference, cos=cos, sin=sin)
+    if not is_backward:
+        return lambda: rotate(q, k)
+    leaves = [x.requires_grad_() for x in (q.detach(), k.detach())]
+    outputs = rotate(*leaves)
+    return lambda: torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_rope(benchmark, ceilings, implementation):
-    """Forward; backward is the same rotation by -sin, and in training part of attention's."""
-    benchmark.group = "rope"
+@pytest.mark.parametrize("direction", ("forward", "backward"))
+def test_rope(benchmark, ceilings, direction, implementation):
+    """By itself; in training option a's backward rotates inside attention's kernels."""
+    benchmark.group = op = f"rope {direction}"
     if implementation == "liger":
         pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
         if scale.SMOKE:
             pytest.skip("Liger's kernels need a GPU")
-    once, expected = rotation(implementation, TOKENS_COMPARED), rotation("eager", TOKENS_COMPARED)
-    torch.testing.assert_close(once(), expected())
+    once = rotation(direction, implementation, TOKENS_COMPARED)
+    torch.testing.assert_close(once(), rotation(direction, "eager", TOKENS_COMPARED)())
     record(
         benchmark,
-        rotation(implementation, N),
+        rotation(direction, implementation, N),
         ceilings,
-        op="rope",
+        op=op,
         implementation=implementation,
         num_bytes=2 * N * (HEADS + KV_HEADS) * HEAD_DIM * ELEMENT,
     )

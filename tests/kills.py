@@ -74,7 +74,12 @@ class LineTracer:
 
 
 def start(command: str, args: Sequence[str], output: Path, **tracing):
-    """Start `python -m COMMAND ARGS` with its output in a file; see `LineTracer`."""
+    """Start `python -m COMMAND ARGS` with its output in a file; see `LineTracer`.
+
+    The file is emptied here, not by the process: one killed before it came to that would leave
+    what an earlier start had printed.
+    """
+    output.write_text("")
     process = CONTEXT.Process(target=_run, args=(command, list(args), output, tracing))
     process.start()
     return process

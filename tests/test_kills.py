@@ -143,6 +143,15 @@ def test_killed_at_random_moments(part, undisturbed, data, tmp_path):
     assert_same_run(runs[-1], undisturbed)
 
 
+def test_killed_before_it_began_leaves_no_output_of_an_earlier_start(data, tmp_path):
+    run = Run(tmp_path / "run", data)
+    run.output.write_text("saved step_9")
+    process = run.start()
+    process.kill()
+    process.join(TIMEOUT)
+    assert "saved" not in run.printed
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_interrupted_at_random_moments_loses_nothing(number, undisturbed, data, tmp_path):
     run = Run(tmp_path / "run", data)

@@ -1,14 +1,19 @@
 """The command that kills a training: it meets the phases it is asked for, and finds differences."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from bench import kills
 from bench.kills import PHASES, Kills, main
-from bench.restarts import is_same
+from bench.restarts import is_same, make_output
 from tests.corpus import write_predictable
 from tests.test_train_command import SMALL
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -45,3 +50,27 @@ def test_a_run_that_fails_is_named(tmp_path):
     settings = Kills(kills=3, steps=8, output=tmp_path / "kills")
     with pytest.raises(SystemExit, match="did not come to its end, see .*undisturbed.txt"):
         main(settings, ["--no-such-flag"])
+
+
+@pytest.mark.parametrize("harness", ["kills", "soak"])
+def test_an_output_that_holds_something_else_stays(harness, tmp_path):
+    """Named by mistake, a folder of somebody's work is not emptied."""
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "thesis.txt").write_text("three years")
+    for output, fault in ((tmp_path, "it holds thesis.txt"), (tmp_path / "thesis.txt", "a folder")):
+        command = [sys.executable, "-m", f"bench.{harness}", "--output", str(output)]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+        assert result.returncode == 2, result.stderr
+        assert f"--output {output}" in result.stderr and fault in result.stderr
+        assert "Traceback" not in result.stderr
+    assert (tmp_path / "thesis.txt").read_text() == "three years"
+    assert (tmp_path / "killed").is_dir()
+
+
+def test_an_earlier_result_is_replaced(tmp_path):
+    output = tmp_path / "new" / "kills"
+    for _ in range(2):
+        make_output(output, ("undisturbed", "killed"))
+        assert not list(output.iterdir())
+        (output / "killed").mkdir()
+        (output / "killed_phases.txt").write_text("step 1")

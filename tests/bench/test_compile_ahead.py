@@ -91,8 +91,8 @@ def own_caches(monkeypatch, tmp_path):
 def test_a_pool_runs_the_rows_and_what_failed_is_told(own_caches):
     file, calls = "bench/test_dense_kernels.py", []
     rows = [
-        row("test_rope", file, implementation="hamner"),
-        row("test_rope", file, implementation="compiled"),
+        row("test_rope", file, direction="backward", implementation="hamner"),
+        row("test_rope", file, direction="backward", implementation="compiled"),
     ]
     compiled = compile_ahead.run(rows, ["--smoke"], lambda: calls.append("meanwhile"))
     assert compiled["failed"] == [] and compiled["rows"] == 2 and calls == ["meanwhile"]

@@ -5,6 +5,7 @@ would put into their environment is put there.
 """
 
 import os
+import random
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +21,11 @@ CONTEXT.set_forkserver_preload(
         *("torch.distributed.fsdp", "torch.distributed.checkpoint"),
     ]
 )
+
+
+PORTS = range(20_000, 32_768)
+"""Below those that Linux gives to outgoing connections (ip_local_port_range), of which a job makes
+dozens: a port of theirs, free when it was chosen, may be taken when a process comes to listen."""
 
 
 def train_together(configs: Sequence[TrainConfig], count: int, output: Path, **options) -> None:
@@ -49,7 +55,7 @@ def run_job(
         Exit codes by rank.
     """
     output.mkdir(parents=True, exist_ok=True)
-    ports = [_free_port() for _ in range(32)]
+    ports = list(filter(_is_free, random.SystemRandom().sample(PORTS, 64)))
     processes = [
         CONTEXT.Process(target=_run, args=(function, rank, count, machines, ports, output, args))
         for rank in range(count)
@@ -98,7 +104,10 @@ def _run(function, rank, count, machines, ports, output, args) -> None:
     function(ports, *args)
 
 
-def _free_port() -> int:
+def _is_free(port: int) -> bool:
     with socket.socket() as found:
-        found.bind(("localhost", 0))
-        return found.getsockname()[1]
+        try:
+            found.bind(("localhost", port))
+        except OSError:
+            return False
+    return True

@@ -15,7 +15,7 @@ RESULT_FILE = "result.json"
 
 
 def make_output(output: Path, names: Sequence[str]) -> None:
-    """Make the folder of some runs; what earlier runs of the same names left in it goes.
+    """Make the folder of some runs anew; what earlier ones of the same names left in it goes.
 
     Raises:
         UserError: it holds something else, which stays.
@@ -28,11 +28,12 @@ def make_output(output: Path, names: Sequence[str]) -> None:
                     f"--output {output} is not a folder of earlier results, it holds {path.name}: "
                     "give a new folder"
                 )
-        shutil.rmtree(output, ignore_errors=True)
-        output.mkdir(parents=True, exist_ok=True)
+        if output.exists():
+            shutil.rmtree(output)
+        output.mkdir(parents=True)
     except OSError as error:
         raise UserError(
-            f"--output {output} cannot be made a folder ({error.strerror}): give another"
+            f"--output {output} cannot be made anew ({error.strerror}): give another folder"
         ) from error
 
 

@@ -55,16 +55,19 @@ def test_a_run_that_fails_is_named(tmp_path):
 @pytest.mark.parametrize("harness", ["kills", "soak"])
 def test_an_output_that_holds_something_else_stays(harness, tmp_path):
     """Named by mistake, a folder of somebody's work is not emptied."""
-    (tmp_path / "killed").mkdir()
+    (tmp_path / "undisturbed").mkdir()
     (tmp_path / "thesis.txt").write_text("three years")
-    for output, fault in ((tmp_path, "it holds thesis.txt"), (tmp_path / "thesis.txt", "a folder")):
+    for output, fault in (
+        (tmp_path, "it holds thesis.txt"),
+        (tmp_path / "thesis.txt", "another folder"),
+    ):
         command = [sys.executable, "-m", f"bench.{harness}", "--output", str(output)]
         result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
         assert result.returncode == 2, result.stderr
         assert f"--output {output}" in result.stderr and fault in result.stderr
         assert "Traceback" not in result.stderr
     assert (tmp_path / "thesis.txt").read_text() == "three years"
-    assert (tmp_path / "killed").is_dir()
+    assert (tmp_path / "undisturbed").is_dir()
 
 
 def test_an_earlier_result_is_replaced(tmp_path):

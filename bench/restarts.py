@@ -20,15 +20,15 @@ def make_output(output: Path, names: Sequence[str]) -> None:
     Raises:
         UserError: it holds something else, which stays.
     """
+    own = (RESULT_FILE, *names)
     try:
-        own = (RESULT_FILE, *names)
-        for path in output.iterdir() if output.exists() else ():
-            if not path.name.startswith(own):
-                raise UserError(
-                    f"--output {output} is not a folder of earlier results, it holds {path.name}: "
-                    "give a new folder"
-                )
         if output.exists():
+            for path in output.iterdir():
+                if not path.name.startswith(own):
+                    raise UserError(
+                        f"--output {output} is not a folder of earlier results, it holds "
+                        f"{path.name}: give a new folder"
+                    )
             shutil.rmtree(output)
         output.mkdir(parents=True)
     except OSError as error:

@@ -73,14 +73,14 @@ class LineTracer:
         return lambda frame, event, argument: self.on_line(phase, event)
 
 
-def start(command: str, args: Sequence[str], output: Path, **tracing):
+def start(command: str, args: Sequence[str], output: Path, *, counts=None, **tracing):
     """Start `python -m COMMAND ARGS` with its output in a file; see `LineTracer`.
 
     The file is emptied here, not by the process: one killed before it came to that would leave
-    what an earlier start had printed.
+    what an earlier start had printed. `counts` is a queue for the lines of each phase.
     """
     output.write_text("")
-    process = CONTEXT.Process(target=_run, args=(command, list(args), output, tracing))
+    process = CONTEXT.Process(target=_run, args=(command, list(args), output, tracing, counts))
     process.start()
     return process
 
@@ -88,16 +88,15 @@ def start(command: str, args: Sequence[str], output: Path, **tracing):
 def count_lines(command: str, args: Sequence[str], output: Path) -> Counter[str]:
     """Run to the end; the lines of each phase."""
     queue = CONTEXT.SimpleQueue()
-    process = CONTEXT.Process(target=_run, args=(command, list(args), output, {}, queue))
-    process.start()
+    process = start(command, args, output, counts=queue)
     counts = queue.get()
     process.join()
     return counts
 
 
-def _run(command: str, args: list[str], output: Path, tracing: dict, counts=None) -> None:
+def _run(command: str, args: list[str], output: Path, tracing: dict, counts) -> None:
     """Body of the process."""
-    with output.open("w") as file:
+    with output.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.argv = [command, *args]

@@ -33,13 +33,13 @@ class Config(NamedTuple):
     warps: int
 
 
-# Small programs in the order of memory: all heads of one row, which share its cos and sin. 9.0 as
-# measured on an H100 (profiles/LOG.md). The others by reasoning: 8 pairs a thread at head size 64
-# are 16-byte loads of bf16 from each half.
+# Small programs in the order of memory: all heads of one row, which share its cos and sin. At head
+# size 64 a thread's 8 pairs are 16-byte loads of bf16 from each half. 9.0 as measured on an H200
+# (profiles/LOG.md), the others by reasoning.
 CONFIGS = {
     "8.6": Config(1, 32, 4),
     "8.0": Config(1, 32, 4),
-    "9.0": Config(1, 32, 8),
+    "9.0": Config(1, 32, 4),
 }
 
 
@@ -77,10 +77,6 @@ def rope_kernel(
         position = offs_m.to(tl.int32) % seq_len
     offs_table = position[:, None] * HALF + offs_i[None, :]
     mask_table = mask_m[:, None] & mask_i[None, :]
-    cos = tl.load(cos_ptr + offs_table, mask=mask_table, other=0.0).to(tl.float32)[:, None, :]
-    sin = tl.load(sin_ptr + offs_table, mask=mask_table, other=0.0).to(tl.float32)[:, None, :]
-    if INVERSE:
-        sin = -sin
 
     for first_head in tl.static_range(0, NUM_HEADS, BLOCK_H):
         offs_h = first_head + tl.arange(0, BLOCK_H)
@@ -92,6 +88,12 @@ def rope_kernel(
         mask = mask_m[:, None, None] & (offs_h < NUM_HEADS)[None, :, None] & mask_i[None, None, :]
         first = tl.load(x_ptr + offs, mask=mask, other=0.0)
         second = tl.load(x_ptr + offs + HALF, mask=mask, other=0.0)
+        # Asked for after x, which is longer on its way: cos and sin come from cache, for each block
+        # of heads anew where there are several.
+        cos = tl.load(cos_ptr + offs_table, mask=mask_table, other=0.0).to(tl.float32)[:, None, :]
+        sin = tl.load(sin_ptr + offs_table, mask=mask_table, other=0.0).to(tl.float32)[:, None, :]
+        if INVERSE:
+            sin = -sin
         new_first = (first.to(tl.float32) * cos - second.to(tl.float32) * sin).to(first.dtype)
         new_second = (second.to(tl.float32) * cos + first.to(tl.float32) * sin).to(first.dtype)
         if NUM_ROTATED < NUM_HEADS:

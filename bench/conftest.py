@@ -215,17 +215,15 @@ def conditions(request: pytest.FixtureRequest) -> dict:
 @pytest.fixture(autouse=True)
 def described(request: pytest.FixtureRequest, conditions: dict):
     """Store the conditions with every row."""
-    import torch
+    from bench import steps
+    from bench.timing import forget_earlier_rows
 
     benchmark = request.getfixturevalue("benchmark")
     benchmark.extra_info["conditions"] = conditions
     request.node.stash[BENCHMARK] = benchmark
-    # Not in what earlier rows left: where its tensors lie is worth 4% of a small kernel's time.
-    torch.cuda.empty_cache()
+    forget_earlier_rows()
     yield
     if CLAIMS in request.config.stash:
-        from bench import steps
-
         steps.free_memory()  # others need it
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -21,6 +22,23 @@ ROUNDS = 10
 def use_recordable_stream() -> None:
     """Run from now on on a stream that a CUDA graph can record, which the default one is not."""
     torch.cuda.set_stream(torch.cuda.Stream())
+
+
+def forget_earlier_rows() -> None:
+    """Give back what earlier rows allocated, and what they made the L2 hold on to.
+
+    Lines that a kernel loads as `evict_last`, as torch.compile's do, outlast `do_bench`'s clearing
+    of the L2 and the tensor itself: the next tensor in its place is read from cache, which was
+    worth 4% of a small kernel's time (profiles/LOG.md, 2026-11-28).
+
+    Raises:
+        RuntimeError: the driver refused.
+    """
+    torch.cuda.empty_cache()
+    if torch.cuda.is_initialized():
+        status = ctypes.CDLL("libcuda.so.1").cuCtxResetPersistingL2Cache()
+        if status != 0:
+            raise RuntimeError(f"cuCtxResetPersistingL2Cache failed with CUresult {status}")
 
 
 def graphed(function: Callable[[], object]) -> Callable[[], object]:

@@ -214,7 +214,7 @@ def conditions(request: pytest.FixtureRequest) -> dict:
 
 @pytest.fixture(autouse=True)
 def described(request: pytest.FixtureRequest, conditions: dict):
-    """Store the conditions with every row."""
+    """Start every row without traces of earlier ones, and store the conditions with it."""
     from bench import steps
     from bench.timing import forget_earlier_rows
 

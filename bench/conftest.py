@@ -190,6 +190,14 @@ def recordable_stream():
         use_recordable_stream()
 
 
+@pytest.fixture(autouse=True)
+def no_lines_of_earlier_rows():
+    """A row reads nothing from the L2 that another has put there."""
+    from bench.timing import reset_persisting_l2
+
+    reset_persisting_l2()
+
+
 @pytest.fixture
 def keep_graphs():
     """For rows that differentiate one graph many times, which compiled graphs otherwise refuse, and
@@ -214,14 +222,12 @@ def conditions(request: pytest.FixtureRequest) -> dict:
 
 @pytest.fixture(autouse=True)
 def described(request: pytest.FixtureRequest, conditions: dict):
-    """Start every row without traces of earlier ones, and store the conditions with it."""
+    """Store the conditions with every row."""
     from bench import steps
-    from bench.timing import forget_earlier_rows
 
     benchmark = request.getfixturevalue("benchmark")
     benchmark.extra_info["conditions"] = conditions
     request.node.stash[BENCHMARK] = benchmark
-    forget_earlier_rows()
     yield
     if CLAIMS in request.config.stash:
         steps.free_memory()  # others need it

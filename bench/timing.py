@@ -24,17 +24,16 @@ def use_recordable_stream() -> None:
     torch.cuda.set_stream(torch.cuda.Stream())
 
 
-def forget_earlier_rows() -> None:
-    """Give back what earlier rows allocated, and what they made the L2 hold on to.
+def reset_persisting_l2() -> None:
+    """Make the lines that kernels asked the L2 to keep (`evict_last`) lines like any other.
 
-    Lines that a kernel loads as `evict_last`, as torch.compile's do, outlast `do_bench`'s clearing
-    of the L2 and the tensor itself: the next tensor in its place is read from cache, which was
-    worth 4% of a small kernel's time (profiles/LOG.md, 2026-11-28).
+    torch.compile's kernels ask for it. Such lines outlast `do_bench`'s clearing of the L2 and the
+    tensor itself: the next tensor in its place is read from cache, which was worth 4% of a small
+    kernel's time (profiles/LOG.md, 2026-11-28).
 
     Raises:
         RuntimeError: the driver refused.
     """
-    torch.cuda.empty_cache()
     if torch.cuda.is_initialized():
         status = ctypes.CDLL("libcuda.so.1").cuCtxResetPersistingL2Cache()
         if status != 0:

@@ -6,7 +6,7 @@ one pass over the whole batch where memory allows. Before anything is timed, the
 whole batch are compared with those of a plain fp32 model (`gradient_error`), which may be missed by
 twice what a plain model in the compute dtype misses them by.
 
-    Hamner        hamner.trainer.Trainer, its step as it trains
+    Hamner        hamner.train.loop.Trainer, its step as it trains
     Plain         a plain torch model; torch.compile around all of it, or around each block with a
                   chunked loss and an activation memory budget
     HuggingFace   transformers' Llama or Mixtral, with or without Liger's kernels
@@ -24,15 +24,15 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from bench import scale
-from hamner.attention import get_attention
-from hamner.config import TrainConfig
+from hamner.config.model import ModelConfig
+from hamner.config.train import TrainConfig
 from hamner.data.loader import Batch
-from hamner.hf_format import to_hugging_face
-from hamner.model import RMSNorm, Transformer
-from hamner.ops import IGNORED_TARGET, build_ops
-from hamner.optimizer import BETAS, EPS
-from hamner.options import ModelConfig
-from hamner.profiling.steps import LR, Steps
+from hamner.export.hf import to_hugging_face
+from hamner.model.attention import get_attention
+from hamner.model.ops import IGNORED_TARGET, build_ops
+from hamner.model.transformer import RMSNorm, Transformer
+from hamner.profile.steps import LR, Steps
+from hamner.train.optimizer import BETAS, EPS
 
 WEIGHT_DECAY, GRAD_CLIP = 0.1, 1.0
 MAX_ERROR_RATIO = 2.0

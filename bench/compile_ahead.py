@@ -24,7 +24,7 @@ from pathlib import Path
 
 import pytest
 
-from hamner.config import TrainConfig
+from hamner.config.train import TrainConfig
 
 NOTHING_TO_COMPILE = frozenset(
     {"eager", "torch", "torch fused", "loop", "grouped_mm"}

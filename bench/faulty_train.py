@@ -18,11 +18,12 @@ from pathlib import Path
 
 import torch
 
-from hamner import checkpoint, run_folder
+from hamner.checkpoint import format as checkpoint
+from hamner.checkpoint import run_folder
+from hamner.checkpoint.run_folder import append_record
 from hamner.cli import run_command
 from hamner.data import loader
-from hamner.run_folder import append_record
-from hamner.train import main
+from hamner.train.__main__ import main
 
 
 @dataclass(frozen=True)

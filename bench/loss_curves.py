@@ -12,7 +12,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from hamner.run_folder import RunFolder
+from hamner.checkpoint.run_folder import RunFolder
 
 
 def read_curve(run: Path) -> dict[int, float]:

@@ -21,7 +21,7 @@ import tyro
 from bench import compile_ahead
 from hamner.cli import run_command
 from hamner.errors import UserError
-from hamner.profiling.report import table
+from hamner.profile.report import table
 
 OURS = "hamner"
 PROJECTIONS = (

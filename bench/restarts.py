@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hamner import checkpoint
+from hamner.checkpoint import format as checkpoint
 from hamner.errors import UserError
-from hamner.run_folder import read_records
+from hamner.files import read_records
 
 RESULT_FILE = "result.json"
 

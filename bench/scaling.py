@@ -30,7 +30,7 @@ import tyro
 from bench.scaling_job import Row
 from hamner.cli import run_command
 from hamner.errors import UserError
-from hamner.profiling.report import table
+from hamner.profile.report import table
 
 TRANSPORTS = {
     "links": {},

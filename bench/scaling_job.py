@@ -16,13 +16,13 @@ import torch
 import torch.distributed as dist
 
 from bench.conditions import conditions
-from hamner import train
 from hamner.cli import run_command
-from hamner.communication import all_reduce_bytes
-from hamner.config import TrainConfig
+from hamner.config.train import TrainConfig
+from hamner.hardware import GIB
 from hamner.parallel.processes import Alone, open_processes
-from hamner.profiling.steps import Steps, time_calls
-from hamner.recompute import GIB
+from hamner.plan.communication import all_reduce_bytes
+from hamner.profile.steps import Steps, time_calls
+from hamner.train import __main__ as train
 
 ALL_REDUCE_BYTES = 256 * 2**20
 ALL_REDUCES = 10

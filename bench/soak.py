@@ -23,7 +23,8 @@ import tyro
 
 from bench.faulty_train import Faults
 from bench.restarts import RestartedRun, is_same, make_output
-from hamner.cli import EXIT_INTERRUPTED, run_command
+from hamner.cli import run_command
+from hamner.errors import EXIT_INTERRUPTED
 
 WARM_UP_SECONDS = 45.0
 """of a start, before its memory and handles are looked at"""

@@ -9,10 +9,9 @@ from contextlib import contextmanager
 import torch
 
 from bench import scale
-from hamner.hardware import identify
-from hamner.options import ModelConfig
-from hamner.profiling.steps import time_calls
-from hamner.recompute import GIB
+from hamner.config.model import ModelConfig
+from hamner.hardware import GIB, identify
+from hamner.profile.steps import time_calls
 
 WARM_UP_STEPS = 4
 """compilation, launch tables, the allocator; the third step records a CUDA graph"""

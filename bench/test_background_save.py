@@ -13,9 +13,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hamner.config import TrainConfig
-from hamner.run_folder import RunFolder
-from hamner.trainer import Trainer
+from hamner.checkpoint.run_folder import RunFolder
+from hamner.config.train import TrainConfig
+from hamner.train.loop import Trainer
 
 TEN_MINUTES = 600.0
 UNDISTURBED_STEPS = 10

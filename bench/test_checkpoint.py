@@ -11,8 +11,8 @@ import itertools
 import pytest
 
 from bench.test_options import configure
-from hamner import checkpoint
-from hamner.profiling.steps import Steps
+from hamner.checkpoint import format as checkpoint
+from hamner.profile.steps import Steps
 
 ROUNDS = 5
 

@@ -23,14 +23,15 @@ import torch
 
 from bench import scale, steps
 from bench.compile_ahead import few_layers
-from hamner import build, recompute
-from hamner.config import TrainConfig
-from hamner.cost_model import predict
+from hamner.config.options import OPTIONS
+from hamner.config.train import TrainConfig
 from hamner.errors import UserError
-from hamner.hardware import identify
-from hamner.options import OPTIONS
-from hamner.profiling.steps import Steps
-from hamner.recompute import GIB, RESERVE_GIB, MemoryPlan
+from hamner.hardware import GIB, RESERVE_GIB, identify
+from hamner.plan import memory
+from hamner.plan.memory import MemoryPlan
+from hamner.plan.step_time import predict
+from hamner.profile.steps import Steps
+from hamner.train import setup
 
 POLICIES = ("auto", "none", "selective", "full")
 QUICK = {("a", "selective", 1), ("a", "full", 1), ("c", "selective", 1), ("tiny", "auto", 1)}
@@ -92,9 +93,9 @@ def capacity_gib(vram_budget: float | None) -> float:
 
 def needed_gib(config: TrainConfig) -> float:
     """By the account that the planner uses."""
-    account = recompute.account(
+    account = memory.account(
         config.model,
-        recompute.parse(config.recompute, config.model.num_layers),
+        memory.parse(config.recompute, config.model.num_layers),
         micro_batch_tokens=config.micro_batch_size * config.seq_len,
         precision="bf16",
         accumulate=config.micro_batch_size < config.batch_size,
@@ -118,8 +119,8 @@ class SharedSteps:
             self.steps = self.stack.enter_context(Steps(config))
             self.option = config.option
         trainer = self.steps.trainer
-        policies = recompute.parse(config.recompute, config.model.num_layers)
-        plan = build.plan_memory(config, trainer.compute, trainer.compute.budget_bytes, policies)
+        policies = memory.parse(config.recompute, config.model.num_layers)
+        plan = setup.plan_memory(config, trainer.compute, trainer.compute.budget_bytes, policies)
         trainer.follow(plan)
         steps.free_memory()
         return self.steps
@@ -177,7 +178,7 @@ def test_option(benchmark, option, policy, micro_batches, vram_budget, does_not_
             kind="option",
             option=option,
             recompute=policy,
-            policies=recompute.describe(plan.policies),
+            policies=memory.describe(plan.policies),
             batch_size=config.batch_size,
             micro_batch_size=plan.micro_batch_size,
             attention=run.trainer.attention.name,

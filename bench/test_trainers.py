@@ -27,10 +27,10 @@ from bench.baselines import (
 )
 from bench.compile_ahead import few_layers
 from bench.test_options import capacity_gib, configure
-from hamner.config import TrainConfig
+from hamner.config.train import TrainConfig
 from hamner.data.loader import Batch, DataConfig, TrainLoader
 from hamner.data.tokenizer import load_tokenizer
-from hamner.recompute import GIB
+from hamner.hardware import GIB
 
 pytestmark = pytest.mark.needs_gpu
 

@@ -11,10 +11,10 @@ import sys
 import time
 from pathlib import Path
 
-from hamner import checkpoint
+from hamner.checkpoint import format as checkpoint
 from hamner.cli import run_command
-from hamner.train import main
-from hamner.trainer import Trainer
+from hamner.train.__main__ import main
+from hamner.train.loop import Trainer
 
 
 def watch(path: Path) -> None:

@@ -5,15 +5,11 @@ Training also ends with 3: it stopped itself, because step after step had no fin
 Importing this module must stay cheap: `--help` answers before torch is loaded.
 """
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
-from hamner.errors import UserError
-from hamner.parallel.place import Place
-
-EXIT_BAD_INPUT = 2
-EXIT_BAD_STEPS = 3
-EXIT_INTERRUPTED = 130
+from hamner.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, UserError
 
 
 def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
@@ -23,7 +19,7 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
     traceback; anything else unexpected is a bug and keeps its traceback. Of several processes with
     the same command line, the first one speaks.
     """
-    is_main = Place.read().is_main
+    is_main = os.environ.get("RANK", "0") == "0"
     try:
         code = main(sys.argv[1:]) or 0
     except UserError as error:

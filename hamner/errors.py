@@ -1,4 +1,9 @@
-"""The one exception for bad input."""
+"""The one exception for bad input, and the exit codes of every command."""
+
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_BAD_STEPS = 3
+EXIT_INTERRUPTED = 130
 
 #: Of a sentence, from its beginning and from its end, which says the mend.
 HEAD, TAIL = 700, 300

@@ -7,6 +7,10 @@ not in the table is "unknown", never measured against another card's peak. Torch
 import re
 from dataclasses import dataclass
 
+GIB = 2**30
+RESERVE_GIB = 2.0
+"""of a GPU's memory left to the CUDA context, to fragmentation and to the desktop"""
+
 
 @dataclass(frozen=True)
 class Link:

@@ -17,7 +17,7 @@ from pathlib import Path
 from hamner.cli import run_command
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["hamner.trainer", "hamner.train", "hamner.data.__main__"])
+CONTEXT.set_forkserver_preload(["hamner.train.loop", "hamner.train", "hamner.data.__main__"])
 
 PHASES = {
     "step": (
@@ -36,7 +36,7 @@ PHASES = {
             *("_remove", "_sha256", "_write_json", "_on_cpu"),
         },
     ),
-    "resume": ("run_folder.py", {"RunFolder.rewind", "RunFolder.start", "replace_text"}),
+    "resume": ("run_folder.py", {"RunFolder.rewind", "RunFolder.start", "write_whole"}),
     "shards": ("data/prepare.py", {"prepare", "_write_shards", "_ShardPair.write", "_write"}),
 }
 """where a process may be killed: file and functions, line by line"""

@@ -2,10 +2,10 @@
 
 import torch
 
-from hamner.attention import get_attention
-from hamner.model import Transformer
-from hamner.ops import Ops, build_ops
-from hamner.options import ModelConfig
+from hamner.config.model import ModelConfig
+from hamner.model.attention import get_attention
+from hamner.model.ops import Ops, build_ops
+from hamner.model.transformer import Transformer
 
 DENSE = ModelConfig(
     hidden_size=64,

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import torch
 
-from hamner import checkpoint
-from hamner.config import TrainConfig
+from hamner.checkpoint import format as checkpoint
+from hamner.checkpoint.run_folder import RunFolder
+from hamner.config.model import ModelConfig
+from hamner.config.train import TrainConfig
 from hamner.data.tokenizer import load_tokenizer
-from hamner.options import ModelConfig
-from hamner.run_folder import RunFolder
 from tests.models import build
 
 

@@ -6,7 +6,7 @@ from hamner.data.tokenizer import Tokenizer
 
 
 class Script:
-    """Stands in for `hamner.generation.Generator`: says the same ids to every prompt.
+    """Stands in for `hamner.model.generate.Generator`: says the same ids to every prompt.
 
     Args:
         tokenizer: of the ids.

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import get_args_parser
 
-from hamner.train import parse
+from hamner.train.__main__ import parse
 
 SCRIPTS = sorted((Path(__file__).parents[1] / "examples").glob("*.sh"))
 

@@ -20,7 +20,7 @@ from hamner.data.documents import TEXT_FIELDS, document_text
 from hamner.data.shuffle import State, permutation, shuffled_documents
 from hamner.data.tokenizer import END_OF_TEXT
 from hamner.errors import UserError
-from hamner.json_input import parse_json
+from hamner.files import parse_json
 
 BLOCK_BYTES = 4 * 2**20
 #: A text file up to this size is one document; a larger one is cut into documents of about it.

@@ -14,7 +14,6 @@ from typing import Any, get_args
 
 import numpy as np
 
-from hamner.data.atomic import TEMPORARY, write_whole
 from hamner.data.documents import Split
 from hamner.data.shards import (
     DTYPES,
@@ -31,6 +30,7 @@ from hamner.data.sources import TextSource, open_text_source, tokenized
 from hamner.data.specs import parse_specs
 from hamner.data.tokenizer import Tokenizer
 from hamner.errors import UserError
+from hamner.files import TEMPORARY, write_whole
 
 _TEMPORARY_NAME = re.compile(
     r"((train|validation)-\d{5,}\.(tokens|offsets)|(index|progress)\.json)" + re.escape(TEMPORARY)

@@ -18,7 +18,7 @@ from hamner.data.documents import Split
 from hamner.data.shuffle import State, check_count, shuffled_documents
 from hamner.data.tokenizer import Tokenizer
 from hamner.errors import UserError
-from hamner.json_input import parse_json
+from hamner.files import parse_json
 
 FORMAT = "hamner-shards"
 VERSION = 1

@@ -8,23 +8,31 @@ import contextlib
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hamner.background_save import BackgroundSaver, NoSaver
-from hamner.config import TrainConfig
-from hamner.device import Compute
-from hamner.ops import Ops
+from hamner.config.train import TrainConfig
+from hamner.parallel.device import Compute
 from hamner.parallel.processes import Alone
 from hamner.parallel.tensors import is_sharded, local
 
-if TYPE_CHECKING:
-    from hamner.model import Transformer
-    from hamner.optimizer import AdamW
+GlobalNorm = Callable[[Sequence[Tensor]], Tensor]
+"""tensors on a device -> their global 2-norm, () fp32 there"""
+
+
+class GradientSums(Protocol):
+    """What an engine asks of an optimizer: parameters by name, and the sums of their gradients."""
+
+    parameters: dict[str, nn.Parameter]
+    accumulated: dict[str, Tensor]
+
+    def accumulate(self) -> None: ...
+
+    def drop_last_gradients(self) -> None: ...
+
 
 _NEVER = 2**31 - 1
 """steps, DDP's largest number of them"""
@@ -45,7 +53,7 @@ class OneProcess:
         """In which matrices are held that are computed with in `dtype`."""
         return dtype
 
-    def wrap(self, model: nn.Module, optimizer: "AdamW") -> Callable:
+    def wrap(self, model: nn.Module, optimizer: GradientSums) -> Callable:
         """What is called for a forward pass with gradients."""
         return model
 
@@ -66,27 +74,21 @@ class OneProcess:
         """Leave the gradients of `loss`, 0-d, in the parameters; here processes wait for others."""
         loss.backward()
 
-    def accumulate(self, optimizer: "AdamW", *, is_last: bool) -> None:
+    def accumulate(self, optimizer: GradientSums, *, is_last: bool) -> None:
         """After a micro-batch of several: keep its gradients for the update."""
         optimizer.accumulate()
 
-    def grad_norm(self, ops: Ops, gradients: Mapping[str, Tensor]) -> Tensor:
+    def grad_norm(self, global_norm: GlobalNorm, gradients: Mapping[str, Tensor]) -> Tensor:
         """The global 2-norm of all gradients, () fp32 on the device.
 
         Before it reads them it finishes the sums over the processes that backward left open.
         """
-        return ops.global_grad_norm(list(gradients.values()))
+        return global_norm(list(gradients.values()))
 
     @contextlib.contextmanager
     def inference(self, model: nn.Module) -> Iterator[None]:
         """Around forward passes without gradients, which every process must make alike."""
         yield
-
-    def open_saver(
-        self, folder: Path, *, keep: int, keep_every: int, records: Sequence[Path]
-    ) -> BackgroundSaver | NoSaver:
-        """What writes the checkpoints; see `BackgroundSaver`."""
-        return BackgroundSaver(folder, keep=keep, keep_every=keep_every, records=records)
 
 
 class DataParallel(OneProcess):
@@ -128,7 +130,7 @@ class DataParallel(OneProcess):
         return wrapped
 
     def sum_bucket(
-        self, optimizer: "AdamW", bucket: dist.GradBucket
+        self, optimizer: GradientSums, bucket: dist.GradBucket
     ) -> torch.futures.Future[torch.Tensor]:
         """Sum the gradients of a bucket over the processes; called by DDP as they come in.
 
@@ -167,12 +169,6 @@ class DataParallel(OneProcess):
         else:
             optimizer.accumulate()
 
-    def open_saver(self, folder, **settings):
-        """Rank 0 has everything, and saves as one process does."""
-        if not self.processes.place.is_main:
-            return NoSaver()
-        return super().open_saver(folder, **settings)
-
 
 class FullySharded(OneProcess):
     """Parameters, gradients and moments divided over the processes, the weights gathered block by
@@ -203,7 +199,7 @@ class FullySharded(OneProcess):
 
         self.mesh = init_device_mesh(compute.device.type, shape, mesh_dim_names=names)
 
-    def shard(self, model: "Transformer") -> None:
+    def shard(self, model: nn.Module) -> None:
         """`fully_shard` every block, then what is left of the model."""
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -246,7 +242,7 @@ class FullySharded(OneProcess):
     def accumulate(self, optimizer, *, is_last):
         """The parameters' own gradients are fp32 and add up."""
 
-    def grad_norm(self, ops, gradients):
+    def grad_norm(self, global_norm, gradients):
         """Of shards and vectors; the vectors' gradients are summed over the processes first."""
         vectors = [gradients[name] for name in gradients if name in self.vectors]
         flat = torch.cat([vector.flatten() for vector in vectors])
@@ -254,9 +250,9 @@ class FullySharded(OneProcess):
         for vector, part in zip(vectors, flat.split([v.numel() for v in vectors]), strict=True):
             vector.copy_(part.view_as(vector))
         shards = [local(gradient) for gradient in gradients.values() if is_sharded(gradient)]
-        square = ops.global_grad_norm(shards).square()
+        square = global_norm(shards).square()
         dist.all_reduce(square, group=self.mesh.get_group("shard"))
-        return (square + ops.global_grad_norm([flat]).square()).sqrt()
+        return (square + global_norm([flat]).square()).sqrt()
 
     @contextlib.contextmanager
     def inference(self, model):
@@ -275,12 +271,6 @@ class FullySharded(OneProcess):
             for module in (*model.layers, model):
                 module.reshard()
                 _forget_passes(module)
-
-    def open_saver(self, folder, **settings):
-        """Every process writes its shards, which rank 0 joins."""
-        from hamner.parallel.sharded_save import ShardedSaver
-
-        return ShardedSaver(folder, self.processes, self.mesh, **settings)
 
 
 def open_engine(kind: str, processes: Alone, compute: Compute, config: TrainConfig) -> OneProcess:

@@ -19,12 +19,10 @@ import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
 
-from hamner.cli import EXIT_BAD_INPUT
-from hamner.config import TrainConfig
-from hamner.errors import UserError
-from hamner.parallel.peers import Peers
-from hamner.parallel.place import Place
-from hamner.run_folder import RunFolder
+from hamner.config.train import TrainConfig
+from hamner.errors import EXIT_BAD_INPUT, UserError
+from hamner.parallel.failures import Peers
+from hamner.parallel.ranks import Place
 
 T = TypeVar("T")
 
@@ -74,12 +72,8 @@ class Alone:
         count = len(items) // self.place.world_size
         return items[self.place.rank * count : (self.place.rank + 1) * count]
 
-    def open_log(self, run: RunFolder) -> None:
-        """Have each process write down what it says in a file of its own."""
-
-    def stacks(self, run: RunFolder) -> Path:
-        """Where the stacks of a process that hangs are written."""
-        return run.stacks
+    def open_log(self, folder: Path) -> None:
+        """Have each process write down what it says in a file of its own in `folder`."""
 
     def consoles(self) -> tuple[Console | None, Console | None]:
         """Where a `Display` writes to, and its log; None is the terminal, or no log."""
@@ -151,9 +145,9 @@ class Several(Alone):
         """Replace a tensor on the device by its sum over the processes, without waiting for it."""
         dist.all_reduce(tensor)
 
-    def open_log(self, run):
-        """Have each process write down what it says in RUN/logs/rank_N.txt."""
-        path = run.logs / f"rank_{self.place.rank}.txt"
+    def open_log(self, folder):
+        """Have each process write down what it says in rank_N.txt of `folder`."""
+        path = folder / f"rank_{self.place.rank}.txt"
         try:
             path.parent.mkdir(exist_ok=True)
             self.log = path.open("a", encoding="utf-8", buffering=1)
@@ -166,10 +160,6 @@ class Several(Alone):
         if self.place.is_main:
             handlers.append(logging.StreamHandler())
         logging.basicConfig(level=logging.WARNING, handlers=handlers, force=True)
-
-    def stacks(self, run):
-        """One file for each process, beside its log."""
-        return run.logs / f"stacks_{self.place.rank}.txt"
 
     def consoles(self):
         """Rank 0 has the terminal and its log, the others their logs alone."""

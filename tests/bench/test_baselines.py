@@ -7,7 +7,7 @@ import torch
 
 from bench import baselines, scale
 from bench.baselines import Hamner, HuggingFace, Plain, Reference
-from hamner.config import TrainConfig
+from hamner.config.train import TrainConfig
 from hamner.data.loader import Batch
 from tests.models import DENSE, MOE
 

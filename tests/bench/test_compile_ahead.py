@@ -7,7 +7,7 @@ import pytest
 
 from bench import compile_ahead
 from bench.compile_ahead import Claims, describe, few_layers, group_of, groups_of
-from hamner.config import TrainConfig
+from hamner.config.train import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 

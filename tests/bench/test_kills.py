@@ -11,7 +11,7 @@ from bench import kills
 from bench.kills import PHASES, Kills, main
 from bench.restarts import is_same, make_output
 from tests.corpus import write_predictable
-from tests.test_train_command import SMALL
+from tests.train.test_main import SMALL
 
 ROOT = Path(__file__).parents[2]
 

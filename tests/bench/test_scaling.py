@@ -10,7 +10,7 @@ from bench.scaling import Scaling, describe, main, plan
 from bench.scaling_job import Row
 from hamner.errors import UserError
 from tests.corpus import write_predictable
-from tests.test_train_command import SMALL
+from tests.train.test_main import SMALL
 
 pytestmark = pytest.mark.xdist_group("parallel")
 

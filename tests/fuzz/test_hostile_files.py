@@ -18,8 +18,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hamner import checkpoint, plots
-from hamner.config import TrainConfig
+from hamner.checkpoint import format as checkpoint
+from hamner.checkpoint.run_folder import RunFolder
+from hamner.config.train import TrainConfig
 from hamner.data.files import FileSource
 from hamner.data.loader import DataConfig, TrainLoader
 from hamner.data.prepare import prepare
@@ -27,8 +28,8 @@ from hamner.data.shards import ShardSource
 from hamner.data.tokenizer import load_tokenizer
 from hamner.data.validation import ValidationSet
 from hamner.errors import UserError
-from hamner.run_folder import RunFolder
-from hamner.scaling_law import read_run
+from hamner.plan.loss import read_run
+from hamner.train import plots
 from tests.fuzz.mutations import damaged, damaged_json, replaced
 
 fuzz = settings(settings.get_profile("fuzz"))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from hamner import checkpoint
+from hamner.checkpoint import format as checkpoint
 from hamner.data.prepare import prepare
 from hamner.data.shards import ShardSource
 from hamner.data.tokenizer import load_tokenizer

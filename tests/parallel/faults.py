@@ -10,11 +10,11 @@ import sys
 import time
 from collections.abc import Callable
 
-from hamner import checkpoint
+from hamner.checkpoint import format as checkpoint
 from hamner.cli import run_command
-from hamner.parallel.place import Place
-from hamner.train import main
-from hamner.trainer import Trainer
+from hamner.parallel.ranks import Place
+from hamner.train.__main__ import main
+from hamner.train.loop import Trainer
 
 
 def die() -> None:
@@ -35,7 +35,7 @@ def be_interrupted() -> None:
 
 def in_step(step: int, fault: Callable[[], None]) -> None:
     """Let a fault happen between backward and update of a step, counted from 1."""
-    from hamner.optimizer import AdamW
+    from hamner.train.optimizer import AdamW
 
     update = AdamW.step
 

@@ -11,13 +11,13 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from hamner.config import TrainConfig
-from hamner.trainer import train
+from hamner.config.train import TrainConfig
+from hamner.train.loop import train
 from tests.kills import CONTEXT
 
 CONTEXT.set_forkserver_preload(
     [
-        *("hamner.trainer", "hamner.train", "hamner.data.__main__"),
+        *("hamner.train.loop", "hamner.train", "hamner.data.__main__"),
         *("torch.distributed.fsdp", "torch.distributed.checkpoint"),
     ]
 )

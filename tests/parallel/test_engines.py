@@ -8,15 +8,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hamner import build, device, recompute
-from hamner.config import TrainConfig
+from hamner.config.train import TrainConfig
 from hamner.errors import UserError
-from hamner.model import Transformer
-from hamner.optimizer import AdamW
-from hamner.parallel import engines
+from hamner.hardware import GIB
+from hamner.model.transformer import Transformer
+from hamner.parallel import device, engines
 from hamner.parallel.engines import DataParallel, FullySharded, OneProcess
-from hamner.parallel.place import Place, resume_after_restart
 from hamner.parallel.processes import Alone
+from hamner.parallel.ranks import Place, resume_after_restart
+from hamner.train import setup
+from hamner.train.optimizer import AdamW
 from tests.models import DENSE, plain_ops
 from tests.models import build as build_model
 
@@ -25,18 +26,18 @@ FOUR = Place(rank=1, world_size=4, local_rank=1, local_world_size=4)
 
 def plan(config: TrainConfig, place: Place, budget: float):
     compute = device.select(replace(config, device="cpu"))
-    return build.plan_parallel(config, compute, int(budget * recompute.GIB), place, None)
+    return setup.plan_parallel(config, compute, int(budget * GIB), place, None)
 
 
 def test_auto_is_ddp_where_the_model_fits_and_fsdp_where_it_does_not():
     config = TrainConfig.for_option("a")
-    whole = 16 * config.model.num_parameters() / recompute.GIB
+    whole = 16 * config.model.num_parameters() / GIB
     kind, memory = plan(config, FOUR, 100.0)
     assert (kind, memory.micro_batch_size) == ("ddp", 1)  # a CPU gains nothing from more
-    assert memory.account.total > whole * recompute.GIB
+    assert memory.account.total > whole * GIB
     kind, memory = plan(config, FOUR, whole)
     assert kind == "fsdp"
-    assert memory.account.total < whole * recompute.GIB
+    assert memory.account.total < whole * GIB
     with pytest.raises(UserError, match="--vram-budget"):
         plan(replace(config, parallel="ddp"), FOUR, whole)
     assert plan(replace(config, parallel="fsdp"), FOUR, 100.0)[0] == "fsdp"

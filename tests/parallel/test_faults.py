@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from hamner import checkpoint
-from hamner.config import TrainConfig
-from hamner.parallel.place import Place
-from hamner.trainer import train
+from hamner.checkpoint import format as checkpoint
+from hamner.config.train import TrainConfig
+from hamner.parallel.ranks import Place
+from hamner.train.loop import train
 from tests.corpus import write_predictable
 from tests.parallel import faults
 from tests.parallel.jobs import enter, run_job, said
-from tests.test_train_command import SMALL
-from tests.test_trainer import metrics, small_config
+from tests.train.test_loop import metrics, small_config
+from tests.train.test_main import SMALL
 
 pytestmark = [pytest.mark.xdist_group("parallel"), pytest.mark.timeout(300)]
 
@@ -120,7 +120,7 @@ def test_torchrun_starts_a_failed_job_again(tmp_path):
     assert re.findall(r"^error: rank (\d) on \S+ is dead", job.stderr, re.MULTILINE) == ["1", "0"]
     assert not list((folder / "checkpoints").glob(".saving_*"))
 
-    from hamner.train import parse
+    from hamner.train.__main__ import parse
 
     train(parse([*args, "--run-dir", str(tmp_path / "alone")]))
     alone, together = metrics(tmp_path / "alone"), metrics(folder)

@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hamner.config import TrainConfig
-from hamner.cuda_graph import GraphedBackward
+from hamner.config.train import TrainConfig
 from hamner.parallel.processes import open_processes
-from hamner.profiling.steps import Steps
+from hamner.profile.steps import Steps
+from hamner.train.cuda_graph import GraphedBackward
 from tests.parallel.jobs import enter, run_job, said, train_together
-from tests.test_trainer import metrics
+from tests.train.test_loop import metrics
 
 pytestmark = [
     pytest.mark.gpu,

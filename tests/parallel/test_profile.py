@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from hamner.config import TrainConfig
-from hamner.profiling.capture import capture
-from hamner.profiling.summary import summarize
-from hamner.profiling.trace import read_trace
+from hamner.config.train import TrainConfig
+from hamner.profile.capture import capture
+from hamner.profile.summary import summarize
+from hamner.profile.trace import read_trace
 from tests.parallel.jobs import enter, run_job, said
-from tests.test_trainer import small_config
+from tests.train.test_loop import small_config
 
 pytestmark = [pytest.mark.xdist_group("parallel"), pytest.mark.timeout(300)]
 

@@ -8,16 +8,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hamner import checkpoint
-from hamner.config import TrainConfig
-from hamner.export import ExportConfig, export
-from hamner.fine_tuning import fine_tune
-from hamner.options import ModelConfig
-from hamner.saved_model import find_saved_model
-from hamner.sft_config import SftConfig
-from hamner.trainer import train
+from hamner.checkpoint import format as checkpoint
+from hamner.checkpoint.saved_model import find_saved_model
+from hamner.config.model import ModelConfig
+from hamner.config.sft import SftConfig
+from hamner.config.train import TrainConfig
+from hamner.export.__main__ import ExportConfig, export
+from hamner.sft.fine_tuning import fine_tune
+from hamner.train.loop import train
 from tests.parallel.jobs import enter, run_job, said, train_together
-from tests.test_trainer import metrics, small_config
+from tests.train.test_loop import metrics, small_config
 
 pytestmark = [pytest.mark.xdist_group("parallel"), pytest.mark.timeout(300)]
 

@@ -1,0 +1,1 @@
+"""Talking with a model: a terminal, a server, the turns between them."""

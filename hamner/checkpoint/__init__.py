@@ -1,0 +1,1 @@
+"""Saved state: its format, what writes it, a run's folder, and models found in it."""

@@ -1,0 +1,381 @@
+"""Saved state on disk: a checkpoint folder is whole or does not exist.
+
+    checkpoints/step_00001000/
+        model.safetensors       the module's parameters, in their compute dtype, and buffers
+        optimizer.safetensors   fp32 masters and moments
+        state.json              counters, data position, RNG state, versions
+        manifest.json           size and SHA-256 of each of the three
+
+Written to a temporary folder beside it, flushed to disk, then renamed. Nothing is ever unpickled.
+"""
+
+import base64
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hamner.errors import UserError
+from hamner.files import flush, parse_json
+from hamner.kernels.adamw import join_master
+from hamner.parallel.tensors import fill
+
+MODEL_FILE = "model.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "state.json"
+MANIFEST_FILE = "manifest.json"
+_FILES = (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE)
+_FORMAT = 1
+_STEP_FOLDER = re.compile(r"step_(\d{8,})")
+_TEMPORARY_PREFIX = ".saving_"
+_DAMAGED_PREFIX = "damaged_"
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is damaged, incomplete or not one of ours."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint folder."""
+
+    path: Path
+    step: int
+
+    def state(self) -> dict:
+        """`state.json`."""
+        return _read_json(self.path / STATE_FILE)
+
+    def verify(self, names: Collection[str] = _FILES) -> None:
+        """Check files against the manifest: all, or those of `names`.
+
+        Raises:
+            CheckpointError: names the first file that is missing, cut short or altered.
+        """
+        manifest = _read_json(self.path / MANIFEST_FILE)
+        files = manifest.get("files")
+        if (
+            manifest.get("format") != _FORMAT
+            or not isinstance(files, dict)
+            or set(files) != set(_FILES)
+        ):
+            raise CheckpointError(
+                f"{self.path / MANIFEST_FILE} is not the manifest of a Hamner checkpoint: it must "
+                f"have format {_FORMAT} and name {', '.join(_FILES)}"
+            )
+        for name in names:
+            path, expected = self.path / name, files[name]
+            if not path.is_file():
+                raise CheckpointError(f"{path} is missing")
+            try:
+                size, digest = path.stat().st_size, _sha256(path)
+            except OSError as error:
+                raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
+            if not isinstance(expected, dict) or size != expected.get("bytes"):
+                raise CheckpointError(
+                    f"{path} has {size:,} bytes, not those of its manifest: it was cut short or "
+                    "replaced"
+                )
+            if digest != expected.get("sha256"):
+                raise CheckpointError(
+                    f"{path} does not match the SHA-256 of its manifest: it is damaged"
+                )
+
+    @torch.no_grad()
+    def load_model(self, parameters: Mapping[str, Tensor]) -> None:
+        """Copy the saved weights into `parameters`, tensor by tensor (no second copy on the GPU).
+
+        Where a process holds shards of them, it takes its part.
+
+        Raises:
+            CheckpointError: names or shapes that are not the model's.
+        """
+        with _open(self.path / MODEL_FILE) as saved:
+            _require_names(self.path / MODEL_FILE, set(saved.keys()), set(parameters))
+            for name, parameter in parameters.items():
+                fill(parameter, _read_tensor(self.path / MODEL_FILE, saved, name, parameter.shape))
+
+    @torch.no_grad()
+    def load_optimizer(
+        self,
+        masters: Mapping[str, Tensor],
+        exp_avg: Mapping[str, Tensor],
+        exp_avg_sq: Mapping[str, Tensor],
+    ) -> None:
+        """Copy masters and moments, tensor by tensor.
+
+        `masters` maps every parameter to its fp32 weights. A run that was saved in fp32 has no
+        separate masters: there `load_model(masters)` has already filled them.
+        """
+        path = self.path / OPTIMIZER_FILE
+        with _open(path) as saved:
+            names = set(saved.keys())
+            for prefix, tensors in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+                _require_names(
+                    path,
+                    {n.removeprefix(f"{prefix}.") for n in names if n.startswith(f"{prefix}.")},
+                    set(tensors),
+                )
+                for name, tensor in tensors.items():
+                    fill(tensor, _read_tensor(path, saved, f"{prefix}.{name}", tensor.shape))
+            for name, tensor in masters.items():
+                if f"master.{name}" in names:
+                    fill(tensor, _read_tensor(path, saved, f"master.{name}", tensor.shape))
+
+
+def save(
+    folder: Path,
+    step: int,
+    *,
+    model: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor],
+    state: Mapping,
+) -> Checkpoint:
+    """Write `folder`/step_NNNNNNNN, whole or not at all.
+
+    The folder must exist: made anew here, it would hide a mount that has vanished.
+
+    Args:
+        folder: of the checkpoints.
+        step: names the checkpoint.
+        model: the module's parameters and buffers.
+        optimizer: moments, masters, and of split masters the remainders
+            (`hamner.kernels.adamw.split_master`), each under `KIND.NAME`.
+        state: of state.json.
+
+    Raises:
+        OSError: the disk is full, gone or cannot be written; nothing new named step_* is left.
+    """
+    temporary = begin_save(folder, step)
+    try:
+        model, optimizer = _on_cpu(model), _on_cpu(optimizer)
+        with _disk_errors():
+            save_file(model, temporary / MODEL_FILE)
+            save_file(_with_whole_masters(optimizer, model), temporary / OPTIMIZER_FILE)
+        return finish_save(temporary, step, state)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def begin_save(folder: Path, step: int) -> Path:
+    """Make the temporary folder of a checkpoint in `folder`.
+
+    Raises:
+        OSError: as `save`.
+    """
+    temporary = folder / f"{_TEMPORARY_PREFIX}{step:08d}"
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir()
+    return temporary
+
+
+def finish_save(temporary: Path, step: int, state: Mapping) -> Checkpoint:
+    """Make a checkpoint of a temporary folder that has the two files of tensors.
+
+    Raises:
+        OSError: as `save`; the temporary folder is the caller's to remove.
+    """
+    folder, final = temporary.parent, temporary.with_name(f"step_{step:08d}")
+    _write_json(temporary / STATE_FILE, state)
+    files = {
+        name: {"bytes": (temporary / name).stat().st_size, "sha256": _sha256(temporary / name)}
+        for name in _FILES
+    }
+    _write_json(temporary / MANIFEST_FILE, {"format": _FORMAT, "files": files})
+    for name in (*_FILES, MANIFEST_FILE):
+        flush(temporary / name)
+    flush(temporary)
+    if final.exists():
+        # Saved already at this step (an interrupt right after a save): the new one replaces it.
+        _remove(final)
+    temporary.rename(final)
+    flush(folder)
+    return Checkpoint(final, step)
+
+
+def find(folder: Path) -> list[Checkpoint]:
+    """The checkpoints in `folder`, oldest first."""
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        match = _STEP_FOLDER.fullmatch(path.name)
+        if match and path.is_dir():
+            found.append(Checkpoint(path, int(match[1])))
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def newest_whole(folder: Path) -> tuple[Checkpoint | None, list[CheckpointError]]:
+    """The newest checkpoint that is whole, and what is wrong with each newer one."""
+    errors = []
+    for candidate in reversed(find(folder)):
+        try:
+            candidate.verify()
+        except CheckpointError as error:
+            errors.append(error)
+        else:
+            return candidate, errors
+    return None, errors
+
+
+def set_aside(folder: Path, newer_than: int) -> None:
+    """Rename checkpoints newer than a step to damaged_step_*, so that they count as none."""
+    for damaged in find(folder):
+        if damaged.step > newer_than:
+            place = damaged.path.with_name(f"{_DAMAGED_PREFIX}{damaged.path.name}")
+            shutil.rmtree(place, ignore_errors=True)
+            damaged.path.rename(place)
+
+
+def best(folder: Path) -> Checkpoint | None:
+    """The checkpoint with the lowest validation loss, in runs that look for it (`--patience`).
+
+    Every checkpoint's state says which one that is; the newest knows best.
+    """
+    found = find(folder)
+    step = found[-1].state().get("best_step") if found else None
+    return next((checkpoint for checkpoint in found if checkpoint.step == step), None)
+
+
+def retain(folder: Path, keep: int, keep_every: int = 0) -> None:
+    """Remove what an unfinished save left, and checkpoints that are too many.
+
+    Args:
+        folder: of the checkpoints. The best one stays, however old.
+        keep: newest ones that stay; 0 keeps all.
+        keep_every: the first checkpoint at or after each multiple of so many steps stays too; 0
+            is none.
+    """
+    for leftover in folder.glob(f"{_TEMPORARY_PREFIX}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    if keep:
+        kept, spans = best(folder), 0
+        for old in find(folder)[:-keep]:
+            if keep_every and old.step // keep_every > spans:
+                spans = old.step // keep_every
+            elif old != kept:
+                _remove(old.path)
+
+
+def rng_state() -> dict[str, str]:
+    """State of torch's global generators, as text."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return {
+        device: base64.b64encode(state.numpy().tobytes()).decode()
+        for device, state in states.items()
+    }
+
+
+def set_rng_state(states: Mapping[str, str]) -> None:
+    """Restore what `rng_state` returned, as far as this machine has the devices.
+
+    Raises:
+        CheckpointError: it is not what `rng_state` returned.
+    """
+    try:
+        for device, text in states.items():
+            state = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+            if device == "cpu":
+                torch.set_rng_state(state)
+            elif torch.cuda.is_available():
+                torch.cuda.set_rng_state(state)
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"the saved RNG state is damaged ({type(error).__name__})") from error
+
+
+@contextlib.contextmanager
+def _disk_errors() -> Iterator[None]:
+    """Safetensors reports a full disk as an error of its own: give it the type it has elsewhere."""
+    try:
+        yield
+    except SafetensorError as error:
+        match = re.search(r"os error (\d+)", str(error))
+        if match is None:
+            raise
+        number = int(match[1])
+        raise OSError(number, os.strerror(number)) from error
+
+
+def _remove(checkpoint: Path) -> None:
+    """Rename before deleting, so that a folder named step_* is whole to the end."""
+    doomed = checkpoint.with_name(f"{_TEMPORARY_PREFIX}removing_{checkpoint.name}")
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _with_whole_masters(
+    optimizer: Mapping[str, Tensor], model: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Replace each remainder by the fp32 master, so that any precision and kernels can resume."""
+    whole = {}
+    for key, tensor in optimizer.items():
+        kind, _, name = key.partition(".")
+        if kind == "remainder":
+            whole[f"master.{name}"] = join_master(model[name], tensor)
+        else:
+            whole[key] = tensor
+    return whole
+
+
+def _open(path: Path):
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
+
+
+def _read_tensor(path: Path, saved, name: str, shape: torch.Size) -> Tensor:
+    try:
+        tensor = saved.get_tensor(name)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: {name} cannot be read: {error}") from error
+    if tensor.shape != shape:
+        raise CheckpointError(
+            f"{path}: {name} has shape {tuple(tensor.shape)}, this model needs {tuple(shape)}; "
+            "resume with the model the run was started with"
+        )
+    return tensor
+
+
+def _require_names(path: Path, saved: set[str], expected: set[str]) -> None:
+    difference = sorted(saved ^ expected)
+    if difference:
+        raise CheckpointError(
+            f"{path} holds another model: {len(difference)} tensors differ, among them "
+            f"{difference[0]}; resume with the model the run was started with"
+        )
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        value = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return value
+
+
+def _write_json(path: Path, value: Mapping) -> None:
+    path.write_text(json.dumps(value, indent=1), encoding="utf-8")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,126 @@
+"""The files of a run: config.json, metrics.jsonl, samples.jsonl, plots/, checkpoints/, and
+plan.jsonl, what was projected beside what was measured.
+
+And, when something went wrong: bad_steps/ (batches for `--replay`) and stacks.txt (of a hang). With
+several processes: logs/rank_N.txt, what each said.
+"""
+
+import errno
+import json
+import os
+from pathlib import Path
+
+from hamner.config.train import CONFIG_FILE, TrainConfig
+from hamner.errors import UserError
+from hamner.files import read_records, write_whole
+from hamner.parallel.ranks import Place
+
+
+class RunFolder:
+    """One run's folder.
+
+    Args:
+        path: the folder, made when `start` is called.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / CONFIG_FILE
+        self.metrics = path / "metrics.jsonl"
+        self.samples = path / "samples.jsonl"
+        self.plots = path / "plots"
+        self.checkpoints = path / "checkpoints"
+        self.bad_steps = path / "bad_steps"
+        self.stacks = path / "stacks.txt"
+        self.plan = path / "plan.jsonl"
+        self.validation = path / "validation.safetensors"
+        self.logs = path / "logs"
+
+    def check(self, *, resume: bool) -> None:
+        """Refuse to overwrite a run, or to resume one that is not there.
+
+        Raises:
+            UserError: says which flag decides.
+        """
+        if self.config.exists() and not resume:
+            raise UserError(
+                f"{self.path} already holds a run: continue it with --resume, "
+                "or start another with --run-dir FOLDER"
+            )
+        if resume and not self.config.exists():
+            raise UserError(
+                f"--resume: {self.path} holds no run; start one by leaving out --resume, "
+                "or name the run's folder with --run-dir FOLDER"
+            )
+
+    def start(self, config: TrainConfig) -> None:
+        """Make the folder and write config.json.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.plots.mkdir(exist_ok=True)
+            self.checkpoints.mkdir(exist_ok=True)
+            write_whole(self.config, json.dumps(config.to_json(), indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"--run-dir {self.path} cannot be written: {error.strerror}") from error
+
+    def stacks_of(self, place: Place) -> Path:
+        """The file takes the stacks of a process that hangs; several processes have one each."""
+        if place.world_size == 1:
+            return self.stacks
+        return self.logs / f"stacks_{place.rank}.txt"
+
+    def rewind(self, step: int) -> None:
+        """Drop metrics and samples after `step`: the resumed run writes them again."""
+        for path in (self.metrics, self.samples):
+            if path.exists():
+                kept = [json.dumps(r) for r in read_records(path) if r["step"] <= step]
+                write_whole(path, "".join(f"{line}\n" for line in kept))
+
+
+class RecordLog:
+    """Appends to a JSON-lines file; what the disk does not take waits for the next append.
+
+    Args:
+        path: of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.waiting: list[dict] = []
+
+    def append(self, record: dict) -> OSError | None:
+        """Add an object; returns the disk's error if it has to wait."""
+        self.waiting.append(record)
+        return self.flush()
+
+    def flush(self) -> OSError | None:
+        """Write what waits; returns the disk's error if it has to wait longer."""
+        if self.waiting:
+            try:
+                append_record(self.path, *self.waiting)
+            except OSError as error:
+                return error
+            self.waiting.clear()
+        return None
+
+
+def append_record(path: Path, *records: dict) -> None:
+    """Append JSON objects as lines: all of them or, if the disk is full, none.
+
+    Raises:
+        OSError: the file is as it was.
+    """
+    data = "".join(json.dumps(record) + "\n" for record in records).encode()
+    # Unbuffered: a killed process leaves whole lines, and a full disk is seen here.
+    with path.open("ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        try:
+            if file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(size)
+            raise

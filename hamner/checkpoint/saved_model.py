@@ -1,0 +1,141 @@
+"""The model of a run, found on disk and loaded to be used: chat, server, export, evaluation."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from hamner.checkpoint import format as checkpoint
+from hamner.checkpoint.format import MODEL_FILE, STATE_FILE, Checkpoint, CheckpointError
+from hamner.checkpoint.run_folder import RunFolder
+from hamner.config.train import CONFIG_FILE, TrainConfig
+from hamner.data.tokenizer import Tokenizer, load_tokenizer
+from hamner.errors import UserError
+from hamner.model.attention import get_attention
+from hamner.model.ops import build_ops
+from hamner.model.transformer import Transformer
+
+RUNS = Path("runs")
+"""where runs are looked for when none is named"""
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """A whole checkpoint with what its run knows about it."""
+
+    config: TrainConfig
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer
+
+    @property
+    def name(self) -> str:
+        """The run's, which is its folder's."""
+        return self.config.folder.name
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the model was fine-tuned on conversations."""
+        return self.checkpoint.state().get("stage") == "sft"
+
+    def weights(self) -> dict[str, Tensor]:
+        """Every tensor by name, on the CPU, in the dtypes they were saved in."""
+        return load_file(self.checkpoint.path / MODEL_FILE)
+
+    def build(self, device: torch.device) -> Transformer:
+        """The model on `device`: bf16 matrices and kernels on a GPU, fp32 and torch on a CPU."""
+        on_gpu = device.type == "cuda"
+        dtype = torch.bfloat16 if on_gpu else torch.float32
+        shape = self.config.model
+        # Decoding has its own attention, on the KV cache; this one is for whole sequences.
+        attention = get_attention(
+            "sdpa",
+            device=device,
+            dtype=dtype,
+            head_size=shape.head_size,
+            num_heads=shape.num_attention_heads,
+            num_kv_heads=shape.num_kv_heads,
+            seq_len=self.config.seq_len,
+            micro_batch_size=1,
+            document_mask=False,
+        )
+        with torch.device("meta"):
+            model = Transformer(shape, build_ops("triton" if on_gpu else "torch", attention))
+        for parameter in model.matrices():
+            parameter.data = parameter.data.to(dtype)
+        model.to_empty(device=device).requires_grad_(False)
+        self.checkpoint.load_model(model.state_dict())
+        return model
+
+
+def find_saved_model(path: Path | None) -> SavedModel:
+    """Find a model and check that its files are whole.
+
+    Args:
+        path: a run's folder, of which the best checkpoint is taken, or the newest where none was
+            looked for; or one of its checkpoints (`step_*`). None is the run in runs/ that saved
+            last.
+
+    Raises:
+        UserError: there is no checkpoint, or it is damaged, or its tokenizer is another one now.
+    """
+    if path is None:
+        path = _newest_run()
+    found, run = _find_checkpoint(path)
+    try:
+        found.verify((MODEL_FILE, STATE_FILE))
+    except CheckpointError as error:
+        raise UserError(
+            f"--checkpoint {path}: {error}; name an older one of {run.checkpoints}"
+        ) from error
+    config = TrainConfig.read(run.config)
+    tokenizer = load_tokenizer(config.tokenizer, config.model.vocab_size)
+    if found.state().get("tokenizer") != tokenizer.fingerprint:
+        raise UserError(
+            f"--checkpoint {path}: it was trained with another content of the tokenizer "
+            f"{config.tokenizer} than is there now; put the old one back"
+        )
+    return SavedModel(config, found, tokenizer)
+
+
+def select_device(name: Literal["auto", "cuda", "cpu"]) -> torch.device:
+    """The device of `--device`.
+
+    Raises:
+        UserError: there is no such device here.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch finds no CUDA GPU here; use --device cpu")
+    return torch.device("cpu" if name == "cpu" or not torch.cuda.is_available() else "cuda")
+
+
+def _find_checkpoint(path: Path) -> tuple[Checkpoint, RunFolder]:
+    """The checkpoint that `path` names, and the run it belongs to."""
+    if (path / CONFIG_FILE).is_file():
+        run = RunFolder(path)
+        saved = checkpoint.find(run.checkpoints)
+        if not saved:
+            raise UserError(f"--checkpoint {path}: this run has not saved a checkpoint yet")
+        return checkpoint.best(run.checkpoints) or saved[-1], run
+    run = RunFolder(path.parent.parent)
+    for saved in checkpoint.find(path.parent):
+        if saved.path == path and run.config.is_file():
+            return saved, run
+    raise UserError(
+        f"--checkpoint {path} is neither a run's folder nor one of its checkpoints (step_*)"
+    )
+
+
+def _newest_run() -> Path:
+    saved = [
+        (found[-1].path.stat().st_mtime, config.parent)
+        for config in RUNS.glob(f"*/{CONFIG_FILE}")
+        if (found := checkpoint.find(RunFolder(config.parent).checkpoints))
+    ]
+    if not saved:
+        raise UserError(
+            f"--checkpoint: {RUNS}/ holds no run with a checkpoint; name a run's folder"
+        )
+    return max(saved)[1]

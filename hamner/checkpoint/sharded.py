@@ -1,0 +1,137 @@
+"""Checkpoints of a model that is divided over processes, in the files of any other checkpoint.
+
+    every process    its shards to host memory, then to .saving_*/sharded/ (DCP, safetensors)
+    rank 0           joins them to model.safetensors and optimizer.safetensors, writes the rest,
+                     renames the folder
+
+So what reads a checkpoint need not know how it was written. The folder must be one that all
+processes see.
+"""
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from hamner.checkpoint import format as checkpoint
+from hamner.checkpoint.format import Checkpoint
+from hamner.checkpoint.writer import BackgroundSaver
+from hamner.parallel.processes import Several
+from hamner.parallel.tensors import is_sharded, local
+
+CONSOLIDATED_FILE = "model-00001-of-00001.safetensors"
+"""what DCP calls the one file it joins shards to"""
+
+
+class ShardedSaver(BackgroundSaver):
+    """A `BackgroundSaver` of which every process has one, all with the same outcome.
+
+    Args:
+        folder: of the checkpoints, seen by all processes.
+        processes: of the job.
+        mesh: over which the tensors are divided.
+        settings: as for `BackgroundSaver`.
+    """
+
+    def __init__(self, folder: Path, processes: Several, mesh: DeviceMesh, **settings) -> None:
+        super().__init__(folder, **settings)
+        self.processes = processes
+        # The threads of a save talk among themselves while the steps go on.
+        self._group = dist.new_group(backend="gloo", timeout=processes.timeout)
+        # Of the host's copies: DCP reads from it which part of a tensor a process has.
+        self._host_mesh = init_device_mesh(
+            "cpu", tuple(mesh.mesh.shape), mesh_dim_names=mesh.mesh_dim_names
+        )
+
+    def may_begin(self, is_healthy: bool) -> bool:
+        """As `BackgroundSaver.may_begin`, in every process at once; all must ask."""
+        return self.processes.all(super().may_begin(is_healthy))
+
+    def _copy(self, key: str, tensor: Tensor) -> Tensor:
+        """Copy what this process has, and keep how it is divided."""
+        copy = super()._copy(key, local(tensor))
+        if not is_sharded(tensor):
+            return copy
+        return DTensor.from_local(
+            copy,
+            self._host_mesh,
+            tensor.placements,
+            run_check=False,
+            shape=tensor.shape,
+            stride=tensor.stride(),
+        )
+
+    def _save(
+        self,
+        step: int,
+        *,
+        model: Mapping[str, Tensor],
+        optimizer: Mapping[str, Tensor],
+        state: Mapping,
+    ) -> Checkpoint:
+        """Write one checkpoint with all processes; each gets its outcome.
+
+        Raises:
+            OSError: it failed in some process; nothing new named step_* is left.
+        """
+        temporary = self._on_main(lambda: checkpoint.begin_save(self.folder, step))
+        try:
+            for name, tensors in (
+                (checkpoint.MODEL_FILE, model),
+                (checkpoint.OPTIMIZER_FILE, optimizer),
+            ):
+                self._write_tensors(temporary, name, tensors)
+            return self._on_main(lambda: checkpoint.finish_save(temporary, step, state))
+        except BaseException:
+            if self.processes.place.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+    def _retain(self) -> None:
+        if self.processes.place.is_main:
+            super()._retain()
+
+    def _write_tensors(self, folder: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write `folder`/`name`, each process its part."""
+        parts = folder / f"{name}.parts"
+        writer = dcp.HuggingFaceStorageWriter(
+            str(parts), save_distributed=True, enable_consolidation=True
+        )
+        try:
+            dcp.save(dict(tensors), storage_writer=writer, process_group=self._group)
+        except dcp.CheckpointException as failures:
+            raise _disk_error(failures) from failures
+        self._on_main(lambda: _keep_joined(parts, folder / name))
+
+    def _on_main(self, function: Callable):
+        """What `function` returns in rank 0, or its OSError, in every process."""
+        outcome: list = [None]
+        if self.processes.place.is_main:
+            try:
+                outcome = [function()]
+            except OSError as error:
+                outcome = [error]
+        dist.broadcast_object_list(outcome, src=0, group=self._group)
+        if isinstance(outcome[0], OSError):
+            raise outcome[0]
+        return outcome[0]
+
+
+def _keep_joined(parts: Path, path: Path) -> None:
+    (parts / CONSOLIDATED_FILE).rename(path)
+    shutil.rmtree(parts)
+
+
+def _disk_error(failures: dcp.CheckpointException) -> OSError:
+    """The first process's error, as the OSError that a failed save is."""
+    rank, (error, _) = min(failures.failures.items())
+    if isinstance(error, OSError) and error.errno:
+        return OSError(error.errno, f"{os.strerror(error.errno)}, rank {rank}")
+    return OSError(errno.EIO, f"{type(error).__name__} in rank {rank}: {error}")

@@ -1,0 +1,184 @@
+"""Checkpoints written while training goes on.
+
+    training thread   copies the state to host memory, in the order of the GPU's own work
+    writer thread     waits for those copies, writes the checkpoint, removes old ones
+
+At most one save is under way; one that is due meanwhile is taken as soon as there is room. A save
+that fails is tried again later with the state of that time: a full disk or a vanished mount costs
+checkpoints, never the run.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hamner.checkpoint import format as checkpoint
+from hamner.checkpoint.format import Checkpoint
+from hamner.files import flush
+
+RETRY_SECONDS = 60.0
+"""between a save that failed and the next try"""
+
+
+class BackgroundSaver:
+    """Writes one checkpoint at a time in a thread.
+
+    Args:
+        folder: of the checkpoints; must exist when a save is written.
+        keep: newest checkpoints that stay; 0 keeps all.
+        keep_every: the first checkpoint at or after each multiple of so many steps stays too.
+        records: files flushed to disk before a checkpoint counts, so that a power cut cannot keep
+            the checkpoint and lose the records that led to it.
+        clock: seconds, for the retry.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int,
+        keep_every: int,
+        records: Sequence[Path] = (),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.folder, self.keep, self.keep_every = folder, keep, keep_every
+        self.records, self.clock = tuple(records), clock
+        self.wanted = False
+        self.retry_at = -float("inf")
+        self.step: int | None = None
+        """of the save under way or the last one"""
+        self._future: Future[Checkpoint] | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="hamner-save")
+        self._host: dict[str, Tensor] = {}
+
+    @property
+    def ready(self) -> bool:
+        """Whether a save is wanted and can be taken now."""
+        return self.wanted and self._future is None and self.clock() >= self.retry_at
+
+    def may_begin(self, is_healthy: bool) -> bool:
+        """Whether a save is to be taken now, given whether the state is one to keep."""
+        return self.ready and is_healthy
+
+    def begin(
+        self,
+        step: int,
+        *,
+        model: Mapping[str, Tensor],
+        optimizer: Mapping[str, Tensor],
+        counters: Mapping[str, Tensor],
+        state: Mapping,
+    ) -> None:
+        """Copy the state and have it written; `collect` or `wait` gives the outcome.
+
+        Args:
+            step: names the checkpoint.
+            model: the module's parameters and buffers.
+            optimizer: masters or their remainders, and moments.
+            counters: small tensors that belong into `state` but are still on the device; there
+                they are a number or nested lists.
+            state: the rest of state.json.
+        """
+        if self._future is not None:
+            raise RuntimeError("a save is under way")
+        self.wanted, self.step = False, step
+        parts = [
+            {name: self._copy(f"{part}/{name}", tensor) for name, tensor in tensors.items()}
+            for part, tensors in (("model", model), ("optimizer", optimizer), ("state", counters))
+        ]
+        copied = None
+        if any(tensor.is_cuda for tensor in model.values()):
+            copied = torch.cuda.Event()
+            copied.record()
+        self._future = self._thread.submit(self._write, step, *parts, dict(state), copied)
+
+    def collect(self) -> Checkpoint | OSError | None:
+        """The outcome of a save that has ended since: its checkpoint, or why it failed."""
+        return self.wait() if self._future is not None and self._future.done() else None
+
+    def wait(self) -> Checkpoint | OSError | None:
+        """The outcome of the save under way, once it has ended; None without one."""
+        if self._future is None:
+            return None
+        try:
+            return self._future.result()
+        except OSError as error:
+            self.wanted, self.retry_at = True, self.clock() + RETRY_SECONDS
+            return error
+        finally:
+            self._future = None
+
+    def close(self) -> None:
+        """Let the save under way end."""
+        self._thread.shutdown()
+
+    def _copy(self, key: str, tensor: Tensor) -> Tensor:
+        """Enqueue a copy to a host buffer that is made once and used by every save.
+
+        The copies run on the stream of the step, so the next update waits for them on the GPU and
+        nothing waits on the CPU: 3.9 GB of option a are 0.2 s of PCIe 4, 0.03% of ten minutes.
+        """
+        if key not in self._host:
+            self._host[key] = torch.empty_like(
+                tensor,
+                device="cpu",
+                memory_format=torch.contiguous_format,
+                pin_memory=tensor.is_cuda,
+                requires_grad=False,
+            )
+        return self._host[key].copy_(tensor.detach(), non_blocking=True)
+
+    def _write(
+        self,
+        step: int,
+        model: Mapping[str, Tensor],
+        optimizer: Mapping[str, Tensor],
+        counters: Mapping[str, Tensor],
+        state: dict,
+        copied: "torch.cuda.Event | None",
+    ) -> Checkpoint:
+        """Body of the thread."""
+        if copied is not None:
+            copied.synchronize()
+        state |= {name: counter.tolist() for name, counter in counters.items()}
+        for path in self.records:
+            if path.exists():
+                flush(path)
+        saved = self._save(step, model=model, optimizer=optimizer, state=state)
+        self._retain()
+        return saved
+
+    def _save(self, step: int, **parts: Mapping) -> Checkpoint:
+        """Write one checkpoint; see `checkpoint.save`."""
+        return checkpoint.save(self.folder, step, **parts)
+
+    def _retain(self) -> None:
+        """Remove the checkpoints that are too many."""
+        checkpoint.retain(self.folder, self.keep, self.keep_every)
+
+
+class NoSaver:
+    """In a process whose state another one saves."""
+
+    wanted = False
+    step = None
+
+    def may_begin(self, is_healthy: bool) -> bool:
+        """Never."""
+        return False
+
+    def begin(self, step: int, **parts: Mapping) -> None:
+        """Leave it to the other process."""
+
+    def collect(self) -> None:
+        """No outcome."""
+
+    def wait(self) -> None:
+        """No outcome."""
+
+    def close(self) -> None:
+        """Nothing is under way."""

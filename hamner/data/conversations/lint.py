@@ -1,0 +1,77 @@
+"""What fine-tuning is about to learn from, shown before it starts."""
+
+from collections.abc import Sequence
+from itertools import groupby
+
+from rich.console import Console
+from rich.text import Text
+
+from hamner.data.conversations.examples import ConversationSource, Example
+from hamner.data.tokenizer import Tokenizer
+
+NAMED = 5
+"""dropped or cut conversations named in full; the rest are counted"""
+PREVIEW_TOKENS = 400
+LEARNED_STYLE, MASKED_STYLE = "bold green", "dim"
+
+
+def show(sources: Sequence[ConversationSource], tokenizer: Tokenizer, console: Console) -> None:
+    """Print the counts of every source, what was dropped or cut, and one example with its mask."""
+    for source in sources:
+        for line in describe(source):
+            console.print(Text(line), soft_wrap=True)
+    example = next((example for source in sources for example in source.train), None)
+    if example is not None:
+        console.print(preview(example, tokenizer, coloured=console.color_system is not None))
+
+
+def describe(source: ConversationSource) -> list[str]:
+    """Lines about one source: its size, then one for each kind of odd conversation it has."""
+    tokens = sum(len(example.ids) for example in source.train)
+    learned = sum(int(example.learned.sum()) for example in source.train)
+    times = "" if source.weight == 1 else f", {source.weight:g} times an epoch"
+    lines = [
+        f"{source.name}: {len(source.train):,} conversations to train on{times}, "
+        f"{len(source.validation):,} held out; {tokens:,} tokens, "
+        f"{learned / max(1, tokens):.1%} of them supervised"
+    ]
+    if source.nothing_learned:
+        lines.append(
+            f"  {len(source.nothing_learned):,} dropped, no answer to learn: "
+            f"{_places(source.nothing_learned)}"
+        )
+    if source.too_long:
+        lines.append(
+            f"  {len(source.too_long):,} dropped, the first answer ends beyond --seq-len: "
+            f"{_places(source.too_long)}"
+        )
+    if source.cut:
+        lines.append(
+            f"  {len(source.cut):,} cut after the last answer within --seq-len "
+            f"({source.tokens_cut:,} tokens lost): {_places(source.cut)}"
+        )
+    if source.duplicates:
+        lines.append(f"  {source.duplicates:,} repeat an earlier conversation and are kept")
+    return lines
+
+
+def _places(origins: Sequence[str]) -> str:
+    named = "; ".join(origins[:NAMED])
+    rest = len(origins) - NAMED
+    return f"{named} and {rest:,} more" if rest > 0 else named
+
+
+def preview(example: Example, tokenizer: Tokenizer, *, coloured: bool) -> Text:
+    """The beginning of an example, what is learned set off by colour, or by brackets without."""
+    opening, closing = ("", "") if coloured else ("[[", "]]")
+    text = Text("what is learned of one conversation (the rest is masked):\n")
+    tokens = list(zip(example.ids.tolist(), example.learned.tolist(), strict=True))
+    for learned, group in groupby(tokens[:PREVIEW_TOKENS], key=lambda token: token[1]):
+        span = tokenizer.decode([token for token, _ in group])
+        if learned:
+            text.append(f"{opening}{span}{closing}", LEARNED_STYLE)
+        else:
+            text.append(span, MASKED_STYLE)
+    if len(tokens) > PREVIEW_TOKENS:
+        text.append(f"\n... {len(tokens) - PREVIEW_TOKENS:,} tokens more")
+    return text

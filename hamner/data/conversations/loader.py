@@ -1,0 +1,183 @@
+"""Batches of packed conversations, with a state that resumes exactly."""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+
+from hamner.data.conversations.examples import ConversationSource, Example
+from hamner.data.conversations.packing import lay_out, pack
+from hamner.data.loader import VALIDATION_SEED, Batch
+from hamner.data.shuffle import State, permutation
+from hamner.data.tokenizer import Tokenizer
+from hamner.errors import UserError
+
+STATE_VERSION = 1
+
+
+class ConversationLoader:
+    """Endless training batches; the counterpart of `hamner.data.loader.TrainLoader`.
+
+    Every epoch packs its conversations anew, as a function of seed and epoch alone. So the state
+    is the number of the next row.
+
+    Args:
+        sources: with at least one training example in all.
+        tokenizer: that of the model.
+        seq_len: T, positions of a row.
+        batch_size: rows of a batch.
+        seed: of the order.
+        pin_memory: put batches into page-locked memory, for asynchronous copies to a GPU.
+
+    Raises:
+        UserError: nothing to train on.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[ConversationSource],
+        tokenizer: Tokenizer,
+        *,
+        seq_len: int,
+        batch_size: int,
+        seed: int,
+        pin_memory: bool = False,
+    ) -> None:
+        if not any(source.train for source in sources):
+            names = " ".join(source.name for source in sources)
+            raise UserError(f"--data {names}: no conversation to train on")
+        self._sources, self._tokenizer = list(sources), tokenizer
+        self._seq_len, self._batch_size, self._seed = seq_len, batch_size, seed
+        self.pin_memory = pin_memory
+        self._header = {
+            "version": STATE_VERSION,
+            "tokenizer": tokenizer.fingerprint,
+            "seed": seed,
+            "seq_len": seq_len,
+            "conversations": _digest(sources),
+        }
+        self._position: State = {"epoch": 0, "row": 0}
+        # The epoch that is read, and the next one at its end.
+        self._epoch_rows = lru_cache(maxsize=2)(self._pack_epoch)
+
+    def rows_in_epoch(self, epoch: int) -> int:
+        """Rows of an epoch; they differ by a few, since each is packed anew."""
+        return len(self._epoch_rows(epoch))
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def next_batch(self, is_stopped: Callable[[], bool]) -> Batch | None:
+        """The next batch, or None once `is_stopped`; it never waits."""
+        return None if is_stopped() else next(self)
+
+    def progress(self) -> dict[str, State]:
+        """Empty: conversations are in memory, none of their sources can be lost."""
+        return {}
+
+    def __next__(self) -> Batch:
+        epoch, row = self._position["epoch"], self._position["row"]
+        rows: list[list[Example]] = []
+        while len(rows) < self._batch_size:
+            found = self._epoch_rows(epoch)[row : row + self._batch_size - len(rows)]
+            rows += found
+            row += len(found)
+            if row >= self.rows_in_epoch(epoch):
+                epoch, row = epoch + 1, 0
+        batch = lay_out(rows, self._seq_len, self._tokenizer.eot_id)
+        if self.pin_memory:
+            batch = Batch(
+                batch.inputs.pin_memory(),
+                batch.targets.pin_memory(),
+                batch.document_ids.pin_memory(),
+            )
+        self._position = {"epoch": epoch, "row": row}
+        return batch
+
+    def state_dict(self) -> State:
+        """The state after the last batch handed out: JSON."""
+        return {**self._header, "position": self._position}
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on where `state_dict` was taken; the batch size may differ.
+
+        Raises:
+            UserError: the state is of other conversations, another tokenizer, seed or length.
+        """
+        flags = {"version": "Hamner", "conversations": "--data or --val-fraction"}
+        flags |= {"tokenizer": "--tokenizer", "seed": "--seed", "seq_len": "--seq-len"}
+        for name, flag in flags.items():
+            if state.get(name) != self._header[name]:
+                raise UserError(
+                    f"--resume: {flag} is not what the run was saved with "
+                    f"({name} {state.get(name)} then, {self._header[name]} now), so its data "
+                    "cannot go on from there"
+                )
+        self._position = state["position"]
+
+    def close(self) -> None:
+        """Nothing runs in the background here."""
+
+    def _pack_epoch(self, epoch: int) -> list[list[Example]]:
+        examples = [
+            example
+            for number, source in enumerate(self._sources)
+            for example, times in zip(
+                source.train, self._repeats(number, source, epoch), strict=True
+            )
+            for _ in range(times)
+        ]
+        shuffled = [examples[i] for i in permutation(len(examples), self._seed, epoch)]
+        rows = pack([example.length for example in shuffled], self._seq_len)
+        # The last rows are the ones with room left: they must not always come last.
+        order = permutation(len(rows), self._seed, epoch, 1)
+        return [[shuffled[i] for i in rows[number]] for number in order]
+
+    def _repeats(self, number: int, source: ConversationSource, epoch: int) -> list[int]:
+        """How often each example comes in this epoch: `weight` on average over the epochs.
+
+        The examples start at evenly spread phases, so with a weight of 0.5 each epoch takes
+        another half of them.
+        """
+        count, weight = len(source.train), source.weight
+        phases = permutation(count, self._seed, number) / max(1, count)
+        return [
+            math.floor((epoch + 1) * weight + p) - math.floor(epoch * weight + p) for p in phases
+        ]
+
+
+def validation_batch(
+    sources: Sequence[ConversationSource], tokenizer: Tokenizer, seq_len: int, max_tokens: int
+) -> Batch:
+    """The held-out conversations packed into rows, the same whatever the seed.
+
+    Args:
+        sources: whose validation examples.
+        tokenizer: that of the model.
+        seq_len: T.
+        max_tokens: size of the set; of more, a random choice is taken.
+
+    Returns:
+        (R, T); R = 0 when nothing is held out.
+    """
+    examples = [example for source in sources for example in source.validation]
+    chosen: list[Example] = []
+    positions = 0
+    for index in permutation(len(examples), VALIDATION_SEED):
+        positions += examples[index].length
+        if positions > max_tokens:
+            break
+        chosen.append(examples[index])
+    rows = pack([example.length for example in chosen], seq_len)
+    return lay_out([[chosen[i] for i in row] for row in rows], seq_len, tokenizer.eot_id)
+
+
+def _digest(sources: Sequence[ConversationSource]) -> str:
+    """Of all that decides what is read: examples and weights, in order."""
+    digest = hashlib.sha256()
+    for source in sources:
+        digest.update(f"{source.weight} {len(source.train)}".encode())
+        for example in source.train:
+            digest.update(len(example.ids).to_bytes(8, "little"))
+            digest.update(example.ids.tobytes())
+    return digest.hexdigest()

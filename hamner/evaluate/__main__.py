@@ -1,0 +1,234 @@
+"""`python -m hamner.evaluate`: how good a model is, alone or beside others."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+
+from hamner.cli import gather_data, run_command
+from hamner.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from hamner.checkpoint.saved_model import SavedModel
+    from hamner.config.train import TrainConfig
+    from hamner.evaluate.evaluation import Sample, SourceResult
+    from hamner.evaluate.probe import ProbeResult
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Evaluate a model, or several side by side.
+
+    Validation loss, perplexity and bits per byte of every source, loss by position, samples, and of
+    chat models a probe of arithmetic and facts.
+    """
+
+    checkpoint: tuple[Path, ...]
+    """runs, or checkpoints of theirs; of a run the best checkpoint, or the newest where none was
+    looked for"""
+    data: tuple[str, ...] = ()
+    """SPEC ... of text: builtin; a file, folder or glob; hf:...; shards:DIR. Default what the
+    models were pre-trained on"""
+    conversations: tuple[str, ...] = ()
+    """SPEC ... of conversations: builtin; a .jsonl file, folder or glob. Default what the models
+    were fine-tuned on"""
+    val_fraction: float | None = None
+    """share of the documents, chosen by their hash; default what every model held out. 1 is
+    everything, for data that none has seen"""
+    seq_len: int | None = None
+    """tokens per sequence; default the longest that a model was trained with"""
+    eval_tokens: int | None = None
+    """most tokens of a source; default as in training"""
+    tasks: tuple[str, ...] = ()
+    """tasks of lm-evaluation-harness: hellaswag arc_easy ... (pip install 'hamner[harness]')"""
+    task_folder: Path | None = None
+    """folder of task files to take the tasks from"""
+    task_limit: int | None = None
+    """most examples of a task"""
+    output: Path | None = None
+    """JSON file to write the results to"""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """where to compute"""
+
+    def __post_init__(self) -> None:
+        for name in ("seq_len", "eval_tokens", "task_limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} {value} must be above 0")
+        if self.val_fraction is not None and not 0 < self.val_fraction <= 1:
+            raise UserError(f"--val-fraction {self.val_fraction} must be above 0 and at most 1")
+        if self.output is not None and not self.output.parent.is_dir():
+            raise UserError(f"--output {self.output}: there is no folder {self.output.parent}")
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """All that was found out about one model."""
+
+    checkpoint: str
+    option: str
+    parameters: int
+    is_chat: bool
+    sources: "list[SourceResult]"
+    samples: "list[Sample]"
+    probe: "ProbeResult | None"
+    """of chat models"""
+    tasks: dict[str, dict[str, float]]
+
+
+def evaluate(config: EvaluateConfig) -> list[ModelResult]:
+    """Evaluate every checkpoint on the same held-out data.
+
+    Raises:
+        UserError: a checkpoint, a source or a task that cannot be read.
+    """
+    from hamner.checkpoint.saved_model import find_saved_model, select_device
+
+    if config.tasks:
+        _require_harness()
+    device = select_device(config.device)
+    models = [find_saved_model(path) for path in config.checkpoint]
+    return [_evaluate_model(saved, models, config, device) for saved in models]
+
+
+def _evaluate_model(
+    saved: "SavedModel", models: "list[SavedModel]", config: EvaluateConfig, device: Any
+) -> ModelResult:
+    from hamner.evaluate import evaluation
+    from hamner.evaluate.probe import probe
+    from hamner.model.generate import Generator
+
+    base = [other.config for other in models if not other.is_chat]
+    tuned = [other.config for other in models if other.is_chat]
+    seq_len = config.seq_len or max(run.seq_len for run in base + tuned)
+
+    def settings(runs: "Sequence[TrainConfig]") -> dict[str, Any]:
+        """What the runs trained on a kind of data held out of it."""
+        runs = runs or base + tuned
+        return {
+            "seq_len": seq_len,
+            "max_tokens": config.eval_tokens or max(run.eval_tokens for run in runs),
+            "val_fraction": config.val_fraction or min(run.val_fraction for run in runs),
+        }
+
+    model, tokenizer = saved.build(device), saved.tokenizer
+    held_out = evaluation.open_text(
+        config.data or _specs(base),
+        tokenizer,
+        **settings(base),
+        document_mask=any(run.document_mask for run in base),
+    ) + evaluation.open_conversations(
+        config.conversations or _specs(tuned), tokenizer, **settings(tuned)
+    )
+    tasks = {}
+    if config.tasks:
+        from hamner.evaluate.harness import run_tasks
+
+        tasks = run_tasks(
+            model, tokenizer, config.tasks, folder=config.task_folder, limit=config.task_limit
+        )
+    generator = Generator(model, tokenizer)
+    return ModelResult(
+        checkpoint=str(saved.checkpoint.path),
+        option=saved.config.option,
+        parameters=saved.config.model.num_parameters(),
+        is_chat=saved.is_chat,
+        sources=[evaluation.evaluate_source(model, tokenizer, source) for source in held_out],
+        samples=evaluation.samples(model, tokenizer, is_chat=saved.is_chat),
+        probe=probe(lambda text: evaluation.reply(generator, text)) if saved.is_chat else None,
+        tasks=tasks,
+    )
+
+
+def _require_harness() -> None:
+    """Refuse `--tasks` early where lm-evaluation-harness is not installed."""
+    import importlib.util
+
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError("--tasks needs lm-evaluation-harness: pip install 'hamner[harness]'")
+
+
+def _specs(runs: Sequence[Any]) -> tuple[str, ...]:
+    """What runs were trained on, each once and without weights."""
+    from hamner.data.specs import parse_specs
+
+    return tuple(dict.fromkeys(spec.text for run in runs for spec in parse_specs(run.data)))
+
+
+def show(results: Sequence[ModelResult], console: "Console") -> None:
+    """Print a table with a column for each model, then their samples."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table()
+    table.add_column("", overflow="fold")
+    for result in results:
+        table.add_column(result.checkpoint, justify="right", overflow="fold")
+    columns = [_sections(result) for result in results]
+    for section in dict.fromkeys(section for column in columns for section in column):
+        parts = [column.get(section, {}) for column in columns]
+        table.add_section()
+        table.add_row(Text(section, "bold"))
+        for name in dict.fromkeys(name for part in parts for name in part):
+            table.add_row(Text(name), *(part.get(name, "-") for part in parts))
+    console.print(table)
+    for result in results:
+        console.print(Text(f"\n{result.checkpoint}", "bold"), soft_wrap=True)
+        for sample in result.samples:
+            console.print(Text(f"> {sample.prompt}\n{sample.text}"), soft_wrap=True)
+
+
+def _sections(result: ModelResult) -> dict[str, dict[str, str]]:
+    """What the table says of one model: rows by section."""
+    kind = "chat model" if result.is_chat else "base model"
+    sections = {"model": {"kind": kind, "parameters": f"{result.parameters:,}"}}
+    for source in result.sources:
+        rows = {"tokens": f"{source.tokens:,}"}
+        if source.tokens:
+            rows["loss"] = f"{source.loss:.4f}"
+            rows["perplexity"] = f"{source.perplexity:,.2f}"
+        if source.bits_per_byte is not None:
+            rows["bits per byte"] = f"{source.bits_per_byte:.4f}"
+        for positions, loss in source.loss_by_position.items():
+            rows[f"loss at {positions}"] = f"{loss:.4f}"
+        sections[f"{source.kind}: {source.name}"] = rows
+    if result.probe is not None:
+        sections["probe"] = {
+            "arithmetic": f"{result.probe.arithmetic:.0%}",
+            "facts": f"{result.probe.facts:.0%}",
+        }
+    for task, metrics in result.tasks.items():
+        sections[f"task: {task}"] = {name: f"{value:.4f}" for name, value in metrics.items()}
+    return sections
+
+
+def parse(args: Sequence[str]) -> EvaluateConfig:
+    """Read the command line."""
+    return tyro.cli(EvaluateConfig, args=gather_data(args), prog="python -m hamner.evaluate")
+
+
+def main(args: Sequence[str]) -> None:
+    """Evaluate as the command line says."""
+    config = parse(args)
+    from rich.console import Console
+
+    results = evaluate(config)
+    show(results, Console(highlight=False))
+    if config.output is not None:
+        text = json.dumps({"models": [asdict(result) for result in results]}, indent=1)
+        try:
+            config.output.write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"--output {config.output} cannot be written: {error.strerror}"
+            ) from error
+        print(f"\nwritten to {config.output}")
+
+
+if __name__ == "__main__":
+    run_command(main)

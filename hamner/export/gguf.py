@@ -1,0 +1,159 @@
+"""Hamner's models in llama.cpp's format (GGUF), written with the package `gguf`.
+
+Dense models and mixtures of experts both are llama.cpp's architecture "llama". Its RoPE rotates
+neighbouring elements of a head, ours the two halves, so the rows of q and k change places; the
+scores are the same.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+from hamner.config.model import ModelConfig
+from hamner.data.chat_template import JINJA_TEMPLATE
+from hamner.data.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
+from hamner.errors import UserError
+from hamner.export.hf import architecture, to_hugging_face
+from hamner.model.rotary import scaled_theta
+
+PRE_TOKENIZER = "smaug-bpe"
+"""llama.cpp knows split patterns by the name of a model that has them. This one's differs from
+ours in combining marks alone (ours keeps them in the word), and unlike "llama-bpe", which has the
+same pattern, it neither skips merges nor puts a token before the text."""
+_EXPERT = re.compile(r"(.+\.experts)\.\d+\.(w\d)\.weight")
+
+
+def write_gguf(
+    path: Path,
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    tokenizer: Tokenizer,
+    *,
+    name: str,
+    context: int,
+    end_of_turn: str | None,
+) -> None:
+    """Write a model and its tokenizer as one file.
+
+    Args:
+        path: the file.
+        config: of the model.
+        weights: every parameter by its name in `hamner.model.transformer.Transformer`; matrices are
+            stored in the dtype they have.
+        tokenizer: the model's.
+        name: of the model, for people.
+        context: tokens the model was trained to use at once.
+        end_of_turn: the special token that ends an answer, of a chat model.
+
+    Raises:
+        UserError: llama.cpp has no such model or no such tokenizer.
+    """
+    check_gguf(config, tokenizer)
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.LLAMA])
+    writer.add_name(name)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(context)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_layers)
+    writer.add_feed_forward_length(config.expert_intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(scaled_theta(config))
+    if config.rope_scaling in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(config.rope_scaling))
+        writer.add_rope_scaling_factor(config.rope_scaling_factor)
+        writer.add_rope_scaling_orig_ctx_len(config.rope_scaling_from)
+    writer.add_rope_dimension_count(config.head_size)
+    if config.is_moe:
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_token)
+    is_bf16 = weights["embed.weight"].dtype == torch.bfloat16
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16 if is_bf16 else gguf.LlamaFileType.ALL_F32)
+    _add_tokenizer(writer, config, tokenizer, end_of_turn)
+    for tensor_name, tensor in gguf_tensors(config, weights):
+        # numpy has no bf16: the package's quantiser rounds what is exact already.
+        kind = (
+            gguf.GGMLQuantizationType.BF16
+            if tensor.dtype == torch.bfloat16
+            else gguf.GGMLQuantizationType.F32
+        )
+        writer.add_tensor(
+            tensor_name, gguf.quants.quantize(tensor.float().numpy(), kind), raw_dtype=kind
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def check_gguf(config: ModelConfig, tokenizer: Tokenizer) -> None:
+    """Refuse what llama.cpp cannot run.
+
+    Raises:
+        UserError: names the obstacle.
+    """
+    if architecture(config) == "DiffLlama":
+        raise UserError("--to gguf: llama.cpp has no differential attention; use --to hf")
+    pre_tokenizers = tokenizer.definition.get("pre_tokenizer", {}).get("pretokenizers", [])
+    patterns = [step.get("pattern", {}).get("Regex") for step in pre_tokenizers]
+    if SPLIT_PATTERN not in patterns:
+        raise UserError(
+            "--to gguf: only tokenizers made by hamner are known to split text as llama.cpp does; "
+            "use --to hf, and llama.cpp's convert_hf_to_gguf.py on the result"
+        )
+
+
+def gguf_tensors(
+    config: ModelConfig, weights: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter under llama.cpp's name and in its layout; experts of a layer are stacked."""
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_layers)
+    experts: dict[str, list[Tensor]] = {}
+    for name, tensor in to_hugging_face(config, weights).items():
+        if match := _EXPERT.fullmatch(name):
+            parts = experts.setdefault(f"{match[1]}.{match[2]}.weight", [])
+            parts.append(tensor)
+            if len(parts) < config.num_experts:
+                continue
+            name, tensor = f"{match[1]}.{match[2]}.weight", torch.stack(parts)
+        elif name.endswith("q_proj.weight"):
+            tensor = _interleave_halves(tensor, config.num_attention_heads)
+        elif name.endswith("k_proj.weight"):
+            tensor = _interleave_halves(tensor, config.num_kv_heads)
+        yield names.get_name(name, try_suffixes=(".weight",)), tensor.contiguous()
+
+
+def _interleave_halves(weight: Tensor, heads: int) -> Tensor:
+    """Rows (heads, 2, head size / 2) to (heads, head size / 2, 2)."""
+    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def _add_tokenizer(
+    writer: gguf.GGUFWriter, config: ModelConfig, tokenizer: Tokenizer, end_of_turn: str | None
+) -> None:
+    model = tokenizer.definition["model"]
+    # Rows of the embedding beyond the tokenizer get names, since llama.cpp counts by the names.
+    tokens = [f"<|unused_{i}|>" for i in range(config.vocab_size)]
+    kinds = np.full(config.vocab_size, gguf.TokenType.UNUSED)
+    for token, token_id in model["vocab"].items():
+        tokens[token_id], kinds[token_id] = token, gguf.TokenType.NORMAL
+    for token in SPECIAL_TOKENS:
+        kinds[model["vocab"][token]] = gguf.TokenType.CONTROL
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(PRE_TOKENIZER)
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds.tolist())
+    writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
+    writer.add_bos_token_id(tokenizer.eot_id)
+    writer.add_eos_token_id(tokenizer.eot_id)
+    writer.add_add_bos_token(False)
+    writer.add_add_eos_token(False)
+    if end_of_turn is not None:
+        writer.add_eot_token_id(tokenizer.special_id(end_of_turn))
+        writer.add_chat_template(JINJA_TEMPLATE)

@@ -1,0 +1,161 @@
+"""Hamner's models in Hugging Face's format: names, shapes and config.json of transformers.
+
+    dense                        LlamaForCausalLM
+    mixture of experts           MixtralForCausalLM
+    differential attention       DiffLlamaForCausalLM
+
+Weights are under the names in which these models are published, so every reader of theirs reads
+ours. Nothing here needs transformers.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from hamner.config.model import ModelConfig
+from hamner.errors import UserError
+from hamner.model.rotary import scaled_theta
+
+_EXPERT = {"gate": "w1", "down": "w2", "up": "w3"}
+"""Mixtral's names of an expert's matrices"""
+
+
+def architecture(config: ModelConfig) -> str:
+    """The name of the model in transformers, without "ForCausalLM".
+
+    Raises:
+        UserError: transformers has no model of this shape.
+    """
+    if config.num_shared_experts:
+        raise UserError(
+            "--to: no model of Hugging Face's or llama.cpp's has shared experts beside Mixtral's "
+            "routed ones; only dense models, mixtures without shared experts and dense models "
+            "with differential attention can be exported"
+        )
+    if config.router_balance == "bias":
+        raise UserError(
+            "--to: Mixtral, the format of mixtures, has no place for the router biases of "
+            "--router-balance bias; train with --router-balance aux to export, or use this model "
+            "with hamner.chat and hamner.evaluate"
+        )
+    if config.is_moe and config.use_differential_attention:
+        raise UserError(
+            "--to: no model of Hugging Face's or llama.cpp's joins differential attention with "
+            "experts; only dense models, mixtures without shared experts and dense models with "
+            "differential attention can be exported"
+        )
+    if config.use_differential_attention:
+        return "DiffLlama"
+    return "Mixtral" if config.is_moe else "Llama"
+
+
+def hugging_face_config(
+    config: ModelConfig, *, dtype: torch.dtype, context: int, eos_ids: list[int]
+) -> dict:
+    """Content of config.json.
+
+    Args:
+        config: of the model.
+        dtype: of the matrices.
+        context: tokens the model was trained to use at once.
+        eos_ids: tokens that end a text, the tokenizer's own first.
+
+    Raises:
+        UserError: transformers has no model of this shape.
+    """
+    kind = architecture(config)
+    values = {
+        "architectures": [f"{kind}ForCausalLM"],
+        "model_type": kind.lower(),
+        "attention_bias": False,
+        "bos_token_id": None,
+        "eos_token_id": eos_ids if len(eos_ids) > 1 else eos_ids[0],
+        "hidden_act": "silu",
+        "hidden_size": config.hidden_size,
+        "initializer_range": 0.02,
+        "intermediate_size": config.expert_intermediate_size,
+        "max_position_embeddings": context,
+        "num_attention_heads": config.num_attention_heads,
+        "num_hidden_layers": config.num_layers,
+        "num_key_value_heads": config.num_kv_heads,
+        "rms_norm_eps": config.rms_norm_eps,
+        **_rope(config),
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "use_cache": True,
+        "vocab_size": config.vocab_size,
+    }
+    if kind == "Llama":
+        values["mlp_bias"] = False
+    if kind == "Mixtral":
+        values |= {
+            "num_local_experts": config.num_experts,
+            "num_experts_per_tok": config.num_experts_per_token,
+            "router_aux_loss_coef": config.router_aux_loss_coef,
+            "sliding_window": None,
+        }
+    return values
+
+
+def _rope(config: ModelConfig) -> dict:
+    """RoPE's settings. A theta raised by NTK-aware scaling is a theta like any other."""
+    if config.rope_scaling in ("none", "ntk"):
+        return {"rope_theta": scaled_theta(config)}
+    return {
+        "rope_theta": config.rope_theta,
+        "rope_scaling": {
+            "rope_type": config.rope_scaling,
+            "factor": config.rope_scaling_factor,
+            "original_max_position_embeddings": config.rope_scaling_from,
+        },
+    }
+
+
+def to_hugging_face(config: ModelConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A model's parameters under Hugging Face's names.
+
+    Args:
+        config: of the model.
+        weights: every parameter by its name in `hamner.model.transformer.Transformer`.
+
+    Returns:
+        Views where the layout allows it. A tied output head is left out, as is usual.
+
+    Raises:
+        UserError: transformers has no model of this shape.
+    """
+    kind = architecture(config)
+    q, kv = config.num_attention_heads * config.head_size, config.num_kv_heads * config.head_size
+    out = {
+        "model.embed_tokens.weight": weights["embed.weight"],
+        "model.norm.weight": weights["norm.weight"],
+    }
+    if not config.tie_word_embeddings:
+        out["lm_head.weight"] = weights["lm_head.weight"]
+    for layer in range(config.num_layers):
+        ours, theirs = f"layers.{layer}", f"model.layers.{layer}"
+        packed = weights[f"{ours}.attention.qkv_proj.weight"].split((q, kv, kv))
+        for name, part in zip(("q_proj", "k_proj", "v_proj"), packed, strict=True):
+            out[f"{theirs}.self_attn.{name}.weight"] = part
+        out[f"{theirs}.self_attn.o_proj.weight"] = weights[f"{ours}.attention.o_proj.weight"]
+        out[f"{theirs}.input_layernorm.weight"] = weights[f"{ours}.attention.norm.weight"]
+        out[f"{theirs}.post_attention_layernorm.weight"] = weights[f"{ours}.mlp.norm.weight"]
+        if kind == "DiffLlama":
+            for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
+                out[f"{theirs}.self_attn.{name}"] = weights[f"{ours}.attention.{name}"]
+        if kind == "Mixtral":
+            moe = f"{theirs}.block_sparse_moe"
+            out[f"{moe}.gate.weight"] = weights[f"{ours}.mlp.router.weight"]
+            gate_up = weights[f"{ours}.mlp.gate_up_weight"]
+            down = weights[f"{ours}.mlp.down_weight"]
+            for expert in range(config.num_experts):
+                gate, up = gate_up[expert].chunk(2)
+                for name, part in (("gate", gate), ("up", up), ("down", down[expert])):
+                    out[f"{moe}.experts.{expert}.{_EXPERT[name]}.weight"] = part
+        else:
+            gate, up = weights[f"{ours}.mlp.gate_up_proj.weight"].chunk(2)
+            out[f"{theirs}.mlp.gate_proj.weight"] = gate
+            out[f"{theirs}.mlp.up_proj.weight"] = up
+            out[f"{theirs}.mlp.down_proj.weight"] = weights[f"{ours}.mlp.down_proj.weight"]
+    return out

@@ -1,0 +1,61 @@
+"""Files that are whole or not there, and JSON that may be damaged or hostile."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+TEMPORARY = ".new"
+"""suffix of a file that is being written"""
+
+
+def write_whole(path: Path, data: bytes | bytearray | str) -> None:
+    """The function writes a file so that readers see the old one or the whole new one.
+
+    Args:
+        path: the file; its folder must exist.
+        data: its content, text in UTF-8.
+
+    Raises:
+        OSError: the disk does not take it; the old one is as it was.
+    """
+    temporary = path.with_name(path.name + TEMPORARY)
+    with temporary.open("wb") as file:
+        file.write(data.encode("utf-8") if isinstance(data, str) else data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def flush(path: Path) -> None:
+    """The function has the operating system put a file or folder on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def parse_json(text: str) -> Any:
+    """The function parses as `json.loads` does, with one kind of error.
+
+    Raises:
+        ValueError: not JSON, or nested so deeply that the parser gives up.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_records(path: Path) -> Iterator[dict]:
+    """The iterator gives the objects of a JSON-lines file that have a step, and no torn line."""
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            record = parse_json(line)
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                yield record

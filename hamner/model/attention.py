@@ -1,0 +1,386 @@
+"""The trainer's choice of attention: `--attention {auto,triton,flash-attn,sdpa}`.
+
+Every backend has the same two functions: one on packed qkv, as the model calls it, and one on
+separate q, k and v, on which differential attention is built.
+"""
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from hamner.errors import UserError
+from hamner.kernels.flash_attention import (
+    INTERPRETED,
+    MAX_HEAD_SIZE,
+    document_bounds,
+    flash_attention,
+    flash_attention_qkv,
+    split_qkv,
+)
+from hamner.model.attention_timing import fastest
+
+MAX_MASK_GIB = 2.0
+
+
+class AttentionBackend(NamedTuple):
+    """A chosen implementation of attention."""
+
+    name: str
+    """triton, flash-attn or sdpa"""
+    function: Callable[..., Tensor]
+    """(qkv (B, T, (H + 2 KV) hd), H, KV, *, causal=True, document_ids=None, scale=None)
+    -> (B, T, H hd)"""
+    unpacked: Callable[..., Tensor]
+    """(q (B, T, H, hd), k (B, T, KV, hd), v (B, T, KV, hd_v), *, the same) -> (B, T, H, hd_v),
+    hd_v a multiple of hd"""
+    reason: str
+    """why this one, for the log, e.g. "0.93 ms forward + backward per layer against sdpa 1.10" """
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What the attention of a run is asked for."""
+
+    device: torch.device
+    dtype: torch.dtype
+    head_size: int
+    num_heads: int
+    num_kv_heads: int
+    seq_len: int
+    micro_batch_size: int
+    document_mask: bool
+    folds_rope: bool
+    """whether triton's backward pass includes RoPE's, which else is a kernel of its own"""
+
+
+def get_attention(
+    name: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_size: int,
+    num_heads: int,
+    num_kv_heads: int,
+    seq_len: int,
+    micro_batch_size: int,
+    document_mask: bool,
+    folds_rope: bool = False,
+) -> AttentionBackend:
+    """Choose the attention of a run.
+
+    Args:
+        name: triton, flash-attn, sdpa, or auto: sdpa on the CPU, on a GPU the fastest of those that
+            can, measured forward and backward once per shape and remembered.
+        device, dtype: of the activations.
+        head_size, num_heads, num_kv_heads: of the model.
+        seq_len, micro_batch_size: of one forward pass.
+        document_mask: whether packed documents are kept apart.
+        folds_rope: whether triton is given RoPE's backward pass too, as standard attention under
+            `--kernels triton` does: auto then counts RoPE's own kernel against the others.
+
+    Raises:
+        UserError: the backend cannot do what is asked; names those that can.
+    """
+    shape = AttentionShape(
+        device, dtype, head_size, num_heads, num_kv_heads,
+        seq_len, micro_batch_size, document_mask, folds_rope,
+    )  # fmt: skip
+    obstacles = {backend: obstacle(shape) for backend, obstacle in _OBSTACLES.items()}
+    able = [backend for backend, obstacle in obstacles.items() if obstacle is None]
+    if name == "auto":
+        return _choose(shape, obstacles, able)
+    if name not in obstacles:
+        raise UserError(f"--attention {name} is unknown; choose from auto, {', '.join(obstacles)}")
+    if obstacles[name] is not None:
+        raise UserError(_refusal(f"--attention {name}", obstacles[name], able))
+    return AttentionBackend(name, *_FUNCTIONS[name], "as asked")
+
+
+def _choose(
+    shape: AttentionShape, obstacles: dict[str, str | None], able: list[str]
+) -> AttentionBackend:
+    if not able or (shape.device.type == "cpu" and "sdpa" not in able):
+        raise UserError(_refusal("--attention auto", obstacles["sdpa"], []))
+    if shape.device.type == "cpu":
+        return AttentionBackend("sdpa", *_FUNCTIONS["sdpa"], "runs on the CPU")
+    others = [f"not {name} ({obstacle})" for name, obstacle in obstacles.items() if obstacle]
+    if len(able) == 1:
+        name, why = able[0], "the only one that can"
+    else:
+        waiting = [name for name in able if waits_for_gpu(name, shape.document_mask)]
+        rotating = [name for name in able if shape.folds_rope and name != "triton"]
+        functions = {name: _FUNCTIONS[name][0] for name in able}
+        name, why = fastest(shape, functions, waiting, rotating)
+    return AttentionBackend(name, *_FUNCTIONS[name], ", ".join([why, *others]))
+
+
+def waits_for_gpu(name: str, document_mask: bool) -> bool:
+    """Whether a backend stops the host until the GPU has caught up, once a batch."""
+    return name == "flash-attn" and document_mask
+
+
+def _refusal(flag: str, obstacle: str, able: list[str]) -> str:
+    mend = (
+        f"use --attention {' or '.join(able)}"
+        if able
+        else "lower --micro-batch-size or --seq-len, or do without the document mask"
+    )
+    return f"{flag}: {obstacle}; {mend}"
+
+
+def _triton_obstacle(shape: AttentionShape) -> str | None:
+    if shape.device.type != "cuda" and not INTERPRETED:
+        return "it needs a CUDA GPU"
+    if shape.device.type == "cuda" and torch.cuda.get_device_capability(shape.device) < (8, 0):
+        return "it needs a GPU of compute capability 8.0 or newer"
+    if shape.device.type != "cuda" and shape.dtype == torch.bfloat16:
+        return "Triton's interpreter computes bfloat16 wrongly"
+    if shape.head_size > MAX_HEAD_SIZE:
+        return f"it takes head sizes up to {MAX_HEAD_SIZE}, not {shape.head_size}"
+    return None
+
+
+def _flash_attn_obstacle(shape: AttentionShape) -> str | None:
+    if shape.device.type != "cuda":
+        return "it needs a CUDA GPU"
+    if torch.cuda.get_device_capability(shape.device) < (8, 0):
+        return "it needs a GPU of compute capability 8.0 or newer"
+    if shape.dtype not in (torch.float16, torch.bfloat16):
+        return "it does not compute in float32"
+    if shape.head_size > 256 or shape.head_size % 8:
+        return f"it takes head sizes that are multiples of 8 up to 256, not {shape.head_size}"
+    if importlib.util.find_spec("flash_attn") is None:
+        return "not installed (pip install 'hamner[flash]' --no-build-isolation)"
+    return None
+
+
+def _sdpa_obstacle(shape: AttentionShape) -> str | None:
+    if shape.document_mask:
+        # A boolean mask, and what torch makes of it in the dtype of the scores.
+        mask = shape.micro_batch_size * shape.seq_len**2 * (1 + shape.dtype.itemsize) / 2**30
+        if mask > MAX_MASK_GIB:
+            return f"it would hold a document mask of {mask:.1f} GiB in every layer"
+    return None
+
+
+def _packed(
+    attend: Callable[..., Tensor],
+    qkv: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    *,
+    causal: bool = True,
+    document_ids: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """`attend` on packed qkv."""
+    q, k, v = split_qkv(qkv, num_heads, num_kv_heads)
+    return attend(q, k, v, causal=causal, document_ids=document_ids, scale=scale).flatten(-2)
+
+
+def _by_value_slices(
+    attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, **masking
+) -> Tensor:
+    """`attend`, which takes values as wide as the keys, on values that are several times as wide.
+
+    Building the scores again for each slice is cheaper than what torch does for unequal widths:
+    leave its fast kernels.
+    """
+    return torch.cat([attend(q, k, part, **masking) for part in v.split(q.shape[-1], dim=-1)], -1)
+
+
+def _sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    document_ids: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    mask = None
+    if document_ids is not None:
+        mask = document_ids[:, None, :, None] == document_ids[:, None, None, :]
+        if causal:
+            mask = mask.tril()
+        # Of torch's fused kernels, those that take a mask do not take grouped heads.
+        group = q.shape[2] // k.shape[2]
+        k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
+    out = scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)),
+        attn_mask=mask,
+        is_causal=causal and mask is None,
+        scale=scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return out.transpose(1, 2)
+
+
+# document_ids -> (its version, cumulative lengths)
+_cumulative_lengths_of: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _cumulative_lengths(document_ids: Tensor) -> Tensor:
+    """Bounds of the documents in the flattened batch: (documents + 1,) int32.
+
+    The number of documents is only known on the device, and flash-attn allocates by it (128 rows
+    of fp32 gradient per document, so an upper bound of B T would not do). So this waits for the
+    GPU, once a batch: all layers share the result.
+    """
+    version, lengths = _cumulative_lengths_of.get(document_ids, (None, None))
+    if version != document_ids._version:
+        starts, _ = document_bounds(document_ids)
+        is_start = starts == torch.arange(starts.shape[1], device=starts.device)
+        bounds = is_start.flatten().nonzero().flatten()
+        lengths = pad(bounds, (0, 1), value=starts.numel()).int()
+        _cumulative_lengths_of[document_ids] = document_ids._version, lengths
+    return lengths
+
+
+def _flash_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    document_ids: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    from flash_attn import flash_attn_func, flash_attn_varlen_func  # optional extra
+
+    options = {
+        "softmax_scale": scale,
+        "causal": causal,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+    if document_ids is None:
+        return flash_attn_func(q, k, v, **options)
+    lengths = _cumulative_lengths(document_ids)
+    batch_size, seq_len = document_ids.shape
+    out = flash_attn_varlen_func(
+        *(x.flatten(0, 1) for x in (q, k, v)), lengths, lengths, seq_len, seq_len, **options
+    )
+    return out.unflatten(0, (batch_size, seq_len))
+
+
+_OBSTACLES: dict[str, Callable[[AttentionShape], str | None]] = {
+    "triton": _triton_obstacle,
+    "flash-attn": _flash_attn_obstacle,
+    "sdpa": _sdpa_obstacle,
+}
+# (on packed qkv, on q, k and v)
+_FUNCTIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "triton": (flash_attention_qkv, flash_attention),
+    "flash-attn": (partial(_packed, _flash_attn), partial(_by_value_slices, _flash_attn)),
+    "sdpa": (partial(_packed, _sdpa), partial(_by_value_slices, _sdpa)),
+}
+
+
+def differential_attention(
+    qkv: Tensor,
+    lambda_full: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    *,
+    causal: bool = True,
+    document_ids: Tensor | None = None,
+    backend: AttentionBackend,
+) -> Tensor:
+    """Two attention maps, the second subtracted lambda times (arXiv:2410.05258).
+
+    Heads are laid out as in Hugging Face's DiffLlama: map 1 is made by the first half of the query
+    heads and the first half of the key heads, map 2 by the others; both weigh the same values,
+    of pair m the value heads m and m + KV / 2 side by side. The norm that follows is the model's.
+
+    Args:
+        qkv: (B, T, (H + 2 KV) hd), packed.
+        lambda_full: one element, any shape.
+        num_heads, num_kv_heads: H and KV, both even.
+        causal, document_ids: as in `hamner.kernels.flash_attention.flash_attention`.
+        backend: what computes the maps.
+
+    Returns:
+        (B, T, H hd): H / 2 heads of 2 hd.
+
+    Raises:
+        ValueError: an odd number of heads.
+    """
+    if num_heads % 2 or num_kv_heads % 2:
+        raise ValueError(
+            f"num_heads {num_heads} and num_kv_heads {num_kv_heads} must be even: maps are paired"
+        )
+    half, kv_half = num_heads // 2, num_kv_heads // 2
+    heads = qkv.unflatten(-1, (num_heads + 2 * num_kv_heads, -1))
+    # One split, so that its gradient is one concatenation.
+    q1, q2, k1, k2, v1, v2 = heads.split((half, half, *[kv_half] * 4), dim=2)
+    attend = partial(backend.unpacked, causal=causal, document_ids=document_ids)
+    return difference_of_maps(attend, (q1, q2), (k1, k2), (v1, v2), lambda_full)
+
+
+def difference_of_maps(
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    q: Sequence[Tensor],
+    k: Sequence[Tensor],
+    v: Sequence[Tensor],
+    lambda_full: Tensor,
+) -> Tensor:
+    """The two maps of differential attention on halves of the heads, the second subtracted.
+
+    Args:
+        attend: (q, k, v) -> out, as `AttentionBackend.unpacked`.
+        q: two of (B, T, H / 2, hd).
+        k, v: two of (B, S, KV / 2, hd) each.
+        lambda_full: one element, any shape.
+
+    Returns:
+        (B, T, H hd).
+    """
+    values = torch.cat(tuple(v), dim=-1)
+    map1, map2 = (attend(q_half, k_half, values) for q_half, k_half in zip(q, k, strict=True))
+    # A 0-d lambda does not change the dtype, whatever its own.
+    return (map1 - lambda_full.reshape(()) * map2).flatten(-2)
+
+
+def attend_to_past(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of the last T of S positions, for decoding; no gradient is asked of it.
+
+    Args:
+        q: (B, T, H, hd), T <= S.
+        k: (B, S, KV, hd).
+        v: (B, S, KV, hd_v).
+
+    Returns:
+        (B, T, H, hd_v).
+    """
+    new, total = q.shape[1], k.shape[1]
+    mask = None
+    if 1 < new < total:
+        # Torch's own causal mask is aligned to the first key, ours to the last.
+        mask = torch.ones(new, total, dtype=torch.bool, device=q.device).tril(total - new)
+    out = scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)),
+        attn_mask=mask,
+        is_causal=1 < new == total,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return out.transpose(1, 2)
+
+
+def document_positions(document_ids: Tensor) -> Tensor:
+    """Position of each token in its document, without waiting for the GPU.
+
+    Args:
+        document_ids: (B, T) int32, non-decreasing along T.
+
+    Returns:
+        (B, T) int32.
+    """
+    starts, _ = document_bounds(document_ids)
+    return torch.arange(starts.shape[1], dtype=torch.int32, device=starts.device) - starts

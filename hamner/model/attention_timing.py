@@ -1,0 +1,209 @@
+"""Measures attention backends on the GPU at hand, and remembers what it measured.
+
+The times are kept in a small JSON file in the user's cache folder, by GPU, shape and versions:
+whoever starts the same run again starts with the same backend, at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hamner.kernels.rope import rope_packed_
+
+if TYPE_CHECKING:
+    from hamner.model.attention import AttentionShape
+
+DOCUMENT_LENGTH = 350  # tokens: about the mean of web text
+WARM_UP, REPEATS = 3, 7
+
+Functions = dict[str, Callable[..., Tensor]]
+
+
+def fastest(
+    shape: AttentionShape,
+    functions: Functions,
+    waiting: Collection[str],
+    rotating: Collection[str],
+) -> tuple[str, str]:
+    """Name the fastest of `functions` (packed attention) and say why, from the cache if it can.
+
+    Args:
+        shape: what the attention of the run is asked for.
+        functions: by name.
+        waiting: names of those that wait for the GPU, which no CUDA graph can record.
+        rotating: names of those after which a layer runs RoPE's backward pass by a kernel of its
+            own, whose time is theirs.
+
+    Raises:
+        RuntimeError: none of them ran.
+    """
+    cache = cache_file()
+    key = cache_key(shape, list(functions))
+    milliseconds = read_times(cache, key, list(functions))
+    failures: dict[str, str] = {}
+    if milliseconds is None:
+        milliseconds, failures = measure_all(shape, functions, waiting, rotating)
+        if not failures:
+            write_times(cache, key, milliseconds)
+    if not milliseconds:
+        raise RuntimeError("no attention backend ran: " + "; ".join(failures.values()))
+    best = min(milliseconds, key=milliseconds.__getitem__)
+    others = [f"{name} {time:.2f}" for name, time in milliseconds.items() if name != best]
+    why = f"{milliseconds[best]:.2f} ms forward + backward per layer"
+    if others:
+        why += f" against {', '.join(others)}"
+    return best, ", ".join([why, *(f"{name} failed ({why})" for name, why in failures.items())])
+
+
+def measure_all(
+    shape: AttentionShape,
+    functions: Functions,
+    waiting: Collection[str],
+    rotating: Collection[str],
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Milliseconds of each function that ran, and the error of each that did not."""
+    milliseconds, failures = {}, {}
+    for name, function in functions.items():
+        # Whatever goes wrong in one (out of memory, an extension built for another torch) must
+        # not keep the run from the others.
+        try:
+            milliseconds[name] = measure(
+                shape, function, graphed=name not in waiting, rotated=name in rotating
+            )
+        except Exception as error:
+            failures[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+    torch.cuda.empty_cache()
+    return milliseconds, failures
+
+
+def measure(
+    shape: AttentionShape, function: Callable[..., Tensor], *, graphed: bool, rotated: bool
+) -> float:
+    """Median milliseconds of one forward and backward, with RoPE's backward if `rotated`.
+
+    `graphed` replays both as a CUDA graph, as the trainer's step does: launched one by one, the
+    backend of many small kernels would be charged for Python's time between them.
+
+    Raises:
+        RuntimeError: the output or its gradient is not finite: a package may hold kernels for some
+            head sizes only, and say nothing.
+    """
+    generator = torch.Generator(shape.device).manual_seed(0)
+    num_heads, num_kv_heads = shape.num_heads, shape.num_kv_heads
+    tokens = shape.micro_batch_size, shape.seq_len
+
+    def randn(width: int) -> Tensor:
+        size = (*tokens, width * shape.head_size)
+        return torch.randn(size, generator=generator, device=shape.device, dtype=shape.dtype)
+
+    qkv, d_out = randn(num_heads + 2 * num_kv_heads).requires_grad_(), randn(num_heads)
+    document_ids = None
+    if shape.document_mask:
+        positions = torch.arange(shape.seq_len, dtype=torch.int32, device=shape.device)
+        document_ids = (positions // DOCUMENT_LENGTH).expand(tokens).contiguous()
+
+    table = torch.ones(shape.seq_len, shape.head_size // 2, device=shape.device)
+
+    def run() -> tuple[Tensor, Tensor]:
+        out = function(qkv, num_heads, num_kv_heads, document_ids=document_ids)
+        (d_qkv,) = torch.autograd.grad(out, qkv, d_out)
+        if rotated:
+            rope_packed_(d_qkv.contiguous(), table, table, num_heads, num_kv_heads, inverse=True)
+        # Detached: a graph kept alive from here would break the recording of the next.
+        return out.detach(), d_qkv
+
+    with torch.cuda.device(shape.device):
+        for _ in range(WARM_UP):
+            results = run()
+        if not all(result.isfinite().all() for result in results):
+            raise RuntimeError("its result is not finite")
+        timed = run
+        if graphed:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                run()
+            timed = graph.replay
+        events = []
+        for _ in range(REPEATS):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            timed()
+            end.record()
+            events.append((start, end))
+        torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in events)
+
+
+def cache_file() -> Path:
+    """Where times are kept: $XDG_CACHE_HOME or ~/.cache, hamner/attention.json."""
+    folder = os.environ.get("XDG_CACHE_HOME")
+    return (Path(folder) if folder else Path.home() / ".cache") / "hamner" / "attention.json"
+
+
+def cache_key(shape: AttentionShape, names: list[str]) -> str:
+    """All that the times depend on, in words."""
+    packages = ["hamner", "torch", "triton"]
+    if "flash-attn" in names:
+        packages.append("flash-attn")
+    return ", ".join(
+        [
+            torch.cuda.get_device_name(shape.device),
+            *(f"{package} {_version(package)}" for package in packages),
+            str(shape.dtype).removeprefix("torch."),
+            f"{shape.micro_batch_size} x {shape.seq_len}",
+            f"{shape.num_heads}/{shape.num_kv_heads} heads of {shape.head_size}",
+            "documents" if shape.document_mask else "no documents",
+            "rope folded" if shape.folds_rope else "rope apart",
+        ]
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def read_times(file: Path, key: str, names: list[str]) -> dict[str, float] | None:
+    """The remembered milliseconds of exactly `names`; None if there are none that can be used."""
+    times = _read(file).get(key)
+    if not isinstance(times, dict) or sorted(times) != sorted(names):
+        return None
+    if not all(isinstance(time, int | float) and time > 0 for time in times.values()):
+        return None
+    return times
+
+
+def write_times(file: Path, key: str, times: dict[str, float]) -> None:
+    """Remember; a folder that cannot be written to only means measuring again."""
+    entries = _read(file) | {key: times}
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.name)
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+                json.dump(entries, stream, indent=1)
+            Path(temporary).replace(file)
+        except OSError:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def _read(file: Path) -> dict:
+    # ValueError: not JSON, or not UTF-8.
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return entries if isinstance(entries, dict) else {}

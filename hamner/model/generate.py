@@ -1,0 +1,233 @@
+"""Text from a model, token by token, with a KV cache."""
+
+from collections.abc import Collection, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from hamner.data.tokenizer import Tokenizer
+from hamner.model.kv_cache import KVCache
+from hamner.model.sampling import Sampling
+from hamner.model.transformer import Transformer
+
+PROMPTS = ("The history of", "In order to", "The most important")
+"""What every run continues, so that samples over time can be compared."""
+SAMPLE_SAMPLING = Sampling(temperature=0.8, top_k=50, top_p=1.0, repetition_penalty=1.0)
+"""How samples over time are drawn."""
+
+
+def choose(
+    logits: Tensor,
+    sampling: Sampling,
+    generator: torch.Generator,
+    penalized: Collection[int] = (),
+) -> int:
+    """Choose the next token.
+
+    Args:
+        logits: (V,) fp32, on the CPU.
+        sampling: settings.
+        generator: CPU source of randomness; not used at temperature 0.
+        penalized: tokens to which the repetition penalty applies.
+    """
+    if penalized and sampling.repetition_penalty != 1:
+        seen = torch.tensor(sorted(set(penalized)))
+        values = logits[seen]
+        penalty = sampling.repetition_penalty
+        logits = logits.index_put(
+            (seen,), torch.where(values > 0, values / penalty, values * penalty)
+        )
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    kept = min(sampling.top_k or len(logits), len(logits))
+    # Sorted, the likeliest first.
+    values, tokens = (logits / sampling.temperature).topk(kept)
+    probabilities = values.softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities
+    keep = (before < sampling.top_p) & (probabilities >= sampling.min_p * probabilities[0])
+    return int(tokens[torch.multinomial(probabilities * keep, 1, generator=generator)])
+
+
+class Generator:
+    """Continues sequences of tokens with one model.
+
+    The KV cache outlives a call: a prompt that begins like the last sequence, as the next turn of
+    a conversation does, only costs its new tokens. One sequence at a time; not for several threads.
+
+    Args:
+        model: any option.
+        tokenizer: the model's.
+        context: most tokens of a sequence, prompt and continuation; default and at most the
+            model's `max_seq_len`.
+    """
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, context: int | None = None):
+        self.model, self.tokenizer = model, tokenizer
+        self.context = min(context or model.config.max_seq_len, model.config.max_seq_len)
+        weight = model.layers[0].attention.qkv_proj.weight
+        self.cache = KVCache(model.config, self.context, device=weight.device, dtype=weight.dtype)
+        self.cached: list[int] = []
+        """the tokens whose keys and values the cache holds"""
+
+    @torch.no_grad()
+    def tokens(
+        self, prompt: Sequence[int], sampling: Sampling, *, seed: int, unpenalized: Collection[int]
+    ) -> Iterator[int]:
+        """The tokens after `prompt`, until the context is full.
+
+        Args:
+            prompt: at least one token.
+            sampling: settings of the choice.
+            seed: of the choice.
+            unpenalized: tokens that may repeat, such as those that end a turn.
+
+        Raises:
+            ValueError: the prompt is empty or leaves no room in the context.
+        """
+        if not 0 < len(prompt) < self.context:
+            raise ValueError(f"{len(prompt)} tokens are no prompt for a context of {self.context}")
+        generator = torch.Generator().manual_seed(seed)
+        sequence = list(prompt)
+        while len(sequence) < self.context:
+            logits = self._next_logits(sequence)
+            penalized = set(sequence).difference(unpenalized)
+            sequence.append(choose(logits, sampling, generator, penalized))
+            yield sequence[-1]
+
+    def _next_logits(self, sequence: list[int]) -> Tensor:
+        """(tokenizer's vocabulary,) fp32 on the CPU: what follows `sequence`."""
+        # At least the last token must go through the model.
+        shared = 0
+        for ours, theirs in zip(self.cached, sequence[:-1], strict=False):
+            if ours != theirs:
+                break
+            shared += 1
+        # Set before the model runs, so that an interrupt leaves a cache that holds what is said.
+        self.cached, self.cache.length = sequence[:shared], shared
+        device = self.model.embed.weight.device
+        inputs = torch.tensor([sequence[shared:]], device=device)
+        logits = self.model(inputs, cache=self.cache).logits[0, -1]
+        self.cached = list(sequence)
+        # Rows of the embedding beyond the tokenizer have no text.
+        return logits[: self.tokenizer.vocab_size].float().cpu()
+
+
+class Completion:
+    """A text as it is generated: iterate over its pieces, none of which ends inside a character.
+
+    Args:
+        generator: what continues the prompt.
+        prompt: tokens, at least one and fewer than the context.
+        sampling: settings of the choice.
+        max_new_tokens: most tokens to generate; None is as many as the context holds.
+        stop_ids: tokens that end the text and are not part of it.
+        stop_texts: strings that end the text and are not part of it.
+        seed: of the choice.
+
+    Attributes:
+        text: what was given out so far.
+        num_tokens: how many were generated, the one that ended the text included.
+        finish_reason: "stop" when the model ended the text, "length" when there was no more room;
+            None before the end.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        *,
+        max_new_tokens: int | None = None,
+        stop_ids: Collection[int] = (),
+        stop_texts: Sequence[str] = (),
+        seed: int = 0,
+    ) -> None:
+        self.generator, self.prompt, self.sampling = generator, prompt, sampling
+        self.max_new_tokens = max_new_tokens
+        self.stop_ids, self.stop_texts, self.seed = stop_ids, stop_texts, seed
+        self.text = ""
+        self.num_tokens = 0
+        self.finish_reason: str | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        decoder = self.generator.tokenizer.stream()
+        held = ""
+        """decoded, but perhaps the beginning of a stop text"""
+        limit = self.generator.context if self.max_new_tokens is None else self.max_new_tokens
+        tokens = self.generator.tokens(
+            self.prompt, self.sampling, seed=self.seed, unpenalized=self.stop_ids
+        )
+        while self.num_tokens < limit:
+            token = next(tokens, None)
+            if token is None:
+                break
+            self.num_tokens += 1
+            if token in self.stop_ids:
+                self.finish_reason = "stop"
+                break
+            held += decoder.step(token)
+            end = min((i for stop in self.stop_texts if (i := held.find(stop)) >= 0), default=None)
+            if end is not None:
+                self.finish_reason = "stop"
+                yield from self._give(held[:end])
+                return
+            ready = len(held) - self._possible_stop(held)
+            yield from self._give(held[:ready])
+            held = held[ready:]
+        self.finish_reason = self.finish_reason or "length"
+        yield from self._give(held + decoder.finish())
+
+    def run(self) -> str:
+        """Generate to the end and return the text."""
+        for _ in self:
+            pass
+        return self.text
+
+    def _give(self, piece: str) -> Iterator[str]:
+        if piece:
+            self.text += piece
+            yield piece
+
+    def _possible_stop(self, text: str) -> int:
+        """Length of the longest end of `text` that a stop text begins with."""
+        longest = max((len(stop) for stop in self.stop_texts), default=1) - 1
+        for size in range(min(longest, len(text)), 0, -1):
+            if any(stop.startswith(text[-size:]) for stop in self.stop_texts):
+                return size
+        return 0
+
+
+def generate(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    sampling: Sampling = SAMPLE_SAMPLING,
+    seed: int = 0,
+) -> str:
+    """Continue `prompt` until the end of text, the end of the context or `max_new_tokens`.
+
+    Args:
+        model: any option.
+        tokenizer: the model's.
+        prompt: text; without any token, generation starts from the end-of-text token. Of one too
+            long for the context, the end is kept.
+        max_new_tokens: most tokens to add.
+        sampling: settings of the choice.
+        seed: of the choice.
+
+    Returns:
+        The continuation alone.
+    """
+    tokens = tokenizer.encode(prompt) or [tokenizer.eot_id]
+    context = min(len(tokens) + max_new_tokens, model.config.max_seq_len)
+    generator = Generator(model, tokenizer, context)
+    return Completion(
+        generator,
+        tokens[-(context - 1) :],
+        sampling,
+        max_new_tokens=max_new_tokens,
+        stop_ids={tokenizer.eot_id},
+        seed=seed,
+    ).run()

@@ -1,0 +1,64 @@
+"""Keys and values of past tokens, so that decoding computes each token once."""
+
+import torch
+from torch import Tensor
+
+from hamner.config.model import ModelConfig
+from hamner.kernels.flash_attention import split_qkv
+from hamner.model.attention import attend_to_past, difference_of_maps
+
+
+class KVCache:
+    """Room for the keys and values of one batch of sequences, in every layer.
+
+    Args:
+        config: of the model.
+        capacity: most tokens a sequence.
+        batch_size: sequences.
+        device, dtype: those of the activations.
+
+    Attributes:
+        length: tokens held. The model counts it up; set it lower to forget the last tokens.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        capacity: int,
+        *,
+        batch_size: int = 1,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.config, self.capacity, self.length = config, capacity, 0
+        # (layers, B, capacity, KV, head size)
+        shape = (config.num_layers, batch_size, capacity, config.num_kv_heads, config.head_size)
+        self.keys = torch.empty(shape, device=device, dtype=dtype)
+        self.values = torch.empty(shape, device=device, dtype=dtype)
+
+    def attention(self, layer: int, qkv: Tensor) -> Tensor:
+        """Attention of new tokens to the past and to themselves.
+
+        Args:
+            layer: whose keys and values.
+            qkv: (B, T, (H + 2 KV) head_size), packed and rotated.
+
+        Returns:
+            (B, T, H head_size).
+        """
+        return attend_to_past(*self._extend(layer, qkv)).flatten(-2)
+
+    def differential_attention(self, layer: int, qkv: Tensor, weight: Tensor) -> Tensor:
+        """Two attention maps, the second subtracted `weight` times; shapes as `attention`."""
+        halves = (x.chunk(2, dim=2) for x in self._extend(layer, qkv))
+        return difference_of_maps(attend_to_past, *halves, weight)
+
+    def _extend(self, layer: int, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """New queries, and the keys and values of all tokens with the new ones put behind."""
+        q, k, v = split_qkv(qkv, self.config.num_attention_heads, self.config.num_kv_heads)
+        end = self.length + qkv.shape[1]
+        if end > self.capacity:
+            raise ValueError(f"{end} tokens do not fit into a cache of {self.capacity}")
+        self.keys[layer, :, self.length : end] = k
+        self.values[layer, :, self.length : end] = v
+        return q, self.keys[layer, :, :end], self.values[layer, :, :end]

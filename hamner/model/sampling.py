@@ -1,0 +1,40 @@
+"""How the next token is chosen: the settings, shared by commands and server. Torch-free."""
+
+from dataclasses import dataclass
+
+from hamner.config.model import flag
+from hamner.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Settings of the choice among the model's next tokens, applied in the order of the fields.
+
+    Raises:
+        UserError: a value outside its range.
+    """
+
+    repetition_penalty: float = 1.1
+    """divides the odds of tokens already in the context (CTRL, arXiv:1909.05858); 1 is off"""
+    temperature: float = 0.7
+    """divides the logits; 0 always takes the likeliest token"""
+    top_k: int = 50
+    """choose among so many of the likeliest tokens; 0 is off"""
+    top_p: float = 0.95
+    """choose among the likeliest tokens that together have this probability
+    (arXiv:1904.09751); 1 is off"""
+    min_p: float = 0.0
+    """choose among tokens at least this fraction as likely as the likeliest
+    (arXiv:2407.01082); 0 is off"""
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
+            "temperature": (self.temperature >= 0, "0 or above"),
+            "top_k": (self.top_k >= 0, "0 or above"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
+        }
+        for name, (holds, range_) in ranges.items():
+            if not holds:
+                raise UserError(f"--{flag(name)} {getattr(self, name)} must be {range_}")

@@ -1,0 +1,382 @@
+"""The transformer, one screen per idea: attention, dense MLP, MoE MLP, block, model.
+
+Llama's layout (arXiv:2302.13971): RMSNorm before each sub-layer and at the end, RoPE, grouped-query
+attention, SwiGLU, no biases. Each sub-layer starts by adding the previous one's output to the
+residual stream and normalising the sum, so that both are one pass (`add_rms_norm`); a block thus
+takes and returns the pair (branch output, residual).
+
+Every operation that has a kernel comes from `hamner.model.ops.Ops`; nothing here knows which
+implementation runs. Labels are never shifted here: `targets[:, t]` is what `inputs[:, t]` should
+predict, and only the data loader makes them.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hamner.config.model import ModelConfig
+from hamner.kernels.moe_routing import Routing
+from hamner.model.attention import document_positions
+from hamner.model.kv_cache import KVCache
+from hamner.model.ops import Ops
+from hamner.model.rotary import rotary_tables
+from hamner.parallel.tensors import fill
+from hamner.plan.memory import NONE, Policy
+
+
+class Rotary(NamedTuple):
+    """RoPE's tables (arXiv:2104.09864), half-rotation as in Llama."""
+
+    cos: Tensor
+    """(T, head_size / 2) fp32"""
+    sin: Tensor
+    """(T, head_size / 2) fp32"""
+    positions: Tensor | None
+    """(B, T) int32 rows of the tables, or None for 0, 1, 2 ..."""
+
+
+class Context(NamedTuple):
+    """What every block of one forward pass shares."""
+
+    rotary: Rotary
+    document_ids: Tensor | None
+    """(B, T) int32 when documents may not attend to each other"""
+    cache: KVCache | None
+    """keys and values of the tokens before these, when decoding"""
+
+
+class RouterStatistics(NamedTuple):
+    """What the routers of all layers did, for the loss and for the metrics; all fp32."""
+
+    load_balancing_loss: Tensor
+    """mean over layers"""
+    z_loss: Tensor
+    """mean over layers"""
+    load: Tensor
+    """(layers, experts) share of the routed assignments"""
+    entropy: Tensor
+    """(layers,) mean entropy of the routing distribution, nats"""
+
+
+class Output(NamedTuple):
+    """What the model computes: logits when no targets are given, losses otherwise."""
+
+    logits: Tensor | None
+    """(B, T, vocab_size) in the compute dtype; (B, 1, vocab_size), the last one, with a cache"""
+    loss: Tensor | None
+    """fp32, what to differentiate: cross-entropy plus weighted router losses"""
+    cross_entropy: Tensor | None
+    """fp32, mean over the kept targets"""
+    router: RouterStatistics | None
+
+
+class RMSNorm(nn.Module):
+    """Holds the weight of a norm (arXiv:1910.07467); the ops that fuse it do the work."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, dtype=torch.float32))
+        self.eps = eps
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (arXiv:2305.13245) on one packed qkv projection.
+
+    With `use_differential_attention`, two softmax maps are subtracted with a learned lambda and
+    each head's output is normalised (DIFF Transformer, arXiv:2410.05258; heads laid out as in
+    Hugging Face's DiffLlama).
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, ops: Ops) -> None:
+        super().__init__()
+        self.config, self.layer, self.ops = config, layer, ops
+        d = config.hidden_size
+        self.norm = RMSNorm(d, config.rms_norm_eps)
+        self.qkv_proj = nn.Linear(d, config.qkv_size, bias=False)
+        self.o_proj = nn.Linear(d, d, bias=False)
+        if config.use_differential_attention:
+            # 0.8 - 0.6 exp(-0.3 l): early layers subtract less.
+            self.lambda_init = 0.8 - 0.6 * math.exp(-0.3 * layer)
+            for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
+                vector = torch.empty(config.head_size, dtype=torch.float32)
+                self.register_parameter(name, nn.Parameter(vector))
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None, context: Context, rebuild: bool
+    ) -> tuple[Tensor, Tensor]:
+        """(B, T, D) branch and residual in, branch and residual out."""
+        config, ops, rotary = self.config, self.ops, context.rotary
+        heads = config.num_attention_heads, config.num_kv_heads
+        inputs = x, residual, self.norm.weight, self.qkv_proj.weight, rotary.cos, rotary.sin
+        eps = self.norm.eps
+        if context.cache is None and not config.use_differential_attention:
+            out, residual = ops.norm_attention(
+                *inputs, *heads, rotary.positions, context.document_ids, eps, rebuild=rebuild
+            )
+            return self.o_proj(out), residual
+        qkv, residual = ops.norm_qkv_rope(*inputs, *heads, rotary.positions, eps, rebuild=rebuild)
+        if config.use_differential_attention:
+            out = self.subtract_maps(qkv, context)
+        else:
+            out = context.cache.attention(self.layer, qkv)
+        return self.o_proj(out), residual
+
+    def subtract_maps(self, qkv: Tensor, context: Context) -> Tensor:
+        """Differential attention on packed (B, T, qkv_size): map 1 minus lambda times map 2."""
+        config = self.config
+        weight = (
+            torch.exp(torch.dot(self.lambda_q1, self.lambda_k1))
+            - torch.exp(torch.dot(self.lambda_q2, self.lambda_k2))
+            + self.lambda_init
+        )
+        heads = config.num_attention_heads
+        if context.cache is not None:
+            out = context.cache.differential_attention(self.layer, qkv, weight)
+        else:
+            out = self.ops.differential_attention(
+                qkv, weight, heads, config.num_kv_heads, context.document_ids
+            )
+        # The norm per pair of heads has no weight; (1 - lambda_init) keeps the gradient's scale.
+        pairs = out.unflatten(-1, (heads // 2, 2 * config.head_size))
+        scale = torch.full((2 * config.head_size,), 1 - self.lambda_init, device=out.device)
+        return self.ops.rms_norm(pairs, scale, config.rms_norm_eps).flatten(-2)
+
+
+class DenseMLP(nn.Module):
+    """SwiGLU (arXiv:2002.05202) on one packed gate_up projection, gate first."""
+
+    def __init__(self, config: ModelConfig, intermediate_size: int, ops: Ops) -> None:
+        super().__init__()
+        self.ops = ops
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None, rebuild: bool
+    ) -> tuple[Tensor, Tensor, None]:
+        """(B, T, D) branch and residual in; branch, residual and no routing out."""
+        gate_up, residual = self.ops.norm_linear(
+            x, residual, self.norm.weight, self.gate_up_proj.weight, self.norm.eps, rebuild=rebuild
+        )
+        out = self.ops.swiglu_linear(gate_up, self.down_proj.weight, rebuild=rebuild)
+        return out, residual, None
+
+
+class SharedExpert(nn.Module):
+    """The experts every token goes through, as one wide SwiGLU (DeepSeekMoE, arXiv:2401.06066)."""
+
+    def __init__(self, config: ModelConfig, ops: Ops) -> None:
+        super().__init__()
+        self.ops = ops
+        width = config.num_shared_experts * config.expert_intermediate_size
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * width, bias=False)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
+
+    def forward(self, normed: Tensor, rebuild: bool) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        gate_up = self.gate_up_proj(normed)
+        return self.ops.swiglu_linear(gate_up, self.down_proj.weight, rebuild=rebuild)
+
+
+class MoEMLP(nn.Module):
+    """Top-k routed experts, none dropped, renormalised weights (Mixtral, arXiv:2401.04088)."""
+
+    def __init__(self, config: ModelConfig, ops: Ops) -> None:
+        super().__init__()
+        self.config, self.ops = config, ops
+        experts, d, width = config.num_experts, config.hidden_size, config.expert_intermediate_size
+        self.norm = RMSNorm(d, config.rms_norm_eps)
+        self.router = nn.Linear(d, experts, bias=False)
+        bias = torch.empty(experts, dtype=torch.float32)
+        self.register_buffer("router_bias", bias if config.router_balance == "bias" else None)
+        self.gate_up_weight = nn.Parameter(torch.empty(experts, 2 * width, d))
+        self.down_weight = nn.Parameter(torch.empty(experts, d, width))
+        self.shared = SharedExpert(config, ops) if config.num_shared_experts else None
+
+    def forward(self, x: Tensor, residual: Tensor | None, rebuild: bool):
+        """(B, T, D) branch and residual in; branch, residual and `Routing` out."""
+        norm, ops = self.norm, self.ops
+        normed, residual = ops.add_rms_norm(x, residual, norm.weight, norm.eps)
+        keeping = contextlib.nullcontext()
+        if rebuild:
+            stream, weight = residual.detach(), norm.weight.detach()
+            keeping = ops.rebuilding(normed, lambda: ops.rms_norm(stream, weight, norm.eps))
+        with keeping:
+            out, routing = self.experts(normed, rebuild)
+        return out, residual, routing
+
+    def experts(self, normed: Tensor, rebuild: bool) -> tuple[Tensor, Routing]:
+        """(B, T, D) -> what all experts add, (B, T, D), and the routing."""
+        tokens = normed.flatten(0, 1)
+        logits = self.ops.router_linear(tokens, self.router.weight)
+        routing = self.ops.moe_route(
+            logits, self.config.num_experts_per_token, bias=self.router_bias
+        )
+        out = self.ops.moe_mlp(
+            tokens, routing, self.gate_up_weight, self.down_weight, rebuild=rebuild
+        )
+        out = out.view_as(normed)
+        if self.shared is not None:
+            out = out + self.shared(normed, rebuild)
+        return out, routing
+
+
+class Block(nn.Module):
+    """Attention, then MLP."""
+
+    def __init__(self, config: ModelConfig, layer: int, ops: Ops) -> None:
+        super().__init__()
+        self.attention = Attention(config, layer, ops)
+        if config.is_moe:
+            self.mlp: nn.Module = MoEMLP(config, ops)
+        else:
+            self.mlp = DenseMLP(config, config.expert_intermediate_size, ops)
+
+    def forward(self, x: Tensor, residual: Tensor | None, context: Context, *, rebuild: bool):
+        """(B, T, D) branch and residual in; branch, residual and `Routing` (or None) out."""
+        x, residual = self.attention(x, residual, context, rebuild)
+        return self.mlp(x, residual, rebuild)
+
+
+class Transformer(nn.Module):
+    """The model of every option.
+
+    Args:
+        config: shape.
+        ops: implementations of the fused operations.
+        policies: one recompute policy per layer; default keeps everything.
+
+    Parameters are fp32 as built; `hamner.train.optimizer` casts the matrices to the compute dtype.
+    """
+
+    def __init__(
+        self, config: ModelConfig, ops: Ops, policies: Sequence[Policy] | None = None
+    ) -> None:
+        super().__init__()
+        self.config, self.ops = config, ops
+        self.policies = tuple(policies) if policies else (NONE,) * config.num_layers
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i, ops) for i in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.rotary_tables: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> None:
+        """Matrices from normal(0, 0.02), norm weights 1, lambda vectors from normal(0, 0.1),
+        router biases 0.
+
+        Drawn on the CPU in the order of the parameters, so every device starts from equal weights.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if "norm" in name:
+                parameter.fill_(1.0)
+                continue
+            std = 0.1 if "lambda" in name else 0.02
+            values = torch.empty(parameter.shape, dtype=torch.float32)
+            fill(parameter, values.normal_(0.0, std, generator=generator))
+        for bias in self.buffers():
+            bias.zero_()
+
+    def forward(
+        self,
+        inputs: Tensor,
+        targets: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Output:
+        """Logits, or the loss against `targets`.
+
+        Args:
+            inputs: (B, T) int64 tokens.
+            targets: (B, T) int64, what each input should predict; -100 is ignored.
+            document_ids: (B, T) int32, non-decreasing in a row: documents do not attend to each
+                other and positions restart with each. None: the row is one context.
+            cache: `inputs` go on from the tokens it holds, and are added to it; then there are
+                neither targets nor documents, and only the last position's logits are computed.
+        """
+        if self.config.tie_word_embeddings:
+            x, head_weight = self.ops.tied_embedding(inputs, self.embed.weight)
+        else:
+            x, head_weight = self.embed(inputs), self.lm_head.weight
+        residual = None
+        context = self.context(inputs, document_ids, cache)
+        routings = []
+        for layer, policy in zip(self.layers, self.policies, strict=True):
+            x, residual, routing = policy.run(layer, x, residual, context)
+            routings.append(routing)
+        hidden, _ = self.ops.add_rms_norm(x, residual, self.norm.weight, self.norm.eps)
+        del x, residual, _  # the loss is where memory peaks
+        if cache is not None:
+            cache.length += inputs.shape[1]
+            hidden = hidden[:, -1:]
+        router = summarize_routers(routings) if self.config.is_moe else None
+        if targets is None:
+            logits = nn.functional.linear(hidden, head_weight)
+            return Output(logits, None, None, router)
+        cross_entropy = self.ops.linear_cross_entropy(
+            hidden.flatten(0, 1), head_weight, targets.flatten()
+        )
+        loss = cross_entropy
+        if router is not None:
+            if self.config.router_balance == "aux":
+                loss = loss + self.config.router_aux_loss_coef * router.load_balancing_loss
+            loss = loss + self.config.router_z_loss_coef * router.z_loss
+        return Output(None, loss, cross_entropy, router)
+
+    def context(
+        self, inputs: Tensor, document_ids: Tensor | None, cache: KVCache | None
+    ) -> Context:
+        """What the blocks share for `inputs` (B, T)."""
+        length, device = inputs.shape[1], inputs.device
+        if cache is not None:
+            length = cache.capacity
+        key = (length, device)
+        if key not in self.rotary_tables:
+            # One host-to-device copy per length; later steps find the tables here.
+            cos, sin = rotary_tables(self.config, length)
+            self.rotary_tables[key] = cos.to(device), sin.to(device)
+        cos, sin = self.rotary_tables[key]
+        if cache is not None:
+            rows = slice(cache.length, cache.length + inputs.shape[1])
+            cos, sin = cos[rows], sin[rows]
+        positions = None if document_ids is None else document_positions(document_ids)
+        return Context(Rotary(cos, sin, positions), document_ids, cache)
+
+    @torch.no_grad()
+    def balance_routers(self, load: Tensor, is_good: Tensor) -> None:
+        """Move every router's biases one step towards even load (arXiv:2408.15664, algorithm 1).
+
+            b_e += speed * sign(mean load - load_e)
+
+        In place, because a CUDA graph reads them where they are. Only with `router_balance` bias.
+
+        Args:
+            load: (layers, experts) of the whole step.
+            is_good: () bool, on the device; false leaves the biases as they are.
+        """
+        direction = (load.mean(dim=1, keepdim=True) - load).sign()
+        steps = torch.where(is_good, direction * self.config.router_bias_update_speed, 0.0)
+        for layer, step in zip(self.layers, steps, strict=True):
+            layer.mlp.router_bias.add_(step)
+
+    def matrices(self) -> Iterator[nn.Parameter]:
+        """Parameters that matmuls read: computed in bf16 and decayed, unlike the vectors."""
+        return (parameter for parameter in self.parameters() if parameter.ndim >= 2)
+
+
+def summarize_routers(routings: Sequence) -> RouterStatistics:
+    """Combine the layers' `Routing`s."""
+    return RouterStatistics(
+        load_balancing_loss=torch.stack([r.load_balancing_loss for r in routings]).mean(),
+        z_loss=torch.stack([r.z_loss for r in routings]).mean(),
+        load=torch.stack([r.load for r in routings]).detach(),
+        entropy=torch.stack([r.entropy for r in routings]).detach(),
+    )

@@ -1,0 +1,102 @@
+"""Where a run computes: device, precision, memory budget."""
+
+import importlib.util
+import os
+from dataclasses import dataclass
+
+import torch
+
+from hamner.config.train import TrainConfig
+from hamner.errors import UserError
+from hamner.hardware import GIB, RESERVE_GIB, Gpu, identify
+from hamner.parallel.ranks import Place
+
+RAM_SHARE = 0.6
+"""of the free memory of a machine without a GPU"""
+CPU_MICRO_BATCH_TOKENS = 1_024
+"""A CPU gains nothing from more, and an interrupt waits for the end of a micro-batch."""
+
+
+@dataclass(frozen=True)
+class Compute:
+    """The device a run uses and how."""
+
+    device: torch.device
+    name: str
+    gpu: Gpu | None
+    precision: str
+    """"bf16" or "fp32", of the matmuls"""
+    kernels: str
+    budget_bytes: int
+    """memory a step may take"""
+    max_micro_batch_tokens: int | None = None
+    """bound for the automatic micro-batch, or None"""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Compute dtype."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+
+def select(config: TrainConfig) -> Compute:
+    """Resolve `--device`, `--precision`, `--kernels` and `--vram-budget`.
+
+    Raises:
+        UserError: what is asked for is not on this machine.
+    """
+    has_gpu = torch.cuda.is_available()
+    if config.device == "cuda" and not has_gpu:
+        raise UserError("--device cuda: PyTorch finds no CUDA GPU here; use --device cpu")
+    if has_gpu and config.device != "cpu":
+        return _select_gpu(config)
+    if config.precision == "bf16":
+        raise UserError("--precision bf16 needs a GPU; use --precision fp32 on a CPU")
+    if config.kernels in ("triton", "liger"):
+        raise UserError(f"--kernels {config.kernels} needs a GPU; use --kernels torch on a CPU")
+    ram = RAM_SHARE * _free_ram() / Place.read().local_world_size
+    budget = config.vram_budget * GIB if config.vram_budget else ram
+    name = f"CPU, {torch.get_num_threads()} threads"
+    return Compute(
+        device=torch.device("cpu"),
+        name=name,
+        gpu=None,
+        precision="fp32",
+        kernels="torch",
+        budget_bytes=int(budget),
+        max_micro_batch_tokens=CPU_MICRO_BATCH_TOKENS,
+    )
+
+
+def _select_gpu(config: TrainConfig) -> Compute:
+    device = torch.device("cuda", torch.cuda.current_device())
+    properties = torch.cuda.get_device_properties(device)
+    if config.precision != "fp32" and properties.major < 8:
+        raise UserError(
+            f"{properties.name} has no bf16 matmuls (compute capability {properties.major}."
+            f"{properties.minor}, 8.0 needed); use --precision fp32"
+        )
+    if config.kernels == "liger" and importlib.util.find_spec("liger_kernel") is None:
+        raise UserError(
+            "--kernels liger: liger-kernel is not installed; pip install 'hamner[liger]'"
+        )
+    memory_gib = properties.total_memory / GIB
+    budget = config.vram_budget or memory_gib - RESERVE_GIB
+    if budget > memory_gib:
+        raise UserError(
+            f"--vram-budget {budget} GiB is more than the {memory_gib:.1f} GiB of {properties.name}"
+        )
+    if config.vram_budget:
+        # The budget is a promise to the user's other programs: exceeding it fails here.
+        torch.cuda.set_per_process_memory_fraction(budget / memory_gib, device)
+    return Compute(
+        device=device,
+        name=properties.name,
+        gpu=identify(properties.name),
+        precision="fp32" if config.precision == "fp32" else "bf16",
+        kernels="triton" if config.kernels == "auto" else config.kernels,
+        budget_bytes=int(budget * GIB),
+    )
+
+
+def _free_ram() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,558 @@
+"""What a plan says, in Markdown: on the screen through rich, or as a document with plots.
+
+Each table and each finding is worded once, here; `screen` and `write_report` only arrange them.
+"""
+
+import io
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hamner.config.options import OPTIONS
+from hamner.errors import UserError
+from hamner.hardware import GIB, GPUS
+from hamner.plan.communication import QUIET
+from hamner.plan.loss import (
+    BESIROGLU,
+    COHERENT_LOSS,
+    HOFFMANN,
+    KNOWN_RUN,
+    TOKENS_PER_PARAMETER,
+    LossLaw,
+    RunProjection,
+    compute_optimal_tokens,
+)
+from hamner.plan.memory import FULL, NONE, SELECTIVE, MemoryAccount, account, describe
+from hamner.plan.step_time import MEASURED_RUNS, StepPrediction, predict
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from hamner.plan.__main__ import Analysis, Plan
+
+
+def _count(count: float) -> str:
+    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
+
+
+def _range(bounds: tuple[float, float], digits: int) -> str:
+    texts = [f"{bound:.{digits}f}" for bound in bounds]
+    return texts[0] if texts[0] == texts[1] else "-".join(texts)
+
+
+def _table(rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; the first row is its header, the first column text, the others figures."""
+    header, *body = rows
+    rule = ("---", *("---:" for _ in header[1:]))
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *body))
+
+
+def _bullets(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _losses(plan: "Plan", hours: float | None) -> dict[str, str]:
+    bounds = plan.loss_range(BESIROGLU)
+    if bounds[1] > math.log(plan.option.model.vocab_size):
+        return {"expected loss": "too small for the law"}  # it would be worse than guessing
+    rows = {
+        "expected loss": _range(bounds, 2),
+        "expected perplexity": _range((math.exp(bounds[0]), math.exp(bounds[1])), 1),
+    }
+    if hours is not None:
+        bounds = plan.loss_range(BESIROGLU, plan.tokens_in(hours))
+        rows[f"loss after {hours:,.0f} h"] = _range(bounds, 2)
+    return rows
+
+
+def _gpus(plan: "Plan", one: str = "") -> str:
+    """`RTX 3090` after `one`, `2 x RTX 3090`, or `4 nodes of 8 x H100 SXM`."""
+    parallelism = plan.parallelism
+    if parallelism.ranks == 1:
+        return one + plan.gpu.name
+    nodes = f"{parallelism.nodes} nodes of " if parallelism.nodes > 1 else ""
+    return f"{nodes}{parallelism.gpus_per_node} x {plan.gpu.name}"
+
+
+def _scaling(plan: "Plan") -> dict[str, str]:
+    """What there is to say of several GPUs."""
+    if plan.parallelism.ranks == 1:
+        return {}
+    efficiency = plan.efficiency
+    return {
+        "parallel": plan.parallelism.kind,
+        "batch per GPU": str(plan.rows_per_gpu),
+        "sent per GPU and step, GB": f"{plan.prediction.communication.bytes_sent / 1e9:.2f}",
+        "communication, share of a step": f"{plan.communication_share:.1%}",
+        f"efficiency against {plan.parallelism.ranks} GPUs alone": (
+            "does not fit one" if efficiency is None else f"{efficiency:.0%}"
+        ),
+    }
+
+
+def _quantities(plan: "Plan", hours: float | None) -> dict[str, str]:
+    option, model, prediction = plan.option, plan.option.model, plan.prediction
+    gib = "VRAM, GiB" if plan.parallelism.ranks == 1 else "VRAM of each GPU, GiB"
+    return {
+        "": option.name,
+        "parameters": _count(plan.parameters),
+        "active per token": _count(plan.active_parameters),
+        "layers x width": f"{model.num_layers} x {model.hidden_size}",
+        "batch x sequence": f"{option.batch_size} x {option.seq_len}",
+        "tokens per step": f"{option.tokens_per_step:,}",
+        "FLOPs per token": f"{prediction.flops_per_token / 1e9:.2f}G",
+        "recompute": describe(plan.memory.policies),
+        "micro-batch": str(plan.memory.micro_batch_size),
+        gib: f"{prediction.peak_gib:.1f}",
+        **_scaling(plan),
+        "tokens/s (projected)": f"{prediction.tokens_per_second:,.0f}",
+        "MFU (projected)": f"{prediction.mfu:.0%}",
+        "tokens": _count(plan.tokens),
+        "steps": f"{plan.steps:,}",
+        "hours (projected)": f"{plan.hours:,.1f}",
+        "days (projected)": f"{plan.hours / 24:.1f}",
+        "compute-optimal tokens": _count(compute_optimal_tokens(plan.active_parameters)),
+        **_losses(plan, hours),
+    }
+
+
+def options_table(plans: Sequence["Plan"], hours: float | None = None) -> str:
+    """Plans side by side, one a column; `hours` is the time in which their loss is compared."""
+    columns = [_quantities(plan, hours) for plan in plans]
+    names = max(columns, key=len)
+    return _table([name, *(column.get(name, "") for column in columns)] for name in names)
+
+
+def _kinds(memory: MemoryAccount) -> dict[str, int]:
+    """Bytes by kind, adding up to the total."""
+    kinds = {
+        "weights": memory.weights,
+        "optimizer": memory.optimizer,
+        "activations": memory.activations,
+    }
+    if memory.communication:
+        kinds["communication"] = memory.communication
+    return kinds | {"loss, or gradients": memory.total - sum(kinds.values())}
+
+
+def _policies(plan: "Plan") -> Iterator[tuple[str, MemoryAccount, StepPrediction]]:
+    """Each recomputation policy for the whole batch, and the plan's own choice."""
+    option, model = plan.option, plan.option.model
+    choices = [((p,) * model.num_layers, plan.rows_per_gpu) for p in (NONE, SELECTIVE, FULL)]
+    chosen = plan.memory.policies, plan.memory.micro_batch_size
+    for policies, micro_batch in choices if chosen in choices else [*choices, chosen]:
+        split = f", micro-batch {micro_batch}" if micro_batch < plan.rows_per_gpu else ""
+        mark = " (chosen)" if (policies, micro_batch) == chosen else ""
+        memory = account(
+            model,
+            policies,
+            micro_batch_tokens=micro_batch * option.seq_len,
+            precision="bf16",
+            accumulate=bool(split),
+            fused=True,
+            parallelism=plan.parallelism,
+        )
+        prediction = predict(
+            model,
+            plan.gpu,
+            policies=policies,
+            micro_batch_size=micro_batch,
+            batch_size=option.batch_size,
+            seq_len=option.seq_len,
+            parallelism=plan.parallelism,
+        )
+        yield f"{describe(policies)}{split}{mark}", memory, prediction
+
+
+def memory_table(plan: "Plan") -> str:
+    """GiB by kind under each recomputation policy, and what each costs in speed."""
+    budget = f"within {plan.vram_budget / GIB:.1f} GiB"
+    columns = [["GiB", *_kinds(plan.memory.account), "total", budget, "tokens/s (projected)"]]
+    for name, memory, prediction in _policies(plan):
+        sizes = (*_kinds(memory).values(), memory.total)
+        fits = "yes" if memory.total <= plan.vram_budget else "no"
+        speed = f"{prediction.tokens_per_second:,.0f}"
+        columns.append([name, *(f"{size / GIB:.2f}" for size in sizes), fits, speed])
+    return _table(zip(*columns, strict=True))
+
+
+def step_times(plan: "Plan") -> str:
+    """Projected milliseconds of a step by kind of work."""
+    times = plan.prediction.milliseconds.items()
+    parts = ", ".join(f"{category} {spent:,.1f}" for category, spent in times if spent)
+    return f"A step takes {plan.prediction.step_ms:,.1f} ms, projected: {parts}."
+
+
+def communication_findings(plan: "Plan") -> list[str]:
+    """What is sent, over what, how much of it shows, and the batch with which less does."""
+    parallelism, sent = plan.parallelism, plan.prediction.communication
+    if parallelism.ranks == 1:
+        return []
+    links = []
+    if parallelism.gpus_per_node > 1:
+        own = parallelism.link_gbs == plan.gpu.link.gbs
+        name = f"{plan.gpu.link.name}, assumed" if own else "--link"
+        links.append(f"{parallelism.link_gbs:g} GB/s between the GPUs of a node ({name})")
+    if parallelism.nodes > 1:
+        links.append(f"{parallelism.network_gbs:g} GB/s between nodes (--network)")
+    lines = [
+        f"Communication, projected: each GPU sends {sent.bytes_sent / 1e9:.2f} GB a step in "
+        f"{sent.ms:,.1f} ms at {' and '.join(links)}; all but {sent.exposed_ms:,.1f} ms, "
+        f"{plan.communication_share:.1%} of the step, is hidden."
+    ]
+    if plan.communication_share < QUIET:
+        return lines
+    larger = plan.with_quiet_communication()
+    if larger is None:
+        lines.append(
+            f"No batch up to 64 times as large brings that under {QUIET:.0%}; faster links or "
+            "fewer GPUs would."
+        )
+    else:
+        batch, micro_batch = larger.option.batch_size, larger.memory.micro_batch_size
+        lines.append(
+            f"--batch-size {batch} --micro-batch-size {micro_batch} in hamner.train (micro-batches "
+            f"of each GPU in a step: {larger.rows_per_gpu // micro_batch}) brings that to "
+            f"{larger.communication_share:.1%} and {larger.prediction.tokens_per_second:,.0f} "
+            "tokens/s. The larger the batch, the more tokens the same loss may take."
+        )
+    return lines
+
+
+def coherence_table(analysis: "Analysis") -> str:
+    """When each option reaches the loss below which samples read as text."""
+    goal = f"loss {COHERENT_LOSS} (perplexity {math.exp(COHERENT_LOSS):.0f}) reached after"
+    rows = [[goal, "tokens", "hours (projected)", "within the plan"]]
+    for plan in analysis.plans:
+        tokens = analysis.local_law.tokens_to_reach(COHERENT_LOSS, plan.active_parameters)
+        if tokens is None:
+            rows.append([plan.option.name, "never", "", "model too small"])
+            continue
+        hours = plan.hours * tokens / plan.tokens
+        within = "yes" if tokens <= plan.tokens else "no"
+        rows.append([plan.option.name, _count(tokens), f"{hours:,.1f}", within])
+    return _table(rows)
+
+
+def measured_table() -> str:
+    """The cost model against every run that was measured."""
+    rows = [["run", "GPU", "measured tokens/s", "model", "error", "fitted to it"]]
+    for run in MEASURED_RUNS:
+        speeds = run.tokens_per_second, run.predict().tokens_per_second
+        rows.append(
+            [
+                f"{run.option}, {run.implementation.name}, recompute {run.policy.name}"
+                + (f", {run.micro_batches} micro-batches" if run.micro_batches > 1 else ""),
+                GPUS[run.gpu].name,
+                *(f"{speed:,.0f}" for speed in speeds),
+                f"{run.error:+.1%}",
+                "yes" if run.fitted else "no",
+            ]
+        )
+    return _table(rows)
+
+
+def contradictions(tokens: int) -> list[str]:
+    """Where the plan these options come from and the arithmetic disagree."""
+    a, short, c, shared = (OPTIONS[name] for name in ("a", "a-short", "c", "c-shared"))
+    wanted = a.tokens_per_step * 3 // 2
+    optimal = compute_optimal_tokens(a.model.num_parameters())
+    return [
+        f"c is meant to have 280M active parameters; with {c.model.num_experts} experts, "
+        f"{c.model.num_experts_per_token} active, it has "
+        f"{_count(c.model.num_parameters(active=True))}. c-shared has "
+        f"{_count(shared.model.num_parameters(active=True))}.",
+        f"{short.batch_size} x {short.seq_len} is meant to be 50% more tokens a step; it is "
+        f"{short.tokens_per_step:,}, fewer than {a.tokens_per_step:,}. "
+        f"{wanted // short.seq_len} x {short.seq_len} would be {wanted:,}.",
+        f"{TOKENS_PER_PARAMETER} tokens per parameter put a's compute-optimal budget at "
+        f"{_count(optimal)}; the plan trains {_count(tokens)}, "
+        f"{tokens / optimal:.1f} times that.",
+    ]
+
+
+def caveats(plan: "Plan") -> list[str]:
+    """What the projections rest on."""
+    option, prediction = plan.option, plan.prediction
+    whole_square = option.model.flops_per_token(option.seq_len, causal=False)
+    errors = [run.error for run in MEASURED_RUNS]
+    here = [run.error for run in MEASURED_RUNS if GPUS[run.gpu] == plan.gpu]
+    ends = dict.fromkeys(f"{error:+.0%}" for error in (min(here), max(here))) if here else ()
+    on_this_card = f", on this card {' to '.join(ends)}" if here else ""
+    parameters, tokens, loss = KNOWN_RUN
+    lines = [
+        f"Speed on the {plan.gpu.name} is projected: {prediction.provenance}. Against the "
+        f"{len(errors)} runs measured so far the model is {min(errors):+.0%} to "
+        f"{max(errors):+.0%} off{on_this_card}.",
+        "MFU = tokens/s x FLOPs per token / bf16 peak; FLOPs per token = 6 x matmul parameters "
+        "active per token (tied head once) + 6 x layers x width x sequence, causal attention as "
+        "half of the square; counting all of it, "
+        f"{prediction.mfu * whole_square / prediction.flops_per_token:.0%}.",
+        f"Loss by {BESIROGLU.source}: another tokeniser and corpus, so compare options and not "
+        f"absolute values. A {_count(parameters)} model reached {loss} after "
+        f"{_count(tokens)} tokens (constant learning rate) where the law says "
+        f"{BESIROGLU.loss(parameters, tokens):.2f}. When a loss is reached is told by the law "
+        "shifted through that run, or through the run under --metrics.",
+    ]
+    if plan.parallelism.ranks > 1:
+        lines.append(
+            "Several GPUs were never measured. Counted: ring collectives, 2 (n-1)/n of the bytes "
+            "for an all-reduce, (n-1)/n for a reduce-scatter or a gather. ddp reduces bf16 "
+            "gradients (fp32 sums with several micro-batches) once a step beside the last "
+            "backward; fsdp gathers bf16 weights and reduces fp32 gradients beside forward and "
+            "backward of every micro-batch; the embedding's share is never hidden. Not counted: "
+            "latency, arithmetic slowed by what is sent beside it. Efficiency is against as many "
+            "GPUs, each alone at the option's own batch."
+        )
+    if option.model.is_moe:
+        lines.append(
+            "The law knows dense models only: a mixture of experts is given the range from a dense "
+            "model of all its parameters to one of its active ones."
+        )
+    return lines
+
+
+def run_findings(run: RunProjection) -> list[str]:
+    """Where a run stands, where it is heading and what holds it up."""
+    now, end = run.loss_now, run.fit.loss(run.end_tokens)
+    low, high = run.fit.interval(run.end_tokens)
+    return [
+        f"`{run.curve.path}`: loss {now:.3f} (perplexity {math.exp(now):.1f}) after "
+        f"{_count(run.tokens_seen)} tokens, {run.fit.slope * 1e9:+.3f} per billion tokens.",
+        f"At {_count(run.end_tokens)} tokens: loss {end:.3f}, 80% interval {low:.3f}-"
+        f"{high:.3f}; perplexity {math.exp(end):.1f}, {math.exp(low):.1f}-{math.exp(high):.1f}. "
+        "This takes the schedule to go on as so far; a learning rate still to decay ends lower.",
+        run.diagnosis(),
+    ]
+
+
+def screen(analysis: "Analysis", *, every_option: bool) -> str:
+    """What the command prints, as Markdown."""
+    plan, best = analysis.plan, analysis.recommended.option
+    parts = [f"**{_gpus(plan)}, bf16**"]
+    if every_option:
+        parts += [
+            options_table(analysis.plans, analysis.hours),
+            _bullets(f"{name} does not fit: {why}" for name, why in analysis.misfits.items()),
+            f"Recommended: **{best.name}**, {_count(best.model.num_parameters())} parameters",
+            "**Where the original plan and the arithmetic disagree**",
+            _bullets(contradictions(plan.tokens)),
+        ]
+    else:
+        parts += [options_table([plan]), memory_table(plan), step_times(plan)]
+        parts += communication_findings(plan)
+    if analysis.run:
+        parts += ["**The run so far**", _bullets(run_findings(analysis.run))]
+    if every_option or analysis.run:
+        parts.append(coherence_table(analysis))
+    return "\n\n".join((*parts, "**What this rests on**", _bullets(caveats(plan))))
+
+
+def _command(plan: "Plan") -> str:
+    """What starts the run; on each node, where there are several (examples/)."""
+    parallelism, option = plan.parallelism, plan.option
+    launcher, batch = "python", ""
+    if parallelism.ranks > 1:
+        nodes = f"--nnodes {parallelism.nodes} " if parallelism.nodes > 1 else ""
+        launcher = f"torchrun {nodes}--nproc-per-node {parallelism.gpus_per_node}"
+    if option.batch_size != OPTIONS[option.name].batch_size:
+        batch = f" --batch-size {option.batch_size}"
+    return (
+        f"{launcher} -m hamner.train --option {option.name} --tokens {plan.tokens}{batch} "
+        f"--vram-budget {plan.vram_budget / GIB:g}"
+    )
+
+
+def document(analysis: "Analysis", files: str) -> str:
+    """The whole analysis as Markdown; its plots lie in the folder `files` beside it."""
+    plan, best = analysis.plan, analysis.recommended
+    option, model, gpu = plan.option, plan.option.model, plan.gpu
+    budget = plan.vram_budget / GIB
+    parameters, tokens, loss = KNOWN_RUN
+    run = ""
+    if analysis.run:
+        findings = _bullets(run_findings(analysis.run))
+        run = f"\nThe run so far:\n\n{findings}\n\n![The run so far]({files}/run.png)\n"
+    gpus = _gpus(plan, one="one ")
+    each = " of each" if plan.parallelism.ranks > 1 else ""
+    steps = "\n\n".join((step_times(plan), *communication_findings(plan)))
+    misfits = (f"{name} does not fit: {why}" for name, why in analysis.misfits.items())
+    return f"""\
+# Pre-training plan: option {option.name} on {gpus}
+
+## The problem
+
+Train a language model from scratch on {_count(plan.tokens)} tokens with {gpus}, and know
+before starting whether it fits, how long it takes and how good it will be.
+
+## Evidence
+
+A {_count(parameters)} model reached a training loss of {loss} (perplexity {math.exp(loss):.0f})
+after {_count(tokens)} tokens, {tokens / compute_optimal_tokens(parameters):.0%} of its
+compute-optimal budget. Above a loss of about {COHERENT_LOSS} its text was incoherent.
+{run}
+The speed model is held against runs that were measured:
+
+{measured_table()}
+
+## Hardware budget
+
+{gpu.name}: {gpu.bf16_tflops:g} TFLOP/s dense bf16, {gpu.bandwidth_gbs:g} GB/s,
+{gpu.memory_gib:g} GiB, of which the run may take {budget:.1f} GiB{each}.
+
+{memory_table(plan)}
+
+![GiB by policy]({files}/memory.png)
+
+{steps}
+
+## Options
+
+{options_table(analysis.plans or [plan], analysis.hours)}
+
+![Expected loss]({files}/loss.png)
+
+Where the original plan and the arithmetic disagree, and what does not fit:
+
+{_bullets((*contradictions(plan.tokens), *misfits))}
+
+## Recommendation
+
+Train **{best.option.name}** ({_count(best.parameters)} parameters): of the options trained on
+their full context it has the lowest expected loss after {analysis.hours:,.0f} hours, a mixture of
+experts counted by its active parameters. It takes {best.prediction.peak_gib:.1f} GiB with recompute
+{describe(best.memory.policies)} and, projected, {best.hours / 24:.1f} days for
+{_count(best.tokens)} tokens at {best.prediction.tokens_per_second:,.0f} tokens/s.
+
+Expected loss: {_range(best.loss_range(BESIROGLU), 2)} by {BESIROGLU.source};
+{_range(best.loss_range(HOFFMANN), 2)} by {HOFFMANN.source};
+{_range(best.loss_range(analysis.local_law), 2)} by the former shifted through
+{"the run so far" if analysis.run else "the model under Evidence"}.
+
+## Training plan
+
+Of option {option.name}{"" if best.option.name == option.name else ", as asked"}:
+
+- `{_command(plan)}`
+- {plan.steps:,} steps of {option.batch_size} x {option.seq_len} = {option.tokens_per_step:,}
+  tokens, micro-batch {plan.memory.micro_batch_size}.
+- AdamW, {option.warmup_steps:,} steps of warm-up, learning rate {option.lr:g} to
+  {option.min_lr:g} on a cosine.
+- {model.num_layers} layers x {model.hidden_size}, {model.num_attention_heads} heads on
+  {model.num_kv_heads} key-value heads, vocabulary {model.vocab_size:,}.
+- After the first hundred steps, compare tokens/s and peak GiB with this page before leaving it.
+
+{coherence_table(analysis)}
+
+## What this rests on
+
+{_bullets(caveats(plan))}
+"""
+
+
+def write_report(path: Path, analysis: "Analysis") -> None:
+    """Write the analysis as Markdown at `path`, its plots in `<stem>_files/` beside it.
+
+    The plots come first and each file is renamed into place, so a report that exists is whole.
+
+    Raises:
+        UserError: the folder does not exist, or cannot be written.
+    """
+    if not path.parent.is_dir():
+        raise UserError(f"--report {path}: the folder {path.parent} does not exist; create it")
+    if path.is_dir():
+        raise UserError(f"--report {path} is a folder; name a file in it, such as plan.md")
+    files = path.with_name(f"{path.stem}_files")
+    try:
+        files.mkdir(exist_ok=True)
+        for name, figure in _figures(analysis).items():
+            image = io.BytesIO()
+            figure.savefig(image, format="png", dpi=150)
+            _write_atomically(files / name, image.getvalue())
+        _write_atomically(path, document(analysis, files.name).encode())
+    except OSError as error:
+        raise UserError(f"--report {path} cannot be written: {error.strerror}") from None
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            # mkstemp's files are for their owner only; a report is to be shared.
+            os.fchmod(file.fileno(), 0o644)
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _figures(analysis: "Analysis") -> dict[str, "Figure"]:
+    """Plots by file name."""
+    figures = {
+        "memory.png": _memory_figure(analysis.plan),
+        "loss.png": _loss_figure(analysis.plans or [analysis.plan], analysis.local_law),
+    }
+    if analysis.run:
+        figures["run.png"] = _run_figure(analysis.run)
+    return figures
+
+
+def _axes(xlabel: str, ylabel: str) -> tuple["Figure", "Axes"]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _with_legend(figure: "Figure") -> "Figure":
+    figure.legend(loc="outside right upper", frameon=False)
+    return figure
+
+
+def _memory_figure(plan: "Plan") -> "Figure":
+    figure, axes = _axes(f"--recompute, option {plan.option.name}", "GiB")
+    names, accounts, _ = zip(*_policies(plan), strict=True)
+    names = [name.replace(" (", "\n(") for name in names]
+    base = [0.0] * len(names)
+    for kind in _kinds(plan.memory.account):
+        heights = [_kinds(memory)[kind] / GIB for memory in accounts]
+        axes.bar(names, heights, bottom=base, label=kind, width=0.6)
+        base = [b + h for b, h in zip(base, heights, strict=True)]
+    axes.axhline(plan.vram_budget / GIB, color="black", linestyle="--", label="budget")
+    return _with_legend(figure)
+
+
+def _loss_figure(plans: Sequence["Plan"], law: LossLaw) -> "Figure":
+    figure, axes = _axes("days (projected)", "expected loss, nats per token")
+    for plan in plans:
+        # From a twentieth of the run on: before that the law says little.
+        days = [plan.hours / 24 * i / 100 for i in range(5, 101)]
+        losses = [law.loss(plan.active_parameters, plan.tokens_in(24 * day)) for day in days]
+        axes.plot(days, losses, label=plan.option.name)
+    axes.axhline(COHERENT_LOSS, color="black", linestyle=":", label=f"loss {COHERENT_LOSS}")
+    return _with_legend(figure)
+
+
+def _run_figure(run: RunProjection) -> "Figure":
+    figure, axes = _axes("tokens, billions", "loss, nats per token")
+    axes.plot(run.curve.tokens / 1e9, run.curve.loss, ".", markersize=2, color="grey", label="run")
+    first, last = 0.1 * run.tokens_seen, run.end_tokens
+    # Evenly spaced on the logarithmic axis.
+    tokens = [first * (last / first) ** (i / 100) for i in range(101)]
+    billions = [count / 1e9 for count in tokens]
+    bounds = [run.fit.interval(count) for count in tokens]
+    axes.fill_between(billions, *zip(*bounds, strict=True), alpha=0.3, label="80% interval")
+    axes.plot(billions, [run.fit.loss(count) for count in tokens], label="fit")
+    lowest = min(low for low, _ in bounds)
+    axes.set(
+        xscale="log", xlim=(first / 2e9, last / 0.9e9), ylim=(0.98 * lowest, 1.05 * bounds[0][1])
+    )
+    return _with_legend(figure)

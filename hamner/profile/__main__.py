@@ -1,0 +1,165 @@
+"""`python -m hamner.profile`: trace warm steps of an option, or read any trace.
+
+python -m hamner.profile --option a --out profiles/a        every flag of hamner.train
+python -m hamner.profile read TRACE
+python -m hamner.profile read --compare A B
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from hamner.cli import flag_value, gather_data, run_command
+from hamner.config.train import TrainConfig
+from hamner.errors import UserError
+from hamner.profile.report import describe, describe_difference, describe_memory
+from hamner.profile.summary import summarize
+from hamner.profile.trace import Trace, read_trace, with_callers_of
+
+
+@dataclass(frozen=True)
+class ProfileConfig(TrainConfig):
+    """Trace warm steps of a run: time by kind of work, kernels against their floors, memory.
+
+    Takes every flag of hamner.train, so a training command is profiled by changing its module.
+    `read TRACE` summarises any torch-profiler trace; `read --compare A B` the difference of two.
+    """
+
+    steps: int | None = None
+    """steps to trace; default 3"""
+    warmup: int = 10
+    """steps before: compilation, launch tables, the allocator"""
+    out: Path | None = None
+    """folder for trace, memory and summary; default runs/OPTION-profile"""
+    tool: Literal["torch", "nsight"] = "torch"
+    """torch: torch.profiler; nsight: only mark the steps with NVTX ranges, under nsys or ncu"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.warmup < 0:
+            raise UserError(f"--warmup {self.warmup} must not be negative")
+
+    @property
+    def run(self) -> TrainConfig:
+        """The run whose steps are traced, as long as its option's."""
+        values = {field.name: getattr(self, field.name) for field in fields(TrainConfig)}
+        return TrainConfig(
+            **values | {"steps": None, "tokens": None, "resume": False, "replay": None}
+        )
+
+
+@dataclass(frozen=True)
+class ReadConfig:
+    """Summarise a trace, ours or another trainer's.
+
+    Of torch-profiler (JSON, gzipped or not), Nsight Systems (SQLite) or Nsight Compute (CSV).
+    """
+
+    trace: tyro.conf.Positional[Path | None] = None
+    """the trace"""
+    compare: tuple[Path, Path] | None = None
+    """two traces: the difference, B - A"""
+    steps: int | None = None
+    """steps the trace holds, where it does not mark them itself; default 1"""
+    launches: Path | None = None
+    """the same steps launched one by one: tells what a CUDA graph's kernels are for"""
+    memory: Path | None = None
+    """also draw memory by kind here (PNG), if the trace has allocations (profile_memory=True)"""
+    picture: Path | None = None
+    """also draw when the GPU did what in the last step (PNG); with --compare both steps"""
+
+    def __post_init__(self) -> None:
+        if (self.trace is None) == (self.compare is None):
+            raise UserError("read needs one TRACE, or --compare A B")
+        if self.steps is not None and self.steps < 1:
+            raise UserError(f"--steps {self.steps} must be above 0")
+
+
+def read(config: ReadConfig) -> None:
+    """Print the summary of a trace, or the difference of two.
+
+    Raises:
+        UserError: a file is not a trace or holds no allocations to draw, or a picture cannot be
+            written.
+    """
+    if config.compare is not None:
+        traces = [read_trace(path) for path in config.compare]
+        print(describe_difference(*(summarize(trace, steps=config.steps) for trace in traces)))
+    else:
+        trace = read_trace(config.trace)
+        if config.launches is not None:
+            trace = with_callers_of(trace, read_trace(config.launches))
+        traces = [trace]
+        print(describe(summarize(trace, steps=config.steps)))
+        if config.memory is not None:
+            _draw_memory(trace, config.memory)
+    if config.picture is not None:
+        from hamner.profile.picture import draw
+
+        with _writing("--picture", config.picture):
+            draw(traces, config.picture)
+
+
+def _draw_memory(trace: Trace, path: Path) -> None:
+    from hamner.profile.memory import draw, memory_timeline
+
+    timeline = memory_timeline(trace)
+    if timeline is None:
+        raise UserError(
+            f"--memory: {trace.path} holds no allocations; trace with profile_memory=True"
+        )
+    print(f"\n{describe_memory(timeline)}")
+    with _writing("--memory", path):
+        draw(timeline, path)
+
+
+@contextlib.contextmanager
+def _writing(flag: str, path: Path) -> Iterator[None]:
+    """Name the flag whose file cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{flag} {path} cannot be written: {error.strerror}") from None
+
+
+def parse(args: Sequence[str]) -> ProfileConfig:
+    """The flags of a capture; defaults are those of `--option`.
+
+    Raises:
+        UserError: values that make no sense, alone or together.
+        SystemExit: code 2 on unknown flags, 0 after --help.
+    """
+    args = gather_data(args)
+    default = ProfileConfig.for_option(flag_value(args, "--option") or TrainConfig.option)
+    return tyro.cli(
+        tyro.conf.OmitArgPrefixes[ProfileConfig],
+        default=default,
+        args=args,
+        prog="python -m hamner.profile",
+        config=(tyro.conf.HelptextFromCommentsOff,),
+    )
+
+
+def main(args: Sequence[str]) -> None:
+    """Capture or read, as the command line says."""
+    if args[:1] == ["read"] or args[:1] == ["--compare"]:
+        args = args[1:] if args[0] == "read" else args
+        read(tyro.cli(ReadConfig, args=args, prog="python -m hamner.profile read"))
+        return
+    config = parse(args)
+    # Torch takes a second or more to load.
+    from hamner.profile.capture import capture, run_for_nsight
+
+    if config.tool == "nsight":
+        run_for_nsight(config.run, steps=config.steps or 3, warmup=config.warmup)
+        return
+    out = config.out or Path("runs") / f"{config.option}-profile"
+    capture(config.run, out, steps=config.steps or 3, warmup=config.warmup)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,188 @@
+"""Traces warm steps of a trainer, as they run in training: real loader, clipping, optimizer.
+
+A capture writes into its folder
+
+    trace.json.gz          the steps: Perfetto, chrome://tracing, hamner.profile read
+    launches.json.gz       where a CUDA graph replays them: the same steps launched one by one,
+                           which tell what each kernel of the graph is for
+    memory.json.gz         one step with its allocations (on a GPU memory_snapshot.pickle too,
+                           which pytorch.org/memory_viz shows)
+    memory.png             memory over that step by kind
+    summary.md, .json      what is printed
+
+With several processes they are those of rank 0; the others take the same steps beside it.
+
+Some steps are timed without the profiler, because its own cost widens the gaps it shows.
+"""
+
+import json
+import statistics
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile, schedule
+
+from hamner.config.train import TrainConfig
+from hamner.errors import UserError
+from hamner.parallel.processes import Alone, open_processes
+from hamner.parallel.tensors import local
+from hamner.profile import memory, report
+from hamner.profile.ranges import named
+from hamner.profile.steps import Steps
+from hamner.profile.summary import Summary, summarize
+from hamner.profile.trace import METADATA_KEY, read_trace, with_callers_of
+from hamner.train.loop import Trainer
+
+TIMED_STEPS = 10
+SNAPSHOT_EVENTS = 1_000_000
+
+
+def capture(config: TrainConfig, out: Path, *, steps: int, warmup: int) -> Summary | None:
+    """Trace `steps` steps of a run after `warmup` others, and write what they show.
+
+    Args:
+        config: the run whose steps are traced; nothing is written to its run folder.
+        out: folder to write.
+        steps: to trace.
+        warmup: steps before anything is timed.
+
+    Returns:
+        The summary; None in all processes but rank 0.
+
+    Raises:
+        UserError: the configuration or the folder does not allow it.
+    """
+    with open_processes(config) as processes:
+        processes.from_main(lambda: _require_new(out))
+        graphed = _trace(config, out, processes, steps=steps, warmup=warmup)
+        return _summarize(config, out, graphed) if processes.place.is_main else None
+
+
+def _trace(config: TrainConfig, out: Path, processes: Alone, *, steps: int, warmup: int) -> bool:
+    """Take the steps and write what was traced; whether a CUDA graph replays them."""
+    with Steps(config, processes) as run:
+        processes.from_main(lambda: out.mkdir(parents=True, exist_ok=True))
+        metadata = _metadata(run.trainer)
+        with run.launched_one_by_one() as graphed:
+            run.take(warmup)
+            _trace_memory(run, out, metadata)
+            if graphed:
+                _trace_time(run, out / "launches.json.gz", steps, metadata)
+        if graphed:
+            run.warm_up(warmup)
+        metadata["unprofiled_step_ms"] = statistics.median(run.time(TIMED_STEPS))
+        _trace_time(run, out / "trace.json.gz", steps, metadata)
+    return graphed
+
+
+def _summarize(config: TrainConfig, out: Path, graphed: bool) -> Summary:
+    """Write and print what the traces show."""
+    trace = read_trace(out / "trace.json.gz")
+    if graphed:
+        trace = with_callers_of(trace, read_trace(out / "launches.json.gz"))
+    summary = summarize(trace)
+    timeline = memory.memory_timeline(read_trace(out / "memory.json.gz"))
+    memory.draw(timeline, out / "memory.png")
+    text = f"{report.describe(summary)}\n\n{report.describe_memory(timeline)}\n"
+    (out / "summary.md").write_text(text, encoding="utf-8")
+    values = {"config": config.to_json(), "summary": asdict(summary), "peak": timeline.peak}
+    (out / "summary.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    print(text, end="")
+    return summary
+
+
+def run_for_nsight(config: TrainConfig, *, steps: int, warmup: int) -> None:
+    """Run the same steps with NVTX ranges between cudaProfilerStart and Stop, and write nothing.
+
+    For `nsys profile --capture-range cudaProfilerApi` and `ncu --profile-from-start off`, which
+    cannot share the GPU's counters with torch-profiler.
+
+    Raises:
+        UserError: there is no GPU, or the configuration does not allow it.
+    """
+    if not torch.cuda.is_available():
+        raise UserError("--tool nsight needs a CUDA GPU; --tool torch works on a CPU")
+    with open_processes(config) as processes, Steps(config, processes) as run:
+        run.warm_up(warmup)
+        torch.cuda.synchronize()
+        torch.cuda.cudart().cudaProfilerStart()
+        with named(run.trainer) as phases:
+            for number in range(steps):
+                # As torch-profiler marks steps, so that `read_trace` finds them.
+                with torch.cuda.nvtx.range(f"ProfilerStep#{number}"):
+                    run.take(1, phases)
+                    phases.enter(None)
+        torch.cuda.synchronize()
+        torch.cuda.cudart().cudaProfilerStop()
+
+
+def _require_new(out: Path) -> None:
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"--out {out} already holds something: give a new folder")
+
+
+def _metadata(trainer: Trainer) -> dict:
+    config, optimizer = trainer.config, trainer.optimizer
+    weights = optimizer.parameters.values()
+    return {
+        "option": config.option,
+        "tokens_per_step": config.tokens_per_step,
+        "gpus": trainer.world_size,
+        "flops_per_token": config.model.flops_per_token(config.seq_len),
+        "precision": trainer.compute.precision,
+        "weight_bytes": sum(local(w).nbytes for w in weights),
+        "optimizer_bytes": sum(local(t).nbytes for t in optimizer.state_tensors().values()),
+    }
+
+
+def _trace_time(run: Steps, path: Path, steps: int, metadata: dict) -> None:
+    activities = [ProfilerActivity.CPU]
+    if run.on_gpu:
+        activities.append(ProfilerActivity.CUDA)
+
+    def export(profiler: profile) -> None:
+        if run.trainer.is_main:
+            profiler.export_chrome_trace(str(path))
+
+    with (
+        profile(
+            activities=activities,
+            # One step to let the tracing itself warm up.
+            schedule=schedule(wait=0, warmup=1, active=steps, repeat=1),
+            record_shapes=True,
+            on_trace_ready=export,
+        ) as profiler,
+        named(run.trainer) as phases,
+    ):
+        run.take(1, phases)
+        run.synchronize()  # or what is still running would be counted to the traced steps
+        profiler.step()
+        # Only a profiler that records takes it.
+        profiler.add_metadata_json(METADATA_KEY, json.dumps(metadata))
+        for left in reversed(range(steps)):
+            run.take(1, phases)
+            if not left:
+                phases.enter(None)
+                run.synchronize()
+            profiler.step()
+
+
+def _trace_memory(run: Steps, out: Path, metadata: dict) -> None:
+    run.synchronize()
+    if run.on_gpu:
+        torch.cuda.memory._record_memory_history(stacks="python", max_entries=SNAPSHOT_EVENTS)
+    with (
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
+        named(run.trainer) as phases,
+    ):
+        profiler.add_metadata_json(METADATA_KEY, json.dumps(metadata))
+        run.take(1, phases)
+        phases.enter(None)
+        run.synchronize()
+    if run.trainer.is_main:
+        profiler.export_chrome_trace(str(out / "memory.json.gz"))
+    if run.on_gpu:
+        if run.trainer.is_main:
+            torch.cuda.memory._dump_snapshot(str(out / "memory_snapshot.pickle"))
+        torch.cuda.memory._record_memory_history(enabled=None)

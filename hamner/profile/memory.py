@@ -1,0 +1,121 @@
+"""Memory over a step by kind, from the allocations in its trace.
+
+What an allocation is for shows in when it is made and when it is given back:
+
+    made in         given back in       kind
+    before          later or never      weights and optimizer state
+    forward         a later phase       activations: kept for the backward pass, logits' gradients
+    backward        a later phase       gradients
+    any phase       the same            temporary
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hamner.profile.trace import PHASES, Trace
+
+KINDS = ("weights", "optimizer state", "held before", "gradients", "activations", "temporary")
+
+
+@dataclass(frozen=True)
+class MemoryTimeline:
+    """Bytes by kind after every allocation and every release."""
+
+    milliseconds: list[float]
+    """since the first event"""
+    kinds: dict[str, list[int]]
+    """bytes of each of KINDS at these times"""
+    phases: list[tuple[str, float]]
+    """phase, millisecond at which it begins"""
+
+    @property
+    def peak(self) -> dict[str, int]:
+        """Bytes by kind at the moment when they were most together."""
+        totals = [sum(sizes) for sizes in zip(*self.kinds.values(), strict=True)]
+        moment = totals.index(max(totals))
+        return {kind: sizes[moment] for kind, sizes in self.kinds.items() if sizes[moment]}
+
+
+def memory_timeline(trace: Trace) -> MemoryTimeline | None:
+    """Follow the memory of a trace made with `profile_memory=True`; None if it was not."""
+    events = trace.memory
+    if not events:
+        return None
+    timeline = trace.timeline(PHASES)
+    made: dict[int, int] = {}
+    changes: list[dict[str, int]] = [{} for _ in events]
+    for position, event in enumerate(events):
+        if event.size > 0:
+            made[event.address] = position
+        elif event.address in made:
+            begin = made.pop(event.address)
+            kind = _kind(timeline.at(events[begin].time), timeline.at(event.time))
+            changes[begin] = {kind: events[begin].size}
+            changes[position] = {kind: -events[begin].size}
+        else:
+            changes[position] = {"held before": event.size}
+    for begin in made.values():
+        changes[begin] = {_kind(timeline.at(events[begin].time), None): events[begin].size}
+
+    level = dict.fromkeys(KINDS, 0)
+    level |= _before(trace)
+    kinds: dict[str, list[int]] = {kind: [] for kind in KINDS}
+    for change in changes:
+        for kind, size in change.items():
+            level[kind] += size
+        for kind in KINDS:
+            kinds[kind].append(level[kind])
+    start = events[0].time
+    return MemoryTimeline(
+        milliseconds=[(event.time - start) / 1e3 for event in events],
+        kinds=kinds,
+        phases=[(r.name, (r.start - start) / 1e3) for r in timeline.ranges],
+    )
+
+
+def _kind(made: str | None, given_back: str | None) -> str:
+    if made == given_back:
+        return "temporary"
+    if made == "forward":
+        return "activations"
+    return "gradients" if made in ("backward", "accumulate") else "temporary"
+
+
+def _before(trace: Trace) -> dict[str, int]:
+    """What was held when the trace began: weights and state as far as the capture says so."""
+    first = trace.memory[0]
+    held = first.allocated - first.size if first.allocated else 0
+    weights = trace.metadata.get("weight_bytes", 0)
+    state = trace.metadata.get("optimizer_bytes", 0)
+    return {
+        "weights": weights,
+        "optimizer state": state,
+        "held before": max(0, held - weights - state),
+    }
+
+
+def draw(timeline: MemoryTimeline, path: Path) -> None:
+    """Write the timeline as a PNG.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.subplots()
+    drawn = {kind: sizes for kind, sizes in timeline.kinds.items() if any(sizes)}
+    axes.stackplot(
+        timeline.milliseconds,
+        [[size / 2**30 for size in sizes] for sizes in drawn.values()],
+        labels=list(drawn),
+        step="post",
+    )
+    top = axes.get_ylim()[1]
+    for phase, begin in timeline.phases:
+        axes.axvline(begin, color="black", linewidth=0.5, alpha=0.5)
+        if phase in ("forward", "backward"):  # the others are too short for a label
+            axes.text(begin, top, f" {phase}", rotation=90, va="top", fontsize=7)
+    axes.set(xlabel="ms since the step began, on the CPU's clock", ylabel="GiB allocated")
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    figure.savefig(path, format="png", dpi=120)

@@ -1,0 +1,315 @@
+"""Where a step's time goes, from its trace. Torch-free.
+
+    step = busy + idle                 busy: at least one kernel runs
+    idle = waiting for the CPU         the next kernel was launched after the last one had ended
+         + between kernels             it was queued already: the GPU's own latency
+
+Kernels that run side by side (several streams) count in full each, so categories may add up to more
+than busy. Messages between GPUs are best sent beside arithmetic:
+
+    communication = hidden              something else runs at the same time
+                  + exposed             nothing else does: the step is longer by this
+"""
+
+import re
+import statistics
+from collections import defaultdict
+from dataclasses import dataclass
+
+from hamner.errors import UserError
+from hamner.hardware import Gpu, identify
+from hamner.profile.categories import CATEGORIES, category_of, is_collective
+from hamner.profile.trace import PHASES, Activity, Trace
+from hamner.profile.work import Work, work_of
+
+TOP_KERNELS = 20
+LONG_GAP_US = 10.0
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """One kernel over a step; a CPU's operation in a trace without a GPU."""
+
+    name: str
+    category: str
+    calls: float
+    milliseconds: float
+    tflop_per_s: float | None
+    """achieved; None where the work is unknown or only traffic"""
+    gb_per_s: float | None
+    """achieved (10^9 bytes); None where the work is unknown"""
+    floor_ms: float | None
+    """least time on this GPU, by peak and bandwidth; None where either is unknown"""
+
+
+@dataclass(frozen=True)
+class Gaps:
+    """When the GPU was idle, per step."""
+
+    waiting_for_cpu_ms: float
+    between_kernels_ms: float
+    long_gaps: float
+    """gaps above LONG_GAP_US"""
+    longest_us: float
+    head_start_us: float | None
+    """median time between a kernel's launch and its start: how far ahead the CPU was"""
+
+
+@dataclass(frozen=True)
+class Communication:
+    """When messages between GPUs were under way, per step; waiting for other GPUs included."""
+
+    milliseconds: float
+    exposed_ms: float
+    """of them, those in which nothing else ran on this GPU"""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A step of a trace, averaged over the traced steps."""
+
+    source: str
+    device: str | None
+    steps: int
+    step_ms: float
+    busy_ms: float
+    categories: dict[str, float]
+    """milliseconds by category, in CATEGORIES' order, without idle"""
+    phases: dict[str, float]
+    """milliseconds of device work by phase of the step; empty for traces without them"""
+    kernels: list[KernelRow]
+    """by time"""
+    launches: float
+    gaps: Gaps | None
+    """None without a GPU"""
+    communication: Communication | None
+    """None where no GPU sends anything"""
+    gpus: int
+    """that train together; 1 for traces that do not say"""
+    waits: dict[str, tuple[float, float]]
+    """calls in which the CPU waits for the GPU: times and milliseconds"""
+    counted_tflops: float | None
+    """FLOPs of the operations with known shapes, over the step's time, TFLOP/s"""
+    tokens_per_second: float | None
+    mfu: float | None
+    unprofiled_step_ms: float | None
+    """median step before the profiler was switched on; known for captures of ours"""
+
+    @property
+    def idle_ms(self) -> float:
+        """Milliseconds in which nothing ran."""
+        return max(0.0, self.step_ms - self.busy_ms)
+
+
+def summarize(trace: Trace, *, steps: int | None = None) -> Summary:
+    """Summarise a trace.
+
+    Args:
+        trace: from `read_trace`.
+        steps: steps it holds; None counts the profiler's step annotations (none: one step).
+
+    Raises:
+        UserError: `steps` contradicts the trace's own.
+    """
+    annotated = len(trace.steps)
+    if steps is not None and annotated and steps != annotated:
+        raise UserError(
+            f"--steps {steps}: {trace.path} marks {annotated} steps itself; leave out --steps"
+        )
+    count = annotated or steps or 1
+    activities = trace.launched_in(trace.steps)
+    gpu = identify(trace.device) if trace.device else None
+    precision = trace.metadata.get("precision", "bf16")
+    busy_us, step_us = _durations(trace, activities, count)
+    rows, known = _kernels(activities, count, gpu, precision)
+    unprofiled = trace.metadata.get("unprofiled_step_ms")
+    # The profiler slows the CPU down, so where the step was also timed without it, that counts.
+    step_seconds = (unprofiled / 1e3) if unprofiled else step_us / 1e6
+    tokens = trace.metadata.get("tokens_per_step")
+    speed = tokens / step_seconds if tokens else None
+    gpus = trace.metadata.get("gpus", 1)
+    return Summary(
+        source=str(trace.path),
+        device=trace.device,
+        steps=count,
+        step_ms=step_us / 1e3,
+        busy_ms=busy_us / 1e3,
+        categories=_by_category(rows),
+        phases=_by_phase(trace, activities, count),
+        kernels=rows,
+        launches=len(activities) / count,
+        gaps=_gaps(activities, count) if trace.device else None,
+        communication=_communication(activities, count),
+        gpus=gpus,
+        waits=_waits(trace, count),
+        counted_tflops=known.flops / count / step_us / 1e6 if known.flops else None,
+        tokens_per_second=speed,
+        mfu=_mfu(speed and speed / gpus, trace.metadata.get("flops_per_token"), gpu, precision),
+        unprofiled_step_ms=unprofiled,
+    )
+
+
+def _mfu(
+    speed: float | None, flops_per_token: int | None, gpu: Gpu | None, precision: str
+) -> float | None:
+    if speed is None or flops_per_token is None or gpu is None:
+        return None
+    return speed * flops_per_token / (gpu.peak_tflops(precision) * 1e12)
+
+
+def _durations(trace: Trace, activities: list[Activity], steps: int) -> tuple[float, float]:
+    """Microseconds a step in which something ran, on whatever stream, and from end to end."""
+    if trace.device is None:
+        # An operation's own time is interrupted by the operations inside it: only its sum is known.
+        whole = trace.steps or trace.ranges
+        span = max(r.end for r in whole) - whole[0].start
+        return sum(activity.duration for activity in activities) / steps, span / steps
+    busy = 0.0
+    end = activities[0].start
+    for activity in activities:
+        busy += max(0.0, activity.end - max(end, activity.start))
+        end = max(end, activity.end)
+    return busy / steps, (end - activities[0].start) / steps
+
+
+def _kernels(
+    activities: list[Activity], steps: int, gpu: Gpu | None, precision: str
+) -> tuple[list[KernelRow], Work]:
+    """Rows by time, and the known work of them all.
+
+    An operation's work is shared by its kernels of one category in proportion to their time, so
+    they all show the rate of their operation.
+    """
+    categories = [category_of(activity) for activity in activities]
+    work_for = [
+        work_of(category, activity.caller)
+        for category, activity in zip(categories, activities, strict=True)
+    ]
+    together: dict[tuple[int, str], float] = defaultdict(float)
+    for activity, category, known in zip(activities, categories, work_for, strict=True):
+        if known is not None:
+            together[id(known[0]), category] += activity.duration
+
+    groups: dict[tuple[str, str], list[tuple[Activity, Work | None]]] = defaultdict(list)
+    total = Work(0, 0)
+    for activity, category, known in zip(activities, categories, work_for, strict=True):
+        share = None
+        if known is not None and together[id(known[0]), category] > 0:
+            part = activity.duration / together[id(known[0]), category]
+            share = Work(known[1].flops * part, known[1].bytes * part)
+            total += share
+        groups[short_name(activity.name), category].append((activity, share))
+    rows = [
+        _row(name, category, calls, steps, gpu, precision)
+        for (name, category), calls in groups.items()
+    ]
+    return sorted(rows, key=lambda row: -row.milliseconds), total
+
+
+def _row(name, category, calls, steps: int, gpu: Gpu | None, precision: str) -> KernelRow:
+    microseconds = sum(activity.duration for activity, _ in calls)
+    known = [(activity, work) for activity, work in calls if work is not None]
+    tflops = gbs = floor = None
+    # A rate of some of the calls only would be misleading.
+    if len(known) == len(calls) and microseconds > 0:
+        work = sum((work for _, work in known), Work(0, 0))
+        tflops = work.flops / microseconds / 1e6 if work.flops else None
+        gbs = work.bytes / microseconds / 1e3 if work.bytes else None
+        if gpu is not None:
+            floor = sum(work.floor_seconds(gpu, precision) for _, work in known) * 1e3 / steps
+    return KernelRow(
+        name, category, len(calls) / steps, microseconds / steps / 1e3, tflops, gbs, floor
+    )
+
+
+def short_name(name: str) -> str:
+    """A kernel's name without return type, template arguments, parameters and namespaces."""
+    name = re.sub(r"^void ", "", name).replace("(anonymous namespace)::", "")
+    name = re.sub(r"\(.*", "", name, flags=re.DOTALL)
+    head, bracket, arguments = name.partition("<")
+    head = head.removeprefix("at::native::").removeprefix("cutlass::")
+    if not bracket:
+        return head
+    # Generic wrappers are told apart by the functor they are given.
+    functors = re.findall(r"\w*(?:Functor\w*|Ops?|_kernel(?:_cuda)?|Kernel|Epilogue)\b", arguments)
+    inner = next((functor for functor in functors if functor not in head), None)
+    return f"{head}<{inner}>" if inner else head
+
+
+def _by_category(rows: list[KernelRow]) -> dict[str, float]:
+    totals = dict.fromkeys(CATEGORIES, 0.0)
+    for row in rows:
+        totals[row.category] += row.milliseconds
+    return {category: time for category, time in totals.items() if time > 0}
+
+
+def _by_phase(trace: Trace, activities: list[Activity], steps: int) -> dict[str, float]:
+    totals = dict.fromkeys(PHASES, 0.0)
+    timeline = trace.timeline(PHASES)
+    for activity in activities:
+        # What runs late was still asked for in the phase that launched it.
+        issued = activity.start if activity.launched is None else activity.launched
+        phase = timeline.at(issued)
+        if phase is not None:
+            totals[phase] += activity.duration / steps / 1e3
+    return {phase: time for phase, time in totals.items() if time > 0}
+
+
+def _gaps(activities: list[Activity], steps: int) -> Gaps:
+    waiting = between = longest = 0.0
+    long_gaps = 0
+    end = activities[0].start
+    for activity in activities:
+        gap = activity.start - end
+        if gap > 0:
+            if activity.launched is not None and activity.launched > end:
+                waiting += gap
+            else:
+                between += gap
+            long_gaps += gap > LONG_GAP_US
+            longest = max(longest, gap)
+        end = max(end, activity.end)
+    ahead = [a.start - a.launched for a in activities if a.launched is not None]
+    return Gaps(
+        waiting_for_cpu_ms=waiting / steps / 1e3,
+        between_kernels_ms=between / steps / 1e3,
+        long_gaps=long_gaps / steps,
+        longest_us=longest,
+        head_start_us=statistics.median(ahead) if ahead else None,
+    )
+
+
+def _communication(activities: list[Activity], steps: int) -> Communication | None:
+    sending = _spans([a for a in activities if is_collective(a)])
+    if not sending:
+        return None
+    total = sum(end - start for start, end in sending)
+    computing = _spans([a for a in activities if not is_collective(a)])
+    hidden, first = 0.0, 0
+    for start, end in sending:
+        while first < len(computing) and computing[first][1] <= start:
+            first += 1
+        for other_start, other_end in computing[first:]:
+            if other_start >= end:
+                break
+            hidden += min(end, other_end) - max(start, other_start)
+    return Communication(total / steps / 1e3, (total - hidden) / steps / 1e3)
+
+
+def _spans(activities: list[Activity]) -> list[tuple[float, float]]:
+    """When at least one of them ran, in order: start and end, microseconds, none overlapping."""
+    spans: list[tuple[float, float]] = []
+    for activity in activities:
+        if spans and activity.start <= spans[-1][1]:
+            spans[-1] = spans[-1][0], max(spans[-1][1], activity.end)
+        else:
+            spans.append((activity.start, activity.end))
+    return spans
+
+
+def _waits(trace: Trace, steps: int) -> dict[str, tuple[float, float]]:
+    found: dict[str, list[float]] = defaultdict(list)
+    for wait in trace.waits:
+        if not trace.steps or trace.steps[0].start <= wait.start <= trace.steps[-1].end:
+            found[wait.name].append(wait.duration)
+    return {name: (len(t) / steps, sum(t) / steps / 1e3) for name, t in found.items()}

@@ -1,0 +1,332 @@
+"""Reads a step's trace: what the GPU ran, which operations launched it, what memory they took.
+
+The format is that of `torch.profiler` (Kineto's Chrome trace, JSON, gzipped or not), whoever wrote
+it; `nsight` brings Nsight's formats into it. Torch-free.
+
+    CPU thread    ProfilerStep > range > operation > ... > launch call --correlation--> GPU event
+
+Times are microseconds on one clock, the CPU's and the GPU's alike.
+"""
+
+import gzip
+import json
+import re
+import zlib
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from hamner.errors import UserError
+from hamner.profile import nsight
+
+METADATA_KEY = "hamner"
+"""top-level key under which a capture of ours says what it traced"""
+STEP_NAME = re.compile(r"ProfilerStep#\d+")
+PHASES = ("data", "forward", "backward", "graph", "accumulate", "optimizer")
+"""annotations that a capture of ours divides a step into; "graph" is forward and backward in one"""
+
+_RANGES = ("cpu_op", "user_annotation")
+_GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
+_LAUNCHES = ("cuda_runtime", "cuda_driver")
+_WAITS = re.compile(r"(Stream|Device|Event|Ctx)Synchronize")
+
+
+@dataclass(slots=True, eq=False)
+class Range:
+    """An operation or an annotation on a CPU thread. Compared by identity."""
+
+    name: str
+    start: float
+    end: float
+    is_operation: bool
+    """False for an annotation (`record_function`)"""
+    parent: "Range | None" = None
+    inner: float = 0.0
+    """microseconds of the operations directly inside"""
+    dims: list = field(default_factory=list)
+    """shape of every argument, [] where it has none; empty if shapes were not recorded"""
+    types: list[str] = field(default_factory=list)
+    """type of every argument, "" for None"""
+    values: list[str] = field(default_factory=list)
+    """value of every scalar argument, as text"""
+
+    def chain(self) -> "Iterator[Range]":
+        """Itself and what it lies in, innermost first."""
+        current: Range | None = self
+        while current is not None:
+            yield current
+            current = current.parent
+
+
+@dataclass(slots=True, eq=False)
+class Activity:
+    """Work of the device: a kernel, a copy or a fill; on a CPU an operation's own time."""
+
+    name: str
+    start: float
+    duration: float
+    launched: float | None
+    """when the launch call returned, or None if it is not in the trace"""
+    caller: Range | None
+    """innermost operation or annotation around the launch"""
+
+    @property
+    def end(self) -> float:
+        """Microseconds."""
+        return self.start + self.duration
+
+
+@dataclass(slots=True)
+class Wait:
+    """A call in which the CPU waits for the GPU."""
+
+    name: str
+    start: float
+    duration: float
+
+
+@dataclass(slots=True)
+class MemoryEvent:
+    """Memory taken or, with `size` below 0, given back."""
+
+    time: float
+    address: int
+    size: int
+    """bytes"""
+    allocated: int
+    """bytes in all, after the event"""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """All that the summaries read of a trace, in order of time."""
+
+    path: Path
+    device: str | None
+    """the driver's name of the GPU; None if the trace holds no GPU work"""
+    activities: list[Activity]
+    ranges: list[Range]
+    waits: list[Wait]
+    memory: list[MemoryEvent]
+    """of the GPU if there is any, else of the CPU"""
+    metadata: dict
+    """what a capture of ours says of itself; empty for other traces"""
+
+    @property
+    def steps(self) -> list[Range]:
+        """The profiler's step annotations."""
+        return [r for r in self.ranges if not r.is_operation and STEP_NAME.fullmatch(r.name)]
+
+    def launched_in(self, steps: Sequence[Range]) -> list[Activity]:
+        """The work launched inside steps that follow each other; all of it if there is none."""
+
+        def launched(activity: Activity) -> float:
+            return activity.start if activity.launched is None else activity.launched
+
+        if not steps:
+            return self.activities
+        first, last = steps[0].start, steps[-1].end
+        return [a for a in self.activities if first <= launched(a) <= last] or self.activities
+
+    def timeline(self, names: Sequence[str]) -> "Timeline":
+        """Where the annotations `names`, which follow each other, lie in time."""
+        return Timeline([r for r in self.ranges if not r.is_operation and r.name in names])
+
+
+def with_callers_of(trace: Trace, launches: Trace) -> Trace:
+    """A CUDA graph's trace with the callers of the same steps launched one by one.
+
+    A graph's kernels are launched by one call that knows nothing of operations and shapes. Of each
+    kernel's name, the n-th call stands for the n-th of the other trace, as long as a step has
+    equally many in both, and the other trace has as many steps or more.
+    """
+    their_calls = defaultdict(list)
+    for activity in launches.activities:
+        their_calls[activity.name].append(activity)
+    our_calls = defaultdict(list)
+    for activity in trace.activities:
+        our_calls[activity.name].append(activity)
+    callers: dict[Activity, Range | None] = {}
+    for name, calls in our_calls.items():
+        known = their_calls[name]
+        # Each call gets an operation of its own: their work adds up over the steps.
+        same_rate = len(calls) * max(1, len(launches.steps)) == len(known) * max(
+            1, len(trace.steps)
+        )
+        if same_rate and len(known) >= len(calls):
+            pairs = zip(calls, known, strict=False)
+            callers |= {ours: theirs.caller for ours, theirs in pairs}
+    activities = [replace(a, caller=callers.get(a, a.caller)) for a in trace.activities]
+    return replace(trace, activities=activities)
+
+
+class Timeline:
+    """Annotations that follow each other without nesting.
+
+    Args:
+        ranges: by their start.
+    """
+
+    def __init__(self, ranges: list[Range]) -> None:
+        self.ranges = ranges
+
+    def at(self, time: float) -> str | None:
+        """Name of the range that covers `time`."""
+        position = bisect_right(self.ranges, time, key=lambda r: r.start) - 1
+        covered = position >= 0 and time <= self.ranges[position].end
+        return self.ranges[position].name if covered else None
+
+
+def read_trace(path: Path) -> Trace:
+    """Read a trace of torch-profiler, Nsight Systems (SQLite) or Nsight Compute (CSV).
+
+    Raises:
+        UserError: the file is not readable or not such a trace.
+    """
+    document = _read_document(path)
+    events = document.get("traceEvents") if isinstance(document, dict) else document
+    if not isinstance(events, list):
+        raise UserError(
+            f"{path} is not a torch-profiler trace: it has no traceEvents; write one with "
+            "torch.profiler's export_chrome_trace or with python -m hamner.profile"
+        )
+    header = document if isinstance(document, dict) else {}
+    complete = [e for e in events if isinstance(e, dict) and e.get("ph") == "X" and "dur" in e]
+    ranges, launches = _nest(complete)
+    activities = _gpu_activities(complete, launches)
+    on_gpu = bool(activities)
+    if not on_gpu:
+        activities = _cpu_activities(ranges)
+    if not activities:
+        raise UserError(f"{path} holds neither GPU work nor operations: nothing to summarise")
+    waits = [
+        Wait(e["name"], float(e["ts"]), float(e["dur"]))
+        for e in complete
+        if e.get("cat") in _LAUNCHES and _WAITS.search(e["name"])
+    ]
+    metadata = header.get(METADATA_KEY)
+    return Trace(
+        path=path,
+        device=_device_name(header) if on_gpu else None,
+        activities=activities,
+        ranges=sorted(ranges, key=lambda r: r.start),
+        waits=sorted(waits, key=lambda wait: wait.start),
+        memory=_memory_events(events),
+        metadata=metadata if isinstance(metadata, dict) else {},
+    )
+
+
+def _read_document(path: Path) -> object:
+    try:
+        content = path.read_bytes()
+        # By content: some tools gzip without saying so in the name.
+        if content[:2] == b"\x1f\x8b":
+            content = gzip.decompress(content)
+        if content.startswith(nsight.SQLITE_MAGIC):
+            return nsight.read_systems(path)
+        if content.lstrip()[:1] in (b"{", b"["):
+            return json.loads(content)
+        return nsight.read_compute(path, content)
+    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(
+            f"{path} is not a torch-profiler trace (JSON, gzipped or not), Nsight Systems' SQLite "
+            f"export or Nsight Compute's CSV: {error}"
+        ) from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _nest(events: list[dict]) -> tuple[list[Range], dict[int, tuple[float, Range | None]]]:
+    """Ranges with their parents, and for each correlation id when its launch ended, and in what."""
+    by_thread = defaultdict(list)
+    for event in events:
+        if event.get("cat") in (*_RANGES, *_LAUNCHES):
+            by_thread[event.get("pid"), event.get("tid")].append(event)
+    ranges: list[Range] = []
+    launches: dict[int, tuple[float, Range | None]] = {}
+    for thread in by_thread.values():
+        # Of two that start together, the longer is the outer one.
+        thread.sort(key=lambda e: (float(e["ts"]), -float(e["dur"])))
+        current: Range | None = None
+        for event in thread:
+            start = float(event["ts"])
+            end = start + float(event["dur"])
+            while current is not None and current.end <= start:
+                current = current.parent
+            if event["cat"] in _LAUNCHES:
+                correlation = event.get("args", {}).get("correlation")
+                if correlation is not None:
+                    launches[correlation] = end, current
+                continue
+            arguments = event.get("args", {})
+            parent, current = (
+                current,
+                Range(
+                    name=event["name"],
+                    start=start,
+                    end=end,
+                    is_operation=event["cat"] == "cpu_op",
+                    parent=current,
+                    dims=arguments.get("Input Dims", []),
+                    types=arguments.get("Input type", []),
+                    values=arguments.get("Concrete Inputs", []),
+                ),
+            )
+            if current.is_operation:
+                _add_inner_time(parent, end - start)
+            ranges.append(current)
+    return ranges, launches
+
+
+def _add_inner_time(parent: Range | None, duration: float) -> None:
+    """Count an operation's time as not being the own time of the operation it lies in."""
+    while parent is not None and not parent.is_operation:
+        parent = parent.parent
+    if parent is not None:
+        parent.inner += duration
+
+
+def _gpu_activities(
+    events: list[dict], launches: dict[int, tuple[float, Range | None]]
+) -> list[Activity]:
+    activities = []
+    for event in events:
+        if event.get("cat") in _GPU_WORK:
+            correlation = event.get("args", {}).get("correlation")
+            launched, caller = launches.get(correlation, (None, None))
+            activities.append(
+                Activity(event["name"], float(event["ts"]), float(event["dur"]), launched, caller)
+            )
+    return sorted(activities, key=lambda activity: activity.start)
+
+
+def _cpu_activities(ranges: list[Range]) -> list[Activity]:
+    """Without a GPU, the device's work is what each operation does outside those inside it."""
+    activities = []
+    for operation in ranges:
+        own = operation.end - operation.start - operation.inner
+        if operation.is_operation and own > 0:
+            activities.append(Activity(operation.name, operation.start, own, None, operation))
+    return sorted(activities, key=lambda activity: activity.start)
+
+
+def _memory_events(events: list) -> list[MemoryEvent]:
+    by_device: dict[int, list[MemoryEvent]] = {0: [], 1: []}  # c10::DeviceType: CPU, CUDA
+    for event in events:
+        if isinstance(event, dict) and event.get("name") == "[memory]":
+            values = event["args"]
+            by_device.setdefault(values["Device Type"], []).append(
+                MemoryEvent(
+                    float(event["ts"]), values["Addr"], values["Bytes"], values["Total Allocated"]
+                )
+            )
+    return sorted(by_device[1] or by_device[0], key=lambda event: event.time)
+
+
+def _device_name(header: dict) -> str | None:
+    properties = header.get("deviceProperties")
+    if isinstance(properties, list) and properties and isinstance(properties[0], dict):
+        return properties[0].get("name")
+    return "unknown GPU"

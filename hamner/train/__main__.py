@@ -1,0 +1,69 @@
+"""`python -m hamner.train`: pre-train an option from scratch, resume a run, replay a bad step."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import tyro
+
+from hamner.cli import flag_value, gather_data, run_command
+from hamner.config.train import CONFIG_FILE, TrainConfig
+from hamner.errors import EXIT_BAD_STEPS, EXIT_INTERRUPTED, UserError
+from hamner.parallel.ranks import resume_after_restart
+
+
+def parse(args: Sequence[str]) -> TrainConfig:
+    """Read the command line.
+
+    The defaults are those of `--option`, or with `--resume` and `--replay` those the run was
+    started with, so that `--resume --run-dir runs/a` alone continues a run and any other flag
+    changes it.
+
+    Raises:
+        UserError: values that make no sense, alone or together.
+        SystemExit: code 2 on unknown flags, 0 after --help.
+    """
+    args = gather_data(args)
+    option = flag_value(args, "--option") or TrainConfig.option
+    default = TrainConfig.for_option(option)
+    run_dir, replay = flag_value(args, "--run-dir"), flag_value(args, "--replay")
+    folder = Path(run_dir) if run_dir else default.folder
+    args, saved = resume_after_restart(args, folder), folder / CONFIG_FILE
+    if replay:
+        if not Path(replay).is_file():
+            raise UserError(f"--replay {replay}: no such file; RUN/bad_steps/ has those of a run")
+        # RUN/bad_steps/FILE
+        saved = Path(replay).parent.parent / CONFIG_FILE
+        default = replace(TrainConfig.read(saved), run_dir=saved.parent)
+    elif "--resume" in args and saved.is_file():
+        default = replace(
+            TrainConfig.read(saved), resume=True, stop_after=None, allow_data_change=False
+        )
+    return tyro.cli(
+        tyro.conf.OmitArgPrefixes[TrainConfig],
+        default=default,
+        args=args,
+        prog="python -m hamner.train",
+        config=(tyro.conf.HelptextFromCommentsOff,),
+    )
+
+
+def main(args: Sequence[str]) -> int:
+    """Train as the command line says; returns the exit code."""
+    config = parse(args)
+    # Torch takes a second or more to load: only now, so that --help and refusals are immediate.
+    if config.replay:
+        from hamner.train.replay import replay
+
+        print(replay(config))
+        return 0
+    from hamner.train.loop import train
+
+    result = train(config)
+    if result.diagnosis:
+        return EXIT_BAD_STEPS
+    return EXIT_INTERRUPTED if result.interrupted else 0
+
+
+if __name__ == "__main__":
+    run_command(main)

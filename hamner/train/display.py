@@ -1,0 +1,123 @@
+"""What a run shows: a live panel on a terminal, plain lines elsewhere."""
+
+import contextlib
+
+from rich.console import Console
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from hamner.train.metrics import Record
+
+
+class Display:
+    """Shows records as they come, and one-line messages.
+
+    Args:
+        name: of the run, the panel's title.
+        total_tokens: length of the run.
+        budget_gib: memory the run may take, GiB, or None without a GPU.
+        console: where to; a terminal gets the panel.
+        log: gets plain lines as well.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        total_tokens: int,
+        budget_gib: float | None,
+        console: Console | None = None,
+        log: Console | None = None,
+    ) -> None:
+        self.name, self.total_tokens, self.budget_gib = name, total_tokens, budget_gib
+        self.console, self.log = console or Console(highlight=False), log
+        self.live: Live | None = None
+
+    def __enter__(self) -> "Display":
+        if self.console.is_terminal:
+            self.live = Live(console=self.console, refresh_per_second=4)
+            self.live.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.live:
+            with contextlib.suppress(OSError):
+                self.live.stop()
+
+    def message(self, text: str) -> None:
+        """Print one message above the panel; a terminal or disk that is gone ends no run."""
+        self._print(self.console, text)
+        self._print(self.log, text)
+
+    def show(self, record: Record) -> None:
+        """Show a record."""
+        fields = self.fields(record)
+        line = " | ".join(f"{name} {value}" for name, value in fields.items())
+        if self.live is None:
+            self.message(line)
+            return
+        self._print(self.log, line)
+        grid = Table.grid(padding=(0, 3), expand=True)
+        for _ in range(4):
+            grid.add_column(ratio=1)
+        cells = [Text.assemble((f"{name} ", "dim"), value) for name, value in fields.items()]
+        for start in range(0, len(cells), 4):
+            grid.add_row(*cells[start : start + 4])
+        body = Table.grid(expand=True)
+        body.add_row(grid)
+        body.add_row(ProgressBar(total=self.total_tokens, completed=record.tokens))
+        with contextlib.suppress(OSError):
+            self.live.update(Panel(body, title=self.name))
+
+    def _print(self, console: Console | None, text: str) -> None:
+        if console is not None:
+            with contextlib.suppress(OSError):
+                console.print(Text(text), soft_wrap=True)
+
+    def fields(self, record: Record) -> dict[str, str]:
+        """Names and values of what is shown."""
+        fields = {
+            "step": f"{record.step:,}",
+            "loss": f"{record.loss:.4f}",
+            "ppl": f"{record.perplexity:,.1f}",
+        }
+        if record.val_loss is not None:
+            fields["val"] = f"{record.val_loss:.4f} @ {record.val_step:,}"
+        fields["lr"] = f"{record.lr:.2e}"
+        fields["norm"] = f"{record.grad_norm:.2f}"
+        fields["tok/s"] = f"{record.tokens_per_second:,.0f}"
+        if record.mfu is not None:
+            fields["MFU"] = f"{record.mfu:.1%}"
+        if record.peak_vram_gib is not None:
+            fields["VRAM"] = f"{record.peak_vram_gib:.1f}/{self.budget_gib:.1f} GiB"
+        fields["tokens"] = f"{count(record.tokens)}/{count(self.total_tokens)}"
+        if record.tokens_per_second:
+            left = (self.total_tokens - record.tokens) / record.tokens_per_second
+            fields["left"] = duration(left)
+        if record.skipped_steps:
+            fields["skipped"] = f"{record.skipped_steps:,}"
+        return fields
+
+
+def duration(seconds: float) -> str:
+    """Two largest units: `5 d 18 h`, `3 min 20 s`."""
+    units = (("years", 31_557_600), ("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1))
+    seconds = round(seconds)
+    for position, (unit, size) in enumerate(units):
+        if seconds >= size:
+            text = f"{seconds // size:,} {unit}"
+            if position + 1 < len(units):
+                smaller, smaller_size = units[position + 1]
+                text += f" {seconds % size // smaller_size} {smaller}"
+            return text
+    return "0 s"
+
+
+def count(number: float) -> str:
+    """`10.00B`, `819.2K`."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if number >= size:
+            return f"{number / size:.2f}{unit}"
+    return f"{number:.0f}"

@@ -1,0 +1,144 @@
+"""What a run measures: tokens/s, MFU, memory."""
+
+import math
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+
+from hamner.config.model import ModelConfig
+from hamner.hardware import GIB, Gpu
+
+
+@dataclass(frozen=True)
+class Spike:
+    """A step whose loss was far above those before it."""
+
+    step: int
+    tokens: int
+    loss: float
+    """nats per token"""
+    z_score: float
+    """robust: see `hamner.train.step_monitor.SpikeDetector`"""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One line of metrics.jsonl."""
+
+    step: int
+    tokens: int
+    """trained so far"""
+    loss: float
+    """cross-entropy, mean over the steps since the last record, skipped ones left out, nats per
+    token; NaN if all were skipped"""
+    val_loss: float | None
+    """the latest evaluation, at `val_step`"""
+    val_step: int | None
+    lr: float
+    grad_norm: float
+    """global norm before clipping, of the last step"""
+    tokens_per_second: float
+    """since the last record; evaluation, sampling and saving not counted"""
+    mfu: float | None
+    """share of the GPU's dense peak, or None where the peak is unknown"""
+    peak_vram_gib: float | None
+    """most memory allocated since the start, or None without a GPU"""
+    seconds: float
+    """of training in all starts together"""
+    skipped_steps: int
+    """steps without an update because loss or gradient was not finite, all in all"""
+    sources: dict[str, dict]
+    """by --data SPEC: tokens, documents, epochs, skipped, lost (see `TrainLoader.progress`);
+    empty for conversations"""
+    router: dict | None = None
+    """per layer expert load (shares of the routed assignments) and entropy (nats), means over the
+    same steps as the loss, and dropped (assignments that no expert took: none ever); or None"""
+    spikes: tuple[Spike, ...] = ()
+    """steps since the last record whose loss stood out"""
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(min(self.loss, 700.0))
+
+    def to_json(self) -> dict:
+        """As written to metrics.jsonl: what is not finite, which JSON cannot say, is null."""
+        values = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in asdict(self).items()
+        }
+        if self.router is None:
+            del values["router"]
+        if not self.sources:
+            del values["sources"]
+        if not self.spikes:
+            del values["spikes"]
+        return values
+
+
+class Stopwatch:
+    """Seconds of training, paused for evaluation, sampling and saving.
+
+    Args:
+        seconds: trained before this start.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.started: float | None = None
+
+    def start(self) -> None:
+        """Run."""
+        self.started = time.perf_counter()
+
+    def pause(self) -> None:
+        """Stop and add what ran."""
+        self.seconds = self.read()
+        self.started = None
+
+    def read(self) -> float:
+        """Seconds so far."""
+        running = 0.0 if self.started is None else time.perf_counter() - self.started
+        return self.seconds + running
+
+
+class Mfu:
+    """Model FLOPs utilisation (PaLM, arXiv:2204.02311) by the formula of `flops_per_token`.
+
+    Args:
+        model: shape.
+        seq_len: tokens per sequence.
+        gpu: the table's entry, or None for an unknown GPU or a CPU.
+        precision: "bf16" or "fp32".
+    """
+
+    def __init__(self, model: ModelConfig, seq_len: int, gpu: Gpu | None, precision: str) -> None:
+        self.flops = model.flops_per_token(seq_len)
+        self.unhalved = model.flops_per_token(seq_len, causal=False)
+        self.gpu, self.precision = gpu, precision
+        self.peak = gpu.peak_tflops(precision) * 1e12 if gpu else None
+
+    def __call__(self, tokens_per_second: float) -> float | None:
+        """Share of the peak, or None where it is unknown."""
+        return tokens_per_second * self.flops / self.peak if self.peak else None
+
+    def explain(self) -> str:
+        """The formula with this run's numbers."""
+        per_token = (
+            f"{self.flops / 1e9:.3f} GFLOP per token (6 x active matmul parameters + 6 L d T, "
+            f"causal; {self.unhalved / 1e9:.3f} with the full square)"
+        )
+        if self.peak is None:
+            return f"{per_token}; MFU not shown: the device's peak is unknown"
+        return (
+            f"MFU = tokens/s x {per_token} / {self.peak / 1e12:.1f} TFLOP/s "
+            f"({self.gpu.name}, dense {self.precision})"
+        )
+
+
+def peak_vram_gib(device: torch.device) -> float | None:
+    """Most memory PyTorch had allocated on the GPU, GiB; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.max_memory_allocated(device) / GIB

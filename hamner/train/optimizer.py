@@ -1,0 +1,204 @@
+"""AdamW with fp32 masters, parameter groups and the learning-rate schedule.
+
+The module's parameters are what matmuls read (bf16 on a GPU); the optimizer owns fp32 masters and
+moments and writes the bf16 copy in the same pass (Loshchilov & Hutter 2019, arXiv:1711.05101). With
+the Triton kernels it keeps of each master only what the bf16 copy lacks (`split_master`): the same
+updates in 2 bytes less a parameter. Nothing waits for the GPU: the clip coefficient stays on the
+device, and a step whose loss or gradient norm is not finite is skipped there.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hamner.checkpoint.format import Checkpoint
+from hamner.kernels.adamw import clip_coefficient, join_master, split_master
+from hamner.model.ops import Ops
+from hamner.parallel.engines import OneProcess
+from hamner.parallel.tensors import local
+
+BETAS = (0.9, 0.95)
+EPS = 1e-8
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Linear warm-up, then cosine from `lr` to `min_lr`; by tokens, so batch sizes may change."""
+
+    lr: float
+    min_lr: float
+    warmup_tokens: int
+    total_tokens: int
+
+    def __call__(self, tokens: int) -> float:
+        """Learning rate of the step that ends at `tokens` trained tokens."""
+        if tokens < self.warmup_tokens:
+            return self.lr * tokens / self.warmup_tokens
+        span = max(1, self.total_tokens - self.warmup_tokens)
+        progress = min(1.0, (tokens - self.warmup_tokens) / span)
+        return self.min_lr + 0.5 * (self.lr - self.min_lr) * (1 + math.cos(math.pi * progress))
+
+
+class AdamW:
+    """Owns masters and moments of a model's parameters, by name.
+
+    Args:
+        model: its matrices are cast to `dtype` in place; vectors (norms, lambdas) stay fp32.
+        ops: whose `adamw_` and `global_grad_norm` run.
+        dtype: compute dtype of the matrices; fp32 needs no masters.
+        weight_decay: of the matrices, none on vectors.
+        grad_clip: largest global gradient norm; 0 does not clip.
+        engine: which finishes the sums of gradients over processes. With FSDP2 all tensors here are
+            DTensors, and each process updates its shards.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        ops: Ops,
+        *,
+        dtype: torch.dtype,
+        weight_decay: float,
+        grad_clip: float,
+        engine: OneProcess | None = None,
+    ) -> None:
+        self.ops, self.weight_decay, self.grad_clip = ops, weight_decay, grad_clip
+        self.engine = engine or OneProcess()
+        self.parameters = dict(model.named_parameters())
+        self.buffers = dict(model.named_buffers())
+        self.masters: dict[str, Tensor] = {}
+        """fp32, of parameters in another dtype"""
+        self.remainders: dict[str, Tensor] = {}
+        """int16, in place of masters where ops splits them"""
+        self.accumulated: dict[str, Tensor] = {}
+        for name, parameter in self.parameters.items():
+            if parameter.ndim < 2 or dtype == torch.float32:
+                continue
+            if ops.splits_masters and dtype == torch.bfloat16:
+                parameter.data, self.remainders[name] = split_master(parameter.data)
+            else:
+                self.masters[name] = parameter.data
+                parameter.data = parameter.data.to(dtype)
+        self.exp_avg, self.exp_avg_sq = (
+            {n: torch.zeros_like(p, dtype=torch.float32) for n, p in self.parameters.items()}
+            for _ in range(2)
+        )
+        self.steps = 0
+
+    def master(self, name: str) -> Tensor:
+        """The fp32 weights that updates add up in; a copy where they are split."""
+        weight = self.parameters[name].data
+        if name in self.remainders:
+            return join_master(weight, self.remainders[name])
+        return self.masters.get(name, weight)
+
+    @torch.no_grad()
+    def restore(self, saved: Checkpoint, steps: int) -> None:
+        """Load the model, masters and moments of a checkpoint, whatever precision it has."""
+        # Split masters on the host: the device may have no room for whole ones.
+        masters = {
+            name: torch.empty(parameter.shape) if name in self.remainders else self.master(name)
+            for name, parameter in self.parameters.items()
+        }
+        saved.load_model({**masters, **self.buffers})
+        saved.load_optimizer(masters, self.exp_avg, self.exp_avg_sq)
+        for name, remainder in self.remainders.items():
+            param, rest = split_master(masters[name])
+            self.parameters[name].data.copy_(param)
+            remainder.copy_(rest)
+        for name, master in self.masters.items():
+            self.parameters[name].data.copy_(master)
+        self.steps = steps
+
+    @torch.no_grad()
+    def accumulate(self) -> None:
+        """Add the gradients of a micro-batch to fp32 sums and drop them."""
+        for name, parameter in self.parameters.items():
+            if parameter.grad is None:
+                continue
+            if name in self.accumulated:
+                self.accumulated[name].add_(parameter.grad)
+            else:
+                # A copy: a CUDA graph overwrites its gradients.
+                self.accumulated[name] = parameter.grad.to(torch.float32, copy=True)
+            parameter.grad = None
+
+    @torch.no_grad()
+    def step(self, lr: float, loss: Tensor | None = None) -> Tensor:
+        """Update every parameter from its gradient, or from the accumulated sums.
+
+        Args:
+            lr: learning rate.
+            loss: 0-d fp32 on the device; the step is skipped if it is not finite.
+
+        Returns:
+            The global gradient norm before clipping, 0-d fp32 on the device, NaN if the loss is
+            not finite; the step was skipped if the norm is not finite.
+        """
+        gradients = self.accumulated or {
+            name: parameter.grad
+            for name, parameter in self.parameters.items()
+            if parameter.grad is not None
+        }
+        self.steps += 1
+        norm = self.engine.grad_norm(self.ops.global_grad_norm, gradients)
+        if loss is not None:
+            norm = norm + (loss - loss)  # 0, or NaN where the loss is infinite or NaN
+        clip = clip_coefficient(norm, self.grad_clip or math.inf)
+        for decays, states in self._kinds(gradients):
+            self.ops.adamw_(
+                *zip(*states, strict=True),
+                lr=lr,
+                betas=BETAS,
+                eps=EPS,
+                weight_decay=self.weight_decay if decays else 0.0,
+                step=self.steps,
+                clip_coef=clip,
+            )
+        self.drop_gradients()
+        return norm
+
+    def _kinds(self, gradients: Mapping[str, Tensor]) -> Iterator[tuple[bool, list[tuple]]]:
+        """What `adamw_` updates at once: whether the weights decay, and each parameter's tensors.
+
+        Of one kind are parameters of the same dtypes that all decay or all do not.
+        """
+        masters = self.masters | self.remainders
+        kinds = defaultdict(list)
+        for name, gradient in gradients.items():
+            parameter = self.parameters[name]
+            weight = local(parameter.data)
+            state = (
+                weight,
+                local(masters[name]) if name in masters else weight,
+                local(gradient),
+                local(self.exp_avg[name]),
+                local(self.exp_avg_sq[name]),
+            )
+            kinds[parameter.ndim >= 2, *(tensor.dtype for tensor in state)].append(state)
+        for (decays, *_), states in kinds.items():
+            yield decays, states
+
+    def drop_gradients(self) -> None:
+        """Forget the gradients, accumulated ones too."""
+        self.accumulated = {}
+        self.drop_last_gradients()
+
+    def drop_last_gradients(self) -> None:
+        """Forget the gradients of the last backward pass alone."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the state by the name it has in a checkpoint.
+
+        `remainder.NAME` is the exception: `checkpoint.save` writes `master.NAME`, joined.
+        """
+        tensors = {f"master.{name}": tensor for name, tensor in self.masters.items()}
+        tensors |= {f"remainder.{name}": tensor for name, tensor in self.remainders.items()}
+        tensors |= {f"exp_avg.{name}": tensor for name, tensor in self.exp_avg.items()}
+        return tensors | {f"exp_avg_sq.{name}": t for name, t in self.exp_avg_sq.items()}

@@ -1,0 +1,218 @@
+"""What a resumed run takes over from its checkpoint, and what may have changed in between.
+
+Free to change: batch size, micro-batch, sequence length, recompute policy, kernels, compilation,
+precision, device, learning rates. Refused: another model or tokenizer, whose weights would mean
+something else. Other data is refused unless `--allow-data-change` insists.
+"""
+
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+from hamner.checkpoint import format as checkpoint
+from hamner.checkpoint.format import Checkpoint, CheckpointError
+from hamner.checkpoint.run_folder import RunFolder
+from hamner.config.model import ModelConfig, flag
+from hamner.config.train import TrainConfig
+from hamner.data.loader import TrainLoader
+from hamner.data.tokenizer import Tokenizer
+from hamner.errors import UserError
+from hamner.train.optimizer import Schedule
+
+STATE_FORMAT = 2
+"""of state.json"""
+NUMBER, COUNT = (int, float), (int,)
+STATE_FIELDS = {
+    "format": COUNT,
+    "step": COUNT,
+    "tokens": COUNT,
+    "seconds": NUMBER,
+    "optimizer_steps": COUNT,
+    "skipped_steps": COUNT,
+    "loss_sum": NUMBER,
+    "loss_steps": COUNT,
+    "val_loss": (*NUMBER, type(None)),
+    "val_step": (*COUNT, type(None)),
+    "recent_losses": (list,),
+    "schedule": (dict,),
+    "model": (dict,),
+    "tokenizer": (str,),
+    "data": (dict,),
+    "rng": (dict,),
+    "versions": (dict,),
+}
+"""of state.json, with the types of their values"""
+SCHEDULE_FIELDS = {
+    "warmup_steps": COUNT,
+    "warmup_tokens": NUMBER,
+    "length": (list,),
+    "total_tokens": COUNT,
+}
+_ANOTHER = "remove that checkpoint, or start another run with --run-dir FOLDER"
+_NOT_THE_MODEL = {
+    *("gradient_checkpointing", "router_aux_loss_coef", "router_z_loss_coef"),
+    "router_bias_update_speed",
+}
+"""fields of ModelConfig that say how to train, not what the weights are"""
+
+
+def find_checkpoint(folder: Path, notes: list[str]) -> tuple[Checkpoint | None, dict]:
+    """The newest whole checkpoint and its state; (None, {}) if nothing was ever saved.
+
+    Args:
+        folder: of the checkpoints.
+        notes: gets a sentence for each checkpoint that was passed over.
+
+    Raises:
+        UserError: there are checkpoints and none is whole, or it is of another version.
+    """
+    found, errors = checkpoint.newest_whole(folder)
+    if found is None and errors:
+        raise UserError(
+            f"--resume: no checkpoint in {folder} is whole: {'; '.join(map(str, errors))}; "
+            "put a whole one there or start another run with --run-dir FOLDER"
+        )
+    if found is None:
+        return None, {}
+    state = found.state()
+    if "imported_from" in state:
+        raise UserError(
+            f"--resume: {found.path} was imported without its optimizer's state, so its training "
+            "cannot go on here; fine-tune it with python -m hamner.sft"
+        )
+    path = found.path / checkpoint.STATE_FILE
+    if state.get("format") != STATE_FORMAT:
+        raise CheckpointError(
+            f"{path} has format {state.get('format')}, this version of Hamner resumes format "
+            f"{STATE_FORMAT}; start another run with --run-dir FOLDER"
+        )
+    _require_fields(path, state, STATE_FIELDS)
+    _require_fields(path, state["schedule"], SCHEDULE_FIELDS)
+    if not all(_is_a(value, NUMBER) for value in state["recent_losses"]):
+        raise CheckpointError(f"{path}: recent_losses must be numbers; {_ANOTHER}")
+    notes += [f"WARNING: passed over a newer checkpoint: {error}" for error in errors]
+    return found, state
+
+
+def _require_fields(path: Path, found: dict, fields: dict[str, tuple[type, ...]]) -> None:
+    for name, types in fields.items():
+        value = found.get(name)
+        is_count = types[0] is int and not isinstance(value, float)
+        if name not in found or not _is_a(value, types) or (is_count and value and value < 0):
+            raise CheckpointError(f"{path}: {name} is missing or not what it must be; {_ANOTHER}")
+
+
+def _is_a(value: object, types: tuple[type, ...]) -> bool:
+    """isinstance, except that JSON's true is no number."""
+    return isinstance(value, types) and not isinstance(value, bool)
+
+
+def rewind(run: RunFolder, step: int) -> None:
+    """Forget what the run made after `step`: records are cut, damaged checkpoints renamed.
+
+    The last thing of a resume that nothing refuses any more.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    try:
+        run.rewind(step)
+        checkpoint.set_aside(run.checkpoints, newer_than=step)
+    except OSError as error:
+        raise UserError(f"--run-dir {run.path} cannot be written: {error.strerror}") from error
+
+
+def require_same_model(
+    found: Checkpoint, state: dict, config: TrainConfig, tokenizer: Tokenizer
+) -> None:
+    """Refuse to load another model's or another tokenizer's state.
+
+    Raises:
+        UserError: spells out every difference.
+    """
+    # A field that is newer than the checkpoint has its default there.
+    saved = {**asdict(ModelConfig()), **state["model"]}
+    names = [field.name for field in fields(ModelConfig) if field.name not in _NOT_THE_MODEL]
+    differences = [
+        f"--{flag(name)} {getattr(config.model, name)} is not the {saved[name]}"
+        for name in names
+        if getattr(config.model, name) != saved[name]
+    ]
+    if state["tokenizer"] != tokenizer.fingerprint:
+        differences.append(
+            f"--tokenizer {config.tokenizer} (fingerprint {tokenizer.fingerprint[:12]}) is not the "
+            f"one (fingerprint {str(state['tokenizer'])[:12]})"
+        )
+    if differences:
+        raise UserError(
+            f"{' and '.join(differences)} that {found.path} was trained with; leave the flag out, "
+            "or start another run with --run-dir"
+        )
+
+
+def require_router_state(found: Checkpoint, state: dict, model: ModelConfig) -> bool:
+    """Whether the checkpoint of a mixture has its routers' state; ones older than it have none.
+
+    Raises:
+        CheckpointError: the state is not what it must be.
+    """
+    if not model.is_moe or "router_sum" not in state:
+        return False
+    experts = model.num_experts
+    starvation = state.get("starvation")
+    starvation = starvation if isinstance(starvation, dict) else {}
+    tables = {
+        "router_sum": (state["router_sum"], experts + 1, NUMBER),
+        "starvation: low_steps": (starvation.get("low_steps"), experts, COUNT),
+        "starvation: told": (starvation.get("told"), experts, (bool,)),
+    }
+    for name, (rows, columns, types) in tables.items():
+        is_table = isinstance(rows, list) and len(rows) == model.num_layers
+        if not is_table or not all(
+            isinstance(row, list)
+            and len(row) == columns
+            and all(isinstance(value, types) for value in row)
+            for row in rows
+        ):
+            raise CheckpointError(
+                f"{found.path / checkpoint.STATE_FILE}: {name} is not what it must be; {_ANOTHER}"
+            )
+    return True
+
+
+def load_position(loader: TrainLoader, saved: dict, config: TrainConfig, notes: list[str]) -> None:
+    """Go on in the data where the checkpoint was.
+
+    Raises:
+        UserError: it was other data, and `--allow-data-change` was not given.
+    """
+    try:
+        loader.load_state_dict(saved)
+    except UserError as error:
+        if not config.allow_data_change:
+            raise UserError(
+                f"{error}; --allow-data-change goes on with the new data from its start"
+            ) from error
+        notes.append(f"WARNING: --allow-data-change: the data is read from its start ({error})")
+
+
+def describe_schedule(config: TrainConfig, schedule: Schedule) -> dict:
+    """For a checkpoint: the schedule in tokens, beside the flags it was made from."""
+    return {
+        "warmup_steps": config.warmup_steps,
+        "warmup_tokens": schedule.warmup_tokens,
+        "length": [config.steps, config.tokens],
+        "total_tokens": schedule.total_tokens,
+    }
+
+
+def continue_schedule(config: TrainConfig, schedule: Schedule, saved: dict) -> Schedule:
+    """The schedule of a resumed run: as before in tokens, whatever a step is now.
+
+    Another `--batch-size` or `--seq-len` makes the same number of steps another number of tokens.
+    So a flag that is as it was keeps its tokens, and only one that was changed counts anew.
+    """
+    if config.warmup_steps == saved["warmup_steps"]:
+        schedule = replace(schedule, warmup_tokens=saved["warmup_tokens"])
+    if [config.steps, config.tokens] == saved["length"]:
+        schedule = replace(schedule, total_tokens=saved["total_tokens"])
+    return schedule

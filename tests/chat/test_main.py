@@ -1,0 +1,264 @@
+"""The terminal: commands, streaming, and `python -m hamner.chat` as a user meets it."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from hamner.chat.__main__ import Chat, ChatConfig, Complete, Terminal, main, parse
+from hamner.data.chat_template import Message, render_prompt
+from hamner.data.tokenizer import load_tokenizer
+from hamner.errors import UserError
+from hamner.model.generate import Completion, Generator
+from hamner.model.sampling import Sampling
+from tests.models import DENSE
+from tests.saved import save_run, sharp
+from tests.scripted import Script
+
+END = 4
+SHAPE = replace(DENSE, vocab_size=300, max_seq_len=128)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(vocab_size=300)
+
+
+class Console:
+    """A terminal on which lines are typed one after the other."""
+
+    def __init__(self, *lines: str) -> None:
+        self.lines, self.text = list(lines), ""
+
+    def read(self, prompt: str) -> str:
+        if not self.lines:
+            raise EOFError
+        return self.lines.pop(0)
+
+    def write(self, piece: str) -> None:
+        self.text += piece
+
+
+def session(kind, tokenizer, says: str, *lines: str, context: int = 1000, **config):
+    """A finished session, what was shown, and the script that spoke."""
+    ids = [*tokenizer.encode(says), END if kind is Chat else tokenizer.eot_id]
+    script = Script(tokenizer, ids, context)
+    console = Console(*lines)
+    finished = kind(ChatConfig(**config), script, Terminal(console.read, console.write))
+    finished.run()
+    return finished, console.text, script
+
+
+def test_answers_are_shown_until_quit(tokenizer):
+    _, text, script = session(Chat, tokenizer, "Hey — you!", "Hi", "", "/quit", "never read")
+    assert text == "Hey — you!\n"
+    assert len(script.prompts) == 1
+
+
+def test_commands(tokenizer, tmp_path):
+    file = tmp_path / "talk.jsonl"
+    _, text, script = session(
+        Chat,
+        tokenizer,
+        "Hey!",
+        *("/system", "/system Be terse.", "/temp 0.25", "Hi", f"/save {file}"),
+        *("/clear", "/system off", "Again", f"/save {file}", "/help", "/temp"),
+    )
+    shown = text.splitlines()
+    assert shown[:5] == [
+        "(system prompt: none)",
+        "(system prompt: Be terse.)",
+        "(temperature 0.25)",
+        "Hey!",
+        f"(appended to {file})",
+    ]
+    assert {"/clear", "/system", "/temp", "/save", "/quit"} <= set(re.findall(r"/\w+", text))
+    assert shown[-1] == "(temperature 0.25)"
+    assert script.sampling == Sampling(temperature=0.25)
+    system, hi = Message("system", "Be terse."), Message("user", "Hi")
+    assert script.prompts == [
+        render_prompt([system, hi], tokenizer),
+        render_prompt([Message("user", "Again")], tokenizer),
+    ]
+    answer = {"role": "assistant", "content": "Hey!"}
+    assert [json.loads(line) for line in file.read_text().splitlines()] == [
+        {
+            "messages": [
+                {"role": "system", "content": "Be terse."},
+                {"role": "user", "content": "Hi"},
+                answer,
+            ]
+        },
+        {"messages": [{"role": "user", "content": "Again"}, answer]},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ("/nonsense", "there is no command /nonsense"),
+        ("/temp warm", "/temp warm: not a number"),
+        ("/temp -1", "--temperature -1.0 must be 0 or above"),
+        ("/save", "there is no conversation yet"),
+        ("x" * 200, "shorten them"),
+    ],
+)
+def test_a_mistake_is_one_line_and_the_conversation_goes_on(tokenizer, line, shown):
+    _, text, _ = session(Chat, tokenizer, "Hey!", line, "Hi", context=100)
+    mistake, answer = text.splitlines()
+    assert shown in mistake
+    assert answer == "Hey!"
+
+
+def test_a_file_that_cannot_be_written_is_named(tokenizer, tmp_path):
+    _, text, _ = session(Chat, tokenizer, "Hey!", "Hi", f"/save {tmp_path}", "/save")
+    assert text.splitlines()[1:] == [
+        f"(/save {tmp_path}: Is a directory)",
+        "(/save needs the name of a file, such as /save talk.jsonl)",
+    ]
+
+
+def test_a_full_context_is_said(tokenizer):
+    _, text, _ = session(Chat, tokenizer, "1234567", *["asking"] * 5, context=60)
+    assert "sees the oldest 2 messages" in text
+    _, text, _ = session(Chat, tokenizer, "1234567", "asking", max_new_tokens=3)
+    assert text.splitlines() == [
+        "123",
+        "(cut: no room for more; --max-new-tokens and --seq-len set it)",
+    ]
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(tokenizer):
+    class Impatient(Console):
+        def write(self, piece: str) -> None:
+            super().write(piece)
+            if self.text == "Hey":
+                raise KeyboardInterrupt
+
+    console = Impatient("Hi", "/save ")
+    script = Script(tokenizer, [tokenizer.encode(c)[0] for c in "Hey you"] + [END])
+    chat = Chat(ChatConfig(), script, Terminal(console.read, console.write))
+    chat.run()
+    assert console.text.startswith("Hey\n(/save needs")
+    assert chat.dialogue.turns == [Message("user", "Hi"), Message("assistant", "Hey")]
+
+
+def test_completion_continues_each_line_for_itself(tokenizer, tmp_path):
+    file = tmp_path / "texts.jsonl"
+    _, text, script = session(
+        Complete, tokenizer, " there was", "Once", "Then", f"/save {file}", "/clear", "/help"
+    )
+    assert text.startswith("Once there was\nThen there was\n")
+    assert "there is no command /clear" in text
+    assert script.prompts == [tokenizer.encode("Once"), tokenizer.encode("Then")]
+    assert json.loads(file.read_text()) == {"text": "Then there was"}
+
+
+def test_completion_of_a_text_that_fills_the_context(tokenizer):
+    line = "abcdefgh" * 30
+    _, text, script = session(Complete, tokenizer, "!", line, context=100)
+    assert script.prompts == [tokenizer.encode(line)[-75:]]
+    assert "only saw the last 75 tokens" in text
+
+
+def test_every_answer_has_its_own_seed_and_the_flag_repeats_them(tokenizer):
+    first, second = (
+        Chat(ChatConfig(seed=3), Script(tokenizer, []), Terminal(input, print)) for _ in range(2)
+    )
+    seeds = [first.next_seed() for _ in range(3)]
+    assert seeds == [second.next_seed() for _ in range(3)]
+    assert len(set(seeds)) == 3
+
+
+def test_flags():
+    config = parse(["--checkpoint", "runs/x", "--temperature", "0", "--top-p", "0.5"])
+    assert config.sampling == Sampling(temperature=0, top_p=0.5)
+    for args, named in (
+        (["--min-p", "2"], "--min-p 2"),
+        (["--serve", "70000"], "--serve 70000"),
+        (["--max-new-tokens", "0"], "--max-new-tokens 0"),
+    ):
+        with pytest.raises(UserError, match=named):
+            parse(args)
+
+
+def command(*args: str, **kwargs) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "hamner.chat", *args],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        **kwargs,
+    )
+
+
+def greedy(model, tokenizer, prompt: list[int], count: int) -> str:
+    completion = Completion(
+        Generator(model, tokenizer),
+        prompt,
+        Sampling(temperature=0, repetition_penalty=1),
+        max_new_tokens=count,
+        stop_ids={tokenizer.eot_id, 1, 2, 3, END},
+    )
+    return completion.run()
+
+
+GREEDY_FLAGS = ["--temperature", "0", "--repetition-penalty", "1", "--max-new-tokens", "12"]
+
+
+def test_a_chat_model_from_the_command_line(tmp_path, tokenizer):
+    model = sharp(SHAPE)
+    save_run(tmp_path / "runs" / "mine", model, chat=True)
+    result = command("--system", "Be terse.", *GREEDY_FLAGS, input="Hi\n/quit\n", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    title, hint, answer = result.stdout.split("\n", 2)
+    assert title.startswith("runs/mine/checkpoints/step_00000007: ")
+    assert title.endswith("on cpu, context 128") or "cuda" in title
+    assert hint == "/help lists the commands"
+    prompt = render_prompt([Message("system", "Be terse."), Message("user", "Hi")], tokenizer)
+    assert answer.startswith(greedy(model, tokenizer, prompt, 12))
+
+
+def test_a_base_model_completes(tmp_path, tokenizer):
+    model = sharp(SHAPE)
+    run = save_run(tmp_path / "mine", model)
+    result = command("--checkpoint", str(run), *GREEDY_FLAGS, input="The history", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "it continues what you write" in result.stdout
+    text = greedy(model, tokenizer, tokenizer.encode("The history"), 12)
+    assert f"The history{text}\n" in result.stdout
+    with pytest.raises(UserError, match="--serve: .* was not fine-tuned on conversations"):
+        main(["--checkpoint", str(run), "--serve", "0"])
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        ([], "--checkpoint: runs/ holds no run"),
+        (["--checkpoint", "nowhere"], "--checkpoint nowhere is neither"),
+        (["--checkpoint", "run", "--seq-len", "129"], "--seq-len 129 is longer"),
+    ],
+)
+def test_bad_input_names_what_to_change(args, named, tmp_path, monkeypatch):
+    save_run(tmp_path / "run", sharp(SHAPE))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        main(args)
+    assert str(caught.value).startswith(named)
+
+
+def test_bad_input_is_one_sentence_and_exit_2(tmp_path):
+    result = command("--top-k", "-1", cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr == "error: --top-k -1 must be 0 or above\n"
+
+
+def test_help_does_not_load_torch():
+    result = command("--help", env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
+    assert result.returncode == 0
+    assert {"--temperature", "--min-p", "--serve"} <= set(re.findall(r"--[a-z-]+", result.stdout))
+    assert not re.search(r"\| +torch$", result.stderr, re.MULTILINE)

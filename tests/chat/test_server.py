@@ -1,0 +1,356 @@
+"""The server through the official client, and what it does with requests that are not its."""
+
+import contextlib
+import importlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+
+import openai
+import pytest
+import uvicorn
+
+from hamner.chat import server
+from hamner.chat.server import HOST, MAX_BODY_BYTES, ChatServer
+from hamner.data.chat_template import Message, render_prompt
+from hamner.data.tokenizer import load_tokenizer
+from hamner.errors import UserError
+from hamner.model.generate import Generator
+from hamner.model.sampling import Sampling
+from tests.models import DENSE
+from tests.saved import save_run, sharp
+from tests.scripted import Script
+
+END = 4
+DEFAULT = Sampling(temperature=0.5)
+MESSAGES = [{"role": "system", "content": "Be terse."}, {"role": "user", "content": "Hi"}]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(vocab_size=261)
+
+
+class SlowScript(Script):
+    """Waits at every token until the test lets it go on."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.may_speak = threading.Event()
+        self.spoken = 0
+
+    def tokens(self, prompt, sampling, *, seed, unpenalized):
+        for token in super().tokens(prompt, sampling, seed=seed, unpenalized=unpenalized):
+            assert self.may_speak.wait(30)
+            self.spoken += 1
+            yield token
+
+
+@contextlib.contextmanager
+def running(generator, *, max_requests: int = 8, max_new_tokens: int = 100):
+    """A client of a server that runs in a thread."""
+    listener = socket.socket()
+    listener.bind((HOST, 0))
+    chat = ChatServer(generator, "mine", DEFAULT, max_new_tokens, max_requests)
+    server = uvicorn.Server(chat.uvicorn_config())
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    url = f"http://{HOST}:{listener.getsockname()[1]}/v1"
+    try:
+        with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=30) as client:
+            yield client
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+def says(tokenizer, text: str, **kwargs) -> Script:
+    return Script(tokenizer, [*tokenizer.encode(text), END], **kwargs)
+
+
+@pytest.fixture(scope="module")
+def script(tokenizer):
+    return says(tokenizer, "Héllo, 你好!")
+
+
+@pytest.fixture(scope="module")
+def client(script):
+    with running(script) as client:
+        yield client
+
+
+def create(client, **kwargs):
+    return client.chat.completions.create(**{"model": "mine", "messages": MESSAGES} | kwargs)
+
+
+def test_an_answer(client, script, tokenizer):
+    result = create(client)
+    (choice,) = result.choices
+    assert choice.message.role == "assistant"
+    assert choice.message.content == "Héllo, 你好!"
+    assert choice.finish_reason == "stop"
+    prompt = render_prompt([Message("system", "Be terse."), Message("user", "Hi")], tokenizer)
+    assert script.prompts[-1] == prompt
+    assert result.model == "mine"
+    assert result.usage.prompt_tokens == len(prompt)
+    assert result.usage.completion_tokens == len("Héllo, 你好!".encode()) + 1
+    assert result.usage.total_tokens == result.usage.prompt_tokens + result.usage.completion_tokens
+
+
+def test_a_streamed_answer(client):
+    chunks = list(create(client, stream=True, stream_options={"include_usage": True}))
+    pieces = [chunk.choices[0].delta.content for chunk in chunks[1:-2]]
+    assert "".join(pieces) == "Héllo, 你好!"
+    assert pieces[:2] == ["H", "é"]
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert [c.choices[0].finish_reason for c in chunks[:-1]] == [None] * (len(chunks) - 2) + [
+        "stop"
+    ]
+    assert len({chunk.id for chunk in chunks}) == 1
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage.completion_tokens == len("Héllo, 你好!".encode()) + 1
+
+
+def test_settings_of_a_request(client, script):
+    create(client)
+    assert script.sampling == DEFAULT
+    beyond = {"top_k": 7, "min_p": 0.1, "repetition_penalty": 1.2}
+    create(client, temperature=0, top_p=0.3, extra_body=beyond)
+    assert script.sampling == Sampling(temperature=0, top_p=0.3, **beyond)
+    result = create(client, max_tokens=3)
+    assert (result.choices[0].message.content, result.usage.completion_tokens) == ("Hé", 3)
+    assert result.choices[0].finish_reason == "length"
+    result = create(client, max_completion_tokens=1)
+    assert result.choices[0].message.content == "H"
+    for stop in ("lo", ["!", "lo"]):
+        result = create(client, stop=stop)
+        assert result.choices[0].message.content == "Hél"
+        assert result.choices[0].finish_reason == "stop"
+    parts = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
+    create(client, messages=[{"role": "user", "content": parts}], n=1, user="me")
+    assert script.prompts[-1] == render_prompt([Message("user", "Hi")], script.tokenizer)
+
+
+def test_the_model_is_listed(client):
+    assert [model.id for model in client.models.list()] == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "param"),
+    [
+        ({"messages": []}, openai.BadRequestError, "messages"),
+        (
+            {"messages": [{"role": "tool", "content": "x"}]},
+            openai.BadRequestError,
+            "messages.0.role",
+        ),
+        ({"messages": "Hi"}, openai.BadRequestError, "messages"),
+        ({"temperature": 3}, openai.BadRequestError, "temperature"),
+        ({"temperature": "0.5"}, openai.BadRequestError, "temperature"),
+        ({"top_p": 0}, openai.BadRequestError, "top_p"),
+        ({"max_tokens": 0}, openai.BadRequestError, "max_tokens"),
+        ({"stop": [""]}, openai.BadRequestError, "stop.0"),
+        ({"stop": list("abcde")}, openai.BadRequestError, "stop"),
+        ({"n": 2}, openai.BadRequestError, "n"),
+        ({"logprobs": True}, openai.BadRequestError, "logprobs"),
+        ({"tools": [{"type": "function"}]}, openai.BadRequestError, "tools"),
+        ({"model": "gpt-5"}, openai.NotFoundError, "model"),
+    ],
+)
+def test_requests_that_are_refused(client, change, error, param):
+    with pytest.raises(error) as caught:
+        create(client, **change)
+    assert caught.value.type == "invalid_request_error"
+    assert caught.value.param == param
+    assert caught.value.body["message"]
+
+
+def test_messages_too_long_for_the_context(tokenizer):
+    with running(says(tokenizer, "Hi", context=50)) as client:
+        with pytest.raises(openai.BadRequestError) as caught:
+            create(client, messages=[{"role": "user", "content": "x" * 60}])
+        assert caught.value.code == "context_length_exceeded"
+        assert create(client).choices[0].message.content == "Hi"
+
+
+def raw(client, head: str, body: bytes = b"") -> tuple[int, dict]:
+    """Status and JSON of a request written by hand."""
+    with socket.create_connection((HOST, client.base_url.port), timeout=30) as connection:
+        connection.sendall(head.replace("\n", "\r\n").encode() + b"\r\n\r\n" + body)
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    status, _, rest = answer.partition(b"\r\n")
+    content = rest.partition(b"\r\n\r\n")[2]
+    return int(status.split()[1]), json.loads(content) if content.startswith(b"{") else {}
+
+
+JSON_HEAD = f"POST /v1/chat/completions HTTP/1.1\nHost: {HOST}\nContent-Type: application/json\n"
+JSON_HEAD += "Connection: close"
+
+
+@pytest.mark.parametrize(
+    ("head", "body", "status"),
+    [
+        (f"{JSON_HEAD}\nContent-Length: 9", b'{"message', 400),
+        (f"{JSON_HEAD}\nContent-Length: 2", b"[]", 400),
+        (f"{JSON_HEAD}\nContent-Length: 4", b"\xff\xfe\x00\x01", 400),
+        (JSON_HEAD.replace("application/json", "text/plain") + "\nContent-Length: 2", b"{}", 415),
+        (JSON_HEAD.replace("completions", "nonsense") + "\nContent-Length: 2", b"{}", 404),
+        (JSON_HEAD.replace("POST", "GET"), b"", 405),
+    ],
+)
+def test_malformed_requests_get_errors_in_json(client, head, body, status):
+    got, content = raw(client, head, body)
+    assert got == status
+    assert set(content["error"]) == {"message", "type", "param", "code"}
+
+
+def test_a_name_that_points_here_is_not_let_in(client):
+    """A web page could otherwise reach the model through its own domain."""
+    head = f"GET /v1/models HTTP/1.1\nHost: {HOST}\nConnection: close"
+    assert raw(client, head)[0] == 200
+    assert raw(client, head.replace(f"Host: {HOST}", "Host: evil.example"))[0] == 400
+
+
+def test_a_request_too_large_is_refused_before_it_is_read(client):
+    size = MAX_BODY_BYTES + 1
+    status, content = raw(client, f"{JSON_HEAD}\nContent-Length: {size}")
+    assert (status, content["error"]["type"]) == (413, "invalid_request_error")
+    # Without a length, by what comes.
+    chunks = b"%x\r\n" % MAX_BODY_BYTES + b" " * MAX_BODY_BYTES + b"\r\n1\r\n \r\n"
+    status, _ = raw(client, f"{JSON_HEAD}\nTransfer-Encoding: chunked", chunks)
+    assert status == 413
+
+
+def test_a_request_that_does_not_come_is_given_up(client, monkeypatch):
+    monkeypatch.setattr(server, "BODY_SECONDS", 0.2)
+    with socket.create_connection((HOST, client.base_url.port), timeout=30) as connection:
+        connection.sendall(f"{JSON_HEAD}\nContent-Length: 99\n\n{{".replace("\n", "\r\n").encode())
+        assert connection.recv(65536).startswith(b"HTTP/1.1 408")
+
+
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def asking(client, results: list[str]):
+    """A request on its way, whose answer is added to `results`."""
+    thread = threading.Thread(
+        target=lambda: results.append(create(client).choices[0].message.content)
+    )
+    thread.start()
+    yield
+    thread.join(30)
+
+
+def test_a_request_waits_for_the_one_before(tokenizer):
+    script = SlowScript(tokenizer, [*tokenizer.encode("Hi"), END])
+    results = []
+    with running(script, max_requests=2) as client, asking(client, results):
+        wait_until(lambda: script.prompts)
+        with asking(client, results):
+            script.may_speak.set()
+    assert results == ["Hi", "Hi"]
+
+
+def test_requests_beyond_the_bound_are_turned_away(tokenizer):
+    script = SlowScript(tokenizer, [*tokenizer.encode("Hi"), END])
+    results = []
+    with running(script, max_requests=1) as client:
+        with asking(client, results):
+            wait_until(lambda: script.prompts)
+            with pytest.raises(openai.RateLimitError) as caught:
+                create(client)
+            assert caught.value.response.headers["retry-after"] == "1"
+            script.may_speak.set()
+        assert results == ["Hi"]
+        assert create(client).choices[0].message.content == "Hi"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_hangs_up_stops_its_answer(tokenizer, stream):
+    script = SlowScript(tokenizer, [tokenizer.encode("x")[0]] * 100_000, context=200_000)
+    with running(script, max_requests=1, max_new_tokens=100_000) as client:
+        script.may_speak.set()
+        if stream:
+            chunks = create(client, stream=True)
+            next(iter(chunks))
+            chunks.response.close()
+        else:
+            with pytest.raises(openai.APITimeoutError):
+                create(client, timeout=0.2)
+
+        def is_free() -> bool:
+            try:
+                return bool(create(client, max_tokens=1))
+            except openai.RateLimitError:
+                return False
+
+        wait_until(is_free)
+        assert script.spoken < 100_000
+
+
+def test_a_port_that_is_taken_is_named(script):
+    with socket.socket() as other:
+        other.bind((HOST, 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(UserError, match=f"--serve {port}: Address already in use"):
+            server.serve(ChatServer(script, "mine", DEFAULT, 9, 1), port, print)
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.delitem(sys.modules, "hamner.chat.server")
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(UserError, match=r"needs the package uvicorn: pip install 'hamner\[serve"):
+        importlib.import_module("hamner.chat.server")
+
+
+def test_the_command_serves_a_real_model(tmp_path, tokenizer):
+    """The same greedy text as decoding without the server, streamed or not."""
+    model = sharp(replace(DENSE, vocab_size=261))
+    save_run(tmp_path / "runs" / "mine", model, chat=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hamner.chat", "--serve", "0", "--device", "cpu"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    try:
+        process.stdout.readline()
+        url = re.search(r"http://127\.0\.0\.1:\d+/v1", process.stdout.readline())[0]
+        prompt = render_prompt([Message("user", "Hi")], tokenizer)
+        tokens = Generator(model, tokenizer).tokens(
+            prompt, Sampling(temperature=0, repetition_penalty=1), seed=0, unpenalized=()
+        )
+        expected = tokenizer.decode([next(tokens) for _ in range(20)])
+        settings = {
+            "messages": [{"role": "user", "content": "Hi"}],
+            "temperature": 0,
+            "max_tokens": 20,
+            "extra_body": {"repetition_penalty": 1},
+        }
+        with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60) as client:
+            assert create(client, **settings).choices[0].message.content == expected
+            chunks = create(client, **settings, stream=True)
+            assert "".join(c.choices[0].delta.content or "" for c in chunks) == expected
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert "Traceback" not in errors
+    finally:
+        process.kill()
+        process.wait()

@@ -1,0 +1,115 @@
+"""Finding and loading the model of a run."""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hamner.checkpoint import format as checkpoint
+from hamner.checkpoint.saved_model import find_saved_model, select_device
+from hamner.data.tokenizer import load_tokenizer
+from hamner.errors import UserError
+from hamner.model.kv_cache import KVCache
+from tests.models import DENSE, build
+from tests.saved import save_run
+
+SHAPE = replace(DENSE, vocab_size=300)
+
+
+def test_the_newest_checkpoint_of_a_run(tmp_path):
+    for step in (3, 12, 9):
+        run = save_run(tmp_path / "mine", build(SHAPE, seed=step), step=step)
+    saved = find_saved_model(run)
+    assert (saved.checkpoint.step, saved.name, saved.is_chat) == (12, "mine", False)
+    assert saved.config.model == SHAPE
+    assert saved.tokenizer.vocab_size == 300
+    model = saved.build(torch.device("cpu"))
+    expected = build(SHAPE, seed=12)
+    inputs = torch.arange(20)[None]
+    assert torch.equal(model(inputs).logits, expected(inputs).logits)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_one_of_its_checkpoints(tmp_path):
+    for step in (3, 12):
+        run = save_run(tmp_path / "mine", build(SHAPE), step=step, chat=True)
+    saved = find_saved_model(run / "checkpoints" / "step_00000003")
+    assert (saved.checkpoint.step, saved.name, saved.is_chat) == (3, "mine", True)
+
+
+def test_the_run_that_saved_last(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(("b", "c", "a")):
+        run = save_run(tmp_path / "runs" / name, build(SHAPE))
+        (path,) = (run / "checkpoints").iterdir()
+        os.utime(path, (number % 2, number % 2))
+    assert find_saved_model(None).name == "c"
+
+
+def test_bf16_weights_are_computed_with_in_fp32_on_a_cpu(tmp_path):
+    run = save_run(tmp_path / "mine", build(SHAPE), dtype=torch.bfloat16)
+    saved = find_saved_model(run)
+    assert saved.weights()["embed.weight"].dtype == torch.bfloat16
+    weight = saved.build(torch.device("cpu")).embed.weight
+    assert weight.dtype == torch.float32
+    assert torch.equal(weight, build(SHAPE).embed.weight.bfloat16().float())
+
+
+def test_what_is_no_model_is_named(tmp_path):
+    with pytest.raises(UserError, match="nowhere is neither a run's folder nor one of its"):
+        find_saved_model(tmp_path / "nowhere")
+    run = save_run(tmp_path / "mine", build(SHAPE))
+    (found,) = checkpoint.find(run / "checkpoints")
+    (found.path / "model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(UserError, match="model.safetensors has 9 bytes.*name an older one of"):
+        find_saved_model(run)
+    (run / "checkpoints").rename(run / "elsewhere")
+    with pytest.raises(UserError, match="has not saved a checkpoint yet"):
+        find_saved_model(run)
+
+
+def test_another_tokenizer_under_the_same_name_is_refused(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    load_tokenizer(vocab_size=300).save(path)
+    run = save_run(tmp_path / "mine", build(SHAPE), tokenizer=str(path))
+    assert find_saved_model(run).tokenizer.vocab_size == 300
+    load_tokenizer(vocab_size=299).save(path)
+    with pytest.raises(UserError, match="another content of the tokenizer"):
+        find_saved_model(run)
+
+
+def test_the_optimizer_is_not_read(tmp_path):
+    """It is the larger part of a checkpoint, and may be left behind when one is copied."""
+    run = save_run(tmp_path / "mine", build(SHAPE))
+    (found,) = checkpoint.find(run / "checkpoints")
+    (found.path / "optimizer.safetensors").unlink()
+    assert find_saved_model(run).checkpoint == found
+
+
+def test_device():
+    assert select_device("cpu") == torch.device("cpu")
+    if not torch.cuda.is_available():
+        assert select_device("auto") == torch.device("cpu")
+        with pytest.raises(UserError, match="--device cuda: PyTorch finds no CUDA GPU"):
+            select_device("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("differential", [False, True])
+@torch.no_grad()
+def test_decoding_on_a_gpu_is_as_exact_as_whole_sequences_are(differential, tmp_path):
+    """bf16 with the cache errs at most twice as much from fp32 as bf16 without it."""
+    shape = replace(SHAPE, hidden_size=256, use_differential_attention=differential)
+    run = save_run(tmp_path / "mine", build(shape), dtype=torch.bfloat16)
+    saved = find_saved_model(run)
+    device = torch.device("cuda")
+    model = saved.build(device)
+    tokens = torch.randint(300, (1, 50), generator=torch.Generator().manual_seed(1))
+    cache = KVCache(shape, 50, device=device, dtype=torch.bfloat16)
+    parts = tokens.to(device).split((20, *[1] * 30), dim=1)
+    cached = torch.cat([model(part, cache=cache).logits for part in parts], dim=1)
+    whole = model(tokens.to(device)).logits[:, 19:]
+    exact = saved.build(torch.device("cpu"))(tokens).logits[:, 19:]
+    errors = [(logits.float().cpu() - exact).abs().max() for logits in (cached, whole)]
+    assert errors[0] <= 2 * errors[1]

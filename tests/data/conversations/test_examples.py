@@ -1,0 +1,104 @@
+"""Conversations to examples: mask, cut at a turn boundary, split, counts."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hamner.data.chat_template import Message, render
+from hamner.data.conversations.examples import load_examples
+from hamner.data.tokenizer import load_tokenizer
+
+#: One token a character: lengths can be counted by eye.
+TOKENIZER = load_tokenizer(vocab_size=261)
+
+
+def write(path: Path, *conversations: list[tuple[str, str]]) -> str:
+    rows = [
+        {"messages": [{"role": role, "content": content} for role, content in conversation]}
+        for conversation in conversations
+    ]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return str(path)
+
+
+def spelled(example) -> str:
+    """The text with what is learned in brackets."""
+    text, inside = "", False
+    for token, learned in zip(example.ids, example.learned, strict=True):
+        if learned != inside:
+            text += "[" if learned else "]"
+            inside = learned
+        text += TOKENIZER.decode([int(token)])
+    return f"{text}]" if inside else text
+
+
+HI = [("user", "Hi"), ("assistant", "Hey!")]
+LONG = [*HI, ("user", "And"), ("assistant", "x" * 50)]
+
+
+def test_ids_and_mask_are_the_templates(tmp_path):
+    (source,) = load_examples([write(tmp_path / "a.jsonl", HI)], TOKENIZER, 64, 0.0)
+    (example,) = source.train
+    rendered = render([Message("user", "Hi"), Message("assistant", "Hey!")], TOKENIZER)
+    assert example.ids.tolist() == rendered.ids
+    assert example.learned.tolist() == rendered.learned
+    assert example.ids.dtype == np.int32
+    assert spelled(example) == "<|user|>\nHi\n<|assistant|>\n[Hey!<|end|>]"
+
+
+@pytest.mark.parametrize(("seq_len", "is_cut"), [(11, True), (69, True), (70, False)])
+def test_cut_after_the_last_answer_that_fits(tmp_path, seq_len, is_cut):
+    """HI has 12 tokens and so 11 positions, LONG 71 tokens."""
+    (source,) = load_examples([write(tmp_path / "a.jsonl", LONG)], TOKENIZER, seq_len, 0.0)
+    (example,) = source.train
+    whole = len(render([Message(*turn) for turn in LONG], TOKENIZER).ids)
+    assert example.length <= seq_len
+    assert source.cut == (["a.jsonl:1"] if is_cut else [])
+    assert source.tokens_cut == whole - len(example.ids)
+    assert spelled(example).startswith("<|user|>\nHi\n<|assistant|>\n[Hey!<|end|>]")
+    assert ("x" in spelled(example)) == (not is_cut)
+
+
+def test_exactly_a_row_fits_and_one_token_more_does_not(tmp_path):
+    data = write(tmp_path / "a.jsonl", HI)
+    length = len(render([Message(*turn) for turn in HI], TOKENIZER).ids) - 1
+    (fits,) = load_examples([data], TOKENIZER, length, 0.0)
+    assert [example.length for example in fits.train] == [length]
+    (too_long,) = load_examples([data], TOKENIZER, length - 1, 0.0)
+    assert too_long.train == []
+    assert too_long.too_long == ["a.jsonl:1"]
+
+
+def test_what_follows_the_last_answer_is_left_out(tmp_path):
+    data = write(tmp_path / "a.jsonl", [*HI, ("user", "bye")])
+    (source,) = load_examples([data], TOKENIZER, 64, 0.0)
+    assert spelled(source.train[0]).endswith("<|end|>]")
+    assert source.cut == []
+
+
+def test_nothing_learned_is_dropped_and_named(tmp_path):
+    data = write(tmp_path / "a.jsonl", HI, [("user", "Hi")], [("user", "Hi"), ("assistant", " ")])
+    (source,) = load_examples([data], TOKENIZER, 64, 0.0)
+    assert len(source.train) == 1
+    assert source.nothing_learned == ["a.jsonl:2", "a.jsonl:3"]
+
+
+def test_duplicates_are_counted_over_all_sources_and_kept(tmp_path):
+    first = write(tmp_path / "a.jsonl", HI, HI)
+    second = write(tmp_path / "b.jsonl", [("user", " Hi "), ("assistant", "Hey!")])
+    sources = load_examples([first, second], TOKENIZER, 64, 0.0)
+    assert [source.duplicates for source in sources] == [1, 1]
+    assert [len(source.train) for source in sources] == [2, 1]
+
+
+def test_split_holds_out_by_content_alone(tmp_path):
+    conversations = [[("user", str(i)), ("assistant", "ok")] for i in range(200)]
+    first = write(tmp_path / "a.jsonl", *conversations)
+    second = write(tmp_path / "b.jsonl", *reversed(conversations))
+    sources = load_examples([first, second], TOKENIZER, 64, 0.2)
+    texts = [[sorted(map(spelled, part)) for part in (s.train, s.validation)] for s in sources]
+    assert texts[0] == texts[1]
+    assert 20 < len(texts[0][1]) < 60
+    assert not set(texts[0][0]) & set(texts[0][1])

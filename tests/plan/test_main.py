@@ -1,0 +1,264 @@
+"""The plan's sums, its flags, and the command as a person runs it."""
+
+import math
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from hamner.config.options import OPTIONS
+from hamner.errors import UserError
+from hamner.hardware import GIB, GPUS
+from hamner.plan.__main__ import (
+    COMPARED,
+    PlanConfig,
+    analyse,
+    compare,
+    find_gpu,
+    main,
+    make_plan,
+    recommend,
+)
+from hamner.plan.loss import BESIROGLU, KNOWN_RUN
+
+RTX_3090 = GPUS["rtx-3090"]
+
+
+def run_command(*arguments, code=0):
+    result = subprocess.run(
+        [sys.executable, "-m", "hamner.plan", *arguments], capture_output=True, text=True
+    )
+    assert result.returncode == code, result.stderr
+    return result
+
+
+@pytest.fixture
+def metrics(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    tokens = np.linspace(1e7, 2.45e9, 300)
+    loss = 2.6 + 2085.43 / tokens**0.3658 + np.random.default_rng(0).normal(0, 0.03, 300)
+    path.write_text(
+        "".join(
+            f'{{"step": {i}, "tokens": {t}, "loss": {y}, "lr": 2e-4}}\n'
+            for i, (t, y) in enumerate(zip(tokens, loss, strict=True))
+        )
+    )
+    return path
+
+
+def test_option_a_on_a_3090():
+    plan = make_plan(OPTIONS["a"], RTX_3090)
+    assert plan.parameters == plan.active_parameters == 320_914_432
+    assert plan.tokens == 10_000_000_000
+    assert plan.steps == 406_901
+    assert plan.hours == pytest.approx(1e10 / plan.prediction.tokens_per_second / 3600)
+    assert plan.tokens_in(plan.hours) == pytest.approx(plan.tokens)
+    assert plan.vram_budget == 22 * GIB
+    assert plan.memory.account.total <= plan.vram_budget
+    assert plan.prediction.peak_gib == pytest.approx(plan.memory.account.total / GIB)
+
+
+def test_expected_loss_of_a_mixture_is_a_range():
+    dense, mixture = (make_plan(OPTIONS[name], RTX_3090) for name in ("a", "c"))
+    low, high = dense.loss_range(BESIROGLU)
+    assert low == high == BESIROGLU.loss(320_914_432, 1e10)
+    low, high = mixture.loss_range(BESIROGLU, 5e9)
+    assert low == BESIROGLU.loss(352_414_464, 5e9)
+    assert high == BESIROGLU.loss(210_856_704, 5e9)
+
+
+def test_a_smaller_budget_recomputes_more_and_is_slower():
+    roomy, tight = (make_plan(OPTIONS["a"], RTX_3090, vram_budget=g) for g in (22, 12))
+    assert tight.memory.account.total <= 12 * GIB
+    assert any(policy.name == "full" for policy in tight.memory.policies)
+    assert tight.prediction.tokens_per_second < roomy.prediction.tokens_per_second
+
+
+def test_compare_lists_what_does_not_fit():
+    plans, misfits = compare(RTX_3090, vram_budget=5)
+    assert {plan.option.name for plan in plans} | set(misfits) == set(COMPARED)
+    assert "current" not in misfits
+    assert "--vram-budget 5.0 GiB is too small" in misfits["a"]
+
+
+def test_recommendation_is_the_lowest_loss_in_the_same_hours():
+    plans, _ = compare(RTX_3090)
+    by_name = {plan.option.name: plan for plan in plans}
+    best = recommend(plans, by_name["a"].hours)
+    losses = {
+        name: BESIROGLU.loss(plan.active_parameters, plan.tokens_in(by_name["a"].hours))
+        for name, plan in by_name.items()
+        if name != "a-short"  # half its context
+    }
+    assert best.option.name == min(losses, key=losses.get)
+    # With a day only, tokens count for more than parameters.
+    assert recommend(plans, 12).active_parameters < best.active_parameters
+
+
+def test_tokens_and_run_shift_the_local_law(metrics):
+    analysis = analyse(PlanConfig(option="current", tokens=5e9, metrics=metrics))
+    assert analysis.plan.tokens == 5_000_000_000
+    assert analysis.run.end_tokens == 5e9
+    seen = analysis.run.tokens_seen
+    assert analysis.local_law.loss(163_609_344, seen) == pytest.approx(analysis.run.loss_now)
+    without = analyse(PlanConfig(option="current"))
+    assert without.local_law.loss(*KNOWN_RUN[:2]) == pytest.approx(KNOWN_RUN[2])
+
+
+def test_custom_gpu():
+    gpu = find_gpu("custom", (100.0, 1000.0, 16.0, 50.0))
+    assert (gpu.bf16_tflops, gpu.bandwidth_gbs, gpu.memory_gib, gpu.fp32_tflops) == (
+        100,
+        1000,
+        16,
+        50,
+    )
+    assert make_plan(OPTIONS["current"], gpu).vram_budget == 14 * GIB
+
+
+def plan_of(**flags):
+    return analyse(PlanConfig(**flags)).plan
+
+
+def test_two_3090s_share_the_options_batch():
+    """By hand: one bf16 gradient, 641.8 MB, at 10 GB/s; the embedding's 100.7 MB are not hidden."""
+    one, two = plan_of(), plan_of(gpus=2)
+    assert (two.parallelism.kind, two.rows_per_gpu) == ("ddp", 12)
+    assert (two.steps, two.tokens) == (one.steps, one.tokens)
+    assert two.prediction.communication.ms == pytest.approx(64.18, abs=0.01)
+    assert two.prediction.communication.exposed_ms == pytest.approx(10.07, abs=0.01)
+    assert two.communication_share == pytest.approx(10.07 / two.prediction.step_ms, abs=1e-4)
+    assert two.hours == pytest.approx(1e10 / two.prediction.tokens_per_second / 3600)
+    assert one.hours / 2 / two.hours == pytest.approx(two.efficiency)
+    assert 0.9 < two.efficiency < 1
+
+
+def test_batch_size_is_of_all_gpus():
+    one, two = plan_of(batch_size=12), plan_of(gpus=2, batch_size=24)
+    assert two.rows_per_gpu == one.rows_per_gpu == 12
+    assert two.prediction.tokens_per_step == 2 * one.prediction.tokens_per_step
+    assert plan_of(batch_size=48).steps == one.steps // 4
+
+
+def test_auto_shards_what_does_not_fit_one_gpu():
+    plan = plan_of(gpus=4, vram_budget=4)
+    assert plan.parallelism.kind == "fsdp"
+    assert plan.memory.account.total <= 4 * GIB
+    assert plan.efficiency is None
+    with pytest.raises(UserError, match="too small"):
+        plan_of(gpus=4, vram_budget=4, parallel="ddp")
+    # A node of one GPU has nothing to shard over.
+    with pytest.raises(UserError, match="too small"):
+        plan_of(nodes=4, vram_budget=4)
+
+
+def test_slow_links_are_made_up_for_by_micro_batches():
+    slow = plan_of(gpus=4, link=3)
+    assert slow.communication_share > 0.4
+    quiet = slow.with_quiet_communication()
+    assert quiet.communication_share < 0.05
+    assert quiet.memory.policies == slow.memory.policies
+    assert quiet.rows_per_gpu // quiet.memory.micro_batch_size > 1
+    half = replace(quiet.option, batch_size=quiet.option.batch_size // 2)
+    earlier = make_plan(half, RTX_3090, slow.parallelism, policies=slow.memory.policies)
+    assert earlier.communication_share >= 0.05
+    assert plan_of(gpus=4, link=1, parallel="fsdp").with_quiet_communication() is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"option": "d"}, "--option d is not one of tiny, current, a,"),
+        ({"gpu": "rtx-9999"}, "--gpu rtx-9999 is not one of rtx-3090,"),
+        ({"gpu": "custom"}, "--gpu custom needs --gpu-spec"),
+        ({"gpu": "custom", "gpu_spec": (1.0, 0.0, 1.0, 1.0)}, "four numbers above 0"),
+        ({"gpu": "custom", "gpu_spec": (1.0, math.nan, 1.0, 1.0)}, "four numbers above 0"),
+        ({"gpu_spec": (1.0, 1.0, 1.0, 1.0)}, "use it with --gpu custom, not rtx-3090"),
+        ({"tokens": 100.0}, "--tokens 100 must be at least one step of option a, 24,576"),
+        ({"tokens": math.inf}, "--tokens inf must be"),
+        ({"tokens": math.nan}, "--tokens nan must be"),
+        ({"vram_budget": 0.0}, "--vram-budget 0 GiB must be above 0 and at most the 24 GiB"),
+        ({"vram_budget": 48.0}, "--vram-budget 48 GiB must be above 0 and at most the 24 GiB"),
+        ({"vram_budget": 1.0}, "--vram-budget 1.0 GiB is too small"),
+        ({"option": "all", "vram_budget": 1.0}, "--vram-budget 1.0 GiB is too small"),
+        ({"option": "all", "metrics": "m.jsonl"}, "--metrics needs the --option"),
+        ({"gpus": 0}, "--gpus 0 must be above 0"),
+        ({"nodes": -1}, "--nodes -1 must be above 0"),
+        ({"batch_size": 0}, "--batch-size 0 must be above 0"),
+        ({"gpus": 2, "link": 0.0}, "--link 0 must be above 0 and finite"),
+        ({"nodes": 2, "network": math.inf}, "--network inf must be above 0 and finite"),
+        ({"nodes": 2, "parallel": "fsdp"}, "--parallel fsdp shards the model over the GPUs"),
+        ({"gpus": 5}, "--batch-size 24 is shared by all GPUs and must be a multiple of their"),
+        ({"gpus": 5}, "number, 5: try --batch-size 25"),
+    ],
+)
+def test_bad_input(flags, message):
+    with pytest.raises(UserError) as error:
+        analyse(PlanConfig(**flags))
+    assert message in str(error.value)
+
+
+def test_command_prints_the_plan_without_torch():
+    code = (
+        "import sys; from hamner.plan import main; main(['--option', 'a']); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    speed = make_plan(OPTIONS["a"], RTX_3090).prediction.tokens_per_second
+    for text in ("320.9M", "406,901", "selective", f"{speed:,.0f}", "6.42B", "projected"):
+        assert text in result.stdout
+
+
+def test_command_compares_all(capsys):
+    main(["--option", "all", "--gpu", "h100"])
+    out = capsys.readouterr().out
+    assert all(name in out for name in COMPARED)
+    assert "with 4 experts, 2 active, it has 210.9M" in out
+    assert "16,384, fewer than 24,576. 72 x 512 would be 36,864" in out
+    assert "compute-optimal budget at 6.42B" in out
+    assert "Recommended: a, 320.9M parameters" in out
+
+
+def test_command_says_what_several_gpus_send(capsys):
+    main(["--gpus", "2"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "2 x RTX 3090, bf16" in out
+    assert "sends 0.64 GB a step in 64.2 ms at 10 GB/s between the GPUs of a node" in out
+    assert "PCIe 4.0 x16 through host memory, assumed" in out
+    assert "--batch-size" not in out
+    main(["--gpus", "4", "--link", "3"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "--batch-size 384 --micro-batch-size 32 in hamner.train" in out
+    main(["--gpus", "2", "--nodes", "2", "--batch-size", "96", "--parallel", "fsdp"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "2 nodes of 2 x RTX 3090" in out
+    assert "1.25 GB/s between nodes (--network)" in out
+    main(["--gpus", "4", "--link", "1", "--parallel", "fsdp"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "No batch up to 64 times as large brings that under 5%" in out
+
+
+def test_one_gpu_hears_nothing_of_several(capsys):
+    main([])
+    out = capsys.readouterr().out
+    for word in ("ommunication", "efficiency", "per GPU", "of each"):
+        assert word not in out
+
+
+def test_command_reads_metrics(capsys, metrics):
+    main(["--option", "current", "--metrics", str(metrics)])
+    out = capsys.readouterr().out
+    assert "after 2.45B tokens" in out
+    assert "Near the capacity wall" in out
+    assert "loss 3.5 (perplexity 33)" in out
+
+
+def test_exit_codes():
+    assert "a custom card" in run_command("--help").stdout
+    bad = run_command("--gpu", "abacus", code=2)
+    assert bad.stderr.startswith("error: --gpu abacus is not one of")
+    assert "Traceback" not in bad.stderr
+    run_command("--no-such-flag", code=2)

@@ -1,0 +1,196 @@
+"""The memory account and the choice it leads to."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hamner.config.model import ModelConfig
+from hamner.config.options import OPTIONS
+from hamner.errors import UserError
+from hamner.hardware import GIB
+from hamner.model.attention import get_attention
+from hamner.model.ops import build_ops
+from hamner.model.transformer import Transformer
+from hamner.plan import memory
+from hamner.plan.memory import FULL, NONE, SELECTIVE
+
+A = OPTIONS["a"].model
+
+
+def test_kept_bytes_of_option_a():
+    assert NONE.kept_bytes(A, 2, fused=True) == 2 * 15_104 + 64
+    assert SELECTIVE.kept_bytes(A, 2, fused=True) == 2 * 10_240 + 64
+    assert FULL.kept_bytes(A, 2, fused=True) == 2 * 1_024
+
+
+MODELS = {
+    "dense": A,
+    "moe": OPTIONS["c"].model,
+    "shared expert": OPTIONS["c-shared"].model,
+    "differential": replace(A, use_differential_attention=True),
+}
+
+
+def bytes_autograd_keeps(model: ModelConfig, policy) -> float:
+    """Per token, counted over storages that are not parameters', at the real widths."""
+    shape = {
+        "head_size": model.head_size,
+        "num_heads": model.num_attention_heads,
+        "num_kv_heads": model.num_kv_heads,
+        "seq_len": 16,
+        "micro_batch_size": 4,
+        "document_mask": False,
+    }
+    cpu, bf16 = torch.device("cpu"), torch.bfloat16
+    attention = get_attention("sdpa", device=cpu, dtype=bf16, **shape)
+    transformer = Transformer(model, build_ops("torch", attention), (policy,) * model.num_layers)
+    transformer.initialize(0)
+    for parameter in transformer.matrices():
+        parameter.data = parameter.data.to(bf16)
+    parameters = {p.untyped_storage().data_ptr() for p in transformer.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    tokens = torch.randint(model.vocab_size, (4, 17), generator=torch.Generator().manual_seed(0))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        transformer(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+    return sum(storage.nbytes() for storage in kept.values()) / 64
+
+
+@pytest.mark.parametrize("policy", [NONE, SELECTIVE, FULL], ids=lambda policy: policy.name)
+@pytest.mark.parametrize("name", MODELS)
+def test_account_is_what_autograd_keeps(name, policy):
+    """Of a layer: two of them less one. The plain ops run on any machine."""
+    one, two = (replace(MODELS[name], num_layers=n, vocab_size=256) for n in (1, 2))
+    kept = bytes_autograd_keeps(two, policy) - bytes_autograd_keeps(one, policy)
+    assert policy.kept_bytes(one, 2, fused=False) == pytest.approx(kept, rel=0.02)
+
+
+def test_a_mixture_keeps_what_a_dense_layer_of_its_active_width_does():
+    c = OPTIONS["c"].model
+    width = c.num_experts_per_token * c.expert_intermediate_size
+    dense = replace(c, num_experts=0, num_experts_per_token=0, expert_intermediate_size=width)
+    assert not dense.is_moe
+    assert SELECTIVE.kept_bytes(c, 2, fused=True) == SELECTIVE.kept_bytes(dense, 2, fused=True)
+
+
+def test_peak_is_the_loss_or_the_backward_pass():
+    arguments = {"micro_batch_tokens": 24_576, "precision": "bf16", "fused": True}
+    kept = memory.account(A, (SELECTIVE,) * 24, accumulate=False, **arguments)
+    assert kept.total == sum(kept.parts().values())
+    assert set(kept.parts()) == {"weights", "optimizer", "activations", "loss"}
+    rebuilt = memory.account(A, (FULL,) * 24, accumulate=True, **arguments)
+    assert rebuilt.total == sum(rebuilt.parts().values())
+    assert "activations and gradients in backward" in rebuilt.parts()
+    assert rebuilt.gradient_sums == 4 * A.num_parameters()
+    # Bytes a parameter: bf16 weights and gradients, two fp32 moments, and of the fp32 masters what
+    # the weights lack. Plain torch keeps whole masters.
+    plain = memory.account(A, (SELECTIVE,) * 24, accumulate=False, **{**arguments, "fused": False})
+    for account, size in ((kept, 14), (plain, 16)):
+        state = account.weights + account.gradients + account.optimizer
+        assert state == size * A.num_parameters()
+
+
+def choose(budget_gib: float, **changes):
+    arguments = {
+        "batch_size": 24,
+        "seq_len": 1024,
+        "precision": "bf16",
+        "fused": True,
+        "budget": int(budget_gib * GIB),
+    }
+    return memory.choose(A, **{**arguments, **changes})
+
+
+def test_choice_degrades_step_by_step():
+    """Selective everywhere, then a few full layers, then more, then a smaller micro-batch."""
+    assert memory.describe(choose(24).policies) == "selective"
+    some, more, least = choose(14), choose(10), choose(5.5)
+    count = [sum(p is FULL for p in plan.policies) for plan in (some, more)]
+    assert 0 < count[0] < count[1] <= 24
+    assert some.micro_batch_size == more.micro_batch_size == 24
+    assert least.micro_batch_size < 24
+    for budget, plan in ((14, some), (10, more), (5.5, least)):
+        assert plan.account.total <= budget * GIB
+
+
+def test_fewest_full_layers():
+    plan = choose(14)
+    full = sum(p is FULL for p in plan.policies)
+    fewer = memory.mixed(full - 1, 24)
+    account = memory.account(
+        A,
+        fewer,
+        micro_batch_tokens=24_576,
+        precision="bf16",
+        accumulate=False,
+        fused=True,
+    )
+    assert account.total > 14 * GIB
+
+
+def test_impossible_budget_says_the_least_that_fits():
+    with pytest.raises(UserError, match=r"--vram-budget 2\.0 GiB is too small: the least .* GiB"):
+        choose(2)
+
+
+def test_given_policy_and_micro_batch_are_kept():
+    plan = choose(1, policies=(NONE,) * 24, micro_batch_size=12)
+    assert plan.policies == (NONE,) * 24
+    assert plan.micro_batch_size == 12
+
+
+def test_gradient_checkpointing_off_recomputes_nothing():
+    model = replace(A, gradient_checkpointing=False)
+    plan = memory.choose(
+        model,
+        batch_size=24,
+        seq_len=1024,
+        precision="bf16",
+        fused=True,
+        budget=16 * GIB,
+    )
+    assert memory.describe(plan.policies) == "none"
+    assert plan.micro_batch_size < 24
+
+
+@pytest.mark.parametrize("text", ["none", "selective", "full", "full:8"])
+def test_parse_and_describe_agree(text):
+    assert memory.describe(memory.parse(text, 24)) == text
+
+
+def test_auto_is_left_open():
+    assert memory.parse("auto", 24) is None
+
+
+@pytest.mark.parametrize("text", ["everything", "full:x", "full:25", "selective:3"])
+def test_unknown_policy_is_one_sentence(text):
+    with pytest.raises(UserError, match="--recompute"):
+        memory.parse(text, 24)
+
+
+@pytest.mark.parametrize(("tokens", "vocab_size"), [(24_576, 49_152), (1, 100), (49_152, 4_096)])
+@pytest.mark.parametrize("element_size", [2, 4])
+def test_loss_chunk_is_the_kernels(tokens, vocab_size, element_size):
+    from hamner.kernels.cross_entropy import default_chunk_size
+
+    expected = default_chunk_size(tokens, vocab_size, element_size)
+    assert memory.loss_chunk(vocab_size, tokens, element_size) == expected
+
+
+def test_plain_torch_keeps_everything_while_it_fits():
+    assert memory.describe(choose(70, fused=False).policies) == "none"
+    assert memory.describe(choose(70).policies) == "selective"
+    assert memory.describe(choose(30, fused=False).policies) == "selective"
+
+
+def test_automatic_micro_batch_may_be_bounded():
+    assert choose(70, max_micro_batch_tokens=8_192).micro_batch_size == 8
+    assert choose(70, max_micro_batch_tokens=100).micro_batch_size == 1
+    assert choose(70, max_micro_batch_tokens=100, micro_batch_size=12).micro_batch_size == 12

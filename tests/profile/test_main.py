@@ -1,0 +1,171 @@
+"""`python -m hamner.profile`: a real capture on the CPU, and what is read back."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hamner.checkpoint.run_folder import RunFolder
+from hamner.errors import UserError
+from hamner.profile.__main__ import ProfileConfig, main, parse
+from hamner.profile.capture import capture
+from hamner.profile.ranges import MODULES, named
+from hamner.profile.summary import summarize
+from hamner.profile.trace import read_trace
+from hamner.train.loop import Trainer
+from tests.corpus import write_predictable
+from tests.profile.traces import TraceWriter
+
+SMALL = [
+    *("--option", "tiny", "--hidden-size", "64", "--num-layers", "2", "--batch-size", "4"),
+    *("--expert-intermediate-size", "128", "--vocab-size", "261", "--max-seq-len", "64"),
+    *("--seq-len", "64", "--device", "cpu", "--micro-batch-size", "2", "--warmup", "1"),
+]
+
+
+@pytest.fixture(scope="module")
+def captured(tmp_path_factory):
+    """The folder and the configuration of a capture of two steps of two micro-batches."""
+    folder = tmp_path_factory.mktemp("profile")
+    data = write_predictable(folder / "data.jsonl")
+    config = parse([*SMALL, "--data", str(data)])
+    capture(config.run, folder / "out", steps=2, warmup=config.warmup)
+    return folder / "out", config.run
+
+
+def test_capture_writes_everything(captured):
+    out, config = captured
+    names = {path.name for path in out.iterdir()}
+    files = {"trace.json.gz", "memory.json.gz", "memory.png", "summary.md", "summary.json"}
+    assert names == files
+    assert (out / "memory.png").read_bytes().startswith(b"\x89PNG")
+    written = json.loads((out / "summary.json").read_text())
+    assert written["config"]["batch_size"] == 4
+    # Weights in fp32, two moments of the same size.
+    parameters = config.model.num_parameters()
+    assert written["peak"]["weights"] == 4 * parameters
+    assert written["peak"]["optimizer state"] == 8 * parameters
+    assert written["peak"]["gradients"] >= 4 * parameters
+    assert "matmul" in (out / "summary.md").read_text()
+
+
+def test_capture_finds_steps_phases_and_categories(captured):
+    summary = summarize(read_trace(captured[0] / "trace.json.gz"))
+    assert summary.steps == 2
+    assert {"forward", "backward", "accumulate", "optimizer"} <= set(summary.phases)
+    assert {"matmul", "attention", "loss", "optimizer"} <= set(summary.categories)
+    assert sum(summary.categories.values()) <= summary.step_ms
+    assert summary.tokens_per_second == pytest.approx(
+        4 * 64 / summary.unprofiled_step_ms * 1e3, rel=1e-6
+    )
+
+
+def test_counted_matmul_flops_are_the_models(captured):
+    """Shapes of every aten::mm of a step against the formula of the option, attention aside."""
+    summary = summarize(read_trace(captured[0] / "trace.json.gz"))
+    model = captured[1].model
+    matmul = 6 * (
+        model.num_layers * model.matmul_parameters_per_layer(active=True)
+        + model.vocab_size * model.hidden_size
+    )
+    counted = summary.counted_tflops * 1e12 * summary.step_ms / 1e3
+    assert counted == pytest.approx(matmul * 4 * 64, rel=1e-6)
+
+
+def test_read_and_compare_print(captured, capsys, tmp_path):
+    trace = captured[0] / "trace.json.gz"
+    main(["read", str(trace)])
+    assert "2 steps on the CPU" in capsys.readouterr().out
+    main(["read", str(captured[0] / "memory.json.gz"), "--memory", str(tmp_path / "m.png")])
+    assert "Memory at its peak" in capsys.readouterr().out
+    assert (tmp_path / "m.png").exists()
+    for command in (["read", "--compare"], ["--compare"]):
+        picture = tmp_path / f"{len(command)}.png"
+        main([*command, str(trace), str(trace), "--picture", str(picture)])
+        assert "+0.00" in capsys.readouterr().out
+        assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("flag", "trace"), [("--picture", "trace.json.gz"), ("--memory", "memory.json.gz")]
+)
+def test_a_picture_that_cannot_be_written_is_named(captured, flag, trace, tmp_path):
+    path = tmp_path / "missing" / "picture.png"
+    with pytest.raises(UserError, match=f"{flag} {path} cannot be written"):
+        main(["read", str(captured[0] / trace), flag, str(path)])
+
+
+def test_ranges_leave_nothing_behind(tmp_path):
+    """The trainer steps afterwards as if it had never been traced."""
+    data = write_predictable(tmp_path / "data.jsonl")
+    config = replace(parse(SMALL).run, run_dir=tmp_path / "run", data=(str(data),))
+    trainer = Trainer(config, RunFolder(config.folder))
+    try:
+        step, forward = trainer.optimizer.step, trainer.forward
+        with torch.profiler.profile() as profiler, named(trainer) as phases:
+            phases.enter("data")
+            trainer.forward(torch.zeros(1, 8, dtype=torch.long))
+        names = {event.name for event in profiler.events()}
+        assert {"data", "forward", "backward", "layers.0.attention", "layers.1.mlp"} <= names
+        assert trainer.optimizer.step == step and trainer.forward == forward
+        hooked = [m for m in trainer.model.modules() if isinstance(m, MODULES)]
+        assert hooked and not any(m._forward_hooks or m._forward_pre_hooks for m in hooked)
+    finally:
+        trainer.close()
+
+
+def run(*args: str, **kwargs) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "hamner.profile", *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **kwargs)
+
+
+def test_help_and_reading_do_not_load_torch(tmp_path):
+    writer = TraceWriter()
+    writer.kernel("nvjet_a", 0, 5, launch=-10)
+    trace = writer.write(tmp_path / "t.json")
+    for args in (["--help"], ["read", str(trace)]):
+        result = run(*args, env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
+        assert result.returncode == 0, result.stderr
+        assert "hamner.profile.trace" in result.stderr
+        assert "| torch\n" not in result.stderr
+
+
+def test_takes_every_flag_of_train():
+    config = parse(["--option", "b", "--recompute", "full", "--steps", "5", "--data", "a", "b"])
+    assert isinstance(config, ProfileConfig)
+    assert (config.steps, config.run.recompute, config.run.data) == (5, "full", ("a", "b"))
+    assert config.run.steps is None
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["read", "missing.json"], "missing.json"),
+        (["read"], "TRACE"),
+        (["read", "a", "--compare", "a", "b"], "TRACE"),
+        (["read", "--compare", "a", "b", "--steps", "0"], "--steps 0"),
+        (["--option", "huge"], "--option huge"),
+        (["--option", "tiny", "--warmup", "-1"], "--warmup -1"),
+        (["--option", "tiny", "--tool", "nsight", "--device", "cpu"], "--tool nsight"),
+        (["--option", "tiny", "--data", "missing.txt"], "missing.txt"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_2(args, named, tmp_path):
+    result = run(*args, cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert named in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_in_use_is_left_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    result = run("--option", "tiny", "--out", str(tmp_path))
+    assert result.returncode == 2
+    assert "--out" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

@@ -1,0 +1,40 @@
+"""What operations must do, from their recorded arguments."""
+
+import pytest
+
+from hamner.profile.trace import Range
+from hamner.profile.work import work_of
+
+BF16, FP32 = "c10::BFloat16", "float"
+
+
+@pytest.mark.parametrize(("with_copies", "size"), [(True, 26), (False, 28)])
+def test_bytes_an_element_of_adamw(with_copies, size):
+    shapes = [[30, 7], [5]]
+    operation = Range(
+        "hamner::adamw_",
+        0,
+        1,
+        is_operation=True,
+        dims=[shapes if with_copies else [], *[shapes] * 4, []],
+        types=["TensorList"] * 5 + [FP32],
+    )
+    _, work = work_of("optimizer", operation)
+    assert work.bytes == size * (30 * 7 + 5)
+    assert work.flops == 0
+
+
+def test_bytes_of_the_router_projection():
+    x, weight, d_logits = [30, 8], [4, 8], [30, 4]
+    for name, dims, types, size in (
+        ("hamner::router_linear", [x, weight], [BF16, BF16], 2 * 30 * 8),
+        (
+            "hamner::router_linear_backward",
+            [d_logits, x, weight],
+            [FP32, BF16, BF16],
+            4 * 30 * 4 + 2 * 2 * 30 * 8,
+        ),
+    ):
+        operation = Range(name, 0, 1, is_operation=True, dims=dims, types=types)
+        _, work = work_of("routing", operation)
+        assert (work.bytes, work.flops) == (size, 0)

@@ -1,0 +1,92 @@
+"""`python -m hamner.sft` as a user meets it: a real process."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from hamner.config.sft import SftConfig
+from hamner.errors import UserError
+from hamner.sft.__main__ import parse
+from tests.models import DENSE, build
+from tests.saved import save_run
+
+SHAPE = replace(DENSE, vocab_size=261)
+
+
+def run(*args: str, **kwargs) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "hamner.sft", *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **kwargs)
+
+
+@pytest.fixture
+def base(tmp_path):
+    return save_run(tmp_path / "base", build(SHAPE))
+
+
+def test_help_explains_every_flag_without_loading_torch():
+    result = run("--help", env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
+    assert result.returncode == 0
+    flags = set(re.findall(r"^│ (--[a-z-]+)", result.stdout, re.MULTILINE))
+    assert {"--checkpoint", "--data", "--epochs", "--rope-scaling", "--patience"} <= flags
+    # Of the checkpoint, not to be chosen here.
+    assert not {"--option", "--hidden-size", "--tokenizer", "--document-mask"} & flags
+    assert not re.search(r"\| +torch$", result.stderr, re.MULTILINE)
+
+
+def test_defaults_follow_from_the_checkpoint(base):
+    config = parse(["--checkpoint", str(base)])
+    assert config == SftConfig.for_checkpoint(base)
+    assert (config.lr, config.seq_len, config.batch_size) == (1e-5, 64, 8)
+    assert config.run_dir == base.with_name("base-sft")
+    assert config.model == SHAPE
+    step = next((base / "checkpoints").iterdir())
+    assert parse(["--checkpoint", str(step)]).run_dir == base.with_name("base-sft")
+
+
+def test_a_longer_row_extends_the_model(base):
+    assert parse(["--checkpoint", str(base), "--seq-len", "32"]).model.max_seq_len == 64
+    assert parse(["--checkpoint", str(base), "--seq-len", "256"]).model.max_seq_len == 256
+    scaled = parse(["--checkpoint", str(base), "--seq-len", "256", "--rope-scaling", "yarn"])
+    assert scaled.model.rope_scaling_factor == 4.0
+
+
+def test_config_json_reads_back_what_was_written(base, tmp_path):
+    args = ["--checkpoint", str(base), "--data", "a.jsonl=2", "b.jsonl=1", "--epochs", "2"]
+    config = parse([*args, "--seq-len", "128", "--rope-scaling", "linear"])
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config.to_json()))
+    assert SftConfig.read(path) == config
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        ([], "--checkpoint is needed"),
+        (["--checkpoint", "nowhere"], "--checkpoint nowhere is neither"),
+        (["--checkpoint", "base", "--epochs", "0"], "--epochs 0"),
+        (["--checkpoint", "base", "--rope-scaling", "ntk"], "--rope-scaling ntk"),
+        (["--checkpoint", "base", "--rope-scaling", "ntk", "--seq-len", "32"], "above the 64"),
+        (["--resume"], "--resume needs --run-dir"),
+    ],
+)
+def test_bad_flags(base, monkeypatch, args, named):
+    monkeypatch.chdir(base.parent)
+    with pytest.raises(UserError, match=named):
+        parse(args)
+
+
+def test_bad_data_is_one_sentence_and_exit_2(base, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "Hi"}\n')
+    before = sorted(path.name for path in tmp_path.iterdir())
+    result = run("--checkpoint", "base", "--data", "bad.jsonl", "--device", "cpu", cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr == (
+        'error: --data bad.jsonl, line 1: has no field "messages", "conversations" or "text" '
+        "(it has prompt)\n"
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == before

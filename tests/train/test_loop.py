@@ -1,0 +1,400 @@
+"""The trainer end to end, on the CPU in fp32."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hamner.checkpoint import format as checkpoint
+from hamner.checkpoint.run_folder import RunFolder
+from hamner.config.options import OPTIONS
+from hamner.config.train import TrainConfig
+from hamner.errors import UserError
+from hamner.hardware import GPUS
+from hamner.train.loop import Trainer, train
+from hamner.train.readback import Readback
+from tests.corpus import write_predictable
+
+BYTES_ONLY = 261
+"""vocabulary of the special tokens and the 256 bytes: one token a character"""
+
+
+def small_config(tmp_path: Path) -> TrainConfig:
+    """A minute model on predictable text."""
+    data = write_predictable(tmp_path / "data.jsonl")
+    return TrainConfig(
+        model=replace(
+            OPTIONS["tiny"].model,
+            hidden_size=64,
+            num_layers=2,
+            expert_intermediate_size=128,
+            vocab_size=BYTES_ONLY,
+            max_seq_len=64,
+        ),
+        option="tiny",
+        data=(str(data),),
+        run_dir=tmp_path / "run",
+        steps=20,
+        batch_size=8,
+        seq_len=64,
+        lr=5e-3,
+        warmup_steps=5,
+        log_every=3,
+        eval_every=10,
+        save_every=0,
+        sample_every=0,
+        eval_tokens=1024,
+        val_fraction=0.1,
+        device="cpu",
+    )
+
+
+@pytest.fixture
+def config(tmp_path) -> TrainConfig:
+    return small_config(tmp_path)
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    """Records without what the clock decides."""
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        del record["tokens_per_second"], record["seconds"]
+    return records
+
+
+def weights(result) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}/{key}": tensor
+        for name in (checkpoint.MODEL_FILE, checkpoint.OPTIMIZER_FILE)
+        for key, tensor in load_file(result.checkpoint / name).items()
+    }
+
+
+def assert_equal_weights(first, second) -> None:
+    one, other = weights(first), weights(second)
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+def test_learns_one_step_ahead_through_the_real_pipeline(config):
+    """ln 2 = 0.69 is all there is to learn one step ahead; shifted twice it would stay at 1.39."""
+    result = train(replace(config, steps=120))
+    assert 0.6 < result.val_loss < 1.0
+
+
+def test_run_folder_has_everything(config):
+    result = train(replace(config, sample_every=10, save_every=10))
+    run = config.run_dir
+    assert result.step == 20
+    assert result.tokens == 20 * 8 * 64
+    assert not result.interrupted
+    assert TrainConfig.read(run / "config.json") == replace(config, sample_every=10, save_every=10)
+    records = metrics(run)
+    assert [r["step"] for r in records] == [3, 6, 9, 10, 12, 15, 18, 20]
+    assert records[-1]["loss"] < records[0]["loss"]
+    assert records[-1]["val_loss"] == result.val_loss
+    assert set(records[0]) == {
+        *("step", "tokens", "loss", "val_loss", "val_step", "lr", "grad_norm"),
+        *("mfu", "peak_vram_gib", "skipped_steps", "sources"),
+    }
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert [s["step"] for s in samples] == [10, 10, 10, 20, 20, 20]
+    assert {p.name for p in (run / "plots").iterdir()} == {"loss.png", "throughput.png"}
+    assert [c.step for c in checkpoint.find(run / "checkpoints")] == [10, 20]
+    assert result.checkpoint == run / "checkpoints" / "step_00000020"
+
+
+def test_numbers_that_come_in_late_change_no_record(config, monkeypatch):
+    """As on a GPU, whose numbers are a step behind; a save waits for the lines up to it."""
+    saving = replace(config, log_every=1, save_every=5, run_dir=config.run_dir.with_name("late"))
+    train(replace(saving, run_dir=config.run_dir))
+    monkeypatch.setattr(Readback, "arrived", False)
+    written, saved = {}, {}
+    trainer = Trainer(saving, RunFolder(saving.folder))
+
+    def noting(method, notes: dict):
+        def noted(*args, **kwargs):
+            notes[trainer.step] = len(trainer.log_lines)
+            return method(*args, **kwargs)
+
+        return noted
+
+    monkeypatch.setattr(trainer, "write_log_line", noting(trainer.write_log_line, written))
+    monkeypatch.setattr(trainer.saver, "begin", noting(trainer.saver.begin, saved))
+    trainer.run_to_end()
+    trainer.close()
+    assert metrics(saving.run_dir) == metrics(config.run_dir)
+    assert set(written) == set(range(1, 21)) - {1, 6, 11, 16}
+    assert saved == dict.fromkeys((5, 10, 15, 20), 0)
+
+
+@pytest.mark.parametrize("stop_at", [10, 7])
+def test_resume_is_exact(config, stop_at):
+    """20 steps and stop + resume end with equal weights, moments and metrics, bit for bit."""
+    whole = train(config)
+    halves = replace(config, run_dir=config.run_dir.with_name("halves"))
+    stopped = train(replace(halves, stop_after=stop_at))
+    assert stopped.step == stop_at
+    resumed = train(replace(halves, resume=True))
+    assert resumed.step == 20
+    assert_equal_weights(whole, resumed)
+    assert metrics(config.run_dir) == metrics(halves.run_dir)
+
+
+def test_resume_forgets_what_came_after_the_checkpoint(config):
+    """A run that died after its last save writes the lost steps again, once."""
+    whole = train(config)
+    run = config.run_dir
+    train(replace(config, run_dir=run.with_name("died"), stop_after=10))
+    died = RunFolder(run.with_name("died"))
+    with died.metrics.open("a") as file:
+        file.write(json.dumps({"step": 12, "loss": 1.0}) + '\n{"step": 13, "lo')
+    resumed = train(replace(config, run_dir=died.path, resume=True))
+    assert_equal_weights(whole, resumed)
+    assert metrics(run) == metrics(died.path)
+
+
+def test_resume_before_the_first_save_starts_over(config):
+    whole = train(config)
+    empty = replace(config, run_dir=config.run_dir.with_name("empty"))
+    RunFolder(empty.folder).start(empty)
+    assert_equal_weights(whole, train(replace(empty, resume=True)))
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
+def test_micro_batches_do_not_change_the_step(config, micro_batch_size, tmp_path):
+    """8 x 1, 4 x 2 and 2 x 4 give what 1 x 8 gives, with targets ignored unevenly."""
+    results = []
+    for size in (8, micro_batch_size):
+        run_dir = tmp_path / f"micro_{size}"
+        trainer = Trainer(
+            replace(config, micro_batch_size=size, run_dir=run_dir, grad_clip=0.0),
+            RunFolder(run_dir),
+        )
+        try:
+            batch = next(trainer.loader)
+            targets = batch.targets.clone()
+            targets[0, :50] = -100
+            targets[5, :] = -100
+            batch = replace(batch, targets=targets)
+            norm = trainer.train_step(batch, 1e-3, NeverInterrupted())
+            results.append((trainer.loss_sum, norm, dict(trainer.optimizer.exp_avg)))
+        finally:
+            trainer.close()
+    (loss, norm, moments), (other_loss, other_norm, other_moments) = results
+    torch.testing.assert_close(loss, other_loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(norm, other_norm, rtol=1e-5, atol=0)
+    for name, moment in moments.items():
+        torch.testing.assert_close(moment, other_moments[name], rtol=1e-4, atol=1e-8, msg=name)
+
+
+class NeverInterrupted:
+    requested = False
+
+
+class InterruptedAndSlow:
+    requested = True
+
+
+def test_interrupted_slow_step_is_dropped_and_comes_again(config, monkeypatch):
+    import hamner.train.loop
+
+    monkeypatch.setattr(hamner.train.loop, "PATIENCE_SECONDS", 0.0)
+    whole = train(config)
+    run = RunFolder(config.run_dir.with_name("dropped"))
+    settings = replace(config, run_dir=run.path, micro_batch_size=4)
+    trainer = Trainer(replace(settings, stop_after=5), run)
+    trainer.run_to_end()
+    batch = next(trainer.loader)
+    before = {n: p.clone() for n, p in trainer.optimizer.parameters.items()}
+    assert trainer.train_step(batch, 1e-3, InterruptedAndSlow()) is None
+    for name, parameter in trainer.optimizer.parameters.items():
+        assert torch.equal(parameter, before[name])
+        assert parameter.grad is None
+    trainer.close()
+    resumed = train(replace(config, run_dir=run.path, micro_batch_size=4, resume=True))
+    assert resumed.step == whole.step
+    # Not bit for bit: the whole run was not cut into micro-batches.
+    assert abs(resumed.val_loss - whole.val_loss) < 1e-3
+
+
+def test_batch_size_may_change_on_resume(config):
+    train(replace(config, stop_after=10))
+    resumed = train(
+        replace(config, resume=True, batch_size=4, steps=None, tokens=20 * 8 * 64, warmup_steps=10)
+    )
+    assert resumed.tokens == 20 * 8 * 64
+    assert resumed.step == 30
+    rates = [r["lr"] for r in metrics(config.run_dir)]
+    assert rates[-1] < rates[len(rates) // 2]
+
+
+def test_a_run_is_not_overwritten(config):
+    train(replace(config, stop_after=1))
+    with pytest.raises(UserError, match=r"--resume, or start another with --run-dir"):
+        train(config)
+
+
+def test_nothing_to_resume(config):
+    with pytest.raises(UserError, match="holds no run"):
+        train(replace(config, resume=True))
+    assert not config.run_dir.exists()
+
+
+def test_another_model_is_refused_on_resume(config):
+    train(replace(config, stop_after=1))
+    wider = replace(config.model, expert_intermediate_size=160)
+    with pytest.raises(UserError, match=r"--expert-intermediate-size 160 is not the 128"):
+        train(replace(config, model=wider, resume=True))
+
+
+def test_a_checkpoint_older_than_a_field_of_the_model_resumes(config, monkeypatch):
+    train(replace(config, stop_after=1))
+    state = checkpoint.Checkpoint.state
+
+    def older_state(self) -> dict:
+        values = state(self)
+        del values["model"]["rope_scaling"], values["model"]["rope_scaling_from"]
+        for name in ("best_loss", "best_step", "evaluations_since_best", "stage"):
+            del values[name]
+        return values
+
+    monkeypatch.setattr(checkpoint.Checkpoint, "state", older_state)
+    assert train(replace(config, resume=True, stop_after=1)).step == 2
+    stretched = replace(config.model, rope_scaling="linear", rope_scaling_from=16)
+    with pytest.raises(UserError, match="--rope-scaling linear is not the none"):
+        train(replace(config, model=stretched, resume=True))
+
+
+def test_bad_data_leaves_no_run_folder(config):
+    with pytest.raises(UserError, match=r"missing\.jsonl"):
+        train(replace(config, data=(str(config.run_dir.parent / "missing.jsonl"),)))
+    assert not config.run_dir.exists()
+
+
+@pytest.mark.parametrize("val_fraction", [0.0, 0.1])
+def test_data_without_a_document_leaves_no_run_folder(config, tmp_path, val_fraction):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n")
+    with pytest.raises(UserError, match=r"empty\.txt: no document to train on"):
+        train(replace(config, data=(str(empty),), val_fraction=val_fraction))
+    assert not config.run_dir.exists()
+
+
+def test_missing_tracker_leaves_no_run_folder(config):
+    with pytest.raises(UserError, match=r"--report-to wandb: .* pip install 'hamner\[wandb\]'"):
+        train(replace(config, report_to=("wandb",)))
+    assert not config.run_dir.exists()
+
+
+def test_a_finished_run_resumes_to_nothing(config):
+    finished = train(config)
+    again = train(replace(config, resume=True))
+    assert again == finished
+
+
+def test_failed_periodic_save_does_not_end_the_run(config, monkeypatch, capsys):
+    real_save, failures = checkpoint.save, []
+
+    def fail_once(*args, **kwargs):
+        if not failures:
+            failures.append(args)
+            raise OSError(28, "No space left on device")
+        return real_save(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "save", fail_once)
+    result = train(replace(config, save_every=5))
+    assert failures
+    assert result.step == 20
+    assert "step 5 could not be saved (No space left on device)" in capsys.readouterr().out
+
+
+def test_failed_last_save_is_one_sentence(config, monkeypatch):
+    def full_disk(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save", full_disk)
+    with pytest.raises(UserError, match="could not be written"):
+        train(config)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_experts": 4, "num_experts_per_token": 2, "num_shared_experts": 1},
+        {"use_differential_attention": True},
+        {"tie_word_embeddings": False},
+    ],
+)
+def test_every_kind_of_model_trains(config, changes):
+    result = train(replace(config, model=replace(config.model, **changes), document_mask=True))
+    records = metrics(config.run_dir)
+    assert result.val_loss < 4.0 < records[0]["loss"]
+    assert ("router" in records[0]) == ("num_experts" in changes)
+
+
+def test_recompute_policies_train_the_same(config):
+    results = [
+        train(replace(config, recompute=policy, run_dir=config.run_dir / policy))
+        for policy in ("none", "full:1")
+    ]
+    assert_equal_weights(*results)
+
+
+def out_of_memory_at(trainer: Trainer, step: int, times: int = 1) -> None:
+    """Let the forward pass of a step (counted from 0) fail as the allocator does."""
+    forward = trainer.model.forward
+    left = [times]
+
+    def fail(*args):
+        if trainer.step == step and left[0] and torch.is_grad_enabled():
+            left[0] -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 36.00 MiB. GPU 0")
+        return forward(*args)
+
+    trainer.model.forward = fail
+
+
+def test_out_of_memory_at_first_changes_the_plan(config, capsys):
+    run = RunFolder(config.folder)
+    trainer = Trainer(replace(config, micro_batch_size=8), run)
+    before = trainer.plan.account.total
+    out_of_memory_at(trainer, 1)
+    result = trainer.run_to_end()
+    trainer.close()
+    assert result.step == 20
+    assert trainer.plan.account.total <= 0.9 * before
+    assert trainer.model.policies == trainer.plan.policies
+    said = capsys.readouterr().out
+    assert "WARNING: CUDA out of memory. Other programs, or memory in pieces" in said
+    assert f"going on with {trainer.plan}" in said
+
+
+@pytest.mark.parametrize(("step", "times"), [(1, 2), (12, 1)])
+def test_out_of_memory_later_saves_and_says_what_to_lower(config, step, times):
+    trainer = Trainer(replace(config, micro_batch_size=8), RunFolder(config.folder))
+    out_of_memory_at(trainer, step, times)
+    with pytest.raises(UserError, match=rf"step {step + 1} does not fit \(CUDA out of memory\)"):
+        trainer.run_to_end()
+    trainer.close()
+    assert [c.step for c in checkpoint.find(config.run_dir / "checkpoints")] == [step]
+
+
+def test_plan_is_compared_with_reality_at_step_100(config, capsys, monkeypatch):
+    monkeypatch.setattr("hamner.train.loop.PLAN_CHECK_STEP", 10)
+    trainer = Trainer(config, RunFolder(config.folder))
+    # What is measured is this CPU; only the plan's line is of interest.
+    trainer.compute = replace(trainer.compute, gpu=GPUS["rtx-3090"], kernels="triton")
+    trainer.display.budget_gib = 24.0
+    monkeypatch.setattr("hamner.train.loop.peak_vram_gib", lambda device: 1.0)
+    trainer.run_to_end()
+    trainer.close()
+    said = [line for line in capsys.readouterr().out.splitlines() if "plan: measured" in line]
+    assert len(said) == 1
+    (row,) = (config.run_dir / "plan.jsonl").read_text().splitlines()
+    assert json.loads(row)["step"] == 10
+    assert set(json.loads(row)) == {"step", "projected", "measured"}

@@ -1,0 +1,157 @@
+"""`python -m hamner.train` as a user meets it: a real process."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hamner.checkpoint import format as checkpoint
+from hamner.cli import gather_data
+from hamner.train.__main__ import parse
+from tests.corpus import write_predictable
+
+SMALL = [
+    *("--option", "tiny", "--hidden-size", "64", "--num-layers", "2"),
+    *("--expert-intermediate-size", "128", "--vocab-size", "261", "--max-seq-len", "64"),
+    *("--seq-len", "64", "--eval-tokens", "512", "--val-fraction", "0.1"),
+    *("--sample-every", "0", "--device", "cpu"),
+]
+
+
+def command(*args: str) -> list[str]:
+    return [sys.executable, "-m", "hamner.train", *args]
+
+
+def run(*args: str, **kwargs) -> subprocess.CompletedProcess:
+    return subprocess.run(command(*args), capture_output=True, text=True, timeout=120, **kwargs)
+
+
+def test_help_explains_every_flag_without_loading_torch():
+    result = run("--help", env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
+    assert result.returncode == 0
+    flags = re.findall(r"^│ (--[a-z-]+)", result.stdout, re.MULTILINE)
+    assert {"--option", "--data", "--batch-size", "--hidden-size", "--rope-theta"} <= set(flags)
+    assert len(flags) == result.stdout.count("(default: ")
+    assert "hamner.train.loop" not in result.stderr
+    assert not re.search(r"\| +torch$", result.stderr, re.MULTILINE)
+
+
+def test_defaults_are_the_options():
+    assert parse([]).batch_size == 24
+    assert parse(["--option", "current"]).batch_size == 48
+    assert parse(["--option=b"]).model.num_layers == 36
+    changed = parse(["--option", "b", "--num-layers", "12", "--rope-theta", "5e5"])
+    assert changed.model.num_layers == 12
+    assert changed.model.rope_theta == 5e5
+
+
+def test_data_may_be_repeated_or_listed():
+    assert gather_data(["--data", "a", "b", "--seed", "1", "--data", "c", "--data=d=0.5"]) == [
+        *("--seed", "1", "--data", "a", "b", "c", "d=0.5")
+    ]
+    assert parse(["--data", "x.txt=0.9", "--data", "y.txt=0.1"]).data == ("x.txt=0.9", "y.txt=0.1")
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["--option", "huge"], "--option huge"),
+        (["--num-kv-heads", "5"], "--num-kv-heads 5"),
+        (["--seq-len", "4096"], "--max-seq-len 1024"),
+        (["--batch-size", "0"], "--batch-size 0"),
+        (["--micro-batch-size", "7"], "--micro-batch-size 7"),
+        (["--steps", "10", "--tokens", "1e6"], "--steps and --tokens"),
+        (["--num-experts", "2", "--num-experts-per-token", "3"], "--num-experts-per-token 3"),
+        (["--recompute", "some", "--device", "cpu"], "--recompute some"),
+        (["--device", "cpu", "--precision", "bf16"], "--precision bf16"),
+        (["--resume", "--run-dir", "nowhere"], "nowhere holds no run"),
+        (["--data", "missing.txt"], "missing.txt"),
+        (["--data", "builtin=0"], "builtin=0"),
+        (["--data"], "--data has no value"),
+        (["--data", "--steps", "10"], "--data has no value"),
+        (["--replay", "gone.safetensors"], "--replay gone.safetensors: no such file"),
+        (["--tokenizer", "missing.json"], "--tokenizer missing.json"),
+        (["--vram-budget", "0.01", "--device", "cpu"], "--vram-budget"),
+        (["--val-fraction", "1.5"], "--val-fraction"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_2(args, named, tmp_path):
+    result = run(*args, cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert named in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_flag_is_exit_2():
+    result = run("--batchsize", "3")
+    assert result.returncode == 2
+    assert "--batch-size" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.fixture
+def long_run(tmp_path):
+    """Arguments of a run that lasts until it is interrupted."""
+    data = write_predictable(tmp_path / "data.jsonl")
+    return [*SMALL, "--data", str(data), "--run-dir", str(tmp_path / "run"), "--steps", "100000"]
+
+
+def wait_for_steps(run_dir: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 90
+    while not (run_dir / "metrics.jsonl").exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_saves_and_resumes(long_run, tmp_path, number):
+    run_dir = tmp_path / "run"
+    process = subprocess.Popen(
+        command(*long_run), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    wait_for_steps(run_dir, process)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    (saved,) = checkpoint.find(run_dir / "checkpoints")
+    saved.verify()
+    assert str(saved.path) in output
+    assert "--resume" in output
+    config = json.loads((run_dir / "config.json").read_text())
+    assert config["steps"] == 100_000
+
+    resumed = run("--resume", "--run-dir", str(run_dir), "--stop-after", "2")
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"from {saved.path}" in resumed.stdout
+    assert checkpoint.find(run_dir / "checkpoints")[-1].step == saved.step + 2
+
+
+def test_second_interrupt_leaves_at_once(long_run, tmp_path):
+    run_dir = tmp_path / "run"
+    process = subprocess.Popen(
+        command(*long_run, "--save-every", "5"), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    wait_for_steps(run_dir, process)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode in (130, -signal.SIGTERM)
+    for saved in checkpoint.find(run_dir / "checkpoints"):
+        saved.verify()
+
+
+def test_cpu_is_told_plainly(long_run):
+    result = run(*long_run, "--stop-after", "2")
+    assert result.returncode == 0
+    assert "no GPU found" in result.stdout
+    assert re.search(r"measured on this CPU: about [\d,]+ tokens/s.*would take", result.stdout)

@@ -1,0 +1,229 @@
+"""AdamW with masters against torch's, the schedule, and accumulation."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hamner.checkpoint.format import Checkpoint
+from hamner.checkpoint.writer import BackgroundSaver
+from hamner.kernels.adamw import split_master
+from hamner.train.optimizer import AdamW, Schedule
+from tests.models import DENSE, build, cpu_ops, plain_ops
+
+
+def test_schedule_warms_up_then_follows_a_cosine():
+    schedule = Schedule(lr=1.0, min_lr=0.1, warmup_tokens=100, total_tokens=1100)
+    assert schedule(50) == 0.5
+    assert schedule(100) == 1.0
+    assert math.isclose(schedule(600), 0.55)
+    assert math.isclose(schedule(1100), 0.1)
+    assert math.isclose(schedule(5000), 0.1)
+
+
+def test_schedule_without_warmup_starts_at_the_peak():
+    assert Schedule(1.0, 0.1, 0, 10)(0) == 1.0
+
+
+def make(model, **changes):
+    arguments = {
+        "ops": plain_ops(),
+        "dtype": torch.float32,
+        "weight_decay": 0.1,
+        "grad_clip": 1.0,
+    }
+    return AdamW(model, **{**arguments, **changes})
+
+
+def set_gradients(model, seed: int, scale: float = 1.0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        gradient = torch.randn(parameter.shape, generator=generator) * scale
+        parameter.grad = gradient.to(parameter.dtype)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0])
+def test_same_updates_as_torch(scale):
+    """Scale 1 is clipped, 1e-4 is not."""
+    ours, theirs = build(DENSE), build(DENSE)
+    optimizer = make(ours)
+    reference = torch.optim.AdamW(
+        [
+            {"params": [p for p in theirs.parameters() if p.ndim >= 2], "weight_decay": 0.1},
+            {"params": [p for p in theirs.parameters() if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        betas=(0.9, 0.95),
+        eps=1e-8,
+    )
+    for step in range(5):
+        lr = 1e-2 / (step + 1)
+        set_gradients(ours, step, scale)
+        set_gradients(theirs, step, scale)
+        norm = optimizer.step(lr)
+        expected_norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        torch.testing.assert_close(norm, expected_norm)
+        for group in reference.param_groups:
+            group["lr"] = lr
+        reference.step()
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_masters_keep_what_bf16_loses():
+    model = build(DENSE)
+    start = model.embed.weight.detach().clone()
+    optimizer = make(model, dtype=torch.bfloat16, weight_decay=0.0)
+    assert model.embed.weight.dtype == torch.bfloat16
+    assert model.norm.weight.dtype == torch.float32
+    for step in range(20):
+        set_gradients(model, step)
+        optimizer.step(1e-6)
+    master = optimizer.master("embed.weight")
+    assert master.dtype == torch.float32
+    assert not torch.equal(master, start)
+    assert torch.equal(model.embed.weight, master.to(torch.bfloat16))
+
+
+def run(optimizer: AdamW, model, steps: range) -> None:
+    """Steps on fp32 sums of gradients, which the kernels take on every machine."""
+    for step in steps:
+        set_gradients(model, step)
+        optimizer.accumulate()
+        optimizer.step(1e-3)
+
+
+def assert_equal_tensors(actual: dict, expected: dict) -> None:
+    assert actual.keys() == expected.keys()
+    for name, tensor in actual.items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_split_masters_are_the_masters(device):
+    """The same kernel with whole masters gives the same bits."""
+    ops = cpu_ops("triton", "sdpa")
+    optimizers = []
+    for splits_masters in (True, False):
+        model = build(DENSE).to(device)
+        optimizer = make(
+            model, ops=replace(ops, splits_masters=splits_masters), dtype=torch.bfloat16
+        )
+        run(optimizer, model, range(3))
+        optimizers.append(optimizer)
+    split, whole = optimizers
+    assert split.masters == whole.remainders == {}
+    assert split.remainders.keys() == whole.masters.keys()
+    for name, remainder in split.remainders.items():
+        weight, master = split.parameters[name], whole.master(name)
+        assert (weight.dtype, remainder.dtype) == (torch.bfloat16, torch.int16)
+        assert torch.equal(weight, split_master(master)[0]), name
+        assert torch.equal(split.master(name), master), name
+    assert_equal_tensors(split.exp_avg, whole.exp_avg)
+
+
+HOLDERS = {
+    "split": ("triton", torch.bfloat16),
+    "whole": ("torch", torch.bfloat16),
+    "fp32": ("triton", torch.float32),
+}
+"""what holds the masters: kernels and dtype"""
+
+
+def make_holder(name: str, device, seed: int):
+    kernels, dtype = HOLDERS[name]
+    model = build(DENSE, seed).to(device)
+    return model, make(model, ops=cpu_ops(kernels, "sdpa"), dtype=dtype)
+
+
+def save(folder, step: int, model, optimizer: AdamW) -> Checkpoint:
+    saver = BackgroundSaver(folder, keep=0, keep_every=0)
+    saver.begin(
+        step,
+        model=model.state_dict(),
+        optimizer=optimizer.state_tensors(),
+        counters={},
+        state={},
+    )
+    saver.close()
+    return saver.wait()
+
+
+@pytest.mark.parametrize("reader", HOLDERS)
+@pytest.mark.parametrize("writer", HOLDERS)
+def test_masters_go_from_any_run_to_any_other(writer, reader, tmp_path, device):
+    model, optimizer = make_holder(writer, device, seed=0)
+    run(optimizer, model, range(3))
+    saved = save(tmp_path, 3, model, optimizer)
+    other_model, other = make_holder(reader, device, seed=1)
+    other.restore(saved, 3)
+    for name, parameter in other.parameters.items():
+        assert torch.equal(other.master(name), optimizer.master(name)), name
+        torch.testing.assert_close(
+            parameter.float(), other.master(name), rtol=2**-8, atol=0, msg=name
+        )
+    assert_equal_tensors(other.exp_avg, optimizer.exp_avg)
+    assert_equal_tensors(other.exp_avg_sq, optimizer.exp_avg_sq)
+    if reader == writer:
+        run(optimizer, model, range(3, 5))
+        run(other, other_model, range(3, 5))
+        assert_equal_tensors(other.state_tensors(), optimizer.state_tensors())
+        assert_equal_tensors(other_model.state_dict(), model.state_dict())
+
+
+def test_a_checkpoint_does_not_tell_how_masters_were_held(tmp_path, device):
+    """`optimizer.safetensors` of a split run, loaded by one with whole masters and saved again."""
+    model, optimizer = make_holder("split", device, seed=0)
+    run(optimizer, model, range(2))
+    saved = save(tmp_path, 2, model, optimizer)
+    other_model, other = make_holder("whole", device, seed=1)
+    other.restore(saved, 2)
+    again = save(tmp_path, 3, other_model, other)
+    first, second = (c.path / "optimizer.safetensors" for c in (saved, again))
+    assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_non_finite_gradient_changes_nothing(poison):
+    model = build(DENSE)
+    optimizer = make(model)
+    set_gradients(model, 0)
+    optimizer.step(1e-2)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    state = {n: t.clone() for n, t in optimizer.state_tensors().items()}
+    set_gradients(model, 1)
+    model.embed.weight.grad[3, 3] = poison
+    norm = optimizer.step(1e-2)
+    assert not torch.isfinite(norm)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    for name, tensor in optimizer.state_tensors().items():
+        assert torch.equal(tensor, state[name]), name
+
+
+def test_accumulation_sums_in_fp32():
+    model = build(DENSE)
+    optimizer = make(model, dtype=torch.bfloat16)
+    expected = torch.zeros(DENSE.vocab_size, DENSE.hidden_size)
+    for seed in range(3):
+        set_gradients(model, seed)
+        expected += model.embed.weight.grad.float()
+        optimizer.accumulate()
+    assert torch.equal(optimizer.accumulated["embed.weight"], expected)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    optimizer.step(1e-3)
+    assert optimizer.accumulated == {}
+
+
+def test_no_clipping_when_grad_clip_is_zero():
+    clipped, free = build(DENSE), build(DENSE)
+    for model, clip in ((clipped, 1e-3), (free, 0.0)):
+        set_gradients(model, 0)
+        make(model, grad_clip=clip).step(1e-2)
+    # AdamW's first step is the gradient's sign, whatever its scale: only eps sees the clipping.
+    free_step = make(free, grad_clip=0.0)
+    set_gradients(free, 1)
+    free_step.step(1e-2)
+    moments = free_step.exp_avg["embed.weight"]
+    torch.testing.assert_close(
+        moments.norm(), torch.tensor(0.1 * 128**0.5 * 64**0.5), rtol=0.1, atol=0
+    )

@@ -1,0 +1,295 @@
+"""What a run does when steps, data, disks or checkpoints go bad under it."""
+
+import json
+import math
+import os
+import shutil
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hamner.checkpoint import format as checkpoint
+from hamner.checkpoint import writer
+from hamner.checkpoint.run_folder import RunFolder
+from hamner.config.train import TrainConfig
+from hamner.errors import EXIT_BAD_STEPS, UserError
+from hamner.train import bad_steps, loop
+from hamner.train.loop import Trainer, train
+from hamner.train.replay import replay
+from tests.corpus import write_predictable
+from tests.train.test_loop import assert_equal_weights, metrics, small_config
+
+POISON = "z"
+"""a character whose embedding is infinite"""
+
+
+@pytest.fixture
+def config(tmp_path) -> TrainConfig:
+    return small_config(tmp_path)
+
+
+def write_poisoned(path: Path, share: int) -> Path:
+    """The predictable text, with POISON in every `share`-th document."""
+    lines = write_predictable(path).read_text().splitlines()
+    with path.open("w") as file:
+        for number, line in enumerate(lines):
+            text = json.loads(line)["text"]
+            if number % share == 0:
+                text = text[:50] + POISON + text[51:]
+            file.write(json.dumps({"text": text}) + "\n")
+    return path
+
+
+def poisoned_trainer(config: TrainConfig, share: int) -> Trainer:
+    """A run in which batches with POISON have no finite loss."""
+    data = write_poisoned(config.run_dir.parent / "poisoned.jsonl", share)
+    settings = replace(
+        config,
+        data=(str(data),),
+        log_every=1,
+        save_every=4,
+        keep=0,
+        eval_every=0,
+        val_fraction=0.0,
+        # Apart from the head, or every logit would be infinite.
+        model=replace(config.model, tie_word_embeddings=False),
+    )
+    made = Trainer(settings, RunFolder(settings.folder))
+    (token,) = made.tokenizer.encode(POISON)
+    made.model.embed.weight.data[token] = math.inf
+    return made
+
+
+def run_to_end(made: Trainer):
+    try:
+        return made.run_to_end()
+    finally:
+        made.close()
+
+
+def test_bad_steps_are_skipped_counted_shown_and_kept(config, capsys):
+    made = poisoned_trainer(config, share=8)
+    result = run_to_end(made)
+    assert result.step == 20
+    assert result.diagnosis is None
+    records = metrics(config.run_dir)
+    counts = [0, *(record["skipped_steps"] for record in records)]
+    bad = [step for step, (a, b) in enumerate(zip(counts, counts[1:], strict=False), 1) if b > a]
+    assert 0 < len(bad) < 15
+    assert [r["step"] for r in records if r["loss"] is None] == bad
+    assert all(math.isfinite(r["loss"]) for r in records if r["step"] not in bad)
+    assert "NaN" not in (config.run_dir / "metrics.jsonl").read_text()
+    kept = sorted((config.run_dir / "bad_steps").iterdir())
+    assert [path.name for path in kept] == [f"step_{step:08d}.safetensors" for step in bad]
+    # Only what was infinite from the start is not finite at the end.
+    assert bad_steps.not_finite(made.optimizer.parameters) == ["embed.weight"]
+    shown = capsys.readouterr().out
+    assert f"WARNING: step {bad[0]} skipped: loss nan" in shown
+    assert f"skipped {len(bad)}" in shown
+    (token,) = made.tokenizer.encode(POISON)
+    for path in kept:
+        assert (bad_steps.read(path).batch.inputs == token).any()
+
+
+def test_replay_names_the_first_module_and_row(config):
+    made = poisoned_trainer(config, share=8)
+    run_to_end(made)
+    (token,) = made.tokenizer.encode(POISON)
+    path = max((config.run_dir / "bad_steps").iterdir())
+    settings = replace(TrainConfig.read(config.run_dir / "config.json"), replay=path)
+    found = replay(settings)
+    rows = (found.reading.batch.inputs == token).any(dim=1).nonzero().flatten().tolist()
+    assert [row for row, loss in enumerate(found.losses) if not math.isfinite(loss)] == rows
+    assert found.worst_row == rows[0]
+    assert found.first_module == "embed"
+    assert found.gradients
+    assert POISON in found.excerpt
+    saves = checkpoint.find(made.run.checkpoints)
+    older = [saved for saved in saves if saved.step < found.reading.step]
+    assert found.weights == f"the weights of {older[-1].path}"
+    for saved in older:  # as retention does
+        shutil.rmtree(saved.path)
+    assert replay(settings).weights == f"the weights of {saves[len(older)].path}"
+    assert f"rows without a finite loss: {', '.join(map(str, rows))}" in str(found)
+
+
+def test_five_bad_steps_in_a_row_stop_the_run(config, capsys):
+    """The weights are those of before the first bad step, and are saved."""
+    made = Trainer(replace(config, log_every=0, eval_every=0), RunFolder(config.run_dir))
+    real_forward, calls = made.forward, []
+
+    def overflow(*args):
+        output = real_forward(*args)
+        calls.append(args)
+        if len(calls) in (2, 4) or len(calls) > 6:
+            output = output._replace(loss=output.loss * math.inf)
+        return output
+
+    made.forward = overflow
+    result = run_to_end(made)
+    assert result.step == 11
+    assert "5 steps in a row had no finite loss or gradient (step 11: loss" in result.diagnosis
+    assert "The weights are finite" in result.diagnosis
+    assert result.diagnosis in capsys.readouterr().out
+    assert int(made.skipped) == 7
+    assert [saved.step for saved in checkpoint.find(made.run.checkpoints)] == [11]
+    assert bad_steps.not_finite(made.optimizer.state_tensors()) == []
+
+
+def test_a_poisoned_state_is_not_saved(config):
+    settings = replace(config, save_every=4, steps=12)
+    train(replace(settings, stop_after=6))
+    made = Trainer(replace(settings, resume=True), RunFolder(config.run_dir))
+    made.model.norm.weight.data[0] = math.nan
+    result = run_to_end(made)
+    assert result.step == 11
+    assert "among them norm.weight" in result.diagnosis
+    assert [saved.step for saved in checkpoint.find(made.run.checkpoints)] == [4, 6]
+    assert result.checkpoint.name == "step_00000006"
+
+
+def test_the_command_ends_with_its_own_code(config, monkeypatch, capsys):
+    import hamner.train.__main__
+
+    made = poisoned_trainer(config, share=1)
+    monkeypatch.setattr(loop, "train", lambda _: run_to_end(made))
+    assert hamner.train.__main__.main([]) == EXIT_BAD_STEPS
+    # Nothing was saved, so the replay has the first weights, in which all is well.
+    assert checkpoint.find(config.run_dir / "checkpoints") == []
+    path = next((config.run_dir / "bad_steps").iterdir())
+    assert hamner.train.__main__.main(["--replay", str(path)]) == 0
+    assert "everything is finite this time" in capsys.readouterr().out
+
+
+def test_spikes_are_in_the_metrics_and_the_plot(config, monkeypatch, capsys):
+    """One batch with its targets permuted, in a run that has settled."""
+    settings = replace(config, steps=60, log_every=10, eval_every=0)
+    made = Trainer(settings, RunFolder(config.run_dir))
+    real_step = made.train_step
+
+    def spoil(batch, lr, interrupt):
+        if made.step == 54:
+            batch = replace(batch, targets=(batch.targets + 100) % 200)
+        return real_step(batch, lr, interrupt)
+
+    monkeypatch.setattr(made, "train_step", spoil)
+    run_to_end(made)
+    records = metrics(config.run_dir)
+    assert [r["step"] for r in records if "spikes" in r] == [60]
+    (spike,) = records[-1]["spikes"]
+    assert spike["step"] == 55
+    assert spike["tokens"] == 55 * 8 * 64
+    assert spike["z_score"] > 6
+    assert "loss spike at step 55" in capsys.readouterr().out
+
+
+def test_data_that_fails_saves_first(config, monkeypatch):
+    made = Trainer(config, RunFolder(config.run_dir))
+    batches = iter([next(made.loader) for _ in range(7)])
+
+    class Failing:
+        def next_batch(self, is_stopped):
+            try:
+                return next(batches)
+            except StopIteration:
+                raise UserError("the source is gone") from None
+
+        def state_dict(self):
+            return {}
+
+        def progress(self):
+            return {}
+
+        def close(self):
+            pass
+
+    made.loader.close()
+    made.loader = Failing()
+    with pytest.raises(UserError, match="the source is gone"):
+        run_to_end(made)
+    assert [saved.step for saved in checkpoint.find(made.run.checkpoints)] == [7]
+
+
+def test_a_save_that_failed_is_made_up_for(config, monkeypatch, capsys):
+    """Without waiting for the next one that is due: with --save-every 8 of 20 steps, one fails."""
+    monkeypatch.setattr(writer, "RETRY_SECONDS", 0.0)
+    whole = train(replace(config, run_dir=config.run_dir.with_name("whole")))
+    real_save, failures = checkpoint.save, []
+
+    def fail_once(folder, step, **kwargs):
+        if not failures:
+            failures.append(step)
+            raise OSError(28, os.strerror(28))
+        return real_save(folder, step, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "save", fail_once)
+    result = train(replace(config, save_every=8, keep=0))
+    saved = [found.step for found in checkpoint.find(config.run_dir / "checkpoints")]
+    assert failures == [8]
+    assert 8 < saved[0] < 16
+    assert {saved[-1], result.step} == {20}
+    assert "step 8 could not be saved (No space left on device)" in capsys.readouterr().out
+    assert_equal_weights(whole, result)
+
+
+def test_a_full_disk_delays_metrics_and_ends_no_run(config, monkeypatch, capsys):
+    from hamner.checkpoint import run_folder
+
+    real_append, calls = run_folder.append_record, []
+
+    def fail_at_first(path, *records):
+        calls.append(path)
+        if len(calls) <= 3:
+            raise OSError(28, os.strerror(28))
+        real_append(path, *records)
+
+    monkeypatch.setattr(run_folder, "append_record", fail_at_first)
+    train(replace(config, log_every=2))
+    assert [r["step"] for r in metrics(config.run_dir)] == list(range(2, 21, 2))
+    assert "metrics.jsonl cannot be written (No space left on device)" in capsys.readouterr().out
+
+
+def test_a_tracker_that_fails_ends_no_run(config, capsys):
+    class Tracker:
+        def report(self, record):
+            raise ConnectionError("no route to host")
+
+        def close(self):
+            pass
+
+    made = Trainer(config, RunFolder(config.run_dir))
+    made.reporters.append(Tracker())
+    assert run_to_end(made).step == 20
+    assert "WARNING: Tracker failed: no route to host" in capsys.readouterr().out
+
+
+def test_a_stalled_source_is_noticed_and_the_run_saved(config, monkeypatch, capsys):
+    """The next batch comes when the watchdog has saved: then the run goes on."""
+    whole = train(replace(config, run_dir=config.run_dir.with_name("whole")))
+    made = Trainer(replace(config, hang_minutes=0.3 / 60), RunFolder(config.run_dir))
+    real_save, saved = made.saver._write, threading.Event()
+
+    def note(*args):
+        checkpoint_of_hang = real_save(*args)
+        saved.set()
+        return checkpoint_of_hang
+
+    monkeypatch.setattr(made.saver, "_write", note)
+    real = made.loader
+
+    class Stalling:
+        state_dict, progress, close = real.state_dict, real.progress, real.close
+
+        def next_batch(self, is_stopped):
+            if made.step == 7:
+                assert saved.wait(30)
+            return real.next_batch(is_stopped)
+
+    made.loader = Stalling()
+    result = run_to_end(made)
+    assert [found.step for found in checkpoint.find(made.run.checkpoints)] == [7, 20]
+    assert "no step for 0.005 minutes" in capsys.readouterr().out
+    assert "in next_batch" in (config.run_dir / "stacks.txt").read_text()
+    assert_equal_weights(whole, result)

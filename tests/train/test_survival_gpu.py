@@ -1,0 +1,141 @@
+"""Saves, resumes and bad steps on a GPU."""
+
+import gc
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hamner.checkpoint import format as checkpoint
+from hamner.checkpoint.run_folder import RunFolder
+from hamner.checkpoint.writer import BackgroundSaver
+from hamner.config.train import TrainConfig
+from hamner.train.loop import Trainer, train
+from tests.train.test_loop import NeverInterrupted, metrics
+from tests.train.test_loop_gpu import random_batch, tiny_config
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def config(tmp_path) -> TrainConfig:
+    return replace(tiny_config(tmp_path), log_every=1, attention="triton")
+
+
+def test_a_save_copies_the_moment_and_waits_for_nothing(tmp_path):
+    """The second save: the first one makes the host buffers."""
+    weight = torch.zeros(1 << 20, device="cuda")
+    saver = BackgroundSaver(tmp_path, keep=0, keep_every=0)
+
+    def begin(step: int) -> None:
+        saver.begin(
+            step,
+            model={"weight": weight},
+            optimizer={"exp_avg.weight": weight},
+            counters={"loss_sum": weight[0]},
+            state={"step": step},
+        )
+
+    begin(1)
+    saver.wait()
+    weight.fill_(2.0)
+    torch.cuda._sleep(500_000_000)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        begin(2)
+        weight.fill_(3.0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    saved = saver.wait()
+    saver.close()
+    loaded = torch.zeros(1 << 20)
+    saved.load_model({"weight": loaded})
+    assert torch.equal(loaded, torch.full((1 << 20,), 2.0))
+    assert saved.state()["loss_sum"] == 2.0
+
+
+def test_a_finished_step_never_waits_for_the_gpu(config):
+    """What follows the update: counters, the reading of the step, a save that is due."""
+    trainer = Trainer(config, RunFolder(config.folder))
+    batch, interrupt = random_batch(config), NeverInterrupted()
+    try:
+        for step in range(5):
+            trainer.note_save(trainer.saver.wait())
+            if step == 4:
+                torch.cuda.synchronize()
+                torch.cuda.set_sync_debug_mode("error")
+            norm = trainer.train_step(batch, 1e-3, interrupt)
+            trainer.finish_step(batch, 1e-3, norm)
+            trainer.save_when_due(True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        trainer.close()
+    assert [saved.step for saved in checkpoint.find(trainer.run.checkpoints)][-1] == 5
+
+
+def test_a_save_in_the_background_does_not_change_the_run(config):
+    train(config)
+    saving = replace(config, run_dir=config.run_dir.with_name("saving"), save_every=2)
+    train(saving)
+    losses = [
+        [(r["step"], r["loss"], r["grad_norm"]) for r in metrics(folder)]
+        for folder in (config.run_dir, saving.run_dir)
+    ]
+    assert losses[0] == losses[1]
+
+
+def peak_of(config: TrainConfig) -> int:
+    """Beyond what other tests of the process, and earlier runs, still hold."""
+    gc.collect()  # the trainer before, whose memory hangs on reference cycles
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    train(config)
+    return torch.cuda.max_memory_allocated() - held
+
+
+def test_a_resumed_run_takes_no_more_memory_than_a_fresh_one(config):
+    config = replace(config, eval_every=0)  # or only the steps of the second would have one
+    train(replace(config, stop_after=6))  # what the first run in a process sets up for good
+    fresh = replace(config, run_dir=config.run_dir.with_name("fresh"))
+    first = peak_of(replace(fresh, stop_after=6))
+    second = peak_of(replace(fresh, resume=True, stop_after=6))
+    assert second <= first
+
+
+@pytest.mark.parametrize("devices", [("cuda", "cpu"), ("cpu", "cuda")])
+def test_a_run_may_move_between_gpu_and_cpu(config, devices):
+    first, second = devices
+    train(replace(config, device=first, attention="auto", stop_after=10))
+    resumed = train(replace(config, device=second, attention="auto", resume=True))
+    assert resumed.step == 20
+    whole = train(replace(config, run_dir=config.run_dir.with_name("whole"), device="cuda"))
+    assert resumed.tokens == whole.tokens
+    # One half in fp32, the other in bf16: as far apart as those, not as another run.
+    assert abs(resumed.val_loss - whole.val_loss) < 0.05
+
+
+def test_a_bad_step_is_skipped_counted_and_kept(config):
+    """Found when its numbers come in, and only its update is missing."""
+    trainer = Trainer(config, RunFolder(config.folder))
+    batch, interrupt = random_batch(config), NeverInterrupted()
+    try:
+        for _ in range(3):
+            norm = trainer.train_step(batch, 1e-3, interrupt)
+            trainer.finish_step(batch, 1e-3, norm)
+        trainer.judge_steps(most_under_way=0)
+        before = {name: p.clone() for name, p in trainer.optimizer.parameters.items()}
+        trainer.model.norm.weight.data[0] = math.inf
+        norm = trainer.train_step(batch, 1e-3, interrupt)
+        trainer.finish_step(batch, 1e-3, norm)
+        trainer.judge_steps(most_under_way=0)
+    finally:
+        trainer.close()
+    assert trainer.bad_in_a_row == 1
+    assert int(trainer.skipped) == 1
+    kept = [path.name for path in trainer.run.bad_steps.iterdir()]
+    assert kept == ["step_00000004.safetensors"]
+    for name, parameter in trainer.optimizer.parameters.items():
+        if name != "norm.weight":
+            assert torch.equal(parameter, before[name]), name

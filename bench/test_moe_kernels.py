@@ -18,12 +18,13 @@ from torch.nn.functional import silu
 
 from bench import scale
 from bench.timing import record
-from hamner.kernels.grouped_matmul import moe_mlp, moe_mlp_reference
-from hamner.kernels.grouped_matmul_kernels import (
+from hamner.kernels.grouped_matmul import (
     launch_gate_up,
     launch_grouped_matmul,
     launch_swiglu_grad,
     launch_weight_grad,
+    moe_mlp,
+    moe_mlp_reference,
 )
 from hamner.kernels.moe_routing import Routing, moe_route, moe_route_reference
 from hamner.kernels.router_linear import router_linear, router_linear_reference

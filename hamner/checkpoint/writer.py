@@ -34,6 +34,7 @@ class BackgroundSaver:
         records: files flushed to disk before a checkpoint counts, so that a power cut cannot keep
             the checkpoint and lose the records that led to it.
         clock: seconds, for the retry.
+        on_phase: is told ("save", step) and ("saved", step), in the writer's thread.
     """
 
     def __init__(
@@ -44,9 +45,10 @@ class BackgroundSaver:
         keep_every: int,
         records: Sequence[Path] = (),
         clock: Callable[[], float] = time.monotonic,
+        on_phase: Callable[[str, int], None] = lambda phase, step: None,
     ) -> None:
         self.folder, self.keep, self.keep_every = folder, keep, keep_every
-        self.records, self.clock = tuple(records), clock
+        self.records, self.clock, self.on_phase = tuple(records), clock, on_phase
         self.wanted = False
         self.retry_at = -float("inf")
         self.step: int | None = None
@@ -70,7 +72,6 @@ class BackgroundSaver:
         *,
         model: Mapping[str, Tensor],
         optimizer: Mapping[str, Tensor],
-        counters: Mapping[str, Tensor],
         state: Mapping,
     ) -> None:
         """Copy the state and have it written; `collect` or `wait` gives the outcome.
@@ -79,16 +80,14 @@ class BackgroundSaver:
             step: names the checkpoint.
             model: the module's parameters and buffers.
             optimizer: masters or their remainders, and moments.
-            counters: small tensors that belong into `state` but are still on the device; there
-                they are a number or nested lists.
-            state: the rest of state.json.
+            state: of state.json.
         """
         if self._future is not None:
             raise RuntimeError("a save is under way")
         self.wanted, self.step = False, step
         parts = [
             {name: self._copy(f"{part}/{name}", tensor) for name, tensor in tensors.items()}
-            for part, tensors in (("model", model), ("optimizer", optimizer), ("state", counters))
+            for part, tensors in (("model", model), ("optimizer", optimizer))
         ]
         copied = None
         if any(tensor.is_cuda for tensor in model.values()):
@@ -137,18 +136,18 @@ class BackgroundSaver:
         step: int,
         model: Mapping[str, Tensor],
         optimizer: Mapping[str, Tensor],
-        counters: Mapping[str, Tensor],
         state: dict,
         copied: "torch.cuda.Event | None",
     ) -> Checkpoint:
         """Body of the thread."""
         if copied is not None:
             copied.synchronize()
-        state |= {name: counter.tolist() for name, counter in counters.items()}
         for path in self.records:
             if path.exists():
                 flush(path)
+        self.on_phase("save", step)
         saved = self._save(step, model=model, optimizer=optimizer, state=state)
+        self.on_phase("saved", step)
         self._retain()
         return saved
 

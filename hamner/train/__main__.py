@@ -1,6 +1,6 @@
 """`python -m hamner.train`: pre-train an option from scratch, resume a run, replay a bad step."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,8 +48,13 @@ def parse(args: Sequence[str]) -> TrainConfig:
     )
 
 
-def main(args: Sequence[str]) -> int:
-    """Train as the command line says; returns the exit code."""
+def main(args: Sequence[str], on_phase: Callable[[str, int], None] | None = None) -> int:
+    """The command trains as its flags say and returns the exit code.
+
+    Args:
+        args: the command line.
+        on_phase: see `hamner.train.loop.TrainingLoop`; default nobody watches.
+    """
     config = parse(args)
     # Torch takes a second or more to load: only now, so that --help and refusals are immediate.
     if config.replay:
@@ -59,7 +64,7 @@ def main(args: Sequence[str]) -> int:
         return 0
     from hamner.train.loop import train
 
-    result = train(config)
+    result = train(config) if on_phase is None else train(config, on_phase=on_phase)
     if result.diagnosis:
         return EXIT_BAD_STEPS
     return EXIT_INTERRUPTED if result.interrupted else 0

@@ -1,13 +1,12 @@
 """What a run says before its first step and after its last."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
+from hamner.checkpoint.format import Checkpoint
+from hamner.checkpoint.run_folder import RunFolder
+from hamner.config.train import TrainConfig
 from hamner.train.display import count, duration
-
-if TYPE_CHECKING:
-    from hamner.train.loop import Trainer
+from hamner.train.early_stopping import EarlyStopping
+from hamner.train.metrics import Mfu
+from hamner.train.step import TrainStep
 
 ENGINES = {
     "ddp": "each with the whole model (DDP)",
@@ -15,10 +14,17 @@ ENGINES = {
 }
 
 
-def introduction(trainer: Trainer) -> list[str]:
-    """What will run, on what, and where it is kept."""
-    config, compute = trainer.config, trainer.compute
-    total_tokens = trainer.schedule.total_tokens
+def introduction(
+    config: TrainConfig,
+    run: RunFolder,
+    step: TrainStep,
+    *,
+    mfu: Mfu,
+    total_tokens: int,
+    has_validation: bool,
+    saved: Checkpoint | None,
+) -> list[str]:
+    """The lines say what will run, on what, and where it is kept."""
     parameters, active = (config.model.num_parameters(active=active) for active in (False, True))
     size = f"{parameters:,} parameters"
     if active != parameters:
@@ -27,62 +33,73 @@ def introduction(trainer: Trainer) -> list[str]:
         f"option {config.option}: {size}; {count(total_tokens)} tokens in "
         f"{total_tokens // config.tokens_per_step:,} steps of "
         f"{config.batch_size} x {config.seq_len}",
-        f"on {compute.name}, {compute.precision}, kernels {compute.kernels}, "
-        f"attention {trainer.attention.name}: {trainer.attention.reason}",
-        *_processes(trainer),
-        f"memory: {trainer.plan}",
-        trainer.mfu.explain(),
+        f"on {step.compute.name}, {step.compute.precision}, kernels {step.compute.kernels}, "
+        f"attention {step.attention.name}: {step.attention.reason}",
+        *_processes(step),
+        f"memory: {step.plan}",
+        mfu.explain(),
     ]
-    if compute.device.type == "cpu":
+    if step.compute.device.type == "cpu":
         lines.append("no GPU found: training on the CPU, which suits --option tiny only")
-    if not len(trainer.validation.inputs):
+    if not has_validation:
         lines.append("the data is too small to hold out validation documents: no evaluation")
     if config.resume:
-        saved = trainer.saved
         where = f"from {saved.path}" if saved else "from the start: it never saved"
-        lines.append(f"resuming {trainer.run.path} {where}")
+        lines.append(f"resuming {run.path} {where}")
     else:
-        lines.append(f"run folder {trainer.run.path}")
+        lines.append(f"run folder {run.path}")
     return lines
 
 
-def _processes(trainer: Trainer) -> list[str]:
-    """How several processes divide the work; nothing of one."""
-    place = trainer.processes.place
+def _processes(step: TrainStep) -> list[str]:
+    """A line on how several processes divide the work; none for one."""
+    place = step.processes.place
     if place.world_size == 1:
         return []
     where = "" if place.num_machines == 1 else f" on {place.num_machines} machines"
     return [
-        f"{place.world_size} processes{where}, {ENGINES[trainer.engine.name]}, of which each takes "
-        f"{trainer.config.batch_size // place.world_size} sequences of a step and the memory below"
+        f"{place.world_size} processes{where}, {ENGINES[step.engine.name]}, of which each takes "
+        f"{step.config.batch_size // place.world_size} sequences of a step and the memory below"
     ]
 
 
 def cpu_speed(tokens_per_second: float, total_tokens: int) -> str:
-    """How fast this CPU is, and what that means for the whole run."""
+    """The sentence says how fast this CPU is, and what that means for the whole run."""
     return (
         f"measured on this CPU: about {tokens_per_second:,.0f} tokens/s, so the full run of "
         f"{count(total_tokens)} tokens would take {duration(total_tokens / tokens_per_second)}"
     )
 
 
-def conclusion(trainer: Trainer, interrupted: bool) -> list[str]:
-    """Where the run is, and how to go on."""
-    if trainer.diagnosis:
-        where = trainer.saved.path if trainer.saved else "none: the run never saved"
-        return [
-            trainer.diagnosis,
-            f"stopped at step {trainer.step:,}; last good checkpoint: {where}",
-        ]
-    if not trainer.finished:
-        word = "interrupted" if interrupted else "stopped"
-        return [
-            f"{word} at step {trainer.step:,}; saved in {trainer.saved.path}; continue with "
-            f"python -m {trainer.config.command} --resume --run-dir {trainer.run.path}"
-        ]
+def stopped_by_itself(diagnosis: str, step: int, saved: Checkpoint | None) -> list[str]:
+    """The lines of a run that diverged."""
+    where = saved.path if saved else "none: the run never saved"
+    return [diagnosis, f"stopped at step {step:,}; last good checkpoint: {where}"]
+
+
+def stopped_before_the_end(
+    config: TrainConfig, run: RunFolder, step: int, saved: Checkpoint, *, interrupted: bool
+) -> list[str]:
+    """The line of a run that can go on."""
+    word = "interrupted" if interrupted else "stopped"
+    return [
+        f"{word} at step {step:,}; saved in {saved.path}; continue with "
+        f"python -m {config.command} --resume --run-dir {run.path}"
+    ]
+
+
+def done(
+    run: RunFolder,
+    saved: Checkpoint,
+    *,
+    tokens: int,
+    seconds: float,
+    val_loss: float | None,
+    stopping: EarlyStopping,
+) -> list[str]:
+    """The lines of a run that has its length, or that stopped improving."""
     lines = []
-    loss = "" if trainer.val_loss is None else f", validation loss {trainer.val_loss:.4f}"
-    stopping = trainer.early_stopping
+    loss = "" if val_loss is None else f", validation loss {val_loss:.4f}"
     if stopping.exhausted:
         lines.append(
             f"stopped early: {stopping.evaluations_since_best} evaluations without a better "
@@ -91,7 +108,7 @@ def conclusion(trainer: Trainer, interrupted: bool) -> list[str]:
     if stopping.best_step is not None:
         loss += f" (best {stopping.best_loss:.4f} at step {stopping.best_step:,}, kept)"
     lines.append(
-        f"done: {count(trainer.tokens)} tokens in {duration(trainer.watch.read())}{loss}; "
-        f"model in {trainer.saved.path}, plots in {trainer.run.plots}"
+        f"done: {count(tokens)} tokens in {duration(seconds)}{loss}; "
+        f"model in {saved.path}, plots in {run.plots}"
     )
     return lines

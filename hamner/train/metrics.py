@@ -19,7 +19,7 @@ class Spike:
     loss: float
     """nats per token"""
     z_score: float
-    """robust: see `hamner.train.step_monitor.SpikeDetector`"""
+    """robust: see `hamner.train.health.SpikeDetector`"""
 
 
 @dataclass(frozen=True)

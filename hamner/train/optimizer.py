@@ -1,4 +1,4 @@
-"""AdamW with fp32 masters, parameter groups and the learning-rate schedule.
+"""AdamW with fp32 masters and parameter groups.
 
 The module's parameters are what matmuls read (bf16 on a GPU); the optimizer owns fp32 masters and
 moments and writes the bf16 copy in the same pass (Loshchilov & Hutter 2019, arXiv:1711.05101). With
@@ -10,7 +10,6 @@ device, and a step whose loss or gradient norm is not finite is skipped there.
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -23,24 +22,6 @@ from hamner.parallel.tensors import local
 
 BETAS = (0.9, 0.95)
 EPS = 1e-8
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Linear warm-up, then cosine from `lr` to `min_lr`; by tokens, so batch sizes may change."""
-
-    lr: float
-    min_lr: float
-    warmup_tokens: int
-    total_tokens: int
-
-    def __call__(self, tokens: int) -> float:
-        """Learning rate of the step that ends at `tokens` trained tokens."""
-        if tokens < self.warmup_tokens:
-            return self.lr * tokens / self.warmup_tokens
-        span = max(1, self.total_tokens - self.warmup_tokens)
-        progress = min(1.0, (tokens - self.warmup_tokens) / span)
-        return self.min_lr + 0.5 * (self.lr - self.min_lr) * (1 + math.cos(math.pi * progress))
 
 
 class AdamW:

@@ -15,9 +15,9 @@ from hamner.checkpoint.run_folder import RunFolder
 from hamner.config.train import TrainConfig
 from hamner.data.tokenizer import load_tokenizer
 from hamner.errors import UserError
-from hamner.train import bad_steps
+from hamner.train import health
+from hamner.train.health import StepReading
 from hamner.train.setup import choose
-from hamner.train.step_monitor import StepReading
 
 EXCERPT_CHARACTERS = 200
 
@@ -79,7 +79,7 @@ def replay(config: TrainConfig) -> Replay:
     Raises:
         UserError: the file or the run's checkpoints cannot be used.
     """
-    reading = bad_steps.read(config.replay)
+    reading = health.read(config.replay)
     rows, seq_len = reading.batch.inputs.shape
     tokenizer = load_tokenizer(config.tokenizer, config.model.vocab_size)
     highest = int(max(reading.batch.inputs.max(), reading.batch.targets.max()))
@@ -121,7 +121,7 @@ def replay(config: TrainConfig) -> Replay:
         losses=losses,
         grad_norm=norm.item(),
         first_module=blamed[0] if blamed else None,
-        gradients=bad_steps.not_finite(gradients),
+        gradients=health.not_finite(gradients),
         excerpt=text[:EXCERPT_CHARACTERS],
     )
 

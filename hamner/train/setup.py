@@ -1,6 +1,6 @@
 """How a configuration computes here: device, recompute plan, attention, and the model on them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -80,29 +80,34 @@ def choose(config: TrainConfig, processes: Alone | None = None) -> Setup:
 
 
 def open_saver(
-    engine: OneProcess, folder: Path, *, keep: int, keep_every: int, records: Sequence[Path]
+    engine: OneProcess,
+    folder: Path,
+    *,
+    keep: int,
+    keep_every: int,
+    records: Sequence[Path],
+    on_phase: Callable[[str, int], None],
 ) -> BackgroundSaver | NoSaver:
     """The writer of a run's checkpoints for the state as `engine` divides it over processes.
 
     Args:
         engine: of the run; with DDP rank 0 has everything and saves as one process does, with FSDP2
             every process writes its shards.
-        folder, keep, keep_every, records: see `BackgroundSaver`.
+        folder, keep, keep_every, records, on_phase: see `BackgroundSaver`.
     """
+    settings = {
+        "keep": keep,
+        "keep_every": keep_every,
+        "records": records,
+        "on_phase": on_phase,
+    }
     if isinstance(engine, FullySharded):
         from hamner.checkpoint.sharded import ShardedSaver
 
-        return ShardedSaver(
-            folder,
-            engine.processes,
-            engine.mesh,
-            keep=keep,
-            keep_every=keep_every,
-            records=records,
-        )
+        return ShardedSaver(folder, engine.processes, engine.mesh, **settings)
     if isinstance(engine, DataParallel) and not engine.processes.place.is_main:
         return NoSaver()
-    return BackgroundSaver(folder, keep=keep, keep_every=keep_every, records=records)
+    return BackgroundSaver(folder, **settings)
 
 
 def plan_parallel(

@@ -1,106 +1,125 @@
-"""Readings of steps, and spikes among them."""
+"""The queue of numbers on their way to the host, and what the log makes of them."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from hamner.checkpoint.run_folder import RunFolder
 from hamner.data.loader import Batch
-from hamner.train.step_monitor import SpikeDetector, StepMonitor
+from hamner.train.display import Display
+from hamner.train.log import LogLine, TrainLog
+from hamner.train.step import StepResult, TrainStep
+from tests.models import MOE
+from tests.train.test_loop import metrics, small_config
 
 ROWS = torch.zeros(2, 3, dtype=torch.int64)
-BATCH = Batch(ROWS, ROWS, ROWS.int())
+BATCH = Batch(ROWS, ROWS.clone(), ROWS.int())
+LINE = LogLine(None, None, {})
 
 
-def read(*values: tuple[float, float]):
-    monitor = StepMonitor()
-    for step, (loss, norm) in enumerate(values, start=1):
-        monitor.record(step, 6 * step, 1e-3, BATCH, torch.tensor(loss), torch.tensor(norm))
-    return list(monitor.arrived(most_under_way=0))
+@pytest.fixture(scope="module")
+def step(tmp_path_factory, request) -> TrainStep:
+    """A mixture of two layers and four experts, whose steps are scripted here."""
+    config = small_config(tmp_path_factory.mktemp("log"))
+    return TrainStep(replace(config, model=replace(MOE, num_layers=2, max_seq_len=64)))
 
 
-def test_readings_come_in_order_with_their_batches():
-    readings = read((3.5, 1.0), (3.25, 0.5))
-    assert [(r.step, r.tokens, r.loss, r.grad_norm) for r in readings] == [
-        *((1, 6, 3.5, 1.0), (2, 12, 3.25, 0.5))
-    ]
-    assert readings[0].batch is BATCH
-    assert not any(reading.is_bad for reading in readings)
+@pytest.fixture
+def log(step, tmp_path) -> TrainLog:
+    run = RunFolder(tmp_path)
+    made = TrainLog(step.config, run, step, display=Display("test", 100, None), reporters=[])
+    made.start(0, 0)
+    return made
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_loss_or_gradient_that_is_not_finite_is_bad(bad):
-    assert [reading.is_bad for reading in read((bad, 1.0), (1.0, bad), (1.0, 1.0))] == [
-        *(True, True, False)
-    ]
+def result(
+    loss: float, norm: float = 1.0, load=(0.25,) * 4, entropy: float = 1.0, device="cpu"
+) -> StepResult:
+    router = torch.tensor([[*load, entropy]] * 2, device=device)
+    numbers = (torch.tensor(number, device=device) for number in (loss, norm))
+    return StepResult(*numbers, 6, router)
+
+
+def record(log: TrainLog, *results: StepResult) -> None:
+    first = log.last.step if log.last else 0
+    for step, made in enumerate(results, first + 1):
+        log.record(step, 6 * step, 1e-3, BATCH, made)
+
+
+def test_an_interval_is_the_mean_of_its_good_steps(log, tmp_path):
+    record(
+        log,
+        result(3.5, load=(1.0, 0.0, 0.0, 0.0), entropy=0.5),
+        result(math.nan, load=(math.nan,) * 4, entropy=math.nan),
+        result(2.5, load=(0.0, 1.0, 0.0, 0.0)),
+    )
+    log.request_line(LINE)
+    record(log, result(7.0, norm=0.5, load=(0.25, 0.25, 0.25, 0.125)))
+    log.request_line(replace(LINE, val_loss=1.0, val_step=4))
+    first, second = metrics(tmp_path)
+    assert (first["step"], first["loss"], first["skipped_steps"]) == (3, 3.0, 1)
+    assert first["router"] == {
+        "load": [[0.5, 0.5, 0.0, 0.0]] * 2,
+        "entropy": [0.75] * 2,
+        "dropped": [0.0] * 2,
+    }
+    assert (second["loss"], second["grad_norm"], second["val_loss"]) == (7.0, 0.5, 1.0)
+    assert second["router"]["dropped"] == [0.125] * 2
+    kept = [path.name for path in (tmp_path / "bad_steps").iterdir()]
+    assert kept == ["step_00000002.safetensors"]
+
+
+def test_an_interval_without_a_good_step_has_no_loss(log, tmp_path):
+    record(log, result(math.inf), result(1.0, norm=math.inf))
+    log.request_line(LINE)
+    (row,) = metrics(tmp_path)
+    assert row["loss"] is None
+    assert row["router"] is None if "router" in row else True
+    assert log.health.bad_in_a_row == row["skipped_steps"] == 2
+
+
+def test_a_resumed_log_finishes_the_interval(log, step, tmp_path):
+    results = [result(3.1), result(2.2, load=(0.5, 0.5, 0.0, 0.0)), result(1.3)]
+    record(log, *results[:2])
+    resumed = TrainLog(
+        step.config, RunFolder(tmp_path), step, display=Display("", 100, None), reporters=[]
+    )
+    resumed.load_state_dict(log.state_dict())
+    resumed.start(2, 12)
+    record(log, results[2])
+    resumed.record(3, 18, 1e-3, BATCH, results[2])
+    for each in (log, resumed):
+        each.request_line(LINE)
+    whole, half = metrics(tmp_path)
+    assert whole == half
 
 
 @pytest.mark.gpu
-def test_a_reading_does_not_wait_for_the_gpu():
-    monitor = StepMonitor()
-    values = torch.tensor(3.0, device="cuda"), torch.tensor(1.0, device="cuda")
-    monitor.record(1, 6, 1e-3, BATCH, *values)
+def test_a_step_is_recorded_without_waiting_for_the_gpu(log):
+    record(log, result(3.0, device="cuda"))
     torch.cuda.synchronize()
-    assert [reading.loss for reading in monitor.arrived()] == [3.0]
+    log.drain(max_pending=1)
+    assert log.last.step == 1
+    made = result(2.0, device="cuda")
+    torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         torch.cuda._sleep(1_000_000_000)
-        monitor.record(2, 12, 1e-3, BATCH, *values)
-        assert list(monitor.arrived()) == []
+        log.record(2, 12, 1e-3, BATCH, made)
+        assert log.last.step == 1
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert [reading.step for reading in monitor.arrived(most_under_way=0)] == [2]
+    log.drain()
+    assert log.last.step == 2
 
 
 @pytest.mark.gpu
-def test_the_host_stays_a_step_ahead_at_most():
-    monitor = StepMonitor()
-    values = torch.tensor(3.0, device="cuda"), torch.tensor(1.0, device="cuda")
+def test_the_host_stays_a_step_ahead_at_most(log):
     for step in (1, 2, 3):
+        made = result(3.0, device="cuda")
         torch.cuda._sleep(300_000_000)
-        monitor.record(step, 6 * step, 1e-3, BATCH, *values)
-    assert [reading.step for reading in monitor.arrived()] == [1, 2]
-    assert monitor.under_way == 1
-
-
-def noisy(count: int) -> list[float]:
-    generator = torch.Generator().manual_seed(0)
-    return (3.0 + 0.05 * torch.randn(count, generator=generator)).tolist()
-
-
-def test_a_spike_is_marked_and_noise_is_not():
-    detector = SpikeDetector([])
-    assert [detector.score(loss) for loss in noisy(500)] == [None] * 500
-    score = detector.score(4.0)
-    assert 15 < score < 25  # 1.0 above the median at a deviation of 0.05
-    assert detector.score(2.0) is None  # far below is good news
-    assert detector.score(3.05) is None
-
-
-def test_spikes_do_not_hide_those_after_them():
-    detector = SpikeDetector(noisy(128))
-    assert all(detector.score(5.0) is not None for _ in range(20))
-
-
-def test_nothing_is_judged_by_a_handful_of_losses():
-    detector = SpikeDetector([])
-    assert [detector.score(loss) for loss in (3.0, 3.0, 9.0, 3.0)] == [None] * 4
-
-
-def test_last_digits_are_no_spike():
-    detector = SpikeDetector([1.0] * 128)
-    assert detector.score(1.001) is None
-    assert detector.score(1.1) is not None
-
-
-def test_a_resumed_detector_goes_on():
-    whole, half = SpikeDetector([]), SpikeDetector([])
-    losses = noisy(100)
-    for loss in losses:
-        whole.score(loss)
-    for loss in losses[:60]:
-        half.score(loss)
-    resumed = SpikeDetector(list(half.recent))
-    for loss in losses[60:]:
-        resumed.score(loss)
-    assert resumed.score(4.0) == whole.score(4.0)
+        log.record(step, 6 * step, 1e-3, BATCH, made)
+    assert log.last.step == 2
+    assert len(log.queue) == 1

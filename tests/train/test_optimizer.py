@@ -9,7 +9,8 @@ import torch
 from hamner.checkpoint.format import Checkpoint
 from hamner.checkpoint.writer import BackgroundSaver
 from hamner.kernels.adamw import split_master
-from hamner.train.optimizer import AdamW, Schedule
+from hamner.train.optimizer import AdamW
+from hamner.train.schedule import Schedule
 from tests.models import DENSE, build, cpu_ops, plain_ops
 
 
@@ -141,7 +142,6 @@ def save(folder, step: int, model, optimizer: AdamW) -> Checkpoint:
         step,
         model=model.state_dict(),
         optimizer=optimizer.state_tensors(),
-        counters={},
         state={},
     )
     saver.close()

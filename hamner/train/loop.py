@@ -26,6 +26,7 @@ from hamner.checkpoint import format as checkpoint
 from hamner.checkpoint.format import Checkpoint
 from hamner.checkpoint.run_folder import RecordLog, RunFolder
 from hamner.checkpoint.writer import RETRY_SECONDS
+from hamner.config.options import total_tokens
 from hamner.config.train import TrainConfig
 from hamner.data.loader import Batch, DataConfig, TrainLoader
 from hamner.data.tokenizer import Tokenizer, load_tokenizer
@@ -214,7 +215,7 @@ class Trainer:
             config.lr,
             config.min_lr,
             config.warmup_steps * config.tokens_per_step,
-            config.total_tokens,
+            total_tokens(config),
         )
         self.mfu = Mfu(config.model, config.seq_len, compute.gpu, compute.precision)
 
@@ -647,7 +648,7 @@ class Trainer:
             seq_len=self.config.seq_len,
         )
         speed, peak = record.tokens_per_second, record.peak_vram_gib
-        line = compare_with_reality(prediction, speed, peak, self.config.total_tokens)
+        line = compare_with_reality(prediction, speed, peak, total_tokens(self.config))
         self.display.message(f"plan: {line}")
         self.append(
             RecordLog(self.run.plan),

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from hamner.checkpoint.run_folder import RunFolder
-from hamner.config.train import TrainConfig
+from hamner.config.options import for_option
 from hamner.train.loop import Trainer
 
 TEN_MINUTES = 600.0
@@ -30,7 +30,7 @@ class NeverInterrupted:
 def test_save_beside_training(benchmark, option, tmp_path):
     if option != "tiny" and not torch.cuda.is_available():
         pytest.skip("option a needs a GPU")
-    config = replace(TrainConfig.for_option(option), run_dir=tmp_path / "run")
+    config = replace(for_option(option), run_dir=tmp_path / "run")
     trainer = Trainer(config, RunFolder(config.folder))
 
     def train_until(is_enough) -> list[float]:

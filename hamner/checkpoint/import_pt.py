@@ -112,7 +112,7 @@ def _write_run(
     run.start(
         TrainConfig(
             model=model,
-            option=next((o.name for o in OPTIONS.values() if o.model == model), "current"),
+            option=next((o.option for o in OPTIONS.values() if o.model == model), "current"),
             run_dir=run.path,
             seq_len=model.max_seq_len,
             tokenizer=str(tokenizer_file),

@@ -13,7 +13,8 @@ from typing import Literal
 
 from hamner.cli import run_command
 from hamner.config.model import flag
-from hamner.config.options import OPTIONS, Option
+from hamner.config.options import OPTIONS
+from hamner.config.train import TrainConfig
 from hamner.errors import UserError
 from hamner.hardware import GIB, GPUS, PCIE4, RESERVE_GIB, Gpu
 from hamner.plan.communication import ONE_GPU, QUIET, Parallelism
@@ -63,7 +64,7 @@ class PlanConfig:
 class Plan:
     """One option on one card, or on several of a kind."""
 
-    option: Option
+    option: TrainConfig
     gpu: Gpu
     parallelism: Parallelism
     tokens: int
@@ -108,7 +109,7 @@ class Plan:
 
         None where one GPU alone has too little memory.
         """
-        option = OPTIONS[self.option.name]
+        option = OPTIONS[self.option.option]
         try:
             alone = make_plan(option, self.gpu, vram_budget=self.vram_budget / GIB)
         except UserError:
@@ -218,7 +219,7 @@ def find_parallelism(config: PlanConfig, gpu: Gpu) -> Parallelism:
 
 
 def make_plan(
-    option: Option,
+    option: TrainConfig,
     gpu: Gpu,
     parallelism: Parallelism = ONE_GPU,
     *,
@@ -251,7 +252,7 @@ def make_plan(
     tokens = option.tokens if tokens is None else tokens
     if not option.tokens_per_step <= tokens < math.inf:
         raise UserError(
-            f"--tokens {tokens:g} must be at least one step of option {option.name}, "
+            f"--tokens {tokens:g} must be at least one step of option {option.option}, "
             f"{option.tokens_per_step:,}"
         )
     vram_budget = gpu.memory_gib - RESERVE_GIB if vram_budget is None else vram_budget
@@ -303,7 +304,7 @@ def compare(
     return plans, misfits
 
 
-def _with_batch(option: Option, batch_size: int | None) -> Option:
+def _with_batch(option: TrainConfig, batch_size: int | None) -> TrainConfig:
     return option if batch_size is None else replace(option, batch_size=batch_size)
 
 
@@ -338,7 +339,7 @@ def analyse(config: PlanConfig) -> Analysis:
     if not asked and not plans:
         raise UserError(misfits["a"])
     candidates = plans or [asked]
-    hours = next((p for p in candidates if p.option.name == "a"), candidates[0]).hours
+    hours = next((p for p in candidates if p.option.option == "a"), candidates[0]).hours
     recommended = recommend(candidates, hours)
     plan = asked or recommended
     run = None

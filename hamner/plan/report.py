@@ -98,7 +98,7 @@ def _quantities(plan: "Plan", hours: float | None) -> dict[str, str]:
     option, model, prediction = plan.option, plan.option.model, plan.prediction
     gib = "VRAM, GiB" if plan.parallelism.ranks == 1 else "VRAM of each GPU, GiB"
     return {
-        "": option.name,
+        "": option.option,
         "parameters": _count(plan.parameters),
         "active per token": _count(plan.active_parameters),
         "layers x width": f"{model.num_layers} x {model.hidden_size}",
@@ -230,11 +230,11 @@ def coherence_table(analysis: "Analysis") -> str:
     for plan in analysis.plans:
         tokens = analysis.local_law.tokens_to_reach(COHERENT_LOSS, plan.active_parameters)
         if tokens is None:
-            rows.append([plan.option.name, "never", "", "model too small"])
+            rows.append([plan.option.option, "never", "", "model too small"])
             continue
         hours = plan.hours * tokens / plan.tokens
         within = "yes" if tokens <= plan.tokens else "no"
-        rows.append([plan.option.name, _count(tokens), f"{hours:,.1f}", within])
+        rows.append([plan.option.option, _count(tokens), f"{hours:,.1f}", within])
     return _table(rows)
 
 
@@ -338,7 +338,7 @@ def screen(analysis: "Analysis", *, every_option: bool) -> str:
         parts += [
             options_table(analysis.plans, analysis.hours),
             _bullets(f"{name} does not fit: {why}" for name, why in analysis.misfits.items()),
-            f"Recommended: **{best.name}**, {_count(best.model.num_parameters())} parameters",
+            f"Recommended: **{best.option}**, {_count(best.model.num_parameters())} parameters",
             "**Where the original plan and the arithmetic disagree**",
             _bullets(contradictions(plan.tokens)),
         ]
@@ -359,10 +359,10 @@ def _command(plan: "Plan") -> str:
     if parallelism.ranks > 1:
         nodes = f"--nnodes {parallelism.nodes} " if parallelism.nodes > 1 else ""
         launcher = f"torchrun {nodes}--nproc-per-node {parallelism.gpus_per_node}"
-    if option.batch_size != OPTIONS[option.name].batch_size:
+    if option.batch_size != OPTIONS[option.option].batch_size:
         batch = f" --batch-size {option.batch_size}"
     return (
-        f"{launcher} -m hamner.train --option {option.name} --tokens {plan.tokens}{batch} "
+        f"{launcher} -m hamner.train --option {option.option} --tokens {plan.tokens}{batch} "
         f"--vram-budget {plan.vram_budget / GIB:g}"
     )
 
@@ -382,7 +382,7 @@ def document(analysis: "Analysis", files: str) -> str:
     steps = "\n\n".join((step_times(plan), *communication_findings(plan)))
     misfits = (f"{name} does not fit: {why}" for name, why in analysis.misfits.items())
     return f"""\
-# Pre-training plan: option {option.name} on {gpus}
+# Pre-training plan: option {option.option} on {gpus}
 
 ## The problem
 
@@ -422,7 +422,7 @@ Where the original plan and the arithmetic disagree, and what does not fit:
 
 ## Recommendation
 
-Train **{best.option.name}** ({_count(best.parameters)} parameters): of the options trained on
+Train **{best.option.option}** ({_count(best.parameters)} parameters): of the options trained on
 their full context it has the lowest expected loss after {analysis.hours:,.0f} hours, a mixture of
 experts counted by its active parameters. It takes {best.prediction.peak_gib:.1f} GiB with recompute
 {describe(best.memory.policies)} and, projected, {best.hours / 24:.1f} days for
@@ -435,7 +435,7 @@ Expected loss: {_range(best.loss_range(BESIROGLU), 2)} by {BESIROGLU.source};
 
 ## Training plan
 
-Of option {option.name}{"" if best.option.name == option.name else ", as asked"}:
+Of option {option.option}{"" if best.option.option == option.option else ", as asked"}:
 
 - `{_command(plan)}`
 - {plan.steps:,} steps of {option.batch_size} x {option.seq_len} = {option.tokens_per_step:,}
@@ -518,7 +518,7 @@ def _with_legend(figure: "Figure") -> "Figure":
 
 
 def _memory_figure(plan: "Plan") -> "Figure":
-    figure, axes = _axes(f"--recompute, option {plan.option.name}", "GiB")
+    figure, axes = _axes(f"--recompute, option {plan.option.option}", "GiB")
     names, accounts, _ = zip(*_policies(plan), strict=True)
     names = [name.replace(" (", "\n(") for name in names]
     base = [0.0] * len(names)
@@ -536,7 +536,7 @@ def _loss_figure(plans: Sequence["Plan"], law: LossLaw) -> "Figure":
         # From a twentieth of the run on: before that the law says little.
         days = [plan.hours / 24 * i / 100 for i in range(5, 101)]
         losses = [law.loss(plan.active_parameters, plan.tokens_in(24 * day)) for day in days]
-        axes.plot(days, losses, label=plan.option.name)
+        axes.plot(days, losses, label=plan.option.option)
     axes.axhline(COHERENT_LOSS, color="black", linestyle=":", label=f"loss {COHERENT_LOSS}")
     return _with_legend(figure)
 

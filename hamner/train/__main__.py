@@ -7,13 +7,14 @@ from pathlib import Path
 import tyro
 
 from hamner.cli import flag_value, gather_data, run_command
+from hamner.config.options import find_option, for_option
 from hamner.config.train import CONFIG_FILE, TrainConfig
 from hamner.errors import EXIT_BAD_STEPS, EXIT_INTERRUPTED, UserError
 from hamner.parallel.ranks import resume_after_restart
 
 
 def parse(args: Sequence[str]) -> TrainConfig:
-    """Read the command line.
+    """The function reads the command line.
 
     The defaults are those of `--option`, or with `--resume` and `--replay` those the run was
     started with, so that `--resume --run-dir runs/a` alone continues a run and any other flag
@@ -24,8 +25,7 @@ def parse(args: Sequence[str]) -> TrainConfig:
         SystemExit: code 2 on unknown flags, 0 after --help.
     """
     args = gather_data(args)
-    option = flag_value(args, "--option") or TrainConfig.option
-    default = TrainConfig.for_option(option)
+    default = for_option(flag_value(args, "--option") or TrainConfig.option)
     run_dir, replay = flag_value(args, "--run-dir"), flag_value(args, "--replay")
     folder = Path(run_dir) if run_dir else default.folder
     args, saved = resume_after_restart(args, folder), folder / CONFIG_FILE
@@ -37,8 +37,13 @@ def parse(args: Sequence[str]) -> TrainConfig:
         default = replace(TrainConfig.read(saved), run_dir=saved.parent)
     elif "--resume" in args and saved.is_file():
         default = replace(
-            TrainConfig.read(saved), resume=True, stop_after=None, allow_data_change=False
+            TrainConfig.read(saved),
+            resume=True,
+            stop_after=None,
+            allow_data_change=False,
+            sft=None,
         )
+    find_option(default.option)
     return tyro.cli(
         tyro.conf.OmitArgPrefixes[TrainConfig],
         default=default,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hamner.checkpoint.run_folder import RecordLog, RunFolder
+from hamner.config.options import total_tokens
 from hamner.config.train import TrainConfig
 from hamner.data.loader import Batch
 from hamner.plan.step_time import compare_with_reality, predict
@@ -325,7 +326,7 @@ class TrainLog:
             seq_len=self.config.seq_len,
         )
         speed, peak = record.tokens_per_second, record.peak_vram_gib
-        line = compare_with_reality(prediction, speed, peak, self.config.total_tokens)
+        line = compare_with_reality(prediction, speed, peak, total_tokens(self.config))
         self.display.message(f"plan: {line}")
         projected = {
             "tokens_per_second": prediction.tokens_per_second,

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from hamner.config.options import total_tokens
 from hamner.config.train import TrainConfig
 
 
@@ -26,7 +27,7 @@ class Schedule:
             lr=config.lr,
             min_lr=config.min_lr,
             warmup_tokens=config.warmup_steps * config.tokens_per_step,
-            total_tokens=config.total_tokens,
+            total_tokens=total_tokens(config),
             warmup_steps=config.warmup_steps,
             length=(config.steps, config.tokens),
         )

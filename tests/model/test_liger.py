@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hamner.config.train import TrainConfig
+from hamner.config.options import for_option
 from hamner.errors import UserError
 from hamner.kernels.rope import rope_packed_reference
 from hamner.model.attention import get_attention
@@ -20,7 +20,7 @@ WHY = "the optional extra hamner[liger] is not installed"
 
 
 def test_a_cpu_refuses():
-    config = replace(TrainConfig.for_option("tiny"), kernels="liger", device="cpu")
+    config = replace(for_option("tiny"), kernels="liger", device="cpu")
     with pytest.raises(UserError, match="--kernels liger needs a GPU"):
         select(config)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from hamner.config.options import for_option
 from hamner.config.train import TrainConfig
 from hamner.errors import UserError
 from hamner.hardware import GIB
@@ -30,7 +31,7 @@ def plan(config: TrainConfig, place: Place, budget: float):
 
 
 def test_auto_is_ddp_where_the_model_fits_and_fsdp_where_it_does_not():
-    config = TrainConfig.for_option("a")
+    config = for_option("a")
     whole = 16 * config.model.num_parameters() / GIB
     kind, memory = plan(config, FOUR, 100.0)
     assert (kind, memory.micro_batch_size) == ("ddp", 1)  # a CPU gains nothing from more
@@ -45,7 +46,7 @@ def test_auto_is_ddp_where_the_model_fits_and_fsdp_where_it_does_not():
 
 
 def test_a_step_must_be_dealt_evenly():
-    config = TrainConfig.for_option("a")
+    config = for_option("a")
     with pytest.raises(UserError, match=r"--micro-batch-size 4 .* the 6 sequences .* 4 processes"):
         plan(replace(config, micro_batch_size=4), FOUR, 100.0)
     with pytest.raises(UserError, match="--batch-size 10 is shared .* multiple of their number, 4"):
@@ -54,7 +55,7 @@ def test_a_step_must_be_dealt_evenly():
 
 
 def test_weights_that_stay_gathered_are_counted():
-    config = replace(TrainConfig.for_option("a"), parallel="fsdp")
+    config = replace(for_option("a"), parallel="fsdp")
     freed, kept = (
         plan(replace(config, fsdp_reshard=reshard), FOUR, 100.0)[1].account
         for reshard in (True, False)
@@ -136,7 +137,7 @@ def test_ddp_sends_gradients_once_a_step_in_fp32_where_they_add_up(
 
 
 def test_with_several_processes_a_graph_holds_the_only_micro_batch_of_a_step(group):
-    compute = device.select(replace(TrainConfig.for_option("tiny"), device="cpu"))
+    compute = device.select(replace(for_option("tiny"), device="cpu"))
     sharded = FullySharded(Alone(), compute, reshard=True)
     for engine in (DataParallel(Alone(), bucket_mib=1), sharded):
         assert [engine.can_record(count) for count in (1, 2)] == [True, False]
@@ -157,7 +158,7 @@ def test_the_garbage_collector_finds_a_model_that_ddp_has_wrapped(group):
 
 def test_passes_without_gradients_leave_nothing_behind(group):
     """A replayed backward pass never clears what FSDP2 remembers of forward passes."""
-    config = replace(TrainConfig.for_option("tiny"), device="cpu")
+    config = replace(for_option("tiny"), device="cpu")
     engine = FullySharded(Alone(), device.select(config), reshard=True)
     with torch.device("meta"):
         model = Transformer(DENSE, plain_ops())

@@ -78,21 +78,21 @@ def test_a_smaller_budget_recomputes_more_and_is_slower():
 
 def test_compare_lists_what_does_not_fit():
     plans, misfits = compare(RTX_3090, vram_budget=5)
-    assert {plan.option.name for plan in plans} | set(misfits) == set(COMPARED)
+    assert {plan.option.option for plan in plans} | set(misfits) == set(COMPARED)
     assert "current" not in misfits
     assert "--vram-budget 5.0 GiB is too small" in misfits["a"]
 
 
 def test_recommendation_is_the_lowest_loss_in_the_same_hours():
     plans, _ = compare(RTX_3090)
-    by_name = {plan.option.name: plan for plan in plans}
+    by_name = {plan.option.option: plan for plan in plans}
     best = recommend(plans, by_name["a"].hours)
     losses = {
         name: BESIROGLU.loss(plan.active_parameters, plan.tokens_in(by_name["a"].hours))
         for name, plan in by_name.items()
         if name != "a-short"  # half its context
     }
-    assert best.option.name == min(losses, key=losses.get)
+    assert best.option.option == min(losses, key=losses.get)
     # With a day only, tokens count for more than parameters.
     assert recommend(plans, 12).active_parameters < best.active_parameters
 

@@ -20,6 +20,9 @@ from hamner.checkpoint import format as checkpoint
 from hamner.checkpoint.format import Checkpoint
 from hamner.files import flush
 
+Tensors = Mapping[str, Tensor]
+JoinMasters = Callable[[Tensors, Tensors], Tensors]
+
 RETRY_SECONDS = 60.0
 """between a save that failed and the next try"""
 
@@ -33,6 +36,9 @@ class BackgroundSaver:
         keep_every: the first checkpoint at or after each multiple of so many steps stays too.
         records: files flushed to disk before a checkpoint counts, so that a power cut cannot keep
             the checkpoint and lose the records that led to it.
+        join_masters: makes of the host's copies of model and optimizer the optimizer's tensors as
+            they are written, for an optimizer that holds of its masters only a part. The writer's
+            thread calls it, so that the whole masters take no memory of the GPU.
         clock: seconds, for the retry.
     """
 
@@ -43,10 +49,11 @@ class BackgroundSaver:
         keep: int,
         keep_every: int,
         records: Sequence[Path] = (),
+        join_masters: JoinMasters | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.folder, self.keep, self.keep_every = folder, keep, keep_every
-        self.records, self.clock = tuple(records), clock
+        self.records, self.join_masters, self.clock = tuple(records), join_masters, clock
         self.wanted = False
         self.retry_at = -float("inf")
         self.step: int | None = None
@@ -68,17 +75,17 @@ class BackgroundSaver:
         self,
         step: int,
         *,
-        model: Mapping[str, Tensor],
-        optimizer: Mapping[str, Tensor],
-        counters: Mapping[str, Tensor],
+        model: Tensors,
+        optimizer: Tensors,
+        counters: Tensors,
         state: Mapping,
     ) -> None:
-        """Copy the state and have it written; `collect` or `wait` gives the outcome.
+        """The method copies the state and has it written; `collect` or `wait` gives the outcome.
 
         Args:
             step: names the checkpoint.
             model: the module's parameters and buffers.
-            optimizer: masters or their remainders, and moments.
+            optimizer: moments and masters, or what `join_masters` makes masters of.
             counters: small tensors that belong into `state` but are still on the device; there
                 they are a number or nested lists.
             state: the rest of state.json.
@@ -86,15 +93,21 @@ class BackgroundSaver:
         if self._future is not None:
             raise RuntimeError("a save is under way")
         self.wanted, self.step = False, step
-        parts = [
-            {name: self._copy(f"{part}/{name}", tensor) for name, tensor in tensors.items()}
-            for part, tensors in (("model", model), ("optimizer", optimizer), ("state", counters))
-        ]
+        copies = {
+            part: {name: self._copy(f"{part}/{name}", tensor) for name, tensor in tensors.items()}
+            for part, tensors in (
+                ("model", model),
+                ("optimizer", optimizer),
+                ("counters", counters),
+            )
+        }
         copied = None
         if any(tensor.is_cuda for tensor in model.values()):
             copied = torch.cuda.Event()
             copied.record()
-        self._future = self._thread.submit(self._write, step, *parts, dict(state), copied)
+        self._future = self._thread.submit(
+            self._write, step, **copies, state=dict(state), copied=copied
+        )
 
     def collect(self) -> Checkpoint | OSError | None:
         """The outcome of a save that has ended since: its checkpoint, or why it failed."""
@@ -135,19 +148,22 @@ class BackgroundSaver:
     def _write(
         self,
         step: int,
-        model: Mapping[str, Tensor],
-        optimizer: Mapping[str, Tensor],
-        counters: Mapping[str, Tensor],
+        *,
+        model: Tensors,
+        optimizer: Tensors,
+        counters: Tensors,
         state: dict,
         copied: "torch.cuda.Event | None",
     ) -> Checkpoint:
-        """Body of the thread."""
+        """The thread runs this."""
         if copied is not None:
             copied.synchronize()
         state |= {name: counter.tolist() for name, counter in counters.items()}
         for path in self.records:
             if path.exists():
                 flush(path)
+        if self.join_masters is not None:
+            optimizer = self.join_masters(model, optimizer)
         saved = self._save(step, model=model, optimizer=optimizer, state=state)
         self._retain()
         return saved

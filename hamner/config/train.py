@@ -15,7 +15,7 @@ from typing import ClassVar, Literal
 from hamner.config.model import ModelConfig, flag
 from hamner.config.options import OPTIONS
 from hamner.errors import UserError
-from hamner.files import parse_json
+from hamner.files import read_json
 
 CONFIG_FILE = "config.json"
 
@@ -226,11 +226,8 @@ class TrainConfig:
         Raises:
             UserError: not readable, or not a config of this version.
         """
-        try:
-            values = parse_json(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read as a run's configuration: {error}") from error
-        if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
+        values = read_json(path)
+        if not isinstance(values.get("model"), dict):
             raise UserError(f"{path} is not a run's configuration")
         model = _build(ModelConfig, values.pop("model"), path)
         # What fine-tuning adds is for hamner.sft alone: elsewhere its runs are runs like any other.

@@ -21,6 +21,7 @@ from hamner.parallel.ranks import Place
 from hamner.plan import memory
 from hamner.plan.communication import ONE_GPU, Parallelism
 from hamner.plan.memory import MemoryPlan, Policy
+from hamner.train.optimizer import join_masters
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,13 @@ def open_saver(
         )
     if isinstance(engine, DataParallel) and not engine.processes.place.is_main:
         return NoSaver()
-    return BackgroundSaver(folder, keep=keep, keep_every=keep_every, records=records)
+    return BackgroundSaver(
+        folder,
+        keep=keep,
+        keep_every=keep_every,
+        records=records,
+        join_masters=join_masters,
+    )
 
 
 def plan_parallel(

@@ -9,7 +9,7 @@ import torch
 from hamner.checkpoint.format import Checkpoint
 from hamner.checkpoint.writer import BackgroundSaver
 from hamner.kernels.adamw import split_master
-from hamner.train.optimizer import AdamW, Schedule
+from hamner.train.optimizer import AdamW, Schedule, join_masters
 from tests.models import DENSE, build, cpu_ops, plain_ops
 
 
@@ -136,7 +136,7 @@ def make_holder(name: str, device, seed: int):
 
 
 def save(folder, step: int, model, optimizer: AdamW) -> Checkpoint:
-    saver = BackgroundSaver(folder, keep=0, keep_every=0)
+    saver = BackgroundSaver(folder, keep=0, keep_every=0, join_masters=join_masters)
     saver.begin(
         step,
         model=model.state_dict(),

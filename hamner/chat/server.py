@@ -36,8 +36,8 @@ except ModuleNotFoundError as error:
         f"--serve needs the package {error.name}: pip install 'hamner[serve]'"
     ) from error
 
-from hamner.chat.dialogue import ContextError, answer
 from hamner.data.chat_template import Message
+from hamner.model.answer import ContextError, answer
 from hamner.model.generate import Completion, Generator
 from hamner.model.sampling import Sampling
 

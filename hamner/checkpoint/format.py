@@ -26,8 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hamner.errors import UserError
-from hamner.files import flush, parse_json
-from hamner.kernels.adamw import join_master
+from hamner.files import flush, read_json
 from hamner.parallel.tensors import fill
 
 MODEL_FILE = "model.safetensors"
@@ -54,7 +53,7 @@ class Checkpoint:
 
     def state(self) -> dict:
         """`state.json`."""
-        return _read_json(self.path / STATE_FILE)
+        return read_json(self.path / STATE_FILE, CheckpointError)
 
     def verify(self, names: Collection[str] = _FILES) -> None:
         """Check files against the manifest: all, or those of `names`.
@@ -62,7 +61,7 @@ class Checkpoint:
         Raises:
             CheckpointError: names the first file that is missing, cut short or altered.
         """
-        manifest = _read_json(self.path / MANIFEST_FILE)
+        manifest = read_json(self.path / MANIFEST_FILE, CheckpointError)
         files = manifest.get("files")
         if (
             manifest.get("format") != _FORMAT
@@ -149,8 +148,8 @@ def save(
         folder: of the checkpoints.
         step: names the checkpoint.
         model: the module's parameters and buffers.
-        optimizer: moments, masters, and of split masters the remainders
-            (`hamner.kernels.adamw.split_master`), each under `KIND.NAME`.
+        optimizer: moments and whole fp32 masters, each under `KIND.NAME`, so that a run of any
+            precision and kernels can resume from them.
         state: of state.json.
 
     Raises:
@@ -158,10 +157,9 @@ def save(
     """
     temporary = begin_save(folder, step)
     try:
-        model, optimizer = _on_cpu(model), _on_cpu(optimizer)
         with _disk_errors():
-            save_file(model, temporary / MODEL_FILE)
-            save_file(_with_whole_masters(optimizer, model), temporary / OPTIMIZER_FILE)
+            save_file(_on_cpu(model), temporary / MODEL_FILE)
+            save_file(_on_cpu(optimizer), temporary / OPTIMIZER_FILE)
         return finish_save(temporary, step, state)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -319,20 +317,6 @@ def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def _with_whole_masters(
-    optimizer: Mapping[str, Tensor], model: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Replace each remainder by the fp32 master, so that any precision and kernels can resume."""
-    whole = {}
-    for key, tensor in optimizer.items():
-        kind, _, name = key.partition(".")
-        if kind == "remainder":
-            whole[f"master.{name}"] = join_master(model[name], tensor)
-        else:
-            whole[key] = tensor
-    return whole
-
-
 def _open(path: Path):
     try:
         return safe_open(path, framework="pt", device="cpu")
@@ -360,16 +344,6 @@ def _require_names(path: Path, saved: set[str], expected: set[str]) -> None:
             f"{path} holds another model: {len(difference)} tensors differ, among them "
             f"{difference[0]}; resume with the model the run was started with"
         )
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        value = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    return value
 
 
 def _write_json(path: Path, value: Mapping) -> None:

@@ -20,6 +20,9 @@ from hamner.checkpoint import format as checkpoint
 from hamner.checkpoint.format import Checkpoint
 from hamner.files import flush
 
+Tensors = Mapping[str, Tensor]
+JoinMasters = Callable[[Tensors, Tensors], Tensors]
+
 RETRY_SECONDS = 60.0
 """between a save that failed and the next try"""
 
@@ -33,6 +36,9 @@ class BackgroundSaver:
         keep_every: the first checkpoint at or after each multiple of so many steps stays too.
         records: files flushed to disk before a checkpoint counts, so that a power cut cannot keep
             the checkpoint and lose the records that led to it.
+        join_masters: makes of the host's copies of model and optimizer the optimizer's tensors as
+            they are written, for an optimizer that holds of its masters only a part. The writer's
+            thread calls it, so that the whole masters take no memory of the GPU.
         clock: seconds, for the retry.
         on_phase: is told ("save", step) and ("saved", step), in the writer's thread.
     """
@@ -44,11 +50,13 @@ class BackgroundSaver:
         keep: int,
         keep_every: int,
         records: Sequence[Path] = (),
+        join_masters: JoinMasters | None = None,
         clock: Callable[[], float] = time.monotonic,
         on_phase: Callable[[str, int], None] = lambda phase, step: None,
     ) -> None:
         self.folder, self.keep, self.keep_every = folder, keep, keep_every
-        self.records, self.clock, self.on_phase = tuple(records), clock, on_phase
+        self.records, self.join_masters = tuple(records), join_masters
+        self.clock, self.on_phase = clock, on_phase
         self.wanted = False
         self.retry_at = -float("inf")
         self.step: int | None = None
@@ -70,30 +78,32 @@ class BackgroundSaver:
         self,
         step: int,
         *,
-        model: Mapping[str, Tensor],
-        optimizer: Mapping[str, Tensor],
+        model: Tensors,
+        optimizer: Tensors,
         state: Mapping,
     ) -> None:
-        """Copy the state and have it written; `collect` or `wait` gives the outcome.
+        """The method copies the state and has it written; `collect` or `wait` gives the outcome.
 
         Args:
             step: names the checkpoint.
             model: the module's parameters and buffers.
-            optimizer: masters or their remainders, and moments.
+            optimizer: moments and masters, or what `join_masters` makes masters of.
             state: of state.json.
         """
         if self._future is not None:
             raise RuntimeError("a save is under way")
         self.wanted, self.step = False, step
-        parts = [
-            {name: self._copy(f"{part}/{name}", tensor) for name, tensor in tensors.items()}
+        copies = {
+            part: {name: self._copy(f"{part}/{name}", tensor) for name, tensor in tensors.items()}
             for part, tensors in (("model", model), ("optimizer", optimizer))
-        ]
+        }
         copied = None
         if any(tensor.is_cuda for tensor in model.values()):
             copied = torch.cuda.Event()
             copied.record()
-        self._future = self._thread.submit(self._write, step, *parts, dict(state), copied)
+        self._future = self._thread.submit(
+            self._write, step, **copies, state=dict(state), copied=copied
+        )
 
     def collect(self) -> Checkpoint | OSError | None:
         """The outcome of a save that has ended since: its checkpoint, or why it failed."""
@@ -134,18 +144,21 @@ class BackgroundSaver:
     def _write(
         self,
         step: int,
-        model: Mapping[str, Tensor],
-        optimizer: Mapping[str, Tensor],
+        *,
+        model: Tensors,
+        optimizer: Tensors,
         state: dict,
         copied: "torch.cuda.Event | None",
     ) -> Checkpoint:
-        """Body of the thread."""
+        """The thread runs this."""
         if copied is not None:
             copied.synchronize()
         for path in self.records:
             if path.exists():
                 flush(path)
         self.on_phase("save", step)
+        if self.join_masters is not None:
+            optimizer = self.join_masters(model, optimizer)
         saved = self._save(step, model=model, optimizer=optimizer, state=state)
         self.on_phase("saved", step)
         self._retain()

@@ -25,7 +25,7 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def read_json(cls: type[Config], path: Path) -> Config:
+def read_config(cls: type[Config], path: Path) -> Config:
     """The function reads a run's configuration, an instance of the dataclass `cls`.
 
     Raises:

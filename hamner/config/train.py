@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from hamner.config.model import ModelConfig, flag
-from hamner.config.serialization import read_json, to_json
+from hamner.config.serialization import read_config, to_json
 from hamner.errors import UserError
 
 CONFIG_FILE = "config.json"
@@ -247,4 +247,4 @@ class TrainConfig(RunConfig, ComputeConfig, TaskConfig):
         Raises:
             UserError: The file is not readable, or not a configuration of this version.
         """
-        return read_json(cls, path)
+        return read_config(cls, path)

@@ -11,7 +11,6 @@ import importlib.metadata
 import json
 import os
 import statistics
-import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +18,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hamner.errors import UserError
+from hamner.files import made_whole, read_json
 from hamner.kernels.rope import rope_packed_
 
 if TYPE_CHECKING:
@@ -191,19 +192,12 @@ def write_times(file: Path, key: str, times: dict[str, float]) -> None:
     entries = _read(file) | {key: times}
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.name)
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-                json.dump(entries, stream, indent=1)
-            Path(temporary).replace(file)
-        except OSError:
-            Path(temporary).unlink(missing_ok=True)
+        with made_whole(file) as temporary:
+            temporary.write_text(json.dumps(entries, indent=1), encoding="utf-8")
 
 
 def _read(file: Path) -> dict:
-    # ValueError: not JSON, or not UTF-8.
     try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(file)
+    except UserError:
         return {}
-    return entries if isinstance(entries, dict) else {}

@@ -3,16 +3,14 @@
 Each table and each finding is worded once, here; `screen` and `write_report` only arrange them.
 """
 
-import io
 import math
-import os
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hamner.config.options import OPTIONS
 from hamner.errors import UserError
+from hamner.files import made_whole
 from hamner.hardware import GIB, GPUS
 from hamner.plan.communication import QUIET
 from hamner.plan.loss import (
@@ -470,26 +468,12 @@ def write_report(path: Path, analysis: "Analysis") -> None:
     try:
         files.mkdir(exist_ok=True)
         for name, figure in _figures(analysis).items():
-            image = io.BytesIO()
-            figure.savefig(image, format="png", dpi=150)
-            _write_atomically(files / name, image.getvalue())
-        _write_atomically(path, document(analysis, files.name).encode())
+            with made_whole(files / name) as image:
+                figure.savefig(image, format="png", dpi=150)
+        with made_whole(path) as report:
+            report.write_text(document(analysis, files.name), encoding="utf-8")
     except OSError as error:
         raise UserError(f"--report {path} cannot be written: {error.strerror}") from None
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            # mkstemp's files are for their owner only; a report is to be shared.
-            os.fchmod(file.fileno(), 0o644)
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _figures(analysis: "Analysis") -> dict[str, "Figure"]:

@@ -177,9 +177,26 @@ class AdamW:
     def state_tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state by the name it has in a checkpoint.
 
-        `remainder.NAME` is the exception: `checkpoint.save` writes `master.NAME`, joined.
+        `remainder.NAME` is the exception: `join_masters` makes `master.NAME` of it.
         """
         tensors = {f"master.{name}": tensor for name, tensor in self.masters.items()}
         tensors |= {f"remainder.{name}": tensor for name, tensor in self.remainders.items()}
         tensors |= {f"exp_avg.{name}": tensor for name, tensor in self.exp_avg.items()}
         return tensors | {f"exp_avg_sq.{name}": t for name, t in self.exp_avg_sq.items()}
+
+
+def join_masters(model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The function replaces each remainder by the fp32 master, as checkpoints have it.
+
+    Args:
+        model: the parameters, which are bf16 where there is a remainder.
+        optimizer: as `AdamW.state_tensors`.
+    """
+    whole = {}
+    for key, tensor in optimizer.items():
+        kind, _, name = key.partition(".")
+        if kind == "remainder":
+            whole[f"master.{name}"] = join_master(model[name], tensor)
+        else:
+            whole[key] = tensor
+    return whole

@@ -21,6 +21,7 @@ from hamner.parallel.ranks import Place
 from hamner.plan import memory
 from hamner.plan.communication import ONE_GPU, Parallelism
 from hamner.plan.memory import MemoryPlan, Policy
+from hamner.train.optimizer import join_masters
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ def open_saver(
         "keep": keep,
         "keep_every": keep_every,
         "records": records,
+        "join_masters": join_masters,
         "on_phase": on_phase,
     }
     if isinstance(engine, FullySharded):

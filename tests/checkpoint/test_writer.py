@@ -241,8 +241,8 @@ def test_a_file_system_that_fails(saver, folder, monkeypatch, call):
 def test_records_are_on_disk_before_the_checkpoint(folder, tmp_path, monkeypatch):
     records, order = tmp_path / "metrics.jsonl", []
     records.write_text("{}\n")
-    monkeypatch.setattr(checkpoint, "flush", order.append)
-    monkeypatch.setattr(writer, "flush", order.append)
+    for module in (writer, checkpoint):
+        monkeypatch.setattr(module, "flush", order.append)
     saver = BackgroundSaver(
         folder, keep=1, keep_every=0, records=(records, tmp_path / "samples.jsonl")
     )

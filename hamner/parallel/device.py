@@ -9,7 +9,7 @@ import torch
 from hamner.config.train import TrainConfig
 from hamner.errors import UserError
 from hamner.hardware import GIB, RESERVE_GIB, Gpu, identify
-from hamner.parallel.ranks import Place
+from hamner.parallel.ranks import Rank
 
 RAM_SHARE = 0.6
 """of the free memory of a machine without a GPU"""
@@ -53,7 +53,7 @@ def select(config: TrainConfig) -> Compute:
         raise UserError("--precision bf16 needs a GPU; use --precision fp32 on a CPU")
     if config.kernels in ("triton", "liger"):
         raise UserError(f"--kernels {config.kernels} needs a GPU; use --kernels torch on a CPU")
-    ram = RAM_SHARE * _free_ram() / Place.read().local_world_size
+    ram = RAM_SHARE * _free_ram() / Rank.read().local_world_size
     budget = config.vram_budget * GIB if config.vram_budget else ram
     name = f"CPU, {torch.get_num_threads()} threads"
     return Compute(

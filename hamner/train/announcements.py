@@ -48,13 +48,13 @@ def introduction(trainer: Trainer) -> list[str]:
 
 def _processes(trainer: Trainer) -> list[str]:
     """How several processes divide the work; nothing of one."""
-    place = trainer.processes.place
-    if place.world_size == 1:
+    rank = trainer.processes.rank
+    if rank.world_size == 1:
         return []
-    where = "" if place.num_machines == 1 else f" on {place.num_machines} machines"
+    where = "" if rank.num_machines == 1 else f" on {rank.num_machines} machines"
     return [
-        f"{place.world_size} processes{where}, {ENGINES[trainer.engine.name]}, of which each takes "
-        f"{trainer.config.batch_size // place.world_size} sequences of a step and the memory below"
+        f"{rank.world_size} processes{where}, {ENGINES[trainer.engine.name]}, of which each takes "
+        f"{trainer.config.batch_size // rank.world_size} sequences of a step and the memory below"
     ]
 
 

@@ -36,7 +36,7 @@ from hamner.model.attention import waits_for_gpu
 from hamner.model.generate import PROMPTS, generate
 from hamner.model.ops import IGNORED_TARGET
 from hamner.model.transformer import RouterStatistics
-from hamner.parallel.processes import Alone, open_processes
+from hamner.parallel.processes import SingleProcess, open_processes
 from hamner.parallel.tensors import local
 from hamner.plan.memory import MemoryPlan
 from hamner.plan.step_time import compare_with_reality, predict
@@ -180,13 +180,13 @@ class Trainer:
         run: RunFolder,
         open_data: OpenData = open_documents,
         initial: Checkpoint | None = None,
-        processes: Alone | None = None,
+        processes: SingleProcess | None = None,
     ) -> None:
         require_installed(config.report_to)
         self.config, self.run = config, run
-        self.processes = processes or Alone()
-        self.is_main = self.processes.place.is_main
-        self.world_size = self.processes.place.world_size
+        self.processes = processes or SingleProcess()
+        self.is_main = self.processes.rank.is_main
+        self.world_size = self.processes.rank.world_size
         self.tokenizer = load_tokenizer(config.tokenizer, config.model.vocab_size)
         setup = choose(config, self.processes)
         self.compute, self.plan, self.attention = setup.compute, setup.plan, setup.attention
@@ -262,7 +262,7 @@ class Trainer:
             keep_every=config.keep_every,
             records=(run.metrics, run.samples),
         )
-        stacks = run.stacks_of(self.processes.place)
+        stacks = run.stacks_of(self.processes.rank)
         self.watchdog = Watchdog(config.hang_minutes, stacks, self.report_hang)
         self.reporters = open_reporters(config) if self.is_main else []
         budget_gib = None if compute.device.type == "cpu" else compute.budget_bytes / GIB
@@ -376,7 +376,7 @@ class Trainer:
                     batch = self.loader.next_batch(lambda: interrupt.requested)
         except Exception as error:
             failure = error
-        stops, fails = self.processes.most([batch is None, failure is not None])
+        stops, fails = self.processes.all_reduce_max([batch is None, failure is not None])
         if fails and self.step:
             self.save_last()
         if failure:
@@ -719,7 +719,7 @@ class Trainer:
         """Find out why step after step was bad, `last` the last of them."""
         state = {**self.optimizer.parameters, **self.optimizer.state_tensors()}
         bad = bad_steps.not_finite({name: local(tensor) for name, tensor in state.items()})
-        is_bad = self.processes.most([name in bad for name in state])
+        is_bad = self.processes.all_reduce_max([name in bad for name in state])
         self.poisoned = [name for name, flag in zip(state, is_bad, strict=True) if flag]
         self.diagnosis = bad_steps.diagnose(last, self.poisoned)
 

@@ -15,9 +15,9 @@ from hamner.model.ops import Ops, build_ops
 from hamner.model.transformer import Transformer
 from hamner.parallel import device
 from hamner.parallel.device import Compute
-from hamner.parallel.engines import DataParallel, FullySharded, OneProcess, open_engine
-from hamner.parallel.processes import Alone
-from hamner.parallel.ranks import Place
+from hamner.parallel.engines import DataParallel, Engine, FullySharded, open_engine
+from hamner.parallel.processes import SingleProcess
+from hamner.parallel.ranks import Rank
 from hamner.plan import memory
 from hamner.plan.communication import ONE_GPU, Parallelism
 from hamner.plan.memory import MemoryPlan, Policy
@@ -30,7 +30,7 @@ class Setup:
     compute: Compute
     plan: MemoryPlan
     attention: AttentionBackend
-    engine: OneProcess
+    engine: Engine
 
     @property
     def ops(self) -> Ops:
@@ -51,19 +51,19 @@ class Setup:
         return model
 
 
-def choose(config: TrainConfig, processes: Alone | None = None) -> Setup:
+def choose(config: TrainConfig, processes: SingleProcess | None = None) -> Setup:
     """Choose device, recompute policies, micro-batch, attention and, with several processes, how
     they divide the work.
 
     Raises:
         UserError: what is asked for does not fit or is not on this machine.
     """
-    processes = processes or Alone()
+    processes = processes or SingleProcess()
     compute = device.select(config)
     policies = memory.parse(config.recompute, config.model.num_layers)
     # All processes plan alike, with the memory of the one that has least.
-    budget = processes.least(compute.budget_bytes)
-    kind, plan = plan_parallel(config, compute, budget, processes.place, policies)
+    budget = processes.all_reduce_min(compute.budget_bytes)
+    kind, plan = plan_parallel(config, compute, budget, processes.rank, policies)
     attention = get_attention(
         config.attention,
         device=compute.device,
@@ -80,7 +80,7 @@ def choose(config: TrainConfig, processes: Alone | None = None) -> Setup:
 
 
 def open_saver(
-    engine: OneProcess, folder: Path, *, keep: int, keep_every: int, records: Sequence[Path]
+    engine: Engine, folder: Path, *, keep: int, keep_every: int, records: Sequence[Path]
 ) -> BackgroundSaver | NoSaver:
     """The writer of a run's checkpoints for the state as `engine` divides it over processes.
 
@@ -100,7 +100,7 @@ def open_saver(
             keep_every=keep_every,
             records=records,
         )
-    if isinstance(engine, DataParallel) and not engine.processes.place.is_main:
+    if isinstance(engine, DataParallel) and not engine.processes.rank.is_main:
         return NoSaver()
     return BackgroundSaver(folder, keep=keep, keep_every=keep_every, records=records)
 
@@ -109,7 +109,7 @@ def plan_parallel(
     config: TrainConfig,
     compute: Compute,
     budget: int,
-    place: Place,
+    rank: Rank,
     policies: tuple[Policy, ...] | None,
 ) -> tuple[str, MemoryPlan]:
     """The kind of `hamner.parallel.engines.open_engine` and the memory plan of `--parallel`.
@@ -117,14 +117,14 @@ def plan_parallel(
     Raises:
         UserError: it does not fit, or a step cannot be dealt to the processes.
     """
-    if place.world_size == 1:
+    if rank.world_size == 1:
         return "none", plan_memory(config, compute, budget, policies)
-    ddp = Parallelism("ddp", place.local_world_size, place.num_machines)
+    ddp = Parallelism("ddp", rank.local_world_size, rank.num_machines)
     rows, size = ddp.rows_per_gpu(config.batch_size), config.micro_batch_size or 1
     if rows % size:
         raise UserError(
             f"--micro-batch-size {size} does not divide the {rows} sequences that each of "
-            f"{place.world_size} processes takes of --batch-size {config.batch_size}"
+            f"{rank.world_size} processes takes of --batch-size {config.batch_size}"
         )
     if config.parallel in ("auto", "ddp"):
         try:
@@ -133,8 +133,8 @@ def plan_parallel(
             if config.parallel == "ddp":
                 raise
     fsdp = replace(ddp, kind="fsdp", reshard=config.fsdp_reshard)
-    if place.local_world_size == 1:
-        fsdp = replace(fsdp, gpus_per_node=place.world_size, nodes=1)
+    if rank.local_world_size == 1:
+        fsdp = replace(fsdp, gpus_per_node=rank.world_size, nodes=1)
     return "fsdp", plan_memory(config, compute, budget, policies, fsdp)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hamner.config.train import TrainConfig
 from hamner.errors import EXIT_BAD_INPUT, UserError
+from hamner.parallel.device import uses_gpu
 from hamner.parallel.failures import FailureWatch
 from hamner.parallel.ranks import Rank
 
@@ -100,7 +101,7 @@ class MultipleProcesses(SingleProcess):
     def __init__(self, rank: Rank, config: TrainConfig) -> None:
         self.rank = rank
         backend = "gloo"
-        if torch.cuda.is_available() and config.device != "cpu":
+        if uses_gpu(config.device):
             if rank.local_world_size > torch.cuda.device_count():
                 raise UserError(
                     f"torchrun started {rank.local_world_size} processes on a machine with "

@@ -32,10 +32,10 @@ from hamner.data.tokenizer import Tokenizer, load_tokenizer
 from hamner.data.validation import ValidationSet
 from hamner.errors import UserError
 from hamner.hardware import GIB
-from hamner.model.attention import waits_for_gpu
 from hamner.model.generate import PROMPTS, generate
 from hamner.model.ops import IGNORED_TARGET
 from hamner.model.transformer import RouterStatistics
+from hamner.parallel.device import cap_memory
 from hamner.parallel.processes import SingleProcess, open_processes
 from hamner.parallel.tensors import local
 from hamner.plan.memory import MemoryPlan
@@ -190,7 +190,8 @@ class Trainer:
         self.tokenizer = load_tokenizer(config.tokenizer, config.model.vocab_size)
         setup = choose(config, self.processes)
         self.compute, self.plan, self.attention = setup.compute, setup.plan, setup.attention
-        self.engine = setup.engine
+        self.engine, self.records_graph = setup.engine, setup.records_graph
+        cap_memory(setup.compute, config)
         compute = self.compute
         pin_memory = compute.device.type == "cuda"
         data = open_data(config, self.tokenizer, pin_memory)
@@ -275,28 +276,13 @@ class Trainer:
 
     def build_micro_step(self) -> Callable:
         """Forward and backward of a micro-batch, recorded where that is possible."""
-        if self.can_graph():
+        if self.records_graph:
             return GraphedBackward(
                 self.forward_backward,
                 self.model.parameters(),
                 warm_up_calls=self.engine.warm_up_calls,
             )
         return self.forward_backward
-
-    def can_graph(self) -> bool:
-        """Whether forward and backward can be one CUDA graph: the plain ops wait for the GPU in
-        places, flash-attn does with documents, compiled code has graphs of its own, and with
-        several processes the micro-batches of a step may differ in what they send."""
-        config = self.config
-        micro_batches = config.batch_size // (self.plan.micro_batch_size * self.world_size)
-        waits = waits_for_gpu(self.attention.name, config.document_mask)
-        return (
-            config.cuda_graph
-            and self.compute.device.type == "cuda"
-            and self.compute.kernels == "triton"
-            and self.engine.can_record(micro_batches)
-            and not (config.compile or waits)
-        )
 
     def close(self) -> None:
         """Stop what runs beside the loop."""

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from hamner.config.train import TrainConfig
 from hamner.errors import UserError
 from hamner.hardware import GIB
+from hamner.model.attention import AttentionChoice
 from hamner.model.transformer import Transformer
 from hamner.parallel import device, engines
 from hamner.parallel.engines import DataParallel, Engine, FullySharded
@@ -171,3 +172,23 @@ def test_passes_without_gradients_leave_nothing_behind(group):
         state = module._get_fsdp_state()
         assert not state._comm_ctx.post_forward_order
         assert not state._fsdp_param_group._post_forward_indices
+
+
+def following(*answers) -> SingleProcess:
+    """A process of another rank, to which rank 0 says `answers` one after another."""
+    processes, answers = SingleProcess(), iter(answers)
+    processes.from_main = lambda function: next(answers)
+    return processes
+
+
+def test_other_ranks_follow_rank_0():
+    config = replace(TrainConfig.for_option("tiny"), device="cpu")
+    plan = replace(setup.choose(config).plan, micro_batch_size=2)
+    choice = AttentionChoice("sdpa", "timed by rank 0")
+    followed = setup.choose(config, following(setup.Decision("none", plan, choice), True))
+    assert followed.plan == plan
+    assert (followed.attention.name, followed.attention.reason) == choice
+    assert followed.records_graph
+    choice = AttentionChoice("flash-attn", "timed by rank 0")
+    with pytest.raises(UserError, match="--attention flash-attn: it needs a CUDA GPU"):
+        setup.choose(config, following(setup.Decision("none", plan, choice), True))

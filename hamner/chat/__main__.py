@@ -267,8 +267,9 @@ def chat(config: ChatConfig, terminal: Terminal) -> None:
     Raises:
         UserError: there is no such model, or it cannot be run as asked.
     """
-    from hamner.checkpoint.saved_model import find_saved_model, select_device
+    from hamner.checkpoint.saved_model import find_saved_model
     from hamner.model.generate import Generator
+    from hamner.parallel.device import select_device
 
     device = select_device(config.device)
     saved = find_saved_model(config.checkpoint)

@@ -13,7 +13,7 @@ from pathlib import Path
 from hamner.config.train import CONFIG_FILE, TrainConfig
 from hamner.errors import UserError
 from hamner.files import read_records, write_whole
-from hamner.parallel.ranks import Place
+from hamner.parallel.ranks import Rank
 
 
 class RunFolder:
@@ -67,11 +67,11 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"--run-dir {self.path} cannot be written: {error.strerror}") from error
 
-    def stacks_of(self, place: Place) -> Path:
+    def stacks_of(self, rank: Rank) -> Path:
         """The file takes the stacks of a process that hangs; several processes have one each."""
-        if place.world_size == 1:
+        if rank.world_size == 1:
             return self.stacks
-        return self.logs / f"stacks_{place.rank}.txt"
+        return self.logs / f"stacks_{rank.global_rank}.txt"
 
     def rewind(self, step: int) -> None:
         """Drop metrics and samples after `step`: the resumed run writes them again."""

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors.torch import load_file
@@ -14,7 +13,7 @@ from hamner.checkpoint.run_folder import RunFolder
 from hamner.config.train import CONFIG_FILE, TrainConfig
 from hamner.data.tokenizer import Tokenizer, load_tokenizer
 from hamner.errors import UserError
-from hamner.model.attention import get_attention
+from hamner.model.attention import AttentionShape, get_attention
 from hamner.model.ops import build_ops
 from hamner.model.transformer import Transformer
 
@@ -50,17 +49,9 @@ class SavedModel:
         dtype = torch.bfloat16 if on_gpu else torch.float32
         shape = self.config.model
         # Decoding has its own attention, on the KV cache; this one is for whole sequences.
-        attention = get_attention(
-            "sdpa",
-            device=device,
-            dtype=dtype,
-            head_size=shape.head_size,
-            num_heads=shape.num_attention_heads,
-            num_kv_heads=shape.num_kv_heads,
-            seq_len=self.config.seq_len,
-            micro_batch_size=1,
-            document_mask=False,
-        )
+        asked = {"seq_len": self.config.seq_len, "micro_batch_size": 1}
+        whole = AttentionShape.of_model(shape, device=device, dtype=dtype, **asked)
+        attention = get_attention("sdpa", whole)
         with torch.device("meta"):
             model = Transformer(shape, build_ops("triton" if on_gpu else "torch", attention))
         for parameter in model.matrices():
@@ -98,17 +89,6 @@ def find_saved_model(path: Path | None) -> SavedModel:
             f"{config.tokenizer} than is there now; put the old one back"
         )
     return SavedModel(config, found, tokenizer)
-
-
-def select_device(name: Literal["auto", "cuda", "cpu"]) -> torch.device:
-    """The device of `--device`.
-
-    Raises:
-        UserError: there is no such device here.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch finds no CUDA GPU here; use --device cpu")
-    return torch.device("cpu" if name == "cpu" or not torch.cuda.is_available() else "cuda")
 
 
 def _find_checkpoint(path: Path) -> tuple[Checkpoint, RunFolder]:

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from hamner.checkpoint import format as checkpoint
 from hamner.checkpoint.format import Checkpoint
 from hamner.checkpoint.writer import BackgroundSaver
-from hamner.parallel.processes import Several
+from hamner.parallel.processes import MultipleProcesses
 from hamner.parallel.tensors import is_sharded, local
 
 CONSOLIDATED_FILE = "model-00001-of-00001.safetensors"
@@ -40,7 +40,9 @@ class ShardedSaver(BackgroundSaver):
         settings: as for `BackgroundSaver`.
     """
 
-    def __init__(self, folder: Path, processes: Several, mesh: DeviceMesh, **settings) -> None:
+    def __init__(
+        self, folder: Path, processes: MultipleProcesses, mesh: DeviceMesh, **settings
+    ) -> None:
         super().__init__(folder, **settings)
         self.processes = processes
         # The threads of a save talk among themselves while the steps go on.
@@ -90,12 +92,12 @@ class ShardedSaver(BackgroundSaver):
                 self._write_tensors(temporary, name, tensors)
             return self._on_main(lambda: checkpoint.finish_save(temporary, step, state))
         except BaseException:
-            if self.processes.place.is_main:
+            if self.processes.rank.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
 
     def _retain(self) -> None:
-        if self.processes.place.is_main:
+        if self.processes.rank.is_main:
             super()._retain()
 
     def _write_tensors(self, folder: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -113,7 +115,7 @@ class ShardedSaver(BackgroundSaver):
     def _on_main(self, function: Callable):
         """What `function` returns in rank 0, or its OSError, in every process."""
         outcome: list = [None]
-        if self.processes.place.is_main:
+        if self.processes.rank.is_main:
             try:
                 outcome = [function()]
             except OSError as error:

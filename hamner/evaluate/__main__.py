@@ -83,7 +83,8 @@ def evaluate(config: EvaluateConfig) -> list[ModelResult]:
     Raises:
         UserError: a checkpoint, a source or a task that cannot be read.
     """
-    from hamner.checkpoint.saved_model import find_saved_model, select_device
+    from hamner.checkpoint.saved_model import find_saved_model
+    from hamner.parallel.device import select_device
 
     if config.tasks:
         _require_harness()

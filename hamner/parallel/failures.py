@@ -18,7 +18,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 import hamner
-from hamner.parallel.ranks import Place
+from hamner.parallel.ranks import Rank
 
 INTERVAL = 1.0
 """seconds between signs of life"""
@@ -31,30 +31,30 @@ _PACKAGE = str(Path(hamner.__file__).parent)
 _HERE = str(Path(__file__).parent)
 
 
-class Peers:
+class FailureWatch:
     """The other processes, as this one knows them.
 
     Args:
         store: shared by all; of this object alone, since its calls may block.
-        place: of this process.
+        rank: of this process.
     """
 
-    def __init__(self, store: dist.Store, place: Place) -> None:
-        self.store, self.place = store, place
+    def __init__(self, store: dist.Store, rank: Rank) -> None:
+        self.store, self.rank = store, rank
         self.step = 0
         """the last one this process has finished"""
         self._main_thread = threading.main_thread().ident
         self._beats = 0
         self._is_leaving = False
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="hamner-peers", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="hamner-failures", daemon=True)
         self._give_sign()
 
     def watch(self) -> None:
         """Start to look after the others, which have all given a sign."""
         self._thread.start()
 
-    def announce_end(self) -> None:
+    def mark_leaving(self) -> None:
         """Tell the others that this process may be gone soon, with nothing wrong."""
         self._is_leaving = True
         self._give_sign()
@@ -69,11 +69,11 @@ class Peers:
         try:
             return self.store.add("failures", 1) == 1
         except RuntimeError:  # the store is gone with the launcher
-            return self.place.is_main
+            return self.rank.is_main
 
     def say(self, cause: str) -> None:
         """Print the one message of a failed job."""
-        self._print(f"rank {self.place.rank} on {socket.gethostname()}: {cause}")
+        self._print(f"rank {self.rank.global_rank} on {socket.gethostname()}: {cause}")
 
     def end(self, cause: Callable[[], str]) -> None:
         """End the job; `cause` gives the message, which names the rank that is to blame."""
@@ -108,7 +108,7 @@ class Peers:
 
     def _watch(self) -> None:
         """Body of the thread."""
-        others = [rank for rank in range(self.place.world_size) if rank != self.place.rank]
+        others = [rank for rank in range(self.rank.world_size) if rank != self.rank.global_rank]
         seen: dict[int, tuple[int, float]] = {}
         while not self._stop.wait(INTERVAL):
             try:
@@ -136,7 +136,7 @@ class Peers:
     def _obituary(self, rank: int, host: str) -> str:
         return (
             f"rank {rank} on {host} is dead (killed, or its machine is gone); "
-            f"rank {self.place.rank} was in step {self.step + 1:,}"
+            f"rank {self.rank.global_rank} was in step {self.step + 1:,}"
         )
 
     def _is_dead(self, sign: dict, silent: float) -> bool:
@@ -160,11 +160,11 @@ class Peers:
             "waits": waits,
             "leaves": self._is_leaving,
         }
-        self.store.set(str(self.place.rank), json.dumps(sign))
+        self.store.set(str(self.rank.global_rank), json.dumps(sign))
 
     def _signs(self) -> dict[int, dict]:
         """The last sign of every process, by rank."""
-        ranks = range(self.place.world_size)
+        ranks = range(self.rank.world_size)
         values = self.store.multi_get([str(rank) for rank in ranks])
         return {rank: json.loads(value) for rank, value in zip(ranks, values, strict=True)}
 

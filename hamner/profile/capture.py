@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from hamner.config.train import TrainConfig
 from hamner.errors import UserError
-from hamner.parallel.processes import Alone, open_processes
+from hamner.parallel.processes import SingleProcess, open_processes
 from hamner.parallel.tensors import local
 from hamner.profile import memory, report
 from hamner.profile.ranges import named
@@ -56,10 +56,12 @@ def capture(config: TrainConfig, out: Path, *, steps: int, warmup: int) -> Summa
     with open_processes(config) as processes:
         processes.from_main(lambda: _require_new(out))
         graphed = _trace(config, out, processes, steps=steps, warmup=warmup)
-        return _summarize(config, out, graphed) if processes.place.is_main else None
+        return _summarize(config, out, graphed) if processes.rank.is_main else None
 
 
-def _trace(config: TrainConfig, out: Path, processes: Alone, *, steps: int, warmup: int) -> bool:
+def _trace(
+    config: TrainConfig, out: Path, processes: SingleProcess, *, steps: int, warmup: int
+) -> bool:
     """Take the steps and write what was traced; whether a CUDA graph replays them."""
     with Steps(config, processes) as run:
         processes.from_main(lambda: out.mkdir(parents=True, exist_ok=True))

@@ -13,7 +13,7 @@ from torch import Tensor
 from hamner.checkpoint.run_folder import RunFolder
 from hamner.config.train import TrainConfig
 from hamner.data.loader import Batch
-from hamner.parallel.processes import Alone
+from hamner.parallel.processes import SingleProcess
 from hamner.profile.ranges import Phases
 from hamner.train.cuda_graph import GraphedBackward
 from hamner.train.loop import Trainer
@@ -38,7 +38,7 @@ class Steps:
         UserError: the configuration or the data does not allow it.
     """
 
-    def __init__(self, config: TrainConfig, processes: Alone | None = None) -> None:
+    def __init__(self, config: TrainConfig, processes: SingleProcess | None = None) -> None:
         self._scratch = tempfile.TemporaryDirectory()
         folder = Path(self._scratch.name)
         # Its folder goes when the steps are over, and no step reads validation rows.

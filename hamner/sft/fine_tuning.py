@@ -14,7 +14,7 @@ from hamner.data.conversations import lint
 from hamner.data.conversations.examples import load_examples
 from hamner.data.conversations.loader import ConversationLoader, validation_batch
 from hamner.data.tokenizer import Tokenizer, load_tokenizer
-from hamner.parallel.ranks import Place
+from hamner.parallel.ranks import Rank
 from hamner.train.loop import RunData, TrainResult, train
 
 WARMUP_SHARE = 10
@@ -36,7 +36,7 @@ def fine_tune(config: SftConfig) -> TrainResult:
 
     tokenizer = load_tokenizer(training.tokenizer, training.model.vocab_size)
     sources = load_examples(training.data, tokenizer, training.seq_len, training.val_fraction)
-    if Place.read().is_main:
+    if Rank.read().is_main:
         lint.show(sources, tokenizer, Console(highlight=False))
     loader = ConversationLoader(
         sources,

@@ -120,7 +120,7 @@ class TrainLog:
     ) -> None:
         self.config, self.run, self.train_step = config, run, train_step
         self.display, self.reporters = display, reporters
-        self.is_main = train_step.processes.place.is_main
+        self.is_main = train_step.processes.rank.is_main
         compute = train_step.compute
         self.mfu = Mfu(config.model, config.seq_len, compute.gpu, compute.precision)
         self.metrics = RecordLog(run.metrics)

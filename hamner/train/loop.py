@@ -18,7 +18,7 @@ from hamner.data.loader import Batch, DataConfig, TrainLoader
 from hamner.data.tokenizer import Tokenizer, load_tokenizer
 from hamner.data.validation import ValidationSet
 from hamner.hardware import GIB
-from hamner.parallel.processes import Alone, open_processes
+from hamner.parallel.processes import SingleProcess, open_processes
 from hamner.parallel.tensors import local
 from hamner.train import evaluation, health, messages, plots, resume
 from hamner.train.display import Display
@@ -147,13 +147,13 @@ class TrainingLoop:
         run: RunFolder,
         open_data: OpenData = open_documents,
         initial: Checkpoint | None = None,
-        processes: Alone | None = None,
+        processes: SingleProcess | None = None,
         on_phase: OnPhase = ignore_phase,
     ) -> None:
         require_installed(config.report_to)
         self.config, self.run, self.on_phase = config, run, on_phase
-        self.processes = processes or Alone()
-        self.is_main = self.processes.place.is_main
+        self.processes = processes or SingleProcess()
+        self.is_main = self.processes.rank.is_main
         self.tokenizer = load_tokenizer(config.tokenizer, config.model.vocab_size)
         self.step = TrainStep(config, self.processes, initial, on_phase)
         compute = self.step.compute
@@ -203,7 +203,7 @@ class TrainingLoop:
             display=self.display,
         )
         self.saves.last = found
-        stacks = run.stacks_of(self.processes.place)
+        stacks = run.stacks_of(self.processes.rank)
         self.watchdog = Watchdog(config.hang_minutes, stacks, self._report_hang)
         self.first_step = self.progress.step
         self.diagnosis: str | None = None
@@ -296,7 +296,7 @@ class TrainingLoop:
                     batch = self.data.loader.next_batch(lambda: interrupt.requested)
         except Exception as error:
             failure = error
-        stops, fails = self.processes.most([batch is None, failure is not None])
+        stops, fails = self.processes.all_reduce_max([batch is None, failure is not None])
         self.on_phase("", self.progress.step + 1)
         if fails and self.progress.step:
             self._save_last()
@@ -387,7 +387,7 @@ class TrainingLoop:
         optimizer = self.step.optimizer
         state = {**optimizer.parameters, **optimizer.state_tensors()}
         found = health.not_finite({name: local(tensor) for name, tensor in state.items()})
-        flags = self.processes.most([name in found for name in state])
+        flags = self.processes.all_reduce_max([name in found for name in state])
         self.non_finite = [name for name, flag in zip(state, flags, strict=True) if flag]
         self.diagnosis = health.diagnose(last, self.non_finite)
 

@@ -53,13 +53,13 @@ def introduction(
 
 def _processes(step: TrainStep) -> list[str]:
     """A line on how several processes divide the work; none for one."""
-    place = step.processes.place
-    if place.world_size == 1:
+    rank = step.processes.rank
+    if rank.world_size == 1:
         return []
-    where = "" if place.num_machines == 1 else f" on {place.num_machines} machines"
+    where = "" if rank.num_machines == 1 else f" on {rank.num_machines} machines"
     return [
-        f"{place.world_size} processes{where}, {ENGINES[step.engine.name]}, of which each takes "
-        f"{step.config.batch_size // place.world_size} sequences of a step and the memory below"
+        f"{rank.world_size} processes{where}, {ENGINES[step.engine.name]}, of which each takes "
+        f"{step.config.batch_size // rank.world_size} sequences of a step and the memory below"
     ]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hamner.checkpoint.format import Checkpoint
 from hamner.kernels.adamw import clip_coefficient, join_master, split_master
 from hamner.model.ops import Ops
-from hamner.parallel.engines import OneProcess
+from hamner.parallel.engines import Engine
 from hamner.parallel.tensors import local
 
 BETAS = (0.9, 0.95)
@@ -45,10 +45,10 @@ class AdamW:
         dtype: torch.dtype,
         weight_decay: float,
         grad_clip: float,
-        engine: OneProcess | None = None,
+        engine: Engine | None = None,
     ) -> None:
         self.ops, self.weight_decay, self.grad_clip = ops, weight_decay, grad_clip
-        self.engine = engine or OneProcess()
+        self.engine = engine or Engine()
         self.parameters = dict(model.named_parameters())
         self.buffers = dict(model.named_buffers())
         self.masters: dict[str, Tensor] = {}

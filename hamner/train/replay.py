@@ -15,6 +15,7 @@ from hamner.checkpoint.run_folder import RunFolder
 from hamner.config.train import TrainConfig
 from hamner.data.tokenizer import load_tokenizer
 from hamner.errors import UserError
+from hamner.parallel.device import cap_memory
 from hamner.train import health
 from hamner.train.health import StepReading
 from hamner.train.setup import choose
@@ -87,6 +88,7 @@ def replay(config: TrainConfig) -> Replay:
         raise UserError(f"--replay {config.replay} is of another model than {config.folder}")
     # One row at a time: it says which row is bad, and fits wherever training did.
     setup = choose(replace(config, batch_size=rows, seq_len=seq_len, micro_batch_size=1))
+    cap_memory(setup.compute, config)
     model = setup.model(config)
     weights = _load_weights(model, config, reading.step)
     for parameter in model.parameters():

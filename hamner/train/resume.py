@@ -19,7 +19,7 @@ from hamner.config.model import ModelConfig, flag
 from hamner.config.train import TrainConfig
 from hamner.data.tokenizer import Tokenizer
 from hamner.errors import UserError
-from hamner.parallel.processes import Alone
+from hamner.parallel.processes import SingleProcess
 from hamner.train.saves import Stateful
 from hamner.train.step import TrainStep
 
@@ -274,7 +274,7 @@ def restore(
     step: TrainStep,
     *,
     parts: Mapping[str, Stateful],
-    processes: Alone,
+    processes: SingleProcess,
 ) -> tuple[Checkpoint | None, list[str]]:
     """The newest whole checkpoint is loaded into step and parts; without one the run starts over.
 

@@ -18,10 +18,10 @@ from hamner.checkpoint.format import Checkpoint
 from hamner.config.train import TrainConfig
 from hamner.data.loader import Batch
 from hamner.errors import UserError
-from hamner.model.attention import waits_for_gpu
 from hamner.model.ops import IGNORED_TARGET
 from hamner.model.transformer import RouterStatistics
-from hamner.parallel.processes import Alone
+from hamner.parallel.device import cap_memory
+from hamner.parallel.processes import SingleProcess
 from hamner.plan.memory import MemoryPlan
 from hamner.train.cuda_graph import GraphedBackward
 from hamner.train.optimizer import AdamW
@@ -91,14 +91,15 @@ class TrainStep:
     def __init__(
         self,
         config: TrainConfig,
-        processes: Alone | None = None,
+        processes: SingleProcess | None = None,
         initial: Checkpoint | None = None,
         on_phase: OnPhase = ignore_phase,
     ) -> None:
-        self.config, self.processes, self.on_phase = config, processes or Alone(), on_phase
+        self.config, self.processes, self.on_phase = config, processes or SingleProcess(), on_phase
         setup = choose(config, self.processes)
         self.compute, self.plan, self.attention = setup.compute, setup.plan, setup.attention
-        self.engine = setup.engine
+        self.engine, self.records_graph = setup.engine, setup.records_graph
+        cap_memory(self.compute, config)
         self.model = setup.model(config, initial)
         self.optimizer = AdamW(
             self.model,
@@ -125,7 +126,7 @@ class TrainStep:
     @property
     def world_size(self) -> int:
         """The number of processes that train together."""
-        return self.processes.place.world_size
+        return self.processes.rank.world_size
 
     @property
     def is_graphed(self) -> bool:
@@ -280,27 +281,12 @@ class TrainStep:
 
     def _build_forward_backward(self) -> Callable:
         """Forward and backward of a micro-batch, recorded where that is possible."""
-        if not self._can_record_graph():
+        if not self.records_graph:
             return self._forward_backward
         return GraphedBackward(
             self._forward_backward,
             self.model.parameters(),
             warm_up_calls=self.engine.warm_up_calls,
-        )
-
-    def _can_record_graph(self) -> bool:
-        """Whether forward and backward can be one CUDA graph: the plain ops wait for the GPU in
-        places, flash-attn does with documents, compiled code has graphs of its own, and with
-        several processes the micro-batches of a step may differ in what they send."""
-        config = self.config
-        micro_batches = config.batch_size // (self.plan.micro_batch_size * self.world_size)
-        waits = waits_for_gpu(self.attention.name, config.document_mask)
-        return (
-            config.cuda_graph
-            and self.compute.device.type == "cuda"
-            and self.compute.kernels == "triton"
-            and self.engine.can_record(micro_batches)
-            and not (config.compile or waits)
         )
 
     def _step_down(self, reason: str) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from hamner.checkpoint import format as checkpoint
 from hamner.cli import run_command
-from hamner.parallel.ranks import Place
+from hamner.parallel.ranks import Rank
 from hamner.train.__main__ import main
 from hamner.train.loop import Trainer
 
@@ -73,10 +73,10 @@ def in_save(step: int, fault: Callable[[], None]) -> None:
 
 
 if __name__ == "__main__":
-    place = Place.read()
-    if place.restarts == 0 and place.rank == 1:
+    rank = Rank.read()
+    if rank.restarts == 0 and rank.global_rank == 1:
         in_step(7, die)
-    if place.restarts == 1 and place.rank == 0:
+    if rank.restarts == 1 and rank.global_rank == 0:
         in_save(12, die)
     sys.argv[0] = "hamner.train"
     run_command(main)

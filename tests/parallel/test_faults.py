@@ -11,7 +11,7 @@ import pytest
 
 from hamner.checkpoint import format as checkpoint
 from hamner.config.train import TrainConfig
-from hamner.parallel.ranks import Place
+from hamner.parallel.ranks import Rank
 from hamner.train.loop import train
 from tests.corpus import write_predictable
 from tests.parallel import faults
@@ -36,7 +36,7 @@ def config(tmp_path) -> TrainConfig:
 def train_with_fault(ports: list[int], config: TrainConfig, where: str, fault: str) -> None:
     """Body of a process: rank 1 has the fault."""
     enter(ports)
-    if Place.read().rank == 1:
+    if Rank.read().global_rank == 1:
         getattr(faults, where)(FAULT_STEP, getattr(faults, fault))
     result = train(config)
     print("INTERRUPTED" if result.interrupted else "DONE", result.step)

@@ -260,7 +260,9 @@ class Transformer(nn.Module):
         super().__init__()
         self.config, self.ops = config, ops
         self.policies = tuple(policies) if policies else (NONE,) * config.num_layers
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        # torch's own initial values, on a "meta" device, would import its compiler: seconds a start.
+        size = (config.vocab_size, config.hidden_size)
+        self.embed = nn.Embedding(*size, _weight=torch.empty(size))
         self.layers = nn.ModuleList(Block(config, i, ops) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:

@@ -183,7 +183,7 @@ def following(*answers) -> SingleProcess:
 
 
 def test_other_ranks_follow_rank_0():
-    config = replace(TrainConfig.for_option("tiny"), device="cpu")
+    config = replace(for_option("tiny"), device="cpu")
     plan = replace(setup.choose(config).plan, micro_batch_size=2)
     choice = AttentionChoice("sdpa", "timed by rank 0")
     followed = setup.choose(config, following(setup.Decision("none", plan, choice), True))

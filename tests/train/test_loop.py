@@ -1,6 +1,7 @@
 """The trainer end to end, on the CPU in fp32."""
 
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -114,7 +115,21 @@ def test_numbers_that_come_in_late_change_no_record(config, monkeypatch):
     train(replace(saving, run_dir=config.run_dir))
     monkeypatch.setattr(AsyncCopy, "is_done", False)
     written, saved = {}, {}
-    trainer = TrainingLoop(saving, RunFolder(saving.folder))
+    on_disk = threading.Event()
+    on_disk.set()
+
+    def on_phase(phase: str, step: int) -> None:
+        if phase == "saved":
+            on_disk.set()
+        elif phase == "data":  # a save that is slow would delay the next one by a step
+            assert on_disk.wait(30)
+
+    trainer = TrainingLoop(saving, RunFolder(saving.folder), on_phase=on_phase)
+    begin = trainer.saves.saver.begin
+
+    def begin_save(*args, **kwargs):
+        on_disk.clear()
+        begin(*args, **kwargs)
 
     def noting(method, notes: dict):
         def noted(*args, **kwargs):
@@ -124,7 +139,7 @@ def test_numbers_that_come_in_late_change_no_record(config, monkeypatch):
         return noted
 
     monkeypatch.setattr(trainer.log, "_write_line", noting(trainer.log._write_line, written))
-    monkeypatch.setattr(trainer.saves.saver, "begin", noting(trainer.saves.saver.begin, saved))
+    monkeypatch.setattr(trainer.saves.saver, "begin", noting(begin_save, saved))
     trainer.run_to_end()
     trainer.close()
     assert metrics(saving.run_dir) == metrics(config.run_dir)

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from hamner.chat.dialogue import answer, turn_ends
+from hamner.data.batch import IGNORED_TARGET, Batch
 from hamner.data.chat_template import Message
 from hamner.data.conversations.examples import load_examples
 from hamner.data.conversations.loader import validation_batch
-from hamner.data.loader import Batch, DataConfig, validation_rows
+from hamner.data.loader import DataConfig, validation_rows
 from hamner.data.tokenizer import Tokenizer
 from hamner.model.attention import document_positions
 from hamner.model.generate import PROMPTS, Generator, generate
-from hamner.model.ops import IGNORED_TARGET
 from hamner.model.sampling import Sampling
 from hamner.model.transformer import Transformer
 

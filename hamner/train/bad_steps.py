@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hamner.data.loader import Batch
+from hamner.data.batch import Batch
 from hamner.errors import UserError
 from hamner.train.step_monitor import StepReading
 

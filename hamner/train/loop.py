@@ -27,13 +27,13 @@ from hamner.checkpoint.format import Checkpoint
 from hamner.checkpoint.run_folder import RecordLog, RunFolder
 from hamner.checkpoint.writer import RETRY_SECONDS
 from hamner.config.train import TrainConfig
-from hamner.data.loader import Batch, DataConfig, TrainLoader
+from hamner.data.batch import IGNORED_TARGET, Batch
+from hamner.data.loader import DataConfig, TrainLoader
 from hamner.data.tokenizer import Tokenizer, load_tokenizer
 from hamner.data.validation import ValidationSet
 from hamner.errors import UserError
 from hamner.hardware import GIB
 from hamner.model.generate import PROMPTS, generate
-from hamner.model.ops import IGNORED_TARGET
 from hamner.model.transformer import RouterStatistics
 from hamner.parallel.device import cap_memory
 from hamner.parallel.processes import SingleProcess, open_processes

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hamner.data.loader import Batch
+from hamner.data.batch import Batch
 from hamner.train.readback import Readback
 
 MOST_UNDER_WAY = 1

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hamner.data.loader import Batch
+from hamner.data.batch import Batch
 from hamner.errors import UserError
 from hamner.train import bad_steps
 from hamner.train.step_monitor import StepReading

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hamner.data.loader import Batch
+from hamner.data.batch import Batch
 from hamner.train.step_monitor import SpikeDetector, StepMonitor
 
 ROWS = torch.zeros(2, 3, dtype=torch.int64)

@@ -26,10 +26,10 @@ from torch.utils.checkpoint import checkpoint
 from bench import scale
 from hamner.config.model import ModelConfig
 from hamner.config.train import TrainConfig
-from hamner.data.loader import Batch
+from hamner.data.batch import IGNORED_TARGET, Batch
 from hamner.export.hf import to_hugging_face
 from hamner.model.attention import AttentionShape, get_attention
-from hamner.model.ops import IGNORED_TARGET, build_ops
+from hamner.model.ops import build_ops
 from hamner.model.transformer import RMSNorm, Transformer
 from hamner.profile.steps import LR, Steps
 from hamner.train.optimizer import BETAS, EPS

@@ -28,7 +28,8 @@ from bench.baselines import (
 from bench.compile_ahead import few_layers
 from bench.test_options import capacity_gib, configure
 from hamner.config.train import TrainConfig
-from hamner.data.loader import Batch, DataConfig, TrainLoader
+from hamner.data.batch import Batch
+from hamner.data.loader import DataConfig, TrainLoader
 from hamner.data.tokenizer import load_tokenizer
 from hamner.hardware import GIB
 

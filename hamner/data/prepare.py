@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from hamner.data.documents import Split
+from hamner.data.documents import Split, TextSource
 from hamner.data.shards import (
     DTYPES,
     FORMAT,
@@ -25,7 +25,7 @@ from hamner.data.shards import (
     Shard,
 )
 from hamner.data.shuffle import State, check_count
-from hamner.data.sources import TextSource, open_text_source, tokenized
+from hamner.data.sources import open_text_source, tokenized
 from hamner.data.specs import parse_specs
 from hamner.data.tokenizer import Tokenizer
 from hamner.errors import UserError

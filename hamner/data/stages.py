@@ -13,9 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hamner.data.documents import Split
+from hamner.data.documents import Split, TokenSource
 from hamner.data.shuffle import State
-from hamner.data.sources import TokenSource
 from hamner.errors import UserError
 
 logger = logging.getLogger(__name__)

@@ -8,15 +8,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hamner.data.batch import IGNORED_TARGET, Batch
 from hamner.data.chat_template import Message, turn_ends
 from hamner.data.conversations.examples import load_examples
 from hamner.data.conversations.loader import validation_batch
-from hamner.data.loader import Batch, DataConfig, validation_rows
+from hamner.data.loader import DataConfig, validation_rows
 from hamner.data.tokenizer import Tokenizer
 from hamner.model.answer import answer
 from hamner.model.attention import document_positions
 from hamner.model.generate import PROMPTS, Generator, generate
-from hamner.model.ops import IGNORED_TARGET
 from hamner.model.sampling import Sampling
 from hamner.model.transformer import Transformer
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import adamw as torch_adamw
 from torch.utils.checkpoint import checkpoint
 
+from hamner.data.batch import IGNORED_TARGET
 from hamner.kernels.adamw import adamw_, global_grad_norm, global_grad_norm_reference
 from hamner.kernels.cross_entropy import linear_cross_entropy
 from hamner.kernels.embedding import tied_embedding, tied_embedding_reference
@@ -38,9 +39,6 @@ from hamner.kernels.rope import rope_packed_reference
 from hamner.kernels.router_linear import router_linear, router_linear_reference
 from hamner.model.attention import AttentionBackend, differential_attention
 from hamner.model.recompute import rebuilt_in_backward
-
-IGNORED_TARGET = -100
-"""target that no loss counts"""
 
 
 @dataclass(frozen=True)

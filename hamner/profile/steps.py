@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hamner.checkpoint.run_folder import RunFolder
 from hamner.config.train import TrainConfig
-from hamner.data.loader import Batch
+from hamner.data.batch import Batch
 from hamner.parallel.processes import SingleProcess
 from hamner.profile.ranges import Phases
 from hamner.train.cuda_graph import GraphedBackward

@@ -5,10 +5,9 @@ from collections.abc import Iterator
 
 import torch
 
-from hamner.data.loader import Batch
+from hamner.data.batch import IGNORED_TARGET, Batch
 from hamner.data.tokenizer import Tokenizer
 from hamner.model.generate import PROMPTS, generate
-from hamner.model.ops import IGNORED_TARGET
 from hamner.train.step import TrainStep
 
 EVALUATION_TOKENS = 2_048

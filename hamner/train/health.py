@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hamner.data.loader import Batch
+from hamner.data.batch import Batch
 from hamner.errors import UserError
 
 MOST_IN_A_ROW = 5

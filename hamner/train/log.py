@@ -16,7 +16,7 @@ from torch import Tensor
 from hamner.checkpoint.run_folder import RecordLog, RunFolder
 from hamner.config.options import total_tokens
 from hamner.config.train import TrainConfig
-from hamner.data.loader import Batch
+from hamner.data.batch import Batch
 from hamner.plan.step_time import compare_with_reality, predict
 from hamner.train import health
 from hamner.train.display import Display

@@ -14,7 +14,8 @@ from typing import Protocol
 from hamner.checkpoint.format import Checkpoint
 from hamner.checkpoint.run_folder import RecordLog, RunFolder
 from hamner.config.train import TrainConfig
-from hamner.data.loader import Batch, DataConfig, TrainLoader
+from hamner.data.batch import Batch
+from hamner.data.loader import DataConfig, TrainLoader
 from hamner.data.tokenizer import Tokenizer, load_tokenizer
 from hamner.data.validation import ValidationSet
 from hamner.hardware import GIB

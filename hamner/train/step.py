@@ -16,9 +16,8 @@ from torch import Tensor
 
 from hamner.checkpoint.format import Checkpoint
 from hamner.config.train import TrainConfig
-from hamner.data.loader import Batch
+from hamner.data.batch import IGNORED_TARGET, Batch
 from hamner.errors import UserError
-from hamner.model.ops import IGNORED_TARGET
 from hamner.model.transformer import RouterStatistics
 from hamner.parallel.device import cap_memory
 from hamner.parallel.processes import SingleProcess

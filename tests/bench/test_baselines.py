@@ -9,7 +9,7 @@ from bench import baselines, scale
 from bench.baselines import Hamner, HuggingFace, Plain, Reference
 from hamner.config.options import for_option
 from hamner.config.train import TrainConfig
-from hamner.data.loader import Batch
+from hamner.data.batch import Batch
 from tests.models import DENSE, MOE
 
 ROUNDING = 1e-5  # fp32, other orders of summation

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hamner.data.loader import Batch
+from hamner.data.batch import Batch
 from hamner.errors import UserError
 from hamner.train import health
 from hamner.train.health import StepReading

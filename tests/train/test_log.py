@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hamner.checkpoint.run_folder import RunFolder
-from hamner.data.loader import Batch
+from hamner.data.batch import Batch
 from hamner.train.display import Display
 from hamner.train.log import LogLine, TrainLog
 from hamner.train.step import StepResult, TrainStep

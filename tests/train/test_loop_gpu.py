@@ -11,7 +11,7 @@ from hamner.checkpoint.format import Checkpoint
 from hamner.checkpoint.run_folder import RunFolder
 from hamner.config.options import OPTIONS, for_option
 from hamner.config.train import TrainConfig
-from hamner.data.loader import Batch
+from hamner.data.batch import Batch
 from hamner.hardware import GIB
 from hamner.plan import memory
 from hamner.train.cuda_graph import GraphedBackward

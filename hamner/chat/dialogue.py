@@ -9,7 +9,7 @@ from hamner.model.sampling import Sampling
 
 
 class Dialogue:
-    """A conversation that goes on; its oldest turns are forgotten when the context is full.
+    """A dialogue goes on; its oldest turns are forgotten when the context is full.
 
     Args:
         generator: the model.
@@ -28,16 +28,16 @@ class Dialogue:
 
     @property
     def messages(self) -> list[Message]:
-        """The whole conversation, the system prompt first."""
+        """The list is the whole conversation, the system prompt first."""
         return [*self._opening(), *self.turns]
 
     def clear(self) -> None:
-        """Start anew, with the same system prompt."""
+        """The method starts anew, with the same system prompt."""
         self.turns.clear()
         self.forgotten = 0
 
     def ask(self, text: str, sampling: Sampling, seed: int) -> Iterator[str]:
-        """Say something; gives the pieces of the answer.
+        """The method says something to the model and gives the pieces of its answer.
 
         The pieces given out are part of the conversation even if the iteration is left early.
 
@@ -68,7 +68,7 @@ class Dialogue:
         return [Message("system", self.system)] if self.system else []
 
     def _fit(self, turns: list[Message]) -> list[Message]:
-        """The newest turns, from a question on, that leave a quarter of the context to answer."""
+        """The newest turns, from a question on, are kept that leave a quarter of the context."""
         reserve = min(self.max_new_tokens, self.generator.context // 4)
         starts = [i for i in range(self.forgotten, len(turns)) if turns[i].role == "user"]
         for start in starts:

@@ -1,4 +1,4 @@
-"""The model of a run, found on disk and loaded to be used: chat, server, export, evaluation."""
+"""The module finds the model of a run and loads it to be used: chat, server, export, evaluation."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ RUNS = Path("runs")
 
 @dataclass(frozen=True)
 class SavedModel:
-    """A whole checkpoint with what its run knows about it."""
+    """A saved model is a whole checkpoint with what its run knows about it."""
 
     config: TrainConfig
     checkpoint: Checkpoint
@@ -31,20 +31,20 @@ class SavedModel:
 
     @property
     def name(self) -> str:
-        """The run's, which is its folder's."""
+        """The name is the run's, which is its folder's."""
         return self.config.folder.name
 
     @property
     def is_chat(self) -> bool:
-        """Whether the model was fine-tuned on conversations."""
+        """The property says whether the model was fine-tuned on conversations."""
         return self.checkpoint.state().get("stage") == "sft"
 
     def weights(self) -> dict[str, Tensor]:
-        """Every tensor by name, on the CPU, in the dtypes they were saved in."""
+        """The method gives tensors by name, on the CPU, in the dtypes they were saved in."""
         return load_file(self.checkpoint.path / MODEL_FILE)
 
     def build(self, device: torch.device) -> Transformer:
-        """The model on `device`: bf16 matrices and kernels on a GPU, fp32 and torch on a CPU."""
+        """The method loads it: bf16 matrices and kernels on a GPU, fp32 and torch on a CPU."""
         on_gpu = device.type == "cuda"
         dtype = torch.bfloat16 if on_gpu else torch.float32
         shape = self.config.model
@@ -62,7 +62,7 @@ class SavedModel:
 
 
 def find_saved_model(path: Path | None) -> SavedModel:
-    """Find a model and check that its files are whole.
+    """The function finds a model and checks that its files are whole.
 
     Args:
         path: a run's folder, of which the best checkpoint is taken, or the newest where none was
@@ -92,7 +92,7 @@ def find_saved_model(path: Path | None) -> SavedModel:
 
 
 def _find_checkpoint(path: Path) -> tuple[Checkpoint, RunFolder]:
-    """The checkpoint that `path` names, and the run it belongs to."""
+    """The function finds the checkpoint that `path` names, and the run it belongs to."""
     if (path / CONFIG_FILE).is_file():
         run = RunFolder(path)
         saved = checkpoint.find(run.checkpoints)

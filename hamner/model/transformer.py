@@ -260,7 +260,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config, self.ops = config, ops
         self.policies = tuple(policies) if policies else (NONE,) * config.num_layers
-        # torch's own initial values, on a "meta" device, would import its compiler: seconds a start.
+        # torch's own initial values, on a "meta" device, import its compiler: seconds a start.
         size = (config.vocab_size, config.hidden_size)
         self.embed = nn.Embedding(*size, _weight=torch.empty(size))
         self.layers = nn.ModuleList(Block(config, i, ops) for i in range(config.num_layers))

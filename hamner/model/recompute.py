@@ -1,10 +1,27 @@
-"""Tensors that autograd would keep, made again in the backward pass instead."""
+"""A block runs by its recompute policy, and single tensors are made again in backward."""
 
 import contextlib
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from hamner.plan.memory import FULL, SELECTIVE, Policy
+
+
+def run_block(policy: Policy, block: Callable, x: Tensor, residual: Tensor | None, *args):
+    """The function runs `block(x, residual, *args, rebuild=...)` and returns what that returns.
+
+    Autograd keeps what the policy says; `full` runs under torch's non-reentrant checkpoint.
+    """
+    if policy != FULL:
+        return block(x, residual, *args, rebuild=policy == SELECTIVE)
+    # One summed stream is kept instead of the branch and the residual apart.
+    stream = x if residual is None else x + residual
+    return checkpoint(
+        block, stream, None, *args, rebuild=True, use_reentrant=False, preserve_rng_state=False
+    )
 
 
 class _Rebuilt:

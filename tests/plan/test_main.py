@@ -11,16 +11,8 @@ import pytest
 from hamner.config.options import OPTIONS
 from hamner.errors import UserError
 from hamner.hardware import GIB, GPUS
-from hamner.plan.__main__ import (
-    COMPARED,
-    PlanConfig,
-    analyse,
-    compare,
-    find_gpu,
-    main,
-    make_plan,
-    recommend,
-)
+from hamner.plan.__main__ import PlanConfig, analyse, find_gpu, main
+from hamner.plan.analysis import COMPARED, compare, make_plan, recommend
 from hamner.plan.loss import BESIROGLU, KNOWN_RUN
 
 RTX_3090 = GPUS["rtx-3090"]
@@ -202,7 +194,7 @@ def test_bad_input(flags, message):
 
 def test_command_prints_the_plan_without_torch():
     code = (
-        "import sys; from hamner.plan import main; main(['--option', 'a']); "
+        "import sys; from hamner.plan.__main__ import main; main(['--option', 'a']); "
         "sys.exit('torch' in sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -216,9 +208,7 @@ def test_command_compares_all(capsys):
     main(["--option", "all", "--gpu", "h100"])
     out = capsys.readouterr().out
     assert all(name in out for name in COMPARED)
-    assert "with 4 experts, 2 active, it has 210.9M" in out
-    assert "16,384, fewer than 24,576. 72 x 512 would be 36,864" in out
-    assert "compute-optimal budget at 6.42B" in out
+    assert all(count in out for count in ("210.9M", "281.6M", "16,384", "6.42B"))
     assert "Recommended: a, 320.9M parameters" in out
 
 

@@ -25,7 +25,7 @@ def run_block(policy: Policy, block: Callable, x: Tensor, residual: Tensor | Non
 
 
 class _Rebuilt:
-    """What stands in for a tensor until backward, whose readers share one rebuilt value."""
+    """It stands in for a tensor until backward, whose readers share one recomputed value."""
 
     def __init__(self, rebuild: Callable[[], Tensor]) -> None:
         self.rebuild = rebuild
@@ -33,7 +33,7 @@ class _Rebuilt:
         self.value: Tensor | None = None
 
     def read(self) -> Tensor:
-        """The tensor; let go of after the last of its readers."""
+        """The reader gets the tensor, which is let go of after the last of them."""
         if self.value is None:
             with torch.no_grad():
                 self.value = self.rebuild()
@@ -47,7 +47,7 @@ class _Rebuilt:
 
 @contextlib.contextmanager
 def rebuilt_in_backward(tensor: Tensor, rebuild: Callable[[], Tensor]) -> Iterator[None]:
-    """Have autograd call `rebuild` in backward for what it would keep of `tensor` in this context.
+    """Autograd calls `rebuild` in backward for what it would keep of `tensor` in this context.
 
     Where saved tensors have hooks already (a block that is checkpointed as a whole keeps nothing of
     it anyway) or the code is being compiled, it keeps the tensor.

@@ -127,7 +127,7 @@ class Analysis:
 
     @property
     def local_law(self) -> LossLaw:
-        """The law shifted through the run under way, or else through the known 164M run."""
+        """The law is shifted through the run under way, or else through the known 164M run."""
         return self.run.law if self.run else BESIROGLU.through(*KNOWN_RUN)
 
 
@@ -162,18 +162,7 @@ def make_plan(
             if parallelism.gpus_per_node == 1:
                 raise
             return make_plan(option, gpu, replace(parallelism, kind="fsdp"), **wishes)
-    tokens = option.tokens if tokens is None else tokens
-    if not option.tokens_per_step <= tokens < math.inf:
-        raise UserError(
-            f"--tokens {tokens:g} must be at least one step of option {option.name}, "
-            f"{option.tokens_per_step:,}"
-        )
-    vram_budget = gpu.memory_gib - RESERVE_GIB if vram_budget is None else vram_budget
-    if not 0 < vram_budget <= gpu.memory_gib:
-        raise UserError(
-            f"--vram-budget {vram_budget:g} GiB must be above 0 and at most the "
-            f"{gpu.memory_gib:g} GiB of the {gpu.name}"
-        )
+    tokens, vram_budget = _checked(option, gpu, tokens, vram_budget)
     memory = choose(
         option.model,
         batch_size=option.batch_size,
@@ -194,6 +183,29 @@ def make_plan(
         parallelism=parallelism,
     )
     return Plan(option, gpu, parallelism, int(tokens), int(vram_budget * GIB), memory, prediction)
+
+
+def _checked(
+    option: Option, gpu: Gpu, tokens: float | None, vram_budget: float | None
+) -> tuple[float, float]:
+    """The tokens and the GiB of a plan are those asked for, or else the option's and the card's.
+
+    Raises:
+        UserError: either makes no sense.
+    """
+    tokens = option.tokens if tokens is None else tokens
+    if not option.tokens_per_step <= tokens < math.inf:
+        raise UserError(
+            f"--tokens {tokens:g} must be at least one step of option {option.name}, "
+            f"{option.tokens_per_step:,}"
+        )
+    vram_budget = gpu.memory_gib - RESERVE_GIB if vram_budget is None else vram_budget
+    if not 0 < vram_budget <= gpu.memory_gib:
+        raise UserError(
+            f"--vram-budget {vram_budget:g} GiB must be above 0 and at most the "
+            f"{gpu.memory_gib:g} GiB of the {gpu.name}"
+        )
+    return tokens, vram_budget
 
 
 def compare(

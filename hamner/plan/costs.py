@@ -1,4 +1,4 @@
-"""FLOPs, bytes moved and bytes kept for backward of every op of a training step, stated once.
+"""FLOPs, bytes moved and bytes kept for backward of every op of a step are stated here, once.
 
 A cost is what an op needs: every operand is read once, every result written once. The time of a
 step, the memory account, the floors in profiles, the rates in bench/ and the table in
@@ -159,7 +159,7 @@ def attention(
 def unfused_attention(
     tokens: int, seq_len: int, heads: int, width: int, *, backward: bool = False
 ) -> tuple[Cost, Cost]:
-    """Attention that writes its bf16 scores, the whole square of them: its matmuls and its softmax.
+    """Attention may write its bf16 scores, the whole square: its matmuls and its softmax cost this.
 
     Forward the scores are written, read and written by the softmax, and read. Backward their
     gradient is written, three passes are the softmax's, q and k read twice and v once.

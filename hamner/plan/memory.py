@@ -1,4 +1,4 @@
-"""Which activations a step keeps, which it computes again in the backward pass, what both cost.
+"""The memory account says what a step keeps, what it computes again, and what both cost.
 
 A policy says how many bytes one block keeps. `choose` fits a run into a memory budget by that
 account alone, so `hamner.plan` can say beforehand what a run will take, without torch;

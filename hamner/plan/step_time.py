@@ -390,14 +390,11 @@ def predict(
         parallelism: `kind` "ddp" or "fsdp" where there is more than one GPU.
 
     Raises:
-        ValueError: a GPU's share of batch_size is not a multiple of micro_batch_size, or policies
-            are not one a layer.
+        ValueError: micro-batches do not divide a GPU's share, or policies are not one a layer.
     """
-    if batch_size % (parallelism.ranks * micro_batch_size):
+    micro_batches, rest = divmod(batch_size, parallelism.ranks * micro_batch_size)
+    if rest:
         raise ValueError(f"{batch_size=} is not a multiple of {micro_batch_size=} on each GPU")
-    if len(policies) != model.num_layers:
-        raise ValueError(f"policies has {len(policies)} entries for {model.num_layers} layers")
-    micro_batches = batch_size // parallelism.ranks // micro_batch_size
     tokens = micro_batch_size * seq_len
     milliseconds, communication = _step_times(
         model,
@@ -442,6 +439,8 @@ def _step_times(
     seq_len: int,
 ) -> tuple[dict[str, float], Communication]:
     """A step takes these milliseconds by category, the exposed communication among them."""
+    if len(policies) != model.num_layers:
+        raise ValueError(f"policies has {len(policies)} entries for {model.num_layers} layers")
     reached = efficiency(gpu)
     is_graphed = how.graphed and parallelism.ranks == 1
     clock = _Clock(

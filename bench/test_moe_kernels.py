@@ -28,6 +28,7 @@ from hamner.kernels.grouped_matmul import (
 )
 from hamner.kernels.moe_routing import Routing, moe_route, moe_route_reference
 from hamner.kernels.router_linear import router_linear, router_linear_reference
+from hamner.plan import costs
 
 pytestmark = [pytest.mark.needs_gpu, pytest.mark.usefixtures("keep_graphs")]
 
@@ -125,16 +126,18 @@ def router_linear_case(implementation: str, direction: str, problem: Problem) ->
         inputs = (cast.x, cast.router_weight)
         return in_direction(direction, lambda: (function(*inputs),), inputs)
 
-    x_passes = 1 if direction == "forward" else 2
+    cost = costs.router_linear(N, D, E, DTYPE.itemsize, backward=direction == "backward")
     return Case(
         call(ROUTER_LINEARS[implementation], DTYPE),
         call(router_linear_reference, torch.float32),
-        num_bytes=x_passes * N * D * DTYPE.itemsize + 4 * N * E,
+        num_bytes=cost.bytes,
     )
 
 
 def mlp_case(implementation: str, direction: str, problem: Problem) -> Case:
     routing = moe_route(problem.logits, K)
+    shape = {"width": D, "inner": I, "experts": E}
+    cost = costs.moe_mlp(N * D, M, backward=direction == "backward", **shape)
 
     def call(mlp: Callable, dtype: torch.dtype) -> Callable:
         cast = problem.cast(dtype)
@@ -148,7 +151,7 @@ def mlp_case(implementation: str, direction: str, problem: Problem) -> Case:
     return Case(
         call(MLPS[implementation], DTYPE),
         call(moe_mlp_reference, torch.float32),
-        flops=6 * M * D * I * (1 if direction == "forward" else 2),
+        flops=cost.flops,
     )
 
 
@@ -199,7 +202,8 @@ def stage_cases(problem: Problem) -> dict[tuple[str, str], Case]:
             ]
         )
 
-    gate_up_flops, down_flops = 4 * M * D * I, 2 * M * D * I
+    gate_up_flops = costs.grouped_matmul(M, D, 2 * I, experts=E).flops
+    down_flops = costs.grouped_matmul(M, I, D, experts=E).flops
     stages = {
         "gate_up": (
             lambda: launch_gate_up(x, routing.weights, order, offsets, gate_up_weight)[0],

@@ -166,17 +166,3 @@ class ModelConfig:
             per_layer += 4 * self.head_size
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         return self.num_layers * per_layer + embeddings + self.hidden_size
-
-    def flops_per_token(self, seq_len: int, *, causal: bool = True) -> int:
-        """The method counts the FLOPs of training on a token, with nothing recomputed.
-
-        6 x (matmul parameters active per token, tied head counted once) + 6 x L x d x T: causal
-        attention needs half of the square; `causal=False` gives the un-halved variant (12 L d T).
-        Differential attention applies its scores to values twice as wide: 1.5 times as much.
-        """
-        matmul = self.num_layers * self.matmul_parameters_per_layer(active=True)
-        matmul += self.vocab_size * self.hidden_size
-        attention = 6 * self.num_layers * self.hidden_size * seq_len
-        if self.use_differential_attention:
-            attention = attention * 3 // 2
-        return 6 * matmul + (attention if causal else 2 * attention)

@@ -23,6 +23,7 @@ from hamner.kernels.moe_routing import Routing
 from hamner.model.attention import document_positions
 from hamner.model.kv_cache import KVCache
 from hamner.model.ops import Ops
+from hamner.model.recompute import run_block
 from hamner.model.rotary import rotary_tables
 from hamner.parallel.tensors import fill
 from hamner.plan.memory import NONE, Policy
@@ -312,7 +313,7 @@ class Transformer(nn.Module):
         context = self.context(inputs, document_ids, cache)
         routings = []
         for layer, policy in zip(self.layers, self.policies, strict=True):
-            x, residual, routing = policy.run(layer, x, residual, context)
+            x, residual, routing = run_block(policy, layer, x, residual, context)
             routings.append(routing)
         hidden, _ = self.ops.add_rms_norm(x, residual, self.norm.weight, self.norm.eps)
         del x, residual, _  # the loss is where memory peaks

@@ -27,6 +27,7 @@ from hamner.config.train import TrainConfig
 from hamner.errors import UserError
 from hamner.parallel.processes import SingleProcess, open_processes
 from hamner.parallel.tensors import local
+from hamner.plan.costs import flops_per_token
 from hamner.profile import memory, report
 from hamner.profile.ranges import named
 from hamner.profile.steps import Steps
@@ -131,7 +132,7 @@ def _metadata(trainer: Trainer) -> dict:
         "option": config.option,
         "tokens_per_step": config.tokens_per_step,
         "gpus": trainer.world_size,
-        "flops_per_token": config.model.flops_per_token(config.seq_len),
+        "flops_per_token": flops_per_token(config.model, config.seq_len),
         "precision": trainer.compute.precision,
         "weight_bytes": sum(local(w).nbytes for w in weights),
         "optimizer_bytes": sum(local(t).nbytes for t in optimizer.state_tensors().values()),

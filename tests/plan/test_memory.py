@@ -12,7 +12,7 @@ from hamner.hardware import GIB
 from hamner.model.attention import AttentionShape, get_attention
 from hamner.model.ops import build_ops
 from hamner.model.transformer import Transformer
-from hamner.plan import memory
+from hamner.plan import costs, memory
 from hamner.plan.memory import FULL, NONE, SELECTIVE
 
 A = OPTIONS["a"].model
@@ -174,7 +174,7 @@ def test_loss_chunk_is_the_kernels(tokens, vocab_size, element_size):
     from hamner.kernels.cross_entropy import default_chunk_size
 
     expected = default_chunk_size(tokens, vocab_size, element_size)
-    assert memory.loss_chunk(vocab_size, tokens, element_size) == expected
+    assert costs.loss_chunk(vocab_size, tokens, element_size) == expected
 
 
 def test_plain_torch_keeps_everything_while_it_fits():

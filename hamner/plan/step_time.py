@@ -139,19 +139,6 @@ TRITON = Implementation(
     optimizer_bytes=(costs.gradient_norm(1) + costs.adamw(1, split_master=True)).bytes,
     graphed=True,
 )
-# A plain model under torch.compile, fp32 weights and bf16 autocast. rope_traffic and loss_passes
-# follow from its measured breakdown on an H100: 7.7 ms of RoPE with its copies, 3.4 ms of loss.
-COMPILED = Implementation(
-    name="torch.compile",
-    fused_attention=True,
-    recomputes_operands=False,
-    chunked_loss=False,
-    rope_traffic=3.35,
-    folds_rope=False,
-    loss_passes=4,
-    optimizer_bytes=2 * 4 + 3 * 4 + 3 * 4 + (4 + 2) + (2 + 4),
-    graphed=False,
-)
 
 
 @dataclass(frozen=True)

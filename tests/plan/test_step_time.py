@@ -11,7 +11,6 @@ from hamner.plan.costs import Cost, flops_per_token
 from hamner.plan.memory import FULL, NONE, SELECTIVE, mixed
 from hamner.plan.step_time import (
     CATEGORIES,
-    COMPILED,
     MEASURED_ERRORS,
     TRITON,
     Op,
@@ -19,7 +18,7 @@ from hamner.plan.step_time import (
     efficiency,
     predict,
 )
-from tests.plan.measured_runs import EARLIER, MEASURED_RUNS, markdown_rows
+from tests.plan.measured_runs import COMPILED, EARLIER, MEASURED_RUNS, markdown_rows
 
 RTX_3090, H100 = GPUS["rtx-3090"], GPUS["h100"]
 

@@ -1,7 +1,7 @@
 """The shape of a model is a dataclass: widths, layers, experts, parameter counts.
 
-The module is torch-free, so that `--help` and `hamner.plan` answer at once. Counts follow from the shape alone
-and are tested against the built model.
+The module is torch-free, so that `--help` and `hamner.plan` answer at once. Counts follow
+from the shape alone and are tested against the built model.
 """
 
 from dataclasses import dataclass
@@ -150,7 +150,7 @@ class ModelConfig:
         return self.num_experts > 0
 
     def matmul_parameters_per_layer(self, *, active: bool) -> int:
-        """The method counts a block's matrix parameters; `active` takes one token's experts only."""
+        """The method counts a block's matrix parameters; `active` takes a token's experts only."""
         attention = self.hidden_size * (self.qkv_size + self.hidden_size)
         mlp = 3 * self.hidden_size * self.expert_intermediate_size
         if not self.is_moe:
@@ -160,7 +160,7 @@ class ModelConfig:
         return attention + router + mlp * (routed + self.num_shared_experts)
 
     def num_parameters(self, *, active: bool = False) -> int:
-        """The method counts all parameters, or those of one token's way (with the whole embedding)."""
+        """The method counts all parameters, or those a token uses (with the whole embedding)."""
         per_layer = self.matmul_parameters_per_layer(active=active) + 2 * self.hidden_size
         if self.use_differential_attention:
             per_layer += 4 * self.head_size
@@ -168,7 +168,7 @@ class ModelConfig:
         return self.num_layers * per_layer + embeddings + self.hidden_size
 
     def flops_per_token(self, seq_len: int, *, causal: bool = True) -> int:
-        """The method counts the FLOPs of training on a token: forward, backward, nothing recomputed.
+        """The method counts the FLOPs of a trained token: forward, backward, nothing recomputed.
 
         6 x (matmul parameters active per token, tied head counted once) + 6 x L x d x T: causal
         attention needs half of the square; `causal=False` gives the un-halved variant (12 L d T).

@@ -15,14 +15,10 @@ Config = TypeVar("Config")
 
 def to_json(config: Any) -> dict[str, Any]:
     """The function gives a dataclass as plain values: parts as objects, paths as strings."""
-    values = dataclasses.asdict(config)
-    return {name: _plain(value) for name, value in values.items()}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(part) for name, part in value.items()}
-    return str(value) if isinstance(value, Path) else value
+    return dataclasses.asdict(
+        config,
+        dict_factory=lambda items: {n: str(v) if isinstance(v, Path) else v for n, v in items},
+    )
 
 
 def read_config(cls: type[Config], path: Path) -> Config:

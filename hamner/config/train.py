@@ -16,17 +16,11 @@ from hamner.errors import UserError
 
 CONFIG_FILE = "config.json"
 
-MINIMUM = {
-    "batch_size": 1,
-    "seq_len": 1,
-    "steps": 1,
-    "tokens": 1,
-    "micro_batch_size": 1,
-    "stop_after": 1,
-    "eval_tokens": 1,
-    "ddp_bucket_mib": 1,
-}
-"""flags that must be at least so much, where they are given"""
+COUNTS = (
+    *("batch_size", "seq_len", "steps", "tokens", "micro_batch_size", "stop_after"),
+    *("eval_tokens", "ddp_bucket_mib"),
+)
+"""flags that must be 1 or more, where they are given"""
 POSITIVE = ("lr", "vram_budget")
 """flags that must be above 0, where they are given"""
 NOT_NEGATIVE = (
@@ -188,9 +182,9 @@ class TrainConfig(RunConfig, ComputeConfig, TaskConfig):
 
     def __post_init__(self) -> None:
         require_finite(self)
-        for name in (*MINIMUM, *POSITIVE):
+        for name in (*COUNTS, *POSITIVE):
             value = getattr(self, name)
-            if value is not None and (value <= 0 or value < MINIMUM.get(name, 0)):
+            if value is not None and (value < 1 if name in COUNTS else value <= 0):
                 raise UserError(f"--{flag(name)} {value} must be above 0")
         for name in NOT_NEGATIVE:
             if getattr(self, name) < 0:

@@ -37,11 +37,7 @@ def parse(args: Sequence[str]) -> TrainConfig:
         default = replace(TrainConfig.read(saved), run_dir=saved.parent)
     elif "--resume" in args and saved.is_file():
         default = replace(
-            TrainConfig.read(saved),
-            resume=True,
-            stop_after=None,
-            allow_data_change=False,
-            sft=None,
+            TrainConfig.read(saved), resume=True, stop_after=None, allow_data_change=False, sft=None
         )
     find_option(default.option)
     return tyro.cli(

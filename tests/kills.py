@@ -17,7 +17,7 @@ from pathlib import Path
 from hamner.cli import run_command
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["hamner.train.loop", "hamner.train", "hamner.data.__main__"])
+CONTEXT.set_forkserver_preload(["tests.preload"])
 
 PHASES = {
     "step": (
@@ -100,7 +100,7 @@ def _run(command: str, args: list[str], output: Path, tracing: dict, counts) -> 
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.argv = [command, *args]
-    main = importlib.import_module(command).main
+    main = importlib.import_module(f"{command}.__main__").main
     tracer = LineTracer(**tracing) if tracing or counts else None
     try:
         run_command(main)

@@ -27,7 +27,7 @@ class Popen:
         input: all that it can read.
         cwd, env: as in `subprocess`.
         text: whether `communicate` gives strings.
-        _: `stdout` and `stderr`, which are always kept for `communicate`.
+        stdout, stderr: files to append to; else it is kept for `communicate`.
     """
 
     def __init__(
@@ -38,6 +38,8 @@ class Popen:
         cwd: str | Path | None = None,
         env: Mapping[str, str] | None = None,
         text: bool = False,
+        stdout=None,
+        stderr=None,
         **_,
     ) -> None:
         python, flag, module, *args = command
@@ -45,8 +47,11 @@ class Popen:
         self.args, self.text = command, text
         self.folder = tempfile.TemporaryDirectory()
         self.files = [Path(self.folder.name) / name for name in STREAMS]
-        for file, text_in_it in zip(self.files, (input or "", "", ""), strict=True):
-            file.write_text(text_in_it)
+        for file, content in zip(self.files, (input or "", "", ""), strict=True):
+            file.write_text(content)
+        for number, given in ((1, stdout), (2, stderr)):
+            if hasattr(given, "name"):
+                self.files[number] = Path(given.name)
         environment = dict(os.environ if env is None else env)
         where = str(cwd or Path.cwd())
         self.process = CONTEXT.Process(
@@ -100,7 +105,7 @@ def run(command: Sequence[str], *, timeout: float = 120, **how) -> subprocess.Co
 def _run(module: str, args: list[str], files: list[Path], cwd: str, env: dict[str, str]) -> None:
     """Body of the process."""
     for number, file in enumerate(files):
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT)
+        descriptor = os.open(file, os.O_RDWR | os.O_APPEND)
         os.dup2(descriptor, number)
         os.close(descriptor)
     sys.stdin = open(0, closefd=False)  # noqa: SIM115

@@ -180,9 +180,7 @@ def test_shard_preparation_killed_at_random_moments(data, tmp_path):
     lines = count_lines("hamner.data", [*prepare, str(whole)], output)["shards"]
     for _ in range(5):
         line = random.randint(1, lines // 5)
-        process = start(
-            "hamner.data", [*prepare, str(killed)], output, phase="shards", line=line
-        )
+        process = start("hamner.data", [*prepare, str(killed)], output, phase="shards", line=line)
         process.join(TIMEOUT)
         assert process.exitcode == -signal.SIGKILL, output.read_text()
     process = start("hamner.data", [*prepare, str(killed)], output)

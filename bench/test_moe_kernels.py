@@ -175,9 +175,21 @@ def stage_cases(problem: Problem) -> dict[tuple[str, str], Case]:
     ends = offsets[1:]
     gate_up_weight, down_weight = problem.gate_up_weight, problem.down_weight
     x, d_out = problem.x, problem.d_out
-    gate_up, hidden = launch_gate_up(x, routing.weights, order, offsets, gate_up_weight)
+    gate_up, hidden = launch_gate_up(
+        x,
+        routing_weights=routing.weights,
+        order=order,
+        offsets=offsets,
+        gate_up_weight=gate_up_weight,
+    )
     d_hidden = launch_grouped_matmul(
-        d_out, down_weight, order, offsets, top_k, gather=True, transposed=False
+        d_out,
+        weight=down_weight,
+        order=order,
+        offsets=offsets,
+        top_k=top_k,
+        gather=True,
+        transposed=False,
     )
     d_gate_up, _ = launch_swiglu_grad(gate_up, d_hidden, routing.weights, order, rebuild=False)
 
@@ -206,14 +218,26 @@ def stage_cases(problem: Problem) -> dict[tuple[str, str], Case]:
     down_flops = costs.grouped_matmul(M, I, D, experts=E).flops
     stages = {
         "gate_up": (
-            lambda: launch_gate_up(x, routing.weights, order, offsets, gate_up_weight)[0],
+            lambda: launch_gate_up(
+                x,
+                routing_weights=routing.weights,
+                order=order,
+                offsets=offsets,
+                gate_up_weight=gate_up_weight,
+            )[0],
             lambda: torch._grouped_mm(x[tokens], gate_up_weight.mT, offs=ends),
             lambda: loop(x[tokens], gate_up_weight.mT),
             gate_up_flops,
         ),
         "down": (
             lambda: launch_grouped_matmul(
-                hidden, down_weight, order, offsets, top_k, gather=False, transposed=True
+                hidden,
+                weight=down_weight,
+                order=order,
+                offsets=offsets,
+                top_k=top_k,
+                gather=False,
+                transposed=True,
             ),
             lambda: by_pair(torch._grouped_mm(hidden, down_weight.mT, offs=ends)),
             lambda: by_pair(loop(hidden, down_weight.mT)),
@@ -221,7 +245,13 @@ def stage_cases(problem: Problem) -> dict[tuple[str, str], Case]:
         ),
         "d_hidden": (
             lambda: launch_grouped_matmul(
-                d_out, down_weight, order, offsets, top_k, gather=True, transposed=False
+                d_out,
+                weight=down_weight,
+                order=order,
+                offsets=offsets,
+                top_k=top_k,
+                gather=True,
+                transposed=False,
             ),
             lambda: torch._grouped_mm(d_out[tokens], down_weight, offs=ends),
             lambda: loop(d_out[tokens], down_weight),
@@ -229,20 +259,30 @@ def stage_cases(problem: Problem) -> dict[tuple[str, str], Case]:
         ),
         "d_x": (
             lambda: launch_grouped_matmul(
-                d_gate_up, gate_up_weight, order, offsets, top_k, gather=False, transposed=False
+                d_gate_up,
+                weight=gate_up_weight,
+                order=order,
+                offsets=offsets,
+                top_k=top_k,
+                gather=False,
+                transposed=False,
             ),
             lambda: by_pair(torch._grouped_mm(d_gate_up, gate_up_weight, offs=ends)),
             lambda: by_pair(loop(d_gate_up, gate_up_weight)),
             gate_up_flops,
         ),
         "d_down_weight": (
-            lambda: launch_weight_grad(d_out, hidden, order, offsets, top_k, gather_d_out=True),
+            lambda: launch_weight_grad(
+                d_out, inputs=hidden, order=order, offsets=offsets, top_k=top_k, gather_d_out=True
+            ),
             lambda: torch._grouped_mm(d_out[tokens].T, hidden, offs=ends),
             lambda: loop_weight_grad(d_out[tokens], hidden),
             down_flops,
         ),
         "d_gate_up_weight": (
-            lambda: launch_weight_grad(d_gate_up, x, order, offsets, top_k, gather_d_out=False),
+            lambda: launch_weight_grad(
+                d_gate_up, inputs=x, order=order, offsets=offsets, top_k=top_k, gather_d_out=False
+            ),
             lambda: torch._grouped_mm(d_gate_up.T, x[tokens], offs=ends),
             lambda: loop_weight_grad(d_gate_up, x[tokens]),
             gate_up_flops,
@@ -280,14 +320,26 @@ def measure(benchmark, ceilings, case: Case, op: str, implementation: str) -> No
 @pytest.mark.parametrize("implementation", ROUTER_LINEARS)
 def test_router_linear(implementation, direction, problem, benchmark, ceilings):
     case = router_linear_case(implementation, direction, problem)
-    measure(benchmark, ceilings, case, f"router_linear {direction}", implementation)
+    measure(
+        benchmark,
+        ceilings=ceilings,
+        case=case,
+        op=f"router_linear {direction}",
+        implementation=implementation,
+    )
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("implementation", ROUTES)
 def test_route(implementation, direction, problem, benchmark, ceilings):
     case = route_case(implementation, direction, problem)
-    measure(benchmark, ceilings, case, f"moe_route {direction}", implementation)
+    measure(
+        benchmark,
+        ceilings=ceilings,
+        case=case,
+        op=f"moe_route {direction}",
+        implementation=implementation,
+    )
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
@@ -296,7 +348,13 @@ def test_route(implementation, direction, problem, benchmark, ceilings):
 )
 def test_mlp(implementation, direction, problem, benchmark, ceilings):
     case = mlp_case(implementation, direction, problem)
-    measure(benchmark, ceilings, case, f"moe_mlp {direction}", implementation)
+    measure(
+        benchmark,
+        ceilings=ceilings,
+        case=case,
+        op=f"moe_mlp {direction}",
+        implementation=implementation,
+    )
 
 
 @pytest.mark.parametrize("implementation", ["hamner", "grouped_mm"])
@@ -305,4 +363,6 @@ def test_mlp(implementation, direction, problem, benchmark, ceilings):
 )
 def test_stage(stage, implementation, problem, benchmark, ceilings):
     case = stage_cases(problem)[stage, implementation]
-    measure(benchmark, ceilings, case, f"moe {stage}", implementation)
+    measure(
+        benchmark, ceilings=ceilings, case=case, op=f"moe {stage}", implementation=implementation
+    )

@@ -201,7 +201,7 @@ def _kernels(
             total += share
         groups[short_name(activity.name), category].append((activity, share))
     rows = [
-        _row(name, category, calls, steps, gpu, precision)
+        _row(name, category=category, calls=calls, steps=steps, gpu=gpu, precision=precision)
         for (name, category), calls in groups.items()
     ]
     return sorted(rows, key=lambda row: -row.milliseconds), total
@@ -219,7 +219,13 @@ def _row(name, category, calls, steps: int, gpu: Gpu | None, precision: str) -> 
         if gpu is not None:
             floor = sum(work.floor_seconds(gpu, precision) for _, work in known) * 1e3 / steps
     return KernelRow(
-        name, category, len(calls) / steps, microseconds / steps / 1e3, tflops, gbs, floor
+        name,
+        category=category,
+        calls=len(calls) / steps,
+        milliseconds=microseconds / steps / 1e3,
+        tflop_per_s=tflops,
+        gb_per_s=gbs,
+        floor_ms=floor,
     )
 
 

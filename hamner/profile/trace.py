@@ -297,7 +297,13 @@ def _gpu_activities(
             correlation = event.get("args", {}).get("correlation")
             launched, caller = launches.get(correlation, (None, None))
             activities.append(
-                Activity(event["name"], float(event["ts"]), float(event["dur"]), launched, caller)
+                Activity(
+                    event["name"],
+                    start=float(event["ts"]),
+                    duration=float(event["dur"]),
+                    launched=launched,
+                    caller=caller,
+                )
             )
     return sorted(activities, key=lambda activity: activity.start)
 
@@ -308,7 +314,15 @@ def _cpu_activities(ranges: list[Range]) -> list[Activity]:
     for operation in ranges:
         own = operation.end - operation.start - operation.inner
         if operation.is_operation and own > 0:
-            activities.append(Activity(operation.name, operation.start, own, None, operation))
+            activities.append(
+                Activity(
+                    operation.name,
+                    start=operation.start,
+                    duration=own,
+                    launched=None,
+                    caller=operation,
+                )
+            )
     return sorted(activities, key=lambda activity: activity.start)
 
 

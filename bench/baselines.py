@@ -6,7 +6,7 @@ one pass over the whole batch where memory allows. Before anything is timed, the
 whole batch are compared with those of a plain fp32 model (`gradient_error`), which may be missed by
 twice what a plain model in the compute dtype misses them by.
 
-    Hamner        hamner.train.loop.Trainer, its step as it trains
+    Hamner        hamner.train.step.TrainStep, as the loop drives it
     Plain         a plain torch model; torch.compile around all of it, or around each block with a
                   chunked loss and an activation memory budget
     HuggingFace   transformers' Llama or Mixtral, with or without Liger's kernels
@@ -178,6 +178,10 @@ def sharpened(parameters: Iterable[Tensor]) -> Iterator[None]:
         torch._foreach_mul_(matrices, 1 / SHARPENING)
 
 
+class GradientsGathered(Exception):
+    """The step has come as far as its gradients are wanted."""
+
+
 class Hamner:
     """The project's own trainer.
 
@@ -186,32 +190,33 @@ class Hamner:
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        self.steps = Steps(config)
-        self.trainer = self.steps.trainer
+        self.steps = Steps(config, on_phase=self._on_phase)
+        self.gathered: dict[str, Tensor] | None = None
+        """gradients of the step under way, if they are asked for"""
 
     def step(self, batch: Batch) -> object:
-        """A step of the training loop."""
-        return self.steps.step(batch)
+        """A step is taken as the training loop takes it."""
+        return self.steps.step.step(batch, LR).loss
 
     def gradients(self, batch: Batch) -> dict[str, Tensor]:
-        """What the optimizer would be given."""
-        optimizer = self.trainer.optimizer
-        found: dict[str, Tensor] = {}
-
-        def keep(_lr: float, _loss: Tensor) -> Tensor:
-            gradients = optimizer.accumulated or {
-                name: parameter.grad for name, parameter in optimizer.parameters.items()
-            }
-            found.update({name: gradient.clone() for name, gradient in gradients.items()})
-            optimizer.drop_gradients()
-            return torch.zeros((), device=scale.device())
-
-        optimizer.step, step = keep, optimizer.step
-        try:
-            self.steps.step(batch)
-        finally:
-            optimizer.step = step
+        """The gradients are those the optimizer would be given; no weight changes."""
+        self.gathered = {}
+        with contextlib.suppress(GradientsGathered):
+            self.steps.step.step(batch, LR)
+        self.steps.step.optimizer.drop_gradients()
+        found, self.gathered = self.gathered, None
         return found
+
+    def _on_phase(self, phase: str, step: int) -> None:
+        """Before an update whose gradients are asked for, they are kept and the step ends."""
+        if phase != "optimizer" or self.gathered is None:
+            return
+        optimizer = self.steps.step.optimizer
+        gradients = optimizer.accumulated or {
+            name: parameter.grad for name, parameter in optimizer.parameters.items()
+        }
+        self.gathered.update({name: gradient.clone() for name, gradient in gradients.items()})
+        raise GradientsGathered
 
     def named(self, model: Transformer) -> Mapping[str, Tensor]:
         """Its own names."""
@@ -219,12 +224,12 @@ class Hamner:
 
     def parameters(self) -> Iterable[Tensor]:
         """The weights in the compute dtype; their fp32 masters play no part in gradients."""
-        return self.trainer.model.parameters()
+        return self.steps.step.model.parameters()
 
     def close(self) -> None:
         """End the loader and drop the model."""
         self.steps.__exit__()
-        self.trainer = self.steps = None
+        self.steps = None
 
 
 class TorchTrainer:

@@ -21,7 +21,7 @@ from hamner.config.train import TrainConfig
 from hamner.hardware import GIB
 from hamner.parallel.processes import SingleProcess, open_processes
 from hamner.plan.communication import all_reduce_bytes
-from hamner.profile.steps import Steps, time_calls
+from hamner.profile.steps import LR, Steps, time_calls
 from hamner.train import __main__ as train
 
 ALL_REDUCE_BYTES = 256 * 2**20
@@ -77,11 +77,11 @@ def measure(row: Row, flags: list[str], processes: SingleProcess) -> dict:
     with Steps(config, processes) as run:
         if run.on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        losses = [run.step(next(run.trainer.loader)) for _ in range(row.losses)]
+        losses = [run.step.step(next(run.loader), LR).loss for _ in range(row.losses)]
         run.warm_up(max(0, row.warm_up - row.losses))
         milliseconds = run.time(row.steps)
         peak = torch.cuda.max_memory_allocated() if run.on_gpu else 0
-        is_graph = run.trainer.micro_step != run.trainer.forward_backward
+        is_graph = run.step.is_graphed
     deciles = statistics.quantiles(milliseconds, n=10)
     return {
         "tokens_per_step": config.tokens_per_step,

@@ -15,15 +15,11 @@ import torch
 
 from hamner.checkpoint.run_folder import RunFolder
 from hamner.config.options import for_option
-from hamner.train.loop import Trainer
+from hamner.train.loop import TrainingLoop
 
 TEN_MINUTES = 600.0
 UNDISTURBED_STEPS = 10
 SAVES = 2
-
-
-class NeverInterrupted:
-    requested = False
 
 
 @pytest.mark.parametrize("option", ["tiny", "a"])
@@ -31,31 +27,32 @@ def test_save_beside_training(benchmark, option, tmp_path):
     if option != "tiny" and not torch.cuda.is_available():
         pytest.skip("option a needs a GPU")
     config = replace(for_option(option), run_dir=tmp_path / "run")
-    trainer = Trainer(config, RunFolder(config.folder))
+    loop = TrainingLoop(config, RunFolder(config.folder))
 
     def train_until(is_enough) -> list[float]:
         """Seconds of each step."""
         seconds = []
         while not is_enough(len(seconds)):
             started = time.perf_counter()
-            batch = next(trainer.loader)
-            norm = trainer.train_step(batch, 1e-4, NeverInterrupted())
-            trainer.finish_step(batch, 1e-4, norm)
-            norm.item()  # so that each step's time is its own
+            batch = next(loop.data.loader)
+            result = loop.step.step(batch, 1e-4)
+            loop.progress.step += 1
+            loop.log.record(loop.progress.step, 0, lr=1e-4, batch=batch, result=result)
+            result.grad_norm.item()  # so that each step's time is its own
             seconds.append(time.perf_counter() - started)
         return seconds
 
     def save() -> None:
-        trainer.save()
-        trainer.note_save(trainer.saver.wait())
+        loop.saves.save_best(loop.progress.step, is_healthy=True)
+        loop.saves.saver.wait()
 
     excesses, steps_beside = [], []
 
     def save_beside_training() -> None:
         started = time.perf_counter()
-        trainer.save()
+        loop.saves.save(loop.progress.step)
         begun = time.perf_counter() - started
-        seconds = train_until(lambda _: trainer.saver.collect() is not None)
+        seconds = train_until(lambda _: loop.saves.saver.collect() is not None)
         excesses.append(begun + sum(seconds) - len(seconds) * normal)
         steps_beside.append(len(seconds))
 
@@ -65,16 +62,16 @@ def test_save_beside_training(benchmark, option, tmp_path):
         normal = statistics.median(train_until(lambda steps: steps == UNDISTURBED_STEPS))
         benchmark.pedantic(save_beside_training, rounds=SAVES, iterations=1)
     finally:
-        trainer.close()
+        loop.close()
     cost = statistics.median(excesses)
     benchmark.extra_info |= {
-        "device": trainer.compute.name,
+        "device": loop.step.compute.name,
         "step_seconds": normal,
         "steps_beside_a_save": statistics.median(steps_beside),
         "cost_of_a_save_seconds": cost,
         "share_of_ten_minutes": cost / TEN_MINUTES,
     }
     print(
-        f"{option} on {trainer.compute.name}: a save costs {cost:.2f} s of training, "
+        f"{option} on {loop.step.compute.name}: a save costs {cost:.2f} s of training, "
         f"{cost / TEN_MINUTES:.2%} of ten minutes; it takes {statistics.median(steps_beside)} steps"
     )

@@ -21,7 +21,7 @@ ROUNDS = 5
 @pytest.fixture
 def optimizer():
     with Steps(configure("tiny", "auto", None)) as run:
-        yield run.trainer.optimizer
+        yield run.step.optimizer
 
 
 def save(optimizer, folder, step: int) -> checkpoint.Checkpoint:

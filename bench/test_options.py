@@ -173,7 +173,7 @@ def test_option(benchmark, option, policy, micro_batches, vram_budget, does_not_
     started = time.perf_counter()
     try:
         run = shared_steps.of(config)
-        plan = run.trainer.plan
+        plan = run.step.plan
         benchmark.extra_info.update(
             kind="option",
             option=option,
@@ -181,7 +181,7 @@ def test_option(benchmark, option, policy, micro_batches, vram_budget, does_not_
             policies=memory.describe(plan.policies),
             batch_size=config.batch_size,
             micro_batch_size=plan.micro_batch_size,
-            attention=run.trainer.attention.name,
+            attention=run.step.attention.name,
             planned_gib=round(plan.account.total / GIB, 3),
             **projection(config, plan),
         )

@@ -5,18 +5,31 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 import triton
 
 from bench import scale
 
-if TYPE_CHECKING:
-    from bench.ceilings import Ceilings
-
 WARM_UP_CALLS = 3
 ROUNDS = 10
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """The ceilings are of this GPU, in this session."""
+
+    copy_gb_per_s: float
+    """a 1 GiB copy: bytes read and written (10^9) a second"""
+    matmul_tflop_per_s: float
+    """8192^3, in the rows' dtype"""
+
+    def share(self, *, gb_per_s: float | None = None, tflop_per_s: float | None = None) -> float:
+        """This share of the ceiling is achieved."""
+        if tflop_per_s is not None:
+            return tflop_per_s / self.matmul_tflop_per_s
+        return gb_per_s / self.copy_gb_per_s
 
 
 def use_recordable_stream() -> None:

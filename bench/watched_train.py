@@ -11,45 +11,44 @@ import sys
 import time
 from pathlib import Path
 
-from hamner.checkpoint import format as checkpoint
 from hamner.cli import run_command
 from hamner.train.__main__ import main
-from hamner.train.loop import Trainer
 
 
-def watch(path: Path) -> None:
-    """Have the phases written down from now on."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    train_step, finish_step = Trainer.train_step, Trainer.finish_step
-    evaluate, save = Trainer.evaluate, checkpoint.save
+class Diary:
+    """The diary is told of every phase of a run, by its training thread and its writer's.
 
-    def note(phase: str, step: int, what: str) -> None:
-        # Written at once: whatever kills the process, the line is there.
-        os.write(descriptor, f"{phase} {step} {what} {time.monotonic()}\n".encode())
+    Args:
+        path: the file, written at once: whatever kills the process, the line is there.
+    """
 
-    def watched_train_step(trainer, *args):
-        note("step", trainer.step + 1, "begins")
-        return train_step(trainer, *args)
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        self.step = 0
+        """the last one that began"""
+        self.in_evaluation = False
 
-    def watched_finish_step(trainer, *args):
-        finish_step(trainer, *args)
-        note("step", trainer.step, "ends")
+    def __call__(self, phase: str, step: int) -> None:
+        """The diary notes what begins or ends; see `hamner.train.loop.TrainingLoop`."""
+        if phase in ("forward", "graph") and step > self.step:
+            self.step = step
+            self.note("step", step, "begins")
+        elif phase == "step done":
+            self.note("step", step, "ends")
+        elif phase == "evaluation":
+            self.in_evaluation = True
+            self.note("evaluation", step, "begins")
+        elif self.in_evaluation and phase == "":
+            self.in_evaluation = False
+            self.note("evaluation", step, "ends")
+        elif phase in ("save", "saved"):
+            self.note("save", step, "begins" if phase == "save" else "ends")
 
-    def watched_evaluate(trainer):
-        note("evaluation", trainer.step, "begins")
-        evaluate(trainer)
-        note("evaluation", trainer.step, "ends")
-
-    def watched_save(folder, step, **parts):
-        note("save", step, "begins")
-        saved = save(folder, step, **parts)
-        note("save", step, "ends")
-        return saved
-
-    Trainer.train_step, Trainer.finish_step = watched_train_step, watched_finish_step
-    Trainer.evaluate, checkpoint.save = watched_evaluate, watched_save
+    def note(self, phase: str, step: int, what: str) -> None:
+        """A line is appended."""
+        os.write(self.descriptor, f"{phase} {step} {what} {time.monotonic()}\n".encode())
 
 
 if __name__ == "__main__":
-    watch(Path(sys.argv.pop(1)))
-    run_command(main)
+    diary = Diary(Path(sys.argv.pop(1)))
+    run_command(lambda args: main(args, on_phase=diary))

@@ -1,4 +1,4 @@
-"""Traces warm steps of a trainer, as they run in training: real loader, clipping, optimizer.
+"""`capture` traces warm steps as they run in training: real loader, clipping, optimizer.
 
 A capture writes into its folder
 
@@ -29,18 +29,18 @@ from hamner.parallel.processes import SingleProcess, open_processes
 from hamner.parallel.tensors import local
 from hamner.plan.costs import flops_per_token
 from hamner.profile import memory, report
-from hamner.profile.ranges import named
+from hamner.profile.ranges import Ranges
 from hamner.profile.steps import Steps
 from hamner.profile.summary import Summary, summarize
 from hamner.profile.trace import METADATA_KEY, read_trace, with_callers_of
-from hamner.train.loop import Trainer
+from hamner.train.step import TrainStep
 
 TIMED_STEPS = 10
 SNAPSHOT_EVENTS = 1_000_000
 
 
 def capture(config: TrainConfig, out: Path, *, steps: int, warmup: int) -> Summary | None:
-    """Trace `steps` steps of a run after `warmup` others, and write what they show.
+    """The function traces `steps` steps of a run after `warmup` others, and writes what they show.
 
     Args:
         config: the run whose steps are traced; nothing is written to its run folder.
@@ -63,24 +63,26 @@ def capture(config: TrainConfig, out: Path, *, steps: int, warmup: int) -> Summa
 def _trace(
     config: TrainConfig, out: Path, processes: SingleProcess, *, steps: int, warmup: int
 ) -> bool:
-    """Take the steps and write what was traced; whether a CUDA graph replays them."""
-    with Steps(config, processes) as run:
+    """The function takes the steps and writes what was traced; the result is whether a CUDA graph
+    replays them."""
+    ranges = Ranges()
+    with Steps(config, processes, on_phase=ranges) as run:
         processes.from_main(lambda: out.mkdir(parents=True, exist_ok=True))
-        metadata = _metadata(run.trainer)
+        metadata = _metadata(run.step)
         with run.launched_one_by_one() as graphed:
             run.take(warmup)
-            _trace_memory(run, out, metadata)
+            _trace_memory(run, ranges, out, metadata)
             if graphed:
-                _trace_time(run, out / "launches.json.gz", steps, metadata)
+                _trace_time(run, ranges, out / "launches.json.gz", steps, metadata=metadata)
         if graphed:
             run.warm_up(warmup)
         metadata["unprofiled_step_ms"] = statistics.median(run.time(TIMED_STEPS))
-        _trace_time(run, out / "trace.json.gz", steps, metadata)
+        _trace_time(run, ranges, out / "trace.json.gz", steps, metadata=metadata)
     return graphed
 
 
 def _summarize(config: TrainConfig, out: Path, graphed: bool) -> Summary:
-    """Write and print what the traces show."""
+    """The function writes and prints what the traces show."""
     trace = read_trace(out / "trace.json.gz")
     if graphed:
         trace = with_callers_of(trace, read_trace(out / "launches.json.gz"))
@@ -96,7 +98,7 @@ def _summarize(config: TrainConfig, out: Path, graphed: bool) -> Summary:
 
 
 def run_for_nsight(config: TrainConfig, *, steps: int, warmup: int) -> None:
-    """Run the same steps with NVTX ranges between cudaProfilerStart and Stop, and write nothing.
+    """The same steps run with NVTX ranges between cudaProfilerStart and Stop; nothing is written.
 
     For `nsys profile --capture-range cudaProfilerApi` and `ncu --profile-from-start off`, which
     cannot share the GPU's counters with torch-profiler.
@@ -106,16 +108,16 @@ def run_for_nsight(config: TrainConfig, *, steps: int, warmup: int) -> None:
     """
     if not torch.cuda.is_available():
         raise UserError("--tool nsight needs a CUDA GPU; --tool torch works on a CPU")
-    with open_processes(config) as processes, Steps(config, processes) as run:
+    ranges = Ranges()
+    with open_processes(config) as processes, Steps(config, processes, on_phase=ranges) as run:
         run.warm_up(warmup)
         torch.cuda.synchronize()
         torch.cuda.cudart().cudaProfilerStart()
-        with named(run.trainer) as phases:
+        with ranges.switched_on(run.step):
             for number in range(steps):
                 # As torch-profiler marks steps, so that `read_trace` finds them.
                 with torch.cuda.nvtx.range(f"ProfilerStep#{number}"):
-                    run.take(1, phases)
-                    phases.enter(None)
+                    run.take(1)
         torch.cuda.synchronize()
         torch.cuda.cudart().cudaProfilerStop()
 
@@ -125,27 +127,27 @@ def _require_new(out: Path) -> None:
         raise UserError(f"--out {out} already holds something: give a new folder")
 
 
-def _metadata(trainer: Trainer) -> dict:
-    config, optimizer = trainer.config, trainer.optimizer
+def _metadata(step: TrainStep) -> dict:
+    config, optimizer = step.config, step.optimizer
     weights = optimizer.parameters.values()
     return {
         "option": config.option,
         "tokens_per_step": config.tokens_per_step,
-        "gpus": trainer.world_size,
+        "gpus": step.world_size,
         "flops_per_token": flops_per_token(config.model, config.seq_len),
-        "precision": trainer.compute.precision,
+        "precision": step.compute.precision,
         "weight_bytes": sum(local(w).nbytes for w in weights),
         "optimizer_bytes": sum(local(t).nbytes for t in optimizer.state_tensors().values()),
     }
 
 
-def _trace_time(run: Steps, path: Path, steps: int, metadata: dict) -> None:
+def _trace_time(run: Steps, ranges: Ranges, path: Path, steps: int, *, metadata: dict) -> None:
     activities = [ProfilerActivity.CPU]
     if run.on_gpu:
         activities.append(ProfilerActivity.CUDA)
 
     def export(profiler: profile) -> None:
-        if run.trainer.is_main:
+        if run.step.processes.rank.is_main:
             profiler.export_chrome_trace(str(path))
 
     with (
@@ -156,36 +158,34 @@ def _trace_time(run: Steps, path: Path, steps: int, metadata: dict) -> None:
             record_shapes=True,
             on_trace_ready=export,
         ) as profiler,
-        named(run.trainer) as phases,
+        ranges.switched_on(run.step),
     ):
-        run.take(1, phases)
+        run.take(1)
         run.synchronize()  # or what is still running would be counted to the traced steps
         profiler.step()
         # Only a profiler that records takes it.
         profiler.add_metadata_json(METADATA_KEY, json.dumps(metadata))
         for left in reversed(range(steps)):
-            run.take(1, phases)
+            run.take(1)
             if not left:
-                phases.enter(None)
                 run.synchronize()
             profiler.step()
 
 
-def _trace_memory(run: Steps, out: Path, metadata: dict) -> None:
+def _trace_memory(run: Steps, ranges: Ranges, out: Path, metadata: dict) -> None:
     run.synchronize()
     if run.on_gpu:
         torch.cuda.memory._record_memory_history(stacks="python", max_entries=SNAPSHOT_EVENTS)
     with (
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
-        named(run.trainer) as phases,
+        ranges.switched_on(run.step),
     ):
         profiler.add_metadata_json(METADATA_KEY, json.dumps(metadata))
-        run.take(1, phases)
-        phases.enter(None)
+        run.take(1)
         run.synchronize()
-    if run.trainer.is_main:
+    if run.step.processes.rank.is_main:
         profiler.export_chrome_trace(str(out / "memory.json.gz"))
     if run.on_gpu:
-        if run.trainer.is_main:
+        if run.step.processes.rank.is_main:
             torch.cuda.memory._dump_snapshot(str(out / "memory_snapshot.pickle"))
         torch.cuda.memory._record_memory_history(enabled=None)

@@ -1,111 +1,104 @@
-"""A trainer's steps without its run: for profiles and benchmarks, which write no run folder."""
+"""`Steps` takes training steps without a run: profiles and benchmarks have no folder or display."""
 
 import contextlib
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from hamner.checkpoint.run_folder import RunFolder
 from hamner.config.train import TrainConfig
-from hamner.data.batch import Batch
+from hamner.data.loader import DataConfig, TrainLoader
+from hamner.data.tokenizer import load_tokenizer
 from hamner.parallel.processes import SingleProcess
-from hamner.profile.ranges import Phases
-from hamner.train.cuda_graph import GraphedBackward
-from hamner.train.loop import Trainer
+from hamner.train.step import OnPhase, TrainStep, ignore_phase
 
 LR = 1e-5
 """a step's time does not depend on it"""
 
 
-class _NeverInterrupted:
-    requested = False
-
-
 class Steps:
-    """Builds a trainer and takes steps, exactly as the loop does. A context manager.
+    """A context manager holds a `TrainStep` and the run's data, and takes steps as the loop does.
 
     Args:
-        config: the run whose steps are taken; nothing is written to its run folder.
+        config: the run whose steps are taken; its folder is neither read nor written.
         processes: that train together, each with its `Steps`, which must take the same ones;
             default this one alone.
+        on_phase: is told when the phases of `TrainStep` begin, and "data" before a batch is
+            fetched.
 
     Raises:
         UserError: the configuration or the data does not allow it.
     """
 
-    def __init__(self, config: TrainConfig, processes: SingleProcess | None = None) -> None:
-        self._scratch = tempfile.TemporaryDirectory()
-        folder = Path(self._scratch.name)
-        # Its folder goes when the steps are over, and no step reads validation rows.
-        config = replace(config, run_dir=folder, resume=False, report_to=(), eval_tokens=1)
-        try:
-            self.trainer = Trainer(config, RunFolder(folder), processes=processes)
-        except BaseException:
-            self._scratch.cleanup()
-            raise
+    def __init__(
+        self,
+        config: TrainConfig,
+        processes: SingleProcess | None = None,
+        on_phase: OnPhase = ignore_phase,
+    ) -> None:
+        tokenizer = load_tokenizer(config.tokenizer, config.model.vocab_size)
+        self.step = TrainStep(config, processes, on_phase=on_phase)
+        data = DataConfig(
+            specs=config.data,
+            seq_len=config.seq_len,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            val_fraction=config.val_fraction,
+        )
+        self.loader = TrainLoader(data, tokenizer, pin_memory=self.on_gpu)
 
     def __enter__(self) -> "Steps":
         return self
 
     def __exit__(self, *_error) -> None:
-        self.trainer.close()
-        self._scratch.cleanup()
+        self.step.close()
+        self.loader.close()
 
     @property
     def on_gpu(self) -> bool:
         """Whether the steps run on a GPU."""
-        return self.trainer.compute.device.type == "cuda"
+        return self.step.compute.device.type == "cuda"
 
     @contextlib.contextmanager
     def launched_one_by_one(self) -> Iterator[bool]:
-        """While open, no CUDA graph replays the step. Yields whether one would."""
-        trainer = self.trainer
-        as_trained = trainer.micro_step
-        trainer.micro_step = trainer.forward_backward
+        """While the context is open, no CUDA graph replays the step; it yields whether one would.
+
+        Afterwards the graph must be recorded anew, which `warm_up` does.
+        """
+        is_graphed = self.step.is_graphed
+        self.step.launch_one_by_one()
         try:
-            yield as_trained != trainer.forward_backward
+            yield is_graphed
         finally:
-            trainer.micro_step = as_trained
+            if is_graphed:
+                self.step.record_graph()
 
-    def step(self, batch: Batch, lr: float = LR) -> Tensor:
-        """One optimizer step; returns its mean cross-entropy, 0-d on the device."""
-        trainer = self.trainer
-        trainer.train_step(batch, lr, _NeverInterrupted())
-        trainer.step += 1
-        return trainer.step_loss
-
-    def take(self, count: int, phases: Phases | None = None) -> None:
-        """`count` steps on the run's own data."""
+    def take(self, count: int) -> None:
+        """The method takes `count` steps on the run's own data."""
         for _ in range(count):
-            if phases is not None:
-                phases.enter("data")
-            self.trainer.train_step(next(self.trainer.loader), LR, _NeverInterrupted())
-            self.trainer.step += 1
+            self.step.on_phase("data", self.step.optimizer.steps + 1)
+            self.step.step(next(self.loader), LR)
 
     def warm_up(self, count: int) -> None:
-        """`count` steps, and those that a CUDA graph needs beyond them until it is recorded."""
+        """The method takes `count` steps, and more until a CUDA graph, if any, is recorded."""
         self.take(count)
-        micro_step = self.trainer.micro_step
-        while isinstance(micro_step, GraphedBackward) and not micro_step.is_recorded:
+        while not self.step.is_warm:
             self.take(1)
 
     def time(self, count: int) -> list[float]:
-        """Milliseconds of each of `count` steps, taken without waiting for the GPU between them."""
+        """The method measures the milliseconds of each of `count` steps, taken without waiting for
+        the GPU between them."""
         return time_calls(lambda: self.take(1), count, on_gpu=self.on_gpu)
 
     def synchronize(self) -> None:
-        """Wait for the GPU, if there is one."""
+        """The method waits for the GPU, if there is one."""
         if self.on_gpu:
             torch.cuda.synchronize()
 
 
 def time_calls(function: Callable[[], object], count: int, *, on_gpu: bool) -> list[float]:
-    """Milliseconds of each of `count` calls; on a GPU one after the other without waiting."""
+    """The function measures the milliseconds of each of `count` calls; on a GPU they follow each
+    other without waiting."""
     if not on_gpu:
         marks = [time.perf_counter()]
         for _ in range(count):

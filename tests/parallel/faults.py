@@ -14,7 +14,7 @@ from hamner.checkpoint import format as checkpoint
 from hamner.cli import run_command
 from hamner.parallel.ranks import Rank
 from hamner.train.__main__ import main
-from hamner.train.loop import Trainer
+from hamner.train.step import OnPhase, ignore_phase
 
 
 def die() -> None:
@@ -33,30 +33,26 @@ def be_interrupted() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def in_step(step: int, fault: Callable[[], None]) -> None:
-    """Let a fault happen between backward and update of a step, counted from 1."""
-    from hamner.train.optimizer import AdamW
+def in_step(step: int, fault: Callable[[], None]) -> OnPhase:
+    """The observer lets a fault happen between backward and update of a step, counted from 1."""
+    return at_phase("optimizer", step, fault)
 
-    update = AdamW.step
 
-    def step_once(self, *args):
-        if self.steps == step - 1:
+def before_step(step: int, fault: Callable[[], None]) -> OnPhase:
+    """The observer lets a fault happen when a step is due, counted from 1."""
+    return at_phase("forward", step, fault)
+
+
+def at_phase(phase: str, step: int, fault: Callable[[], None]) -> OnPhase:
+    """The observer lets a fault happen, once, when a phase of a step begins."""
+    happened = []
+
+    def on_phase(begins: str, of_step: int) -> None:
+        if (begins, of_step) == (phase, step) and not happened:
+            happened.append(step)
             fault()
-        return update(self, *args)
 
-    AdamW.step = step_once
-
-
-def before_step(step: int, fault: Callable[[], None]) -> None:
-    """Let a fault happen when a step is due, counted from 1."""
-    train_step = Trainer.train_step
-
-    def step_once(self, *args):
-        if self.step == step - 1:
-            fault()
-        return train_step(self, *args)
-
-    Trainer.train_step = step_once
+    return on_phase
 
 
 def in_save(step: int, fault: Callable[[], None]) -> None:
@@ -73,10 +69,10 @@ def in_save(step: int, fault: Callable[[], None]) -> None:
 
 
 if __name__ == "__main__":
-    rank = Rank.read()
+    rank, on_phase = Rank.read(), ignore_phase
     if rank.restarts == 0 and rank.global_rank == 1:
-        in_step(7, die)
+        on_phase = in_step(7, die)
     if rank.restarts == 1 and rank.global_rank == 0:
         in_save(12, die)
     sys.argv[0] = "hamner.train"
-    run_command(main)
+    run_command(lambda args: main(args, on_phase=on_phase))

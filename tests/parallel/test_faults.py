@@ -12,6 +12,7 @@ from hamner.checkpoint import format as checkpoint
 from hamner.config.train import TrainConfig
 from hamner.parallel.ranks import Rank
 from hamner.train.loop import train
+from hamner.train.step import ignore_phase
 from tests import forked
 from tests.corpus import write_predictable
 from tests.parallel import faults
@@ -36,9 +37,10 @@ def config(tmp_path) -> TrainConfig:
 def train_with_fault(ports: list[int], config: TrainConfig, where: str, fault: str) -> None:
     """Body of a process: rank 1 has the fault."""
     enter(ports)
+    on_phase = ignore_phase
     if Rank.read().global_rank == 1:
-        getattr(faults, where)(FAULT_STEP, getattr(faults, fault))
-    result = train(config)
+        on_phase = getattr(faults, where)(FAULT_STEP, getattr(faults, fault))
+    result = train(config, on_phase=on_phase)
     print("INTERRUPTED" if result.interrupted else "DONE", result.step)
 
 

@@ -8,8 +8,7 @@ import torch
 from hamner.config.options import for_option
 from hamner.config.train import TrainConfig
 from hamner.parallel.processes import open_processes
-from hamner.profile.steps import Steps
-from hamner.train.cuda_graph import GraphedBackward
+from hamner.profile.steps import LR, Steps
 from tests.parallel.jobs import enter, run_job, said, train_together
 from tests.train.test_loop import metrics
 
@@ -96,12 +95,11 @@ def step_without_waiting(ports: list[int]) -> None:
             config = replace(config, micro_batch_size=config.micro_batch_size // micro_batches)
             enter(ports)
             with open_processes(config) as processes, Steps(config, processes) as run:
-                is_graph = isinstance(run.trainer.micro_step, GraphedBackward)
-                assert is_graph == (micro_batches == 1)
+                assert run.step.is_graphed == (micro_batches == 1)
                 run.warm_up(3)
-                batch = next(run.trainer.loader)
+                batch = next(run.loader)
                 run.synchronize()
                 torch.cuda.set_sync_debug_mode("error")
-                loss = run.step(batch)
+                loss = run.step.step(batch, LR).loss
                 torch.cuda.set_sync_debug_mode("default")
                 assert torch.isfinite(loss)

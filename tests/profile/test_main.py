@@ -9,14 +9,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hamner.checkpoint.run_folder import RunFolder
 from hamner.errors import UserError
 from hamner.profile.__main__ import ProfileConfig, main, parse
 from hamner.profile.capture import capture
-from hamner.profile.ranges import MODULES, named
+from hamner.profile.ranges import MODULES, Ranges
+from hamner.profile.steps import Steps
 from hamner.profile.summary import summarize
 from hamner.profile.trace import read_trace
-from hamner.train.loop import Trainer
 from tests import forked
 from tests.corpus import write_predictable
 from tests.profile.traces import TraceWriter
@@ -100,23 +99,23 @@ def test_a_picture_that_cannot_be_written_is_named(captured, flag, trace, tmp_pa
         main(["read", str(captured[0] / trace), flag, str(path)])
 
 
-def test_ranges_leave_nothing_behind(tmp_path):
-    """The trainer steps afterwards as if it had never been traced."""
+def test_ranges_are_there_only_while_switched_on(tmp_path):
+    """The step is taken before and afterwards as if it were never traced, and no folder is made."""
     data = write_predictable(tmp_path / "data.jsonl")
     config = replace(parse(SMALL).run, run_dir=tmp_path / "run", data=(str(data),))
-    trainer = Trainer(config, RunFolder(config.folder))
-    try:
-        step, forward = trainer.optimizer.step, trainer.forward
-        with torch.profiler.profile() as profiler, named(trainer) as phases:
-            phases.enter("data")
-            trainer.forward(torch.zeros(1, 8, dtype=torch.long))
-        names = {event.name for event in profiler.events()}
-        assert {"data", "forward", "backward", "layers.0.attention", "layers.1.mlp"} <= names
-        assert trainer.optimizer.step == step and trainer.forward == forward
-        hooked = [m for m in trainer.model.modules() if isinstance(m, MODULES)]
+    ranges = Ranges()
+    expected = {"data", "forward", "backward", "layers.0.attention", "layers.1.mlp"}
+    with Steps(config, on_phase=ranges) as run:
+        with torch.profiler.profile() as profiler, ranges.switched_on(run.step):
+            run.take(1)
+        hooked = [m for m in run.step.model.modules() if isinstance(m, MODULES)]
         assert hooked and not any(m._forward_hooks or m._forward_pre_hooks for m in hooked)
-    finally:
-        trainer.close()
+        with torch.profiler.profile() as untraced:
+            run.take(1)
+    traced = {event.name for event in profiler.events()}
+    assert expected <= traced
+    assert not expected & {event.name for event in untraced.events()}
+    assert not config.folder.exists()
 
 
 def run(*args: str, **kwargs) -> subprocess.CompletedProcess:

@@ -11,8 +11,8 @@ from hamner.checkpoint import format as checkpoint
 from hamner.checkpoint.run_folder import RunFolder
 from hamner.checkpoint.writer import BackgroundSaver
 from hamner.config.train import TrainConfig
-from hamner.train.loop import Trainer, train
-from tests.train.test_loop import NeverInterrupted, metrics
+from hamner.train.loop import TrainingLoop, train
+from tests.train.test_loop import metrics
 from tests.train.test_loop_gpu import random_batch, tiny_config
 
 pytestmark = pytest.mark.gpu
@@ -33,7 +33,6 @@ def test_a_save_copies_the_moment_and_waits_for_nothing(tmp_path):
             step,
             model={"weight": weight},
             optimizer={"exp_avg.weight": weight},
-            counters={"loss_sum": weight[0]},
             state={"step": step},
         )
 
@@ -52,22 +51,30 @@ def test_a_save_copies_the_moment_and_waits_for_nothing(tmp_path):
     loaded = torch.zeros(1 << 20)
     saved.load_model({"weight": loaded})
     assert torch.equal(loaded, torch.full((1 << 20,), 2.0))
-    assert saved.state()["loss_sum"] == 2.0
+
+
+def take_step(trainer: TrainingLoop, batch) -> None:
+    """A step and what follows its update in the loop."""
+    result = trainer.step.step(batch, 1e-3)
+    trainer.progress.step += 1
+    trainer.progress.tokens += result.tokens
+    step, tokens = trainer.progress.step, trainer.progress.tokens
+    trainer.log.record(step, tokens, lr=1e-3, batch=batch, result=result)
 
 
 def test_a_finished_step_never_waits_for_the_gpu(config):
-    """What follows the update: counters, the reading of the step, a save that is due."""
-    trainer = Trainer(config, RunFolder(config.folder))
-    batch, interrupt = random_batch(config), NeverInterrupted()
+    """What follows the update: the reading of the step. (A save waits for the steps under way.)"""
+    trainer = TrainingLoop(config, RunFolder(config.folder))
+    batch = random_batch(config)
     try:
         for step in range(5):
-            trainer.note_save(trainer.saver.wait())
             if step == 4:
                 torch.cuda.synchronize()
                 torch.cuda.set_sync_debug_mode("error")
-            norm = trainer.train_step(batch, 1e-3, interrupt)
-            trainer.finish_step(batch, 1e-3, norm)
-            trainer.save_when_due(True)
+            take_step(trainer, batch)
+            torch.cuda.set_sync_debug_mode("default")
+            trainer.saves.save_best(trainer.progress.step, is_healthy=True)
+        trainer.saves.save_last(5)
     finally:
         torch.cuda.set_sync_debug_mode("default")
         trainer.close()
@@ -118,24 +125,22 @@ def test_a_run_may_move_between_gpu_and_cpu(config, devices):
 
 def test_a_bad_step_is_skipped_counted_and_kept(config):
     """Found when its numbers come in, and only its update is missing."""
-    trainer = Trainer(config, RunFolder(config.folder))
-    batch, interrupt = random_batch(config), NeverInterrupted()
+    trainer = TrainingLoop(config, RunFolder(config.folder))
+    batch = random_batch(config)
     try:
         for _ in range(3):
-            norm = trainer.train_step(batch, 1e-3, interrupt)
-            trainer.finish_step(batch, 1e-3, norm)
-        trainer.judge_steps(most_under_way=0)
-        before = {name: p.clone() for name, p in trainer.optimizer.parameters.items()}
-        trainer.model.norm.weight.data[0] = math.inf
-        norm = trainer.train_step(batch, 1e-3, interrupt)
-        trainer.finish_step(batch, 1e-3, norm)
-        trainer.judge_steps(most_under_way=0)
+            take_step(trainer, batch)
+        trainer.log.drain()
+        before = {name: p.clone() for name, p in trainer.step.optimizer.parameters.items()}
+        trainer.step.model.norm.weight.data[0] = math.inf
+        take_step(trainer, batch)
+        trainer.log.drain()
     finally:
         trainer.close()
-    assert trainer.bad_in_a_row == 1
-    assert int(trainer.skipped) == 1
+    assert trainer.log.health.bad_in_a_row == 1
+    assert trainer.log.skipped_steps == 1
     kept = [path.name for path in trainer.run.bad_steps.iterdir()]
     assert kept == ["step_00000004.safetensors"]
-    for name, parameter in trainer.optimizer.parameters.items():
+    for name, parameter in trainer.step.optimizer.parameters.items():
         if name != "norm.weight":
             assert torch.equal(parameter, before[name]), name

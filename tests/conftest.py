@@ -13,6 +13,9 @@ import torch
 # Triton reads the variable when a kernel is decorated, so it must be set before any is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    from tests.interpreter import avoid_repetition
+
+    avoid_repetition()
 
 
 NEEDS = {"chat/test_server.py": "openai", "evaluate/test_harness.py": "lm_eval"}

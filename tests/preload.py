@@ -16,8 +16,11 @@ import torch.onnx
 import hamner.data.prepare
 import hamner.train.loop
 from hamner.data.tokenizer import load_tokenizer
+from tests.interpreter import avoid_repetition
 
 BYTES_ONLY = 261
 """vocabulary of most of the tests' models"""
 
 load_tokenizer("builtin", BYTES_ONLY)
+if not torch.cuda.is_available():
+    avoid_repetition()

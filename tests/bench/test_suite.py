@@ -33,7 +33,7 @@ def test_smoke_of_the_quick_rows(tmp_path):
     ]
     rows_file = tmp_path / "rows.jsonl"
     output = (f"--benchmark-json={file}", "--rows", str(rows_file))
-    result = run("--smoke", "--quick", *output, *modules, from_nothing=True)
+    result = run("--smoke", "--quick", *output, *modules)
     assert result.returncode == 0, result.stdout + result.stderr
     rows = [benchmark["extra_info"] for benchmark in json.loads(file.read_text())["benchmarks"]]
     assert {row["kind"] for row in rows} == {"option", "trainer", "kernel"}
@@ -69,7 +69,8 @@ def test_a_budget_that_is_too_small_is_reported(tmp_path):
 
 
 def test_a_file_of_rows_that_cannot_be_written_is_refused_at_once(tmp_path):
-    result = run("--smoke", "--rows", str(tmp_path / "nowhere" / "rows.jsonl"), "bench/")
+    rows = str(tmp_path / "nowhere" / "rows.jsonl")
+    result = run("--smoke", "--rows", rows, "bench/", from_nothing=True)
     assert result.returncode == pytest.ExitCode.USAGE_ERROR
     assert "rows.jsonl cannot be written: No such file" in result.stderr
 

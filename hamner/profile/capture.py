@@ -1,4 +1,4 @@
-"""Traces warm steps of a trainer, as they run in training: real loader, clipping, optimizer.
+"""`capture` traces warm steps of a run, as they run in training: real loader, clipping, optimizer.
 
 A capture writes into its folder
 
@@ -24,22 +24,23 @@ import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from hamner.config.train import TrainConfig
+from hamner.data.loader import TrainLoader
 from hamner.errors import UserError
 from hamner.parallel.processes import Alone, open_processes
 from hamner.parallel.tensors import local
 from hamner.profile import memory, report
-from hamner.profile.ranges import named
-from hamner.profile.steps import Steps
+from hamner.profile.ranges import Ranges
+from hamner.profile.steps import is_on_gpu, open_steps, synchronize, take, time_steps, warm_up
 from hamner.profile.summary import Summary, summarize
 from hamner.profile.trace import METADATA_KEY, read_trace, with_callers_of
-from hamner.train.loop import Trainer
+from hamner.train.step import TrainStep
 
 TIMED_STEPS = 10
 SNAPSHOT_EVENTS = 1_000_000
 
 
 def capture(config: TrainConfig, out: Path, *, steps: int, warmup: int) -> Summary | None:
-    """Trace `steps` steps of a run after `warmup` others, and write what they show.
+    """`capture` traces `steps` steps of a run after `warmup` others, and writes what they show.
 
     Args:
         config: the run whose steps are traced; nothing is written to its run folder.
@@ -60,24 +61,32 @@ def capture(config: TrainConfig, out: Path, *, steps: int, warmup: int) -> Summa
 
 
 def _trace(config: TrainConfig, out: Path, processes: Alone, *, steps: int, warmup: int) -> bool:
-    """Take the steps and write what was traced; whether a CUDA graph replays them."""
-    with Steps(config, processes) as run:
+    """The steps are taken and what was traced is written.
+
+    Returns:
+        Whether a CUDA graph replays them.
+    """
+    ranges = Ranges()
+    with open_steps(config, processes, ranges) as (step, loader):
         processes.from_main(lambda: out.mkdir(parents=True, exist_ok=True))
-        metadata = _metadata(run.trainer)
-        with run.launched_one_by_one() as graphed:
-            run.take(warmup)
-            _trace_memory(run, out, metadata)
-            if graphed:
-                _trace_time(run, out / "launches.json.gz", steps, metadata)
-        if graphed:
-            run.warm_up(warmup)
-        metadata["unprofiled_step_ms"] = statistics.median(run.time(TIMED_STEPS))
-        _trace_time(run, out / "trace.json.gz", steps, metadata)
-    return graphed
+        run = _TracedRun(step, loader, ranges)
+        is_graphed = step.is_graphed
+        step.launch_one_by_one()
+        take(step, loader, warmup)
+        run.trace_memory(out)
+        if is_graphed:
+            run.trace_time(out / "launches.json.gz", steps)
+            step.record_graph()
+            warm_up(step, loader, warmup)
+        run.metadata["unprofiled_step_ms"] = statistics.median(
+            time_steps(step, loader, TIMED_STEPS)
+        )
+        run.trace_time(out / "trace.json.gz", steps)
+    return is_graphed
 
 
 def _summarize(config: TrainConfig, out: Path, graphed: bool) -> Summary:
-    """Write and print what the traces show."""
+    """What the traces show is written and printed."""
     trace = read_trace(out / "trace.json.gz")
     if graphed:
         trace = with_callers_of(trace, read_trace(out / "launches.json.gz"))
@@ -93,7 +102,7 @@ def _summarize(config: TrainConfig, out: Path, graphed: bool) -> Summary:
 
 
 def run_for_nsight(config: TrainConfig, *, steps: int, warmup: int) -> None:
-    """Run the same steps with NVTX ranges between cudaProfilerStart and Stop, and write nothing.
+    """The same steps run with NVTX ranges between cudaProfilerStart and Stop; nothing is written.
 
     For `nsys profile --capture-range cudaProfilerApi` and `ncu --profile-from-start off`, which
     cannot share the GPU's counters with torch-profiler.
@@ -103,16 +112,19 @@ def run_for_nsight(config: TrainConfig, *, steps: int, warmup: int) -> None:
     """
     if not torch.cuda.is_available():
         raise UserError("--tool nsight needs a CUDA GPU; --tool torch works on a CPU")
-    with open_processes(config) as processes, Steps(config, processes) as run:
-        run.warm_up(warmup)
+    ranges = Ranges()
+    with (
+        open_processes(config) as processes,
+        open_steps(config, processes, ranges) as (step, loader),
+    ):
+        warm_up(step, loader, warmup)
         torch.cuda.synchronize()
         torch.cuda.cudart().cudaProfilerStart()
-        with named(run.trainer) as phases:
+        with ranges.named(step):
             for number in range(steps):
                 # As torch-profiler marks steps, so that `read_trace` finds them.
                 with torch.cuda.nvtx.range(f"ProfilerStep#{number}"):
-                    run.take(1, phases)
-                    phases.enter(None)
+                    take(step, loader, 1)
         torch.cuda.synchronize()
         torch.cuda.cudart().cudaProfilerStop()
 
@@ -122,67 +134,79 @@ def _require_new(out: Path) -> None:
         raise UserError(f"--out {out} already holds something: give a new folder")
 
 
-def _metadata(trainer: Trainer) -> dict:
-    config, optimizer = trainer.config, trainer.optimizer
+class _TracedRun:
+    """A run's steps are traced with ranges that say what each part of the trace is for."""
+
+    def __init__(self, step: TrainStep, loader: TrainLoader, ranges: Ranges) -> None:
+        self.step, self.loader, self.ranges = step, loader, ranges
+        self.metadata = _metadata(step)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes what was traced."""
+        return self.step.processes.place.is_main
+
+    def trace_time(self, path: Path, steps: int) -> None:
+        """The times of `steps` steps are written to a file."""
+        activities = [ProfilerActivity.CPU]
+        if is_on_gpu(self.step):
+            activities.append(ProfilerActivity.CUDA)
+
+        def export(profiler: profile) -> None:
+            if self.is_main:
+                profiler.export_chrome_trace(str(path))
+
+        with (
+            profile(
+                activities=activities,
+                # One step to let the tracing itself warm up.
+                schedule=schedule(wait=0, warmup=1, active=steps, repeat=1),
+                record_shapes=True,
+                on_trace_ready=export,
+            ) as profiler,
+            self.ranges.named(self.step),
+        ):
+            take(self.step, self.loader, 1)
+            synchronize(self.step)  # or what still runs would be counted to the traced steps
+            profiler.step()
+            # Only a profiler that records takes it.
+            profiler.add_metadata_json(METADATA_KEY, json.dumps(self.metadata))
+            for left in reversed(range(steps)):
+                take(self.step, self.loader, 1)
+                if not left:
+                    synchronize(self.step)
+                profiler.step()
+
+    def trace_memory(self, out: Path) -> None:
+        """The allocations of one step are written into a folder."""
+        on_gpu = is_on_gpu(self.step)
+        synchronize(self.step)
+        if on_gpu:
+            torch.cuda.memory._record_memory_history(stacks="python", max_entries=SNAPSHOT_EVENTS)
+        with (
+            profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
+            self.ranges.named(self.step),
+        ):
+            profiler.add_metadata_json(METADATA_KEY, json.dumps(self.metadata))
+            take(self.step, self.loader, 1)
+            synchronize(self.step)
+        if self.is_main:
+            profiler.export_chrome_trace(str(out / "memory.json.gz"))
+        if on_gpu:
+            if self.is_main:
+                torch.cuda.memory._dump_snapshot(str(out / "memory_snapshot.pickle"))
+            torch.cuda.memory._record_memory_history(enabled=None)
+
+
+def _metadata(step: TrainStep) -> dict:
+    config, optimizer = step.config, step.optimizer
     weights = optimizer.parameters.values()
     return {
         "option": config.option,
         "tokens_per_step": config.tokens_per_step,
-        "gpus": trainer.world_size,
+        "gpus": step.world_size,
         "flops_per_token": config.model.flops_per_token(config.seq_len),
-        "precision": trainer.compute.precision,
+        "precision": step.compute.precision,
         "weight_bytes": sum(local(w).nbytes for w in weights),
         "optimizer_bytes": sum(local(t).nbytes for t in optimizer.state_tensors().values()),
     }
-
-
-def _trace_time(run: Steps, path: Path, steps: int, metadata: dict) -> None:
-    activities = [ProfilerActivity.CPU]
-    if run.on_gpu:
-        activities.append(ProfilerActivity.CUDA)
-
-    def export(profiler: profile) -> None:
-        if run.trainer.is_main:
-            profiler.export_chrome_trace(str(path))
-
-    with (
-        profile(
-            activities=activities,
-            # One step to let the tracing itself warm up.
-            schedule=schedule(wait=0, warmup=1, active=steps, repeat=1),
-            record_shapes=True,
-            on_trace_ready=export,
-        ) as profiler,
-        named(run.trainer) as phases,
-    ):
-        run.take(1, phases)
-        run.synchronize()  # or what is still running would be counted to the traced steps
-        profiler.step()
-        # Only a profiler that records takes it.
-        profiler.add_metadata_json(METADATA_KEY, json.dumps(metadata))
-        for left in reversed(range(steps)):
-            run.take(1, phases)
-            if not left:
-                phases.enter(None)
-                run.synchronize()
-            profiler.step()
-
-
-def _trace_memory(run: Steps, out: Path, metadata: dict) -> None:
-    run.synchronize()
-    if run.on_gpu:
-        torch.cuda.memory._record_memory_history(stacks="python", max_entries=SNAPSHOT_EVENTS)
-    with (
-        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
-        named(run.trainer) as phases,
-    ):
-        profiler.add_metadata_json(METADATA_KEY, json.dumps(metadata))
-        run.take(1, phases)
-        phases.enter(None)
-        run.synchronize()
-    if run.trainer.is_main:
-        profiler.export_chrome_trace(str(out / "memory.json.gz"))
-    if run.on_gpu:
-        if run.trainer.is_main:
-            torch.cuda.memory._dump_snapshot(str(out / "memory_snapshot.pickle"))
-        torch.cuda.memory._record_memory_history(enabled=None)

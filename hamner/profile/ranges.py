@@ -1,8 +1,8 @@
-"""Names what a step does while it is traced: its phases, and its modules forward and backward.
+"""`Ranges` names what a step does while it is traced: its phases, and its modules both ways.
 
 Ranges appear in torch-profiler's trace and, as NVTX ranges, in Nsight Systems and Nsight Compute.
-They are put around a trainer's functions and into its model's hooks only while a capture runs:
-training pays nothing for them.
+They are opened, and hooks put into the model, only while a capture runs: steps taken before and
+after it pay one call that returns at once.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from hamner.model.transformer import Attention, DenseMLP, MoEMLP
-from hamner.train.loop import Trainer
+from hamner.train.step import TrainStep
 
 MODULES = (nn.Embedding, Attention, DenseMLP, MoEMLP)
 """those that get a range of their own"""
@@ -26,65 +26,42 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-class Phases:
-    """The phases of a step, one after the other: each `enter` ends the one before."""
+class Ranges:
+    """An observer of a step's phases (`hamner.train.step.OnPhase`) gives each a range of its own.
+
+    A phase stays open until the next one: "data" therefore includes the first copies to the GPU.
+    """
 
     def __init__(self) -> None:
-        self._current = contextlib.ExitStack()
+        self._is_on = False
+        self._phase = contextlib.ExitStack()
 
-    def enter(self, name: str | None) -> None:
-        """Begin a phase; None only ends the current one."""
-        self._current.close()
-        if name is not None:
-            self._current.enter_context(_range(name))
+    def __call__(self, phase: str, step: int) -> None:
+        """The phase before ends; this one begins, unless it is ""."""
+        if self._is_on:
+            self._phase.close()
+            if phase:
+                self._phase.enter_context(_range(phase))
 
-
-@contextlib.contextmanager
-def named(trainer: Trainer) -> Iterator[Phases]:
-    """Name the phases and, unless the model is compiled or a CUDA graph, the modules of steps.
-
-    Yields:
-        The phases, for what the caller does beside `Trainer.train_step`. A phase stays open until
-        the next one: "data" therefore includes the copies to the GPU.
-    """
-    phases = Phases()
-    with contextlib.ExitStack() as marks:
-        if trainer.micro_step == trainer.forward_backward:
-            marks.enter_context(_around(trainer, "forward", phases, "forward", then="backward"))
-            # Hooks would break a compiled graph into pieces.
-            if not trainer.config.compile:
-                marks.enter_context(_named_modules(trainer.model))
-        else:
-            marks.enter_context(_around(trainer, "micro_step", phases, "graph"))
-        marks.enter_context(_around(trainer.optimizer, "accumulate", phases, "accumulate"))
-        marks.enter_context(_around(trainer.optimizer, "step", phases, "optimizer"))
-        yield phases
-    phases.enter(None)
-
-
-@contextlib.contextmanager
-def _around(
-    owner: object, attribute: str, phases: Phases, phase: str, then: str | None = None
-) -> Iterator[None]:
-    """While open, calls of `owner.attribute` are `phase`, and what follows them is `then`."""
-    function = getattr(owner, attribute)
-
-    def wrapped(*args, **kwargs):
-        phases.enter(phase)
-        result = function(*args, **kwargs)
-        phases.enter(then)
-        return result
-
-    setattr(owner, attribute, wrapped)
-    try:
-        yield
-    finally:
-        setattr(owner, attribute, function)
+    @contextlib.contextmanager
+    def named(self, step: TrainStep) -> Iterator[None]:
+        """While it is open, the phases of the step that this observes have names, and so have the
+        modules, unless the model is compiled or a CUDA graph."""
+        # Hooks would break a compiled graph into pieces, and a replay calls none.
+        has_modules = not (step.is_graphed or step.config.compile)
+        with _named_modules(step.model) if has_modules else contextlib.nullcontext():
+            self._is_on = True
+            try:
+                yield
+            finally:
+                self("", 0)
+                self._is_on = False
 
 
 @contextlib.contextmanager
 def _named_modules(model: nn.Module) -> Iterator[None]:
-    """A range for each of MODULES in forward; in backward NVTX ranges, which need not nest."""
+    """While it is open, each of MODULES has a range in forward, and in backward an NVTX range, which
+    need not nest."""
     handles = []
     backward = _BackwardRanges()
     for name, module in model.named_modules():
@@ -114,7 +91,8 @@ def _hooks(module: nn.Module, name: str, backward: "_BackwardRanges") -> Iterato
 
 
 class _BackwardRanges:
-    """NVTX ranges on the autograd thread: a module's begins when its output's gradient is there.
+    """NVTX ranges are put on the autograd thread: a module's begins when its output's gradient is
+    there.
 
     It ends where the next one begins. torch-profiler gets none of them: they would begin inside one
     of its operations and end inside another.
@@ -124,7 +102,7 @@ class _BackwardRanges:
         self._is_open = False
 
     def begin(self, name: str) -> Callable[[Tensor], None]:
-        """A gradient hook."""
+        """The hook of a gradient with which a module's range begins."""
 
         def hook(_gradient: Tensor) -> None:
             if self._is_open:

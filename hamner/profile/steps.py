@@ -1,111 +1,93 @@
-"""A trainer's steps without its run: for profiles and benchmarks, which write no run folder."""
+"""Steps to trace or to time: a `TrainStep` and the data of its run, without the run's folder."""
 
 import contextlib
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from hamner.checkpoint.run_folder import RunFolder
 from hamner.config.train import TrainConfig
-from hamner.data.loader import Batch
+from hamner.data.loader import Batch, DataConfig, TrainLoader
+from hamner.data.tokenizer import load_tokenizer
 from hamner.parallel.processes import Alone
-from hamner.profile.ranges import Phases
-from hamner.train.cuda_graph import GraphedBackward
-from hamner.train.loop import Trainer
+from hamner.train.step import OnPhase, TrainStep, ignore_phase
 
 LR = 1e-5
 """a step's time does not depend on it"""
 
 
-class _NeverInterrupted:
-    requested = False
-
-
-class Steps:
-    """Builds a trainer and takes steps, exactly as the loop does. A context manager.
+def build_step(
+    config: TrainConfig, processes: Alone | None = None, on_phase: OnPhase = ignore_phase
+) -> TrainStep:
+    """The function builds a run's step, which keeps to its plan: one that does not fit is not
+    replaced, since nobody asked for the figures of another.
 
     Args:
-        config: the run whose steps are taken; nothing is written to its run folder.
-        processes: that train together, each with its `Steps`, which must take the same ones;
-            default this one alone.
+        config: the run whose steps are taken.
+        processes: that train together, each with its step, which must take the same ones; default
+            this one alone.
+        on_phase: see `TrainStep`.
 
     Raises:
-        UserError: the configuration or the data does not allow it.
+        UserError: the configuration does not allow it.
     """
+    step = TrainStep(config, processes, on_phase=on_phase)
+    step.has_stepped_down = True
+    return step
 
-    def __init__(self, config: TrainConfig, processes: Alone | None = None) -> None:
-        self._scratch = tempfile.TemporaryDirectory()
-        folder = Path(self._scratch.name)
-        # Its folder goes when the steps are over, and no step reads validation rows.
-        config = replace(config, run_dir=folder, resume=False, report_to=(), eval_tokens=1)
-        try:
-            self.trainer = Trainer(config, RunFolder(folder), processes=processes)
-        except BaseException:
-            self._scratch.cleanup()
-            raise
 
-    def __enter__(self) -> "Steps":
-        return self
+def open_loader(config: TrainConfig, *, pin_memory: bool) -> TrainLoader:
+    """The function opens the batches that a run trains on.
 
-    def __exit__(self, *_error) -> None:
-        self.trainer.close()
-        self._scratch.cleanup()
+    Raises:
+        UserError: the data does not allow it.
+    """
+    data = DataConfig(
+        specs=config.data,
+        seq_len=config.seq_len,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        val_fraction=config.val_fraction,
+    )
+    tokenizer = load_tokenizer(config.tokenizer, config.model.vocab_size)
+    return TrainLoader(data, tokenizer, pin_memory=pin_memory)
 
-    @property
-    def on_gpu(self) -> bool:
-        """Whether the steps run on a GPU."""
-        return self.trainer.compute.device.type == "cuda"
 
-    @contextlib.contextmanager
-    def launched_one_by_one(self) -> Iterator[bool]:
-        """While open, no CUDA graph replays the step. Yields whether one would."""
-        trainer = self.trainer
-        as_trained = trainer.micro_step
-        trainer.micro_step = trainer.forward_backward
-        try:
-            yield as_trained != trainer.forward_backward
-        finally:
-            trainer.micro_step = as_trained
+@contextlib.contextmanager
+def open_steps(
+    config: TrainConfig, processes: Alone | None = None, on_phase: OnPhase = ignore_phase
+) -> Iterator[tuple[TrainStep, TrainLoader]]:
+    """While it is open, a run's steps can be taken on the run's own data; see `build_step`."""
+    step = build_step(config, processes, on_phase)
+    with (
+        contextlib.closing(step),
+        contextlib.closing(open_loader(config, pin_memory=is_on_gpu(step))) as loader,
+    ):
+        yield step, loader
 
-    def step(self, batch: Batch, lr: float = LR) -> Tensor:
-        """One optimizer step; returns its mean cross-entropy, 0-d on the device."""
-        trainer = self.trainer
-        trainer.train_step(batch, lr, _NeverInterrupted())
-        trainer.step += 1
-        return trainer.step_loss
 
-    def take(self, count: int, phases: Phases | None = None) -> None:
-        """`count` steps on the run's own data."""
-        for _ in range(count):
-            if phases is not None:
-                phases.enter("data")
-            self.trainer.train_step(next(self.trainer.loader), LR, _NeverInterrupted())
-            self.trainer.step += 1
+def take(step: TrainStep, batches: Iterator[Batch], count: int) -> None:
+    """The function takes `count` steps, as the training loop does."""
+    for _ in range(count):
+        step.on_phase("data", step.optimizer.steps + 1)
+        step.step(next(batches), LR)
 
-    def warm_up(self, count: int) -> None:
-        """`count` steps, and those that a CUDA graph needs beyond them until it is recorded."""
-        self.take(count)
-        micro_step = self.trainer.micro_step
-        while isinstance(micro_step, GraphedBackward) and not micro_step.is_recorded:
-            self.take(1)
 
-    def time(self, count: int) -> list[float]:
-        """Milliseconds of each of `count` steps, taken without waiting for the GPU between them."""
-        return time_calls(lambda: self.take(1), count, on_gpu=self.on_gpu)
+def warm_up(step: TrainStep, batches: Iterator[Batch], count: int) -> None:
+    """The function takes `count` steps, and those that a CUDA graph needs until it is recorded."""
+    take(step, batches, count)
+    while not step.is_warm:
+        take(step, batches, 1)
 
-    def synchronize(self) -> None:
-        """Wait for the GPU, if there is one."""
-        if self.on_gpu:
-            torch.cuda.synchronize()
+
+def time_steps(step: TrainStep, batches: Iterator[Batch], count: int) -> list[float]:
+    """`time_steps` gives the milliseconds of each of `count` steps, between which nothing waits."""
+    return time_calls(lambda: take(step, batches, 1), count, on_gpu=is_on_gpu(step))
 
 
 def time_calls(function: Callable[[], object], count: int, *, on_gpu: bool) -> list[float]:
-    """Milliseconds of each of `count` calls; on a GPU one after the other without waiting."""
+    """`time_calls` gives the milliseconds of each of `count` calls; on a GPU they follow each other
+    without waiting."""
     if not on_gpu:
         marks = [time.perf_counter()]
         for _ in range(count):
@@ -119,3 +101,14 @@ def time_calls(function: Callable[[], object], count: int, *, on_gpu: bool) -> l
         event.record()
     torch.cuda.synchronize()
     return [a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)]
+
+
+def is_on_gpu(step: TrainStep) -> bool:
+    """The answer is whether a step runs on a GPU."""
+    return step.compute.device.type == "cuda"
+
+
+def synchronize(step: TrainStep) -> None:
+    """The function waits for the step's GPU, if it has one."""
+    if is_on_gpu(step):
+        torch.cuda.synchronize()

@@ -9,14 +9,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hamner.checkpoint.run_folder import RunFolder
 from hamner.errors import UserError
 from hamner.profile.__main__ import ProfileConfig, main, parse
 from hamner.profile.capture import capture
-from hamner.profile.ranges import MODULES, named
+from hamner.profile.ranges import MODULES, Ranges
+from hamner.profile.steps import open_steps, take
 from hamner.profile.summary import summarize
 from hamner.profile.trace import read_trace
-from hamner.train.loop import Trainer
 from tests.corpus import write_predictable
 from tests.profile.traces import TraceWriter
 
@@ -100,22 +99,21 @@ def test_a_picture_that_cannot_be_written_is_named(captured, flag, trace, tmp_pa
 
 
 def test_ranges_leave_nothing_behind(tmp_path):
-    """The trainer steps afterwards as if it had never been traced."""
+    """A step that was traced is afterwards as if it had never been."""
     data = write_predictable(tmp_path / "data.jsonl")
-    config = replace(parse(SMALL).run, run_dir=tmp_path / "run", data=(str(data),))
-    trainer = Trainer(config, RunFolder(config.folder))
-    try:
-        step, forward = trainer.optimizer.step, trainer.forward
-        with torch.profiler.profile() as profiler, named(trainer) as phases:
-            phases.enter("data")
-            trainer.forward(torch.zeros(1, 8, dtype=torch.long))
+    config = replace(parse(SMALL).run, data=(str(data),))
+    ranges = Ranges()
+    with open_steps(config, on_phase=ranges) as (step, loader):
+        with torch.profiler.profile() as profiler, ranges.named(step):
+            take(step, loader, 1)
         names = {event.name for event in profiler.events()}
-        assert {"data", "forward", "backward", "layers.0.attention", "layers.1.mlp"} <= names
-        assert trainer.optimizer.step == step and trainer.forward == forward
-        hooked = [m for m in trainer.model.modules() if isinstance(m, MODULES)]
+        phases = {"data", "forward", "backward", "accumulate", "optimizer"}
+        assert phases | {"layers.0.attention", "layers.1.mlp"} <= names
+        with torch.profiler.profile() as profiler:
+            take(step, loader, 1)
+        assert not phases & {event.name for event in profiler.events()}
+        hooked = [m for m in step.model.modules() if isinstance(m, MODULES)]
         assert hooked and not any(m._forward_hooks or m._forward_pre_hooks for m in hooked)
-    finally:
-        trainer.close()
 
 
 def run(*args: str, **kwargs) -> subprocess.CompletedProcess:

@@ -6,7 +6,7 @@ one pass over the whole batch where memory allows. Before anything is timed, the
 whole batch are compared with those of a plain fp32 model (`gradient_error`), which may be missed by
 twice what a plain model in the compute dtype misses them by.
 
-    Hamner        hamner.train.loop.Trainer, its step as it trains
+    Hamner        hamner.train.step.TrainStep, the step as it trains
     Plain         a plain torch model; torch.compile around all of it, or around each block with a
                   chunked loss and an activation memory budget
     HuggingFace   transformers' Llama or Mixtral, with or without Liger's kernels
@@ -31,7 +31,7 @@ from hamner.export.hf import to_hugging_face
 from hamner.model.attention import get_attention
 from hamner.model.ops import IGNORED_TARGET, build_ops
 from hamner.model.transformer import RMSNorm, Transformer
-from hamner.profile.steps import LR, Steps
+from hamner.profile.steps import LR, build_step
 from hamner.train.optimizer import BETAS, EPS
 
 WEIGHT_DECAY, GRAD_CLIP = 0.1, 1.0
@@ -189,31 +189,26 @@ class Hamner:
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        self.steps = Steps(config)
-        self.trainer = self.steps.trainer
+        self.train_step = build_step(config)
 
     def step(self, batch: Batch) -> object:
-        """A step of the training loop."""
-        return self.steps.step(batch)
+        """The step is that of the training loop."""
+        return self.train_step.step(batch, LR)
 
     def gradients(self, batch: Batch) -> dict[str, Tensor]:
-        """What the optimizer would be given."""
-        optimizer = self.trainer.optimizer
+        """The gradients are those that the optimizer would be given: the step is dropped there."""
+        optimizer = self.train_step.optimizer
         found: dict[str, Tensor] = {}
 
-        def keep(_lr: float, _loss: Tensor) -> Tensor:
-            gradients = optimizer.accumulated or {
-                name: parameter.grad for name, parameter in optimizer.parameters.items()
-            }
-            found.update({name: gradient.clone() for name, gradient in gradients.items()})
-            optimizer.drop_gradients()
-            return torch.zeros((), device=scale.device())
+        def keep_and_drop(done: int, total: int) -> bool:
+            if done == total:
+                gradients = optimizer.accumulated or {
+                    name: parameter.grad for name, parameter in optimizer.parameters.items()
+                }
+                found.update({name: gradient.clone() for name, gradient in gradients.items()})
+            return done == total
 
-        optimizer.step, step = keep, optimizer.step
-        try:
-            self.steps.step(batch)
-        finally:
-            optimizer.step = step
+        self.train_step.step(batch, LR, keep_and_drop)
         return found
 
     def named(self, model: Transformer) -> Mapping[str, Tensor]:
@@ -222,12 +217,12 @@ class Hamner:
 
     def parameters(self) -> Iterable[Tensor]:
         """The weights in the compute dtype; their fp32 masters play no part in gradients."""
-        return self.trainer.model.parameters()
+        return self.train_step.model.parameters()
 
     def close(self) -> None:
-        """End the loader and drop the model."""
-        self.steps.__exit__()
-        self.trainer = self.steps = None
+        """Drop the model."""
+        self.train_step.close()
+        self.train_step = None
 
 
 class TorchTrainer:

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 -m bench.scaling_job JOB.json
 
-Every row builds its own trainer; the processes, and what they have loaded, are those of them all.
+Every row builds its own step; the processes, and what they have loaded, are those of them all.
 """
 
 import gc
@@ -21,7 +21,7 @@ from hamner.config.train import TrainConfig
 from hamner.hardware import GIB
 from hamner.parallel.processes import Alone, open_processes
 from hamner.plan.communication import all_reduce_bytes
-from hamner.profile.steps import Steps, time_calls
+from hamner.profile.steps import LR, is_on_gpu, open_steps, time_calls, time_steps, warm_up
 from hamner.train import __main__ as train
 
 ALL_REDUCE_BYTES = 256 * 2**20
@@ -74,14 +74,14 @@ def configure(row: Row, flags: list[str]) -> TrainConfig:
 def measure(row: Row, flags: list[str], processes: Alone) -> dict:
     """The row's figures, the same in every process but for its own clock."""
     config = configure(row, flags)
-    with Steps(config, processes) as run:
-        if run.on_gpu:
+    with open_steps(config, processes) as (step, loader):
+        if is_on_gpu(step):
             torch.cuda.reset_peak_memory_stats()
-        losses = [run.step(next(run.trainer.loader)) for _ in range(row.losses)]
-        run.warm_up(max(0, row.warm_up - row.losses))
-        milliseconds = run.time(row.steps)
-        peak = torch.cuda.max_memory_allocated() if run.on_gpu else 0
-        is_graph = run.trainer.micro_step != run.trainer.forward_backward
+        losses = [step.step(next(loader), LR).loss for _ in range(row.losses)]
+        warm_up(step, loader, max(0, row.warm_up - row.losses))
+        milliseconds = time_steps(step, loader, row.steps)
+        peak = torch.cuda.max_memory_allocated() if is_on_gpu(step) else 0
+        is_graphed = step.is_graphed
     deciles = statistics.quantiles(milliseconds, n=10)
     return {
         "tokens_per_step": config.tokens_per_step,
@@ -89,7 +89,7 @@ def measure(row: Row, flags: list[str], processes: Alone) -> dict:
         "p50_ms": round(statistics.median(milliseconds), 3),
         "p90_ms": round(deciles[-1], 3),
         "peak_gib": round(processes.most([peak])[0] / GIB, 3),
-        "cuda_graph": is_graph,
+        "cuda_graph": is_graphed,
         "losses": [loss.item() for loss in losses],
     }
 

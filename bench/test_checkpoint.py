@@ -12,15 +12,14 @@ import pytest
 
 from bench.test_options import configure
 from hamner.checkpoint import format as checkpoint
-from hamner.profile.steps import Steps
+from hamner.train.step import TrainStep
 
 ROUNDS = 5
 
 
 @pytest.fixture
 def optimizer():
-    with Steps(configure("tiny", "auto", None)) as run:
-        yield run.trainer.optimizer
+    return TrainStep(configure("tiny", "auto", None)).optimizer
 
 
 def save(optimizer, folder, step: int) -> checkpoint.Checkpoint:

@@ -22,7 +22,7 @@ import torch
 from torch.optim import adamw as torch_adamw
 
 from bench import scale
-from bench.timing import record
+from bench.record import record
 from hamner.kernels.adamw import adamw_, adamw_reference_, join_master, split_master
 from hamner.kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from hamner.kernels.embedding import tied_embedding, tied_embedding_reference

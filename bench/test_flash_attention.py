@@ -27,7 +27,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from bench import scale
-from bench.timing import record
+from bench.record import record
 from hamner.kernels.flash_attention import (
     document_bounds,
     flash_attention,

@@ -8,6 +8,7 @@ with 10th and 90th percentiles and TFLOP/s, or GB/s of what must move, are in th
 the GPU.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from bench import scale
-from bench.timing import record
+from bench.record import record
 from hamner.kernels.grouped_matmul import moe_mlp, moe_mlp_reference
 from hamner.kernels.grouped_matmul_kernels import (
     launch_gate_up,
@@ -163,43 +164,54 @@ def in_direction(direction: str, forward: Callable, inputs: tuple[Tensor, ...]) 
     return lambda: torch.autograd.grad(outputs, inputs, gradients, retain_graph=True)
 
 
-def stage_cases(problem: Problem) -> dict[tuple[str, str], Case]:
-    """The grouped matmuls one by one: (stage, implementation)."""
+def activations(problem: Problem, routing: Routing) -> tuple[Tensor, Tensor]:
+    """What the stages read beside the problem is hidden (M, I) and d_gate_up (M, 2I)."""
+    order, offsets, weights = routing.order, routing.offsets, routing.weights
+    gate_up, hidden = launch_gate_up(problem.x, weights, order, offsets, problem.gate_up_weight)
+    d_hidden = launch_grouped_matmul(
+        problem.d_out, problem.down_weight, order, offsets, K, gather=True, transposed=False
+    )
+    return hidden, launch_swiglu_grad(gate_up, d_hidden, weights, order, rebuild=False)[0]
+
+
+def loop_over_experts(routing: Routing, rows: Tensor, weight: Tensor) -> Tensor:
+    """rows (M, inner) are multiplied by weight (E, inner, columns), in fp32."""
+    bounds = routing.offsets.tolist()
+    pieces = [
+        rows[start:end].float() @ weight[expert].float()
+        for expert, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False))
+    ]
+    return torch.cat(pieces)
+
+
+def loop_over_weight_grads(routing: Routing, d_rows: Tensor, rows: Tensor) -> Tensor:
+    """The gradient of each expert's weight is computed by itself, in fp32."""
+    bounds = routing.offsets.tolist()
+    return torch.stack(
+        [
+            d_rows[start:end].float().T @ rows[start:end].float()
+            for start, end in zip(bounds, bounds[1:], strict=False)
+        ]
+    )
+
+
+def stages_of(problem: Problem) -> dict[str, tuple[Callable, Callable, Callable, int]]:
+    """The grouped matmuls come one by one: ours, torch's, what both must agree with, and FLOPs."""
     routing = moe_route(problem.logits, K)
     order, offsets, top_k = routing.order, routing.offsets, K
     tokens = order.long() // K
     ends = offsets[1:]
     gate_up_weight, down_weight = problem.gate_up_weight, problem.down_weight
     x, d_out = problem.x, problem.d_out
-    gate_up, hidden = launch_gate_up(x, routing.weights, order, offsets, gate_up_weight)
-    d_hidden = launch_grouped_matmul(
-        d_out, down_weight, order, offsets, top_k, gather=True, transposed=False
-    )
-    d_gate_up, _ = launch_swiglu_grad(gate_up, d_hidden, routing.weights, order, rebuild=False)
+    hidden, d_gate_up = activations(problem, routing)
+    loop = functools.partial(loop_over_experts, routing)
+    loop_weight_grad = functools.partial(loop_over_weight_grads, routing)
 
     def by_pair(rows: Tensor) -> Tensor:
         return torch.empty_like(rows).index_copy_(0, order.long(), rows)
 
-    def loop(rows: Tensor, weight: Tensor) -> Tensor:
-        """rows (M, inner) times weight (E, inner, columns), in fp32."""
-        bounds = offsets.tolist()
-        pieces = [
-            rows[start:end].float() @ weight[expert].float()
-            for expert, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False))
-        ]
-        return torch.cat(pieces)
-
-    def loop_weight_grad(d_rows: Tensor, rows: Tensor) -> Tensor:
-        bounds = offsets.tolist()
-        return torch.stack(
-            [
-                d_rows[start:end].float().T @ rows[start:end].float()
-                for start, end in zip(bounds, bounds[1:], strict=False)
-            ]
-        )
-
     gate_up_flops, down_flops = 4 * M * D * I, 2 * M * D * I
-    stages = {
+    return {
         "gate_up": (
             lambda: launch_gate_up(x, routing.weights, order, offsets, gate_up_weight)[0],
             lambda: torch._grouped_mm(x[tokens], gate_up_weight.mT, offs=ends),
@@ -243,11 +255,6 @@ def stage_cases(problem: Problem) -> dict[tuple[str, str], Case]:
             gate_up_flops,
         ),
     }
-    cases = {}
-    for stage, (hamner, grouped_mm, expected, flops) in stages.items():
-        cases[stage, "hamner"] = Case(hamner, expected, flops)
-        cases[stage, "grouped_mm"] = Case(grouped_mm, expected, flops)
-    return cases
 
 
 def _tensors(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -299,5 +306,6 @@ def test_mlp(implementation, direction, problem, benchmark, ceilings):
     "stage", ["gate_up", "down", "d_hidden", "d_x", "d_down_weight", "d_gate_up_weight"]
 )
 def test_stage(stage, implementation, problem, benchmark, ceilings):
-    case = stage_cases(problem)[stage, implementation]
+    ours, grouped_mm, expected, flops = stages_of(problem)[stage]
+    case = Case(ours if implementation == "hamner" else grouped_mm, expected, flops)
     measure(benchmark, ceilings, case, f"moe {stage}", implementation)

@@ -9,7 +9,7 @@ percentile, the peak allocated and reserved, and apart from them the seconds to 
 up, with all that was not compiled ahead (bench/compile_ahead.py); beside speed and memory stands
 what `hamner.plan` projects for this card.
 
-The rows of an option share one trainer, which changes its recompute policies between them: only
+The rows of an option share one `TrainStep`, which changes its recompute policies between them: only
 the first one's build takes time.
 """
 
@@ -25,13 +25,15 @@ from bench import scale, steps
 from bench.compile_ahead import few_layers
 from hamner.config.options import OPTIONS
 from hamner.config.train import TrainConfig
+from hamner.data.loader import TrainLoader
 from hamner.errors import UserError
 from hamner.hardware import GIB, RESERVE_GIB, identify
 from hamner.plan import memory
 from hamner.plan.memory import MemoryPlan
 from hamner.plan.step_time import predict
-from hamner.profile.steps import Steps
+from hamner.profile.steps import open_steps, take
 from hamner.train import setup
+from hamner.train.step import TrainStep
 
 POLICIES = ("auto", "none", "selective", "full")
 QUICK = {("a", "selective", 1), ("a", "full", 1), ("c", "selective", 1), ("tiny", "auto", 1)}
@@ -55,7 +57,7 @@ def row_id(row: tuple[str, str, int]) -> str:
 IN_ONE_PASS = [(*row, 1) for row in itertools.product(OPTIONS, POLICIES)]
 ROWS = [
     pytest.param(*row, marks=marks(row), id=row_id(row))
-    # An option's rows one after the other, so that they share its trainer.
+    # An option's rows one after the other, so that they share its step.
     for row in sorted(IN_ONE_PASS + ACCUMULATED, key=lambda row: list(OPTIONS).index(row[0]))
 ]
 
@@ -104,38 +106,37 @@ def needed_gib(config: TrainConfig) -> float:
     return account.total / GIB
 
 
-class SharedSteps:
-    """The steps of the option at hand, built when a row first asks for them."""
+class SharedStep:
+    """The step of the option at hand and its data are built when a row first asks for them."""
 
     def __init__(self) -> None:
         self.option: str | None = None
         self.stack = contextlib.ExitStack()
 
-    def of(self, config: TrainConfig) -> Steps:
-        """The option's, which take this configuration's plan from now on."""
+    def of(self, config: TrainConfig) -> tuple[TrainStep, TrainLoader]:
+        """The option's step takes this configuration's plan from now on."""
         if self.option != config.option:
             self.close()
             self.stack.enter_context(steps.clean_memory())
-            self.steps = self.stack.enter_context(Steps(config))
+            self.opened = self.stack.enter_context(open_steps(config))
             self.option = config.option
-        trainer = self.steps.trainer
+        step = self.opened[0]
         policies = memory.parse(config.recompute, config.model.num_layers)
-        plan = setup.plan_memory(config, trainer.compute, trainer.compute.budget_bytes, policies)
-        trainer.follow(plan)
+        compute = step.compute
+        step.follow(setup.plan_memory(config, compute, compute.budget_bytes, policies))
         steps.free_memory()
-        return self.steps
+        return self.opened
 
     def close(self) -> None:
-        """Give its memory back."""
-        self.option = self.steps = None
+        """The memory is given back."""
+        self.option = self.opened = None
         self.stack.close()
 
 
 @pytest.fixture(scope="module")
-def shared_steps():
-    shared = SharedSteps()
-    yield shared
-    shared.close()
+def shared_step():
+    with contextlib.closing(SharedStep()) as shared:
+        yield shared
 
 
 def projection(config: TrainConfig, plan: MemoryPlan) -> dict[str, float]:
@@ -159,7 +160,7 @@ def projection(config: TrainConfig, plan: MemoryPlan) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(("option", "policy", "micro_batches"), ROWS)
-def test_option(benchmark, option, policy, micro_batches, vram_budget, does_not_fit, shared_steps):
+def test_option(benchmark, option, policy, micro_batches, vram_budget, does_not_fit, shared_step):
     benchmark.group = f"option {option}"
     if policy == "auto" and vram_budget is None and not steps.is_cpu():
         pytest.skip("where memory is plenty, auto is selective; it differs under --vram-budget")
@@ -172,8 +173,8 @@ def test_option(benchmark, option, policy, micro_batches, vram_budget, does_not_
         does_not_fit(row, needed_gib(config), capacity)
     started = time.perf_counter()
     try:
-        run = shared_steps.of(config)
-        plan = run.trainer.plan
+        step, loader = shared_step.of(config)
+        plan = step.plan
         benchmark.extra_info.update(
             kind="option",
             option=option,
@@ -181,13 +182,13 @@ def test_option(benchmark, option, policy, micro_batches, vram_budget, does_not_
             policies=memory.describe(plan.policies),
             batch_size=config.batch_size,
             micro_batch_size=plan.micro_batch_size,
-            attention=run.trainer.attention.name,
+            attention=step.attention.name,
             planned_gib=round(plan.account.total / GIB, 3),
             **projection(config, plan),
         )
         steps.measure(
             benchmark,
-            lambda: run.take(1),
+            lambda: take(step, loader, 1),
             model=config.model,
             seq_len=config.seq_len,
             tokens_per_step=config.tokens_per_step,
@@ -195,5 +196,5 @@ def test_option(benchmark, option, policy, micro_batches, vram_budget, does_not_
         )
     except (torch.OutOfMemoryError, UserError):
         # "auto" refuses a budget that is too small for a single sequence.
-        shared_steps.close()
+        shared_step.close()
         does_not_fit(row, None, capacity)

@@ -8,6 +8,7 @@ mixture's experts are computed, but weigh nothing: they depend on the rows they 
 the reference sees fewer. `extra_info` is that of test_options.py, with this error and its limit.
 """
 
+import contextlib
 import functools
 import itertools
 import time
@@ -28,9 +29,10 @@ from bench.baselines import (
 from bench.compile_ahead import few_layers
 from bench.test_options import capacity_gib, configure
 from hamner.config.train import TrainConfig
-from hamner.data.loader import Batch, DataConfig, TrainLoader
-from hamner.data.tokenizer import load_tokenizer
+from hamner.data.loader import Batch
 from hamner.hardware import GIB
+from hamner.profile.steps import open_loader
+from hamner.train.step import StepDoesNotFit
 
 pytestmark = pytest.mark.needs_gpu
 
@@ -91,14 +93,9 @@ def comparable(option: str, vram_budget: float | None = None) -> TrainConfig:
 @functools.cache
 def batches_of(option: str) -> tuple[Batch, ...]:
     """The first batches of the built-in corpus, the same for every trainer."""
-    config = comparable(option)
-    data = DataConfig(config.data, config.seq_len, config.batch_size, config.seed)
-    tokenizer = load_tokenizer(config.tokenizer, config.model.vocab_size)
-    loader = TrainLoader(data, tokenizer, pin_memory=not steps.is_cpu())
-    try:
+    loader = open_loader(comparable(option), pin_memory=not steps.is_cpu())
+    with contextlib.closing(loader):
         return tuple(itertools.islice(loader, BATCHES))
-    finally:
-        loader.close()
 
 
 @functools.cache
@@ -122,7 +119,7 @@ def test_trainer(benchmark, option, trainer, vram_budget, does_not_fit):
     try:
         with steps.clean_memory():
             compare_and_measure(benchmark, config, trainer)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, StepDoesNotFit):
         does_not_fit(f"{option} {trainer}", None, capacity_gib(vram_budget))
 
 

@@ -11,45 +11,45 @@ import sys
 import time
 from pathlib import Path
 
-from hamner.checkpoint import format as checkpoint
 from hamner.cli import run_command
 from hamner.train.__main__ import main
-from hamner.train.loop import Trainer
+
+FIRST_OF_A_STEP = ("forward", "graph")
+"""the training step's phases of which one is the first"""
 
 
-def watch(path: Path) -> None:
-    """Have the phases written down from now on."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    train_step, finish_step = Trainer.train_step, Trainer.finish_step
-    evaluate, save = Trainer.evaluate, checkpoint.save
+class Diary:
+    """An observer of a run's phases (`hamner.train.step.OnPhase`) writes them down for good."""
 
-    def note(phase: str, step: int, what: str) -> None:
-        # Written at once: whatever kills the process, the line is there.
-        os.write(descriptor, f"{phase} {step} {what} {time.monotonic()}\n".encode())
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        self.last_step = 0
+        """that began in this start"""
+        self.evaluated: int | None = None
+        """step of the evaluation under way"""
 
-    def watched_train_step(trainer, *args):
-        note("step", trainer.step + 1, "begins")
-        return train_step(trainer, *args)
+    def __call__(self, phase: str, step: int) -> None:
+        """A phase begins, and with it the one before has ended; saves go on beside the others."""
+        if phase in ("save", "saved"):
+            self.note("save", step, "begins" if phase == "save" else "ends")
+            return
+        if self.evaluated is not None:
+            self.note("evaluation", self.evaluated, "ends")
+            self.evaluated = None
+        if phase in FIRST_OF_A_STEP and step > self.last_step:
+            self.last_step = step
+            self.note("step", step, "begins")
+        elif phase == "step done":
+            self.note("step", step, "ends")
+        elif phase == "evaluation":
+            self.evaluated = step
+            self.note("evaluation", step, "begins")
 
-    def watched_finish_step(trainer, *args):
-        finish_step(trainer, *args)
-        note("step", trainer.step, "ends")
-
-    def watched_evaluate(trainer):
-        note("evaluation", trainer.step, "begins")
-        evaluate(trainer)
-        note("evaluation", trainer.step, "ends")
-
-    def watched_save(folder, step, **parts):
-        note("save", step, "begins")
-        saved = save(folder, step, **parts)
-        note("save", step, "ends")
-        return saved
-
-    Trainer.train_step, Trainer.finish_step = watched_train_step, watched_finish_step
-    Trainer.evaluate, checkpoint.save = watched_evaluate, watched_save
+    def note(self, phase: str, step: int, what: str) -> None:
+        """A line is written at once: whatever kills the process, it is there."""
+        os.write(self.descriptor, f"{phase} {step} {what} {time.monotonic()}\n".encode())
 
 
 if __name__ == "__main__":
-    watch(Path(sys.argv.pop(1)))
-    run_command(main)
+    diary = Diary(Path(sys.argv.pop(1)))
+    run_command(lambda args: main(args, on_phase=diary))

@@ -14,7 +14,7 @@ from hamner.checkpoint import format as checkpoint
 from hamner.cli import run_command
 from hamner.parallel.ranks import Place
 from hamner.train.__main__ import main
-from hamner.train.loop import Trainer
+from hamner.train.step import OnPhase, ignore_phase
 
 
 def die() -> None:
@@ -33,34 +33,26 @@ def be_interrupted() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def in_step(step: int, fault: Callable[[], None]) -> None:
-    """Let a fault happen between backward and update of a step, counted from 1."""
-    from hamner.train.optimizer import AdamW
+def in_step(step: int, fault: Callable[[], None]) -> OnPhase:
+    """The fault happens between backward and update of a step, counted from 1."""
+    return _at("optimizer", step, fault)
 
-    update = AdamW.step
 
-    def step_once(self, *args):
-        if self.steps == step - 1:
+def before_step(step: int, fault: Callable[[], None]) -> OnPhase:
+    """The fault happens when a step is due, counted from 1."""
+    return _at("data", step, fault)
+
+
+def _at(phase: str, step: int, fault: Callable[[], None]) -> OnPhase:
+    def on_phase(begun: str, of_step: int) -> None:
+        if (begun, of_step) == (phase, step):
             fault()
-        return update(self, *args)
 
-    AdamW.step = step_once
-
-
-def before_step(step: int, fault: Callable[[], None]) -> None:
-    """Let a fault happen when a step is due, counted from 1."""
-    train_step = Trainer.train_step
-
-    def step_once(self, *args):
-        if self.step == step - 1:
-            fault()
-        return train_step(self, *args)
-
-    Trainer.train_step = step_once
+    return on_phase
 
 
 def in_save(step: int, fault: Callable[[], None]) -> None:
-    """Let a fault happen when the tensors of a checkpoint of `step` or later are on disk; a busy
+    """The fault happens when the tensors of a checkpoint of `step` or later are on disk; a busy
     machine may still be writing the one before when that of `step` is due."""
     finish_save = checkpoint.finish_save
 
@@ -73,10 +65,10 @@ def in_save(step: int, fault: Callable[[], None]) -> None:
 
 
 if __name__ == "__main__":
-    place = Place.read()
+    place, on_phase = Place.read(), ignore_phase
     if place.restarts == 0 and place.rank == 1:
-        in_step(7, die)
+        on_phase = in_step(7, die)
     if place.restarts == 1 and place.rank == 0:
         in_save(12, die)
     sys.argv[0] = "hamner.train"
-    run_command(main)
+    run_command(lambda args: main(args, on_phase=on_phase))

@@ -26,10 +26,10 @@ from torch.utils.checkpoint import checkpoint
 from bench import scale
 from hamner.config.model import ModelConfig
 from hamner.config.train import TrainConfig
-from hamner.data.loader import Batch
+from hamner.data.batch import IGNORED_TARGET, Batch
 from hamner.export.hf import to_hugging_face
-from hamner.model.attention import get_attention
-from hamner.model.ops import IGNORED_TARGET, build_ops
+from hamner.model.attention import AttentionShape, get_attention
+from hamner.model.ops import build_ops
 from hamner.model.transformer import RMSNorm, Transformer
 from hamner.profile.steps import LR, build_step
 from hamner.train.optimizer import BETAS, EPS
@@ -75,17 +75,14 @@ class Contender(Protocol):
 
 def plain_model(config: ModelConfig) -> Transformer:
     """Hamner's model on plain torch operations, with its initial weights, in fp32."""
-    attention = get_attention(
-        "sdpa",
+    shape = AttentionShape.of_model(
+        config,
         device=torch.device(scale.device()),
         dtype=torch.float32,
-        head_size=config.head_size,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_kv_heads,
         seq_len=config.max_seq_len,
         micro_batch_size=REFERENCE_ROWS,
-        document_mask=False,
     )
+    attention = get_attention("sdpa", shape)
     with torch.device("meta"):
         model = Transformer(config, build_ops("torch", attention))
     model.to_empty(device=scale.device())

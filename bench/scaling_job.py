@@ -19,7 +19,7 @@ from bench.conditions import conditions
 from hamner.cli import run_command
 from hamner.config.train import TrainConfig
 from hamner.hardware import GIB
-from hamner.parallel.processes import Alone, open_processes
+from hamner.parallel.processes import SingleProcess, open_processes
 from hamner.plan.communication import all_reduce_bytes
 from hamner.profile.steps import LR, is_on_gpu, open_steps, time_calls, time_steps, warm_up
 from hamner.train import __main__ as train
@@ -71,7 +71,7 @@ def configure(row: Row, flags: list[str]) -> TrainConfig:
     )
 
 
-def measure(row: Row, flags: list[str], processes: Alone) -> dict:
+def measure(row: Row, flags: list[str], processes: SingleProcess) -> dict:
     """The row's figures, the same in every process but for its own clock."""
     config = configure(row, flags)
     with open_steps(config, processes) as (step, loader):
@@ -88,7 +88,7 @@ def measure(row: Row, flags: list[str], processes: Alone) -> dict:
         "p10_ms": round(deciles[0], 3),
         "p50_ms": round(statistics.median(milliseconds), 3),
         "p90_ms": round(deciles[-1], 3),
-        "peak_gib": round(processes.most([peak])[0] / GIB, 3),
+        "peak_gib": round(processes.all_reduce_max([peak])[0] / GIB, 3),
         "cuda_graph": is_graphed,
         "losses": [loss.item() for loss in losses],
     }
@@ -112,10 +112,10 @@ def main(args: list[str]) -> None:
     rows = [Row(**row) for row in job["rows"]]
     config = configure(rows[0], job["flags"])
     with open_processes(config) as processes:
-        is_main = processes.place.is_main
+        is_main = processes.rank.is_main
         on_gpu = torch.cuda.is_available() and config.device != "cpu"
-        several = processes.place.world_size > 1
-        link = bus_bandwidth(processes.place.world_size) if several and on_gpu else None
+        several = processes.rank.world_size > 1
+        link = bus_bandwidth(processes.rank.world_size) if several and on_gpu else None
         common = {"bus_gbs": link, "conditions": conditions() if is_main else None}
         for row in rows:
             result = measure(row, job["flags"], processes)

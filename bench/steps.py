@@ -11,6 +11,7 @@ import torch
 from bench import scale
 from hamner.config.model import ModelConfig
 from hamner.hardware import GIB, identify
+from hamner.plan.costs import flops_per_token
 from hamner.profile.steps import time_calls
 
 WARM_UP_STEPS = 4
@@ -79,7 +80,7 @@ def mfu(model: ModelConfig, seq_len: int, tokens_per_second: float) -> float | N
     gpu = None if is_cpu() else identify(torch.cuda.get_device_name())
     if gpu is None:
         return None
-    flops = tokens_per_second * model.flops_per_token(seq_len)
+    flops = tokens_per_second * flops_per_token(model, seq_len)
     return round(flops / (gpu.bf16_tflops * 1e12), 4)
 
 

@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from hamner.checkpoint.writer import BackgroundSaver
-from hamner.config.train import TrainConfig
+from hamner.config.options import for_option
 from hamner.data.loader import TrainLoader
 from hamner.profile.steps import LR, open_steps
+from hamner.train.optimizer import join_masters
 from hamner.train.step import TrainStep
 
 TEN_MINUTES = 600.0
@@ -28,8 +29,13 @@ SAVES = 2
 def test_save_beside_training(benchmark, option, tmp_path):
     if option != "tiny" and not torch.cuda.is_available():
         pytest.skip("option a needs a GPU")
-    config = TrainConfig.for_option(option)
-    saver = BackgroundSaver(tmp_path, keep=config.keep, keep_every=config.keep_every)
+    config = for_option(option)
+    saver = BackgroundSaver(
+        tmp_path,
+        keep=config.keep,
+        keep_every=config.keep_every,
+        join_masters=join_masters,
+    )
     with contextlib.closing(saver), open_steps(config) as (step, loader):
         measure(benchmark, saver, step, loader)
 
@@ -50,7 +56,7 @@ def measure(benchmark, saver: BackgroundSaver, step: TrainStep, loader: TrainLoa
     def begin_save() -> None:
         state = step.optimizer.state_tensors()
         model = step.model.state_dict()
-        saver.begin(step.steps_taken, model=model, optimizer=state, counters={}, state={})
+        saver.begin(step.steps_taken, model=model, optimizer=state, state={})
 
     excesses, steps_beside = [], []
 

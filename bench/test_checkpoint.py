@@ -12,6 +12,7 @@ import pytest
 
 from bench.test_options import configure
 from hamner.checkpoint import format as checkpoint
+from hamner.train.optimizer import join_masters
 from hamner.train.step import TrainStep
 
 ROUNDS = 5
@@ -27,7 +28,7 @@ def save(optimizer, folder, step: int) -> checkpoint.Checkpoint:
         folder,
         step,
         model=optimizer.parameters,
-        optimizer=optimizer.state_tensors(),
+        optimizer=join_masters(optimizer.parameters, optimizer.state_tensors()),
         state={"step": step},
     )
 

@@ -15,7 +15,7 @@ import functools
 import importlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -40,6 +40,8 @@ from hamner.kernels.rms_norm import (
 )
 from hamner.kernels.rope import rope_packed_, rope_reference
 from hamner.kernels.swiglu import swiglu, swiglu_reference
+from hamner.plan import costs
+from hamner.plan.costs import Cost
 
 pytestmark = [pytest.mark.needs_gpu, pytest.mark.usefixtures("keep_graphs")]
 
@@ -95,8 +97,22 @@ class Case:
     reference: Callable
     liger: Callable | None = None
     liger_inputs: Callable[..., tuple[torch.Tensor, ...]] = lambda *inputs: inputs
-    bytes_moved: dict[str, int] | None = None
-    flops: dict[str, int] | None = None
+    costs: dict[str, Cost] = field(default_factory=dict)
+    """of each direction; an op with matmuls is held to its FLOPs, another to its bytes"""
+
+
+def both_ways(cost: Callable[..., Cost], elements: int, **how: bool) -> dict[str, Cost]:
+    """Of an op whose backward its cost knows."""
+    return {
+        "forward": cost(elements, ELEMENT, **how),
+        "backward": cost(elements, ELEMENT, backward=True, **how),
+    }
+
+
+def matmul_and_gradients(k: int, n: int) -> dict[str, Cost]:
+    """Of N rows."""
+    cost = costs.matmul(N, k, n, ELEMENT)
+    return {"forward": cost, "backward": cost + cost}
 
 
 CASES = {
@@ -105,14 +121,14 @@ CASES = {
         op=rms_norm,
         reference=rms_norm_reference,
         liger=liger_rms_norm,
-        bytes_moved={"forward": 2 * N * D * ELEMENT, "backward": 3 * N * D * ELEMENT},
+        costs=both_ways(costs.rms_norm, N * D),
     ),
     "add_rms_norm": Case(
         inputs=lambda n: (randn(n, D), randn(n, D), randn(D, dtype=torch.float32)),
         op=add_rms_norm,
         reference=add_rms_norm_reference,
         liger=liger_add_rms_norm,
-        bytes_moved={"forward": 4 * N * D * ELEMENT, "backward": 4 * N * D * ELEMENT},
+        costs=both_ways(costs.rms_norm, N * D, adds_residual=True),
     ),
     "swiglu": Case(
         inputs=lambda n: (randn(n, 2 * INTERMEDIATE),),
@@ -120,10 +136,7 @@ CASES = {
         reference=swiglu_reference,
         liger=liger_swiglu,
         liger_inputs=lambda gate_up: tuple(x.contiguous() for x in gate_up.chunk(2, dim=-1)),
-        bytes_moved={
-            "forward": 3 * N * INTERMEDIATE * ELEMENT,
-            "backward": 5 * N * INTERMEDIATE * ELEMENT,
-        },
+        costs=both_ways(costs.swiglu, N * INTERMEDIATE),
     ),
     "add_rms_norm_linear": Case(
         inputs=lambda n: (
@@ -134,7 +147,7 @@ CASES = {
         ),
         op=add_rms_norm_linear,
         reference=add_rms_norm_linear_reference,
-        flops={"forward": 2 * N * D * 2 * INTERMEDIATE, "backward": 4 * N * D * 2 * INTERMEDIATE},
+        costs=matmul_and_gradients(D, 2 * INTERMEDIATE),
     ),
     "swiglu_linear": Case(
         inputs=lambda n: (
@@ -143,13 +156,15 @@ CASES = {
         ),
         op=swiglu_linear,
         reference=swiglu_linear_reference,
-        flops={"forward": 2 * N * D * INTERMEDIATE, "backward": 4 * N * D * INTERMEDIATE},
+        costs=matmul_and_gradients(INTERMEDIATE, D),
     ),
     "tied_embedding": Case(
         inputs=lambda n: (text_like(n).to(DEVICE), randn(V, D)),
         op=tied_embedding,
         reference=tied_embedding_reference,
-        bytes_moved={"backward": (N + 2 * len(text_like(N).unique())) * D * ELEMENT},
+        costs={
+            "backward": costs.tied_embedding_backward(N, len(text_like(N).unique()), D, ELEMENT)
+        },
     ),
     "linear_cross_entropy": Case(
         inputs=lambda n: (
@@ -160,7 +175,7 @@ CASES = {
         op=linear_cross_entropy,
         reference=linear_cross_entropy_reference,
         liger=liger_linear_cross_entropy,
-        flops={"both": 6 * N * D * V},
+        costs={"both": costs.linear_cross_entropy(N, D, V, ELEMENT)},
     ),
 }
 IMPLEMENTATIONS = ("hamner", "eager", "compiled", "liger")
@@ -228,7 +243,7 @@ ROWS = [
         marks=[pytest.mark.quick] if (implementation, direction) in QUICK else [],
     )
     for name, case in CASES.items()
-    for direction in case.bytes_moved or case.flops
+    for direction in case.costs
     for implementation in IMPLEMENTATIONS
 ]
 
@@ -237,6 +252,7 @@ ROWS = [
 def test_op(benchmark, ceilings, name, direction, implementation):
     benchmark.group = f"{name} {direction}"
     case = CASES[name]
+    cost = case.costs[direction]
     function = implementation_of(case, implementation)
     assert_agrees(case, function)
     try:
@@ -247,8 +263,8 @@ def test_op(benchmark, ceilings, name, direction, implementation):
             ceilings,
             op=f"{name} {direction}",
             implementation=implementation,
-            num_bytes=case.bytes_moved[direction] if case.bytes_moved else None,
-            flops=case.flops[direction] if case.flops else None,
+            num_bytes=None if cost.flops else cost.bytes,
+            flops=cost.flops or None,
         )
     except torch.OutOfMemoryError:
         pytest.skip("does not fit into this GPU's memory")
@@ -313,7 +329,7 @@ def test_rope(benchmark, ceilings, direction, implementation):
         ceilings,
         op=op,
         implementation=implementation,
-        num_bytes=2 * N * (HEADS + KV_HEADS) * HEAD_DIM * ELEMENT,
+        num_bytes=costs.rope(N * (HEADS + KV_HEADS) * HEAD_DIM, ELEMENT).bytes,
     )
 
 
@@ -364,16 +380,14 @@ def test_adamw(benchmark, ceilings, implementation):
     layer = [((HEADS + 2 * KV_HEADS) * HEAD_DIM, D), (D, D), (2 * INTERMEDIATE, D)]
     shapes = [*([*layer, (D, INTERMEDIATE)] * LAYERS), (V, D)]
     full = states(shapes, is_split)
-    # A split master's two halves are read and written; of a whole one's copy the writing is all.
-    weight_bytes = 2 * (2 + 2) if is_split else 2 * 4 + 2
+    parameters = sum(math.prod(shape) for shape in shapes)
     record(
         benchmark,
         lambda: function(*full, **scalars),
         ceilings,
         op="adamw",
         implementation=implementation,
-        # And two fp32 moments are read and written, the gradient read.
-        num_bytes=(weight_bytes + 2 * 2 * 4 + ELEMENT) * sum(math.prod(x) for x in shapes),
+        num_bytes=costs.adamw(parameters, split_master=is_split, gradient_size=ELEMENT).bytes,
     )
 
 

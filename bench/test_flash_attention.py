@@ -34,6 +34,7 @@ from hamner.kernels.flash_attention import (
     flash_attention_reference,
 )
 from hamner.kernels.rope import launch_packed_rotation
+from hamner.plan import costs
 
 pytestmark = [pytest.mark.needs_gpu, pytest.mark.usefixtures("keep_graphs")]
 
@@ -75,6 +76,19 @@ def make_problem(seq_len: int, head_size: int, with_documents: bool) -> Problem:
         document_ids = begins.cumsum(dim=1).int()
         positions = positions - document_bounds(document_ids)[0]
     return Problem(q, k, v, randn(HEADS), document_ids, int((positions + 1).sum()))
+
+
+def flops_of(problem: Problem, *, backward: bool) -> float:
+    """What is seen costs."""
+    head_size = problem.q.shape[-1]
+    return costs.attention(
+        problem.pairs,
+        problem.q.numel(),
+        problem.k.numel(),
+        width=HEADS * head_size,
+        element_size=DTYPE.itemsize,
+        backward=backward,
+    ).flops
 
 
 def hamner_attention(problem: Problem) -> Attend:
@@ -201,9 +215,9 @@ def test_attention(
         pytest.skip(str(error))
     inputs = problem.q, problem.k, problem.v
     if direction == "forward":
-        flops, call = 4, functools.partial(attend, *inputs)
+        call = functools.partial(attend, *inputs)
     else:
-        flops, out = 10, attend(*inputs)
+        out = attend(*inputs)
         call = functools.partial(torch.autograd.grad, out, inputs, problem.d_out, retain_graph=True)
     record(
         benchmark,
@@ -211,7 +225,7 @@ def test_attention(
         ceilings,
         op=op,
         implementation=implementation,
-        flops=flops * head_size * HEADS * problem.pairs,
+        flops=flops_of(problem, backward=direction == "backward"),
     )
 
 
@@ -258,5 +272,5 @@ def test_backward_with_rope(
         ceilings,
         op=op,
         implementation=implementation,
-        flops=10 * head_size * HEADS * problem.pairs,
+        flops=flops_of(problem, backward=True),
     )

@@ -19,15 +19,17 @@ from torch.nn.functional import silu
 
 from bench import scale
 from bench.record import record
-from hamner.kernels.grouped_matmul import moe_mlp, moe_mlp_reference
-from hamner.kernels.grouped_matmul_kernels import (
+from hamner.kernels.grouped_matmul import (
     launch_gate_up,
     launch_grouped_matmul,
     launch_swiglu_grad,
     launch_weight_grad,
+    moe_mlp,
+    moe_mlp_reference,
 )
 from hamner.kernels.moe_routing import Routing, moe_route, moe_route_reference
 from hamner.kernels.router_linear import router_linear, router_linear_reference
+from hamner.plan import costs
 
 pytestmark = [pytest.mark.needs_gpu, pytest.mark.usefixtures("keep_graphs")]
 
@@ -125,16 +127,18 @@ def router_linear_case(implementation: str, direction: str, problem: Problem) ->
         inputs = (cast.x, cast.router_weight)
         return in_direction(direction, lambda: (function(*inputs),), inputs)
 
-    x_passes = 1 if direction == "forward" else 2
+    cost = costs.router_linear(N, D, E, DTYPE.itemsize, backward=direction == "backward")
     return Case(
         call(ROUTER_LINEARS[implementation], DTYPE),
         call(router_linear_reference, torch.float32),
-        num_bytes=x_passes * N * D * DTYPE.itemsize + 4 * N * E,
+        num_bytes=cost.bytes,
     )
 
 
 def mlp_case(implementation: str, direction: str, problem: Problem) -> Case:
     routing = moe_route(problem.logits, K)
+    shape = {"width": D, "inner": I, "experts": E}
+    cost = costs.moe_mlp(N * D, M, backward=direction == "backward", **shape)
 
     def call(mlp: Callable, dtype: torch.dtype) -> Callable:
         cast = problem.cast(dtype)
@@ -148,7 +152,7 @@ def mlp_case(implementation: str, direction: str, problem: Problem) -> Case:
     return Case(
         call(MLPS[implementation], DTYPE),
         call(moe_mlp_reference, torch.float32),
-        flops=6 * M * D * I * (1 if direction == "forward" else 2),
+        flops=cost.flops,
     )
 
 
@@ -199,8 +203,7 @@ def stages_of(problem: Problem) -> dict[str, tuple[Callable, Callable, Callable,
     """The grouped matmuls come one by one: ours, torch's, what both must agree with, and FLOPs."""
     routing = moe_route(problem.logits, K)
     order, offsets, top_k = routing.order, routing.offsets, K
-    tokens = order.long() // K
-    ends = offsets[1:]
+    tokens, ends = order.long() // K, offsets[1:]
     gate_up_weight, down_weight = problem.gate_up_weight, problem.down_weight
     x, d_out = problem.x, problem.d_out
     hidden, d_gate_up = activations(problem, routing)
@@ -210,7 +213,8 @@ def stages_of(problem: Problem) -> dict[str, tuple[Callable, Callable, Callable,
     def by_pair(rows: Tensor) -> Tensor:
         return torch.empty_like(rows).index_copy_(0, order.long(), rows)
 
-    gate_up_flops, down_flops = 4 * M * D * I, 2 * M * D * I
+    gate_up_flops = costs.grouped_matmul(M, D, 2 * I, experts=E).flops
+    down_flops = costs.grouped_matmul(M, I, D, experts=E).flops
     return {
         "gate_up": (
             lambda: launch_gate_up(x, routing.weights, order, offsets, gate_up_weight)[0],

@@ -23,7 +23,7 @@ import torch
 
 from bench import scale, steps
 from bench.compile_ahead import few_layers
-from hamner.config.options import OPTIONS
+from hamner.config.options import OPTIONS, for_option
 from hamner.config.train import TrainConfig
 from hamner.data.loader import TrainLoader
 from hamner.errors import UserError
@@ -66,7 +66,7 @@ def configure(
     option: str, policy: str, vram_budget: float | None, micro_batches: int = 1
 ) -> TrainConfig:
     """The option as it trains; in so many passes over the batch, but for "auto"."""
-    config = replace(TrainConfig.for_option(option), recompute=policy, vram_budget=vram_budget)
+    config = replace(for_option(option), recompute=policy, vram_budget=vram_budget)
     if scale.SMOKE:
         model = replace(
             config.model,

@@ -29,7 +29,7 @@ from bench.baselines import (
 from bench.compile_ahead import few_layers
 from bench.test_options import capacity_gib, configure
 from hamner.config.train import TrainConfig
-from hamner.data.loader import Batch
+from hamner.data.batch import Batch
 from hamner.hardware import GIB
 from hamner.profile.steps import open_loader
 from hamner.train.step import StepDoesNotFit

@@ -247,14 +247,14 @@ KERNELS: dict[str, dict[str, Tunable]] = {
     },
     "grouped_matmul": {
         "gate_up": Tunable(
-            "grouped_matmul_kernels",
+            "grouped_matmul",
             ("gate_up",),
             matmul_tiles((3, 4), accumulators=2),
             moe_gate_up,
         ),
-        "matmul": Tunable("grouped_matmul_kernels", ("matmul",), matmul_tiles((3, 4)), moe_matmul),
+        "matmul": Tunable("grouped_matmul", ("matmul",), matmul_tiles((3, 4)), moe_matmul),
         "weight_grad": Tunable(
-            "grouped_matmul_kernels", ("weight_grad",), matmul_tiles((3, 4, 6)), moe_weight_grad
+            "grouped_matmul", ("weight_grad",), matmul_tiles((3, 4, 6)), moe_weight_grad
         ),
     },
 }

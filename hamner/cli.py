@@ -1,4 +1,4 @@
-"""How every command ends: 0 done, 2 bad input in one sentence, 130 interrupted.
+"""Every command ends the same way: 0 done, 2 bad input in one sentence, 130 interrupted.
 
 Training also ends with 3: it stopped itself, because step after step had no finite loss.
 
@@ -13,7 +13,7 @@ from hamner.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, UserError
 
 
 def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
-    """Run a command's `main` on the process's arguments and exit with its code.
+    """The function runs a command's `main` on the process's arguments and exits with its code.
 
     `main` returns an exit code, or None for 0. A `UserError` is printed as one sentence without a
     traceback; anything else unexpected is a bug and keeps its traceback. Of several processes with
@@ -34,10 +34,10 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
 
 
 def gather_data(args: Sequence[str]) -> list[str]:
-    """Join repeated `--data` flags into one, so that `--data A --data B` and `--data A B` agree.
+    """The function joins repeated `--data` flags: `--data A --data B` is `--data A B`.
 
     Raises:
-        UserError: the flag is there without a value, as an unset variable of the shell leaves it.
+        UserError: The flag is there without a value, as an unset variable of the shell leaves it.
     """
     rest: list[str] = []
     specs: list[str] = []
@@ -60,7 +60,7 @@ def gather_data(args: Sequence[str]) -> list[str]:
 
 
 def flag_value(args: Sequence[str], flag: str) -> str | None:
-    """The value of `--flag VALUE` or `--flag=VALUE`, before the real parsing."""
+    """The function finds the value of `--flag VALUE` or `--flag=VALUE`, before the real parsing."""
     for position, argument in enumerate(args):
         if argument == flag and position + 1 < len(args):
             return args[position + 1]

@@ -1,11 +1,14 @@
-"""Files that are whole or not there, and JSON that may be damaged or hostile."""
+"""The module has files that are whole or not there, and JSON that may be damaged or hostile."""
 
 import contextlib
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from hamner.errors import UserError
 
 TEMPORARY = ".new"
 """suffix of a file that is being written"""
@@ -29,6 +32,23 @@ def write_whole(path: Path, data: bytes | bytearray | str) -> None:
     temporary.replace(path)
 
 
+@contextlib.contextmanager
+def made_whole(path: Path) -> Iterator[Path]:
+    """The context gives the path at which to make a file or folder that is to stand at `path`.
+
+    Processes may do so at the same time: the last one wins. After an error `path` is as it was and
+    nothing is left beside it.
+
+    Args:
+        path: what is made, whose folder must exist; a folder must not be there yet.
+    """
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        temporary = Path(folder) / path.name
+        yield temporary
+        flush(temporary)
+        temporary.replace(path)
+
+
 def flush(path: Path) -> None:
     """The function has the operating system put a file or folder on disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -48,6 +68,25 @@ def parse_json(text: str) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def read_json(path: Path, error: type[UserError] = UserError) -> dict:
+    """The function reads a file that holds one JSON object.
+
+    Args:
+        path: of the file.
+        error: the exception to raise.
+
+    Raises:
+        UserError: the file cannot be read, or holds something else.
+    """
+    try:
+        value = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as reason:
+        raise error(f"{path} cannot be read: {reason}") from reason
+    if not isinstance(value, dict):
+        raise error(f"{path} is not a JSON object")
+    return value
 
 
 def read_records(path: Path) -> Iterator[dict]:

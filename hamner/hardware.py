@@ -1,4 +1,4 @@
-"""What a GPU can do: dense peak by dtype, memory bandwidth and size, shared memory, links.
+"""The table says what GPUs can do: dense peak by dtype, memory, shared memory, links.
 
 Vendor figures without sparsity, at boost clock; matrix products accumulate in fp32. A card that is
 not in the table is "unknown", never measured against another card's peak. Torch-free.
@@ -14,7 +14,7 @@ RESERVE_GIB = 2.0
 
 @dataclass(frozen=True)
 class Link:
-    """What connects the GPUs of one machine."""
+    """A link connects the GPUs of one machine."""
 
     name: str
     gbs: float
@@ -32,7 +32,7 @@ NVLINK4 = Link("NVLink 4", 360)
 
 @dataclass(frozen=True)
 class Gpu:
-    """One model of GPU."""
+    """A GPU is one model of card."""
 
     name: str
     pattern: str
@@ -55,7 +55,7 @@ class Gpu:
     """to the others of its machine, with no bridge added"""
 
     def peak_tflops(self, precision: str) -> float:
-        """Peak for `precision` ("bf16" or "fp32"), TFLOP/s."""
+        """The peak for `precision` ("bf16" or "fp32") is in TFLOP/s."""
         return {"bf16": self.bf16_tflops, "fp32": self.fp32_tflops}[precision]
 
 
@@ -102,7 +102,7 @@ GPUS: dict[str, Gpu] = {
 
 
 def identify(device_name: str) -> Gpu | None:
-    """The table's entry for the driver's `device_name`, or None for an unknown GPU."""
+    """The function finds the entry for the driver's `device_name`; None is an unknown GPU."""
     for gpu in GPUS.values():
         if re.search(gpu.pattern, device_name):
             return gpu

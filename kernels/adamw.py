@@ -20,8 +20,13 @@ Bytes that must move, an element, for bf16: reads param and remainder (4), both 
 (2), writes all but grad (12): 26. A whole fp32 master is read and written (8), param only written
 (2): 28. The floor is bytes / bandwidth. For 321M parameters 26 are 8.3 GB: 2.8 ms at 3.0 TB/s,
 9.8 ms at 850 GB/s. The norm before it reads grad once more, 0.64 GB.
+
+A model's parameters are a hundred tensors and more, many of them small. A launch for each leaves
+the GPU half empty at its beginning and end. Here programs look their tensor up instead: its address
+in a table, and the number of their chunk of it in a list.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -31,10 +36,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hamner.kernels.checks import (
+    SUPPORTED_DTYPES,
+    check_contiguous,
+    check_dtype,
+    check_same_device,
+    check_shape,
+)
 from hamner.kernels.launch import capability
-from hamner.kernels.tensor_table import TRITON_DTYPES, table_chunk, table_entry, tensor_table
-
-SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Config(NamedTuple):
@@ -51,10 +60,51 @@ CONFIGS = {
     "8.0": Config(4096, 1024, 4),
     "9.0": Config(2048, 2048, 8),
 }
-
-
+TRITON_DTYPES = {
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.int16: tl.int16,
+}
+ALIGNMENT = 16
+"""bytes of an address, and elements of a tensor, that let every access be as wide as possible"""
 # Of the norm: 32 elements a thread, so that 321M parameters make 39,000 partial sums.
 NORM_BLOCK, NORM_WARPS = 8192, 8
+QUIET_NAN = tl.constexpr(0x7FC00000)
+"""bits of the NaN that every NaN of a master becomes: rounding would carry some into -0.0"""
+
+
+@triton.jit
+def table_entry(
+    addresses_ptr,  # (columns, num_tensors) int64
+    column: tl.constexpr,
+    tensor,
+    num_tensors,
+    DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """Pointer to the first element of a tensor."""
+    pointer = tl.load(addresses_ptr + column * num_tensors + tensor).to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def table_chunk(
+    numels_ptr,  # (tensors,) int64
+    chunks_ptr,  # (programs, 2) int32
+    CHUNK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """Tensor of this program, the first element of its chunk, and the tensor's size."""
+    program = tl.program_id(0)
+    tensor = tl.load(chunks_ptr + 2 * program)
+    start = tl.load(chunks_ptr + 2 * program + 1).to(tl.int64) * CHUNK
+    numel = tl.load(numels_ptr + tensor)
+    if ALIGNED:
+        numel = tl.multiple_of(numel, 16)
+    return tensor, start, numel
 
 
 @triton.jit
@@ -73,49 +123,6 @@ def bias_correction(step, log_beta):
     series = 1.0 + z / 3.0 * series
     series = 1.0 + z / 2.0 * series
     return -tl.where(z > -0.5, z * series, tl.exp(z) - 1.0)
-
-
-QUIET_NAN = tl.constexpr(0x7FC00000)
-"""bits of the NaN that every NaN of a master becomes: rounding would carry some into -0.0"""
-
-
-def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
-    """Split fp32 weights into bf16 weights and the int16 remainder that restores them.
-
-    The bits of master are (bits of param << 16) + remainder, so param is master rounded to nearest.
-    `Tensor.to(torch.bfloat16)` differs in exact ties alone, which it rounds to even and this away
-    from zero. Lossless, also where param overflows to infinity, but for the payload of NaNs.
-
-    Args:
-        master: float32, any shape.
-
-    Returns:
-        param: bfloat16, shape of master.
-        remainder: int16, shape of master.
-
-    Raises:
-        TypeError: master is not float32.
-    """
-    if master.dtype != torch.float32:
-        raise TypeError(f"master is {master.dtype}; it must be float32")
-    bits = torch.where(master.isnan(), QUIET_NAN.value, master.view(torch.int32))
-    remainder = bits.to(torch.int16)
-    param = ((bits - remainder) >> 16).to(torch.int16).view(torch.bfloat16)
-    return param, remainder
-
-
-def join_master(param: Tensor, remainder: Tensor) -> Tensor:
-    """The float32 weights that `split_master` split.
-
-    Raises:
-        TypeError: param is not bfloat16 or remainder not int16.
-    """
-    if (param.dtype, remainder.dtype) != (torch.bfloat16, torch.int16):
-        raise TypeError(
-            f"param is {param.dtype}, remainder {remainder.dtype}; they must be bfloat16 and int16"
-        )
-    bits = (param.detach().view(torch.int16).to(torch.int32) << 16) + remainder
-    return bits.view(torch.float32)
 
 
 @triton.jit
@@ -195,6 +202,86 @@ def adamw_kernel(
                 tl.store(param_ptr + offs, master.to(PARAM), mask=mask)
 
 
+@triton.jit
+def sum_squares_kernel(
+    addresses_ptr,  # (1, num_tensors) int64
+    numels_ptr,  # (num_tensors,) int64
+    chunks_ptr,  # (programs, 2) int32
+    partial_ptr,  # (programs,) fp32
+    num_tensors,
+    DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    tensor, start, numel = table_chunk(numels_ptr, chunks_ptr, BLOCK, ALIGNED)
+    x_ptr = table_entry(addresses_ptr, 0, tensor, num_tensors, DTYPE, ALIGNED)
+    offs = start + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs, mask=offs < numel, other=0.0).to(tl.float32)
+    tl.store(partial_ptr + tl.program_id(0), tl.sum(x * x, axis=0))
+
+
+class TensorTable(NamedTuple):
+    """What a kernel needs to find its operands, on their device."""
+
+    addresses: Tensor
+    """(columns, tensors) int64"""
+    numels: Tensor
+    """(tensors,) int64"""
+    chunks: Tensor
+    """(programs, 2) int32: a tensor, and the number of a chunk of it"""
+    is_aligned: bool
+    """whether ALIGNMENT divides all addresses and sizes"""
+
+
+def tensor_table(columns: Sequence[Sequence[Tensor]], chunk_size: int) -> TensorTable:
+    """The table of tensors that are worked on together: columns[0][i], columns[1][i] and so on.
+
+    Nothing waits for the GPU, and a table that was asked for before is not built again: the first
+    time must not be while a CUDA graph is recorded.
+
+    Args:
+        columns: of equally many contiguous tensors each, with the sizes of columns[0]; on one
+            device.
+        chunk_size: elements a program works on.
+    """
+    first = columns[0]
+    numels = tuple(tensor.numel() for tensor in first)
+    addresses = tuple(tuple(tensor.data_ptr() for tensor in column) for column in columns)
+    device = first[0].device
+    is_aligned = all(n % ALIGNMENT == 0 for n in numels) and all(
+        address % ALIGNMENT == 0 for column in addresses for address in column
+    )
+    return TensorTable(
+        _on_device(addresses, device),
+        _on_device(numels, device),
+        _chunks(numels, chunk_size, device),
+        is_aligned,
+    )
+
+
+@functools.lru_cache(maxsize=32)
+def _on_device(values: tuple, device: torch.device) -> Tensor:
+    """Integers as an int64 tensor."""
+    return _copied(torch.tensor(values, dtype=torch.int64), device)
+
+
+@functools.lru_cache(maxsize=32)
+def _chunks(numels: tuple[int, ...], chunk_size: int, device: torch.device) -> Tensor:
+    """See `TensorTable.chunks`: tensor by tensor, the chunks of each in their order."""
+    counts = torch.tensor([triton.cdiv(numel, chunk_size) for numel in numels])
+    tensor = torch.repeat_interleave(torch.arange(len(numels)), counts)
+    first = (counts.cumsum(0) - counts)[tensor]
+    number = torch.arange(len(tensor)) - first
+    return _copied(torch.stack((tensor, number), dim=1).to(torch.int32), device)
+
+
+def _copied(values: Tensor, device: torch.device) -> Tensor:
+    if device.type != "cuda":
+        return values.to(device)
+    # From pageable memory the copy would wait for the GPU.
+    return values.pin_memory().to(device, non_blocking=True)
+
+
 # Defined by hand: custom_op's handling of mutated arguments costs the host ten times as much as
 # this does.
 torch.library.define(
@@ -255,6 +342,44 @@ def _log(beta: float) -> float:
     return math.log(beta) if beta > 0.0 else -math.inf
 
 
+def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
+    """Split fp32 weights into bf16 weights and the int16 remainder that restores them.
+
+    The bits of master are (bits of param << 16) + remainder, so param is master rounded to nearest.
+    `Tensor.to(torch.bfloat16)` differs in exact ties alone, which it rounds to even and this away
+    from zero. Lossless, also where param overflows to infinity, but for the payload of NaNs.
+
+    Args:
+        master: float32, any shape.
+
+    Returns:
+        param: bfloat16, shape of master.
+        remainder: int16, shape of master.
+
+    Raises:
+        TypeError: master is not float32.
+    """
+    check_dtype("master", master, (torch.float32,))
+    bits = torch.where(master.isnan(), QUIET_NAN.value, master.view(torch.int32))
+    remainder = bits.to(torch.int16)
+    param = ((bits - remainder) >> 16).to(torch.int16).view(torch.bfloat16)
+    return param, remainder
+
+
+def join_master(param: Tensor, remainder: Tensor) -> Tensor:
+    """The float32 weights that `split_master` split.
+
+    Raises:
+        TypeError: param is not bfloat16 or remainder not int16.
+    """
+    if (param.dtype, remainder.dtype) != (torch.bfloat16, torch.int16):
+        raise TypeError(
+            f"param is {param.dtype}, remainder {remainder.dtype}; they must be bfloat16 and int16"
+        )
+    bits = (param.detach().view(torch.int16).to(torch.int32) << 16) + remainder
+    return bits.view(torch.float32)
+
+
 @torch.no_grad()
 def adamw_(
     param: Tensor | Sequence[Tensor],
@@ -292,11 +417,30 @@ def adamw_(
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
     """
-    states = _parameters(param, master, grad, exp_avg, exp_avg_sq)
+    states = _parameters((param, master, grad, exp_avg, exp_avg_sq))
     for state in states:
-        _check_parameter(*state, device=clip_coef.device)
+        _check_parameter(state, clip_coef)
         if [x.dtype for x in state] != [x.dtype for x in states[0]]:
             raise TypeError("parameters updated together must have the same dtypes")
+    _check_scalars(betas, lr, step, clip_coef)
+    if not states:
+        return
+    lr_is_tensor, step_is_tensor = isinstance(lr, Tensor), isinstance(step, Tensor)
+    params, masters, grads, exp_avgs, exp_avg_sqs = map(list, zip(*states, strict=True))
+    beta1, beta2 = betas
+    torch.ops.hamner.adamw_(
+        [] if all(state.param is state.master for state in states) else params,
+        masters=masters, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs,
+        clip_coef=clip_coef,
+        lr_tensor=lr if lr_is_tensor else None, lr=0.0 if lr_is_tensor else lr,
+        step_tensor=step if step_is_tensor else None, step=0.0 if step_is_tensor else float(step),
+        beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay,
+    )  # fmt: skip
+
+
+def _check_scalars(
+    betas: tuple[float, float], lr: float | Tensor, step: int | Tensor, clip_coef: Tensor
+) -> None:
     for name, beta in zip(("betas[0]", "betas[1]"), betas, strict=True):
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"{name} is {beta}; it must be in [0, 1)")
@@ -308,88 +452,39 @@ def adamw_(
                 f"{name} has {scalar.numel()} elements on {scalar.device}; it must be one, "
                 f"on {clip_coef.device}"
             )
-    if not states:
-        return
-    lr_is_tensor, step_is_tensor = isinstance(lr, Tensor), isinstance(step, Tensor)
-    params, *rest = (list(column) for column in zip(*states, strict=True))
-    torch.ops.hamner.adamw_(
-        [] if all(param is master for param, master, *_ in states) else params,
-        *rest,
-        clip_coef,
-        lr if lr_is_tensor else None,
-        0.0 if lr_is_tensor else lr,
-        step if step_is_tensor else None,
-        0.0 if step_is_tensor else float(step),
-        *betas,
-        eps,
-        weight_decay,
-    )
 
 
-def _parameters(*columns: Tensor | Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
-    """(param, master, grad, exp_avg, exp_avg_sq) of each."""
+class _Parameter(NamedTuple):
+    param: Tensor
+    master: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+
+def _parameters(columns: Sequence[Tensor | Sequence[Tensor]]) -> list[_Parameter]:
     listed = [[column] if isinstance(column, Tensor) else column for column in columns]
     if len({len(column) for column in listed}) > 1:
         raise ValueError(
             f"got {[len(column) for column in listed]} tensors; there must be equally many of "
             "param, master, grad, exp_avg and exp_avg_sq"
         )
-    return list(zip(*listed, strict=True))
+    return [_Parameter(*state) for state in zip(*listed, strict=True)]
 
 
-def _check_parameter(
-    param: Tensor,
-    master: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    *,
-    device: torch.device,
-) -> None:
-    if master.dtype == torch.int16:
-        if param.dtype != torch.bfloat16:
-            raise TypeError(f"param is {param.dtype}; beside an int16 master it must be bfloat16")
-    elif master.dtype != torch.float32:
-        raise TypeError(f"master is {master.dtype}; it must be float32 or int16")
-    for name, moment in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
-        if moment.dtype != torch.float32:
-            raise TypeError(f"{name} is {moment.dtype}; it must be float32")
-    for name, tensor in (("param", param), ("grad", grad)):
-        if tensor.dtype not in SUPPORTED_DTYPES:
-            raise TypeError(f"{name} is {tensor.dtype}; it must be float32, float16 or bfloat16")
-    for name, tensor in (
-        ("param", param),
-        ("master", master),
-        ("grad", grad),
-        ("exp_avg", exp_avg),
-        ("exp_avg_sq", exp_avg_sq),
-    ):
-        if tensor.shape != master.shape:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}, master {tuple(master.shape)}"
-            )
-        if tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device}, clip_coef on {device}")
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} has strides {tensor.stride()}; it must be contiguous")
-
-
-@triton.jit
-def sum_squares_kernel(
-    addresses_ptr,  # (1, num_tensors) int64
-    numels_ptr,  # (num_tensors,) int64
-    chunks_ptr,  # (programs, 2) int32
-    partial_ptr,  # (programs,) fp32
-    num_tensors,
-    DTYPE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    tensor, start, numel = table_chunk(numels_ptr, chunks_ptr, BLOCK, ALIGNED)
-    x_ptr = table_entry(addresses_ptr, 0, tensor, num_tensors, DTYPE, ALIGNED)
-    offs = start + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + offs, mask=offs < numel, other=0.0).to(tl.float32)
-    tl.store(partial_ptr + tl.program_id(0), tl.sum(x * x, axis=0))
+def _check_parameter(state: _Parameter, clip_coef: Tensor) -> None:
+    param, master, grad, exp_avg, exp_avg_sq = state
+    if master.dtype == torch.int16 and param.dtype != torch.bfloat16:
+        raise TypeError(f"param is {param.dtype}; beside an int16 master it must be bfloat16")
+    check_dtype("master", master, (torch.float32, torch.int16))
+    check_dtype("exp_avg", exp_avg, (torch.float32,))
+    check_dtype("exp_avg_sq", exp_avg_sq, (torch.float32,))
+    check_dtype("param", param)
+    check_dtype("grad", grad)
+    for name, tensor in zip(state._fields, state, strict=True):
+        check_shape(name, tensor.shape, master.shape)
+        check_same_device(name, tensor, "clip_coef", clip_coef)
+        check_contiguous(name, tensor)
 
 
 @torch.library.custom_op("hamner::global_grad_norm", mutates_args=())
@@ -438,20 +533,11 @@ def global_grad_norm(grads: Sequence[Tensor]) -> Tensor:
     return _global_grad_norm_op(list(grads))
 
 
-def global_grad_norm_reference(grads: Sequence[Tensor]) -> Tensor:
-    """`global_grad_norm` in plain torch."""
-    _check_grads(grads)
-    # `dtype`, or the norms of bf16 gradients would be rounded to bf16 before they are combined.
-    norms = torch._foreach_norm(list(grads), 2, dtype=torch.float32)
-    return torch.linalg.vector_norm(torch.stack(norms))
-
-
 def _check_grads(grads: Sequence[Tensor]) -> None:
     if not grads:
         raise ValueError("grads is empty; there is no device to put the norm on")
     for grad in grads:
-        if grad.dtype not in SUPPORTED_DTYPES:
-            raise TypeError(f"a gradient is {grad.dtype}; it must be float32, float16 or bfloat16")
+        check_dtype("a gradient", grad)
 
 
 def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
@@ -469,6 +555,14 @@ def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
     return torch.where(norm.isfinite(), coefficient, torch.nan)
 
 
+def global_grad_norm_reference(grads: Sequence[Tensor]) -> Tensor:
+    """`global_grad_norm` in plain torch."""
+    _check_grads(grads)
+    # `dtype`, or the norms of bf16 gradients would be rounded to bf16 before they are combined.
+    norms = torch._foreach_norm(list(grads), 2, dtype=torch.float32)
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
 @torch.no_grad()
 def adamw_reference_(
     param: Tensor | Sequence[Tensor],
@@ -479,7 +573,7 @@ def adamw_reference_(
     **scalars,
 ) -> None:
     """`adamw_` in plain torch, in the dtype of master; of a split one in float32."""
-    for state in _parameters(param, master, grad, exp_avg, exp_avg_sq):
+    for state in _parameters((param, master, grad, exp_avg, exp_avg_sq)):
         _adamw_reference_(*state, **scalars)
 
 

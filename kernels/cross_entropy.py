@@ -39,9 +39,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hamner.kernels.checks import (
+    check_dtype,
+    check_like,
+    check_positive,
+    check_same_device,
+    check_shape,
+)
 from hamner.kernels.launch import capability
 
-SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LOGITS_BYTES = int(0.35 * 2**30)
 CHUNK_MULTIPLE = 128  # keeps the matmuls' tiles full
 
@@ -222,8 +228,8 @@ def _linear_cross_entropy_op(
         chunk = slice(start, min(start + chunk_size, num_tokens))
         logits = torch.mm(hidden[chunk], weight.t(), out=logits_buffer[: chunk.stop - start])
         launch_cross_entropy_(
-            logits, targets[chunk], losses[chunk], ignore_index, z_loss,
-            write_gradient=needs_gradient,
+            logits, targets[chunk], losses[chunk],
+            ignore_index=ignore_index, z_loss=z_loss, write_gradient=needs_gradient,
         )  # fmt: skip
         if needs_gradient:
             d_logits = logits
@@ -307,32 +313,23 @@ def linear_cross_entropy(
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
     """
-    if hidden.dtype not in SUPPORTED_DTYPES:
-        raise TypeError(f"hidden is {hidden.dtype}; it must be float32, float16 or bfloat16")
-    if hidden.dim() != 2:
-        raise ValueError(f"hidden has shape {tuple(hidden.shape)}; it must be (tokens, width)")
-    if weight.dtype != hidden.dtype:
-        raise TypeError(f"weight is {weight.dtype}, hidden is {hidden.dtype}; they must agree")
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or weight.shape[0] == 0:
-        raise ValueError(
-            f"weight has shape {tuple(weight.shape)}; hidden asks for "
-            f"(vocabulary, {hidden.shape[1]})"
-        )
-    if targets.dtype != torch.int64:
-        raise TypeError(f"targets is {targets.dtype}; it must be int64")
-    if targets.shape != hidden.shape[:1]:
-        raise ValueError(
-            f"targets has shape {tuple(targets.shape)}; hidden asks for ({hidden.shape[0]},)"
-        )
-    for name, tensor in (("weight", weight), ("targets", targets)):
-        if tensor.device != hidden.device:
-            raise ValueError(f"{name} is on {tensor.device}, hidden on {hidden.device}")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1")
+    check_dtype("hidden", hidden)
+    check_shape("hidden", hidden.shape, ("tokens", "width"))
+    num_tokens, width = hidden.shape
+    check_like("weight", weight, "hidden", hidden)
+    check_shape("weight", weight.shape, ("vocabulary", width))
+    if weight.shape[0] == 0:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; the vocabulary is empty")
+    check_dtype("targets", targets, (torch.int64,))
+    check_shape("targets", targets.shape, (num_tokens,))
+    check_same_device("targets", targets, "hidden", hidden)
+    if chunk_size is not None:
+        check_positive("chunk_size", chunk_size)
     needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     return _linear_cross_entropy_op(
-        hidden, weight, targets, ignore_index, z_loss, chunk_size, needs_gradient
-    )[0]
+        hidden, weight, targets, ignore_index=ignore_index, z_loss=z_loss,
+        chunk_size=chunk_size, needs_gradient=needs_gradient,
+    )[0]  # fmt: skip
 
 
 def linear_cross_entropy_reference(

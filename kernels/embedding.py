@@ -28,7 +28,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+from hamner.kernels.checks import check_dtype, check_same_device, check_shape
+
 # As measured on an H100 (profiles/LOG.md): more positions a program or wider rows are no faster.
 BLOCK_N, BLOCK_D, NUM_WARPS = 16, 512, 2
 
@@ -177,14 +178,10 @@ def tied_embedding(tokens: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
     """
-    if tokens.dtype != torch.int64:
-        raise TypeError(f"tokens is {tokens.dtype}; it must be int64")
-    if weight.dtype not in SUPPORTED_DTYPES:
-        raise TypeError(f"weight is {weight.dtype}; it must be float32, float16 or bfloat16")
-    if weight.dim() != 2:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; it must be (vocabulary, width)")
-    if tokens.device != weight.device:
-        raise ValueError(f"tokens is on {tokens.device}, weight on {weight.device}")
+    check_dtype("tokens", tokens, (torch.int64,))
+    check_dtype("weight", weight)
+    check_shape("weight", weight.shape, ("vocabulary", "width"))
+    check_same_device("tokens", tokens, "weight", weight)
     return _TiedEmbedding.apply(tokens, weight)
 
 

@@ -29,6 +29,7 @@ are torch's (cuBLAS); see rms_norm.py, swiglu.py and rope.py for the kernels aro
 import torch
 from torch import Tensor
 
+from hamner.kernels.checks import check_like, check_shape
 from hamner.kernels.rms_norm import (
     check_norm_arguments,
     launch_rms_norm,
@@ -67,7 +68,10 @@ def _rms_norm_linear_op(
     normed, new_residual, rstd = launch_rms_norm(x, residual, norm_weight, eps)
     out = torch.nn.functional.linear(normed, weight)
     if cos is not None:
-        launch_packed_rotation(out, cos, sin, num_heads, num_kv_heads, positions, in_place=True)
+        launch_packed_rotation(
+            out, cos, sin, num_heads=num_heads, num_kv_heads=num_kv_heads, positions=positions,
+            in_place=True,
+        )  # fmt: skip
     if new_residual is None:
         new_residual = x.new_empty(0)
     return out, new_residual, rstd, x.new_empty(0) if rebuild else normed
@@ -101,13 +105,14 @@ def _rms_norm_linear_backward_op(
     if cos is not None:
         # Not in place: the gradient may have other readers.
         d_out = launch_packed_rotation(
-            d_out, cos, sin, num_heads, num_kv_heads, positions, inverse=True, in_place=False
-        )
+            d_out, cos, sin, num_heads=num_heads, num_kv_heads=num_kv_heads, positions=positions,
+            inverse=True, in_place=False,
+        )  # fmt: skip
     d_out = d_out.reshape(-1, weight.shape[0])
     d_normed = torch.mm(d_out, weight)
     rebuilt = d_normed if normed is None else None
     d_x, d_norm_weight = launch_rms_norm_backward(
-        d_normed, d_residual, x, norm_weight, rstd, y=rebuilt
+        d_normed, d_residual, x, weight=norm_weight, rstd=rstd, y=rebuilt
     )
     operand = rebuilt if normed is None else normed.reshape(-1, weight.shape[1])
     return d_x, d_norm_weight, torch.mm(d_out.t(), operand)
@@ -126,11 +131,9 @@ def _(
 
 
 def _rms_norm_linear_setup_context(ctx, inputs, output):
-    x, residual, norm_weight, weight, _, rebuild, cos, sin, positions, *heads = inputs
+    x, residual, norm_weight, weight, _, rebuild, cos, sin, positions, *ctx.heads = inputs
     _, new_residual, rstd, normed = output
     ctx.has_residual = residual is not None
-    ctx.rebuild = rebuild
-    ctx.heads = heads
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(rstd, normed, *(() if ctx.has_residual else (new_residual,)))
     ctx.save_for_backward(
@@ -149,9 +152,12 @@ def _rms_norm_linear_backward(ctx, d_out, d_residual, _d_rstd, _d_normed):
     no_gradients = (None,) * 7
     if d_out is None:
         return d_residual, d_residual, None, None, *no_gradients
+    x, rstd, normed, norm_weight, weight, cos, sin, positions = ctx.saved_tensors
+    num_heads, num_kv_heads = ctx.heads
     d_x, d_norm_weight, d_weight = _rms_norm_linear_backward_op(
-        d_out, d_residual, *ctx.saved_tensors, *ctx.heads
-    )
+        d_out, d_residual, x, rstd, normed=normed, norm_weight=norm_weight, weight=weight,
+        cos=cos, sin=sin, positions=positions, num_heads=num_heads, num_kv_heads=num_kv_heads,
+    )  # fmt: skip
     return d_x, d_x if ctx.has_residual else None, d_norm_weight, d_weight, *no_gradients
 
 
@@ -207,15 +213,9 @@ _swiglu_linear_op.register_autograd(
 )
 
 
-def _check_matmul_weight(name: str, weight: Tensor, x_name: str, x: Tensor, width: int) -> None:
-    if weight.dtype != x.dtype:
-        raise TypeError(f"{name} is {weight.dtype}, {x_name} is {x.dtype}; they must agree")
-    if weight.dim() != 2 or weight.shape[1] != width:
-        raise ValueError(
-            f"{name} has shape {tuple(weight.shape)}; {x_name} asks for (outputs, {width})"
-        )
-    if weight.device != x.device:
-        raise ValueError(f"{name} is on {weight.device}, {x_name} on {x.device}")
+def _check_matmul_weight(name: str, weight: Tensor, x_name: str, x: Tensor, *, width: int) -> None:
+    check_like(name, weight, x_name, x)
+    check_shape(name, weight.shape, ("outputs", width))
 
 
 def check_qkv_rope_arguments(
@@ -235,9 +235,12 @@ def check_qkv_rope_arguments(
         TypeError, ValueError: naming the argument.
     """
     check_norm_arguments(x, residual, norm_weight, "norm_weight")
-    _check_matmul_weight("qkv_weight", qkv_weight, "x", x, x.shape[-1])
+    _check_matmul_weight("qkv_weight", qkv_weight, "x", x, width=x.shape[-1])
     qkv_shape = (*x.shape[:-1], qkv_weight.shape[0])
-    check_packed_arguments(qkv_shape, cos, sin, num_heads, num_kv_heads, positions, x)
+    check_packed_arguments(
+        qkv_shape, cos, sin,
+        num_heads=num_heads, num_kv_heads=num_kv_heads, positions=positions, x=x,
+    )  # fmt: skip
 
 
 def rms_norm_linear(
@@ -258,7 +261,7 @@ def rms_norm_linear(
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
     """
-    return add_rms_norm_linear(x, None, norm_weight, weight, eps, rebuild=rebuild)[0]
+    return add_rms_norm_linear(x, None, norm_weight, weight, eps=eps, rebuild=rebuild)[0]
 
 
 def add_rms_norm_linear(
@@ -288,10 +291,11 @@ def add_rms_norm_linear(
         TypeError, ValueError: naming the argument that does not fit.
     """
     check_norm_arguments(x, residual, norm_weight, "norm_weight")
-    _check_matmul_weight("weight", weight, "x", x, x.shape[-1])
+    _check_matmul_weight("weight", weight, "x", x, width=x.shape[-1])
     out, new_residual, _, _ = _rms_norm_linear_op(
-        x, residual, norm_weight, weight, eps, rebuild, None, None, None, 0, 0
-    )
+        x, residual, norm_weight, weight, eps=eps, rebuild=rebuild,
+        cos=None, sin=None, positions=None, num_heads=0, num_kv_heads=0,
+    )  # fmt: skip
     return out, x if residual is None else new_residual
 
 
@@ -333,11 +337,12 @@ def add_rms_norm_qkv_rope(
         TypeError, ValueError: naming the argument that does not fit.
     """
     check_qkv_rope_arguments(
-        x, residual, norm_weight, qkv_weight, cos, sin, num_heads, num_kv_heads, positions
-    )
+        x, residual, norm_weight, qkv_weight, cos=cos, sin=sin,
+        num_heads=num_heads, num_kv_heads=num_kv_heads, positions=positions,
+    )  # fmt: skip
     qkv, new_residual, _, _ = _rms_norm_linear_op(
-        x, residual, norm_weight, qkv_weight, eps, rebuild,
-        cos, sin, positions, num_heads, num_kv_heads,
+        x, residual, norm_weight, qkv_weight, eps=eps, rebuild=rebuild, cos=cos, sin=sin,
+        positions=positions, num_heads=num_heads, num_kv_heads=num_kv_heads,
     )  # fmt: skip
     return qkv, x if residual is None else new_residual
 
@@ -357,7 +362,7 @@ def swiglu_linear(gate_up: Tensor, weight: Tensor, *, rebuild: bool = True) -> T
         TypeError, ValueError: naming the argument that does not fit.
     """
     check_gate_up(gate_up)
-    _check_matmul_weight("weight", weight, "gate_up", gate_up, gate_up.shape[-1] // 2)
+    _check_matmul_weight("weight", weight, "gate_up", gate_up, width=gate_up.shape[-1] // 2)
     return _swiglu_linear_op(gate_up, weight, rebuild)[0]
 
 
@@ -393,8 +398,10 @@ def add_rms_norm_qkv_rope_reference(
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
     """`add_rms_norm_qkv_rope` in plain torch."""
-    qkv, new_residual = add_rms_norm_linear_reference(x, residual, norm_weight, qkv_weight, eps)
-    qkv = rope_packed_reference(qkv, cos, sin, num_heads, num_kv_heads, positions)
+    qkv, new_residual = add_rms_norm_linear_reference(x, residual, norm_weight, qkv_weight, eps=eps)
+    qkv = rope_packed_reference(
+        qkv, cos, sin, num_heads=num_heads, num_kv_heads=num_kv_heads, positions=positions
+    )
     return qkv, new_residual
 
 

@@ -2,6 +2,7 @@
 
 N tokens of width D, each sent to K of E experts of intermediate size I. The M = N * K assignments
 are pairs token * K + slot, which `moe_route` sorted by expert (`order`, `offsets`: moe_routing.py).
+"Sorted" rows are in that order, row r holding pair `order[r]`; "by pair" is row token * K + slot.
 
 forward
     gate_up       (M, 2I)   grouped matmul that gathers x by token in its loads; in its epilogue
@@ -29,19 +30,533 @@ the matmuls' own operands these elements move: (K + 1) N D to sum the slots, for
 and for d_gate_up 6 M I with the rebuild, 5 M I without.
 """
 
+from typing import NamedTuple
+
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from hamner.kernels.grouped_matmul_kernels import (
-    launch_gate_up,
-    launch_grouped_matmul,
-    launch_sum_slots,
-    launch_swiglu_grad,
-    launch_weight_grad,
-)
+from hamner.kernels.checks import SUPPORTED_DTYPES, check_same_device
+from hamner.kernels.launch import capability
 from hamner.kernels.moe_routing import MAX_EXPERTS, Routing
 
-SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+class MatmulConfig(NamedTuple):
+    """A program's tile, BLOCK_K of the reduced dimension at a step, its warps and stages."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+
+
+class Config(NamedTuple):
+    gate_up: MatmulConfig  # BLOCK_N columns of gate and as many of up
+    matmul: MatmulConfig
+    weight_grad: MatmulConfig
+
+
+# 9.0 as measured on an H100 (`python -m bench.tune grouped_matmul`), the others by reasoning. On
+# 8.6, 128 x 128 tiles with three steps of 32 in flight take 48 KiB and under 256 registers, so that
+# two blocks share a multiprocessor and one multiplies while the other waits for memory or stores
+# its tile; 8.0 serves 8.9 too, which has the same shared memory. On 9.0 wgmma wants wide tiles, but
+# weight_grad must fill 132 multiprocessors with those of 4 experts. It finds rows through `order`:
+# a step loads its indices first, so that the pipeline needs about twice the stages for as many
+# steps in flight.
+CONFIGS = {
+    "8.6": Config(
+        gate_up=MatmulConfig(128, 64, 32, 4, 4),
+        matmul=MatmulConfig(128, 128, 32, 4, 4),
+        weight_grad=MatmulConfig(128, 128, 32, 4, 7),
+    ),
+    "8.0": Config(
+        gate_up=MatmulConfig(128, 64, 32, 4, 4),
+        matmul=MatmulConfig(128, 128, 32, 4, 4),
+        weight_grad=MatmulConfig(128, 128, 32, 4, 7),
+    ),
+    "9.0": Config(
+        gate_up=MatmulConfig(128, 128, 64, 8, 4),
+        matmul=MatmulConfig(128, 256, 64, 8, 4),
+        weight_grad=MatmulConfig(128, 128, 64, 8, 6),
+    ),
+}
+# float32 is for debugging: exact products, so no tensor cores, and one row for every card.
+FLOAT32_CONFIG = Config(
+    gate_up=MatmulConfig(32, 32, 16, 4, 2),
+    matmul=MatmulConfig(32, 64, 16, 4, 2),
+    weight_grad=MatmulConfig(32, 64, 16, 4, 2),
+)
+# Row tiles that run over the same columns before moving on, so that both stay in the L2 cache.
+GROUP_M_TILES = 8
+
+
+class RowsConfig(NamedTuple):
+    """A program's tile of rows and columns, and its warps."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+
+
+# Eight elements a thread: one 16-byte load of bf16 from each input. The blocks divide 768 and 1536.
+SWIGLU_GRAD_CONFIG = RowsConfig(4, 512, 8)
+SUM_SLOTS_CONFIG = RowsConfig(4, 256, 4)
+
+
+def _config(x: Tensor) -> Config:
+    return FLOAT32_CONFIG if x.dtype == torch.float32 else CONFIGS[capability(x.device)]
+
+
+@triton.jit
+def _swizzle(pid, num_m, num_n, GROUP_M: tl.constexpr):
+    """Tile (m, n) of a program: GROUP_M row tiles share their column tiles before moving on."""
+    group = pid // (GROUP_M * num_n)
+    first_m = group * GROUP_M
+    rows = tl.minimum(num_m - first_m, GROUP_M)
+    within = pid - group * (GROUP_M * num_n)
+    return first_m + within % rows, within // rows
+
+
+@triton.jit
+def _find_rows(
+    offsets_ptr,  # (E + 1,) int32
+    tile,
+    NUM_EXPERTS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """A row tile's expert, its first row, and the end of the expert's rows; expert E if no such."""
+    offs_e = tl.arange(0, BLOCK_E)
+    mask_e = offs_e < NUM_EXPERTS
+    start = tl.load(offsets_ptr + offs_e, mask=mask_e, other=0)
+    end = tl.load(offsets_ptr + 1 + offs_e, mask=mask_e, other=0)
+    tiles = (end - start + BLOCK_M - 1) // BLOCK_M
+    last_tile = tl.cumsum(tiles, axis=0)
+    expert = tl.sum(tl.where(mask_e & (last_tile <= tile), 1, 0), axis=0)
+    is_expert = offs_e == expert
+    row = tl.sum(tl.where(is_expert, start + (tile - last_tile + tiles) * BLOCK_M, 0), axis=0)
+    row_end = tl.sum(tl.where(is_expert, end, 0), axis=0)
+    return expert, row, row_end
+
+
+@triton.jit
+def _add_dot(acc, a, b, rows):
+    """acc + a @ b, for acc's `rows`."""
+    if a.dtype == tl.float32:
+        # Each block is summed by itself: one chain over all of the reduced dimension would round at
+        # every step. The choice, always the same, keeps the compiler from making it one again.
+        block = tl.dot(a, b, input_precision="ieee")
+        acc += tl.where(rows[:, None] >= 0, block, 0.0)
+    else:
+        acc = tl.dot(a, b, acc)
+    return acc
+
+
+@triton.jit
+def _swiglu(gate, up):
+    return gate * tl.sigmoid(gate) * up
+
+
+@triton.jit(do_not_specialize=["num_m_tiles"])
+def gate_up_kernel(
+    x_ptr,  # (N, D)
+    routing_weights_ptr,  # (N, K) fp32
+    order_ptr,  # (M,) int32
+    offsets_ptr,  # (E + 1,) int32
+    weight_ptr,  # (E, 2I, D): rows of gate, then of up
+    gate_up_ptr,  # (M, 2I)
+    hidden_ptr,  # (M, I)
+    stride_x,
+    num_m_tiles,
+    NUM_EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    WIDTH: tl.constexpr,
+    INTERMEDIATE: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    num_n_tiles: tl.constexpr = (INTERMEDIATE + BLOCK_N - 1) // BLOCK_N
+    m_tile, n_tile = _swizzle(tl.program_id(0), num_m_tiles, num_n_tiles, GROUP_M)
+    expert, row, row_end = _find_rows(offsets_ptr, m_tile, NUM_EXPERTS, BLOCK_E, BLOCK_M)
+    if expert >= NUM_EXPERTS:
+        return
+
+    rows = row + tl.arange(0, BLOCK_M)
+    mask_m = rows < row_end
+    pairs = tl.load(order_ptr + rows, mask=mask_m, other=0)
+    tokens = (pairs // TOP_K).to(tl.int64)
+    offs_n = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = (INTERMEDIATE % BLOCK_N == 0) | (offs_n < INTERMEDIATE)
+    offs_k = tl.arange(0, BLOCK_K)
+
+    x_ptrs = x_ptr + tokens[:, None] * stride_x + offs_k[None, :]
+    gate_ptrs = weight_ptr + expert.to(tl.int64) * (2 * INTERMEDIATE * WIDTH)
+    gate_ptrs += offs_n[None, :] * WIDTH + offs_k[:, None]
+    up_ptrs = gate_ptrs + INTERMEDIATE * WIDTH
+    gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, WIDTH, BLOCK_K):
+        mask_k = (WIDTH % BLOCK_K == 0) | (offs_k < WIDTH - k)
+        # Rows past the group's end read token 0: finite work whose results are never stored.
+        x = tl.load(x_ptrs + k, mask=mask_k[None, :], other=0.0)
+        mask_w = mask_k[:, None] & mask_n[None, :]
+        gate_w = tl.load(gate_ptrs + k, mask=mask_w, other=0.0)
+        up_w = tl.load(up_ptrs + k, mask=mask_w, other=0.0)
+        gate = _add_dot(gate, x, gate_w, rows)
+        up = _add_dot(up, x, up_w, rows)
+
+    mask = mask_m[:, None] & mask_n[None, :]
+    gate = gate.to(gate_up_ptr.dtype.element_ty)
+    up = up.to(gate_up_ptr.dtype.element_ty)
+    rows = rows.to(tl.int64)
+    gate_up_ptrs = gate_up_ptr + rows[:, None] * (2 * INTERMEDIATE) + offs_n[None, :]
+    tl.store(gate_up_ptrs, gate, mask=mask)
+    tl.store(gate_up_ptrs + INTERMEDIATE, up, mask=mask)
+
+    # From the rounded gate and up, so that backward's rebuild gives the same bits.
+    routing_weights = tl.load(routing_weights_ptr + pairs, mask=mask_m, other=0.0)
+    hidden = _swiglu(gate.to(tl.float32), up.to(tl.float32)) * routing_weights[:, None]
+    hidden_ptrs = hidden_ptr + rows[:, None] * INTERMEDIATE + offs_n[None, :]
+    tl.store(hidden_ptrs, hidden.to(hidden_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_m_tiles"])
+def grouped_matmul_kernel(
+    a_ptr,  # GATHER: (N, NUM_INNER), row of token; else (M, NUM_INNER), sorted by expert
+    weight_ptr,  # (E, NUM_COLS, NUM_INNER) if TRANSPOSED else (E, NUM_INNER, NUM_COLS)
+    order_ptr,  # (M,) int32
+    offsets_ptr,  # (E + 1,) int32
+    out_ptr,  # (M, NUM_COLS). GATHER: sorted by expert; else row of pair
+    num_m_tiles,
+    NUM_EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    NUM_COLS: tl.constexpr,
+    NUM_INNER: tl.constexpr,
+    GATHER: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    num_n_tiles: tl.constexpr = (NUM_COLS + BLOCK_N - 1) // BLOCK_N
+    m_tile, n_tile = _swizzle(tl.program_id(0), num_m_tiles, num_n_tiles, GROUP_M)
+    expert, row, row_end = _find_rows(offsets_ptr, m_tile, NUM_EXPERTS, BLOCK_E, BLOCK_M)
+    if expert >= NUM_EXPERTS:
+        return
+
+    rows = row + tl.arange(0, BLOCK_M)
+    mask_m = rows < row_end
+    pairs = tl.load(order_ptr + rows, mask=mask_m, other=0)
+    # Rows past the group's end read row 0: finite work whose results are never stored.
+    if GATHER:
+        a_rows = pairs // TOP_K
+        out_rows = rows
+    else:
+        a_rows = tl.where(mask_m, rows, 0)
+        out_rows = pairs
+    offs_n = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = (NUM_COLS % BLOCK_N == 0) | (offs_n < NUM_COLS)
+    offs_k = tl.arange(0, BLOCK_K)
+
+    a_ptrs = a_ptr + a_rows.to(tl.int64)[:, None] * NUM_INNER + offs_k[None, :]
+    stride_k: tl.constexpr = 1 if TRANSPOSED else NUM_COLS
+    stride_n: tl.constexpr = NUM_INNER if TRANSPOSED else 1
+    weight_ptrs = weight_ptr + expert.to(tl.int64) * (NUM_COLS * NUM_INNER)
+    weight_ptrs += offs_k[:, None] * stride_k + offs_n[None, :] * stride_n
+    out = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, NUM_INNER, BLOCK_K):
+        mask_k = (NUM_INNER % BLOCK_K == 0) | (offs_k < NUM_INNER - k)
+        a = tl.load(a_ptrs + k, mask=mask_k[None, :], other=0.0)
+        mask_w = mask_k[:, None] & mask_n[None, :]
+        weight = tl.load(weight_ptrs + k * stride_k, mask=mask_w, other=0.0)
+        out = _add_dot(out, a, weight, rows)
+
+    out_ptrs = out_ptr + out_rows.to(tl.int64)[:, None] * NUM_COLS + offs_n[None, :]
+    mask = mask_m[:, None] & mask_n[None, :]
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def weight_grad_kernel(
+    d_out_ptr,  # (M, NUM_OUT) sorted by expert, or (N, NUM_OUT) if GATHER_D_OUT
+    input_ptr,  # (N, NUM_IN), rows stride_input apart, or (M, NUM_IN) sorted if GATHER_D_OUT
+    order_ptr,  # (M,) int32
+    offsets_ptr,  # (E + 1,) int32
+    d_weight_ptr,  # (E, NUM_OUT, NUM_IN)
+    stride_input,
+    TOP_K: tl.constexpr,
+    NUM_OUT: tl.constexpr,
+    NUM_IN: tl.constexpr,
+    GATHER_D_OUT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    num_m_tiles: tl.constexpr = (NUM_OUT + BLOCK_M - 1) // BLOCK_M
+    num_n_tiles: tl.constexpr = (NUM_IN + BLOCK_N - 1) // BLOCK_N
+    expert = tl.program_id(1).to(tl.int64)
+    m_tile, n_tile = _swizzle(tl.program_id(0), num_m_tiles, num_n_tiles, GROUP_M)
+    start = tl.load(offsets_ptr + expert)
+    end = tl.load(offsets_ptr + expert + 1)
+
+    offs_m = m_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_m = (NUM_OUT % BLOCK_M == 0) | (offs_m < NUM_OUT)
+    mask_n = (NUM_IN % BLOCK_N == 0) | (offs_n < NUM_IN)
+    d_weight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(start, end, BLOCK_K):
+        rows = first + offs_k
+        mask_k = rows < end
+        tokens = tl.load(order_ptr + rows, mask=mask_k, other=0) // TOP_K
+        if GATHER_D_OUT:
+            d_out_rows = tokens.to(tl.int64)
+            input_rows = rows.to(tl.int64)
+        else:
+            d_out_rows = rows.to(tl.int64)
+            input_rows = tokens.to(tl.int64)
+        d_out = tl.load(
+            d_out_ptr + d_out_rows[None, :] * NUM_OUT + offs_m[:, None],
+            mask=mask_m[:, None] & mask_k[None, :],
+            other=0.0,
+        )
+        inputs = tl.load(
+            input_ptr + input_rows[:, None] * stride_input + offs_n[None, :],
+            mask=mask_k[:, None] & mask_n[None, :],
+            other=0.0,
+        )
+        d_weight = _add_dot(d_weight, d_out, inputs, offs_m)
+
+    d_weight_ptrs = d_weight_ptr + expert * (NUM_OUT * NUM_IN)
+    d_weight_ptrs += offs_m[:, None] * NUM_IN + offs_n[None, :]
+    mask = mask_m[:, None] & mask_n[None, :]
+    tl.store(d_weight_ptrs, d_weight.to(d_weight_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def swiglu_grad_kernel(
+    gate_up_ptr,  # (M, 2I)
+    d_hidden_ptr,  # (M, I), becomes w * silu(gate) * up if REBUILD
+    routing_weights_ptr,  # (N, K) fp32
+    order_ptr,  # (M,) int32
+    d_gate_up_ptr,  # (M, 2I)
+    d_routing_weights_ptr,  # (N, K) fp32
+    num_rows,
+    INTERMEDIATE: tl.constexpr,
+    REBUILD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = rows < num_rows
+    pairs = tl.load(order_ptr + rows, mask=mask_m, other=0)
+    weights = tl.load(routing_weights_ptr + pairs, mask=mask_m, other=0.0)[:, None]
+    d_weights = tl.zeros((BLOCK_M,), tl.float32)
+    for n in range(0, INTERMEDIATE, BLOCK_N):
+        offs_n = n + tl.arange(0, BLOCK_N)
+        mask_n = (INTERMEDIATE % BLOCK_N == 0) | (offs_n < INTERMEDIATE)
+        mask = mask_m[:, None] & mask_n[None, :]
+        offs_gate = rows[:, None] * (2 * INTERMEDIATE) + offs_n[None, :]
+        d_hidden_ptrs = d_hidden_ptr + rows[:, None] * INTERMEDIATE + offs_n[None, :]
+        gate = tl.load(gate_up_ptr + offs_gate, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(gate_up_ptr + offs_gate + INTERMEDIATE, mask=mask, other=0.0).to(tl.float32)
+        d_hidden = tl.load(d_hidden_ptrs, mask=mask, other=0.0).to(tl.float32)
+
+        hidden = _swiglu(gate, up)
+        d_weights += tl.sum(hidden * d_hidden, axis=1)
+        if REBUILD:
+            # Same offsets and dtype as the load: the thread that writes an element has read it.
+            tl.store(d_hidden_ptrs, (hidden * weights).to(d_hidden_ptr.dtype.element_ty), mask=mask)
+        sigmoid = tl.sigmoid(gate)
+        d_swiglu = d_hidden * weights
+        d_gate = d_swiglu * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+        d_up = d_swiglu * gate * sigmoid
+        out_type = d_gate_up_ptr.dtype.element_ty
+        tl.store(d_gate_up_ptr + offs_gate, d_gate.to(out_type), mask=mask)
+        tl.store(d_gate_up_ptr + offs_gate + INTERMEDIATE, d_up.to(out_type), mask=mask)
+    tl.store(d_routing_weights_ptr + pairs, d_weights, mask=mask_m)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def sum_slots_kernel(
+    slots_ptr,  # (N, K, D)
+    out_ptr,  # (N, D)
+    num_tokens,
+    TOP_K: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (offs_m < num_tokens)[:, None] & (offs_n < WIDTH)[None, :]
+    slots_ptrs = slots_ptr + offs_m[:, None] * (TOP_K * WIDTH) + offs_n[None, :]
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in tl.static_range(TOP_K):
+        total += tl.load(slots_ptrs + k * WIDTH, mask=mask, other=0.0).to(tl.float32)
+    out_ptrs = out_ptr + offs_m[:, None] * WIDTH + offs_n[None, :]
+    tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def _num_row_tiles(num_rows: int, num_experts: int, block_m: int) -> int:
+    """The most row tiles that groups of `num_rows` rows in all can make."""
+    return triton.cdiv(num_rows, block_m) + num_experts - 1
+
+
+def launch_gate_up(
+    x: Tensor, routing_weights: Tensor, order: Tensor, offsets: Tensor, gate_up_weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Multiply by the gate and up weights, and apply SwiGLU and the routing weights.
+
+    Args:
+        x: (N, D).
+        routing_weights: (N, K) fp32.
+        order: (M,) int32.
+        offsets: (E + 1,) int32.
+        gate_up_weight: (E, 2I, D).
+
+    Returns:
+        (gate_up (M, 2I), hidden (M, I)), sorted by expert.
+    """
+    num_experts, double_intermediate, width = gate_up_weight.shape
+    intermediate = double_intermediate // 2
+    gate_up = x.new_empty((order.numel(), double_intermediate))
+    hidden = x.new_empty((order.numel(), intermediate))
+    config = _config(x).gate_up
+    num_m_tiles = _num_row_tiles(order.numel(), num_experts, config.BLOCK_M)
+    with torch.cuda.device_of(x):
+        gate_up_kernel[(num_m_tiles * triton.cdiv(intermediate, config.BLOCK_N),)](
+            x, routing_weights, order, offsets, gate_up_weight, gate_up, hidden,
+            x.stride(0), num_m_tiles,
+            NUM_EXPERTS=num_experts, TOP_K=routing_weights.shape[1],
+            WIDTH=width, INTERMEDIATE=intermediate,
+            BLOCK_E=triton.next_power_of_2(num_experts), GROUP_M=GROUP_M_TILES, **config._asdict(),
+        )  # fmt: skip
+    return gate_up, hidden
+
+
+def launch_grouped_matmul(
+    a: Tensor,
+    weight: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    top_k: int,
+    *,
+    gather: bool,
+    transposed: bool,
+) -> Tensor:
+    """Multiply each row by its expert's weight.
+
+    Args:
+        a: (N, inner), a row a token, if `gather`; else (M, inner), sorted by expert.
+        weight: (E, columns, inner) if `transposed`, else (E, inner, columns).
+        order: (M,) int32.
+        offsets: (E + 1,) int32.
+        top_k: K, experts per token.
+        gather: read rows by token and write them sorted by expert. Otherwise read them sorted by
+            expert and write them by pair.
+        transposed: how `weight` lies.
+
+    Returns:
+        (M, columns).
+    """
+    num_experts = weight.shape[0]
+    num_cols, num_inner = weight.shape[1:] if transposed else weight.mT.shape[1:]
+    out = a.new_empty((order.numel(), num_cols))
+    config = _config(a).matmul
+    num_m_tiles = _num_row_tiles(order.numel(), num_experts, config.BLOCK_M)
+    with torch.cuda.device_of(a):
+        grouped_matmul_kernel[(num_m_tiles * triton.cdiv(num_cols, config.BLOCK_N),)](
+            a, weight, order, offsets, out, num_m_tiles,
+            NUM_EXPERTS=num_experts, TOP_K=top_k, NUM_COLS=num_cols, NUM_INNER=num_inner,
+            GATHER=gather, TRANSPOSED=transposed,
+            BLOCK_E=triton.next_power_of_2(num_experts), GROUP_M=GROUP_M_TILES, **config._asdict(),
+        )  # fmt: skip
+    return out
+
+
+def launch_weight_grad(
+    d_out: Tensor,
+    inputs: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    top_k: int,
+    *,
+    gather_d_out: bool,
+) -> Tensor:
+    """Sum d_out^T inputs over each expert's rows; zeros for an expert without rows.
+
+    Args:
+        d_out: (N, columns), a row a token, if `gather_d_out`; else (M, columns), sorted by expert.
+        inputs: the other way round: (M, inner), or (N, inner).
+        order: (M,) int32.
+        offsets: (E + 1,) int32.
+        top_k: K, experts per token.
+        gather_d_out: which of the two has a row a token.
+
+    Returns:
+        (E, columns, inner).
+    """
+    num_experts = offsets.numel() - 1
+    num_out, num_in = d_out.shape[1], inputs.shape[1]
+    d_weight = inputs.new_empty((num_experts, num_out, num_in))
+    config = _config(inputs).weight_grad
+    num_tiles = triton.cdiv(num_out, config.BLOCK_M) * triton.cdiv(num_in, config.BLOCK_N)
+    with torch.cuda.device_of(inputs):
+        weight_grad_kernel[(num_tiles, num_experts)](
+            d_out.contiguous(), inputs, order, offsets, d_weight, inputs.stride(0),
+            TOP_K=top_k, NUM_OUT=num_out, NUM_IN=num_in, GATHER_D_OUT=gather_d_out,
+            GROUP_M=GROUP_M_TILES, **config._asdict(),
+        )  # fmt: skip
+    return d_weight
+
+
+def launch_swiglu_grad(
+    gate_up: Tensor, d_hidden: Tensor, routing_weights: Tensor, order: Tensor, *, rebuild: bool
+) -> tuple[Tensor, Tensor]:
+    """Differentiate the weighted SwiGLU.
+
+    Args:
+        gate_up: (M, 2I), sorted by expert.
+        d_hidden: (M, I), sorted by expert; overwritten with hidden if `rebuild`.
+        routing_weights: (N, K) fp32.
+        order: (M,) int32.
+        rebuild: whether to write hidden again.
+
+    Returns:
+        (d_gate_up (M, 2I), d_routing_weights (N, K)).
+    """
+    num_rows, intermediate = d_hidden.shape
+    d_gate_up = torch.empty_like(gate_up)
+    d_routing_weights = torch.empty_like(routing_weights)
+    config = SWIGLU_GRAD_CONFIG
+    with torch.cuda.device_of(gate_up):
+        swiglu_grad_kernel[(triton.cdiv(num_rows, config.BLOCK_M),)](
+            gate_up, d_hidden, routing_weights, order, d_gate_up, d_routing_weights, num_rows,
+            INTERMEDIATE=intermediate, REBUILD=rebuild, **config._asdict(),
+        )  # fmt: skip
+    return d_gate_up, d_routing_weights
+
+
+def launch_sum_slots(slots: Tensor, top_k: int) -> Tensor:
+    """Add up the K rows of each token: (N * K, D), by pair, to (N, D)."""
+    num_tokens, width = slots.shape[0] // top_k, slots.shape[1]
+    out = slots.new_empty((num_tokens, width))
+    config = SUM_SLOTS_CONFIG
+    grid = (triton.cdiv(num_tokens, config.BLOCK_M), triton.cdiv(width, config.BLOCK_N))
+    with torch.cuda.device_of(slots):
+        sum_slots_kernel[grid](
+            slots, out, num_tokens, TOP_K=top_k, WIDTH=width, **config._asdict()
+        )  # fmt: skip
+    return out
 
 
 @torch.library.custom_op("hamner::moe_mlp", mutates_args=())
@@ -58,9 +573,10 @@ def _moe_mlp(
     top_k = routing_weights.shape[1]
     if x.shape[0] == 0:
         return torch.empty_like(x), *_empty_kept(x, top_k, gate_up_weight, rebuild)
-    gate_up, hidden = launch_gate_up(x, routing_weights, order, offsets, gate_up_weight)
+    rows = {"order": order, "offsets": offsets}
+    gate_up, hidden = launch_gate_up(x, routing_weights, **rows, gate_up_weight=gate_up_weight)
     slots = launch_grouped_matmul(
-        hidden, down_weight, order, offsets, top_k, gather=False, transposed=True
+        hidden, down_weight, **rows, top_k=top_k, gather=False, transposed=True
     )
     return launch_sum_slots(slots, top_k), gate_up, x.new_empty((0,)) if rebuild else hidden
 
@@ -102,18 +618,17 @@ def _moe_mlp_backward(
         )
     top_k = routing_weights.shape[1]
     d_out = d_out.contiguous()
-    d_hidden = launch_grouped_matmul(
-        d_out, down_weight, order, offsets, top_k, gather=True, transposed=False
-    )
+    rows = {"order": order, "offsets": offsets, "top_k": top_k}
+    d_hidden = launch_grouped_matmul(d_out, down_weight, **rows, gather=True, transposed=False)
     d_gate_up, d_routing_weights = launch_swiglu_grad(
         gate_up, d_hidden, routing_weights, order, rebuild=rebuild
     )
     if rebuild:
         hidden = d_hidden
-    d_down_weight = launch_weight_grad(d_out, hidden, order, offsets, top_k, gather_d_out=True)
-    d_gate_up_weight = launch_weight_grad(d_gate_up, x, order, offsets, top_k, gather_d_out=False)
+    d_down_weight = launch_weight_grad(d_out, hidden, **rows, gather_d_out=True)
+    d_gate_up_weight = launch_weight_grad(d_gate_up, x, **rows, gather_d_out=False)
     d_slots = launch_grouped_matmul(
-        d_gate_up, gate_up_weight, order, offsets, top_k, gather=False, transposed=False
+        d_gate_up, gate_up_weight, **rows, gather=False, transposed=False
     )
     return launch_sum_slots(d_slots, top_k), d_routing_weights, d_gate_up_weight, d_down_weight
 
@@ -144,9 +659,13 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, d_out, _d_gate_up, _d_hidden):
     if d_out is None:
         return (None,) * 7
-    d_x, d_routing_weights, d_gate_up_weight, d_down_weight = _moe_mlp_backward(
-        d_out, *ctx.saved_tensors, ctx.rebuild
+    x, routing_weights, order, offsets, gate_up, hidden, gate_up_weight, down_weight = (
+        ctx.saved_tensors
     )
+    d_x, d_routing_weights, d_gate_up_weight, d_down_weight = _moe_mlp_backward(
+        d_out, x, routing_weights, order=order, offsets=offsets, gate_up=gate_up, hidden=hidden,
+        gate_up_weight=gate_up_weight, down_weight=down_weight, rebuild=ctx.rebuild,
+    )  # fmt: skip
     return d_x, d_routing_weights, None, None, d_gate_up_weight, d_down_weight, None
 
 
@@ -189,8 +708,7 @@ def _check(x: Tensor, routing: Routing, gate_up_weight: Tensor, down_weight: Ten
         ("gate_up_weight", gate_up_weight),
         ("down_weight", down_weight),
     ):
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}, x on {x.device}")
+        check_same_device(name, tensor, "x", x)
     for name, weight in (("gate_up_weight", gate_up_weight), ("down_weight", down_weight)):
         if weight.dtype != x.dtype:
             raise TypeError(f"{name} must be {x.dtype} like x, got {weight.dtype}")
@@ -239,12 +757,12 @@ def moe_mlp(
         x = x.contiguous()
     out, _, _ = _moe_mlp(
         x,
-        routing.weights.contiguous(),
-        routing.order,
-        routing.offsets,
-        gate_up_weight,
-        down_weight,
-        rebuild,
+        routing_weights=routing.weights.contiguous(),
+        order=routing.order,
+        offsets=routing.offsets,
+        gate_up_weight=gate_up_weight,
+        down_weight=down_weight,
+        rebuild=rebuild,
     )
     return out
 

@@ -29,11 +29,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hamner.kernels.checks import check_dtype, check_same_device, check_shape
 from hamner.kernels.launch import capability
 
 MAX_EXPERTS = 64
 MAX_EXPERTS_PER_TOKEN = 8
-SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Routing(NamedTuple):
@@ -422,13 +422,14 @@ def _backward(ctx, *d_routing):
     d_weights = d_routing.weights
     if d_weights is None:
         d_weights = torch.zeros(experts.shape, dtype=torch.float32, device=experts.device)
-    d_losses = [
+    d_load_balancing_loss, d_z_loss = (
         d_weights.new_zeros(()) if d_loss is None else d_loss
         for d_loss in (d_routing.load_balancing_loss, d_routing.z_loss)
-    ]
-    d_logits = _moe_route_backward(
-        router_logits, experts, offsets, d_weights, *d_losses, ctx.renormalize
     )
+    d_logits = _moe_route_backward(
+        router_logits, experts, offsets, d_weights,
+        d_load_balancing_loss=d_load_balancing_loss, d_z_loss=d_z_loss, renormalize=ctx.renormalize,
+    )  # fmt: skip
     return d_logits, None, None, None
 
 
@@ -436,10 +437,7 @@ _moe_route.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _check(router_logits: Tensor, num_experts_per_token: int, bias: Tensor | None) -> None:
-    if router_logits.ndim != 2:
-        raise ValueError(
-            f"router_logits must be (N, E), got a shape of {tuple(router_logits.shape)}"
-        )
+    check_shape("router_logits", router_logits.shape, ("N", "E"))
     num_tokens, num_experts = router_logits.shape
     if not 2 <= num_experts <= MAX_EXPERTS:
         raise ValueError(
@@ -456,12 +454,9 @@ def _check(router_logits: Tensor, num_experts_per_token: int, bias: Tensor | Non
             f"router_logits has {num_tokens} tokens: tokens x experts per token must be below 2^31"
         )
     if bias is not None:
-        if bias.shape != (num_experts,):
-            raise ValueError(f"bias must be ({num_experts},), got {tuple(bias.shape)}")
-        if bias.dtype != torch.float32:
-            raise TypeError(f"bias must be float32, got {bias.dtype}")
-        if bias.device != router_logits.device:
-            raise ValueError(f"bias is on {bias.device}, router_logits on {router_logits.device}")
+        check_shape("bias", bias.shape, (num_experts,))
+        check_dtype("bias", bias, (torch.float32,))
+        check_same_device("bias", bias, "router_logits", router_logits)
 
 
 def moe_route(
@@ -493,10 +488,7 @@ def moe_route(
         ValueError: a shape, size or device that is not supported.
     """
     _check(router_logits, num_experts_per_token, bias)
-    if router_logits.dtype not in SUPPORTED_DTYPES:
-        raise TypeError(
-            f"router_logits must be float32, bfloat16 or float16, got {router_logits.dtype}"
-        )
+    check_dtype("router_logits", router_logits)
     if bias is not None:
         bias = bias.detach().contiguous()
     return Routing(

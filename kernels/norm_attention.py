@@ -36,15 +36,17 @@ class _NormAttention(torch.autograd.Function):
         ctx, x, residual, norm_weight, qkv_weight, cos, sin, positions,
         document_starts, document_ends, num_heads, num_kv_heads, scale, eps, rebuild,
     ):  # fmt: skip
-        heads = num_heads, num_kv_heads
+        ctx.heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
         qkv, new_residual, rstd, normed = torch.ops.hamner.rms_norm_linear(
-            x, residual, norm_weight, qkv_weight, eps, rebuild, cos, sin, positions, *heads
-        )
+            x, residual, norm_weight, qkv_weight, eps=eps, rebuild=rebuild,
+            cos=cos, sin=sin, positions=positions, **ctx.heads,
+        )  # fmt: skip
         out, lse = torch.ops.hamner.flash_attention_qkv(
-            qkv, *heads, document_starts, document_ends, True, scale
-        )
+            qkv, document_starts=document_starts, document_ends=document_ends,
+            causal=True, scale=scale, **ctx.heads,
+        )  # fmt: skip
         ctx.has_residual = residual is not None
-        ctx.heads, ctx.scale = heads, scale
+        ctx.scale = scale
         ctx.set_materialize_grads(False)
         if not ctx.has_residual:
             # Through here all the same: backward then adds the stream's gradient in its one pass.
@@ -72,16 +74,18 @@ class _NormAttention(torch.autograd.Function):
         if d_out is None:
             d_x = d_residual
             return d_x, d_x if ctx.has_residual else None, None, None, *no_gradients
-        *norm_inputs, qkv, out, lse, document_starts, document_ends, cos, sin, positions = (
-            ctx.saved_tensors
-        )
+        (
+            x, rstd, normed, norm_weight, qkv_weight,
+            qkv, out, lse, document_starts, document_ends, cos, sin, positions,
+        ) = ctx.saved_tensors  # fmt: skip
         d_qkv = torch.ops.hamner.flash_attention_qkv_backward(
-            d_out, qkv, out, lse, document_starts, document_ends, *ctx.heads, True, ctx.scale,
-            cos, sin, positions,
+            d_out, qkv, out, lse, document_starts=document_starts, document_ends=document_ends,
+            causal=True, scale=ctx.scale, cos=cos, sin=sin, positions=positions, **ctx.heads,
         )  # fmt: skip
         d_x, d_norm_weight, d_qkv_weight = torch.ops.hamner.rms_norm_linear_backward(
-            d_qkv, d_residual, *norm_inputs, None, None, None, *ctx.heads
-        )
+            d_qkv, d_residual, x, rstd, normed=normed, norm_weight=norm_weight, weight=qkv_weight,
+            cos=None, sin=None, positions=None, **ctx.heads,
+        )  # fmt: skip
         return d_x, d_x if ctx.has_residual else None, d_norm_weight, d_qkv_weight, *no_gradients
 
 
@@ -127,14 +131,15 @@ def add_rms_norm_attention(
         TypeError, ValueError: naming the argument that does not fit.
     """
     check_qkv_rope_arguments(
-        x, residual, norm_weight, qkv_weight, cos, sin, num_heads, num_kv_heads, positions
-    )
+        x, residual, norm_weight, qkv_weight, cos=cos, sin=sin,
+        num_heads=num_heads, num_kv_heads=num_kv_heads, positions=positions,
+    )  # fmt: skip
     head_size = check_packed_width(qkv_weight.shape[0], num_heads, num_kv_heads)
     check_device("x", x)
-    bounds = optional_document_bounds(document_ids, x)
+    document_starts, document_ends = optional_document_bounds(document_ids, x)
     return _NormAttention.apply(
         x, residual, norm_weight, qkv_weight, cos, sin, positions,
-        *bounds, num_heads, num_kv_heads, head_size**-0.5, eps, rebuild,
+        document_starts, document_ends, num_heads, num_kv_heads, head_size**-0.5, eps, rebuild,
     )  # fmt: skip
 
 
@@ -153,7 +158,8 @@ def add_rms_norm_attention_reference(
 ) -> tuple[Tensor, Tensor]:
     """`add_rms_norm_attention` in plain torch."""
     qkv, new_residual = add_rms_norm_qkv_rope_reference(
-        x, residual, norm_weight, qkv_weight, cos, sin, num_heads, num_kv_heads, positions, eps
-    )
+        x, residual, norm_weight, qkv_weight, cos=cos, sin=sin,
+        num_heads=num_heads, num_kv_heads=num_kv_heads, positions=positions, eps=eps,
+    )  # fmt: skip
     heads = split_qkv(qkv, num_heads, num_kv_heads)
     return flash_attention_reference(*heads, document_ids=document_ids).flatten(-2), new_residual

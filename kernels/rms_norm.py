@@ -28,10 +28,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hamner.kernels.checks import check_dtype, check_like, check_same_device, check_shape
 from hamner.kernels.launch import capability
 from hamner.kernels.partial_sums import sum_partials
 
-SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_WIDTH = 8192  # a row is held in registers
 
 
@@ -259,7 +259,7 @@ def _(x, residual, weight, eps):
 def _rms_norm_backward_op(
     d_y: Tensor, d_residual: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
-    return launch_rms_norm_backward(d_y, d_residual, x, weight, rstd)
+    return launch_rms_norm_backward(d_y, d_residual, x, weight=weight, rstd=rstd)
 
 
 @_rms_norm_backward_op.register_fake
@@ -277,7 +277,7 @@ def _rms_norm_setup_context(ctx, inputs, output):
 
 def _rms_norm_backward(ctx, d_y, _d_rstd):
     x, weight, rstd = ctx.saved_tensors
-    d_x, d_weight = _rms_norm_backward_op(d_y, None, x, weight, rstd)
+    d_x, d_weight = _rms_norm_backward_op(d_y, None, x, weight=weight, rstd=rstd)
     return d_x, d_weight, None
 
 
@@ -293,7 +293,7 @@ def _add_rms_norm_backward(ctx, d_y, d_residual, _d_rstd):
     new_residual, weight, rstd = ctx.saved_tensors
     if d_y is None:
         return d_residual, d_residual, None, None
-    d_x, d_weight = _rms_norm_backward_op(d_y, d_residual, new_residual, weight, rstd)
+    d_x, d_weight = _rms_norm_backward_op(d_y, d_residual, x=new_residual, weight=weight, rstd=rstd)
     return d_x, d_x, d_weight, None
 
 
@@ -311,27 +311,15 @@ def check_norm_arguments(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    if x.dtype not in SUPPORTED_DTYPES:
-        raise TypeError(f"x is {x.dtype}; it must be float32, float16 or bfloat16")
+    check_dtype("x", x)
     if x.dim() == 0 or not 1 <= x.shape[-1] <= MAX_WIDTH:
         raise ValueError(f"x has shape {tuple(x.shape)}; its last axis must be 1 to {MAX_WIDTH}")
-    if weight.dtype not in (x.dtype, torch.float32):
-        raise TypeError(f"{weight_name} is {weight.dtype}; it must be {x.dtype} as x, or float32")
-    if weight.shape != x.shape[-1:]:
-        raise ValueError(
-            f"{weight_name} has shape {tuple(weight.shape)}; x asks for ({x.shape[-1]},)"
-        )
-    if weight.device != x.device:
-        raise ValueError(f"{weight_name} is on {weight.device}, x on {x.device}")
+    check_dtype(weight_name, weight, (x.dtype, torch.float32))
+    check_shape(weight_name, weight.shape, x.shape[-1:])
+    check_same_device(weight_name, weight, "x", x)
     if residual is not None:
-        if residual.dtype != x.dtype:
-            raise TypeError(f"residual is {residual.dtype}, x is {x.dtype}; they must agree")
-        if residual.shape != x.shape:
-            raise ValueError(
-                f"residual has shape {tuple(residual.shape)}, x {tuple(x.shape)}; they must agree"
-            )
-        if residual.device != x.device:
-            raise ValueError(f"residual is on {residual.device}, x on {x.device}")
+        check_like("residual", residual, "x", x)
+        check_shape("residual", residual.shape, x.shape)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:

@@ -13,6 +13,7 @@ sin stay in cache. The floor is bytes / bandwidth. For bf16, N 24,576, 16 + 4 he
 126 MB: 0.042 ms at 3.0 TB/s, 0.15 ms at 850 GB/s.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,9 +21,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hamner.kernels.checks import (
+    check_contiguous,
+    check_dtype,
+    check_like,
+    check_positive,
+    check_same_device,
+    check_shape,
+)
 from hamner.kernels.launch import capability
-
-SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Config(NamedTuple):
@@ -109,8 +116,8 @@ def launch_rotation(
     out: Tensor,
     cos: Tensor,
     sin: Tensor,
-    positions: Tensor | None,
     *,
+    positions: Tensor | None = None,
     head_dim: int,
     num_rotated: int,
     num_heads: int,
@@ -161,7 +168,7 @@ def launch_packed_rotation(
     num_rotated = num_heads + num_kv_heads
     launch_rotation(
         qkv, out, cos.contiguous(), sin.contiguous(),
-        positions.contiguous() if positions is not None else None,
+        positions=positions.contiguous() if positions is not None else None,
         head_dim=qkv.shape[-1] // (num_heads + 2 * num_kv_heads),
         num_rotated=num_rotated,
         num_heads=num_rotated if in_place else num_rotated + num_kv_heads,
@@ -179,7 +186,7 @@ def _rope_op(
         x = x.contiguous()
         out = torch.empty_like(x)
         launch_rotation(
-            x.flatten(2), out, cos.contiguous(), sin.contiguous(), None,
+            x.flatten(2), out, cos.contiguous(), sin.contiguous(),
             head_dim=x.shape[3], num_rotated=x.shape[2], num_heads=x.shape[2], inverse=inverse,
         )  # fmt: skip
         rotated.append(out)
@@ -198,7 +205,7 @@ def _rope_setup_context(ctx, inputs, output):
 
 def _rope_backward(ctx, d_q, d_k):
     cos, sin = ctx.saved_tensors
-    d_q, d_k = _rope_op(d_q, d_k, cos, sin, not ctx.inverse)
+    d_q, d_k = _rope_op(d_q, d_k, cos=cos, sin=sin, inverse=not ctx.inverse)
     return d_q, d_k, None, None, None
 
 
@@ -216,8 +223,9 @@ def _rope_packed_op(
     inverse: bool,
 ) -> None:
     launch_packed_rotation(
-        qkv, cos, sin, num_heads, num_kv_heads, positions, inverse=inverse, in_place=True
-    )
+        qkv, cos, sin, num_heads=num_heads, num_kv_heads=num_kv_heads, positions=positions,
+        inverse=inverse, in_place=True,
+    )  # fmt: skip
 
 
 @_rope_packed_op.register_fake
@@ -234,21 +242,19 @@ def check_tables(cos: Tensor, sin: Tensor, seq_len: int, head_dim: int, x: Tenso
     if head_dim % 2 != 0 or head_dim == 0:
         raise ValueError(f"head size is {head_dim}; rotation needs it even")
     for name, table in (("cos", cos), ("sin", sin)):
-        if table.dtype not in SUPPORTED_DTYPES:
-            raise TypeError(f"{name} is {table.dtype}; it must be float32, float16 or bfloat16")
+        check_dtype(name, table)
         if table.dim() != 2 or table.shape[0] < seq_len or table.shape[1] != head_dim // 2:
             raise ValueError(
                 f"{name} has shape {tuple(table.shape)}; it must be ({seq_len} or more positions, "
                 f"{head_dim // 2})"
             )
-        if table.device != x.device:
-            raise ValueError(f"{name} is on {table.device}, the heads on {x.device}")
+        check_same_device(name, table, "the heads", x)
     if cos.shape != sin.shape:
         raise ValueError(f"sin has shape {tuple(sin.shape)}, cos {tuple(cos.shape)}")
 
 
 def check_packed_arguments(
-    shape: tuple[int, ...],
+    shape: Sequence[int],
     cos: Tensor,
     sin: Tensor,
     num_heads: int,
@@ -261,27 +267,21 @@ def check_packed_arguments(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    if len(shape) != 3:
-        raise ValueError(f"qkv has shape {shape}; it must be (batch, time, heads * head size)")
-    for name, value in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
+    check_shape("qkv", shape, ("batch", "time", "heads * head size"))
+    check_positive("num_heads", num_heads)
+    check_positive("num_kv_heads", num_kv_heads)
     packed_heads = num_heads + 2 * num_kv_heads
     if shape[2] % packed_heads != 0:
         raise ValueError(
             f"qkv rows have {shape[2]} elements, not a multiple of num_heads + 2 * num_kv_heads = "
             f"{packed_heads}"
         )
-    check_tables(cos, sin, shape[1] if positions is None else 1, shape[2] // packed_heads, x)
+    seq_len = shape[1] if positions is None else 1
+    check_tables(cos, sin, seq_len=seq_len, head_dim=shape[2] // packed_heads, x=x)
     if positions is not None:
-        if positions.dtype != torch.int32:
-            raise TypeError(f"positions is {positions.dtype}; it must be int32")
-        if positions.shape != shape[:2]:
-            raise ValueError(
-                f"positions has shape {tuple(positions.shape)}; it must be {tuple(shape[:2])}"
-            )
-        if positions.device != x.device:
-            raise ValueError(f"positions is on {positions.device}, qkv on {x.device}")
+        check_dtype("positions", positions, (torch.int32,))
+        check_shape("positions", positions.shape, shape[:2])
+        check_same_device("positions", positions, "qkv", x)
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -299,20 +299,13 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
     """
-    if q.dtype not in SUPPORTED_DTYPES:
-        raise TypeError(f"q is {q.dtype}; it must be float32, float16 or bfloat16")
-    if q.dim() != 4:
-        raise ValueError(f"q has shape {tuple(q.shape)}; it must be (B, T, heads, head size)")
-    if k.dtype != q.dtype:
-        raise TypeError(f"k is {k.dtype}, q is {q.dtype}; they must agree")
-    if k.dim() != 4 or k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3]:
-        raise ValueError(
-            f"k has shape {tuple(k.shape)}, q {tuple(q.shape)}; only the number of heads may differ"
-        )
-    if k.device != q.device:
-        raise ValueError(f"k is on {k.device}, q on {q.device}")
-    check_tables(cos, sin, q.shape[1], q.shape[3], q)
-    return _rope_op(q, k, cos, sin, False)
+    check_dtype("q", q)
+    check_shape("q", q.shape, ("B", "T", "heads", "head size"))
+    batch_size, seq_len, _, head_dim = q.shape
+    check_like("k", k, "q", q)
+    check_shape("k", k.shape, (batch_size, seq_len, "heads", head_dim))
+    check_tables(cos, sin, seq_len=seq_len, head_dim=head_dim, x=q)
+    return _rope_op(q, k, cos=cos, sin=sin, inverse=False)
 
 
 def rope_packed_(
@@ -344,12 +337,16 @@ def rope_packed_(
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
     """
-    if qkv.dtype not in SUPPORTED_DTYPES:
-        raise TypeError(f"qkv is {qkv.dtype}; it must be float32, float16 or bfloat16")
-    if not qkv.is_contiguous():
-        raise ValueError(f"qkv has strides {qkv.stride()}; in place it must be contiguous")
-    check_packed_arguments(tuple(qkv.shape), cos, sin, num_heads, num_kv_heads, positions, qkv)
-    _rope_packed_op(qkv, cos, sin, num_heads, num_kv_heads, positions, inverse)
+    check_dtype("qkv", qkv)
+    check_contiguous("qkv", qkv)
+    check_packed_arguments(
+        qkv.shape, cos, sin,
+        num_heads=num_heads, num_kv_heads=num_kv_heads, positions=positions, x=qkv,
+    )  # fmt: skip
+    _rope_packed_op(
+        qkv, cos, sin,
+        num_heads=num_heads, num_kv_heads=num_kv_heads, positions=positions, inverse=inverse,
+    )  # fmt: skip
     return qkv
 
 

@@ -29,11 +29,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hamner.kernels.checks import check_dtype, check_like
 from hamner.kernels.launch import capability
 from hamner.kernels.partial_sums import sum_partials
 from hamner.kernels.rms_norm import MAX_WIDTH, tile_shape
-
-SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Config(NamedTuple):
@@ -174,9 +173,9 @@ def launch_router_linear_backward(
     return d_x, sum_partials(partial_sums, weight)
 
 
-@torch.library.custom_op("hamner::router_linear", mutates_args=())
-def _router_linear_op(x: Tensor, weight: Tensor) -> Tensor:
-    return launch_router_linear(x, weight)
+_router_linear_op = torch.library.custom_op(
+    "hamner::router_linear", launch_router_linear, mutates_args=()
+)
 
 
 @_router_linear_op.register_fake
@@ -184,11 +183,9 @@ def _(x, weight):
     return x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32)
 
 
-@torch.library.custom_op("hamner::router_linear_backward", mutates_args=())
-def _router_linear_backward_op(
-    d_logits: Tensor, x: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor]:
-    return launch_router_linear_backward(d_logits, x, weight)
+_router_linear_backward_op = torch.library.custom_op(
+    "hamner::router_linear_backward", launch_router_linear_backward, mutates_args=()
+)
 
 
 @_router_linear_backward_op.register_fake
@@ -220,10 +217,8 @@ def router_linear(x: Tensor, weight: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
     """
-    if x.dtype not in SUPPORTED_DTYPES:
-        raise TypeError(f"x is {x.dtype}; it must be float32, float16 or bfloat16")
-    if weight.dtype != x.dtype:
-        raise TypeError(f"weight is {weight.dtype}, x is {x.dtype}; they must agree")
+    check_dtype("x", x)
+    check_like("weight", weight, "x", x)
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(
             f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; they must be "
@@ -234,8 +229,6 @@ def router_linear(x: Tensor, weight: Tensor) -> Tensor:
             f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; width must be 1 to "
             f"{MAX_WIDTH}, with at least one expert"
         )
-    if weight.device != x.device:
-        raise ValueError(f"weight is on {weight.device}, x on {x.device}")
     return _router_linear_op(x, weight)
 
 

@@ -23,9 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hamner.kernels.checks import check_dtype
 from hamner.kernels.launch import capability
-
-SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Config(NamedTuple):
@@ -157,9 +156,7 @@ def launch_swiglu_backward(d_h: Tensor, gate_up: Tensor, *, h: Tensor | None = N
     return d_gate_up
 
 
-@torch.library.custom_op("hamner::swiglu", mutates_args=())
-def _swiglu_op(gate_up: Tensor) -> Tensor:
-    return launch_swiglu(gate_up)
+_swiglu_op = torch.library.custom_op("hamner::swiglu", launch_swiglu, mutates_args=())
 
 
 @_swiglu_op.register_fake
@@ -194,8 +191,7 @@ def check_gate_up(gate_up: Tensor) -> None:
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    if gate_up.dtype not in SUPPORTED_DTYPES:
-        raise TypeError(f"gate_up is {gate_up.dtype}; it must be float32, float16 or bfloat16")
+    check_dtype("gate_up", gate_up)
     if gate_up.dim() == 0 or gate_up.shape[-1] % 2 != 0 or gate_up.shape[-1] == 0:
         raise ValueError(
             f"gate_up has shape {tuple(gate_up.shape)}; its last axis must hold gate and up, "

@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
-NEEDS = {"test_serve.py": "openai", "test_harness.py": "lm_eval"}
+NEEDS = {"chat/test_server.py": "openai", "evaluate/test_harness.py": "lm_eval"}
 """packages of hamner[test] that a machine with a GPU may lack, by the file that imports them;
 neither file has a test that needs a GPU"""
 collect_ignore = [

@@ -3,7 +3,7 @@
 import torch
 
 from hamner.config.model import ModelConfig
-from hamner.model.attention import get_attention
+from hamner.model.attention import AttentionShape, get_attention
 from hamner.model.ops import Ops, build_ops
 from hamner.model.transformer import Transformer
 
@@ -31,8 +31,7 @@ MOE = ModelConfig(
 
 def cpu_ops(kernels: str, attention: str) -> Ops:
     """Operations for the CPU in fp32; the kernels run in Triton's interpreter."""
-    backend = get_attention(
-        attention,
+    shape = AttentionShape(
         device=torch.device("cpu"),
         dtype=torch.float32,
         head_size=16,
@@ -40,9 +39,8 @@ def cpu_ops(kernels: str, attention: str) -> Ops:
         num_kv_heads=2,
         seq_len=64,
         micro_batch_size=1,
-        document_mask=False,
     )
-    return build_ops(kernels, backend)
+    return build_ops(kernels, get_attention(attention, shape))
 
 
 def plain_ops() -> Ops:

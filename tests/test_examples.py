@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import get_args_parser
 
+from hamner.config.options import total_tokens
 from hamner.train.__main__ import parse
 
 SCRIPTS = sorted((Path(__file__).parents[1] / "examples").glob("*.sh"))
@@ -27,4 +28,4 @@ def test_script(script):
     assert launcher.rdzv_backend == "c10d"
     assert launcher.rdzv_endpoint.endswith(":29500")
     config = parse(shlex.split(train))
-    assert config.total_tokens <= 10e9 < config.total_tokens + config.tokens_per_step
+    assert total_tokens(config) <= 10e9 < total_tokens(config) + config.tokens_per_step

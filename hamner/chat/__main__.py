@@ -1,4 +1,4 @@
-"""`python -m hamner.chat`: talk to a run's model in the terminal, or serve it."""
+"""`python -m hamner.chat` lets one talk to a run's model in the terminal, or serves it."""
 
 import contextlib
 import dataclasses
@@ -66,7 +66,7 @@ class ChatConfig:
 
 
 class Terminal:
-    """Where lines come from and text goes.
+    """The terminal is where lines come from and text goes.
 
     Args:
         read: gives the next line, as `input`; raises EOFError at the end.
@@ -77,11 +77,11 @@ class Terminal:
         self.read, self.write = read, write
 
     def say(self, line: str) -> None:
-        """Write a line that is not the model's."""
+        """The method writes a line that is not the model's."""
         self.write(f"{line}\n")
 
     def show(self, pieces: Iterator[str]) -> str | None:
-        """Write a text as it comes; returns why it ended, "interrupt" after Ctrl-C."""
+        """The method writes a text as it comes; its result says why it ended, or "interrupt"."""
         reason = "interrupt"
         with contextlib.suppress(KeyboardInterrupt):
             while True:
@@ -97,7 +97,7 @@ class Terminal:
 
 
 class Session:
-    """What is common to chatting and completing: commands and settings.
+    """A session has what is common to chatting and completing: commands and settings.
 
     Args:
         config: resolved flags.
@@ -119,7 +119,7 @@ class Session:
         }
 
     def run(self) -> None:
-        """Read and answer until /quit or the end of the input."""
+        """The session reads and answers until /quit or the end of the input."""
         while True:
             try:
                 line = self.terminal.read(self.prompt).strip()
@@ -138,7 +138,7 @@ class Session:
                 self.terminal.say(f"({error})")
 
     def command(self, name: str, argument: str) -> None:
-        """Run a command.
+        """The method runs a command.
 
         Raises:
             UserError: there is no such command, or its argument makes no sense.
@@ -148,15 +148,15 @@ class Session:
         self.commands[name](argument.strip())
 
     def answer(self, text: str) -> None:
-        """Answer what the user wrote."""
+        """The session answers what the user wrote."""
         raise NotImplementedError
 
     def record(self) -> dict:
-        """What /save writes."""
+        """The method gives what /save writes."""
         raise NotImplementedError
 
     def set_temperature(self, argument: str) -> None:
-        """/temp"""
+        """/temp sets or shows the temperature."""
         if argument:
             try:
                 temperature = float(argument)
@@ -166,7 +166,7 @@ class Session:
         self.terminal.say(f"(temperature {self.sampling.temperature})")
 
     def save(self, argument: str) -> None:
-        """/save"""
+        """/save appends the record to a file."""
         record = self.record()
         if not argument:
             raise UserError("/save needs the name of a file, such as /save talk.jsonl")
@@ -178,12 +178,12 @@ class Session:
         self.terminal.say(f"(appended to {argument})")
 
     def next_seed(self) -> int:
-        """Another seed for every text."""
+        """The method gives every text another seed."""
         return self.random.getrandbits(32)
 
 
 class Chat(Session):
-    """A conversation."""
+    """A chat is a session in which the model answers."""
 
     help, prompt = HELP, "you> "
 
@@ -207,12 +207,12 @@ class Chat(Session):
             self.terminal.say("(cut: no room for more; --max-new-tokens and --seq-len set it)")
 
     def clear(self, _: str) -> None:
-        """/clear"""
+        """/clear starts a new conversation."""
         self.dialogue.clear()
         self.terminal.say("(new conversation)")
 
     def set_system(self, argument: str) -> None:
-        """/system"""
+        """/system sets or shows the system prompt."""
         if argument:
             self.dialogue.system = "" if argument == "off" else argument
         self.terminal.say(f"(system prompt: {self.dialogue.system or 'none'})")
@@ -224,7 +224,7 @@ class Chat(Session):
 
 
 class Complete(Session):
-    """Text that goes on, each line for itself."""
+    """A completion is a session in which the model continues each line for itself."""
 
     help, prompt = COMPLETION_HELP, "text> "
 
@@ -262,13 +262,14 @@ class Complete(Session):
 
 
 def chat(config: ChatConfig, terminal: Terminal) -> None:
-    """Load the model and talk, or serve it until the process is stopped.
+    """The function loads the model and talks, or serves it until the process is stopped.
 
     Raises:
         UserError: there is no such model, or it cannot be run as asked.
     """
-    from hamner.checkpoint.saved_model import find_saved_model, select_device
+    from hamner.checkpoint.saved_model import find_saved_model
     from hamner.model.generate import Generator
+    from hamner.parallel.device import select_device
 
     device = select_device(config.device)
     saved = find_saved_model(config.checkpoint)
@@ -308,7 +309,7 @@ def chat(config: ChatConfig, terminal: Terminal) -> None:
 
 @contextlib.contextmanager
 def line_editing() -> Iterator[None]:
-    """Arrow keys and a history that outlives the session, where Python has readline."""
+    """The context has arrow keys and a lasting history, where Python has readline."""
     try:
         import readline
     except ImportError:
@@ -325,12 +326,12 @@ def line_editing() -> Iterator[None]:
 
 
 def write(text: str) -> None:
-    """Write to standard output at once."""
+    """The function writes to standard output at once."""
     print(text, end="", flush=True)
 
 
 def parse(args: Sequence[str]) -> ChatConfig:
-    """Read the command line.
+    """The function reads the command line.
 
     Raises:
         UserError: values that make no sense.
@@ -345,7 +346,7 @@ def parse(args: Sequence[str]) -> ChatConfig:
 
 
 def main(args: Sequence[str]) -> None:
-    """Chat or serve as the command line says."""
+    """The command chats or serves as its flags say."""
     config = parse(args)
     if sys.stdin.isatty() and config.serve is None:
         with line_editing():

@@ -1,58 +1,15 @@
-"""A conversation with a model: what both the terminal and the server do with messages."""
+"""The module holds a conversation with a model that goes on longer than the model's context."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-from hamner.data.chat_template import END_TOKEN, ROLE_TOKENS, Message, render_prompt
-from hamner.data.tokenizer import Tokenizer
-from hamner.errors import UserError
-from hamner.model.generate import Completion, Generator
+from hamner.data.chat_template import Message, render_prompt
+from hamner.model.answer import answer
+from hamner.model.generate import Generator
 from hamner.model.sampling import Sampling
 
 
-class ContextError(UserError):
-    """The messages do not fit into the context."""
-
-
-def answer(
-    generator: Generator,
-    messages: Sequence[Message],
-    sampling: Sampling,
-    *,
-    max_new_tokens: int,
-    stop_texts: Sequence[str] = (),
-    seed: int,
-) -> Completion:
-    """The assistant's next turn, not generated yet.
-
-    Raises:
-        ContextError: the messages leave no room for an answer.
-        UserError: the tokenizer lacks the tokens of conversations.
-    """
-    prompt = render_prompt(messages, generator.tokenizer)
-    if len(prompt) >= generator.context:
-        raise ContextError(
-            f"the messages take {len(prompt):,} tokens, the model's context is "
-            f"{generator.context:,}: shorten them"
-        )
-    return Completion(
-        generator,
-        prompt,
-        sampling,
-        max_new_tokens=max_new_tokens,
-        stop_ids=turn_ends(generator.tokenizer),
-        stop_texts=stop_texts,
-        seed=seed,
-    )
-
-
-def turn_ends(tokenizer: Tokenizer) -> frozenset[int]:
-    """Tokens that end an answer: its end marker, the end of the text, or anyone's next turn."""
-    names = (END_TOKEN, *ROLE_TOKENS.values())
-    return frozenset({tokenizer.eot_id, *(tokenizer.special_id(name) for name in names)})
-
-
 class Dialogue:
-    """A conversation that goes on; its oldest turns are forgotten when the context is full.
+    """A dialogue goes on; its oldest turns are forgotten when the context is full.
 
     Args:
         generator: the model.
@@ -71,16 +28,16 @@ class Dialogue:
 
     @property
     def messages(self) -> list[Message]:
-        """The whole conversation, the system prompt first."""
+        """The list is the whole conversation, the system prompt first."""
         return [*self._opening(), *self.turns]
 
     def clear(self) -> None:
-        """Start anew, with the same system prompt."""
+        """The method starts anew, with the same system prompt."""
         self.turns.clear()
         self.forgotten = 0
 
     def ask(self, text: str, sampling: Sampling, seed: int) -> Iterator[str]:
-        """Say something; gives the pieces of the answer.
+        """The method says something to the model and gives the pieces of its answer.
 
         The pieces given out are part of the conversation even if the iteration is left early.
 
@@ -111,7 +68,7 @@ class Dialogue:
         return [Message("system", self.system)] if self.system else []
 
     def _fit(self, turns: list[Message]) -> list[Message]:
-        """The newest turns, from a question on, that leave a quarter of the context to answer."""
+        """The newest turns, from a question on, are kept that leave a quarter of the context."""
         reserve = min(self.max_new_tokens, self.generator.context // 4)
         starts = [i for i in range(self.forgotten, len(turns)) if turns[i].role == "user"]
         for start in starts:

@@ -1,4 +1,4 @@
-"""OpenAI's chat-completions protocol on the loopback interface, for one model.
+"""The module serves one model by OpenAI's chat-completions protocol on the loopback interface.
 
     GET  /v1/models
     POST /v1/chat/completions       stream: false or true (server-sent events)
@@ -36,8 +36,8 @@ except ModuleNotFoundError as error:
         f"--serve needs the package {error.name}: pip install 'hamner[serve]'"
     ) from error
 
-from hamner.chat.dialogue import ContextError, answer
 from hamner.data.chat_template import Message
+from hamner.model.answer import ContextError, answer
 from hamner.model.generate import Completion, Generator
 from hamner.model.sampling import Sampling
 
@@ -61,7 +61,7 @@ is refused rather than ignored."""
 
 
 class ApiError(Exception):
-    """A request that gets an error in the protocol's form instead of an answer."""
+    """The error is what a request gets, in the protocol's form, instead of an answer."""
 
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None
@@ -70,7 +70,7 @@ class ApiError(Exception):
         self.status, self.message, self.param, self.code = status, message, param, code
 
     def response(self) -> JSONResponse:
-        """As the official client expects it."""
+        """The response is as the official client expects it."""
         kind = "invalid_request_error" if self.status < 429 else "server_error"
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         headers = {"retry-after": "1"} if self.status == 429 else None
@@ -111,7 +111,10 @@ _Tokens = Annotated[int, Field(ge=1)] | None
 
 
 class ChatRequest(BaseModel):
-    """What is read of a request. Top-k, min-p and the repetition penalty go beyond the protocol."""
+    """The fields are what is read of a request.
+
+    Top-k, min-p and the repetition penalty go beyond the protocol.
+    """
 
     model_config = ConfigDict(strict=True, extra="allow")
     messages: Annotated[list[_Message], Field(min_length=1)]
@@ -130,7 +133,7 @@ class ChatRequest(BaseModel):
 
     @classmethod
     def read(cls, body: bytes) -> "ChatRequest":
-        """A request from its body.
+        """The method reads a request from its body.
 
         Raises:
             ApiError: not JSON, not of this form, or it asks for what is not here.
@@ -148,7 +151,7 @@ class ChatRequest(BaseModel):
         return request
 
     def sampling(self, default: Sampling) -> Sampling:
-        """The settings of this request; the server's where it says nothing."""
+        """The settings are those of this request, and the server's where it says nothing."""
         return Sampling(
             **{
                 name: value if (value := getattr(self, name)) is not None else standard
@@ -158,7 +161,7 @@ class ChatRequest(BaseModel):
 
 
 class ChatServer:
-    """The endpoints of one model.
+    """The server has the endpoints of one model.
 
     Args:
         generator: the model.
@@ -200,7 +203,7 @@ class ChatServer:
         )
 
     def uvicorn_config(self) -> uvicorn.Config:
-        """How to run it."""
+        """The configuration says how uvicorn runs it."""
         return uvicorn.Config(
             self.app,
             log_level="warning",
@@ -209,12 +212,12 @@ class ChatServer:
         )
 
     async def models(self, _: Request) -> Response:
-        """GET /v1/models."""
+        """The method answers GET /v1/models."""
         model = {"id": self.name, "object": "model", "created": self.created, "owned_by": "hamner"}
         return JSONResponse({"object": "list", "data": [model]})
 
     async def chat_completions(self, http: Request) -> Response:
-        """POST /v1/chat/completions."""
+        """The method answers POST /v1/chat/completions."""
         request = ChatRequest.read(await _read_body(http))
         if request.model not in (None, self.name):
             message = f"there is no model {request.model} here, only {self.name}"
@@ -253,7 +256,7 @@ class ChatServer:
         return JSONResponse({**body, "usage": _usage(completion)})
 
     async def pieces(self, completion: Completion) -> AsyncGenerator[str, None]:
-        """The text as it is generated, in a thread; the device is held until this is closed."""
+        """The iterator gives the text as a thread generates it; closing it frees the device."""
         async with self.device_lock:
             async for piece in iterate_in_threadpool(iter(completion)):
                 yield piece
@@ -261,7 +264,7 @@ class ChatServer:
     async def events(
         self, completion: Completion, head: dict, with_usage: bool
     ) -> AsyncGenerator[str, None]:
-        """The answer as server-sent events."""
+        """The iterator gives the answer as server-sent events."""
 
         def event(choices: list[dict], **values) -> str:
             body = {**head, "object": "chat.completion.chunk", "choices": choices, **values}
@@ -281,7 +284,7 @@ class ChatServer:
 
 
 class _EventStream(StreamingResponse):
-    """Events of a generator that is closed at once when the client hangs up."""
+    """The stream closes its generator at once when the client hangs up."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self.body_iterator):
@@ -289,7 +292,7 @@ class _EventStream(StreamingResponse):
 
 
 class _BoundedRequests:
-    """ASGI middleware: more than `limit` POSTs at a time are turned away."""
+    """The ASGI middleware turns away more than `limit` POSTs at a time."""
 
     def __init__(self, app: ASGIApp, limit: int) -> None:
         self.app, self.limit, self.running = app, limit, 0
@@ -310,7 +313,7 @@ class _BoundedRequests:
 
 
 async def _read_body(request: Request) -> bytes:
-    """The body, no larger and no later than allowed.
+    """The function reads the body, no larger and no later than allowed.
 
     Raises:
         ApiError: it is not declared as JSON, too large or too late.
@@ -346,7 +349,7 @@ def _usage(completion: Completion) -> dict:
 
 
 def serve(server: ChatServer, port: int, say: Callable[[str], None]) -> None:
-    """Serve until the process is stopped.
+    """The function serves until the process is stopped.
 
     Args:
         server: the model.

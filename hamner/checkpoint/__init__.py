@@ -1,1 +1,1 @@
-"""Saved state: its format, what writes it, a run's folder, and models found in it."""
+"""The package keeps saved state: its format, its writers, a run's folder, the models in it."""

@@ -1,4 +1,4 @@
-"""`python -m hamner.checkpoint import OLD.pt`: work on checkpoints from the command line."""
+"""`python -m hamner.checkpoint import OLD.pt` works on checkpoints from the command line."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Saved state on disk: a checkpoint folder is whole or does not exist.
+"""The module keeps saved state on disk: a checkpoint folder is whole or does not exist.
 
     checkpoints/step_00001000/
         model.safetensors       the module's parameters, in their compute dtype, and buffers
@@ -26,8 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hamner.errors import UserError
-from hamner.files import flush, parse_json
-from hamner.kernels.adamw import join_master
+from hamner.files import flush, read_json
 from hamner.parallel.tensors import fill
 
 MODEL_FILE = "model.safetensors"
@@ -42,27 +41,27 @@ _DAMAGED_PREFIX = "damaged_"
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is damaged, incomplete or not one of ours."""
+    """The exception says that a checkpoint is damaged, incomplete or not one of ours."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint folder."""
+    """A checkpoint is a whole folder."""
 
     path: Path
     step: int
 
     def state(self) -> dict:
-        """`state.json`."""
-        return _read_json(self.path / STATE_FILE)
+        """The method reads `state.json`."""
+        return read_json(self.path / STATE_FILE, CheckpointError)
 
     def verify(self, names: Collection[str] = _FILES) -> None:
-        """Check files against the manifest: all, or those of `names`.
+        """The method checks files against the manifest: all, or those of `names`.
 
         Raises:
             CheckpointError: names the first file that is missing, cut short or altered.
         """
-        manifest = _read_json(self.path / MANIFEST_FILE)
+        manifest = read_json(self.path / MANIFEST_FILE, CheckpointError)
         files = manifest.get("files")
         if (
             manifest.get("format") != _FORMAT
@@ -93,7 +92,7 @@ class Checkpoint:
 
     @torch.no_grad()
     def load_model(self, parameters: Mapping[str, Tensor]) -> None:
-        """Copy the saved weights into `parameters`, tensor by tensor (no second copy on the GPU).
+        """The method copies the saved weights into `parameters`, tensor by tensor: no second copy.
 
         Where a process holds shards of them, it takes its part.
 
@@ -112,7 +111,7 @@ class Checkpoint:
         exp_avg: Mapping[str, Tensor],
         exp_avg_sq: Mapping[str, Tensor],
     ) -> None:
-        """Copy masters and moments, tensor by tensor.
+        """The method copies masters and moments, tensor by tensor.
 
         `masters` maps every parameter to its fp32 weights. A run that was saved in fp32 has no
         separate masters: there `load_model(masters)` has already filled them.
@@ -141,7 +140,7 @@ def save(
     optimizer: Mapping[str, Tensor],
     state: Mapping,
 ) -> Checkpoint:
-    """Write `folder`/step_NNNNNNNN, whole or not at all.
+    """The function writes `folder`/step_NNNNNNNN, whole or not at all.
 
     The folder must exist: made anew here, it would hide a mount that has vanished.
 
@@ -149,8 +148,8 @@ def save(
         folder: of the checkpoints.
         step: names the checkpoint.
         model: the module's parameters and buffers.
-        optimizer: moments, masters, and of split masters the remainders
-            (`hamner.kernels.adamw.split_master`), each under `KIND.NAME`.
+        optimizer: moments and whole fp32 masters, each under `KIND.NAME`, so that a run of any
+            precision and kernels can resume from them.
         state: of state.json.
 
     Raises:
@@ -158,10 +157,9 @@ def save(
     """
     temporary = begin_save(folder, step)
     try:
-        model, optimizer = _on_cpu(model), _on_cpu(optimizer)
         with _disk_errors():
-            save_file(model, temporary / MODEL_FILE)
-            save_file(_with_whole_masters(optimizer, model), temporary / OPTIMIZER_FILE)
+            save_file(_on_cpu(model), temporary / MODEL_FILE)
+            save_file(_on_cpu(optimizer), temporary / OPTIMIZER_FILE)
         return finish_save(temporary, step, state)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -169,7 +167,7 @@ def save(
 
 
 def begin_save(folder: Path, step: int) -> Path:
-    """Make the temporary folder of a checkpoint in `folder`.
+    """The function makes the temporary folder of a checkpoint in `folder`.
 
     Raises:
         OSError: as `save`.
@@ -182,7 +180,7 @@ def begin_save(folder: Path, step: int) -> Path:
 
 
 def finish_save(temporary: Path, step: int, state: Mapping) -> Checkpoint:
-    """Make a checkpoint of a temporary folder that has the two files of tensors.
+    """The function makes a checkpoint of a temporary folder that has the two files of tensors.
 
     Raises:
         OSError: as `save`; the temporary folder is the caller's to remove.
@@ -206,7 +204,7 @@ def finish_save(temporary: Path, step: int, state: Mapping) -> Checkpoint:
 
 
 def find(folder: Path) -> list[Checkpoint]:
-    """The checkpoints in `folder`, oldest first."""
+    """The function lists the checkpoints in `folder`, oldest first."""
     found = []
     for path in folder.iterdir() if folder.is_dir() else ():
         match = _STEP_FOLDER.fullmatch(path.name)
@@ -216,7 +214,7 @@ def find(folder: Path) -> list[Checkpoint]:
 
 
 def newest_whole(folder: Path) -> tuple[Checkpoint | None, list[CheckpointError]]:
-    """The newest checkpoint that is whole, and what is wrong with each newer one."""
+    """The function finds the newest checkpoint that is whole, and what is wrong with newer ones."""
     errors = []
     for candidate in reversed(find(folder)):
         try:
@@ -229,16 +227,16 @@ def newest_whole(folder: Path) -> tuple[Checkpoint | None, list[CheckpointError]
 
 
 def set_aside(folder: Path, newer_than: int) -> None:
-    """Rename checkpoints newer than a step to damaged_step_*, so that they count as none."""
+    """The function renames checkpoints newer than a step to damaged_step_*: they count as none."""
     for damaged in find(folder):
         if damaged.step > newer_than:
-            place = damaged.path.with_name(f"{_DAMAGED_PREFIX}{damaged.path.name}")
-            shutil.rmtree(place, ignore_errors=True)
-            damaged.path.rename(place)
+            aside = damaged.path.with_name(f"{_DAMAGED_PREFIX}{damaged.path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            damaged.path.rename(aside)
 
 
 def best(folder: Path) -> Checkpoint | None:
-    """The checkpoint with the lowest validation loss, in runs that look for it (`--patience`).
+    """The function finds the lowest validation loss, in runs that look for it (`--patience`).
 
     Every checkpoint's state says which one that is; the newest knows best.
     """
@@ -248,7 +246,7 @@ def best(folder: Path) -> Checkpoint | None:
 
 
 def retain(folder: Path, keep: int, keep_every: int = 0) -> None:
-    """Remove what an unfinished save left, and checkpoints that are too many.
+    """The function removes what an unfinished save left, and checkpoints that are too many.
 
     Args:
         folder: of the checkpoints. The best one stays, however old.
@@ -268,7 +266,7 @@ def retain(folder: Path, keep: int, keep_every: int = 0) -> None:
 
 
 def rng_state() -> dict[str, str]:
-    """State of torch's global generators, as text."""
+    """The function gives the state of torch's global generators as text."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
@@ -279,7 +277,7 @@ def rng_state() -> dict[str, str]:
 
 
 def set_rng_state(states: Mapping[str, str]) -> None:
-    """Restore what `rng_state` returned, as far as this machine has the devices.
+    """The function restores what `rng_state` returned, as far as this machine has the devices.
 
     Raises:
         CheckpointError: it is not what `rng_state` returned.
@@ -297,7 +295,7 @@ def set_rng_state(states: Mapping[str, str]) -> None:
 
 @contextlib.contextmanager
 def _disk_errors() -> Iterator[None]:
-    """Safetensors reports a full disk as an error of its own: give it the type it has elsewhere."""
+    """The context gives a full disk, an error of safetensors' own, the type it has elsewhere."""
     try:
         yield
     except SafetensorError as error:
@@ -309,7 +307,7 @@ def _disk_errors() -> Iterator[None]:
 
 
 def _remove(checkpoint: Path) -> None:
-    """Rename before deleting, so that a folder named step_* is whole to the end."""
+    """The function renames before it deletes, so that a folder named step_* is whole to the end."""
     doomed = checkpoint.with_name(f"{_TEMPORARY_PREFIX}removing_{checkpoint.name}")
     checkpoint.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
@@ -317,20 +315,6 @@ def _remove(checkpoint: Path) -> None:
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def _with_whole_masters(
-    optimizer: Mapping[str, Tensor], model: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Replace each remainder by the fp32 master, so that any precision and kernels can resume."""
-    whole = {}
-    for key, tensor in optimizer.items():
-        kind, _, name = key.partition(".")
-        if kind == "remainder":
-            whole[f"master.{name}"] = join_master(model[name], tensor)
-        else:
-            whole[key] = tensor
-    return whole
 
 
 def _open(path: Path):
@@ -360,16 +344,6 @@ def _require_names(path: Path, saved: set[str], expected: set[str]) -> None:
             f"{path} holds another model: {len(difference)} tensors differ, among them "
             f"{difference[0]}; resume with the model the run was started with"
         )
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        value = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    return value
 
 
 def _write_json(path: Path, value: Mapping) -> None:

@@ -1,4 +1,4 @@
-"""`python -m hamner.checkpoint import`: a `.pt` checkpoint of the earlier trainer becomes a run.
+"""`python -m hamner.checkpoint import` makes a run of a `.pt` checkpoint of the earlier trainer.
 
 What it holds: `config`, a dict of the model's shape; `model_state_dict`, whose keys may carry the
 prefix `_orig_mod.` of a compiled model; `step` and `tokens_total`. Keys and their places here:
@@ -16,7 +16,7 @@ prefix `_orig_mod.` of a compiled model; `step` and `tokens_total`. Keys and the
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -49,7 +49,7 @@ class ImportConfig:
 
 @dataclass(frozen=True)
 class Imported:
-    """What `import_checkpoint` made."""
+    """The result says what `import_checkpoint` made."""
 
     checkpoint: Path
     model: ModelConfig
@@ -60,7 +60,7 @@ class Imported:
 
 
 def import_checkpoint(config: ImportConfig) -> Imported:
-    """Read the file and write the run.
+    """The function reads the file and writes the run.
 
     Raises:
         UserError: not such a checkpoint, a model that Hamner has no place for, or another
@@ -82,24 +82,29 @@ def import_checkpoint(config: ImportConfig) -> Imported:
     for_chat = add_chat_tokens(tokenizer)
     step, tokens = (int(content.get(name, 0)) for name in ("step", "tokens_total"))
     try:
-        path = _write_run(config, model, weights, for_chat or tokenizer, step, tokens)
+        path = _write_run(
+            config, model, weights, tokenizer=for_chat or tokenizer, step=step, tokens=tokens
+        )
     except OSError as error:
         shutil.rmtree(config.run_dir, ignore_errors=True)
         raise UserError(
             f"--run-dir {config.run_dir} cannot be written: {error.strerror}"
         ) from error
-    return Imported(path, model, step, tokens, for_chat is not None)
+    return Imported(
+        checkpoint=path, model=model, step=step, tokens=tokens, can_chat=for_chat is not None
+    )
 
 
 def _write_run(
     config: ImportConfig,
     model: ModelConfig,
     weights: dict[str, "Tensor"],
+    *,
     tokenizer: "Tokenizer",
     step: int,
     tokens: int,
 ) -> Path:
-    """Write the run's folder; returns its checkpoint."""
+    """The function writes the run's folder and returns its checkpoint."""
     import torch
 
     import hamner
@@ -112,7 +117,7 @@ def _write_run(
     run.start(
         TrainConfig(
             model=model,
-            option=next((o.name for o in OPTIONS.values() if o.model == model), "current"),
+            option=next((o.option for o in OPTIONS.values() if o.model == model), "current"),
             run_dir=run.path,
             seq_len=model.max_seq_len,
             tokenizer=str(tokenizer_file),
@@ -141,7 +146,7 @@ def _write_run(
 def convert(
     file: Path, config: ModelConfig, state_dict: Mapping[str, "Tensor"]
 ) -> dict[str, "Tensor"]:
-    """The earlier trainer's parameters under our names, packed as ours, in fp32.
+    """The function gives the earlier trainer's parameters our names and packing, in fp32.
 
     Args:
         file: in messages.
@@ -151,11 +156,8 @@ def convert(
     Raises:
         UserError: a tensor is missing, has another shape or has no place.
     """
-    import torch
-
     theirs = {name.replace("_orig_mod.", ""): tensor for name, tensor in state_dict.items()}
-    d, kv = config.hidden_size, config.num_kv_heads * config.head_size
-    width, vocab_size = config.expert_intermediate_size, config.vocab_size
+    d, vocab_size = config.hidden_size, config.vocab_size
 
     def take(name: str, *shape: int) -> "Tensor":
         tensor = theirs.pop(name, None)
@@ -167,11 +169,6 @@ def convert(
             )
         return tensor.float()
 
-    def swiglu(prefix: str) -> tuple["Tensor", "Tensor"]:
-        """gate_up (2I, D), gate first, and down (D, I)."""
-        gate, up = (take(f"{prefix}.{part}_proj.weight", width, d) for part in ("gate", "up"))
-        return torch.cat((gate, up)), take(f"{prefix}.down_proj.weight", d, width)
-
     ours = {
         "embed.weight": take("embed_tokens.weight", vocab_size, d),
         "norm.weight": take("final_norm.weight", d),
@@ -181,30 +178,54 @@ def convert(
     else:
         # The embedding, once more.
         theirs.pop("lm_head.weight", None)
-    for layer in (f"layers.{number}" for number in range(config.num_layers)):
-        attention, mlp = f"{layer}.attention", f"{layer}.mlp"
-        q = take(f"{attention}.q_proj.weight", d, d)
-        k, v = (take(f"{attention}.{part}_proj.weight", kv, d) for part in "kv")
-        ours[f"{attention}.norm.weight"] = take(f"{layer}.attn_norm.weight", d)
-        ours[f"{attention}.qkv_proj.weight"] = torch.cat((q, k, v))
-        ours[f"{attention}.o_proj.weight"] = take(f"{attention}.o_proj.weight", d, d)
-        ours[f"{mlp}.norm.weight"] = take(f"{layer}.mlp_norm.weight", d)
-        if config.is_moe:
-            experts = [swiglu(f"{mlp}.experts.{e}") for e in range(config.num_experts)]
-            ours[f"{mlp}.router.weight"] = take(f"{mlp}.router.weight", config.num_experts, d)
-            ours[f"{mlp}.gate_up_weight"] = torch.stack([gate_up for gate_up, _ in experts])
-            ours[f"{mlp}.down_weight"] = torch.stack([down for _, down in experts])
-        else:
-            gate_up, down = swiglu(f"{mlp}.mlp")
-            ours[f"{mlp}.gate_up_proj.weight"] = gate_up
-            ours[f"{mlp}.down_proj.weight"] = down
+    for number in range(config.num_layers):
+        ours |= _convert_layer(f"layers.{number}", config, take)
     if theirs:
         raise UserError(f"{file}: its model has {sorted(theirs)[0]}, which has no place in ours")
     return ours
 
 
+def _convert_layer(
+    layer: str, config: ModelConfig, take: Callable[..., "Tensor"]
+) -> dict[str, "Tensor"]:
+    """The function converts one layer.
+
+    Args:
+        layer: its name, which is the same in both.
+        config: of the model.
+        take: gives the earlier trainer's tensor of a name and shape.
+    """
+    import torch
+
+    d, kv = config.hidden_size, config.num_kv_heads * config.head_size
+    attention, mlp = f"{layer}.attention", f"{layer}.mlp"
+
+    def swiglu(prefix: str) -> tuple["Tensor", "Tensor"]:
+        """The function packs gate_up (2I, D), gate first, and down (D, I)."""
+        width = config.expert_intermediate_size
+        gate, up = (take(f"{prefix}.{part}_proj.weight", width, d) for part in ("gate", "up"))
+        return torch.cat((gate, up)), take(f"{prefix}.down_proj.weight", d, width)
+
+    q = take(f"{attention}.q_proj.weight", d, d)
+    k, v = (take(f"{attention}.{part}_proj.weight", kv, d) for part in "kv")
+    ours = {
+        f"{attention}.norm.weight": take(f"{layer}.attn_norm.weight", d),
+        f"{attention}.qkv_proj.weight": torch.cat((q, k, v)),
+        f"{attention}.o_proj.weight": take(f"{attention}.o_proj.weight", d, d),
+        f"{mlp}.norm.weight": take(f"{layer}.mlp_norm.weight", d),
+    }
+    if config.is_moe:
+        experts = [swiglu(f"{mlp}.experts.{e}") for e in range(config.num_experts)]
+        ours[f"{mlp}.router.weight"] = take(f"{mlp}.router.weight", config.num_experts, d)
+        ours[f"{mlp}.gate_up_weight"] = torch.stack([gate_up for gate_up, _ in experts])
+        ours[f"{mlp}.down_weight"] = torch.stack([down for _, down in experts])
+    else:
+        ours[f"{mlp}.gate_up_proj.weight"], ours[f"{mlp}.down_proj.weight"] = swiglu(f"{mlp}.mlp")
+    return ours
+
+
 def add_chat_tokens(tokenizer: "Tokenizer") -> "Tokenizer | None":
-    """The tokenizer with the tokens that conversations need, or None if it has no room for them.
+    """The function adds the tokens that conversations need, or returns None without room for them.
 
     A tokenizer of another kind often reserves special tokens that no text contains. The last of
     them are given the names of ours: the vocabulary, and so the model, keeps its size.
@@ -236,7 +257,7 @@ def add_chat_tokens(tokenizer: "Tokenizer") -> "Tokenizer | None":
 
 
 def _read(file: Path) -> dict:
-    """The checkpoint's content; tensors stay on disk until they are used."""
+    """The function reads the checkpoint; tensors stay on disk until they are used."""
     import pickle
 
     import torch
@@ -261,7 +282,7 @@ def _read(file: Path) -> dict:
 
 
 def _model_config(file: Path, config: Mapping) -> ModelConfig:
-    """The shape of the model, in our terms."""
+    """The function gives the shape of the model in our terms."""
     if config.get("use_differential_attention"):
         raise UserError(
             f"{file}: its differential attention (twice the query heads, a norm with weights) is "
@@ -290,7 +311,7 @@ def _model_config(file: Path, config: Mapping) -> ModelConfig:
 
 
 def parse(args: Sequence[str]) -> ImportConfig:
-    """Read the command line."""
+    """The function reads the command line."""
     return tyro.cli(ImportConfig, args=args, prog="python -m hamner.checkpoint import")
 
 

@@ -1,5 +1,7 @@
-"""The files of a run: config.json, metrics.jsonl, samples.jsonl, plots/, checkpoints/, and
-plan.jsonl, what was projected beside what was measured.
+"""The module knows the files of a run.
+
+They are config.json, metrics.jsonl, samples.jsonl, plots/, checkpoints/, and plan.jsonl, what was
+projected beside what was measured.
 
 And, when something went wrong: bad_steps/ (batches for `--replay`) and stacks.txt (of a hang). With
 several processes: logs/rank_N.txt, what each said.
@@ -13,11 +15,11 @@ from pathlib import Path
 from hamner.config.train import CONFIG_FILE, TrainConfig
 from hamner.errors import UserError
 from hamner.files import read_records, write_whole
-from hamner.parallel.ranks import Place
+from hamner.parallel.ranks import Rank
 
 
 class RunFolder:
-    """One run's folder.
+    """The folder is one run's.
 
     Args:
         path: the folder, made when `start` is called.
@@ -37,7 +39,7 @@ class RunFolder:
         self.logs = path / "logs"
 
     def check(self, *, resume: bool) -> None:
-        """Refuse to overwrite a run, or to resume one that is not there.
+        """The method refuses to overwrite a run, or to resume one that is not there.
 
         Raises:
             UserError: says which flag decides.
@@ -54,7 +56,7 @@ class RunFolder:
             )
 
     def start(self, config: TrainConfig) -> None:
-        """Make the folder and write config.json.
+        """The method makes the folder and writes config.json.
 
         Raises:
             UserError: the folder cannot be written.
@@ -67,14 +69,14 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"--run-dir {self.path} cannot be written: {error.strerror}") from error
 
-    def stacks_of(self, place: Place) -> Path:
+    def stacks_of(self, rank: Rank) -> Path:
         """The file takes the stacks of a process that hangs; several processes have one each."""
-        if place.world_size == 1:
+        if rank.world_size == 1:
             return self.stacks
-        return self.logs / f"stacks_{place.rank}.txt"
+        return self.logs / f"stacks_{rank.global_rank}.txt"
 
     def rewind(self, step: int) -> None:
-        """Drop metrics and samples after `step`: the resumed run writes them again."""
+        """The method drops metrics and samples after `step`: the resumed run writes them again."""
         for path in (self.metrics, self.samples):
             if path.exists():
                 kept = [json.dumps(r) for r in read_records(path) if r["step"] <= step]
@@ -82,7 +84,7 @@ class RunFolder:
 
 
 class RecordLog:
-    """Appends to a JSON-lines file; what the disk does not take waits for the next append.
+    """The log appends to a JSON-lines file; what the disk does not take waits for the next append.
 
     Args:
         path: of the file.
@@ -93,12 +95,12 @@ class RecordLog:
         self.waiting: list[dict] = []
 
     def append(self, record: dict) -> OSError | None:
-        """Add an object; returns the disk's error if it has to wait."""
+        """The method adds an object and returns the disk's error if it has to wait."""
         self.waiting.append(record)
         return self.flush()
 
     def flush(self) -> OSError | None:
-        """Write what waits; returns the disk's error if it has to wait longer."""
+        """The method writes what waits and returns the disk's error if it has to wait longer."""
         if self.waiting:
             try:
                 append_record(self.path, *self.waiting)
@@ -109,7 +111,7 @@ class RecordLog:
 
 
 def append_record(path: Path, *records: dict) -> None:
-    """Append JSON objects as lines: all of them or, if the disk is full, none.
+    """The function appends JSON objects as lines: all of them or, if the disk is full, none.
 
     Raises:
         OSError: the file is as it was.

@@ -1,8 +1,7 @@
-"""The model of a run, found on disk and loaded to be used: chat, server, export, evaluation."""
+"""The module finds the model of a run and loads it to be used: chat, server, export, evaluation."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors.torch import load_file
@@ -14,7 +13,7 @@ from hamner.checkpoint.run_folder import RunFolder
 from hamner.config.train import CONFIG_FILE, TrainConfig
 from hamner.data.tokenizer import Tokenizer, load_tokenizer
 from hamner.errors import UserError
-from hamner.model.attention import get_attention
+from hamner.model.attention import AttentionShape, get_attention
 from hamner.model.ops import build_ops
 from hamner.model.transformer import Transformer
 
@@ -24,7 +23,7 @@ RUNS = Path("runs")
 
 @dataclass(frozen=True)
 class SavedModel:
-    """A whole checkpoint with what its run knows about it."""
+    """A saved model is a whole checkpoint with what its run knows about it."""
 
     config: TrainConfig
     checkpoint: Checkpoint
@@ -32,35 +31,27 @@ class SavedModel:
 
     @property
     def name(self) -> str:
-        """The run's, which is its folder's."""
+        """The name is the run's, which is its folder's."""
         return self.config.folder.name
 
     @property
     def is_chat(self) -> bool:
-        """Whether the model was fine-tuned on conversations."""
+        """The property says whether the model was fine-tuned on conversations."""
         return self.checkpoint.state().get("stage") == "sft"
 
     def weights(self) -> dict[str, Tensor]:
-        """Every tensor by name, on the CPU, in the dtypes they were saved in."""
+        """The method gives tensors by name, on the CPU, in the dtypes they were saved in."""
         return load_file(self.checkpoint.path / MODEL_FILE)
 
     def build(self, device: torch.device) -> Transformer:
-        """The model on `device`: bf16 matrices and kernels on a GPU, fp32 and torch on a CPU."""
+        """The method loads it: bf16 matrices and kernels on a GPU, fp32 and torch on a CPU."""
         on_gpu = device.type == "cuda"
         dtype = torch.bfloat16 if on_gpu else torch.float32
         shape = self.config.model
         # Decoding has its own attention, on the KV cache; this one is for whole sequences.
-        attention = get_attention(
-            "sdpa",
-            device=device,
-            dtype=dtype,
-            head_size=shape.head_size,
-            num_heads=shape.num_attention_heads,
-            num_kv_heads=shape.num_kv_heads,
-            seq_len=self.config.seq_len,
-            micro_batch_size=1,
-            document_mask=False,
-        )
+        asked = {"seq_len": self.config.seq_len, "micro_batch_size": 1}
+        whole = AttentionShape.of_model(shape, device=device, dtype=dtype, **asked)
+        attention = get_attention("sdpa", whole)
         with torch.device("meta"):
             model = Transformer(shape, build_ops("triton" if on_gpu else "torch", attention))
         for parameter in model.matrices():
@@ -71,7 +62,7 @@ class SavedModel:
 
 
 def find_saved_model(path: Path | None) -> SavedModel:
-    """Find a model and check that its files are whole.
+    """The function finds a model and checks that its files are whole.
 
     Args:
         path: a run's folder, of which the best checkpoint is taken, or the newest where none was
@@ -100,19 +91,8 @@ def find_saved_model(path: Path | None) -> SavedModel:
     return SavedModel(config, found, tokenizer)
 
 
-def select_device(name: Literal["auto", "cuda", "cpu"]) -> torch.device:
-    """The device of `--device`.
-
-    Raises:
-        UserError: there is no such device here.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch finds no CUDA GPU here; use --device cpu")
-    return torch.device("cpu" if name == "cpu" or not torch.cuda.is_available() else "cuda")
-
-
 def _find_checkpoint(path: Path) -> tuple[Checkpoint, RunFolder]:
-    """The checkpoint that `path` names, and the run it belongs to."""
+    """The function finds the checkpoint that `path` names, and the run it belongs to."""
     if (path / CONFIG_FILE).is_file():
         run = RunFolder(path)
         saved = checkpoint.find(run.checkpoints)

@@ -1,4 +1,4 @@
-"""Checkpoints of a model that is divided over processes, in the files of any other checkpoint.
+"""The module writes the usual files for a model that is divided over processes.
 
     every process    its shards to host memory, then to .saving_*/sharded/ (DCP, safetensors)
     rank 0           joins them to model.safetensors and optimizer.safetensors, writes the rest,
@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from hamner.checkpoint import format as checkpoint
 from hamner.checkpoint.format import Checkpoint
 from hamner.checkpoint.writer import BackgroundSaver
-from hamner.parallel.processes import Several
+from hamner.parallel.processes import MultipleProcesses
 from hamner.parallel.tensors import is_sharded, local
 
 CONSOLIDATED_FILE = "model-00001-of-00001.safetensors"
@@ -31,7 +31,7 @@ CONSOLIDATED_FILE = "model-00001-of-00001.safetensors"
 
 
 class ShardedSaver(BackgroundSaver):
-    """A `BackgroundSaver` of which every process has one, all with the same outcome.
+    """The saver is a `BackgroundSaver` of which every process has one, all with the same outcome.
 
     Args:
         folder: of the checkpoints, seen by all processes.
@@ -40,7 +40,9 @@ class ShardedSaver(BackgroundSaver):
         settings: as for `BackgroundSaver`.
     """
 
-    def __init__(self, folder: Path, processes: Several, mesh: DeviceMesh, **settings) -> None:
+    def __init__(
+        self, folder: Path, processes: MultipleProcesses, mesh: DeviceMesh, **settings
+    ) -> None:
         super().__init__(folder, **settings)
         self.processes = processes
         # The threads of a save talk among themselves while the steps go on.
@@ -51,11 +53,11 @@ class ShardedSaver(BackgroundSaver):
         )
 
     def may_begin(self, is_healthy: bool) -> bool:
-        """As `BackgroundSaver.may_begin`, in every process at once; all must ask."""
+        """The method is `BackgroundSaver.may_begin` in every process at once; all must ask."""
         return self.processes.all(super().may_begin(is_healthy))
 
     def _copy(self, key: str, tensor: Tensor) -> Tensor:
-        """Copy what this process has, and keep how it is divided."""
+        """The method copies what this process has, and keeps how it is divided."""
         copy = super()._copy(key, local(tensor))
         if not is_sharded(tensor):
             return copy
@@ -76,7 +78,7 @@ class ShardedSaver(BackgroundSaver):
         optimizer: Mapping[str, Tensor],
         state: Mapping,
     ) -> Checkpoint:
-        """Write one checkpoint with all processes; each gets its outcome.
+        """The method writes one checkpoint with all processes; each gets its outcome.
 
         Raises:
             OSError: it failed in some process; nothing new named step_* is left.
@@ -90,16 +92,16 @@ class ShardedSaver(BackgroundSaver):
                 self._write_tensors(temporary, name, tensors)
             return self._on_main(lambda: checkpoint.finish_save(temporary, step, state))
         except BaseException:
-            if self.processes.place.is_main:
+            if self.processes.rank.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
 
     def _retain(self) -> None:
-        if self.processes.place.is_main:
+        if self.processes.rank.is_main:
             super()._retain()
 
     def _write_tensors(self, folder: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write `folder`/`name`, each process its part."""
+        """The method writes `folder`/`name`, each process its part."""
         parts = folder / f"{name}.parts"
         writer = dcp.HuggingFaceStorageWriter(
             str(parts), save_distributed=True, enable_consolidation=True
@@ -111,9 +113,9 @@ class ShardedSaver(BackgroundSaver):
         self._on_main(lambda: _keep_joined(parts, folder / name))
 
     def _on_main(self, function: Callable):
-        """What `function` returns in rank 0, or its OSError, in every process."""
+        """The method gives every process what `function` returns in rank 0, or its OSError."""
         outcome: list = [None]
-        if self.processes.place.is_main:
+        if self.processes.rank.is_main:
             try:
                 outcome = [function()]
             except OSError as error:
@@ -130,7 +132,7 @@ def _keep_joined(parts: Path, path: Path) -> None:
 
 
 def _disk_error(failures: dcp.CheckpointException) -> OSError:
-    """The first process's error, as the OSError that a failed save is."""
+    """The function gives the first process's error as the OSError that a failed save is."""
     rank, (error, _) = min(failures.failures.items())
     if isinstance(error, OSError) and error.errno:
         return OSError(error.errno, f"{os.strerror(error.errno)}, rank {rank}")

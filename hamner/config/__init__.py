@@ -1,1 +1,1 @@
-"""What a run is told, torch-free."""
+"""This package is the configuration of runs; it is torch-free."""

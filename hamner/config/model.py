@@ -1,7 +1,7 @@
-"""The shape of a model, as a dataclass: widths, layers, experts, parameter counts.
+"""The shape of a model is a dataclass: widths, layers, experts, parameter counts.
 
-Torch-free, so that `--help` and `hamner.plan` answer at once. Counts follow from the shape alone
-and are tested against the built model.
+The module is torch-free, so that `--help` and `hamner.plan` answer at once. Counts follow from the
+shape alone and are tested against the built model.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from hamner.errors import UserError
 
 
 def flag(field_name: str) -> str:
-    """The flag that sets a field, without its dashes."""
+    """The function names the flag that sets a field, without its dashes."""
     return field_name.replace("_", "-")
 
 
@@ -22,10 +22,10 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a decoder-only transformer (Llama's layout; see hamner/model/transformer.py).
+    """The class is the shape of a decoder-only transformer (hamner/model/transformer.py).
 
     Raises:
-        UserError: a combination no model can be built from.
+        UserError: No model can be built from the combination.
     """
 
     hidden_size: int = 1024
@@ -129,28 +129,28 @@ class ModelConfig:
 
     @property
     def head_size(self) -> int:
-        """Size of one attention head."""
+        """The size of one attention head."""
         return self.hidden_size // self.num_attention_heads
 
     @property
     def rope_scaling_factor(self) -> float:
-        """How many times longer sequences are than those trained before; 1 without scaling."""
+        """The factor by which sequences are longer than those trained before; 1 without scaling."""
         if self.rope_scaling == "none":
             return 1.0
         return self.max_seq_len / self.rope_scaling_from
 
     @property
     def qkv_size(self) -> int:
-        """Width of the packed query, key and value projection."""
+        """The width of the packed query, key and value projection."""
         return (self.num_attention_heads + 2 * self.num_kv_heads) * self.head_size
 
     @property
     def is_moe(self) -> bool:
-        """Whether the MLPs are mixtures of experts."""
+        """This is true where the MLPs are mixtures of experts."""
         return self.num_experts > 0
 
     def matmul_parameters_per_layer(self, *, active: bool) -> int:
-        """Matrix parameters of one block; `active` counts the experts one token goes through."""
+        """The method counts a block's matrix parameters; `active` takes one token's experts."""
         attention = self.hidden_size * (self.qkv_size + self.hidden_size)
         mlp = 3 * self.hidden_size * self.expert_intermediate_size
         if not self.is_moe:
@@ -160,23 +160,9 @@ class ModelConfig:
         return attention + router + mlp * (routed + self.num_shared_experts)
 
     def num_parameters(self, *, active: bool = False) -> int:
-        """Parameters in all, or those one token goes through (the whole embedding included)."""
+        """The method counts all parameters, or one token's, the whole embedding among them."""
         per_layer = self.matmul_parameters_per_layer(active=active) + 2 * self.hidden_size
         if self.use_differential_attention:
             per_layer += 4 * self.head_size
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         return self.num_layers * per_layer + embeddings + self.hidden_size
-
-    def flops_per_token(self, seq_len: int, *, causal: bool = True) -> int:
-        """FLOPs to train on one token: forward and backward, nothing recomputed.
-
-        6 x (matmul parameters active per token, tied head counted once) + 6 x L x d x T: causal
-        attention needs half of the square; `causal=False` gives the un-halved variant (12 L d T).
-        Differential attention applies its scores to values twice as wide: 1.5 times as much.
-        """
-        matmul = self.num_layers * self.matmul_parameters_per_layer(active=True)
-        matmul += self.vocab_size * self.hidden_size
-        attention = 6 * self.num_layers * self.hidden_size * seq_len
-        if self.use_differential_attention:
-            attention = attention * 3 // 2
-        return 6 * matmul + (attention if causal else 2 * attention)

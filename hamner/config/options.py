@@ -1,34 +1,10 @@
-"""The options: each a model with the batch, the schedule and the rhythm it is trained with."""
+"""An option is a model with the batch, the schedule and the rhythm it is trained with."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from hamner.config.model import ModelConfig
-
-
-@dataclass(frozen=True)
-class Option:
-    """A model with the batch, the schedule and the rhythm it is trained with."""
-
-    name: str
-    description: str
-    model: ModelConfig
-    seq_len: int
-    batch_size: int
-    tokens: int
-    lr: float
-    min_lr: float
-    warmup_steps: int
-    eval_every: int = 500
-    save_every: int = 1_000
-    sample_every: int = 1_000
-    eval_tokens: int = 200_000
-    val_fraction: float = 0.01
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens of one optimizer step."""
-        return self.seq_len * self.batch_size
-
+from hamner.config.train import TrainConfig
+from hamner.errors import UserError
 
 _A = ModelConfig()
 _C = ModelConfig(
@@ -48,32 +24,16 @@ _TINY = ModelConfig(
     max_seq_len=256,
     vocab_size=4_096,
 )
+_TOKENS = 10_000_000_000
+"""what every option but `tiny` is planned to train on"""
 
-
-def _option(
-    name: str, description: str, model: ModelConfig, seq_len: int = 1024, batch_size: int = 24
-) -> Option:
-    """An option with the schedule of the 10B-token plan."""
-    return Option(
-        name=name,
-        description=description,
-        model=model,
-        seq_len=seq_len,
-        batch_size=batch_size,
-        tokens=10_000_000_000,
-        lr=2e-4,
-        min_lr=2e-5,
-        warmup_steps=2_000,
-    )
-
-
-OPTIONS: dict[str, Option] = {
-    option.name: option
-    for option in (
-        Option(
-            name="tiny",
-            description="the built-in demo for a laptop CPU",
+OPTIONS: dict[str, TrainConfig] = {
+    config.option: config
+    for config in (
+        # The built-in demo for a laptop CPU.
+        TrainConfig(
             model=_TINY,
+            option="tiny",
             seq_len=256,
             batch_size=8,
             tokens=520 * 256 * 8,
@@ -86,36 +46,74 @@ OPTIONS: dict[str, Option] = {
             eval_tokens=20_480,
             val_fraction=0.05,
         ),
-        _option(
-            "current",
-            "164M, the baseline",
-            replace(
+        # 164M, the baseline.
+        TrainConfig(
+            model=replace(
                 _A,
                 hidden_size=768,
                 num_layers=20,
                 num_attention_heads=12,
                 expert_intermediate_size=2048,
             ),
+            option="current",
             batch_size=48,
+            tokens=_TOKENS,
         ),
-        _option("a", "321M, recommended", _A),
-        _option("a-short", "a, pre-trained at 512 tokens", _A, seq_len=512, batch_size=32),
-        _option(
-            "b",
-            "264M, deep",
-            replace(
+        # 321M, recommended.
+        TrainConfig(model=_A, option="a", tokens=_TOKENS),
+        # a, pre-trained at 512 tokens.
+        TrainConfig(model=_A, option="a-short", seq_len=512, batch_size=32, tokens=_TOKENS),
+        # 264M, deep.
+        TrainConfig(
+            model=replace(
                 _A,
                 hidden_size=768,
                 num_layers=36,
                 num_attention_heads=12,
                 expert_intermediate_size=2048,
             ),
+            option="b",
+            tokens=_TOKENS,
         ),
-        _option("c", "352M mixture of experts, 211M active", _C),
-        _option(
-            "c-shared",
-            "352M mixture of experts with a shared one, 282M active",
-            replace(_C, num_experts=3, num_shared_experts=1),
+        # 352M mixture of experts, 211M active.
+        TrainConfig(model=_C, option="c", tokens=_TOKENS),
+        # 352M mixture of experts with a shared one, 282M active.
+        TrainConfig(
+            model=replace(_C, num_experts=3, num_shared_experts=1),
+            option="c-shared",
+            tokens=_TOKENS,
         ),
     )
 }
+
+
+def find_option(name: str) -> TrainConfig:
+    """The function finds an option by its name.
+
+    Raises:
+        UserError: There is no such option.
+    """
+    if name not in OPTIONS:
+        raise UserError(f"--option {name} is not one of {', '.join(OPTIONS)}")
+    return OPTIONS[name]
+
+
+def for_option(name: str) -> TrainConfig:
+    """The function gives an option as the defaults of a run, whose length `--steps` may still set.
+
+    Raises:
+        UserError: There is no such option.
+    """
+    return replace(find_option(name), tokens=None)
+
+
+def total_tokens(config: TrainConfig) -> int:
+    """The function gives the length of a run in tokens, whole steps; by default its option's.
+
+    Raises:
+        UserError: The option alone says how long the run is, and there is no such option.
+    """
+    if config.steps is not None:
+        return config.steps * config.tokens_per_step
+    tokens = config.tokens if config.tokens is not None else find_option(config.option).tokens
+    return max(1, int(tokens) // config.tokens_per_step) * config.tokens_per_step

@@ -1,16 +1,15 @@
-"""Everything a fine-tuning run is told: the flags of `hamner.sft`, and its config.json.
+"""The configuration of a fine-tuning run: the flags of `hamner.sft`.
 
-Torch-free, so that `--help` and every refusal come at once.
+The module is torch-free, so that `--help` and every refusal come at once.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import ClassVar, Literal
 
 import tyro
 
 from hamner.config.model import ModelConfig
-from hamner.config.train import CONFIG_FILE, TrainConfig
+from hamner.config.train import CONFIG_FILE, ComputeConfig, FineTuning, RunConfig, TrainConfig
 from hamner.errors import UserError
 
 SEQ_LEN = 1024
@@ -18,36 +17,25 @@ SEQ_LEN = 1024
 
 
 @dataclass(frozen=True)
-class SftConfig(TrainConfig):
+class SftConfig:
     """Fine-tune a pre-trained model into a chatbot.
 
     Conversations are packed into rows without seeing each other; learned are the assistant's words
     and the token that ends them. Model, tokenizer and option are those of --checkpoint.
     """
 
-    command: ClassVar[str] = "hamner.sft"
-    stage: ClassVar[str] = "sft"
-
-    # Not flags: of the checkpoint, or without a meaning here.
+    # Not flags: of the checkpoint.
     model: tyro.conf.Fixed[ModelConfig]
     option: tyro.conf.Fixed[str] = "a"
     tokenizer: tyro.conf.Fixed[str] = "builtin"
-    tokens: tyro.conf.Fixed[float | None] = None
-    document_mask: tyro.conf.Fixed[bool] = True
-    sample_every: tyro.conf.Fixed[int] = 0
-    trained_seq_len: tyro.conf.Fixed[int] = SEQ_LEN
-    """sequence length of the model's training before"""
 
-    checkpoint: Path | None = None
-    """the run to fine-tune, or one of its checkpoints"""
+    sft: FineTuning = field(default_factory=FineTuning)
     data: tuple[str, ...] = ("builtin",)
     """SPEC[=WEIGHT] ...: builtin (a short set for trying out); a file, folder or glob of .jsonl
     with {"messages"}, ShareGPT's {"conversations"} or {"text": "<|user|>..."}. WEIGHT is how often
     an epoch goes through it, 1 without"""
     run_dir: Path | None = None
     """folder of the run; default that of --checkpoint with -sft"""
-    epochs: float = 3.0
-    """length of the run in passes over the conversations"""
     steps: int | None = None
     """length of the run in optimizer steps; default as --epochs"""
     batch_size: int = 8
@@ -55,8 +43,6 @@ class SftConfig(TrainConfig):
     seq_len: int = SEQ_LEN
     """positions of a row, and the longest conversation; beyond what the model was made for, it is
     extended"""
-    rope_scaling: Literal["none", "linear", "ntk", "yarn"] = "none"
-    """stretch RoPE's positions from the length trained before to --seq-len"""
     lr: float = 1e-5
     """peak learning rate"""
     min_lr: float = 1e-6
@@ -70,39 +56,39 @@ class SftConfig(TrainConfig):
     kept; 0 trains to the end"""
     val_fraction: float = 0.05
     """share of the conversations held out for validation, chosen by their hash"""
-
-    OWN_FIELDS: ClassVar[tuple[str, ...]] = (
-        "checkpoint",
-        "epochs",
-        "rope_scaling",
-        "trained_seq_len",
-    )
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        if self.epochs <= 0:
-            raise UserError(f"--epochs {self.epochs} must be above 0")
-        # The one field that follows from others: the checkpoint's model, made as long as asked.
-        object.__setattr__(self, "model", self._extended_model())
-        super().__post_init__()
+        self.training()
+
+    def training(self) -> TrainConfig:
+        """The method gives the run the training loop is told, as long as `steps` says.
+
+        Raises:
+            UserError: The values make no sense, alone or together.
+        """
+        own = {name: value for name, value in vars(self).items() if name not in ("compute", "run")}
+        own |= {"model": self._extended_model(), "document_mask": True, "sample_every": 0}
+        return TrainConfig(**own, **vars(self.compute), **vars(self.run))
 
     def _extended_model(self) -> ModelConfig:
-        if self.rope_scaling == "none":
+        """The method gives the checkpoint's model, made as long as asked."""
+        scaling, trained = self.sft.rope_scaling, self.sft.trained_seq_len
+        if scaling == "none":
             return replace(self.model, max_seq_len=max(self.model.max_seq_len, self.seq_len))
-        if self.seq_len <= self.trained_seq_len:
+        if self.seq_len <= trained:
             raise UserError(
-                f"--rope-scaling {self.rope_scaling} needs a --seq-len above the "
-                f"{self.trained_seq_len} the model was trained with, not {self.seq_len}"
+                f"--rope-scaling {scaling} needs a --seq-len above the "
+                f"{trained} the model was trained with, not {self.seq_len}"
             )
         return replace(
-            self.model,
-            max_seq_len=self.seq_len,
-            rope_scaling=self.rope_scaling,
-            rope_scaling_from=self.trained_seq_len,
+            self.model, max_seq_len=self.seq_len, rope_scaling=scaling, rope_scaling_from=trained
         )
 
     @classmethod
     def for_checkpoint(cls, path: Path) -> "SftConfig":
-        """The defaults for fine-tuning a run or one of its checkpoints.
+        """The method gives the defaults for fine-tuning a run or one of its checkpoints.
 
         Raises:
             UserError: `path` is neither.
@@ -117,15 +103,24 @@ class SftConfig(TrainConfig):
             model=base.model,
             option=base.option,
             tokenizer=base.tokenizer,
-            trained_seq_len=base.seq_len,
+            sft=FineTuning(checkpoint=path, trained_seq_len=base.seq_len),
             seq_len=min(SEQ_LEN, base.model.max_seq_len),
-            checkpoint=path,
             run_dir=run.with_name(f"{run.name}-sft"),
         )
 
-    def to_json(self) -> dict:
-        """Plain values, as in config.json: those of a run, and fine-tuning's own under "sft"."""
-        values = super().to_json()
-        values["sft"] = {name: values.pop(name) for name in self.OWN_FIELDS}
-        values["sft"]["checkpoint"] = str(self.checkpoint)
-        return values
+    @classmethod
+    def read(cls, path: Path) -> "SftConfig":
+        """The method reads a fine-tuning run's config.json, as the defaults of its resume.
+
+        Raises:
+            UserError: The file is not readable, or not a configuration of this version.
+        """
+        saved = TrainConfig.read(path)
+        parts = {"compute": _part(ComputeConfig, saved), "run": _part(RunConfig, saved)}
+        own = {f.name: getattr(saved, f.name) for f in fields(cls) if f.name not in parts}
+        return cls(**own | {"sft": saved.sft or FineTuning()}, **parts)
+
+
+def _part(cls: type, config: TrainConfig):
+    """The function takes one part out of a configuration."""
+    return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})

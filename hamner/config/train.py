@@ -1,35 +1,49 @@
-"""Everything a training run is told: the flags of `hamner.train`, and its config.json.
+"""A run's configuration: the flags of `hamner.train`, and the config.json of every run.
 
-Torch-free, so that `--help` and every refusal come at once.
+The module is torch-free, so that `--help` and every refusal come at once.
 """
 
-import contextlib
-import dataclasses
 import math
-import types
-import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from hamner.config.model import ModelConfig, flag
-from hamner.config.options import OPTIONS
+from hamner.config.serialization import read_config, to_json
 from hamner.errors import UserError
-from hamner.files import parse_json
 
 CONFIG_FILE = "config.json"
 
+COUNTS = (
+    *("batch_size", "seq_len", "steps", "tokens", "micro_batch_size", "stop_after"),
+    *("eval_tokens", "ddp_bucket_mib"),
+)
+"""flags that must be 1 or more, where they are given"""
+POSITIVE = ("lr", "vram_budget")
+"""flags that must be above 0, where they are given"""
+NOT_NEGATIVE = (
+    *("min_lr", "warmup_steps", "weight_decay", "grad_clip", "keep", "seed", "patience"),
+    *("hang_minutes", "log_every", "eval_every", "save_every", "sample_every", "keep_every"),
+)
+"""flags that must be 0 or more"""
+
+
+def require_finite(config: Any) -> None:
+    """The function refuses numbers that are infinite or not a number.
+
+    Raises:
+        UserError: It names the flag.
+    """
+    for name, value in vars(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{flag(name)} {value} must be a finite number")
+
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Pre-train a language model from scratch.
-
-    Defaults are those of the option: `--option b --help` shows b's.
-    """
-
-    command: ClassVar[str] = "hamner.train"
-    stage: ClassVar[str] = "pretrain"
-    """what a checkpoint's state calls this kind of training"""
+class TaskConfig:
+    """These flags say what is trained, on what and for how long, and when that is evaluated."""
 
     model: ModelConfig
     option: str = "a"
@@ -39,16 +53,12 @@ class TrainConfig:
     hf:owner/name[:config[:split]]; shards:DIR. Weights are shares of the tokens"""
     run_dir: Path | None = None
     """folder of the run; default runs/OPTION"""
-    resume: bool = False
-    """continue the run in --run-dir from its newest checkpoint, with its own flags"""
     steps: int | None = None
     """length of the run in optimizer steps; default as --tokens"""
     tokens: float | None = None
     """length of the run in tokens (10e9 is ten billion); default the option's"""
     batch_size: int = 24
     """sequences per optimizer step"""
-    micro_batch_size: int | None = None
-    """sequences per forward and backward pass; default the most that fits --vram-budget"""
     seq_len: int = 1024
     """tokens per sequence"""
     lr: float = 2e-4
@@ -57,12 +67,27 @@ class TrainConfig:
     """learning rate at the end of the cosine"""
     warmup_steps: int = 2_000
     """steps of linear warm-up"""
-    weight_decay: float = 0.1
-    """decoupled weight decay, on matrices only"""
-    grad_clip: float = 1.0
-    """largest global gradient norm; 0 does not clip"""
-    seed: int = 0
-    """of weights, data order and samples"""
+    document_mask: bool = False
+    """keep the documents of a sequence from attending to each other"""
+    eval_every: int = 500
+    """steps between evaluations on the validation split; 0 is never"""
+    sample_every: int = 1_000
+    """steps between samples; 0 is never"""
+    patience: int = 0
+    """evaluations without a better validation loss after which the run stops, its best checkpoint
+    kept; 0 trains to the end"""
+    tokenizer: str = "builtin"
+    """builtin, a tokenizer.json, or a Hugging Face name owner/name"""
+    val_fraction: float = 0.01
+    """share of the documents held out for validation, chosen by their hash"""
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """These flags say how a step is computed: its memory, precision, kernels and processes."""
+
+    micro_batch_size: int | None = None
+    """sequences per forward and backward pass; default the most that fits --vram-budget"""
     recompute: str = "auto"
     """auto, none, selective, full, or full:N (N layers full, the rest selective)"""
     vram_budget: float | None = None
@@ -71,8 +96,6 @@ class TrainConfig:
     """implementations of the fused operations; auto is triton on a GPU, torch on a CPU"""
     attention: Literal["auto", "triton", "flash-attn", "sdpa"] = "auto"
     """attention backend; auto is the fastest measured on this GPU"""
-    document_mask: bool = False
-    """keep the documents of a sequence from attending to each other"""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """compute precision; auto is bf16 with fp32 masters on a GPU, fp32 on a CPU"""
     compile: bool = False
@@ -88,17 +111,26 @@ class TrainConfig:
     fsdp_reshard: bool = True
     """with fsdp: free a block's gathered weights after its forward pass and gather them again for
     backward; without, they stay, which takes memory and saves messages"""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """where to train"""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """These flags say how a run goes: its regularization and seed, its log and its checkpoints."""
+
+    resume: bool = False
+    """continue the run in --run-dir from its newest checkpoint, with its own flags"""
+    weight_decay: float = 0.1
+    """decoupled weight decay, on matrices only"""
+    grad_clip: float = 1.0
+    """largest global gradient norm; 0 does not clip"""
+    seed: int = 0
+    """of weights, data order and samples"""
     log_every: int = 10
     """steps between log lines and metrics; 0 is never"""
-    eval_every: int = 500
-    """steps between evaluations on the validation split; 0 is never"""
     save_every: int = 1_000
     """steps between checkpoints, beside the last one; 0 is never"""
-    sample_every: int = 1_000
-    """steps between samples; 0 is never"""
-    patience: int = 0
-    """evaluations without a better validation loss after which the run stops, its best checkpoint
-    kept; 0 trains to the end"""
     keep: int = 3
     """newest checkpoints kept; 0 keeps all"""
     keep_every: int = 0
@@ -113,43 +145,48 @@ class TrainConfig:
     that is not finite comes from, and leave"""
     stop_after: int | None = None
     """save and leave after this many steps of this start"""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    """where to train"""
-    tokenizer: str = "builtin"
-    """builtin, a tokenizer.json, or a Hugging Face name owner/name"""
-    val_fraction: float = 0.01
-    """share of the documents held out for validation, chosen by their hash"""
     eval_tokens: int = 200_000
     """most validation tokens an evaluation reads"""
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """also send the metrics there, when installed"""
 
+
+@dataclass(frozen=True)
+class FineTuning:
+    """These flags say which model is fine-tuned, for how long and for which context."""
+
+    checkpoint: Path | None = None
+    """the run to fine-tune, or one of its checkpoints"""
+    epochs: float = 3.0
+    """length of the run in passes over the conversations"""
+    rope_scaling: Literal["none", "linear", "ntk", "yarn"] = "none"
+    """stretch RoPE's positions from the length trained before to --seq-len"""
+    trained_seq_len: tyro.conf.Fixed[int] = 1024
+    """sequence length of the model's training before"""
+
     def __post_init__(self) -> None:
-        if self.option not in OPTIONS:
-            raise UserError(f"--option {self.option} is not one of {', '.join(OPTIONS)}")
-        for name, value in vars(self).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise UserError(f"--{flag(name)} {value} must be a finite number")
-        positive = {
-            "batch_size": 1,
-            "seq_len": 1,
-            "lr": 0,
-            "steps": 1,
-            "tokens": 1,
-            "micro_batch_size": 1,
-            "stop_after": 1,
-            "eval_tokens": 1,
-            "ddp_bucket_mib": 1,
-            "vram_budget": 0,
-        }
-        for name, least in positive.items():
+        if self.epochs <= 0:
+            raise UserError(f"--epochs {self.epochs} must be above 0")
+        require_finite(self)
+
+
+@dataclass(frozen=True)
+class TrainConfig(RunConfig, ComputeConfig, TaskConfig):
+    """Pre-train a language model from scratch.
+
+    Defaults are those of the option: `--option b --help` shows b's.
+    """
+
+    sft: Annotated[FineTuning | None, tyro.conf.Fixed, tyro.conf.Suppress] = None
+    """what makes it a fine-tuning run; None: it pre-trains"""
+
+    def __post_init__(self) -> None:
+        require_finite(self)
+        for name in (*COUNTS, *POSITIVE):
             value = getattr(self, name)
-            if value is not None and (value < least or value <= 0):
+            if value is not None and (value < 1 if name in COUNTS else value <= 0):
                 raise UserError(f"--{flag(name)} {value} must be above 0")
-        not_negative = ("min_lr", "warmup_steps", "weight_decay", "grad_clip", "keep", "seed")
-        not_negative += ("patience", "hang_minutes")
-        rhythm = ("log_every", "eval_every", "save_every", "sample_every", "keep_every")
-        for name in (*not_negative, *rhythm):
+        for name in NOT_NEGATIVE:
             if getattr(self, name) < 0:
                 raise UserError(f"--{flag(name)} {getattr(self, name)} must not be negative")
         if self.steps is not None and self.tokens is not None:
@@ -176,99 +213,32 @@ class TrainConfig:
         return self.batch_size * self.seq_len
 
     @property
-    def total_tokens(self) -> int:
-        """Length of the run in tokens, whole steps."""
-        if self.steps is not None:
-            return self.steps * self.tokens_per_step
-        tokens = self.tokens if self.tokens is not None else OPTIONS[self.option].tokens
-        return max(1, int(tokens) // self.tokens_per_step) * self.tokens_per_step
-
-    @property
     def folder(self) -> Path:
         """The run's folder."""
         return self.run_dir if self.run_dir is not None else Path("runs") / self.option
 
-    @classmethod
-    def for_option(cls, name: str) -> "TrainConfig":
-        """The defaults of an option.
+    @property
+    def stage(self) -> str:
+        """The kind of training, as a checkpoint's state calls it."""
+        return "pretrain" if self.sft is None else "sft"
 
-        Raises:
-            UserError: no such option.
-        """
-        if name not in OPTIONS:
-            raise UserError(f"--option {name} is not one of {', '.join(OPTIONS)}")
-        option = OPTIONS[name]
-        return cls(
-            model=option.model,
-            option=name,
-            batch_size=option.batch_size,
-            seq_len=option.seq_len,
-            lr=option.lr,
-            min_lr=option.min_lr,
-            warmup_steps=option.warmup_steps,
-            eval_every=option.eval_every,
-            save_every=option.save_every,
-            sample_every=option.sample_every,
-            eval_tokens=option.eval_tokens,
-            val_fraction=option.val_fraction,
-        )
+    @property
+    def command(self) -> str:
+        """The module that runs and resumes it."""
+        return "hamner.train" if self.sft is None else "hamner.sft"
 
-    def to_json(self) -> dict:
-        """Plain values, as in config.json."""
-        values = dataclasses.asdict(self)
-        values["run_dir"] = str(self.folder)
+    def to_json(self) -> dict[str, Any]:
+        """The method gives plain values, as in config.json."""
+        values = {**to_json(self), "run_dir": str(self.folder)}
+        if self.sft is None:
+            del values["sft"]
         return values
 
     @classmethod
     def read(cls, path: Path) -> "TrainConfig":
-        """Read a run's config.json.
+        """The method reads a run's config.json.
 
         Raises:
-            UserError: not readable, or not a config of this version.
+            UserError: The file is not readable, or not a configuration of this version.
         """
-        try:
-            values = parse_json(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read as a run's configuration: {error}") from error
-        if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
-            raise UserError(f"{path} is not a run's configuration")
-        model = _build(ModelConfig, values.pop("model"), path)
-        # What fine-tuning adds is for hamner.sft alone: elsewhere its runs are runs like any other.
-        own = values.pop("sft", {})
-        if cls.stage == "sft":
-            values |= own
-        return _build(cls, {**values, "model": model}, path)
-
-
-def _build(cls: type, values: dict, path: Path):
-    """An instance of a dataclass from JSON values, each checked against its field's type."""
-    hints = typing.get_type_hints(cls)
-    unknown = sorted(set(values) - set(hints))
-    if unknown:
-        raise UserError(f"{path} has a field this version does not know: {unknown[0]}")
-    converted = {name: _convert(value, hints[name], name, path) for name, value in values.items()}
-    try:
-        return cls(**converted)
-    except TypeError as error:
-        raise UserError(f"{path} is not a run's configuration: {error}") from error
-
-
-def _convert(value, hint, name: str, path: Path):
-    """`value` as the type `hint`, or a UserError naming the field."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is types.UnionType:
-        if value is None and type(None) in args:
-            return None
-        return _convert(value, next(a for a in args if a is not type(None)), name, path)
-    if origin is Literal and value in args:
-        return value
-    if origin is tuple and isinstance(value, list):
-        return tuple(_convert(item, args[0], name, path) for item in value)
-    if hint is Path and isinstance(value, str):
-        return Path(value)
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        with contextlib.suppress(OverflowError):
-            return float(value)
-    if isinstance(hint, type) and type(value) is hint:
-        return value
-    raise UserError(f"{path}: field {name} has an unfit value {value!r}")
+        return read_config(cls, path)

@@ -11,6 +11,7 @@ import inspect
 import itertools
 import sys
 import sysconfig
+from collections import deque
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -30,6 +31,9 @@ MIN_CHARACTERS = 80
 #: documents is a better sample of the corpus than one that a single topic fills: the smallest
 #: option sees eight rows a step.
 DOCUMENT_CHARACTERS = 1_000
+
+#: Where statements hold statements.
+BLOCKS = ("body", "handlers", "orelse", "finalbody", "cases")
 
 
 @cache
@@ -86,7 +90,11 @@ def _module_documents(path: Path) -> Iterator[str]:
         module = ast.parse(path.read_bytes())
     except (OSError, SyntaxError, ValueError):
         return  # some distributions keep templates and odd encodings there
-    for node in ast.walk(module):
+    nodes: deque[ast.AST] = deque([module])
+    while nodes:  # in the order of `ast.walk`, without expressions: most nodes, and none has any
+        node = nodes.popleft()
+        for block in BLOCKS:
+            nodes.extend(getattr(node, block, ()))
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             yield inspect.cleandoc(ast.get_docstring(node, clean=False) or "").strip()
 

@@ -96,3 +96,14 @@ def render_prompt(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int
     """
     opening = [tokenizer.special_id(ROLE_TOKENS["assistant"]), *tokenizer.encode("\n")]
     return render(messages, tokenizer).ids + opening
+
+
+def turn_ends(tokenizer: Tokenizer) -> frozenset[int]:
+    """The set holds the tokens that end an answer: its end marker, the end of the text, or anyone's
+    next turn.
+
+    Raises:
+        UserError: the tokenizer lacks the template's special tokens.
+    """
+    names = (END_TOKEN, *ROLE_TOKENS.values())
+    return frozenset({tokenizer.eot_id, *(tokenizer.special_id(name) for name in names)})

@@ -1,12 +1,46 @@
-"""What a document is: the text of a row, and the split that it belongs to."""
+"""The module says what a document is, where it comes from, and which split it belongs to."""
 
 import hashlib
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from hamner.data.shuffle import State
 
 Split = Literal["train", "validation"]
 
 #: Where a row keeps its text, in the order of preference.
 TEXT_FIELDS = ("text", "content", "messages")
+
+
+class TextSource(Protocol):
+    """A text source gives documents as text. An epoch is resumable after every document."""
+
+    def identity(self) -> State:
+        """The identity must be equal when a run resumes: JSON, readable where it can be."""
+        ...
+
+    def documents(self, seed: int, epoch: int, state: State | None) -> Iterator[tuple[str, State]]:
+        """The iterator gives one epoch of documents, each with the state to go on after it."""
+        ...
+
+
+class TokenSource(Protocol):
+    """A token source gives documents as token ids, each ending with the end-of-text token."""
+
+    def identity(self) -> State:
+        """The identity is as of `TextSource`."""
+        ...
+
+    def tokens(
+        self, split: Split, seed: int, epoch: int, state: State | None
+    ) -> Iterator[tuple[np.ndarray, State]]:
+        """The iterator gives one epoch of a split, each document with the state to go on after it.
+
+        An empty document yields an empty array, for the reader to count.
+        """
+        ...
 
 
 def document_text(row: Any) -> str:
@@ -49,7 +83,7 @@ def _json_name(value: Any) -> str:
 
 
 def split_of(text: str, val_fraction: float) -> Split:
-    """The split of a document: a function of its text alone.
+    """The split of a document is a function of its text alone.
 
     So it does not depend on order, seed, source or file, and a document that occurs twice is
     never on both sides.

@@ -1,4 +1,4 @@
-"""Hugging Face datasets, streamed.
+"""The module streams Hugging Face datasets.
 
 A reader thread fetches blocks of documents; the consumer watches it, and gives it up when nothing
 arrives for a while. Every state points behind a document, so that whoever reads on (`retry`) loses
@@ -23,7 +23,7 @@ STALL_SECONDS = 60.0
 
 
 def open_dataset(name: str, config: str | None, split: str) -> Any:
-    """Opens a dataset of the hub (or of a local folder) as a `datasets.IterableDataset`.
+    """The function opens a dataset of the hub (or a local folder) as a `datasets.IterableDataset`.
 
     Raises:
         UserError: no such dataset, config or split, or no connection.
@@ -33,9 +33,10 @@ def open_dataset(name: str, config: str | None, split: str) -> Any:
 
     from hamner.data import hub_files
 
-    hub_files.register()
     try:
-        return datasets.load_dataset(name, config, split=split, streaming=True)
+        builder = datasets.load_dataset_builder(name, config)
+        hub_files.read_whole(builder)
+        return builder.as_streaming_dataset(split=split)
     except DatasetNotFoundError as error:
         raise UserError(
             f"--data hf:{name}: the Hugging Face hub has no such dataset, or it is private or "
@@ -53,7 +54,7 @@ def open_dataset(name: str, config: str | None, split: str) -> Any:
 
 
 class HubSource:
-    """The documents of a streamed dataset.
+    """A hub source gives the documents of a streamed dataset.
 
     Args:
         location: `owner/name[:config[:split]]`; the split is "train" unless given.
@@ -81,7 +82,7 @@ class HubSource:
         return {"name": self._location, "files": self._dataset.num_shards}
 
     def documents(self, seed: int, epoch: int, state: State | None) -> Iterator[tuple[str, State]]:
-        """One epoch, each document with the state to go on after it.
+        """The iterator gives one epoch, each document with the state to go on after it.
 
         Raises:
             UserError: a row is not a document.
@@ -110,7 +111,7 @@ class HubSource:
     def _blocks(
         self, file: int, state: State | None
     ) -> Iterator[tuple[list[str], State | None, State]]:
-        """The blocks of one file after `state`, each with the states before and after it."""
+        """The iterator gives the blocks of a file after `state`, each between two states."""
         connection = _Connection(self._dataset, file, state, self._location)
         try:
             while (block := connection.next_block(self._stall_seconds)) is not None:
@@ -122,7 +123,7 @@ class HubSource:
 
 
 class _Connection:
-    """Reads one file of a dataset in a thread, so that a read that hangs can be left behind."""
+    """A connection reads one file in a thread, so that a read that hangs can be left behind."""
 
     def __init__(self, dataset: Any, file: int, state: State | None, location: str) -> None:
         self._location = location
@@ -130,7 +131,7 @@ class _Connection:
         self._blocks = Prefetcher(self._read(dataset, file, state), 2, "hamner-hub")
 
     def next_block(self, stall_seconds: float) -> tuple[list[str], State] | None:
-        """The next documents and the state after them, None at the end of the file.
+        """`next_block` gives documents and the state after them, None at the end of the file.
 
         Raises:
             TimeoutError: no document has arrived for `stall_seconds`.

@@ -17,8 +17,10 @@ import torch
 
 from hamner.data import stages
 from hamner.data.background import NotReady, Prefetcher
+from hamner.data.batch import Batch
+from hamner.data.documents import TokenSource
 from hamner.data.shuffle import State, check_count
-from hamner.data.sources import TokenSource, open_source
+from hamner.data.sources import open_source
 from hamner.data.specs import Spec, parse_specs
 from hamner.data.tokenizer import Tokenizer
 from hamner.errors import UserError
@@ -30,23 +32,6 @@ STATE_VERSION = 2
 POLL_SECONDS = 0.1
 #: Validation reads the same documents whatever the seed, so that runs compare.
 VALIDATION_SEED = 0
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Packed sequences: T tokens a row, no padding.
-
-    Attributes:
-        inputs: (B, T) int64.
-        targets: (B, T) int64; `targets[:, t]` is the token after `inputs[:, t]`. This is the one
-            place where targets are shifted: models never do.
-        document_ids: (B, T) int32, from 0 in each row, non-decreasing. A document's end-of-text
-            token is its last one.
-    """
-
-    inputs: torch.Tensor
-    targets: torch.Tensor
-    document_ids: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -284,13 +269,9 @@ def _batches(
     documents, used = (position["documents"], position["used"]) if position else (None, 0)
     mixed = stages.mixture(streams, documents, used, stages.LOST_TOKENS)
     for rows, state in stages.packed(mixed, config.batch_size, config.seq_len):
-        tensors = [
-            torch.from_numpy(array.copy())
-            for array in (rows.inputs, rows.targets, rows.document_ids)
-        ]
-        if pin_memory:
-            tensors = [tensor.pin_memory() for tensor in tensors]
-        yield Batch(*tensors), state
+        arrays = (rows.inputs, rows.targets, rows.document_ids)
+        batch = Batch(*(torch.from_numpy(array.copy()) for array in arrays))
+        yield batch.pin_memory() if pin_memory else batch, state
 
 
 def _check_position(position: State | None, num_sources: int) -> None:

@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from hamner.data.documents import Split
+from hamner.data.documents import Split, TextSource
 from hamner.data.shards import (
     DTYPES,
     FORMAT,
@@ -23,14 +23,13 @@ from hamner.data.shards import (
     PROGRESS,
     VERSION,
     Shard,
-    read_json,
 )
 from hamner.data.shuffle import State, check_count
-from hamner.data.sources import TextSource, open_text_source, tokenized
+from hamner.data.sources import open_text_source, tokenized
 from hamner.data.specs import parse_specs
 from hamner.data.tokenizer import Tokenizer
 from hamner.errors import UserError
-from hamner.files import TEMPORARY, write_whole
+from hamner.files import TEMPORARY, read_json, write_whole
 
 _TEMPORARY_NAME = re.compile(
     r"((train|validation)-\d{5,}\.(tokens|offsets)|(index|progress)\.json)" + re.escape(TEMPORARY)

@@ -1,4 +1,4 @@
-"""Reading on after errors: a run of days must outlive the bad minutes of its sources."""
+"""The module reads on after errors: a run of days must outlive the bad minutes of its sources."""
 
 import logging
 import random
@@ -6,8 +6,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from hamner.data.documents import TextSource
 from hamner.data.shuffle import State
-from hamner.data.sources import TextSource
 from hamner.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Retry:
-    """When to try again, and when to give up.
+    """A `Retry` says when to try again, and when to give up.
 
     Attributes:
         attempts: in a row without a new document before the source is given up.
@@ -28,7 +28,7 @@ class Retry:
     max_delay_seconds: float = 60.0
 
     def delay(self, failures: int) -> float:
-        """Seconds to wait after so many failures in a row."""
+        """The function gives the seconds to wait after so many failures in a row."""
         longest = min(self.max_delay_seconds, self.first_delay_seconds * 2 ** (failures - 1))
         return longest * random.uniform(0.5, 1.0)
 
@@ -55,7 +55,7 @@ class RetriedSource:
         return self._source.identity()
 
     def documents(self, seed: int, epoch: int, state: State | None) -> Iterator[tuple[str, State]]:
-        """One epoch, each document with the state to go on after it.
+        """The iterator gives one epoch, each document with the state to go on after it.
 
         Raises:
             UserError: no document in `Retry.attempts` attempts, or a row that is none.
@@ -90,5 +90,5 @@ class RetriedSource:
 
 
 def one_line(error: Exception) -> str:
-    """The message of an error without line breaks, or its type when there is none."""
+    """The function gives the message of an error on one line, or its type when there is none."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -18,7 +18,7 @@ from hamner.data.documents import Split
 from hamner.data.shuffle import State, check_count, shuffled_documents
 from hamner.data.tokenizer import Tokenizer
 from hamner.errors import UserError
-from hamner.files import parse_json
+from hamner.files import read_json
 
 FORMAT = "hamner-shards"
 VERSION = 1
@@ -157,13 +157,3 @@ def _inside(folder: Path, name: str) -> Path:
     if path.resolve().parent != folder.resolve():
         raise ValueError(f"{name!r} is not in the folder")
     return path
-
-
-def read_json(path: Path) -> State:
-    try:
-        value = parse_json(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: must hold a JSON object")
-    return value

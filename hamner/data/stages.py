@@ -13,9 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hamner.data.documents import Split
+from hamner.data.documents import Split, TokenSource
 from hamner.data.shuffle import State
-from hamner.data.sources import TokenSource
 from hamner.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -138,55 +137,99 @@ def mixture(
         SourceLost: the last stream is lost.
         UserError: a state that does not fit its document.
     """
-    count = len(streams)
-    state = state or {
-        "sources": [None] * count,
-        "credit": [0.0] * count,
-        "lost": [None] * count,
-        "used": [0] * count,
-    }
-    keys = ("sources", "credit", "lost", "used")
-    states, credit, lost, used_of = (list(state[key]) for key in keys)
-    readers = [stream.read(of) for stream, of in zip(streams, states, strict=True)]
-    total = sum(of["tokens"] for of in states if of)
-    ended: set[int] = set()
+    mixed = _Mixture(streams, state)
     pending: int | None = used
-
-    def level(index: int) -> float:
-        return credit[index] / streams[index].weight
-
-    while True:
-        live = [i for i in range(count) if lost[i] is None and i not in ended]
-        due = [i for i in range(count) if lost[i] is not None and total >= lost[i] + lost_tokens]
-        if not live:
-            return
-        index = due[0] if due else min(live, key=lambda i: (level(i), i))
+    while live := mixed.live():
+        index = mixed.next_stream(live, lost_tokens)
         if pending is not None:
-            used_of[index], pending = pending, None
-        state = dict(zip(keys, map(list, (states, credit, lost, used_of)), strict=True))
-        if due:
-            readers[index] = streams[index].read(states[index])
-            credit[index] = min(map(level, live)) * streams[index].weight
-        try:
-            ids, states[index] = next(readers[index])
-        except StopIteration:
-            ended.add(index)
+            mixed.used[index], pending = pending, None
+        state = mixed.state()
+        ids = mixed.read(index, live)
+        if ids is None:
             continue
+        skip, mixed.used[index] = mixed.used[index], 0
+        if skip >= len(ids):
+            raise UserError("--resume: the saved data position is damaged: its document is shorter")
+        mixed.count(index, ids)
+        yield ids, skip, state
+
+
+class _Mixture:
+    """A mixture counts what each of its streams has given, and knows which of them are lost."""
+
+    def __init__(self, streams: Sequence[WeightedStream], state: State | None) -> None:
+        nothing = [None] * len(streams)
+        state = state or {
+            "sources": nothing,
+            "credit": [0.0] * len(streams),
+            "lost": nothing,
+            "used": [0] * len(streams),
+        }
+        self.streams = streams
+        self.states: list[State | None] = list(state["sources"])
+        self.credit: list[float] = list(state["credit"])
+        self.lost: list[int | None] = list(state["lost"])
+        """tokens of all streams when each was lost"""
+        self.used: list[int] = list(state["used"])
+        """tokens of each stream's next document that were inputs already"""
+        self.readers = [stream.read(of) for stream, of in zip(streams, self.states, strict=True)]
+        self.total = sum(of["tokens"] for of in self.states if of)
+        self.ended: set[int] = set()
+
+    def state(self) -> State:
+        """The state is a copy, and says how to read the next document again."""
+        return {
+            "sources": list(self.states),
+            "credit": list(self.credit),
+            "lost": list(self.lost),
+            "used": list(self.used),
+        }
+
+    def live(self) -> list[int]:
+        """The live streams have neither ended nor are they lost."""
+        numbers = range(len(self.streams))
+        return [i for i in numbers if self.lost[i] is None and i not in self.ended]
+
+    def next_stream(self, live: Sequence[int], lost_tokens: int) -> int:
+        """The next stream is a lost one that is to be asked again, or the one that lags most."""
+        for index, since in enumerate(self.lost):
+            if since is not None and self.total >= since + lost_tokens:
+                return index
+        return min(live, key=lambda i: (self._level(i), i))
+
+    def read(self, index: int, live: Sequence[int]) -> np.ndarray | None:
+        """The function reads a document, or None if the stream has ended or is lost.
+
+        Raises:
+            SourceLost: the last stream is lost.
+        """
+        stream, was_lost = self.streams[index], self.lost[index] is not None
+        if was_lost:
+            self.readers[index] = stream.read(self.states[index])
+            self.credit[index] = min(map(self._level, live)) * stream.weight
+        try:
+            ids, self.states[index] = next(self.readers[index])
+        except StopIteration:
+            self.ended.add(index)
+            return None
         except SourceLost as error:
             if live == [index]:
                 raise
             logger.warning("%s. TRAINING GOES ON WITHOUT IT, on the other sources alone", error)
-            lost[index] = total
-            continue
-        if lost[index] is not None:
-            logger.warning("--data %s: is back", streams[index].name)
-            lost[index] = None
-        skip, used_of[index] = used_of[index], 0
-        if skip >= len(ids):
-            raise UserError("--resume: the saved data position is damaged: its document is shorter")
-        total += len(ids)
-        credit[index] += len(ids)
-        yield ids, skip, state
+            self.lost[index] = self.total
+            return None
+        if was_lost:
+            logger.warning("--data %s: is back", stream.name)
+            self.lost[index] = None
+        return ids
+
+    def count(self, index: int, ids: np.ndarray) -> None:
+        """The tokens of a document are put down to its stream."""
+        self.total += len(ids)
+        self.credit[index] += len(ids)
+
+    def _level(self, index: int) -> float:
+        return self.credit[index] / self.streams[index].weight
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from hamner.data.loader import Batch, TrainLoader
+from hamner.data.batch import Batch
+from hamner.data.loader import TrainLoader
 from hamner.files import write_whole
 
 logger = logging.getLogger(__name__)

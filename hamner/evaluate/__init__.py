@@ -1,1 +1,1 @@
-"""What a model is worth: held-out loss, samples, lm-evaluation-harness."""
+"""The package says what a model is worth: held-out loss, samples, lm-evaluation-harness."""

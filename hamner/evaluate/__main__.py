@@ -1,4 +1,4 @@
-"""`python -m hamner.evaluate`: how good a model is, alone or beside others."""
+"""`python -m hamner.evaluate` says how good a model is, alone or beside others."""
 
 import json
 from collections.abc import Sequence
@@ -17,15 +17,13 @@ if TYPE_CHECKING:
     from hamner.checkpoint.saved_model import SavedModel
     from hamner.config.train import TrainConfig
     from hamner.evaluate.evaluation import Sample, SourceResult
-    from hamner.evaluate.probe import ProbeResult
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
     """Evaluate a model, or several side by side.
 
-    Validation loss, perplexity and bits per byte of every source, loss by position, samples, and of
-    chat models a probe of arithmetic and facts.
+    Validation loss, perplexity and bits per byte of every source, loss by position, and samples.
     """
 
     checkpoint: tuple[Path, ...]
@@ -68,7 +66,7 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class ModelResult:
-    """All that was found out about one model."""
+    """The result holds all that was found out about one model."""
 
     checkpoint: str
     option: str
@@ -76,23 +74,24 @@ class ModelResult:
     is_chat: bool
     sources: "list[SourceResult]"
     samples: "list[Sample]"
-    probe: "ProbeResult | None"
-    """of chat models"""
     tasks: dict[str, dict[str, float]]
 
 
 def evaluate(config: EvaluateConfig) -> list[ModelResult]:
-    """Evaluate every checkpoint on the same held-out data.
+    """The function evaluates every checkpoint on the same held-out data.
 
     Raises:
         UserError: a checkpoint, a source or a task that cannot be read.
     """
-    from hamner.checkpoint.saved_model import find_saved_model, select_device
+    from hamner.checkpoint.saved_model import find_saved_model
+    from hamner.parallel.device import select_device
 
     if config.tasks:
         _require_harness()
     device = select_device(config.device)
     models = [find_saved_model(path) for path in config.checkpoint]
+    if config.tasks:
+        _require_exports(models)
     return [_evaluate_model(saved, models, config, device) for saved in models]
 
 
@@ -100,15 +99,13 @@ def _evaluate_model(
     saved: "SavedModel", models: "list[SavedModel]", config: EvaluateConfig, device: Any
 ) -> ModelResult:
     from hamner.evaluate import evaluation
-    from hamner.evaluate.probe import probe
-    from hamner.model.generate import Generator
 
     base = [other.config for other in models if not other.is_chat]
     tuned = [other.config for other in models if other.is_chat]
     seq_len = config.seq_len or max(run.seq_len for run in base + tuned)
 
     def settings(runs: "Sequence[TrainConfig]") -> dict[str, Any]:
-        """What the runs trained on a kind of data held out of it."""
+        """The function gives what the runs trained on a kind of data held out of it."""
         runs = runs or base + tuned
         return {
             "seq_len": seq_len,
@@ -116,7 +113,7 @@ def _evaluate_model(
             "val_fraction": config.val_fraction or min(run.val_fraction for run in runs),
         }
 
-    model, tokenizer = saved.build(device), saved.tokenizer
+    tokenizer = saved.tokenizer
     held_out = evaluation.open_text(
         config.data or _specs(base),
         tokenizer,
@@ -129,10 +126,15 @@ def _evaluate_model(
     if config.tasks:
         from hamner.evaluate.harness import run_tasks
 
+        # Before the model is built, so that the device holds one of the two at a time.
         tasks = run_tasks(
-            model, tokenizer, config.tasks, folder=config.task_folder, limit=config.task_limit
+            saved,
+            config.tasks,
+            folder=config.task_folder,
+            limit=config.task_limit,
+            device=device,
         )
-    generator = Generator(model, tokenizer)
+    model = saved.build(device)
     return ModelResult(
         checkpoint=str(saved.checkpoint.path),
         option=saved.config.option,
@@ -140,28 +142,39 @@ def _evaluate_model(
         is_chat=saved.is_chat,
         sources=[evaluation.evaluate_source(model, tokenizer, source) for source in held_out],
         samples=evaluation.samples(model, tokenizer, is_chat=saved.is_chat),
-        probe=probe(lambda text: evaluation.reply(generator, text)) if saved.is_chat else None,
         tasks=tasks,
     )
 
 
 def _require_harness() -> None:
-    """Refuse `--tasks` early where lm-evaluation-harness is not installed."""
+    """The function refuses `--tasks` early where lm-evaluation-harness is not installed."""
     import importlib.util
 
-    if importlib.util.find_spec("lm_eval") is None:
+    # The last two are what its model class for Hugging Face's format needs.
+    if not all(map(importlib.util.find_spec, ("lm_eval", "transformers", "accelerate"))):
         raise UserError("--tasks needs lm-evaluation-harness: pip install 'hamner[harness]'")
 
 
+def _require_exports(models: "Sequence[SavedModel]") -> None:
+    """The function refuses `--tasks` early for a model that cannot be exported to the harness."""
+    from hamner.export.hf import unsupported_reason
+
+    for saved in models:
+        if reason := unsupported_reason(saved.config.model):
+            raise UserError(
+                f"--tasks: lm-evaluation-harness cannot read {saved.checkpoint.path}: {reason}"
+            )
+
+
 def _specs(runs: Sequence[Any]) -> tuple[str, ...]:
-    """What runs were trained on, each once and without weights."""
+    """The function names what runs were trained on, each once and without weights."""
     from hamner.data.specs import parse_specs
 
     return tuple(dict.fromkeys(spec.text for run in runs for spec in parse_specs(run.data)))
 
 
 def show(results: Sequence[ModelResult], console: "Console") -> None:
-    """Print a table with a column for each model, then their samples."""
+    """The function prints a table with a column for each model, then their samples."""
     from rich.table import Table
     from rich.text import Text
 
@@ -184,7 +197,7 @@ def show(results: Sequence[ModelResult], console: "Console") -> None:
 
 
 def _sections(result: ModelResult) -> dict[str, dict[str, str]]:
-    """What the table says of one model: rows by section."""
+    """The function words what the table says of one model: rows by section."""
     kind = "chat model" if result.is_chat else "base model"
     sections = {"model": {"kind": kind, "parameters": f"{result.parameters:,}"}}
     for source in result.sources:
@@ -197,23 +210,18 @@ def _sections(result: ModelResult) -> dict[str, dict[str, str]]:
         for positions, loss in source.loss_by_position.items():
             rows[f"loss at {positions}"] = f"{loss:.4f}"
         sections[f"{source.kind}: {source.name}"] = rows
-    if result.probe is not None:
-        sections["probe"] = {
-            "arithmetic": f"{result.probe.arithmetic:.0%}",
-            "facts": f"{result.probe.facts:.0%}",
-        }
     for task, metrics in result.tasks.items():
         sections[f"task: {task}"] = {name: f"{value:.4f}" for name, value in metrics.items()}
     return sections
 
 
 def parse(args: Sequence[str]) -> EvaluateConfig:
-    """Read the command line."""
+    """The function reads the command line."""
     return tyro.cli(EvaluateConfig, args=gather_data(args), prog="python -m hamner.evaluate")
 
 
 def main(args: Sequence[str]) -> None:
-    """Evaluate as the command line says."""
+    """The command evaluates as its flags say."""
     config = parse(args)
     from rich.console import Console
 

@@ -1,4 +1,4 @@
-"""How good a model is: loss by source and by position, samples, probes."""
+"""The module measures how good a model is: loss by source and by position, and samples."""
 
 import math
 from collections.abc import Sequence
@@ -8,15 +8,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hamner.chat.dialogue import answer, turn_ends
-from hamner.data.chat_template import Message
+from hamner.data.batch import IGNORED_TARGET, Batch
+from hamner.data.chat_template import Message, turn_ends
 from hamner.data.conversations.examples import load_examples
 from hamner.data.conversations.loader import validation_batch
-from hamner.data.loader import Batch, DataConfig, validation_rows
+from hamner.data.loader import DataConfig, validation_rows
 from hamner.data.tokenizer import Tokenizer
+from hamner.model.answer import answer
 from hamner.model.attention import document_positions
 from hamner.model.generate import PROMPTS, Generator, generate
-from hamner.model.ops import IGNORED_TARGET
 from hamner.model.sampling import Sampling
 from hamner.model.transformer import Transformer
 
@@ -34,7 +34,7 @@ QUESTIONS = ("Hello!", "Who are you?", "What is the capital of France?", "What i
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out rows of one `--data` or `--conversations` spec."""
+    """The rows are held out of one `--data` or `--conversations` spec."""
 
     name: str
     kind: Kind
@@ -45,7 +45,7 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class SourceResult:
-    """Losses on one source.
+    """The result says how a model does on one source.
 
     Attributes:
         name: the spec, as the user wrote it.
@@ -70,7 +70,7 @@ class SourceResult:
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt and what the model made of it."""
+    """A sample is a prompt and what the model made of it."""
 
     prompt: str
     text: str
@@ -85,7 +85,7 @@ def open_text(
     val_fraction: float,
     document_mask: bool,
 ) -> list[HeldOut]:
-    """The held-out documents of every source, packed as in pre-training.
+    """The function packs the held-out documents of every source as pre-training does.
 
     Args:
         specs: as for `hamner.train`, without weights.
@@ -114,7 +114,7 @@ def open_conversations(
     max_tokens: int,
     val_fraction: float,
 ) -> list[HeldOut]:
-    """The held-out conversations of every source, packed as in fine-tuning; see `open_text`."""
+    """The function packs held-out conversations as fine-tuning does; see `open_text`."""
     sources = []
     for spec in specs:
         examples = load_examples((spec,), tokenizer, seq_len, val_fraction)
@@ -124,13 +124,21 @@ def open_conversations(
 
 
 def evaluate_source(model: Transformer, tokenizer: Tokenizer, source: HeldOut) -> SourceResult:
-    """Loss, perplexity, bits per byte and loss by position on one source."""
+    """The function computes loss, perplexity, bits per byte and loss by position on one source."""
     batch = source.batch
     losses = token_losses(model, batch, document_mask=source.document_mask)
     kept = batch.targets != IGNORED_TARGET
     tokens = int(kept.sum())
     if not tokens:
-        return SourceResult(source.name, source.kind, 0, None, None, None, {})
+        return SourceResult(
+            name=source.name,
+            kind=source.kind,
+            tokens=0,
+            loss=None,
+            perplexity=None,
+            bits_per_byte=None,
+            loss_by_position={},
+        )
     loss = losses[kept].mean().item()
     if source.document_mask:
         positions = document_positions(batch.document_ids)
@@ -153,7 +161,7 @@ def evaluate_source(model: Transformer, tokenizer: Tokenizer, source: HeldOut) -
 
 @torch.no_grad()
 def token_losses(model: Transformer, batch: Batch, *, document_mask: bool) -> Tensor:
-    """Cross-entropy of every target, a few rows at a time.
+    """The function computes the cross-entropy of every target, a few rows at a time.
 
     Returns:
         (B, T) float64 on the CPU, nats; 0 where the target is ignored.
@@ -177,7 +185,7 @@ def token_losses(model: Transformer, batch: Batch, *, document_mask: bool) -> Te
 
 
 def loss_by_position(losses: Tensor, positions: Tensor, kept: Tensor) -> dict[str, float]:
-    """Mean loss of the kept targets by position, in ranges that double in length.
+    """The function averages the loss of the kept targets in ranges of positions that double.
 
     Args:
         losses: (B, T).
@@ -198,7 +206,7 @@ def loss_by_position(losses: Tensor, positions: Tensor, kept: Tensor) -> dict[st
 
 
 def samples(model: Transformer, tokenizer: Tokenizer, *, is_chat: bool) -> list[Sample]:
-    """What the model makes of the fixed prompts: answers of a chat model, else continuations."""
+    """The function has a chat model answer fixed questions, any other continue fixed prompts."""
     if not is_chat:
         return [Sample(prompt, generate(model, tokenizer, prompt)) for prompt in PROMPTS]
     generator = Generator(model, tokenizer)
@@ -206,7 +214,7 @@ def samples(model: Transformer, tokenizer: Tokenizer, *, is_chat: bool) -> list[
 
 
 def reply(generator: Generator, question: str) -> str:
-    """The likeliest answer of a chat model to one question.
+    """The function gives the likeliest answer of a chat model to one question.
 
     Raises:
         UserError: the model's context is too short for the question.

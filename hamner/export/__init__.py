@@ -1,1 +1,1 @@
-"""Models in other people's formats."""
+"""The package writes models in other people's formats."""

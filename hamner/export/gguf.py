@@ -1,4 +1,4 @@
-"""Hamner's models in llama.cpp's format (GGUF), written with the package `gguf`.
+"""The module writes models in llama.cpp's format (GGUF) with the package `gguf`.
 
 Dense models and mixtures of experts both are llama.cpp's architecture "llama". Its RoPE rotates
 neighbouring elements of a head, ours the two halves, so the rows of q and k change places; the
@@ -38,7 +38,7 @@ def write_gguf(
     context: int,
     end_of_turn: str | None,
 ) -> None:
-    """Write a model and its tokenizer as one file.
+    """The function writes a model and its tokenizer as one file.
 
     Args:
         path: the file.
@@ -56,23 +56,7 @@ def write_gguf(
     check_gguf(config, tokenizer)
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.LLAMA])
     writer.add_name(name)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(context)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_layers)
-    writer.add_feed_forward_length(config.expert_intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_kv_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(scaled_theta(config))
-    if config.rope_scaling in ("linear", "yarn"):
-        writer.add_rope_scaling_type(gguf.RopeScalingType(config.rope_scaling))
-        writer.add_rope_scaling_factor(config.rope_scaling_factor)
-        writer.add_rope_scaling_orig_ctx_len(config.rope_scaling_from)
-    writer.add_rope_dimension_count(config.head_size)
-    if config.is_moe:
-        writer.add_expert_count(config.num_experts)
-        writer.add_expert_used_count(config.num_experts_per_token)
+    _add_shape(writer, config, context)
     is_bf16 = weights["embed.weight"].dtype == torch.bfloat16
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16 if is_bf16 else gguf.LlamaFileType.ALL_F32)
     _add_tokenizer(writer, config, tokenizer, end_of_turn)
@@ -92,11 +76,32 @@ def write_gguf(
     writer.close()
 
 
+def _add_shape(writer: gguf.GGUFWriter, config: ModelConfig, context: int) -> None:
+    """The function writes the model's sizes and constants under llama.cpp's names."""
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(context)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_layers)
+    writer.add_feed_forward_length(config.expert_intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(scaled_theta(config))
+    if config.rope_scaling in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(config.rope_scaling))
+        writer.add_rope_scaling_factor(config.rope_scaling_factor)
+        writer.add_rope_scaling_orig_ctx_len(config.rope_scaling_from)
+    writer.add_rope_dimension_count(config.head_size)
+    if config.is_moe:
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_token)
+
+
 def check_gguf(config: ModelConfig, tokenizer: Tokenizer) -> None:
-    """Refuse what llama.cpp cannot run.
+    """The function refuses what llama.cpp cannot run.
 
     Raises:
-        UserError: names the obstacle.
+        UserError: says why.
     """
     if architecture(config) == "DiffLlama":
         raise UserError("--to gguf: llama.cpp has no differential attention; use --to hf")
@@ -112,7 +117,7 @@ def check_gguf(config: ModelConfig, tokenizer: Tokenizer) -> None:
 def gguf_tensors(
     config: ModelConfig, weights: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter under llama.cpp's name and in its layout; experts of a layer are stacked."""
+    """The iterator gives parameters llama.cpp's name and layout, with a layer's experts stacked."""
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_layers)
     experts: dict[str, list[Tensor]] = {}
     for name, tensor in to_hugging_face(config, weights).items():
@@ -130,7 +135,7 @@ def gguf_tensors(
 
 
 def _interleave_halves(weight: Tensor, heads: int) -> Tensor:
-    """Rows (heads, 2, head size / 2) to (heads, head size / 2, 2)."""
+    """The function moves rows (heads, 2, head size / 2) to (heads, head size / 2, 2)."""
     return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 

@@ -1,4 +1,4 @@
-"""Hamner's models in Hugging Face's format: names, shapes and config.json of transformers.
+"""The module writes models in Hugging Face's format: transformers' names, shapes and config.json.
 
     dense                        LlamaForCausalLM
     mixture of experts           MixtralForCausalLM
@@ -8,52 +8,109 @@ Weights are under the names in which these models are published, so every reader
 ours. Nothing here needs transformers.
 """
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from hamner.config.model import ModelConfig
+from hamner.data.chat_template import END_TOKEN, JINJA_TEMPLATE
+from hamner.data.tokenizer import SPECIAL_TOKENS
 from hamner.errors import UserError
 from hamner.model.rotary import scaled_theta
+
+if TYPE_CHECKING:
+    from hamner.checkpoint.saved_model import SavedModel
 
 _EXPERT = {"gate": "w1", "down": "w2", "up": "w3"}
 """Mixtral's names of an expert's matrices"""
 
 
+def write_hugging_face(folder: Path, saved: "SavedModel") -> None:
+    """The function makes a folder that AutoModelForCausalLM and AutoTokenizer load.
+
+    Raises:
+        UserError: transformers has no model of this shape; nothing is written then.
+    """
+    tokenizer, shape = saved.tokenizer, saved.config.model
+    weights = saved.weights()
+    end_of_text = tokenizer.text_of(tokenizer.eot_id)
+    eos_ids = [tokenizer.eot_id]
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": saved.config.seq_len,
+        "eos_token": end_of_text,
+        "pad_token": end_of_text,
+        "clean_up_tokenization_spaces": False,
+    }
+    if saved.is_chat:
+        eos_ids.append(tokenizer.special_id(END_TOKEN))
+        tokenizer_config["additional_special_tokens"] = list(SPECIAL_TOKENS[1:])
+        tokenizer_config["chat_template"] = JINJA_TEMPLATE
+    model_config = hugging_face_config(
+        shape,
+        dtype=weights["embed.weight"].dtype,
+        context=saved.config.seq_len,
+        eos_ids=eos_ids,
+    )
+    folder.mkdir()
+    tensors = {name: t.contiguous() for name, t in to_hugging_face(shape, weights).items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    tokenizer.save(folder / "tokenizer.json")
+    generation_config = {"eos_token_id": model_config["eos_token_id"], "pad_token_id": eos_ids[0]}
+    for name, values in (
+        ("config.json", model_config),
+        ("generation_config.json", generation_config),
+        ("tokenizer_config.json", tokenizer_config),
+    ):
+        text = json.dumps(values, indent=2, ensure_ascii=False)
+        (folder / name).write_text(text + "\n", encoding="utf-8")
+
+
 def architecture(config: ModelConfig) -> str:
-    """The name of the model in transformers, without "ForCausalLM".
+    """The function names the model in transformers, without "ForCausalLM".
 
     Raises:
         UserError: transformers has no model of this shape.
     """
-    if config.num_shared_experts:
-        raise UserError(
-            "--to: no model of Hugging Face's or llama.cpp's has shared experts beside Mixtral's "
-            "routed ones; only dense models, mixtures without shared experts and dense models "
-            "with differential attention can be exported"
-        )
-    if config.router_balance == "bias":
-        raise UserError(
-            "--to: Mixtral, the format of mixtures, has no place for the router biases of "
-            "--router-balance bias; train with --router-balance aux to export, or use this model "
-            "with hamner.chat and hamner.evaluate"
-        )
-    if config.is_moe and config.use_differential_attention:
-        raise UserError(
-            "--to: no model of Hugging Face's or llama.cpp's joins differential attention with "
-            "experts; only dense models, mixtures without shared experts and dense models with "
-            "differential attention can be exported"
-        )
+    if reason := unsupported_reason(config):
+        raise UserError(f"--to: {reason}")
     if config.use_differential_attention:
         return "DiffLlama"
     return "Mixtral" if config.is_moe else "Llama"
 
 
+def unsupported_reason(config: ModelConfig) -> str | None:
+    """The function says why no format has a place for a model, and returns None where one has."""
+    if config.num_shared_experts:
+        return (
+            "no model of Hugging Face's or llama.cpp's has shared experts beside Mixtral's "
+            "routed ones; only dense models, mixtures without shared experts and dense models "
+            "with differential attention can be exported"
+        )
+    if config.router_balance == "bias":
+        return (
+            "Mixtral, the format of mixtures, has no place for the router biases of "
+            "--router-balance bias; train with --router-balance aux to export, or use this model "
+            "with hamner.chat and hamner.evaluate"
+        )
+    if config.is_moe and config.use_differential_attention:
+        return (
+            "no model of Hugging Face's or llama.cpp's joins differential attention with "
+            "experts; only dense models, mixtures without shared experts and dense models with "
+            "differential attention can be exported"
+        )
+    return None
+
+
 def hugging_face_config(
     config: ModelConfig, *, dtype: torch.dtype, context: int, eos_ids: list[int]
 ) -> dict:
-    """Content of config.json.
+    """The function gives the content of config.json.
 
     Args:
         config: of the model.
@@ -99,7 +156,7 @@ def hugging_face_config(
 
 
 def _rope(config: ModelConfig) -> dict:
-    """RoPE's settings. A theta raised by NTK-aware scaling is a theta like any other."""
+    """The function gives RoPE's settings; a theta raised by NTK-aware scaling is like any other."""
     if config.rope_scaling in ("none", "ntk"):
         return {"rope_theta": scaled_theta(config)}
     return {
@@ -113,7 +170,7 @@ def _rope(config: ModelConfig) -> dict:
 
 
 def to_hugging_face(config: ModelConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A model's parameters under Hugging Face's names.
+    """The function gives a model's parameters Hugging Face's names.
 
     Args:
         config: of the model.

@@ -6,7 +6,6 @@ separate q, k and v, on which differential attention is built.
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -24,13 +23,13 @@ from hamner.kernels.flash_attention import (
     flash_attention_qkv,
     split_qkv,
 )
-from hamner.model.attention_timing import fastest
+from hamner.model.attention_timing import AttentionShape, fastest
 
 MAX_MASK_GIB = 2.0
 
 
 class AttentionBackend(NamedTuple):
-    """A chosen implementation of attention."""
+    """A backend is one implementation of attention, ready to be called."""
 
     name: str
     """triton, flash-attn or sdpa"""
@@ -41,76 +40,48 @@ class AttentionBackend(NamedTuple):
     """(q (B, T, H, hd), k (B, T, KV, hd), v (B, T, KV, hd_v), *, the same) -> (B, T, H, hd_v),
     hd_v a multiple of hd"""
     reason: str
+    """why it was chosen, for the log"""
+
+
+class AttentionChoice(NamedTuple):
+    """A choice says which backend runs and why; as plain data, it can be sent to other ranks."""
+
+    name: str
+    """triton, flash-attn or sdpa"""
+    reason: str
     """why this one, for the log, e.g. "0.93 ms forward + backward per layer against sdpa 1.10" """
 
 
-@dataclass(frozen=True)
-class AttentionShape:
-    """What the attention of a run is asked for."""
+def get_attention(name: str, shape: AttentionShape) -> AttentionBackend:
+    """The function chooses the attention of a run of one process and builds it.
 
-    device: torch.device
-    dtype: torch.dtype
-    head_size: int
-    num_heads: int
-    num_kv_heads: int
-    seq_len: int
-    micro_batch_size: int
-    document_mask: bool
-    folds_rope: bool
-    """whether triton's backward pass includes RoPE's, which else is a kernel of its own"""
+    Raises:
+        UserError: see `choose_attention`.
+    """
+    return build_attention(choose_attention(name, shape), shape)
 
 
-def get_attention(
-    name: str,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    head_size: int,
-    num_heads: int,
-    num_kv_heads: int,
-    seq_len: int,
-    micro_batch_size: int,
-    document_mask: bool,
-    folds_rope: bool = False,
-) -> AttentionBackend:
-    """Choose the attention of a run.
+def choose_attention(name: str, shape: AttentionShape) -> AttentionChoice:
+    """The function chooses the attention of a run.
 
     Args:
         name: triton, flash-attn, sdpa, or auto: sdpa on the CPU, on a GPU the fastest of those that
             can, measured forward and backward once per shape and remembered.
-        device, dtype: of the activations.
-        head_size, num_heads, num_kv_heads: of the model.
-        seq_len, micro_batch_size: of one forward pass.
-        document_mask: whether packed documents are kept apart.
-        folds_rope: whether triton is given RoPE's backward pass too, as standard attention under
-            `--kernels triton` does: auto then counts RoPE's own kernel against the others.
+        shape: what is asked of it.
 
     Raises:
         UserError: the backend cannot do what is asked; names those that can.
     """
-    shape = AttentionShape(
-        device, dtype, head_size, num_heads, num_kv_heads,
-        seq_len, micro_batch_size, document_mask, folds_rope,
-    )  # fmt: skip
-    obstacles = {backend: obstacle(shape) for backend, obstacle in _OBSTACLES.items()}
-    able = [backend for backend, obstacle in obstacles.items() if obstacle is None]
-    if name == "auto":
-        return _choose(shape, obstacles, able)
-    if name not in obstacles:
-        raise UserError(f"--attention {name} is unknown; choose from auto, {', '.join(obstacles)}")
-    if obstacles[name] is not None:
-        raise UserError(_refusal(f"--attention {name}", obstacles[name], able))
-    return AttentionBackend(name, *_FUNCTIONS[name], "as asked")
-
-
-def _choose(
-    shape: AttentionShape, obstacles: dict[str, str | None], able: list[str]
-) -> AttentionBackend:
+    if name != "auto":
+        _require_supported(name, shape)
+        return AttentionChoice(name, "as asked")
+    reasons = _unsupported_reasons(shape)
+    able = [backend for backend, reason in reasons.items() if reason is None]
     if not able or (shape.device.type == "cpu" and "sdpa" not in able):
-        raise UserError(_refusal("--attention auto", obstacles["sdpa"], []))
+        raise UserError(_refusal("auto", reasons["sdpa"], []))
     if shape.device.type == "cpu":
-        return AttentionBackend("sdpa", *_FUNCTIONS["sdpa"], "runs on the CPU")
-    others = [f"not {name} ({obstacle})" for name, obstacle in obstacles.items() if obstacle]
+        return AttentionChoice("sdpa", "runs on the CPU")
+    others = [f"not {backend} ({reason})" for backend, reason in reasons.items() if reason]
     if len(able) == 1:
         name, why = able[0], "the only one that can"
     else:
@@ -118,24 +89,53 @@ def _choose(
         rotating = [name for name in able if shape.folds_rope and name != "triton"]
         functions = {name: _FUNCTIONS[name][0] for name in able}
         name, why = fastest(shape, functions, waiting, rotating)
-    return AttentionBackend(name, *_FUNCTIONS[name], ", ".join([why, *others]))
+    return AttentionChoice(name, ", ".join([why, *others]))
+
+
+def build_attention(choice: AttentionChoice, shape: AttentionShape) -> AttentionBackend:
+    """The function builds the backend that was chosen, here or by another rank.
+
+    Raises:
+        UserError: it does not run on this machine.
+    """
+    _require_supported(choice.name, shape)
+    return AttentionBackend(choice.name, *_FUNCTIONS[choice.name], choice.reason)
+
+
+def _require_supported(name: str, shape: AttentionShape) -> None:
+    """A name that is unknown, or cannot do what is asked, is refused.
+
+    Raises:
+        UserError: names those that can.
+    """
+    reasons = _unsupported_reasons(shape)
+    if name not in reasons:
+        raise UserError(f"--attention {name} is unknown; choose from auto, {', '.join(reasons)}")
+    if reasons[name] is not None:
+        able = [backend for backend, reason in reasons.items() if reason is None]
+        raise UserError(_refusal(name, reasons[name], able))
+
+
+def _unsupported_reasons(shape: AttentionShape) -> dict[str, str | None]:
+    """Each backend's name comes with why it cannot do what is asked, or None where it can."""
+    return {name: reason(shape) for name, reason in _UNSUPPORTED_REASONS.items()}
 
 
 def waits_for_gpu(name: str, document_mask: bool) -> bool:
-    """Whether a backend stops the host until the GPU has caught up, once a batch."""
+    """A backend that waits stops the host until the GPU has caught up, once a batch."""
     return name == "flash-attn" and document_mask
 
 
-def _refusal(flag: str, obstacle: str, able: list[str]) -> str:
+def _refusal(name: str, reason: str, able: list[str]) -> str:
     mend = (
         f"use --attention {' or '.join(able)}"
         if able
         else "lower --micro-batch-size or --seq-len, or do without the document mask"
     )
-    return f"{flag}: {obstacle}; {mend}"
+    return f"--attention {name}: {reason}; {mend}"
 
 
-def _triton_obstacle(shape: AttentionShape) -> str | None:
+def _triton_unsupported_reason(shape: AttentionShape) -> str | None:
     if shape.device.type != "cuda" and not INTERPRETED:
         return "it needs a CUDA GPU"
     if shape.device.type == "cuda" and torch.cuda.get_device_capability(shape.device) < (8, 0):
@@ -147,7 +147,7 @@ def _triton_obstacle(shape: AttentionShape) -> str | None:
     return None
 
 
-def _flash_attn_obstacle(shape: AttentionShape) -> str | None:
+def _flash_attn_unsupported_reason(shape: AttentionShape) -> str | None:
     if shape.device.type != "cuda":
         return "it needs a CUDA GPU"
     if torch.cuda.get_device_capability(shape.device) < (8, 0):
@@ -161,7 +161,7 @@ def _flash_attn_obstacle(shape: AttentionShape) -> str | None:
     return None
 
 
-def _sdpa_obstacle(shape: AttentionShape) -> str | None:
+def _sdpa_unsupported_reason(shape: AttentionShape) -> str | None:
     if shape.document_mask:
         # A boolean mask, and what torch makes of it in the dtype of the scores.
         mask = shape.micro_batch_size * shape.seq_len**2 * (1 + shape.dtype.itemsize) / 2**30
@@ -180,7 +180,7 @@ def _packed(
     document_ids: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """`attend` on packed qkv."""
+    """`attend` is called on the parts of packed qkv."""
     q, k, v = split_qkv(qkv, num_heads, num_kv_heads)
     return attend(q, k, v, causal=causal, document_ids=document_ids, scale=scale).flatten(-2)
 
@@ -188,7 +188,7 @@ def _packed(
 def _by_value_slices(
     attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, **masking
 ) -> Tensor:
-    """`attend`, which takes values as wide as the keys, on values that are several times as wide.
+    """`attend`, which takes values as wide as the keys, is called on slices of wider values.
 
     Building the scores again for each slice is cheaper than what torch does for unequal widths:
     leave its fast kernels.
@@ -228,7 +228,7 @@ _cumulative_lengths_of: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _cumulative_lengths(document_ids: Tensor) -> Tensor:
-    """Bounds of the documents in the flattened batch: (documents + 1,) int32.
+    """The function finds where documents of the flattened batch end: (documents + 1,) int32.
 
     The number of documents is only known on the device, and flash-attn allocates by it (128 rows
     of fp32 gradient per document, so an upper bound of B T would not do). So this waits for the
@@ -265,15 +265,20 @@ def _flash_attn(
     lengths = _cumulative_lengths(document_ids)
     batch_size, seq_len = document_ids.shape
     out = flash_attn_varlen_func(
-        *(x.flatten(0, 1) for x in (q, k, v)), lengths, lengths, seq_len, seq_len, **options
+        *(x.flatten(0, 1) for x in (q, k, v)),
+        cu_seqlens_q=lengths,
+        cu_seqlens_k=lengths,
+        max_seqlen_q=seq_len,
+        max_seqlen_k=seq_len,
+        **options,
     )
     return out.unflatten(0, (batch_size, seq_len))
 
 
-_OBSTACLES: dict[str, Callable[[AttentionShape], str | None]] = {
-    "triton": _triton_obstacle,
-    "flash-attn": _flash_attn_obstacle,
-    "sdpa": _sdpa_obstacle,
+_UNSUPPORTED_REASONS: dict[str, Callable[[AttentionShape], str | None]] = {
+    "triton": _triton_unsupported_reason,
+    "flash-attn": _flash_attn_unsupported_reason,
+    "sdpa": _sdpa_unsupported_reason,
 }
 # (on packed qkv, on q, k and v)
 _FUNCTIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
@@ -293,7 +298,7 @@ def differential_attention(
     document_ids: Tensor | None = None,
     backend: AttentionBackend,
 ) -> Tensor:
-    """Two attention maps, the second subtracted lambda times (arXiv:2410.05258).
+    """The second of two attention maps is subtracted lambda times (arXiv:2410.05258).
 
     Heads are laid out as in Hugging Face's DiffLlama: map 1 is made by the first half of the query
     heads and the first half of the key heads, map 2 by the others; both weigh the same values,
@@ -321,7 +326,7 @@ def differential_attention(
     # One split, so that its gradient is one concatenation.
     q1, q2, k1, k2, v1, v2 = heads.split((half, half, *[kv_half] * 4), dim=2)
     attend = partial(backend.unpacked, causal=causal, document_ids=document_ids)
-    return difference_of_maps(attend, (q1, q2), (k1, k2), (v1, v2), lambda_full)
+    return difference_of_maps(attend, q=(q1, q2), k=(k1, k2), v=(v1, v2), lambda_full=lambda_full)
 
 
 def difference_of_maps(
@@ -331,7 +336,7 @@ def difference_of_maps(
     v: Sequence[Tensor],
     lambda_full: Tensor,
 ) -> Tensor:
-    """The two maps of differential attention on halves of the heads, the second subtracted.
+    """The second map of differential attention, on half of the heads, is subtracted from the first.
 
     Args:
         attend: (q, k, v) -> out, as `AttentionBackend.unpacked`.
@@ -349,7 +354,7 @@ def difference_of_maps(
 
 
 def attend_to_past(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of the last T of S positions, for decoding; no gradient is asked of it.
+    """The last T of S positions attend causally, for decoding; no gradient is asked of it.
 
     Args:
         q: (B, T, H, hd), T <= S.
@@ -374,7 +379,7 @@ def attend_to_past(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def document_positions(document_ids: Tensor) -> Tensor:
-    """Position of each token in its document, without waiting for the GPU.
+    """The function gives each token's position in its document, without waiting for the GPU.
 
     Args:
         document_ids: (B, T) int32, non-decreasing along T.

@@ -1,33 +1,62 @@
-"""Measures attention backends on the GPU at hand, and remembers what it measured.
+"""The module measures attention backends on the GPU at hand, and remembers the times.
 
 The times are kept in a small JSON file in the user's cache folder, by GPU, shape and versions:
 whoever starts the same run again starts with the same backend, at once.
 """
-
-from __future__ import annotations
 
 import contextlib
 import importlib.metadata
 import json
 import os
 import statistics
-import tempfile
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from hamner.config.model import ModelConfig
+from hamner.errors import UserError
+from hamner.files import made_whole, read_json
 from hamner.kernels.rope import rope_packed_
-
-if TYPE_CHECKING:
-    from hamner.model.attention import AttentionShape
 
 DOCUMENT_LENGTH = 350  # tokens: about the mean of web text
 WARM_UP, REPEATS = 3, 7
 
 Functions = dict[str, Callable[..., Tensor]]
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """A shape is what the attention of a run is asked for."""
+
+    device: torch.device
+    """of the activations"""
+    dtype: torch.dtype
+    """of the activations"""
+    head_size: int
+    num_heads: int
+    num_kv_heads: int
+    seq_len: int
+    """of one forward pass"""
+    micro_batch_size: int
+    """of one forward pass"""
+    document_mask: bool = False
+    """whether packed documents are kept apart"""
+    folds_rope: bool = False
+    """whether triton is given RoPE's backward pass too, as standard attention under
+    `--kernels triton` does: auto then counts RoPE's own kernel against the others"""
+
+    @classmethod
+    def of_model(cls, model: ModelConfig, **settings) -> "AttentionShape":
+        """`of_model` takes the heads from a model's configuration and the rest from `settings`."""
+        return cls(
+            head_size=model.head_size,
+            num_heads=model.num_attention_heads,
+            num_kv_heads=model.num_kv_heads,
+            **settings,
+        )
 
 
 def fastest(
@@ -36,7 +65,7 @@ def fastest(
     waiting: Collection[str],
     rotating: Collection[str],
 ) -> tuple[str, str]:
-    """Name the fastest of `functions` (packed attention) and say why, from the cache if it can.
+    """The function names the fastest of `functions` (packed attention) and says why.
 
     Args:
         shape: what the attention of the run is asked for.
@@ -72,7 +101,7 @@ def measure_all(
     waiting: Collection[str],
     rotating: Collection[str],
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Milliseconds of each function that ran, and the error of each that did not."""
+    """The function gives milliseconds of each that ran, and the error of each that did not."""
     milliseconds, failures = {}, {}
     for name, function in functions.items():
         # Whatever goes wrong in one (out of memory, an extension built for another torch) must
@@ -90,7 +119,7 @@ def measure_all(
 def measure(
     shape: AttentionShape, function: Callable[..., Tensor], *, graphed: bool, rotated: bool
 ) -> float:
-    """Median milliseconds of one forward and backward, with RoPE's backward if `rotated`.
+    """The function gives median milliseconds of forward and backward, and RoPE's if `rotated`.
 
     `graphed` replays both as a CUDA graph, as the trainer's step does: launched one by one, the
     backend of many small kernels would be charged for Python's time between them.
@@ -119,7 +148,8 @@ def measure(
         out = function(qkv, num_heads, num_kv_heads, document_ids=document_ids)
         (d_qkv,) = torch.autograd.grad(out, qkv, d_out)
         if rotated:
-            rope_packed_(d_qkv.contiguous(), table, table, num_heads, num_kv_heads, inverse=True)
+            heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
+            rope_packed_(d_qkv.contiguous(), table, table, **heads, inverse=True)
         # Detached: a graph kept alive from here would break the recording of the next.
         return out.detach(), d_qkv
 
@@ -146,13 +176,13 @@ def measure(
 
 
 def cache_file() -> Path:
-    """Where times are kept: $XDG_CACHE_HOME or ~/.cache, hamner/attention.json."""
+    """Times are kept in $XDG_CACHE_HOME or ~/.cache, hamner/attention.json."""
     folder = os.environ.get("XDG_CACHE_HOME")
     return (Path(folder) if folder else Path.home() / ".cache") / "hamner" / "attention.json"
 
 
 def cache_key(shape: AttentionShape, names: list[str]) -> str:
-    """All that the times depend on, in words."""
+    """The key names all that the times depend on, in words."""
     packages = ["hamner", "torch", "triton"]
     if "flash-attn" in names:
         packages.append("flash-attn")
@@ -177,7 +207,7 @@ def _version(package: str) -> str:
 
 
 def read_times(file: Path, key: str, names: list[str]) -> dict[str, float] | None:
-    """The remembered milliseconds of exactly `names`; None if there are none that can be used."""
+    """The function gives the milliseconds remembered of exactly `names`, or None."""
     times = _read(file).get(key)
     if not isinstance(times, dict) or sorted(times) != sorted(names):
         return None
@@ -187,23 +217,16 @@ def read_times(file: Path, key: str, names: list[str]) -> dict[str, float] | Non
 
 
 def write_times(file: Path, key: str, times: dict[str, float]) -> None:
-    """Remember; a folder that cannot be written to only means measuring again."""
+    """Times are remembered; a folder that cannot be written to only means measuring again."""
     entries = _read(file) | {key: times}
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.name)
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-                json.dump(entries, stream, indent=1)
-            Path(temporary).replace(file)
-        except OSError:
-            Path(temporary).unlink(missing_ok=True)
+        with made_whole(file) as temporary:
+            temporary.write_text(json.dumps(entries, indent=1), encoding="utf-8")
 
 
 def _read(file: Path) -> dict:
-    # ValueError: not JSON, or not UTF-8.
     try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(file)
+    except UserError:
         return {}
-    return entries if isinstance(entries, dict) else {}

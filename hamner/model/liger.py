@@ -38,10 +38,15 @@ def swiglu_linear(gate_up: Tensor, weight: Tensor) -> Tensor:
 
 
 def rope_packed(
-    qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int, positions: Tensor | None
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    positions: Tensor | None,
 ) -> Tensor:
     """q and k of packed qkv (B, T, (H + 2 KV) hd) rotated; cos and sin (T, hd / 2) fp32."""
-    q, k, v = split_qkv(qkv, heads, kv_heads)
+    q, k, v = split_qkv(qkv, num_heads, num_kv_heads)
     # Liger's tables hold each angle twice, for all sequences or for each: (1 or B, T, hd).
     rows = torch.arange(qkv.shape[1], device=qkv.device)[None] if positions is None else positions
     tables = (torch.cat((table, table), dim=-1)[rows] for table in (cos, sin))

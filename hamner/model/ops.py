@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import adamw as torch_adamw
 from torch.utils.checkpoint import checkpoint
 
+from hamner.data.batch import IGNORED_TARGET
 from hamner.kernels.adamw import adamw_, global_grad_norm, global_grad_norm_reference
 from hamner.kernels.cross_entropy import linear_cross_entropy
 from hamner.kernels.embedding import tied_embedding, tied_embedding_reference
@@ -39,9 +40,6 @@ from hamner.kernels.router_linear import router_linear, router_linear_reference
 from hamner.model.attention import AttentionBackend, differential_attention
 from hamner.model.recompute import rebuilt_in_backward
 
-IGNORED_TARGET = -100
-"""target that no loss counts"""
-
 
 @dataclass(frozen=True)
 class Ops:
@@ -60,14 +58,13 @@ class Ops:
     add_rms_norm: Callable[..., tuple[Tensor, Tensor]]
     """(x, residual, weight, eps) -> (y, new residual)"""
     norm_linear: Callable[..., tuple[Tensor, Tensor]]
-    """(x, residual, norm_weight, weight, eps, *, rebuild) -> (out, new residual)"""
+    """(x, residual, norm_weight, weight, *, eps, rebuild) -> (out, new residual)"""
     norm_qkv_rope: Callable[..., tuple[Tensor, Tensor]]
-    """(x, residual, norm_weight, qkv_weight, cos, sin, H, KV, positions, eps, *, rebuild) ->
-    (packed qkv (B, T, (H + 2 KV) head_size), new residual)"""
+    """(x, residual, norm_weight, qkv_weight, *, cos, sin, num_heads, num_kv_heads, positions, eps,
+    rebuild) -> (packed qkv (B, T, (H + 2 KV) head_size), new residual)"""
     norm_attention: Callable[..., tuple[Tensor, Tensor]]
-    """(x, residual, norm_weight, qkv_weight, cos, sin, H, KV, positions, document_ids, eps, *,
-    rebuild) -> (causal attention of what `norm_qkv_rope` gives (B, T, H head_size), new residual)
-    """
+    """(x, residual, norm_weight, qkv_weight, *, document_ids, and the same) -> (causal attention of
+    what `norm_qkv_rope` gives (B, T, H head_size), new residual)"""
     swiglu_linear: Callable[..., Tensor]
     """(gate_up (..., 2I), weight (D, I), *, rebuild) -> (..., D)"""
     linear_cross_entropy: Callable[..., Tensor]
@@ -172,29 +169,27 @@ def _rebuilt(rebuild: bool, function: Callable, *args):
     return function(*args)
 
 
-def _norm_linear(pair, x, residual, norm_weight, weight, eps, *, rebuild):
+def _norm_linear(pair, x, residual, norm_weight, weight, *, eps, rebuild):
     # The sum stays outside the pair because it is kept: it is the next residual.
     stream = x if residual is None else x + residual
     return _rebuilt(rebuild, pair, stream, norm_weight, weight, eps), stream
 
 
 def _norm_qkv_rope(
-    pair, rope_packed, x, residual, norm_weight, qkv_weight,
-    cos, sin, heads, kv_heads, positions, eps, *, rebuild,
-):  # fmt: skip
-    qkv, stream = _norm_linear(pair, x, residual, norm_weight, qkv_weight, eps, rebuild=rebuild)
-    return rope_packed(qkv, cos, sin, heads, kv_heads, positions), stream
+    pair, rope_packed, x, residual, norm_weight, qkv_weight, *, eps, rebuild, **rope
+):
+    qkv, stream = _norm_linear(
+        pair, x, residual, norm_weight=norm_weight, weight=qkv_weight, eps=eps, rebuild=rebuild
+    )
+    return rope_packed(qkv, **rope), stream
 
 
 def _norm_attention(
-    norm_qkv_rope, attend, x, residual, norm_weight, qkv_weight,
-    cos, sin, heads, kv_heads, positions, document_ids, eps, *, rebuild,
-):  # fmt: skip
-    qkv, stream = norm_qkv_rope(
-        x, residual, norm_weight, qkv_weight, cos, sin, heads, kv_heads, positions, eps,
-        rebuild=rebuild,
-    )  # fmt: skip
-    return attend(qkv, heads, kv_heads, document_ids=document_ids), stream
+    norm_qkv_rope, attend, *inputs, document_ids, num_heads, num_kv_heads, **settings
+):
+    heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
+    qkv, stream = norm_qkv_rope(*inputs, **heads, **settings)
+    return attend(qkv, num_heads, num_kv_heads, document_ids=document_ids), stream
 
 
 def _swiglu_linear(pair, gate_up, weight, *, rebuild):

@@ -1,14 +1,31 @@
-"""Tensors that autograd would keep, made again in the backward pass instead."""
+"""A block runs by its recompute policy, and single tensors are made again in backward."""
 
 import contextlib
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from hamner.plan.memory import FULL, SELECTIVE, Policy
+
+
+def run_block(policy: Policy, block: Callable, x: Tensor, residual: Tensor | None, *args):
+    """The function runs `block(x, residual, *args, rebuild=...)` and returns what that returns.
+
+    Autograd keeps what the policy says; `full` runs under torch's non-reentrant checkpoint.
+    """
+    if policy != FULL:
+        return block(x, residual, *args, rebuild=policy == SELECTIVE)
+    # One summed stream is kept instead of the branch and the residual apart.
+    stream = x if residual is None else x + residual
+    return checkpoint(
+        block, stream, None, *args, rebuild=True, use_reentrant=False, preserve_rng_state=False
+    )
 
 
 class _Rebuilt:
-    """What stands in for a tensor until backward, whose readers share one rebuilt value."""
+    """It stands in for a tensor until backward, whose readers share one recomputed value."""
 
     def __init__(self, rebuild: Callable[[], Tensor]) -> None:
         self.rebuild = rebuild
@@ -16,7 +33,7 @@ class _Rebuilt:
         self.value: Tensor | None = None
 
     def read(self) -> Tensor:
-        """The tensor; let go of after the last of its readers."""
+        """The reader gets the tensor, which is let go of after the last of them."""
         if self.value is None:
             with torch.no_grad():
                 self.value = self.rebuild()
@@ -30,7 +47,7 @@ class _Rebuilt:
 
 @contextlib.contextmanager
 def rebuilt_in_backward(tensor: Tensor, rebuild: Callable[[], Tensor]) -> Iterator[None]:
-    """Have autograd call `rebuild` in backward for what it would keep of `tensor` in this context.
+    """Autograd calls `rebuild` in backward for what it would keep of `tensor` in this context.
 
     Where saved tensors have hooks already (a block that is checkpointed as a whole keeps nothing of
     it anyway) or the code is being compiled, it keeps the tensor.

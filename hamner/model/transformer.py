@@ -23,6 +23,7 @@ from hamner.kernels.moe_routing import Routing
 from hamner.model.attention import document_positions
 from hamner.model.kv_cache import KVCache
 from hamner.model.ops import Ops
+from hamner.model.recompute import run_block
 from hamner.model.rotary import rotary_tables
 from hamner.parallel.tensors import fill
 from hamner.plan.memory import NONE, Policy
@@ -110,15 +111,22 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(B, T, D) branch and residual in, branch and residual out."""
         config, ops, rotary = self.config, self.ops, context.rotary
-        heads = config.num_attention_heads, config.num_kv_heads
-        inputs = x, residual, self.norm.weight, self.qkv_proj.weight, rotary.cos, rotary.sin
-        eps = self.norm.eps
+        inputs = x, residual, self.norm.weight, self.qkv_proj.weight
+        settings = {
+            "cos": rotary.cos,
+            "sin": rotary.sin,
+            "num_heads": config.num_attention_heads,
+            "num_kv_heads": config.num_kv_heads,
+            "positions": rotary.positions,
+            "eps": self.norm.eps,
+            "rebuild": rebuild,
+        }
         if context.cache is None and not config.use_differential_attention:
             out, residual = ops.norm_attention(
-                *inputs, *heads, rotary.positions, context.document_ids, eps, rebuild=rebuild
+                *inputs, document_ids=context.document_ids, **settings
             )
             return self.o_proj(out), residual
-        qkv, residual = ops.norm_qkv_rope(*inputs, *heads, rotary.positions, eps, rebuild=rebuild)
+        qkv, residual = ops.norm_qkv_rope(*inputs, **settings)
         if config.use_differential_attention:
             out = self.subtract_maps(qkv, context)
         else:
@@ -138,7 +146,11 @@ class Attention(nn.Module):
             out = context.cache.differential_attention(self.layer, qkv, weight)
         else:
             out = self.ops.differential_attention(
-                qkv, weight, heads, config.num_kv_heads, context.document_ids
+                qkv,
+                weight,
+                num_heads=heads,
+                num_kv_heads=config.num_kv_heads,
+                document_ids=context.document_ids,
             )
         # The norm per pair of heads has no weight; (1 - lambda_init) keeps the gradient's scale.
         pairs = out.unflatten(-1, (heads // 2, 2 * config.head_size))
@@ -160,9 +172,8 @@ class DenseMLP(nn.Module):
         self, x: Tensor, residual: Tensor | None, rebuild: bool
     ) -> tuple[Tensor, Tensor, None]:
         """(B, T, D) branch and residual in; branch, residual and no routing out."""
-        gate_up, residual = self.ops.norm_linear(
-            x, residual, self.norm.weight, self.gate_up_proj.weight, self.norm.eps, rebuild=rebuild
-        )
+        inputs = x, residual, self.norm.weight, self.gate_up_proj.weight
+        gate_up, residual = self.ops.norm_linear(*inputs, eps=self.norm.eps, rebuild=rebuild)
         out = self.ops.swiglu_linear(gate_up, self.down_proj.weight, rebuild=rebuild)
         return out, residual, None
 
@@ -260,7 +271,9 @@ class Transformer(nn.Module):
         super().__init__()
         self.config, self.ops = config, ops
         self.policies = tuple(policies) if policies else (NONE,) * config.num_layers
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        # torch's own initial values, on a "meta" device, import its compiler: seconds a start.
+        size = (config.vocab_size, config.hidden_size)
+        self.embed = nn.Embedding(*size, _weight=torch.empty(size))
         self.layers = nn.ModuleList(Block(config, i, ops) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
@@ -310,7 +323,7 @@ class Transformer(nn.Module):
         context = self.context(inputs, document_ids, cache)
         routings = []
         for layer, policy in zip(self.layers, self.policies, strict=True):
-            x, residual, routing = policy.run(layer, x, residual, context)
+            x, residual, routing = run_block(policy, layer, x, residual, context)
             routings.append(routing)
         hidden, _ = self.ops.add_rms_norm(x, residual, self.norm.weight, self.norm.eps)
         del x, residual, _  # the loss is where memory peaks

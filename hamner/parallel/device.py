@@ -1,15 +1,16 @@
-"""Where a run computes: device, precision, memory budget."""
+"""The module finds where a run computes: device, precision, memory budget."""
 
 import importlib.util
 import os
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from hamner.config.train import TrainConfig
 from hamner.errors import UserError
 from hamner.hardware import GIB, RESERVE_GIB, Gpu, identify
-from hamner.parallel.ranks import Place
+from hamner.parallel.ranks import Rank
 
 RAM_SHARE = 0.6
 """of the free memory of a machine without a GPU"""
@@ -19,7 +20,7 @@ CPU_MICRO_BATCH_TOKENS = 1_024
 
 @dataclass(frozen=True)
 class Compute:
-    """The device a run uses and how."""
+    """A `Compute` says which device a run uses and how."""
 
     device: torch.device
     name: str
@@ -34,30 +35,44 @@ class Compute:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Compute dtype."""
+        """The matmuls compute in this dtype."""
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
 
+def uses_gpu(name: Literal["auto", "cuda", "cpu"]) -> bool:
+    """The function says whether `--device` means a GPU that is here."""
+    return name != "cpu" and torch.cuda.is_available()
+
+
+def select_device(name: Literal["auto", "cuda", "cpu"]) -> torch.device:
+    """The function finds the device of `--device`.
+
+    Raises:
+        UserError: there is no such device here.
+    """
+    if name == "cuda" and not uses_gpu(name):
+        raise UserError("--device cuda: PyTorch finds no CUDA GPU here; use --device cpu")
+    return torch.device("cuda" if uses_gpu(name) else "cpu")
+
+
 def select(config: TrainConfig) -> Compute:
-    """Resolve `--device`, `--precision`, `--kernels` and `--vram-budget`.
+    """The function resolves `--device`, `--precision`, `--kernels` and `--vram-budget`.
 
     Raises:
         UserError: what is asked for is not on this machine.
     """
-    has_gpu = torch.cuda.is_available()
-    if config.device == "cuda" and not has_gpu:
-        raise UserError("--device cuda: PyTorch finds no CUDA GPU here; use --device cpu")
-    if has_gpu and config.device != "cpu":
+    device = select_device(config.device)
+    if device.type == "cuda":
         return _select_gpu(config)
     if config.precision == "bf16":
         raise UserError("--precision bf16 needs a GPU; use --precision fp32 on a CPU")
     if config.kernels in ("triton", "liger"):
         raise UserError(f"--kernels {config.kernels} needs a GPU; use --kernels torch on a CPU")
-    ram = RAM_SHARE * _free_ram() / Place.read().local_world_size
+    ram = RAM_SHARE * _free_ram() / Rank.read().local_world_size
     budget = config.vram_budget * GIB if config.vram_budget else ram
     name = f"CPU, {torch.get_num_threads()} threads"
     return Compute(
-        device=torch.device("cpu"),
+        device=device,
         name=name,
         gpu=None,
         precision="fp32",
@@ -85,9 +100,6 @@ def _select_gpu(config: TrainConfig) -> Compute:
         raise UserError(
             f"--vram-budget {budget} GiB is more than the {memory_gib:.1f} GiB of {properties.name}"
         )
-    if config.vram_budget:
-        # The budget is a promise to the user's other programs: exceeding it fails here.
-        torch.cuda.set_per_process_memory_fraction(budget / memory_gib, device)
     return Compute(
         device=device,
         name=properties.name,
@@ -96,6 +108,18 @@ def _select_gpu(config: TrainConfig) -> Compute:
         kernels="triton" if config.kernels == "auto" else config.kernels,
         budget_bytes=int(budget * GIB),
     )
+
+
+def cap_memory(compute: Compute, config: TrainConfig) -> None:
+    """A `--vram-budget` is a promise to the user's other programs: exceeding it fails from here on.
+
+    Args:
+        compute: of this process.
+        config: of the run; without a budget there is no cap.
+    """
+    if config.vram_budget and compute.device.type == "cuda":
+        memory_gib = torch.cuda.get_device_properties(compute.device).total_memory / GIB
+        torch.cuda.set_per_process_memory_fraction(config.vram_budget / memory_gib, compute.device)
 
 
 def _free_ram() -> int:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hamner.config.train import TrainConfig
 from hamner.parallel.device import Compute
-from hamner.parallel.processes import Alone
+from hamner.parallel.processes import SingleProcess
 from hamner.parallel.tensors import is_sharded, local
 
 GlobalNorm = Callable[[Sequence[Tensor]], Tensor]
@@ -38,7 +38,7 @@ _NEVER = 2**31 - 1
 """steps, DDP's largest number of them"""
 
 
-class OneProcess:
+class Engine:
     """Everything here; what the other engines change."""
 
     name = "none"
@@ -91,7 +91,7 @@ class OneProcess:
         yield
 
 
-class DataParallel(OneProcess):
+class DataParallel(Engine):
     """The whole model in every process, gradients summed while backward runs (DDP,
     arXiv:2006.15704); once a step, also when it has several micro-batches.
 
@@ -105,7 +105,7 @@ class DataParallel(OneProcess):
     # eleventh waits for the GPU.
     warm_up_calls = 11
 
-    def __init__(self, processes: Alone, *, bucket_mib: int) -> None:
+    def __init__(self, processes: SingleProcess, *, bucket_mib: int) -> None:
         self.processes, self.bucket_mib = processes, bucket_mib
 
     def wrap(self, model, optimizer):
@@ -170,7 +170,7 @@ class DataParallel(OneProcess):
             optimizer.accumulate()
 
 
-class FullySharded(OneProcess):
+class FullySharded(Engine):
     """Parameters, gradients and moments divided over the processes, the weights gathered block by
     block as they are needed (FSDP2; ZeRO, arXiv:1910.02054).
 
@@ -188,13 +188,13 @@ class FullySharded(OneProcess):
 
     name = "fsdp"
 
-    def __init__(self, processes: Alone, compute: Compute, *, reshard: bool) -> None:
+    def __init__(self, processes: SingleProcess, compute: Compute, *, reshard: bool) -> None:
         self.processes, self.compute, self.reshard = processes, compute, reshard
-        place = processes.place
-        if place.num_machines > 1 and place.local_world_size > 1:
-            shape, names = (place.num_machines, place.local_world_size), ("replicate", "shard")
+        rank = processes.rank
+        if rank.num_machines > 1 and rank.local_world_size > 1:
+            shape, names = (rank.num_machines, rank.local_world_size), ("replicate", "shard")
         else:
-            shape, names = (place.world_size,), ("shard",)
+            shape, names = (rank.world_size,), ("shard",)
         from torch.distributed.device_mesh import init_device_mesh
 
         self.mesh = init_device_mesh(compute.device.type, shape, mesh_dim_names=names)
@@ -273,13 +273,15 @@ class FullySharded(OneProcess):
                 _forget_passes(module)
 
 
-def open_engine(kind: str, processes: Alone, compute: Compute, config: TrainConfig) -> OneProcess:
+def open_engine(
+    kind: str, processes: SingleProcess, compute: Compute, config: TrainConfig
+) -> Engine:
     """The engine named `kind`: none, ddp or fsdp."""
     if kind == "ddp":
         return DataParallel(processes, bucket_mib=config.ddp_bucket_mib)
     if kind == "fsdp":
         return FullySharded(processes, compute, reshard=config.fsdp_reshard)
-    return OneProcess()
+    return Engine()
 
 
 def _forget_passes(module: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Signs of life between the processes of a job, so that it ends soon and with one message.
+"""Processes of a job give each other signs of life, so that it ends soon and with one message.
 
 A collective whose partner is gone waits, on a GPU even out of Python's reach. So each process has a
 thread that tells the others, through the launcher's store, that it lives and where it is, and that
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 import hamner
-from hamner.parallel.ranks import Place
+from hamner.parallel.ranks import Rank
 
 INTERVAL = 1.0
 """seconds between signs of life"""
@@ -31,72 +31,72 @@ _PACKAGE = str(Path(hamner.__file__).parent)
 _HERE = str(Path(__file__).parent)
 
 
-class Peers:
-    """The other processes, as this one knows them.
+class FailureWatch:
+    """A watch looks after the other processes, and ends this one once one of them has failed.
 
     Args:
         store: shared by all; of this object alone, since its calls may block.
-        place: of this process.
+        rank: of this process.
     """
 
-    def __init__(self, store: dist.Store, place: Place) -> None:
-        self.store, self.place = store, place
+    def __init__(self, store: dist.Store, rank: Rank) -> None:
+        self.store, self.rank = store, rank
         self.step = 0
         """the last one this process has finished"""
         self._main_thread = threading.main_thread().ident
         self._beats = 0
         self._is_leaving = False
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="hamner-peers", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="hamner-failures", daemon=True)
         self._give_sign()
 
     def watch(self) -> None:
-        """Start to look after the others, which have all given a sign."""
+        """The watch starts to look after the others, which have all given a sign."""
         self._thread.start()
 
-    def announce_end(self) -> None:
-        """Tell the others that this process may be gone soon, with nothing wrong."""
+    def mark_leaving(self) -> None:
+        """The others learn that this process may be gone soon, with nothing wrong."""
         self._is_leaving = True
         self._give_sign()
 
     def close(self) -> None:
-        """Stop looking after the others."""
+        """The watch stops looking after the others."""
         self._stop.set()
         self._thread.join()
 
     def claim(self) -> bool:
-        """Whether this process is the first to fail, and so the one that says why."""
+        """`claim` is true in the first process to fail, which is the one that says why."""
         try:
             return self.store.add("failures", 1) == 1
         except RuntimeError:  # the store is gone with the launcher
-            return self.place.is_main
+            return self.rank.is_main
 
     def say(self, cause: str) -> None:
-        """Print the one message of a failed job."""
-        self._print(f"rank {self.place.rank} on {socket.gethostname()}: {cause}")
+        """The one message of a failed job is printed."""
+        _print(f"rank {self.rank.global_rank} on {socket.gethostname()}: {cause}")
 
     def end(self, cause: Callable[[], str]) -> None:
-        """End the job; `cause` gives the message, which names the rank that is to blame."""
+        """The job ends; `cause` gives the message, which names the rank that is to blame."""
         try:
             message = cause()
         except RuntimeError:  # the store is gone with the process that ended the job
             self.exit(1)
         # Only now: who claims must speak at once, for the others leave, and the store with them.
         if self.claim():
-            self._print(f"{message}; the job ends; the last checkpoint is whole, --resume goes on")
+            _print(f"{message}; the job ends; the last checkpoint is whole, --resume goes on")
         self.exit(1)
 
     def exit(self, code: int) -> None:
-        """End this process whatever its other threads wait for."""
+        """This process ends whatever its other threads wait for."""
         sys.stderr.flush()
         os._exit(code)
 
     def wait_for_cause(self) -> None:
-        """Give the watch time to find why a collective failed; it ends the process if it does."""
+        """The watch has time to find why a collective failed; it ends the process if it does."""
         self._stop.wait(4 * INTERVAL)
 
     def where_it_hangs(self) -> str:
-        """Which ranks hold up the others, and where: those behind that do not wait for another."""
+        """The function says which ranks hold up the others: those behind that wait for nobody."""
         signs = self._signs()
         first = min(sign["step"] for sign in signs.values())
         behind = {rank: sign for rank, sign in signs.items() if sign["step"] == first}
@@ -107,8 +107,8 @@ class Peers:
         )
 
     def _watch(self) -> None:
-        """Body of the thread."""
-        others = [rank for rank in range(self.place.world_size) if rank != self.place.rank]
+        """The thread runs this function."""
+        others = [rank for rank in range(self.rank.world_size) if rank != self.rank.global_rank]
         seen: dict[int, tuple[int, float]] = {}
         while not self._stop.wait(INTERVAL):
             try:
@@ -130,27 +130,18 @@ class Peers:
                 if sign["beats"] != beats:
                     seen[rank] = sign["beats"], now
                 silent = now - since if sign["beats"] == beats else 0.0
-                if not sign["leaves"] and self._is_dead(sign, silent):
+                if not sign["leaves"] and _is_dead(sign, silent):
                     self.end(partial(self._obituary, rank, sign["host"]))
 
     def _obituary(self, rank: int, host: str) -> str:
         return (
             f"rank {rank} on {host} is dead (killed, or its machine is gone); "
-            f"rank {self.place.rank} was in step {self.step + 1:,}"
+            f"rank {self.rank.global_rank} was in step {self.step + 1:,}"
         )
-
-    def _is_dead(self, sign: dict, silent: float) -> bool:
-        if sign["host"] != socket.gethostname():
-            return silent > SILENT
-        try:
-            state = Path(f"/proc/{sign['pid']}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            return True
-        return state in "ZX"
 
     def _give_sign(self) -> None:
         self._beats += 1
-        frame, waits = self._main_thread_at()
+        frame, waits = _where_is(self._main_thread)
         sign = {
             "beats": self._beats,
             "host": socket.gethostname(),
@@ -160,24 +151,37 @@ class Peers:
             "waits": waits,
             "leaves": self._is_leaving,
         }
-        self.store.set(str(self.place.rank), json.dumps(sign))
+        self.store.set(str(self.rank.global_rank), json.dumps(sign))
 
     def _signs(self) -> dict[int, dict]:
-        """The last sign of every process, by rank."""
-        ranks = range(self.place.world_size)
+        """The function reads the last sign of every process, by rank."""
+        ranks = range(self.rank.world_size)
         values = self.store.multi_get([str(rank) for rank in ranks])
         return {rank: json.loads(value) for rank, value in zip(ranks, values, strict=True)}
 
-    def _main_thread_at(self) -> tuple[str, bool]:
-        """The innermost place in Hamner of the main thread, and whether it waits for others."""
-        frame = sys._current_frames().get(self._main_thread)
-        while frame is not None and not frame.f_code.co_filename.startswith(_PACKAGE):
-            frame = frame.f_back
-        if frame is None:
-            return "its start or end", False
-        file = frame.f_code.co_filename
-        place = f"{Path(file).relative_to(_PACKAGE)}:{frame.f_lineno} ({frame.f_code.co_name})"
-        return place, file.startswith(_HERE)
 
-    def _print(self, message: str) -> None:
-        os.write(2, f"error: {message}\n".encode())
+def _is_dead(sign: dict, silent: float) -> bool:
+    """A process of this machine is dead if the system says so, another after `silent` seconds."""
+    if sign["host"] != socket.gethostname():
+        return silent > SILENT
+    try:
+        state = Path(f"/proc/{sign['pid']}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return True
+    return state in "ZX"
+
+
+def _where_is(thread: int | None) -> tuple[str, bool]:
+    """The function finds a thread's innermost line in Hamner, and whether it waits for others."""
+    frame = sys._current_frames().get(thread)
+    while frame is not None and not frame.f_code.co_filename.startswith(_PACKAGE):
+        frame = frame.f_back
+    if frame is None:
+        return "its start or end", False
+    file = frame.f_code.co_filename
+    line = f"{Path(file).relative_to(_PACKAGE)}:{frame.f_lineno} ({frame.f_code.co_name})"
+    return line, file.startswith(_HERE)
+
+
+def _print(message: str) -> None:
+    os.write(2, f"error: {message}\n".encode())

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from hamner.config.train import TrainConfig
 from hamner.errors import EXIT_BAD_INPUT, UserError
-from hamner.parallel.failures import Peers
-from hamner.parallel.ranks import Place
+from hamner.parallel.device import uses_gpu
+from hamner.parallel.failures import FailureWatch
+from hamner.parallel.ranks import Rank
 
 T = TypeVar("T")
 
@@ -30,31 +31,31 @@ EXIT_FAILED = 1
 COLLECTIVE_TIMEOUT = 1.5
 """times --hang-minutes, after which PyTorch itself gives a collective up: the second net"""
 FOREVER = datetime.timedelta(days=7)
-_LOST_PEER = ("gloo", "NCCL", "ProcessGroup", "Connection closed", "Connection reset")
+_LOST_PROCESS = ("gloo", "NCCL", "ProcessGroup", "Connection closed", "Connection reset")
 """in what a collective raises when another process is gone"""
 
 
-class Alone:
+class SingleProcess:
     """The only process of a run: agrees with itself."""
 
-    place = Place()
+    rank = Rank()
     log: TextIO | None = None
 
-    def most(self, numbers: Sequence[int]) -> list[int]:
+    def all_reduce_max(self, numbers: Sequence[int]) -> list[int]:
         """Each number's largest value over the processes."""
         return list(numbers)
 
     def any(self, flag: bool) -> bool:
         """Whether it is true in any process. Every process must ask."""
-        return bool(self.most([flag])[0])
+        return bool(self.all_reduce_max([flag])[0])
 
     def all(self, flag: bool) -> bool:
         """Whether it is true in every process. Every process must ask."""
         return not self.any(not flag)
 
-    def least(self, number: int) -> int:
+    def all_reduce_min(self, number: int) -> int:
         """The smallest value over the processes."""
-        return -self.most([-number])[0]
+        return -self.all_reduce_max([-number])[0]
 
     def from_main(self, function: Callable[[], T]) -> T:
         """What `function` returns in rank 0, which alone calls it."""
@@ -69,8 +70,8 @@ class Alone:
         Args:
             items: as many as a multiple of the processes.
         """
-        count = len(items) // self.place.world_size
-        return items[self.place.rank * count : (self.place.rank + 1) * count]
+        count = len(items) // self.rank.world_size
+        return items[self.rank.global_rank * count : (self.rank.global_rank + 1) * count]
 
     def open_log(self, folder: Path) -> None:
         """Have each process write down what it says in a file of its own in `folder`."""
@@ -86,50 +87,50 @@ class Alone:
         """End a job of several processes, because no step has ended for so long."""
 
 
-class Several(Alone):
+class MultipleProcesses(SingleProcess):
     """One of the processes that torchrun started.
 
     Args:
-        place: of this one.
+        rank: of this one.
         config: of the run.
 
     Raises:
         UserError: the machine has fewer GPUs than processes.
     """
 
-    def __init__(self, place: Place, config: TrainConfig) -> None:
-        self.place = place
+    def __init__(self, rank: Rank, config: TrainConfig) -> None:
+        self.rank = rank
         backend = "gloo"
-        if torch.cuda.is_available() and config.device != "cpu":
-            if place.local_world_size > torch.cuda.device_count():
+        if uses_gpu(config.device):
+            if rank.local_world_size > torch.cuda.device_count():
                 raise UserError(
-                    f"torchrun started {place.local_world_size} processes on a machine with "
+                    f"torchrun started {rank.local_world_size} processes on a machine with "
                     f"{torch.cuda.device_count()} GPUs; lower --nproc-per-node"
                 )
-            torch.cuda.set_device(place.local_rank)
+            torch.cuda.set_device(rank.local_rank)
             # All work goes to one stream that a CUDA graph can record, unlike the default one: what
             # FSDP2 and DDP tie to the stream they are built on then belongs to the recording.
             torch.cuda.set_stream(torch.cuda.Stream())
             backend = "cpu:gloo,cuda:nccl"
         minutes = COLLECTIVE_TIMEOUT * config.hang_minutes
         self.timeout = datetime.timedelta(minutes=minutes) if minutes else FOREVER
-        store, rank, world_size = next(dist.rendezvous("env://"))
+        store, *_ = next(dist.rendezvous("env://"))
         # torchrun's store outlives a failed start, with the addresses of processes that are gone.
-        store = dist.PrefixStore(f"start_{place.restarts}", store)
+        store = dist.PrefixStore(f"start_{rank.restarts}", store)
         dist.init_process_group(
             backend,
             store=dist.PrefixStore("collectives", store),
-            rank=rank,
-            world_size=world_size,
+            rank=rank.global_rank,
+            world_size=rank.world_size,
             timeout=self.timeout,
         )
-        if not place.is_main:
+        if not rank.is_main:
             logging.getLogger().addHandler(logging.NullHandler())
-        self.peers = Peers(dist.PrefixStore("peers", store.clone()), place)
+        self.failures = FailureWatch(dist.PrefixStore("failures", store.clone()), rank)
         self.any(False)  # nobody looks for one that is not there yet
-        self.peers.watch()
+        self.failures.watch()
 
-    def most(self, numbers):
+    def all_reduce_max(self, numbers):
         """Each number's largest value over the processes."""
         values = torch.tensor(numbers, dtype=torch.int64)
         dist.all_reduce(values, dist.ReduceOp.MAX)
@@ -137,7 +138,7 @@ class Several(Alone):
 
     def from_main(self, function):
         """What `function` returns in rank 0, which alone calls it."""
-        value = [function() if self.place.is_main else None]
+        value = [function() if self.rank.is_main else None]
         dist.broadcast_object_list(value, device=torch.device("cpu"))
         return value[0]
 
@@ -147,7 +148,7 @@ class Several(Alone):
 
     def open_log(self, folder):
         """Have each process write down what it says in rank_N.txt of `folder`."""
-        path = folder / f"rank_{self.place.rank}.txt"
+        path = folder / f"rank_{self.rank.global_rank}.txt"
         try:
             path.parent.mkdir(exist_ok=True)
             self.log = path.open("a", encoding="utf-8", buffering=1)
@@ -157,28 +158,30 @@ class Several(Alone):
                 "must see the run's folder"
             ) from error
         handlers: list[logging.Handler] = [logging.StreamHandler(self.log)]
-        if self.place.is_main:
+        if self.rank.is_main:
             handlers.append(logging.StreamHandler())
         logging.basicConfig(level=logging.WARNING, handlers=handlers, force=True)
 
     def consoles(self):
         """Rank 0 has the terminal and its log, the others their logs alone."""
         log = Console(file=self.log, highlight=False, width=200)
-        return (None, log) if self.place.is_main else (log, None)
+        return (None, log) if self.rank.is_main else (log, None)
 
     def step_done(self, step):
         """Let the others know how far this process is."""
-        self.peers.step = step
+        self.failures.step = step
 
     def give_up(self, minutes):
         """End the job, because no step has ended for so long."""
-        self.peers.end(lambda: f"no step for {minutes:g} minutes: {self.peers.where_it_hangs()}")
+        self.failures.end(
+            lambda: f"no step for {minutes:g} minutes: {self.failures.where_it_hangs()}"
+        )
 
     def leave(self) -> None:
         """Part in order: nobody before the others."""
-        self.peers.announce_end()
+        self.failures.mark_leaving()
         self.any(False)
-        self.peers.close()
+        self.failures.close()
         dist.destroy_process_group()
 
     def fail(self, error: BaseException) -> int:
@@ -193,36 +196,36 @@ class Several(Alone):
         is_bad_input = isinstance(error, UserError)
         if self.log is not None:
             traceback.print_exception(error, file=self.log)
-        if isinstance(error, RuntimeError) and any(word in str(error) for word in _LOST_PEER):
+        if isinstance(error, RuntimeError) and any(word in str(error) for word in _LOST_PROCESS):
             # Another process has ended: its own message, or the watch's, says more than this one.
-            self.peers.wait_for_cause()
-        if self.peers.claim():
+            self.failures.wait_for_cause()
+        if self.failures.claim():
             text = str(error) if is_bad_input else f"{type(error).__name__}: {error}"
             where = "" if is_bad_input or self.log is None else f" (traceback in {self.log.name})"
-            self.peers.say(f"{' '.join(text.split())}{where}")
+            self.failures.say(f"{' '.join(text.split())}{where}")
             if self.log is None and not is_bad_input:
                 traceback.print_exception(error)
         return EXIT_BAD_INPUT if is_bad_input else EXIT_FAILED
 
 
 @contextlib.contextmanager
-def open_processes(config: TrainConfig) -> Iterator[Alone]:
+def open_processes(config: TrainConfig) -> Iterator[SingleProcess]:
     """The processes of this job: this one alone, or those that torchrun started.
 
     If one of several fails, the job has one message, and this process ends here.
 
     Raises:
-        UserError: see `Several`.
+        UserError: see `MultipleProcesses`.
     """
-    place = Place.read()
-    if place.world_size == 1:
-        yield Alone()
+    rank = Rank.read()
+    if rank.world_size == 1:
+        yield SingleProcess()
         return
-    processes = Several(place, config)
+    processes = MultipleProcesses(rank, config)
     try:
         yield processes
         processes.leave()
     except Exception as error:
         code = processes.fail(error)
         sys.stdout.flush()
-        processes.peers.exit(code)
+        processes.failures.exit(code)

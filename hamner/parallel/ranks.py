@@ -9,10 +9,10 @@ from hamner.config.train import CONFIG_FILE
 
 
 @dataclass(frozen=True)
-class Place:
-    """A process among those of its job; one that nobody launched is alone."""
+class Rank:
+    """A rank says which process of its job this is; one that nobody launched is the only one."""
 
-    rank: int = 0
+    global_rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     """on this machine"""
@@ -22,20 +22,18 @@ class Place:
     """times that torchrun has started the job again, `--max-restarts` at most"""
 
     @classmethod
-    def read(cls, environment: Mapping[str, str] = os.environ) -> "Place":
-        """The place torchrun gave this process; without all of its variables it is alone."""
-        names = ("rank", "world_size", "local_rank", "local_world_size")
-        if any(name.upper() not in environment for name in names):
+    def read(cls, environment: Mapping[str, str] = os.environ) -> "Rank":
+        """`read` gives the rank that torchrun set; without all of its variables there is one."""
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        if any(name not in environment for name in names):
             return cls()
-        return cls(
-            **{name: int(environment[name.upper()]) for name in names},
-            restarts=int(environment.get("TORCHELASTIC_RESTART_COUNT", 0)),
-        )
+        restarts = int(environment.get("TORCHELASTIC_RESTART_COUNT", 0))
+        return cls(*(int(environment[name]) for name in names), restarts=restarts)
 
     @property
     def is_main(self) -> bool:
         """Whether this is rank 0, which prints and writes the run's folder."""
-        return self.rank == 0
+        return self.global_rank == 0
 
     @property
     def num_machines(self) -> int:
@@ -48,5 +46,5 @@ def resume_after_restart(args: Sequence[str], run_dir: Path) -> list[str]:
 
     A job that failed before it made `run_dir` starts over.
     """
-    again = Place.read().restarts and (run_dir / CONFIG_FILE).is_file()
+    again = Rank.read().restarts and (run_dir / CONFIG_FILE).is_file()
     return [*args, "--resume"] if again and "--resume" not in args else list(args)

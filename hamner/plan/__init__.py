@@ -1,1 +1,1 @@
-"""What a run will take: FLOPs, bytes, memory, time, loss; torch-free."""
+"""A plan says what a run will take: FLOPs, bytes, memory, time, loss; torch-free."""

@@ -1,4 +1,4 @@
-"""What a training step on several GPUs sends, how long that takes and how much the step hides.
+"""The module says what a step on several GPUs sends, for how long, and how much the step hides.
 
 Arithmetic alone, torch-free. DDP (Li et al. 2020, arXiv:2006.15704) keeps a copy of the model on
 each GPU and all-reduces the gradients. FSDP (Zhao et al. 2023, arXiv:2304.11277) shards parameters,
@@ -21,7 +21,7 @@ _BF16, _FP32 = 2, 4
 
 
 def all_reduce_bytes(size: float, ranks: int) -> float:
-    """Bytes that each of `ranks` GPUs sends, and receives, to sum `size` bytes: 2 (n-1)/n of them.
+    """Each of `ranks` GPUs sends, and receives, 2 (n-1)/n of `size` bytes to sum them.
 
     A ring's count, and the least there is (Patarasuk & Yuan 2009, "Bandwidth optimal all-reduce
     algorithms for clusters of workstations"); nccl-tests, doc/PERFORMANCE.md, defines its "bus
@@ -31,7 +31,7 @@ def all_reduce_bytes(size: float, ranks: int) -> float:
 
 
 def all_gather_bytes(size: float, ranks: int) -> float:
-    """Bytes that each GPU sends to gather shards of `size` bytes in all: (n-1)/n of them.
+    """Each GPU sends (n-1)/n of `size` bytes to gather the shards that they are in all.
 
     A reduce-scatter of `size` bytes sends as many: it is the other half of an all-reduce.
     """
@@ -40,7 +40,7 @@ def all_gather_bytes(size: float, ranks: int) -> float:
 
 @dataclass(frozen=True)
 class Parallelism:
-    """How a step is spread over GPUs, and what connects them."""
+    """Parallelism is how a step is spread over GPUs, and what connects them."""
 
     kind: Literal["auto", "ddp", "fsdp"] = "auto"
     gpus_per_node: int = 1
@@ -54,22 +54,22 @@ class Parallelism:
 
     @property
     def ranks(self) -> int:
-        """GPUs in all, one process each."""
+        """There are this many GPUs in all, one process each."""
         return self.gpus_per_node * self.nodes
 
     @property
     def shards(self) -> int:
-        """Parts into which parameters, gradients and optimizer state are cut."""
+        """Parameters, gradients and optimizer state are cut into this many parts."""
         return self.gpus_per_node if self.kind == "fsdp" else 1
 
     @property
     def ring_gbs(self) -> float:
-        """The slowest link of a ring through all GPUs, GB/s."""
+        """The slowest link of a ring through all GPUs has this many GB/s."""
         links = [self.link_gbs] * (self.gpus_per_node > 1) + [self.network_gbs] * (self.nodes > 1)
         return min(links)
 
     def rows_per_gpu(self, batch_size: int) -> int:
-        """Sequences of each GPU in a step of `batch_size`.
+        """Each GPU takes this many sequences in a step of `batch_size`.
 
         Raises:
             UserError: the GPUs cannot share them evenly.
@@ -88,7 +88,7 @@ ONE_GPU = Parallelism()
 
 @dataclass(frozen=True)
 class Communication:
-    """Of one step."""
+    """A step communicates this."""
 
     bytes_sent: float
     """by each GPU, and as many received"""
@@ -107,7 +107,7 @@ def communicate(
     forward_ms: float,
     backward_ms: float,
 ) -> Communication:
-    """What a bf16 step sends, and what of it shows.
+    """The function says what a bf16 step sends, and what of it shows.
 
     Collectives run beside the blocks' arithmetic: DDP's beside the last micro-batch's backward,
     FSDP's beside forward and backward of each. The embedding's cannot: its weights are the first to
@@ -144,7 +144,7 @@ def communicate(
         replicate_ms = _milliseconds(on_network, parallelism.network_gbs)
 
     def exposed_ms(reduce_ms: float) -> float:
-        """Of one micro-batch whose gradients take `reduce_ms`."""
+        """This shows of one micro-batch whose gradients take `reduce_ms`."""
         return (
             tail * (gather_ms + reduce_ms)
             + max(0.0, (1 - tail) * gather_ms - forward_ms)

@@ -1,4 +1,4 @@
-"""Expected loss before a run, and where a run under way is heading.
+"""The loss is expected before a run, and projected for a run under way.
 
 Before: the Chinchilla form L(N, D) = E + A / N^alpha + B / D^beta with published coefficients. They
 come from another tokeniser and corpus: compare options by them, do not trust an absolute value.
@@ -31,7 +31,7 @@ _HUBER_THRESHOLD = 1.345
 
 @dataclass(frozen=True)
 class LossLaw:
-    """L(N, D) = E + A / N^alpha + B / D^beta, nats per token; N parameters, D tokens."""
+    """The law is L(N, D) = E + A / N^alpha + B / D^beta, nats a token; N parameters, D tokens."""
 
     source: str
     irreducible: float
@@ -41,24 +41,24 @@ class LossLaw:
     beta: float
 
     def capacity_term(self, parameters: float) -> float:
-        """What more parameters could still remove, nats."""
+        """More parameters could still remove this, nats."""
         return self.a / parameters**self.alpha
 
     def data_term(self, tokens: float) -> float:
-        """What more tokens could still remove, nats."""
+        """More tokens could still remove this, nats."""
         return self.b / tokens**self.beta
 
     def loss(self, parameters: float, tokens: float) -> float:
-        """Expected loss after training `parameters` on `tokens`."""
+        """This loss is expected after training `parameters` on `tokens`."""
         return self.irreducible + self.capacity_term(parameters) + self.data_term(tokens)
 
     def tokens_to_reach(self, loss: float, parameters: float) -> float | None:
-        """Tokens after which the loss is `loss`, or None where the model is too small for it."""
+        """The loss is `loss` after this many tokens; None where the model is too small for it."""
         left = loss - self.irreducible - self.capacity_term(parameters)
         return (self.b / left) ** (1 / self.beta) if left > 0 else None
 
     def through(self, parameters: float, tokens: float, loss: float) -> "LossLaw":
-        """The law shifted to pass through a measured run: another tokeniser, corpus, schedule."""
+        """The law is shifted through a measured run: another tokeniser, corpus, schedule."""
         shift = loss - self.loss(parameters, tokens)
         return replace(self, irreducible=self.irreducible + shift)
 
@@ -76,13 +76,13 @@ KNOWN_RUN = 163_609_344, 2.45e9, 3.41
 
 
 def compute_optimal_tokens(parameters: float) -> float:
-    """Tokens at which a larger model would have been the better use of the same FLOPs."""
+    """After this many tokens a larger model would have been the better use of the same FLOPs."""
     return TOKENS_PER_PARAMETER * parameters
 
 
 @dataclass(frozen=True)
 class RunCurve:
-    """A run's training loss, restarts removed: `tokens` increases."""
+    """The curve is a run's training loss, restarts removed: `tokens` increases."""
 
     path: Path
     tokens: np.ndarray  # (n,) float64
@@ -92,7 +92,7 @@ class RunCurve:
 
 
 def read_run(path: Path) -> RunCurve:
-    """Read metrics.jsonl (step, tokens, loss, lr) or a CSV (step, loss, tokens_total).
+    """It reads metrics.jsonl (step, tokens, loss, lr) or a CSV (step, loss, tokens_total).
 
     A run that went back to a checkpoint logs the same tokens twice: the later reading is kept. A
     step counter that starts again while tokens go on is harmless, the curve is drawn over tokens;
@@ -170,7 +170,7 @@ def _csv_rows(path: Path) -> Iterator[Row]:
 
 
 def _row(path: Path, number: int, record: dict, tokens_field: str) -> Iterator[Row]:
-    """The record's row, or nothing where it has no finite loss."""
+    """The generator gives the record's row, or nothing where it has no finite loss."""
     if record.get("loss") in (None, ""):
         return
     try:
@@ -188,7 +188,7 @@ def _row(path: Path, number: int, record: dict, tokens_field: str) -> Iterator[R
 
 @dataclass(frozen=True)
 class LossFit:
-    """L(D) = floor + scale * (D / reference)^-exponent, with bootstrap replicas beside it."""
+    """The fit is L(D) = floor + scale * (D / reference)^-exponent, with bootstrap replicas."""
 
     reference: float
     """tokens at the last point"""
@@ -198,11 +198,11 @@ class LossFit:
     replicas: np.ndarray  # (replicas, 3) float64: floor, scale, exponent
 
     def loss(self, tokens: float) -> float:
-        """Fitted loss after `tokens`, nats."""
+        """The fitted loss after `tokens` is in nats."""
         return self.floor + self.scale * (tokens / self.reference) ** -self.exponent
 
     def interval(self, tokens: float, share: float = 0.8) -> tuple[float, float]:
-        """Bounds that hold the loss after `tokens` in `share` of the replicas."""
+        """The bounds hold the loss after `tokens` in `share` of the replicas."""
         floor, scale, exponent = self.replicas.T
         losses = floor + scale * (tokens / self.reference) ** -exponent
         low, high = np.quantile(losses, [(1 - share) / 2, (1 + share) / 2])
@@ -210,12 +210,12 @@ class LossFit:
 
     @property
     def slope(self) -> float:
-        """Nats per token at the last point; negative while the loss falls."""
+        """The slope is in nats per token at the last point; negative while the loss falls."""
         return -self.exponent * self.scale / self.reference
 
 
 def fit_run(curve: RunCurve, *, replicas: int = 200, seed: int = 0) -> LossFit:
-    """Fit floor, scale and exponent to a run so far.
+    """The function fits floor, scale and exponent to a run so far.
 
     The first tenth of the tokens and twice the warm-up are left out: the law does not hold there.
     Each exponent leaves a line in D^-exponent, fitted with Huber's loss (outliers count linearly);
@@ -252,7 +252,7 @@ def fit_run(curve: RunCurve, *, replicas: int = 200, seed: int = 0) -> LossFit:
 
 
 def _binned(tokens: np.ndarray, loss: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Medians of at most _MAX_BINS runs of equally many points, in order."""
+    """The medians are of at most _MAX_BINS runs of equally many points, in order."""
     if len(tokens) <= _MAX_BINS:
         return tokens, loss
     bins = zip(np.array_split(tokens, _MAX_BINS), np.array_split(loss, _MAX_BINS), strict=True)
@@ -263,7 +263,7 @@ def _binned(tokens: np.ndarray, loss: np.ndarray) -> tuple[np.ndarray, np.ndarra
 def _block_bootstrap(
     residuals: np.ndarray, replicas: int, random: np.random.Generator
 ) -> np.ndarray:
-    """(replicas, n): residuals in blocks of about sqrt(n), drawn with replacement on a circle."""
+    """The (replicas, n) residuals are drawn in blocks of about sqrt(n), replaced, on a circle."""
     n = len(residuals)
     length = math.isqrt(n)
     blocks = -(-n // length)
@@ -275,7 +275,7 @@ def _block_bootstrap(
 
 
 def _huber_fits(position: np.ndarray, losses: np.ndarray, noise: float) -> np.ndarray:
-    """Robust (floor, scale, exponent) of each curve.
+    """The function fits a robust (floor, scale, exponent) to each curve.
 
     The exponent is searched on a grid that closes in on the best of it, five times.
 
@@ -302,7 +302,7 @@ def _huber_fits(position: np.ndarray, losses: np.ndarray, noise: float) -> np.nd
 def _huber_lines(
     x: np.ndarray, y: np.ndarray, limit: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """floor, scale and Huber's loss of y = floor + scale * x along the last axis, floor >= 0."""
+    """The function fits y = floor + scale * x along the last axis, floor >= 0, by Huber's loss."""
     weights = np.ones(np.broadcast_shapes(x.shape, y.shape))
     # Iteratively reweighted least squares; the objective is convex, ten rounds settle it.
     for _ in range(10):
@@ -322,7 +322,7 @@ def _huber_lines(
 
 @dataclass(frozen=True)
 class RunProjection:
-    """Where a run stands and where it is heading, if its schedule goes on as so far."""
+    """A projection says where a run stands and is heading, if its schedule goes on as so far."""
 
     curve: RunCurve
     fit: LossFit
@@ -333,21 +333,21 @@ class RunProjection:
 
     @property
     def tokens_seen(self) -> float:
-        """Tokens at the last point."""
+        """The last point is at this many tokens."""
         return self.fit.reference
 
     @property
     def loss_now(self) -> float:
-        """Fitted loss at the last point, so free of its noise."""
+        """The loss at the last point is the fitted one, so free of its noise."""
         return self.fit.loss(self.tokens_seen)
 
     @property
     def law(self) -> LossLaw:
-        """The published law, shifted to pass through the run."""
+        """The published law is shifted to pass through the run."""
         return BESIROGLU.through(self.parameters, self.tokens_seen, self.loss_now)
 
     def diagnosis(self) -> str:
-        """Whether the model or the data holds the loss up, in a sentence or two."""
+        """The diagnosis says whether the model or the data holds the loss up."""
         if self.fit.slope >= 0:
             return (
                 "The loss is not falling: look at the learning rate, the data and the gradient "
@@ -371,7 +371,7 @@ class RunProjection:
 
 
 def project(curve: RunCurve, parameters: int, end_tokens: float) -> RunProjection:
-    """Fit a run of a model with `parameters` active and project it to `end_tokens`.
+    """The function fits a run of a model with `parameters` active and projects it to `end_tokens`.
 
     Raises:
         UserError: the curve is too short to fit.

@@ -1,150 +1,47 @@
-"""Which activations a step keeps, which it computes again in the backward pass, and what both cost.
+"""The memory account says what a step keeps, what it computes again, and what both cost.
 
-A policy runs one block and knows how many bytes that block keeps. `choose` fits a run into a memory
-budget by that account alone, so `hamner.plan` can say beforehand what a run will take; torch is
-imported only when a block runs.
-
-Names: `none` keeps every operand, `selective` rebuilds the cheap operands (the normed inputs and
-the SwiGLU output) inside the backward of the matmul that reads them, `full` keeps the block's input
-and runs the block again (Chen et al. 2016, arXiv:1604.06174).
+A policy says how many bytes one block keeps. `choose` fits a run into a memory budget by that
+account alone, so `hamner.plan` can say beforehand what a run will take, without torch;
+`hamner.model.recompute` runs a block by its policy.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
 
 from hamner.config.model import ModelConfig
 from hamner.errors import UserError
 from hamner.hardware import GIB
+from hamner.plan import costs
 from hamner.plan.communication import ONE_GPU, Parallelism
 
-if TYPE_CHECKING:
-    import torch
-
-_DTYPE_BYTES = {"bf16": 2, "fp32": 4}
+_DTYPE_BYTES = {"bf16": costs.BF16, "fp32": costs.FP32}
 
 
-class Policy(Protocol):
-    """How one block is run, and the activations it keeps until its backward pass."""
+@dataclass(frozen=True)
+class Policy:
+    """A policy is how much of one block is kept until its backward pass.
+
+    `none` keeps every operand: the fastest where memory is no limit. `selective` recomputes the
+    cheap operands (the normed inputs and the SwiGLU output) inside the backward of the matmul that
+    reads them: memory-bound work, no matmul twice. `full` keeps the block's input and runs the
+    block again (Chen et al. 2016, arXiv:1604.06174): +28% arithmetic for option a.
+    """
 
     name: str
 
-    def run(self, block: Callable, x: "torch.Tensor", residual: "torch.Tensor | None", *args):
-        """Run `block(x, residual, *args, rebuild=...)`; returns what the block returns."""
-        ...
-
     def kept_bytes(self, model: ModelConfig, element_size: int, *, fused: bool) -> int:
-        """Bytes kept per token and layer.
-
-        Args:
-            model: shape.
-            element_size: bytes of the compute dtype.
-            fused: whether the Triton kernels run, or their plain references, whose norms and SwiGLU
-                also keep fp32 intermediates.
-        """
-        ...
+        """The block keeps this many bytes a token; the arguments are those of `block_kept`."""
+        if self == FULL:
+            return model.hidden_size * element_size
+        recompute = self == SELECTIVE
+        return costs.block_kept(model, element_size, fused=fused, recompute=recompute)
 
 
-def _attention_bytes(model: ModelConfig, size: int, *, fused: bool) -> int:
-    """qkv, the attention output and its softmax statistics, and what the differential kind adds."""
-    d, kv = model.hidden_size, model.num_kv_heads * model.head_size
-    kept = ((d + 2 * kv) + d) * size + 4 * model.num_attention_heads
-    if model.use_differential_attention:
-        # Values of both halves side by side, the two maps' outputs, their difference; plain torch
-        # keeps what the norm made of it in fp32 as well.
-        kept += (kv + 3 * d) * size + (0 if fused else 4 * d)
-    return kept
-
-
-def _dense_width(model: ModelConfig) -> int:
-    """Intermediate width of the MLP every token goes through: the dense one or the shared one."""
-    if not model.is_moe:
-        return model.expert_intermediate_size
-    return model.expert_intermediate_size * model.num_shared_experts
-
-
-def _routed_width(model: ModelConfig) -> int:
-    """Intermediate width of all routed experts of a token together."""
-    return model.expert_intermediate_size * model.num_experts_per_token if model.is_moe else 0
-
-
-@dataclass(frozen=True)
-class KeepAll:
-    """Keep every operand: the fastest where memory is no limit."""
-
-    name: str = "none"
-
-    def run(self, block, x, residual, *args):
-        """Run the block with every matmul operand kept."""
-        return block(x, residual, *args, rebuild=False)
-
-    def kept_bytes(self, model, element_size, *, fused):
-        """2 residuals, 2 normed inputs, attention, gate_up, swiglu out."""
-        d, size = model.hidden_size, element_size
-        dense, routed = _dense_width(model), _routed_width(model)
-        kept = 2 * d * size + _attention_bytes(model, size, fused=fused)
-        if fused:
-            return kept + (2 * d + 3 * (dense + routed)) * size
-        # Norms keep input and result in fp32. SwiGLU keeps gate_up and silu in fp32, its result in
-        # the compute dtype; of each expert also the gathered rows and its output, in both dtypes.
-        norms = 2 * 2 * 4 * d
-        experts = 4 * (4 * routed) + routed * size
-        if model.is_moe:
-            experts += 4 * d + model.num_experts_per_token * d * (4 + size)
-        return kept + norms + (12 + size) * dense + experts
-
-
-@dataclass(frozen=True)
-class Selective:
-    """Rebuild norms and SwiGLU in backward: memory-bound work, no matmul twice."""
-
-    name: str = "selective"
-
-    def run(self, block, x, residual, *args):
-        """Run the block with its cheap operands rebuilt in backward."""
-        return block(x, residual, *args, rebuild=True)
-
-    def kept_bytes(self, model, element_size, *, fused):
-        """2 residuals, attention, gate_up."""
-        d, size = model.hidden_size, element_size
-        kept = 2 * d * size + _attention_bytes(model, size, fused=fused)
-        kept += 2 * _dense_width(model) * size
-        if model.is_moe and fused:
-            kept += 2 * _routed_width(model) * size
-        elif model.is_moe:
-            # The plain experts rebuild all. Before them a norm, which keeps the residual in fp32
-            # instead, and the router, which keeps an fp32 copy of its input.
-            kept += 3 * 4 * d
-        return kept
-
-
-@dataclass(frozen=True)
-class Full:
-    """Keep the block's input only and run the whole block again: +28% arithmetic for option a."""
-
-    name: str = "full"
-
-    def run(self, block, x, residual, *args):
-        """Run the block under torch's non-reentrant checkpoint."""
-        from torch.utils.checkpoint import checkpoint
-
-        # One summed stream is kept instead of the branch and the residual apart.
-        stream = x if residual is None else x + residual
-        return checkpoint(
-            block, stream, None, *args, rebuild=True, use_reentrant=False, preserve_rng_state=False
-        )
-
-    def kept_bytes(self, model, element_size, *, fused):
-        """The block's input."""
-        return model.hidden_size * element_size
-
-
-NONE, SELECTIVE, FULL = KeepAll(), Selective(), Full()
+NONE, SELECTIVE, FULL = Policy("none"), Policy("selective"), Policy("full")
 
 
 def parse(text: str, num_layers: int) -> tuple[Policy, ...] | None:
-    """Read `--recompute`: one policy per layer, or None for `auto`.
+    """The function reads `--recompute`: one policy per layer, or None for `auto`.
 
     `none`, `selective`, `full`, or `full:N`: the first N layers full, the rest selective.
 
@@ -168,12 +65,12 @@ def parse(text: str, num_layers: int) -> tuple[Policy, ...] | None:
 
 
 def mixed(full_layers: int, num_layers: int) -> tuple[Policy, ...]:
-    """The first `full_layers` layers full, the rest selective."""
+    """The first `full_layers` layers are full, the rest selective."""
     return (FULL,) * full_layers + (SELECTIVE,) * (num_layers - full_layers)
 
 
 def describe(policies: Sequence[Policy]) -> str:
-    """`selective`, or for a mix the form that `parse` reads."""
+    """The policies read `selective`, or for a mix what `parse` reads."""
     names = {policy.name for policy in policies}
     if len(names) == 1:
         return policies[0].name
@@ -182,7 +79,7 @@ def describe(policies: Sequence[Policy]) -> str:
 
 @dataclass(frozen=True)
 class MemoryAccount:
-    """Bytes of a training step on one GPU, by kind."""
+    """An account has the bytes of a training step on one GPU, by kind."""
 
     weights: int
     optimizer: int
@@ -203,12 +100,12 @@ class MemoryAccount:
 
     @property
     def total(self) -> int:
-        """Bytes at the peak: of the loss, of the backward pass, or of the update."""
+        """The peak is that of the loss, of the backward pass, or of the update."""
         step = max(self.activations + self.loss, self.backward, self.gradients)
         return self.weights + self.optimizer + self.gradient_sums + self.communication + step
 
     def parts(self) -> dict[str, int]:
-        """What is held at the peak, by name; adds up to `total`."""
+        """The parts are what is held at the peak, by name; they add up to `total`."""
         parts = {"weights": self.weights, "optimizer": self.optimizer}
         if self.gradient_sums:
             parts["gradient sums"] = self.gradient_sums
@@ -235,7 +132,7 @@ def account(
     fused: bool,
     parallelism: Parallelism = ONE_GPU,
 ) -> MemoryAccount:
-    """Bytes of a training step on each GPU.
+    """The account is of the bytes of a training step on each GPU.
 
     Args:
         model: shape.
@@ -247,22 +144,15 @@ def account(
         parallelism: `kind` "ddp" or "fsdp" where there is more than one GPU.
     """
     size = _DTYPE_BYTES[precision]
-    parameters = model.num_parameters()
-    shards = parallelism.shards
+    parameters, shards = model.num_parameters(), parallelism.shards
     # Of a split master only the int16 remainder is held beside the bf16 weight. A shard is fp32, as
     # its gradient is, which adds up by itself.
     masters = (2 if fused or shards > 1 else 4) if precision == "bf16" else 0
-    gradient_size = 4 if shards > 1 else size
-    d, tokens = model.hidden_size, micro_batch_tokens
-    kept = [tokens * policy.kept_bytes(model, size, fused=fused) for policy in policies]
-    # After the last block: the norm's input and its result; plain torch keeps both in fp32 too.
-    tail = tokens * d * (2 * size + (0 if fused else 8))
-    embedding = model.vocab_size * d
-    heads = 1 if model.tie_word_embeddings else 2
-    layer_gradient = (parameters - heads * embedding - d) // model.num_layers * size
-    head_gradient = embedding * size
+    layer_gradient, head_gradient = _gradient_bytes(model, size)
+    gradient_size = costs.FP32 if shards > 1 else size
     communication, gradients = 0, parameters * gradient_size // shards
     if shards > 1:
+        heads = 1 if model.tie_word_embeddings else 2
         communication = 2 * (heads * head_gradient + 2 * layer_gradient)
         if not parallelism.reshard:
             communication += parameters * size
@@ -273,60 +163,53 @@ def account(
 
     most = held = 0
     for layer, policy in enumerate(policies):
-        held += kept[layer]
+        held += micro_batch_tokens * policy.kept_bytes(model, size, fused=fused)
         formed = head_gradient + (len(policies) - 1 - layer) * layer_gradient
         formed = formed * gradient_size // (size * shards)
-        working = tokens * _backward_bytes(model, policy, size, fused=fused)
+        working = micro_batch_tokens * _backward_bytes(model, policy, size, fused=fused)
         most = max(most, held + formed + working)
-
-    if fused:
-        chunk = min(tokens, loss_chunk(model.vocab_size, tokens, size))
-        # Logits of a chunk, the fp32 gradient of the head, the gradient of the hidden states.
-        loss = chunk * model.vocab_size * size + 4 * embedding + tokens * d * size
-    else:
-        # In backward: the log-probabilities, their gradient and that of the logits, all in fp32.
-        loss = tokens * model.vocab_size * 12
+    # After the last block: a norm and the head, which in plain torch keeps its operand as well.
+    tail = costs.norm_kept(model.hidden_size, size, fused=fused, recompute=False)
+    tail += 0 if fused else model.hidden_size * size
     return MemoryAccount(
         weights=parameters * size // shards,
         optimizer=parameters * (8 + masters) // shards,
         gradient_sums=parameters * 4 if accumulate and shards == 1 else 0,
         gradients=gradients,
-        activations=sum(kept) + tail,
-        loss=loss,
+        activations=held + micro_batch_tokens * tail,
+        loss=costs.loss_held(model, micro_batch_tokens, size, fused=fused),
         backward=most,
         communication=communication,
     )
 
 
+def _gradient_bytes(model: ModelConfig, size: int) -> tuple[int, int]:
+    """The gradients of one layer and of the head take this many bytes."""
+    embedding = model.vocab_size * model.hidden_size
+    heads = 1 if model.tie_word_embeddings else 2
+    blocks = model.num_parameters() - heads * embedding - model.hidden_size
+    return blocks // model.num_layers * size, embedding * size
+
+
 def _backward_bytes(model: ModelConfig, policy: Policy, size: int, *, fused: bool) -> int:
-    """Bytes per token that a block's backward pass holds beside what was kept for it."""
-    d, routed = model.hidden_size, _routed_width(model)
-    # The MLP is the widest: gradient of its result, rebuilt operand, gradient of gate_up.
-    working = (2 * d + 3 * max(_dense_width(model), routed)) * size
+    """A block's backward pass holds this many bytes a token beside what was kept for it."""
+    d, routed = model.hidden_size, costs.routed_width(model)
+    # The MLP is the widest: gradient of its result, recomputed operand, gradient of gate_up.
+    working = (2 * d + 3 * max(costs.dense_width(model), routed)) * size
     if routed:
-        # A row of x's gradient from each expert, what they add up to, and x itself, rebuilt.
+        # A row of x's gradient from each expert, what they add up to, and x itself, recomputed.
         working += (model.num_experts_per_token + 2) * d * size
     if not fused:
         # fp32 intermediates again, and gradients of each.
         working += 2 * NONE.kept_bytes(model, size, fused=False)
-    if policy.name == "full":
+    if policy == FULL:
         working += SELECTIVE.kept_bytes(model, size, fused=fused)
     return working
 
 
-def loss_chunk(vocab_size: int, tokens: int, element_size: int = 2) -> int:
-    """Tokens whose logits the fused loss holds at a time: `cross_entropy.default_chunk_size`.
-
-    Said again here, because that module needs torch; a test keeps the two equal.
-    """
-    most = int(0.35 * GIB) // (vocab_size * element_size) // 128 * 128
-    chunks = max(1, math.ceil(tokens / max(128, most)))
-    return math.ceil(math.ceil(tokens / chunks) / 128) * 128
-
-
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The policies and micro-batch of a run, with the sum that led to them."""
+    """A memory plan has a run's policies and micro-batch, with the sum that led to them."""
 
     policies: tuple[Policy, ...]
     micro_batch_size: int
@@ -352,13 +235,11 @@ def choose(
     max_micro_batch_tokens: int | None = None,
     parallelism: Parallelism = ONE_GPU,
 ) -> MemoryPlan:
-    """Fit a run into `budget` bytes of each GPU: the fastest choice that fits by the account.
+    """`choose` fits a run into `budget` bytes of each GPU: the fastest that fits by the account.
 
     Selective everywhere; else full on the fewest layers needed; else a smaller micro-batch with
-    accumulation. Without the fused kernels, which rebuild operands inside a pass that backward
-    makes anyway, rebuilding costs passes of its own: there `none` comes first. What is given
-    (`policies`, `micro_batch_size`) stays as given. `max_micro_batch_tokens` bounds what is chosen,
-    as far as one sequence allows.
+    accumulation. What is given (`policies`, `micro_batch_size`) stays as given.
+    `max_micro_batch_tokens` bounds what is chosen, as far as one sequence allows.
 
     Raises:
         UserError: not even one sequence with every block recomputed fits, or the GPUs cannot share
@@ -371,32 +252,20 @@ def choose(
         if micro_batch_size
         else [size for size in range(min(most, batch_size), 0, -1) if batch_size % size == 0]
     )
-    layers = model.num_layers
-    if policies is not None:
-        candidates = [policies]
-    elif model.gradient_checkpointing:
-        candidates = [mixed(full_layers, layers) for full_layers in range(layers + 1)]
-        if not fused:
-            candidates.insert(0, (NONE,) * layers)
-    else:
-        candidates = [(NONE,) * layers]
-    plan = None
+    candidates = [policies] if policies is not None else list(_candidates(model, fused=fused))
     for size in micro_batches:
         for candidate in candidates:
-            plan = MemoryPlan(
+            memory = account(
+                model,
                 candidate,
-                size,
-                account(
-                    model,
-                    candidate,
-                    micro_batch_tokens=size * seq_len,
-                    precision=precision,
-                    accumulate=size < batch_size,
-                    fused=fused,
-                    parallelism=parallelism,
-                ),
+                micro_batch_tokens=size * seq_len,
+                precision=precision,
+                accumulate=size < batch_size,
+                fused=fused,
+                parallelism=parallelism,
             )
-            if plan.account.total <= budget:
+            plan = MemoryPlan(candidate, size, memory)
+            if memory.total <= budget:
                 return plan
     if micro_batch_size and policies is not None:
         # Both were given: the user decides, and the account is only shown.
@@ -405,3 +274,17 @@ def choose(
         f"--vram-budget {budget / GIB:.1f} GiB is too small: the least this model needs is "
         f"{plan.account.total / GIB:.1f} GiB ({plan})"
     )
+
+
+def _candidates(model: ModelConfig, *, fused: bool) -> Iterator[tuple[Policy, ...]]:
+    """The generator gives the policies to try, the fastest first.
+
+    Without the fused kernels, which recompute operands inside a pass that backward makes anyway,
+    recomputing costs passes of its own: there `none` comes first.
+    """
+    layers = model.num_layers
+    if not fused or not model.gradient_checkpointing:
+        yield (NONE,) * layers
+    if model.gradient_checkpointing:
+        for full_layers in range(layers + 1):
+            yield mixed(full_layers, layers)

@@ -1,38 +1,36 @@
-"""What a plan says, in Markdown: on the screen through rich, or as a document with plots.
+"""A plan is said in Markdown: on the screen through rich, or as a document with plots.
 
 Each table and each finding is worded once, here; `screen` and `write_report` only arrange them.
 """
 
 import io
 import math
-import os
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hamner.config.options import OPTIONS
 from hamner.errors import UserError
-from hamner.hardware import GIB, GPUS
+from hamner.files import write_whole
+from hamner.hardware import GIB
+from hamner.plan.analysis import Analysis, Plan
 from hamner.plan.communication import QUIET
+from hamner.plan.costs import flops_per_token
 from hamner.plan.loss import (
     BESIROGLU,
     COHERENT_LOSS,
     HOFFMANN,
     KNOWN_RUN,
-    TOKENS_PER_PARAMETER,
     LossLaw,
     RunProjection,
     compute_optimal_tokens,
 )
 from hamner.plan.memory import FULL, NONE, SELECTIVE, MemoryAccount, account, describe
-from hamner.plan.step_time import MEASURED_RUNS, StepPrediction, predict
+from hamner.plan.step_time import MEASURED_ERRORS, StepPrediction, predict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from hamner.plan.__main__ import Analysis, Plan
 
 
 def _count(count: float) -> str:
@@ -45,7 +43,7 @@ def _range(bounds: tuple[float, float], digits: int) -> str:
 
 
 def _table(rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; the first row is its header, the first column text, the others figures."""
+    """The first row of the Markdown table is its header, the first column text, others figures."""
     header, *body = rows
     rule = ("---", *("---:" for _ in header[1:]))
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *body))
@@ -55,9 +53,9 @@ def _bullets(lines: Iterable[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _losses(plan: "Plan", hours: float | None) -> dict[str, str]:
+def _losses(plan: Plan, hours: float | None) -> dict[str, str]:
     bounds = plan.loss_range(BESIROGLU)
-    if bounds[1] > math.log(plan.option.model.vocab_size):
+    if bounds[1] > math.log(plan.config.model.vocab_size):
         return {"expected loss": "too small for the law"}  # it would be worse than guessing
     rows = {
         "expected loss": _range(bounds, 2),
@@ -69,8 +67,8 @@ def _losses(plan: "Plan", hours: float | None) -> dict[str, str]:
     return rows
 
 
-def _gpus(plan: "Plan", one: str = "") -> str:
-    """`RTX 3090` after `one`, `2 x RTX 3090`, or `4 nodes of 8 x H100 SXM`."""
+def _gpus(plan: Plan, one: str = "") -> str:
+    """The name is `RTX 3090` after `one`, `2 x RTX 3090`, or `4 nodes of 8 x H100 SXM`."""
     parallelism = plan.parallelism
     if parallelism.ranks == 1:
         return one + plan.gpu.name
@@ -78,8 +76,8 @@ def _gpus(plan: "Plan", one: str = "") -> str:
     return f"{nodes}{parallelism.gpus_per_node} x {plan.gpu.name}"
 
 
-def _scaling(plan: "Plan") -> dict[str, str]:
-    """What there is to say of several GPUs."""
+def _scaling(plan: Plan) -> dict[str, str]:
+    """These rows are of several GPUs."""
     if plan.parallelism.ranks == 1:
         return {}
     efficiency = plan.efficiency
@@ -94,11 +92,11 @@ def _scaling(plan: "Plan") -> dict[str, str]:
     }
 
 
-def _quantities(plan: "Plan", hours: float | None) -> dict[str, str]:
-    option, model, prediction = plan.option, plan.option.model, plan.prediction
+def _quantities(plan: Plan, hours: float | None) -> dict[str, str]:
+    option, model, prediction = plan.config, plan.config.model, plan.prediction
     gib = "VRAM, GiB" if plan.parallelism.ranks == 1 else "VRAM of each GPU, GiB"
     return {
-        "": option.name,
+        "": option.option,
         "parameters": _count(plan.parameters),
         "active per token": _count(plan.active_parameters),
         "layers x width": f"{model.num_layers} x {model.hidden_size}",
@@ -120,15 +118,15 @@ def _quantities(plan: "Plan", hours: float | None) -> dict[str, str]:
     }
 
 
-def options_table(plans: Sequence["Plan"], hours: float | None = None) -> str:
-    """Plans side by side, one a column; `hours` is the time in which their loss is compared."""
+def options_table(plans: Sequence[Plan], hours: float | None = None) -> str:
+    """Plans stand side by side, one a column; their loss is compared after `hours`."""
     columns = [_quantities(plan, hours) for plan in plans]
     names = max(columns, key=len)
     return _table([name, *(column.get(name, "") for column in columns)] for name in names)
 
 
 def _kinds(memory: MemoryAccount) -> dict[str, int]:
-    """Bytes by kind, adding up to the total."""
+    """The bytes by kind add up to the total."""
     kinds = {
         "weights": memory.weights,
         "optimizer": memory.optimizer,
@@ -139,9 +137,9 @@ def _kinds(memory: MemoryAccount) -> dict[str, int]:
     return kinds | {"loss, or gradients": memory.total - sum(kinds.values())}
 
 
-def _policies(plan: "Plan") -> Iterator[tuple[str, MemoryAccount, StepPrediction]]:
-    """Each recomputation policy for the whole batch, and the plan's own choice."""
-    option, model = plan.option, plan.option.model
+def _policies(plan: Plan) -> Iterator[tuple[str, MemoryAccount, StepPrediction]]:
+    """The generator gives each policy for the whole batch, and the plan's own choice."""
+    option, model = plan.config, plan.config.model
     choices = [((p,) * model.num_layers, plan.rows_per_gpu) for p in (NONE, SELECTIVE, FULL)]
     chosen = plan.memory.policies, plan.memory.micro_batch_size
     for policies, micro_batch in choices if chosen in choices else [*choices, chosen]:
@@ -168,8 +166,8 @@ def _policies(plan: "Plan") -> Iterator[tuple[str, MemoryAccount, StepPrediction
         yield f"{describe(policies)}{split}{mark}", memory, prediction
 
 
-def memory_table(plan: "Plan") -> str:
-    """GiB by kind under each recomputation policy, and what each costs in speed."""
+def memory_table(plan: Plan) -> str:
+    """The table has GiB by kind under each recomputation policy, and what each costs in speed."""
     budget = f"within {plan.vram_budget / GIB:.1f} GiB"
     columns = [["GiB", *_kinds(plan.memory.account), "total", budget, "tokens/s (projected)"]]
     for name, memory, prediction in _policies(plan):
@@ -180,15 +178,15 @@ def memory_table(plan: "Plan") -> str:
     return _table(zip(*columns, strict=True))
 
 
-def step_times(plan: "Plan") -> str:
-    """Projected milliseconds of a step by kind of work."""
+def step_times(plan: Plan) -> str:
+    """The sentence has the projected milliseconds of a step by kind of work."""
     times = plan.prediction.milliseconds.items()
     parts = ", ".join(f"{category} {spent:,.1f}" for category, spent in times if spent)
     return f"A step takes {plan.prediction.step_ms:,.1f} ms, projected: {parts}."
 
 
-def communication_findings(plan: "Plan") -> list[str]:
-    """What is sent, over what, how much of it shows, and the batch with which less does."""
+def communication_findings(plan: Plan) -> list[str]:
+    """They say what is sent, over what, how much of it shows, and with which batch less does."""
     parallelism, sent = plan.parallelism, plan.prediction.communication
     if parallelism.ranks == 1:
         return []
@@ -213,7 +211,7 @@ def communication_findings(plan: "Plan") -> list[str]:
             "fewer GPUs would."
         )
     else:
-        batch, micro_batch = larger.option.batch_size, larger.memory.micro_batch_size
+        batch, micro_batch = larger.config.batch_size, larger.memory.micro_batch_size
         lines.append(
             f"--batch-size {batch} --micro-batch-size {micro_batch} in hamner.train (micro-batches "
             f"of each GPU in a step: {larger.rows_per_gpu // micro_batch}) brings that to "
@@ -223,71 +221,34 @@ def communication_findings(plan: "Plan") -> list[str]:
     return lines
 
 
-def coherence_table(analysis: "Analysis") -> str:
-    """When each option reaches the loss below which samples read as text."""
+def coherence_table(analysis: Analysis) -> str:
+    """The table says when each option reaches the loss below which samples read as text."""
     goal = f"loss {COHERENT_LOSS} (perplexity {math.exp(COHERENT_LOSS):.0f}) reached after"
     rows = [[goal, "tokens", "hours (projected)", "within the plan"]]
     for plan in analysis.plans:
         tokens = analysis.local_law.tokens_to_reach(COHERENT_LOSS, plan.active_parameters)
         if tokens is None:
-            rows.append([plan.option.name, "never", "", "model too small"])
+            rows.append([plan.config.option, "never", "", "model too small"])
             continue
         hours = plan.hours * tokens / plan.tokens
         within = "yes" if tokens <= plan.tokens else "no"
-        rows.append([plan.option.name, _count(tokens), f"{hours:,.1f}", within])
+        rows.append([plan.config.option, _count(tokens), f"{hours:,.1f}", within])
     return _table(rows)
 
 
-def measured_table() -> str:
-    """The cost model against every run that was measured."""
-    rows = [["run", "GPU", "measured tokens/s", "model", "error", "fitted to it"]]
-    for run in MEASURED_RUNS:
-        speeds = run.tokens_per_second, run.predict().tokens_per_second
-        rows.append(
-            [
-                f"{run.option}, {run.implementation.name}, recompute {run.policy.name}"
-                + (f", {run.micro_batches} micro-batches" if run.micro_batches > 1 else ""),
-                GPUS[run.gpu].name,
-                *(f"{speed:,.0f}" for speed in speeds),
-                f"{run.error:+.1%}",
-                "yes" if run.fitted else "no",
-            ]
-        )
-    return _table(rows)
-
-
-def contradictions(tokens: int) -> list[str]:
-    """Where the plan these options come from and the arithmetic disagree."""
-    a, short, c, shared = (OPTIONS[name] for name in ("a", "a-short", "c", "c-shared"))
-    wanted = a.tokens_per_step * 3 // 2
-    optimal = compute_optimal_tokens(a.model.num_parameters())
-    return [
-        f"c is meant to have 280M active parameters; with {c.model.num_experts} experts, "
-        f"{c.model.num_experts_per_token} active, it has "
-        f"{_count(c.model.num_parameters(active=True))}. c-shared has "
-        f"{_count(shared.model.num_parameters(active=True))}.",
-        f"{short.batch_size} x {short.seq_len} is meant to be 50% more tokens a step; it is "
-        f"{short.tokens_per_step:,}, fewer than {a.tokens_per_step:,}. "
-        f"{wanted // short.seq_len} x {short.seq_len} would be {wanted:,}.",
-        f"{TOKENS_PER_PARAMETER} tokens per parameter put a's compute-optimal budget at "
-        f"{_count(optimal)}; the plan trains {_count(tokens)}, "
-        f"{tokens / optimal:.1f} times that.",
-    ]
-
-
-def caveats(plan: "Plan") -> list[str]:
-    """What the projections rest on."""
-    option, prediction = plan.option, plan.prediction
-    whole_square = option.model.flops_per_token(option.seq_len, causal=False)
-    errors = [run.error for run in MEASURED_RUNS]
-    here = [run.error for run in MEASURED_RUNS if GPUS[run.gpu] == plan.gpu]
-    ends = dict.fromkeys(f"{error:+.0%}" for error in (min(here), max(here))) if here else ()
+def caveats(plan: Plan) -> list[str]:
+    """They say what the projections rest on."""
+    option, prediction = plan.config, plan.prediction
+    whole_square = flops_per_token(option.model, option.seq_len, causal=False)
+    runs, lowest, highest = zip(*MEASURED_ERRORS.values(), strict=True)
+    _, *here = MEASURED_ERRORS.get(plan.gpu.name, (0,))
+    ends = dict.fromkeys(f"{error:+.0%}" for error in here)
     on_this_card = f", on this card {' to '.join(ends)}" if here else ""
     parameters, tokens, loss = KNOWN_RUN
     lines = [
         f"Speed on the {plan.gpu.name} is projected: {prediction.provenance}. Against the "
-        f"{len(errors)} runs measured so far the model is {min(errors):+.0%} to "
-        f"{max(errors):+.0%} off{on_this_card}.",
+        f"{sum(runs)} runs measured so far the model is {min(lowest):+.0%} to "
+        f"{max(highest):+.0%} off{on_this_card}.",
         "MFU = tokens/s x FLOPs per token / bf16 peak; FLOPs per token = 6 x matmul parameters "
         "active per token (tied head once) + 6 x layers x width x sequence, causal attention as "
         "half of the square; counting all of it, "
@@ -317,7 +278,7 @@ def caveats(plan: "Plan") -> list[str]:
 
 
 def run_findings(run: RunProjection) -> list[str]:
-    """Where a run stands, where it is heading and what holds it up."""
+    """They say where a run stands, where it is heading and what holds it up."""
     now, end = run.loss_now, run.fit.loss(run.end_tokens)
     low, high = run.fit.interval(run.end_tokens)
     return [
@@ -330,17 +291,15 @@ def run_findings(run: RunProjection) -> list[str]:
     ]
 
 
-def screen(analysis: "Analysis", *, every_option: bool) -> str:
-    """What the command prints, as Markdown."""
-    plan, best = analysis.plan, analysis.recommended.option
+def screen(analysis: Analysis, *, every_option: bool) -> str:
+    """The command prints this Markdown."""
+    plan, best = analysis.plan, analysis.recommended.config
     parts = [f"**{_gpus(plan)}, bf16**"]
     if every_option:
         parts += [
             options_table(analysis.plans, analysis.hours),
-            _bullets(f"{name} does not fit: {why}" for name, why in analysis.misfits.items()),
-            f"Recommended: **{best.name}**, {_count(best.model.num_parameters())} parameters",
-            "**Where the original plan and the arithmetic disagree**",
-            _bullets(contradictions(plan.tokens)),
+            _bullets(_misfits(analysis)),
+            f"Recommended: **{best.option}**, {_count(best.model.num_parameters())} parameters",
         ]
     else:
         parts += [options_table([plan]), memory_table(plan), step_times(plan)]
@@ -352,77 +311,94 @@ def screen(analysis: "Analysis", *, every_option: bool) -> str:
     return "\n\n".join((*parts, "**What this rests on**", _bullets(caveats(plan))))
 
 
-def _command(plan: "Plan") -> str:
-    """What starts the run; on each node, where there are several (examples/)."""
-    parallelism, option = plan.parallelism, plan.option
+def _command(plan: Plan) -> str:
+    """The command starts the run; on each node, where there are several (examples/)."""
+    parallelism, option = plan.parallelism, plan.config
     launcher, batch = "python", ""
     if parallelism.ranks > 1:
         nodes = f"--nnodes {parallelism.nodes} " if parallelism.nodes > 1 else ""
         launcher = f"torchrun {nodes}--nproc-per-node {parallelism.gpus_per_node}"
-    if option.batch_size != OPTIONS[option.name].batch_size:
+    if option.batch_size != OPTIONS[option.option].batch_size:
         batch = f" --batch-size {option.batch_size}"
     return (
-        f"{launcher} -m hamner.train --option {option.name} --tokens {plan.tokens}{batch} "
+        f"{launcher} -m hamner.train --option {option.option} --tokens {plan.tokens}{batch} "
         f"--vram-budget {plan.vram_budget / GIB:g}"
     )
 
 
-def document(analysis: "Analysis", files: str) -> str:
-    """The whole analysis as Markdown; its plots lie in the folder `files` beside it."""
-    plan, best = analysis.plan, analysis.recommended
-    option, model, gpu = plan.option, plan.option.model, plan.gpu
-    budget = plan.vram_budget / GIB
-    parameters, tokens, loss = KNOWN_RUN
-    run = ""
-    if analysis.run:
-        findings = _bullets(run_findings(analysis.run))
-        run = f"\nThe run so far:\n\n{findings}\n\n![The run so far]({files}/run.png)\n"
+def document(analysis: Analysis, files: str) -> str:
+    """The document is the whole analysis as Markdown; its plots lie in the folder `files`."""
+    plan = analysis.plan
     gpus = _gpus(plan, one="one ")
-    each = " of each" if plan.parallelism.ranks > 1 else ""
-    steps = "\n\n".join((step_times(plan), *communication_findings(plan)))
-    misfits = (f"{name} does not fit: {why}" for name, why in analysis.misfits.items())
-    return f"""\
-# Pre-training plan: option {option.name} on {gpus}
+    problem = f"""\
+# Pre-training plan: option {plan.config.option} on {gpus}
 
 ## The problem
 
 Train a language model from scratch on {_count(plan.tokens)} tokens with {gpus}, and know
-before starting whether it fits, how long it takes and how good it will be.
+before starting whether it fits, how long it takes and how good it will be."""
+    rests = f"## What this rests on\n\n{_bullets(caveats(plan))}\n"
+    return "\n\n".join(
+        (
+            problem,
+            _evidence(analysis, files),
+            _hardware_budget(plan, files),
+            _options(analysis, files),
+            _recommendation(analysis),
+            _training_plan(analysis),
+            rests,
+        )
+    )
 
+
+def _evidence(analysis: Analysis, files: str) -> str:
+    parameters, tokens, loss = KNOWN_RUN
+    run = ""
+    if analysis.run:
+        findings = _bullets(run_findings(analysis.run))
+        run = f"\n\nThe run so far:\n\n{findings}\n\n![The run so far]({files}/run.png)"
+    return f"""\
 ## Evidence
 
 A {_count(parameters)} model reached a training loss of {loss} (perplexity {math.exp(loss):.0f})
 after {_count(tokens)} tokens, {tokens / compute_optimal_tokens(parameters):.0%} of its
-compute-optimal budget. Above a loss of about {COHERENT_LOSS} its text was incoherent.
-{run}
-The speed model is held against runs that were measured:
+compute-optimal budget. Above a loss of about {COHERENT_LOSS} its text was incoherent.{run}"""
 
-{measured_table()}
 
+def _hardware_budget(plan: Plan, files: str) -> str:
+    gpu, each = plan.gpu, " of each" if plan.parallelism.ranks > 1 else ""
+    steps = "\n\n".join((step_times(plan), *communication_findings(plan)))
+    return f"""\
 ## Hardware budget
 
 {gpu.name}: {gpu.bf16_tflops:g} TFLOP/s dense bf16, {gpu.bandwidth_gbs:g} GB/s,
-{gpu.memory_gib:g} GiB, of which the run may take {budget:.1f} GiB{each}.
+{gpu.memory_gib:g} GiB, of which the run may take {plan.vram_budget / GIB:.1f} GiB{each}.
 
 {memory_table(plan)}
 
 ![GiB by policy]({files}/memory.png)
 
-{steps}
+{steps}"""
 
-## Options
 
-{options_table(analysis.plans or [plan], analysis.hours)}
+def _options(analysis: Analysis, files: str) -> str:
+    table = options_table(analysis.plans or [analysis.plan], analysis.hours)
+    parts = ["## Options", table, f"![Expected loss]({files}/loss.png)"]
+    if analysis.misfits:
+        parts.append(_bullets(_misfits(analysis)))
+    return "\n\n".join(parts)
 
-![Expected loss]({files}/loss.png)
 
-Where the original plan and the arithmetic disagree, and what does not fit:
+def _misfits(analysis: Analysis) -> list[str]:
+    return [f"{name} does not fit: {why}" for name, why in analysis.misfits.items()]
 
-{_bullets((*contradictions(plan.tokens), *misfits))}
 
+def _recommendation(analysis: Analysis) -> str:
+    best = analysis.recommended
+    return f"""\
 ## Recommendation
 
-Train **{best.option.name}** ({_count(best.parameters)} parameters): of the options trained on
+Train **{best.config.option}** ({_count(best.parameters)} parameters): of the options trained on
 their full context it has the lowest expected loss after {analysis.hours:,.0f} hours, a mixture of
 experts counted by its active parameters. It takes {best.prediction.peak_gib:.1f} GiB with recompute
 {describe(best.memory.policies)} and, projected, {best.hours / 24:.1f} days for
@@ -431,11 +407,16 @@ experts counted by its active parameters. It takes {best.prediction.peak_gib:.1f
 Expected loss: {_range(best.loss_range(BESIROGLU), 2)} by {BESIROGLU.source};
 {_range(best.loss_range(HOFFMANN), 2)} by {HOFFMANN.source};
 {_range(best.loss_range(analysis.local_law), 2)} by the former shifted through
-{"the run so far" if analysis.run else "the model under Evidence"}.
+{"the run so far" if analysis.run else "the model under Evidence"}."""
 
+
+def _training_plan(analysis: Analysis) -> str:
+    plan, recommended = analysis.plan, analysis.recommended.config.option
+    option, model = plan.config, plan.config.model
+    return f"""\
 ## Training plan
 
-Of option {option.name}{"" if best.option.name == option.name else ", as asked"}:
+Of option {option.option}{"" if recommended == option.option else ", as asked"}:
 
 - `{_command(plan)}`
 - {plan.steps:,} steps of {option.batch_size} x {option.seq_len} = {option.tokens_per_step:,}
@@ -446,16 +427,11 @@ Of option {option.name}{"" if best.option.name == option.name else ", as asked"}
   {model.num_kv_heads} key-value heads, vocabulary {model.vocab_size:,}.
 - After the first hundred steps, compare tokens/s and peak GiB with this page before leaving it.
 
-{coherence_table(analysis)}
-
-## What this rests on
-
-{_bullets(caveats(plan))}
-"""
+{coherence_table(analysis)}"""
 
 
-def write_report(path: Path, analysis: "Analysis") -> None:
-    """Write the analysis as Markdown at `path`, its plots in `<stem>_files/` beside it.
+def write_report(path: Path, analysis: Analysis) -> None:
+    """The function writes Markdown at `path` and its plots in `<stem>_files/` beside it.
 
     The plots come first and each file is renamed into place, so a report that exists is whole.
 
@@ -472,28 +448,14 @@ def write_report(path: Path, analysis: "Analysis") -> None:
         for name, figure in _figures(analysis).items():
             image = io.BytesIO()
             figure.savefig(image, format="png", dpi=150)
-            _write_atomically(files / name, image.getvalue())
-        _write_atomically(path, document(analysis, files.name).encode())
+            write_whole(files / name, image.getvalue())
+        write_whole(path, document(analysis, files.name))
     except OSError as error:
         raise UserError(f"--report {path} cannot be written: {error.strerror}") from None
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            # mkstemp's files are for their owner only; a report is to be shared.
-            os.fchmod(file.fileno(), 0o644)
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _figures(analysis: "Analysis") -> dict[str, "Figure"]:
-    """Plots by file name."""
+def _figures(analysis: Analysis) -> dict[str, "Figure"]:
+    """The plots go by file name."""
     figures = {
         "memory.png": _memory_figure(analysis.plan),
         "loss.png": _loss_figure(analysis.plans or [analysis.plan], analysis.local_law),
@@ -517,8 +479,8 @@ def _with_legend(figure: "Figure") -> "Figure":
     return figure
 
 
-def _memory_figure(plan: "Plan") -> "Figure":
-    figure, axes = _axes(f"--recompute, option {plan.option.name}", "GiB")
+def _memory_figure(plan: Plan) -> "Figure":
+    figure, axes = _axes(f"--recompute, option {plan.config.option}", "GiB")
     names, accounts, _ = zip(*_policies(plan), strict=True)
     names = [name.replace(" (", "\n(") for name in names]
     base = [0.0] * len(names)
@@ -530,13 +492,13 @@ def _memory_figure(plan: "Plan") -> "Figure":
     return _with_legend(figure)
 
 
-def _loss_figure(plans: Sequence["Plan"], law: LossLaw) -> "Figure":
+def _loss_figure(plans: Sequence[Plan], law: LossLaw) -> "Figure":
     figure, axes = _axes("days (projected)", "expected loss, nats per token")
     for plan in plans:
         # From a twentieth of the run on: before that the law says little.
         days = [plan.hours / 24 * i / 100 for i in range(5, 101)]
         losses = [law.loss(plan.active_parameters, plan.tokens_in(24 * day)) for day in days]
-        axes.plot(days, losses, label=plan.option.name)
+        axes.plot(days, losses, label=plan.config.option)
     axes.axhline(COHERENT_LOSS, color="black", linestyle=":", label=f"loss {COHERENT_LOSS}")
     return _with_legend(figure)
 

@@ -14,6 +14,7 @@ from typing import Literal
 import tyro
 
 from hamner.cli import flag_value, gather_data, run_command
+from hamner.config.options import for_option
 from hamner.config.train import TrainConfig
 from hamner.errors import UserError
 from hamner.profile.report import describe, describe_difference, describe_memory
@@ -134,7 +135,7 @@ def parse(args: Sequence[str]) -> ProfileConfig:
         SystemExit: code 2 on unknown flags, 0 after --help.
     """
     args = gather_data(args)
-    default = ProfileConfig.for_option(flag_value(args, "--option") or TrainConfig.option)
+    default = ProfileConfig(**vars(for_option(flag_value(args, "--option") or TrainConfig.option)))
     return tyro.cli(
         tyro.conf.OmitArgPrefixes[ProfileConfig],
         default=default,

@@ -26,8 +26,9 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from hamner.config.train import TrainConfig
 from hamner.data.loader import TrainLoader
 from hamner.errors import UserError
-from hamner.parallel.processes import Alone, open_processes
+from hamner.parallel.processes import SingleProcess, open_processes
 from hamner.parallel.tensors import local
+from hamner.plan.costs import flops_per_token
 from hamner.profile import memory, report
 from hamner.profile.ranges import Ranges
 from hamner.profile.steps import is_on_gpu, open_steps, synchronize, take, time_steps, warm_up
@@ -57,10 +58,12 @@ def capture(config: TrainConfig, out: Path, *, steps: int, warmup: int) -> Summa
     with open_processes(config) as processes:
         processes.from_main(lambda: _require_new(out))
         graphed = _trace(config, out, processes, steps=steps, warmup=warmup)
-        return _summarize(config, out, graphed) if processes.place.is_main else None
+        return _summarize(config, out, graphed) if processes.rank.is_main else None
 
 
-def _trace(config: TrainConfig, out: Path, processes: Alone, *, steps: int, warmup: int) -> bool:
+def _trace(
+    config: TrainConfig, out: Path, processes: SingleProcess, *, steps: int, warmup: int
+) -> bool:
     """The steps are taken and what was traced is written.
 
     Returns:
@@ -144,7 +147,7 @@ class _TracedRun:
     @property
     def is_main(self) -> bool:
         """Whether this process writes what was traced."""
-        return self.step.processes.place.is_main
+        return self.step.processes.rank.is_main
 
     def trace_time(self, path: Path, steps: int) -> None:
         """The times of `steps` steps are written to a file."""
@@ -205,7 +208,7 @@ def _metadata(step: TrainStep) -> dict:
         "option": config.option,
         "tokens_per_step": config.tokens_per_step,
         "gpus": step.world_size,
-        "flops_per_token": config.model.flops_per_token(config.seq_len),
+        "flops_per_token": flops_per_token(config.model, config.seq_len),
         "precision": step.compute.precision,
         "weight_bytes": sum(local(w).nbytes for w in weights),
         "optimizer_bytes": sum(local(t).nbytes for t in optimizer.state_tensors().values()),

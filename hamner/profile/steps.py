@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 import torch
 
 from hamner.config.train import TrainConfig
-from hamner.data.loader import Batch, DataConfig, TrainLoader
+from hamner.data.batch import Batch
+from hamner.data.loader import DataConfig, TrainLoader
 from hamner.data.tokenizer import load_tokenizer
-from hamner.parallel.processes import Alone
+from hamner.parallel.processes import SingleProcess
 from hamner.train.step import OnPhase, TrainStep, ignore_phase
 
 LR = 1e-5
@@ -17,7 +18,7 @@ LR = 1e-5
 
 
 def build_step(
-    config: TrainConfig, processes: Alone | None = None, on_phase: OnPhase = ignore_phase
+    config: TrainConfig, processes: SingleProcess | None = None, on_phase: OnPhase = ignore_phase
 ) -> TrainStep:
     """The function builds a run's step, which keeps to its plan: one that does not fit is not
     replaced, since nobody asked for the figures of another.
@@ -55,7 +56,7 @@ def open_loader(config: TrainConfig, *, pin_memory: bool) -> TrainLoader:
 
 @contextlib.contextmanager
 def open_steps(
-    config: TrainConfig, processes: Alone | None = None, on_phase: OnPhase = ignore_phase
+    config: TrainConfig, processes: SingleProcess | None = None, on_phase: OnPhase = ignore_phase
 ) -> Iterator[tuple[TrainStep, TrainLoader]]:
     """While it is open, a run's steps can be taken on the run's own data; see `build_step`."""
     step = build_step(config, processes, on_phase)

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 
 from hamner.errors import UserError
 from hamner.hardware import Gpu, identify
+from hamner.plan.costs import Cost
 from hamner.profile.categories import CATEGORIES, category_of, is_collective
 from hamner.profile.trace import PHASES, Activity, Trace
-from hamner.profile.work import Work, work_of
+from hamner.profile.work import work_of
 
 TOP_KERNELS = 20
 LONG_GAP_US = 10.0
@@ -174,7 +175,7 @@ def _durations(trace: Trace, activities: list[Activity], steps: int) -> tuple[fl
 
 def _kernels(
     activities: list[Activity], steps: int, gpu: Gpu | None, precision: str
-) -> tuple[list[KernelRow], Work]:
+) -> tuple[list[KernelRow], Cost]:
     """Rows by time, and the known work of them all.
 
     An operation's work is shared by its kernels of one category in proportion to their time, so
@@ -190,13 +191,13 @@ def _kernels(
         if known is not None:
             together[id(known[0]), category] += activity.duration
 
-    groups: dict[tuple[str, str], list[tuple[Activity, Work | None]]] = defaultdict(list)
-    total = Work(0, 0)
+    groups: dict[tuple[str, str], list[tuple[Activity, Cost | None]]] = defaultdict(list)
+    total = Cost()
     for activity, category, known in zip(activities, categories, work_for, strict=True):
         share = None
         if known is not None and together[id(known[0]), category] > 0:
             part = activity.duration / together[id(known[0]), category]
-            share = Work(known[1].flops * part, known[1].bytes * part)
+            share = Cost(known[1].flops * part, known[1].bytes * part)
             total += share
         groups[short_name(activity.name), category].append((activity, share))
     rows = [
@@ -212,7 +213,7 @@ def _row(name, category, calls, steps: int, gpu: Gpu | None, precision: str) -> 
     tflops = gbs = floor = None
     # A rate of some of the calls only would be misleading.
     if len(known) == len(calls) and microseconds > 0:
-        work = sum((work for _, work in known), Work(0, 0))
+        work = sum((work for _, work in known), Cost())
         tflops = work.flops / microseconds / 1e6 if work.flops else None
         gbs = work.bytes / microseconds / 1e3 if work.bytes else None
         if gpu is not None:

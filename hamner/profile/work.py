@@ -1,34 +1,17 @@
-"""The FLOPs and bytes an operation must move, from the shapes the profiler recorded.
+"""The module says what an operation must compute and move, from the shapes the profiler recorded.
 
-The least that the operation needs: every operand read once, every result written once. A kernel is
-held against that floor, so whatever it reads again counts against it. Operations without a formula
-here have no floor and none is invented. Torch-free.
+It reads `hamner.plan.costs`: every operand read once, every result written once. A kernel is held
+against that floor, so whatever it reads again counts against it. Operations without a formula here
+have no floor and none is invented. Torch-free.
 """
 
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from hamner.hardware import Gpu
+from hamner.plan import costs
+from hamner.plan.costs import Cost
 from hamner.profile.trace import Range
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a piece of work must compute and move."""
-
-    flops: float
-    bytes: float
-
-    def floor_seconds(self, gpu: Gpu, precision: str) -> float:
-        """The longer of arithmetic at peak and traffic at full bandwidth."""
-        peak = gpu.peak_tflops(precision) * 1e12
-        return max(self.flops / peak, self.bytes / (gpu.bandwidth_gbs * 1e9))
-
-    def __add__(self, other: "Work") -> "Work":
-        return Work(self.flops + other.flops, self.bytes + other.bytes)
-
 
 _ELEMENT_BYTES = {
     "c10::BFloat16": 2,
@@ -44,144 +27,224 @@ _ELEMENT_BYTES = {
 
 
 class Arguments:
-    """An operation's arguments by position."""
+    """The arguments of an operation are read by position."""
 
     def __init__(self, operation: Range) -> None:
         self.dims, self.types = operation.dims, operation.types
         self.values = operation.values
 
     def given(self, position: int) -> bool:
-        """Whether an optional tensor was passed."""
+        """It says whether an optional tensor was passed."""
         return self.types[position] in _ELEMENT_BYTES and 0 not in self.dims[position]
 
     def shape(self, position: int) -> list[int]:
-        """Shape of a tensor."""
+        """The tensor has this shape."""
         return self.dims[position]
 
     def count(self, position: int) -> int:
-        """Elements of a tensor."""
+        """The tensor has this many elements."""
         return math.prod(self.dims[position])
 
     def element(self, position: int) -> int:
-        """Bytes an element of a tensor."""
+        """An element of the tensor has this many bytes."""
         return _ELEMENT_BYTES[self.types[position]]
 
     def size(self, position: int) -> int:
-        """Bytes of a tensor."""
+        """The tensor has this many bytes."""
         return self.count(position) * self.element(position)
 
     def all_tensors(self) -> int:
-        """Bytes of every tensor together."""
+        """All tensors together have this many bytes."""
         tensors = [i for i, kind in enumerate(self.types) if kind in _ELEMENT_BYTES]
         return sum(self.size(i) for i in tensors)
 
     def largest(self) -> int:
-        """Bytes of the largest tensor: what an elementwise operation writes."""
+        """The largest tensor, which elementwise operations write, has this many bytes."""
         return max((self.size(i) for i, k in enumerate(self.types) if k in _ELEMENT_BYTES))
 
 
-def _matmul(first: int) -> Callable[[Arguments], Work]:
-    """(..., M, K) x (..., K, N) or, by experts, (M, K) x (E, K, N); `first` is the left operand."""
+Formula = Callable[[Arguments], Cost]
 
-    def work(a: Arguments) -> Work:
+
+def _matmul(first: int) -> Formula:
+    """It is (..., M, K) x (..., K, N) or, by experts, (M, K) x (E, K, N), from argument `first`."""
+
+    def cost(a: Arguments) -> Cost:
         left, right = a.shape(first), a.shape(first + 1)
-        result = math.prod(left[:-1]) * right[-1]
+        rows = math.prod(left[:-1])
         if len(left) == 2 and len(right) == 2 and left[1] != right[0]:
             raise ValueError("not a matmul's shapes")
-        moved = a.size(first) + a.size(first + 1) + result * a.element(first)
-        return Work(2 * result * left[-1], moved)
+        experts = math.prod(right[:-2])
+        return costs.grouped_matmul(
+            rows, left[-1], right[-1], experts=experts, element_size=a.element(first)
+        )
 
-    return work
-
-
-def _moe_matmuls(x: int, routing_weights: int, down_weight: int, matmuls: int):
-    """The experts of a mixture: `matmuls` products of the size of the down projection."""
-
-    def work(a: Arguments) -> Work:
-        rows = a.count(routing_weights)
-        _, width, inner = a.shape(down_weight)
-        weights = 3 * a.size(down_weight) * (1 if matmuls == 3 else 2)
-        return Work(2 * matmuls * rows * width * inner, 2 * a.size(x) + weights)
-
-    return work
+    return cost
 
 
-def _attention(q: int, *, heads_first: bool, causal: int, backward: bool, documents: int = -1):
-    """q (B, H, T, hd) or (B, T, H, hd), k after it; a causal mask halves the square.
+def _moe_matmuls(x: int, routing_weights: int, down_weight: int, *, backward: bool) -> Formula:
+    """The arguments are positions."""
+
+    def cost(a: Arguments) -> Cost:
+        experts, width, inner = a.shape(down_weight)
+        return costs.moe_mlp(
+            a.count(x),
+            a.count(routing_weights),
+            width=width,
+            inner=inner,
+            experts=experts,
+            element_size=a.element(x),
+            backward=backward,
+        )
+
+    return cost
+
+
+def _attention(
+    q: int, *, heads_first: bool, causal: int, backward: bool, documents: int = -1
+) -> Formula:
+    """q is (B, H, T, hd) or (B, T, H, hd), k comes after it; a causal mask halves the square.
 
     `causal` and `documents` are positions of arguments; with documents the square is not known.
     """
 
-    def work(a: Arguments) -> Work:
-        if documents >= 0 and a.given(documents):
-            raise ValueError("documents shorten attention by an amount that is not recorded")
+    def cost(a: Arguments) -> Cost:
+        _refuse_documents(a, documents)
         batch, *middle, size = a.shape(q)
         heads, length = middle if heads_first else reversed(middle)
         keys = a.shape(q + 1)[2 if heads_first else 1]
-        square = batch * heads * length * keys * size
-        if a.values[causal] == "True":
-            square /= 2
-        moved = 2 * (a.size(q) + a.size(q + 1)) * (2 if backward else 1)
-        return Work((10 if backward else 4) * square, moved)
-
-    return work
-
-
-def _packed_attention(qkv: int, heads: int, *, causal: int, backward: bool, documents: int):
-    """Packed qkv (B, T, (H + 2 KV) hd); positions as in `_attention`."""
-
-    def work(a: Arguments) -> Work:
-        if a.given(documents):
-            raise ValueError("documents shorten attention by an amount that is not recorded")
-        batch, length, width = a.shape(qkv)
-        num_heads, num_kv_heads = int(a.values[heads]), int(a.values[heads + 1])
-        out = width * num_heads // (num_heads + 2 * num_kv_heads)
-        square = batch * length * length * out
-        if a.values[causal] == "True":
-            square /= 2
-        tokens = batch * length * a.element(qkv)
-        return Work(
-            (10 if backward else 4) * square, tokens * (width + out) * (2 if backward else 1)
+        return costs.attention(
+            _pairs(a, causal, batch * length * keys),
+            a.count(q),
+            a.count(q + 1),
+            width=heads * size,
+            element_size=a.element(q),
+            backward=backward,
         )
 
-    return work
+    return cost
 
 
-def _moves(bytes_moved: Callable[[Arguments], float]) -> Callable[[Arguments], Work]:
-    """Work that is only traffic."""
-    return lambda a: Work(0, bytes_moved(a))
+def _packed_attention(
+    qkv: int, heads: int, *, causal: int, backward: bool, documents: int
+) -> Formula:
+    """qkv is packed, (B, T, (H + 2 KV) hd); positions are as in `_attention`."""
+
+    def cost(a: Arguments) -> Cost:
+        _refuse_documents(a, documents)
+        batch, length, width = a.shape(qkv)
+        num_heads, num_kv_heads = int(a.values[heads]), int(a.values[heads + 1])
+        size = width // (num_heads + 2 * num_kv_heads)
+        return costs.attention(
+            _pairs(a, causal, batch * length * length),
+            batch * length * num_heads * size,
+            batch * length * num_kv_heads * size,
+            width=num_heads * size,
+            element_size=a.element(qkv),
+            backward=backward,
+        )
+
+    return cost
 
 
-def _rotated_size(a: Arguments, num_rows: int, width: int, heads: int) -> float:
-    """Elements of q and k in packed rows."""
-    num_heads, num_kv_heads = int(a.values[heads]), int(a.values[heads + 1])
-    return num_rows * width * (num_heads + num_kv_heads) / (num_heads + 2 * num_kv_heads)
+def _refuse_documents(a: Arguments, position: int) -> None:
+    if position >= 0 and a.given(position):
+        raise ValueError("documents shorten attention by an amount that is not recorded")
 
 
-def _rotates(a: Arguments) -> float:
-    """Of `hamner::rms_norm_linear`: its matmul's result, in place."""
-    rows = a.count(0) // a.shape(0)[-1]
-    return 2 * _rotated_size(a, rows, a.shape(3)[0], heads=9) * a.element(0)
+def _pairs(a: Arguments, causal: int, square: int) -> float:
+    return square / 2 if a.values[causal] == "True" else square
 
 
-def _adamw(a: Arguments) -> float:
-    """Master and moments read and written, the gradient read, the compute copy written.
+def _norm(
+    x: int, *, residual: int | None = None, backward: bool = False, kept: int | None = None
+) -> Formula:
+    """Nothing is added where `residual` is absent; the result is recomputed where `kept` is."""
 
-    The profiler records no dtypes of tensors in lists. Those of training are taken: bf16 weights
-    and gradients beside split masters, or everything in fp32 where no compute copy is listed.
+    def cost(a: Arguments) -> Cost:
+        return costs.rms_norm(
+            a.count(x),
+            a.element(x),
+            adds_residual=residual is not None and a.given(residual),
+            backward=backward,
+            recompute=kept is not None and not a.given(kept),
+        )
+
+    return cost
+
+
+def _swiglu(gate_up: int, *, backward: bool = False, kept: int | None = None) -> Formula:
+    """`kept` is the position of SwiGLU's result, absent where it is recomputed."""
+
+    def cost(a: Arguments) -> Cost:
+        recompute = kept is not None and not a.given(kept)
+        elements = a.count(gate_up) // 2
+        return costs.swiglu(elements, a.element(gate_up), backward=backward, recompute=recompute)
+
+    return cost
+
+
+def _router(x: int, experts: Callable[[Arguments], int], *, backward: bool) -> Formula:
+    """Its fp32 products are without tensor cores, whose peak says nothing of them: bytes alone."""
+
+    def cost(a: Arguments) -> Cost:
+        tokens, width = a.count(x) // a.shape(x)[-1], a.shape(x)[-1]
+        return _bytes_of(
+            costs.router_linear(tokens, width, experts(a), a.element(x), backward=backward)
+        )
+
+    return cost
+
+
+def _rope(packed: int, heads: int, width: Callable[[Arguments], int] | None = None) -> Formula:
+    """q and k are rotated in rows packed with v, of the argument's width unless one is given."""
+
+    def cost(a: Arguments) -> Cost:
+        own_width = a.shape(packed)[-1]
+        num_heads, num_kv_heads = int(a.values[heads]), int(a.values[heads + 1])
+        elements = a.count(packed) // own_width * (width(a) if width else own_width)
+        rotated = elements * (num_heads + num_kv_heads) / (num_heads + 2 * num_kv_heads)
+        return costs.rope(rotated, a.element(packed))
+
+    return cost
+
+
+def _loss(a: Arguments) -> Cost:
+    """Logits are read and written once; the matmuls around them count as matmuls."""
+    (tokens, width), vocab_size = a.shape(0), a.shape(1)[0]
+    return _bytes_of(costs.linear_cross_entropy(tokens, width, vocab_size, a.element(0)))
+
+
+def _bytes_of(cost: Cost) -> Cost:
+    return Cost(bytes=cost.bytes)
+
+
+def _moves(bytes_moved: Callable[[Arguments], float]) -> Formula:
+    """The work is only traffic."""
+    return lambda a: Cost(bytes=bytes_moved(a))
+
+
+def _adamw(a: Arguments) -> Cost:
+    """The profiler records no dtypes of tensors in lists, so those of training are taken.
+
+    They are bf16 weights and gradients beside split masters, or everything in fp32 where no compute
+    copy is listed.
     """
     copies, masters = a.dims[0], a.dims[1]
-    return sum(math.prod(shape) for shape in masters) * (26 if copies else 28)
+    parameters = sum(math.prod(shape) for shape in masters)
+    if copies:
+        return costs.adamw(parameters, split_master=True)
+    return costs.adamw(parameters, split_master=False, gradient_size=costs.FP32, has_copy=False)
 
 
 # (category of the kernel, operation's name) -> work; positions are those of the op's schema.
-_FORMULAS: tuple[tuple[str, re.Pattern, Callable[[Arguments], Work]], ...] = tuple(
+_FORMULAS: tuple[tuple[str, re.Pattern, Formula], ...] = tuple(
     (category, re.compile(name), work)
     for category, name, work in (
         ("matmul", r"aten::(mm|bmm|_grouped_mm|_scaled_mm)", _matmul(0)),
         ("matmul", r"aten::(addmm_?|baddbmm)", _matmul(1)),
-        ("matmul", r"hamner::moe_mlp", _moe_matmuls(0, 1, 5, matmuls=3)),
-        ("matmul", r"hamner::moe_mlp_backward", _moe_matmuls(1, 2, 8, matmuls=6)),
+        ("matmul", r"hamner::moe_mlp", _moe_matmuls(0, 1, 5, backward=False)),
+        ("matmul", r"hamner::moe_mlp_backward", _moe_matmuls(1, 2, 8, backward=True)),
         (
             "attention",
             r"aten::_scaled_dot_product_flash_attention",
@@ -232,60 +295,45 @@ _FORMULAS: tuple[tuple[str, re.Pattern, Callable[[Arguments], Work]], ...] = tup
             r"hamner::flash_attention_qkv_backward",
             _packed_attention(1, 6, causal=8, backward=True, documents=4),
         ),
-        ("norm", r"hamner::rms_norm", _moves(lambda a: 2 * a.size(0))),
-        ("norm", r"hamner::add_rms_norm", _moves(lambda a: 4 * a.size(0))),
-        (
-            "norm",
-            r"hamner::rms_norm_backward",
-            _moves(lambda a: (4 if a.given(1) else 3) * a.size(2)),
-        ),
-        (
-            "norm",
-            r"hamner::rms_norm_linear",
-            _moves(lambda a: (4 if a.given(1) else 2) * a.size(0)),
-        ),
+        ("norm", r"hamner::rms_norm", _norm(0)),
+        ("norm", r"hamner::add_rms_norm", _norm(0, residual=1)),
+        ("norm", r"hamner::rms_norm_backward", _norm(2, residual=1, backward=True)),
+        ("norm", r"hamner::rms_norm_linear", _norm(0, residual=1)),
         (
             "norm",
             r"hamner::rms_norm_linear_backward",
-            # The operand is written too where it was not kept.
-            _moves(lambda a: (3 + a.given(1) + (not a.given(4))) * a.size(2)),
+            _norm(2, residual=1, backward=True, kept=4),
         ),
-        ("rope", r"hamner::rms_norm_linear", _moves(_rotates)),
+        # Of the matmul's result, in place.
+        ("rope", r"hamner::rms_norm_linear", _rope(0, heads=9, width=lambda a: a.shape(3)[0])),
         # Into a fresh tensor: v is copied along. Absent where attention's backward rotates.
-        ("rope", r"hamner::rms_norm_linear_backward", _moves(lambda a: 2 * a.size(0))),
         (
             "rope",
-            r"hamner::rope_packed_",
-            _moves(
-                lambda a: (
-                    2
-                    * a.element(0)
-                    * _rotated_size(a, a.count(0) // a.shape(0)[-1], a.shape(0)[-1], heads=3)
-                )
-            ),
+            r"hamner::rms_norm_linear_backward",
+            lambda a: costs.rope(a.count(0), a.element(0)),
         ),
-        ("rope", r"hamner::rope", _moves(lambda a: 2 * (a.size(0) + a.size(1)))),
-        ("swiglu", r"hamner::swiglu(_linear)?", _moves(lambda a: 1.5 * a.size(0))),
-        ("swiglu", r"hamner::swiglu_backward", _moves(lambda a: 2.5 * a.size(1))),
-        (
-            "swiglu",
-            r"hamner::swiglu_linear_backward",
-            _moves(lambda a: (2.5 if a.given(2) else 3) * a.size(1)),
-        ),
-        (
-            "loss",
-            r"hamner::linear_cross_entropy",
-            # Logits read and written once, in place; the matmuls around them count as matmuls.
-            _moves(lambda a: 2 * a.shape(0)[0] * a.shape(1)[0] * a.element(0)),
-        ),
+        ("rope", r"hamner::rope_packed_", _rope(0, heads=3)),
+        ("rope", r"hamner::rope", lambda a: costs.rope(a.count(0) + a.count(1), a.element(0))),
+        ("swiglu", r"hamner::swiglu(_linear)?", _swiglu(0)),
+        ("swiglu", r"hamner::swiglu_backward", _swiglu(1, backward=True)),
+        ("swiglu", r"hamner::swiglu_linear_backward", _swiglu(1, backward=True, kept=2)),
+        ("loss", r"hamner::linear_cross_entropy", _loss),
         (
             "loss",
             r"hamner::linear_cross_entropy_backward",
-            _moves(lambda a: 2 * a.size(1) + a.size(2) + a.count(2) * a.element(1)),
+            lambda a: costs.scale_loss_gradients(a.count(1), a.count(2), a.element(1)),
         ),
-        ("routing", r"hamner::router_linear", _moves(lambda a: a.size(0))),
-        ("routing", r"hamner::router_linear_backward", _moves(lambda a: a.size(0) + 2 * a.size(1))),
-        ("optimizer", r"hamner::adamw_", _moves(_adamw)),
+        (
+            "routing",
+            r"hamner::router_linear",
+            _router(0, lambda a: a.shape(1)[0], backward=False),
+        ),
+        (
+            "routing",
+            r"hamner::router_linear_backward",
+            _router(1, lambda a: a.shape(0)[-1], backward=True),
+        ),
+        ("optimizer", r"hamner::adamw_", _adamw),
     )
 )
 # Elementwise operations, whatever they are part of: operands read, a result as large as the largest
@@ -295,10 +343,10 @@ _LISTS_RESULTS = re.compile(r"aten::copy_|triton_(poi|red|per)_fused_.*")
 _READS_ONLY = re.compile(r"aten::(sum|mean|zero_|fill_)")
 
 
-def work_of(category: str, caller: Range | None) -> tuple[Range, Work] | None:
-    """The operation a kernel of `category` works for, with what it must do; None if unknown.
+def work_of(category: str, caller: Range | None) -> tuple[Range, Cost] | None:
+    """The function finds the operation a kernel of `category` works for and what that must do.
 
-    Several kernels may work for one operation, which is therefore returned too.
+    None is for the unknown. Several kernels may work for one operation, which is returned too.
     """
     if caller is None:
         return None
@@ -315,7 +363,7 @@ def work_of(category: str, caller: Range | None) -> tuple[Range, Work] | None:
     return None
 
 
-def _formula(category: str, name: str) -> Callable[[Arguments], Work] | None:
+def _formula(category: str, name: str) -> Formula | None:
     for wanted, pattern, formula in _FORMULAS:
         if wanted == category and pattern.fullmatch(name):
             return formula

@@ -1,1 +1,1 @@
-"""Supervised fine-tuning: from base model to chatbot."""
+"""This package turns a base model into a chatbot, by supervised fine-tuning."""

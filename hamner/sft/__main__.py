@@ -15,7 +15,7 @@ from hamner.parallel.ranks import resume_after_restart
 
 
 def parse(args: Sequence[str]) -> SftConfig:
-    """Read the command line.
+    """The function reads the command line.
 
     The defaults follow from the run that `--checkpoint` names, or with `--resume` they are those
     the run was started with.
@@ -33,9 +33,8 @@ def parse(args: Sequence[str]) -> SftConfig:
     if saved is not None:
         args = resume_after_restart(args, saved)
     if "--resume" in args and saved is not None and (saved / CONFIG_FILE).is_file():
-        default = replace(
-            SftConfig.read(saved / CONFIG_FILE), resume=True, stop_after=None, tokens=None
-        )
+        default = SftConfig.read(saved / CONFIG_FILE)
+        default = replace(default, run=replace(default.run, resume=True, stop_after=None))
     config = tyro.cli(
         tyro.conf.OmitArgPrefixes[SftConfig],
         default=default,
@@ -43,15 +42,15 @@ def parse(args: Sequence[str]) -> SftConfig:
         prog="python -m hamner.sft",
         config=(tyro.conf.HelptextFromCommentsOff, tyro.conf.SuppressFixed),
     )
-    if config.checkpoint is None and not config.resume:
+    if config.sft.checkpoint is None and not config.run.resume:
         raise UserError("--checkpoint is needed: name the run to fine-tune, such as runs/a")
-    if config.resume and config.run_dir is None:
+    if config.run.resume and config.run_dir is None:
         raise UserError("--resume needs --run-dir, the run to go on with, such as runs/a-sft")
     return config
 
 
 def main(args: Sequence[str]) -> int:
-    """Fine-tune as the command line says; returns the exit code."""
+    """The command fine-tunes as the command line says, and returns the exit code."""
     config = parse(args)
     # Torch takes a second or more to load: only now, so that --help and refusals are immediate.
     from hamner.sft.fine_tuning import fine_tune

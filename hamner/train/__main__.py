@@ -1,19 +1,20 @@
 """`python -m hamner.train`: pre-train an option from scratch, resume a run, replay a bad step."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import tyro
 
 from hamner.cli import flag_value, gather_data, run_command
+from hamner.config.options import find_option, for_option
 from hamner.config.train import CONFIG_FILE, TrainConfig
 from hamner.errors import EXIT_BAD_STEPS, EXIT_INTERRUPTED, UserError
 from hamner.parallel.ranks import resume_after_restart
 
 
 def parse(args: Sequence[str]) -> TrainConfig:
-    """Read the command line.
+    """The function reads the command line.
 
     The defaults are those of `--option`, or with `--resume` and `--replay` those the run was
     started with, so that `--resume --run-dir runs/a` alone continues a run and any other flag
@@ -24,8 +25,7 @@ def parse(args: Sequence[str]) -> TrainConfig:
         SystemExit: code 2 on unknown flags, 0 after --help.
     """
     args = gather_data(args)
-    option = flag_value(args, "--option") or TrainConfig.option
-    default = TrainConfig.for_option(option)
+    default = for_option(flag_value(args, "--option") or TrainConfig.option)
     run_dir, replay = flag_value(args, "--run-dir"), flag_value(args, "--replay")
     folder = Path(run_dir) if run_dir else default.folder
     args, saved = resume_after_restart(args, folder), folder / CONFIG_FILE
@@ -37,8 +37,9 @@ def parse(args: Sequence[str]) -> TrainConfig:
         default = replace(TrainConfig.read(saved), run_dir=saved.parent)
     elif "--resume" in args and saved.is_file():
         default = replace(
-            TrainConfig.read(saved), resume=True, stop_after=None, allow_data_change=False
+            TrainConfig.read(saved), resume=True, stop_after=None, allow_data_change=False, sft=None
         )
+    find_option(default.option)
     return tyro.cli(
         tyro.conf.OmitArgPrefixes[TrainConfig],
         default=default,
@@ -48,8 +49,13 @@ def parse(args: Sequence[str]) -> TrainConfig:
     )
 
 
-def main(args: Sequence[str]) -> int:
-    """Train as the command line says; returns the exit code."""
+def main(args: Sequence[str], on_phase: Callable[[str, int], None] | None = None) -> int:
+    """The command trains as its flags say and returns the exit code.
+
+    Args:
+        args: the command line.
+        on_phase: see `hamner.train.loop.TrainingLoop`; default nobody watches.
+    """
     config = parse(args)
     # Torch takes a second or more to load: only now, so that --help and refusals are immediate.
     if config.replay:
@@ -59,7 +65,7 @@ def main(args: Sequence[str]) -> int:
         return 0
     from hamner.train.loop import train
 
-    result = train(config)
+    result = train(config) if on_phase is None else train(config, on_phase=on_phase)
     if result.diagnosis:
         return EXIT_BAD_STEPS
     return EXIT_INTERRUPTED if result.interrupted else 0

@@ -35,6 +35,10 @@ class Display:
         self.console, self.log = console or Console(highlight=False), log
         self.live: Live | None = None
 
+    def connect(self, console: Console | None, log: Console | None) -> None:
+        """The display writes to these from now on; None is the terminal, or no log."""
+        self.console, self.log = console or Console(highlight=False), log
+
     def __enter__(self) -> "Display":
         if self.console.is_terminal:
             self.live = Live(console=self.console, refresh_per_second=4)

@@ -8,6 +8,7 @@ import torch
 
 from hamner.config.model import ModelConfig
 from hamner.hardware import GIB, Gpu
+from hamner.plan.costs import flops_per_token
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Spike:
     loss: float
     """nats per token"""
     z_score: float
-    """robust: see `hamner.train.step_monitor.SpikeDetector`"""
+    """robust: see `hamner.train.health.SpikeDetector`"""
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,8 @@ class Mfu:
     """
 
     def __init__(self, model: ModelConfig, seq_len: int, gpu: Gpu | None, precision: str) -> None:
-        self.flops = model.flops_per_token(seq_len)
-        self.unhalved = model.flops_per_token(seq_len, causal=False)
+        self.flops = flops_per_token(model, seq_len)
+        self.unhalved = flops_per_token(model, seq_len, causal=False)
         self.gpu, self.precision = gpu, precision
         self.peak = gpu.peak_tflops(precision) * 1e12 if gpu else None
 

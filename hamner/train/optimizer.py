@@ -1,4 +1,4 @@
-"""AdamW with fp32 masters, parameter groups and the learning-rate schedule.
+"""AdamW with fp32 masters and parameter groups.
 
 The module's parameters are what matmuls read (bf16 on a GPU); the optimizer owns fp32 masters and
 moments and writes the bf16 copy in the same pass (Loshchilov & Hutter 2019, arXiv:1711.05101). With
@@ -10,7 +10,6 @@ device, and a step whose loss or gradient norm is not finite is skipped there.
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,29 +17,11 @@ from torch import Tensor, nn
 from hamner.checkpoint.format import Checkpoint
 from hamner.kernels.adamw import clip_coefficient, join_master, split_master
 from hamner.model.ops import Ops
-from hamner.parallel.engines import OneProcess
+from hamner.parallel.engines import Engine
 from hamner.parallel.tensors import local
 
 BETAS = (0.9, 0.95)
 EPS = 1e-8
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Linear warm-up, then cosine from `lr` to `min_lr`; by tokens, so batch sizes may change."""
-
-    lr: float
-    min_lr: float
-    warmup_tokens: int
-    total_tokens: int
-
-    def __call__(self, tokens: int) -> float:
-        """Learning rate of the step that ends at `tokens` trained tokens."""
-        if tokens < self.warmup_tokens:
-            return self.lr * tokens / self.warmup_tokens
-        span = max(1, self.total_tokens - self.warmup_tokens)
-        progress = min(1.0, (tokens - self.warmup_tokens) / span)
-        return self.min_lr + 0.5 * (self.lr - self.min_lr) * (1 + math.cos(math.pi * progress))
 
 
 class AdamW:
@@ -64,10 +45,10 @@ class AdamW:
         dtype: torch.dtype,
         weight_decay: float,
         grad_clip: float,
-        engine: OneProcess | None = None,
+        engine: Engine | None = None,
     ) -> None:
         self.ops, self.weight_decay, self.grad_clip = ops, weight_decay, grad_clip
-        self.engine = engine or OneProcess()
+        self.engine = engine or Engine()
         self.parameters = dict(model.named_parameters())
         self.buffers = dict(model.named_buffers())
         self.masters: dict[str, Tensor] = {}
@@ -196,9 +177,26 @@ class AdamW:
     def state_tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state by the name it has in a checkpoint.
 
-        `remainder.NAME` is the exception: `checkpoint.save` writes `master.NAME`, joined.
+        `remainder.NAME` is the exception: `join_masters` makes `master.NAME` of it.
         """
         tensors = {f"master.{name}": tensor for name, tensor in self.masters.items()}
         tensors |= {f"remainder.{name}": tensor for name, tensor in self.remainders.items()}
         tensors |= {f"exp_avg.{name}": tensor for name, tensor in self.exp_avg.items()}
         return tensors | {f"exp_avg_sq.{name}": t for name, t in self.exp_avg_sq.items()}
+
+
+def join_masters(model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The function replaces each remainder by the fp32 master, as checkpoints have it.
+
+    Args:
+        model: the parameters, which are bf16 where there is a remainder.
+        optimizer: as `AdamW.state_tensors`.
+    """
+    whole = {}
+    for key, tensor in optimizer.items():
+        kind, _, name = key.partition(".")
+        if kind == "remainder":
+            whole[f"master.{name}"] = join_master(model[name], tensor)
+        else:
+            whole[key] = tensor
+    return whole

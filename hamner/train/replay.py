@@ -15,9 +15,10 @@ from hamner.checkpoint.run_folder import RunFolder
 from hamner.config.train import TrainConfig
 from hamner.data.tokenizer import load_tokenizer
 from hamner.errors import UserError
-from hamner.train import bad_steps
+from hamner.parallel.device import cap_memory
+from hamner.train import health
+from hamner.train.health import StepReading
 from hamner.train.setup import choose
-from hamner.train.step_monitor import StepReading
 
 EXCERPT_CHARACTERS = 200
 
@@ -79,7 +80,7 @@ def replay(config: TrainConfig) -> Replay:
     Raises:
         UserError: the file or the run's checkpoints cannot be used.
     """
-    reading = bad_steps.read(config.replay)
+    reading = health.read(config.replay)
     rows, seq_len = reading.batch.inputs.shape
     tokenizer = load_tokenizer(config.tokenizer, config.model.vocab_size)
     highest = int(max(reading.batch.inputs.max(), reading.batch.targets.max()))
@@ -87,6 +88,7 @@ def replay(config: TrainConfig) -> Replay:
         raise UserError(f"--replay {config.replay} is of another model than {config.folder}")
     # One row at a time: it says which row is bad, and fits wherever training did.
     setup = choose(replace(config, batch_size=rows, seq_len=seq_len, micro_batch_size=1))
+    cap_memory(setup.compute, config)
     model = setup.model(config)
     weights = _load_weights(model, config, reading.step)
     for parameter in model.parameters():
@@ -121,7 +123,7 @@ def replay(config: TrainConfig) -> Replay:
         losses=losses,
         grad_norm=norm.item(),
         first_module=blamed[0] if blamed else None,
-        gradients=bad_steps.not_finite(gradients),
+        gradients=health.not_finite(gradients),
         excerpt=text[:EXCERPT_CHARACTERS],
     )
 

@@ -5,18 +5,23 @@ precision, device, learning rates. Refused: another model or tokenizer, whose we
 something else. Other data is refused unless `--allow-data-change` insists.
 """
 
-from dataclasses import asdict, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+import torch
+
+import hamner
 from hamner.checkpoint import format as checkpoint
 from hamner.checkpoint.format import Checkpoint, CheckpointError
 from hamner.checkpoint.run_folder import RunFolder
 from hamner.config.model import ModelConfig, flag
 from hamner.config.train import TrainConfig
-from hamner.data.loader import TrainLoader
 from hamner.data.tokenizer import Tokenizer
 from hamner.errors import UserError
-from hamner.train.optimizer import Schedule
+from hamner.parallel.processes import SingleProcess
+from hamner.train.saves import Stateful
+from hamner.train.step import TrainStep
 
 STATE_FORMAT = 2
 """of state.json"""
@@ -149,14 +154,14 @@ def require_same_model(
         )
 
 
-def require_router_state(found: Checkpoint, state: dict, model: ModelConfig) -> bool:
-    """Whether the checkpoint of a mixture has its routers' state; ones older than it have none.
+def require_router_state(found: Checkpoint, state: dict, model: ModelConfig) -> None:
+    """The state of a mixture's routers is refused if it is damaged; older checkpoints have none.
 
     Raises:
         CheckpointError: the state is not what it must be.
     """
     if not model.is_moe or "router_sum" not in state:
-        return False
+        return
     experts = model.num_experts
     starvation = state.get("starvation")
     starvation = starvation if isinstance(starvation, dict) else {}
@@ -176,43 +181,124 @@ def require_router_state(found: Checkpoint, state: dict, model: ModelConfig) -> 
             raise CheckpointError(
                 f"{found.path / checkpoint.STATE_FILE}: {name} is not what it must be; {_ANOTHER}"
             )
-    return True
 
 
-def load_position(loader: TrainLoader, saved: dict, config: TrainConfig, notes: list[str]) -> None:
-    """Go on in the data where the checkpoint was.
+@dataclass
+class Progress:
+    """How far a run is."""
 
-    Raises:
-        UserError: it was other data, and `--allow-data-change` was not given.
+    step: int = 0
+    tokens: int = 0
+    """trained so far"""
+    val_loss: float | None = None
+    """of the last evaluation, nats per token"""
+    val_step: int | None = None
+
+    def state_dict(self) -> dict:
+        """The counts, for a checkpoint."""
+        return vars(self).copy()
+
+    def load_state_dict(self, state: dict) -> None:
+        """The counts go on where `state_dict` was taken."""
+        self.step, self.tokens = state["step"], state["tokens"]
+        self.val_loss, self.val_step = state["val_loss"], state["val_step"]
+
+
+class DataPosition:
+    """The position in the data after the last finished step.
+
+    Args:
+        loader: whose position it is.
+        allow_change: whether other data than the checkpoint's is read from its start.
     """
-    try:
-        loader.load_state_dict(saved)
-    except UserError as error:
-        if not config.allow_data_change:
-            raise UserError(
-                f"{error}; --allow-data-change goes on with the new data from its start"
-            ) from error
-        notes.append(f"WARNING: --allow-data-change: the data is read from its start ({error})")
+
+    def __init__(self, loader: Stateful, *, allow_change: bool) -> None:
+        self.loader, self.allow_change = loader, allow_change
+        self.warnings: list[str] = []
+        self.advance()
+
+    def advance(self) -> None:
+        """A step has been finished: the position is the loader's."""
+        self.position = self.loader.state_dict()
+
+    def state_dict(self) -> dict:
+        """The position, for a checkpoint."""
+        return {"data": self.position}
+
+    def load_state_dict(self, state: dict) -> None:
+        """The loader goes on where the checkpoint was.
+
+        Raises:
+            UserError: it was other data, and `--allow-data-change` was not given.
+        """
+        try:
+            self.loader.load_state_dict(state["data"])
+        except UserError as error:
+            if not self.allow_change:
+                raise UserError(
+                    f"{error}; --allow-data-change goes on with the new data from its start"
+                ) from error
+            self.warnings.append(
+                f"WARNING: --allow-data-change: the data is read from its start ({error})"
+            )
+        self.advance()
 
 
-def describe_schedule(config: TrainConfig, schedule: Schedule) -> dict:
-    """For a checkpoint: the schedule in tokens, beside the flags it was made from."""
+class Generators:
+    """Torch's global random generators as a part of a run's state."""
+
+    def state_dict(self) -> dict:
+        """Their state as text, for a checkpoint."""
+        return {"rng": checkpoint.rng_state()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """They go on where `state_dict` was taken."""
+        checkpoint.set_rng_state(state["rng"])
+
+
+def facts(config: TrainConfig, tokenizer: Tokenizer) -> dict:
+    """What state.json says of the run itself, for the next start to compare."""
     return {
-        "warmup_steps": config.warmup_steps,
-        "warmup_tokens": schedule.warmup_tokens,
-        "length": [config.steps, config.tokens],
-        "total_tokens": schedule.total_tokens,
+        "format": STATE_FORMAT,
+        "stage": config.stage,
+        "model": config.to_json()["model"],
+        "tokenizer": tokenizer.fingerprint,
+        "versions": {"hamner": hamner.__version__, "torch": torch.__version__},
     }
 
 
-def continue_schedule(config: TrainConfig, schedule: Schedule, saved: dict) -> Schedule:
-    """The schedule of a resumed run: as before in tokens, whatever a step is now.
+def restore(
+    run: RunFolder,
+    config: TrainConfig,
+    tokenizer: Tokenizer,
+    step: TrainStep,
+    *,
+    parts: Mapping[str, Stateful],
+    processes: SingleProcess,
+) -> tuple[Checkpoint | None, list[str]]:
+    """The newest whole checkpoint is loaded into step and parts; without one the run starts over.
 
-    Another `--batch-size` or `--seq-len` makes the same number of steps another number of tokens.
-    So a flag that is as it was keeps its tokens, and only one that was changed counts anew.
+    Returns:
+        The checkpoint, or None, and what to say of others.
+
+    Raises:
+        UserError: the checkpoint is of another model, tokenizer or data, or none is whole.
     """
-    if config.warmup_steps == saved["warmup_steps"]:
-        schedule = replace(schedule, warmup_tokens=saved["warmup_tokens"])
-    if [config.steps, config.tokens] == saved["length"]:
-        schedule = replace(schedule, total_tokens=saved["total_tokens"])
-    return schedule
+
+    def find() -> tuple[Checkpoint | None, dict, list[str]]:
+        notes: list[str] = []
+        return *find_checkpoint(run.checkpoints, notes), notes
+
+    found, state, notes = processes.from_main(find)
+    if found is None:
+        processes.from_main(lambda: rewind(run, 0))
+        return None, notes
+    require_same_model(found, state, config, tokenizer)
+    require_router_state(found, state, config.model)
+    step.optimizer.restore(found, state["optimizer_steps"])
+    for part in parts.values():
+        part.load_state_dict(state)
+    # Not before every process has taken its part of it.
+    processes.any(False)
+    processes.from_main(lambda: rewind(run, state["step"]))
+    return found, notes

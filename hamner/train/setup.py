@@ -1,8 +1,12 @@
-"""How a configuration computes here: device, recompute plan, attention, and the model on them."""
+"""The module fits a configuration to its machines: device, memory plan, attention, and the model.
 
-from collections.abc import Sequence
+Rank 0 decides and the other ranks follow, so that nothing can differ between them.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -10,35 +14,54 @@ from hamner.checkpoint.format import Checkpoint
 from hamner.checkpoint.writer import BackgroundSaver, NoSaver
 from hamner.config.train import TrainConfig
 from hamner.errors import UserError
-from hamner.model.attention import AttentionBackend, get_attention
+from hamner.model.attention import (
+    AttentionBackend,
+    AttentionChoice,
+    AttentionShape,
+    build_attention,
+    choose_attention,
+    waits_for_gpu,
+)
 from hamner.model.ops import Ops, build_ops
 from hamner.model.transformer import Transformer
 from hamner.parallel import device
 from hamner.parallel.device import Compute
-from hamner.parallel.engines import DataParallel, FullySharded, OneProcess, open_engine
-from hamner.parallel.processes import Alone
-from hamner.parallel.ranks import Place
+from hamner.parallel.engines import DataParallel, Engine, FullySharded, open_engine
+from hamner.parallel.processes import SingleProcess
+from hamner.parallel.ranks import Rank
 from hamner.plan import memory
 from hamner.plan.communication import ONE_GPU, Parallelism
 from hamner.plan.memory import MemoryPlan, Policy
+from hamner.train.optimizer import join_masters
+
+
+class Decision(NamedTuple):
+    """A decision is what rank 0 makes out for all ranks, as plain data that can be sent to them."""
+
+    engine: str
+    """see `hamner.parallel.engines.open_engine`"""
+    plan: MemoryPlan
+    attention: AttentionChoice
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a configuration comes to on this machine."""
+    """A setup is what a configuration comes to on this machine."""
 
     compute: Compute
     plan: MemoryPlan
     attention: AttentionBackend
-    engine: OneProcess
+    engine: Engine
+    records_graph: bool
+    """whether forward and backward of a micro-batch are one CUDA graph"""
 
     @property
     def ops(self) -> Ops:
-        """The fused operations."""
+        """The fused operations run with the chosen kernels and attention."""
         return build_ops(self.compute.kernels, self.attention)
 
     def model(self, config: TrainConfig, initial: Checkpoint | None = None) -> Transformer:
-        """The model on its device in fp32, with the weights of `initial` or random ones."""
+        """The model gets its device, and in fp32 the weights of `initial` or random ones."""
         # No weight has a value before it gets ours: torch's own, drawn first, would take seconds.
         with torch.device("meta"):
             model = Transformer(config.model, self.ops, self.plan.policies)
@@ -51,80 +74,124 @@ class Setup:
         return model
 
 
-def choose(config: TrainConfig, processes: Alone | None = None) -> Setup:
-    """Choose device, recompute policies, micro-batch, attention and, with several processes, how
-    they divide the work.
+def choose(config: TrainConfig, processes: SingleProcess | None = None) -> Setup:
+    """`choose` fits a run to its machines: device, recompute policies, micro-batch, attention and,
+    with several processes, how they divide the work.
 
     Raises:
         UserError: what is asked for does not fit or is not on this machine.
     """
-    processes = processes or Alone()
+    processes = processes or SingleProcess()
     compute = device.select(config)
+    # Everyone has the memory of the one that has least.
+    budget = processes.all_reduce_min(compute.budget_bytes)
+    decision = processes.from_main(lambda: decide(config, compute, budget, processes.rank))
+    shape = attention_shape(config, compute, decision.plan)
+    engine = open_engine(decision.engine, processes, compute, config)
+    return Setup(
+        compute=compute,
+        plan=decision.plan,
+        attention=build_attention(decision.attention, shape),
+        engine=engine,
+        records_graph=processes.from_main(
+            lambda: can_record(config, compute, engine, decision, processes.rank.world_size)
+        ),
+    )
+
+
+def decide(config: TrainConfig, compute: Compute, budget: int, rank: Rank) -> Decision:
+    """`decide` plans a step within `budget` bytes of each process, and times attention if asked to.
+
+    Raises:
+        UserError: it does not fit, or the attention cannot do what is asked.
+    """
     policies = memory.parse(config.recompute, config.model.num_layers)
-    # All processes plan alike, with the memory of the one that has least.
-    budget = processes.least(compute.budget_bytes)
-    kind, plan = plan_parallel(config, compute, budget, processes.place, policies)
-    attention = get_attention(
-        config.attention,
+    kind, plan = plan_parallel(config, compute, budget, rank, policies)
+    shape = attention_shape(config, compute, plan)
+    return Decision(kind, plan, choose_attention(config.attention, shape))
+
+
+def attention_shape(config: TrainConfig, compute: Compute, plan: MemoryPlan) -> AttentionShape:
+    """The function says what attention of a micro-batch is asked for."""
+    return AttentionShape.of_model(
+        config.model,
         device=compute.device,
         dtype=compute.dtype,
-        head_size=config.model.head_size,
-        num_heads=config.model.num_attention_heads,
-        num_kv_heads=config.model.num_kv_heads,
         seq_len=config.seq_len,
         micro_batch_size=plan.micro_batch_size,
         document_mask=config.document_mask,
         folds_rope=compute.kernels == "triton" and not config.model.use_differential_attention,
     )
-    return Setup(compute, plan, attention, open_engine(kind, processes, compute, config))
+
+
+def can_record(
+    config: TrainConfig, compute: Compute, engine: Engine, decision: Decision, world_size: int
+) -> bool:
+    """Forward and backward can be one CUDA graph unless something in them forbids it: the plain ops
+    wait for the GPU in places, flash-attn does with documents, compiled code has graphs of its own,
+    and with several processes the micro-batches of a step may differ in what they send."""
+    micro_batches = config.batch_size // (decision.plan.micro_batch_size * world_size)
+    return (
+        config.cuda_graph
+        and compute.device.type == "cuda"
+        and compute.kernels == "triton"
+        and engine.can_record(micro_batches)
+        and not (config.compile or waits_for_gpu(decision.attention.name, config.document_mask))
+    )
 
 
 def open_saver(
-    engine: OneProcess, folder: Path, *, keep: int, keep_every: int, records: Sequence[Path]
+    engine: Engine,
+    folder: Path,
+    *,
+    keep: int,
+    keep_every: int,
+    records: Sequence[Path],
+    on_phase: Callable[[str, int], None],
 ) -> BackgroundSaver | NoSaver:
-    """The writer of a run's checkpoints for the state as `engine` divides it over processes.
+    """The function opens the writer of checkpoints for the state as `engine` divides it.
 
     Args:
         engine: of the run; with DDP rank 0 has everything and saves as one process does, with FSDP2
             every process writes its shards.
-        folder, keep, keep_every, records: see `BackgroundSaver`.
+        folder, keep, keep_every, records, on_phase: see `BackgroundSaver`.
     """
+    settings = {
+        "keep": keep,
+        "keep_every": keep_every,
+        "records": records,
+        "join_masters": join_masters,
+        "on_phase": on_phase,
+    }
     if isinstance(engine, FullySharded):
         from hamner.checkpoint.sharded import ShardedSaver
 
-        return ShardedSaver(
-            folder,
-            engine.processes,
-            engine.mesh,
-            keep=keep,
-            keep_every=keep_every,
-            records=records,
-        )
-    if isinstance(engine, DataParallel) and not engine.processes.place.is_main:
+        return ShardedSaver(folder, engine.processes, engine.mesh, **settings)
+    if isinstance(engine, DataParallel) and not engine.processes.rank.is_main:
         return NoSaver()
-    return BackgroundSaver(folder, keep=keep, keep_every=keep_every, records=records)
+    return BackgroundSaver(folder, **settings)
 
 
 def plan_parallel(
     config: TrainConfig,
     compute: Compute,
     budget: int,
-    place: Place,
+    rank: Rank,
     policies: tuple[Policy, ...] | None,
 ) -> tuple[str, MemoryPlan]:
-    """The kind of `hamner.parallel.engines.open_engine` and the memory plan of `--parallel`.
+    """The function finds the kind of engine and the memory plan that `--parallel` comes to.
 
     Raises:
         UserError: it does not fit, or a step cannot be dealt to the processes.
     """
-    if place.world_size == 1:
+    if rank.world_size == 1:
         return "none", plan_memory(config, compute, budget, policies)
-    ddp = Parallelism("ddp", place.local_world_size, place.num_machines)
+    ddp = Parallelism("ddp", rank.local_world_size, rank.num_machines)
     rows, size = ddp.rows_per_gpu(config.batch_size), config.micro_batch_size or 1
     if rows % size:
         raise UserError(
             f"--micro-batch-size {size} does not divide the {rows} sequences that each of "
-            f"{place.world_size} processes takes of --batch-size {config.batch_size}"
+            f"{rank.world_size} processes takes of --batch-size {config.batch_size}"
         )
     if config.parallel in ("auto", "ddp"):
         try:
@@ -133,8 +200,8 @@ def plan_parallel(
             if config.parallel == "ddp":
                 raise
     fsdp = replace(ddp, kind="fsdp", reshard=config.fsdp_reshard)
-    if place.local_world_size == 1:
-        fsdp = replace(fsdp, gpus_per_node=place.world_size, nodes=1)
+    if rank.local_world_size == 1:
+        fsdp = replace(fsdp, gpus_per_node=rank.world_size, nodes=1)
     return "fsdp", plan_memory(config, compute, budget, policies, fsdp)
 
 
@@ -145,7 +212,7 @@ def plan_memory(
     policies: tuple[Policy, ...] | None = None,
     parallelism: Parallelism = ONE_GPU,
 ) -> MemoryPlan:
-    """Fit the run into `budget` bytes on this device; `memory.choose` has the rules.
+    """The function fits the run into `budget` bytes on this device; `memory.choose` has the rules.
 
     Raises:
         UserError: it does not fit.

@@ -7,8 +7,9 @@ import torch
 
 from bench import baselines, scale
 from bench.baselines import Hamner, HuggingFace, Plain, Reference
+from hamner.config.options import for_option
 from hamner.config.train import TrainConfig
-from hamner.data.loader import Batch
+from hamner.data.batch import Batch
 from tests.models import DENSE, MOE
 
 ROUNDING = 1e-5  # fp32, other orders of summation
@@ -28,7 +29,7 @@ def batch() -> Batch:
 
 
 def run_config(tmp_path, **values) -> TrainConfig:
-    config = TrainConfig.for_option("tiny")
+    config = for_option("tiny")
     # The loader's tokenizer has to fit the model; the batch compared does not come from it.
     model = replace(DENSE, vocab_size=config.model.vocab_size)
     sizes = {"batch_size": 4, "seq_len": 32, "device": "cpu"}

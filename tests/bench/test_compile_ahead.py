@@ -7,7 +7,7 @@ import pytest
 
 from bench import compile_ahead
 from bench.compile_ahead import Claims, describe, few_layers, group_of, groups_of
-from hamner.config.train import TrainConfig
+from hamner.config.options import for_option
 
 ROOT = Path(__file__).parents[2]
 
@@ -72,7 +72,7 @@ def test_groups_whose_names_differ_in_punctuation_are_two(tmp_path):
 
 
 def test_few_layers_keep_everything_else():
-    config = TrainConfig.for_option("a")
+    config = for_option("a")
     few = few_layers(config)
     assert few.model.num_layers == compile_ahead.LAYERS
     assert few.model.hidden_size == config.model.hidden_size

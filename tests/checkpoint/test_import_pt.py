@@ -17,7 +17,7 @@ from hamner.checkpoint.saved_model import find_saved_model
 from hamner.config.train import TrainConfig
 from hamner.data.tokenizer import SPECIAL_TOKENS, load_tokenizer
 from hamner.errors import UserError
-from hamner.train.loop import Trainer
+from hamner.train.loop import TrainingLoop
 from tests.models import DENSE, MOE
 
 SHAPE = {
@@ -178,7 +178,7 @@ def test_training_does_not_go_on_from_it(tmp_path):
     imported(tmp_path, SHAPE)
     config = TrainConfig.read(tmp_path / "run" / "config.json")
     with pytest.raises(UserError, match="imported without its optimizer's state"):
-        Trainer(replace(config, resume=True, device="cpu"), RunFolder(tmp_path / "run"))
+        TrainingLoop(replace(config, resume=True, device="cpu"), RunFolder(tmp_path / "run"))
 
 
 def damaged(name):

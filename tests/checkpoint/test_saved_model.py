@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hamner.checkpoint import format as checkpoint
-from hamner.checkpoint.saved_model import find_saved_model, select_device
+from hamner.checkpoint.saved_model import find_saved_model
 from hamner.data.tokenizer import load_tokenizer
 from hamner.errors import UserError
 from hamner.model.kv_cache import KVCache
@@ -85,14 +85,6 @@ def test_the_optimizer_is_not_read(tmp_path):
     (found,) = checkpoint.find(run / "checkpoints")
     (found.path / "optimizer.safetensors").unlink()
     assert find_saved_model(run).checkpoint == found
-
-
-def test_device():
-    assert select_device("cpu") == torch.device("cpu")
-    if not torch.cuda.is_available():
-        assert select_device("auto") == torch.device("cpu")
-        with pytest.raises(UserError, match="--device cuda: PyTorch finds no CUDA GPU"):
-            select_device("cuda")
 
 
 @pytest.mark.gpu

@@ -16,7 +16,6 @@ from hamner.checkpoint.format import Checkpoint
 from hamner.checkpoint.writer import RETRY_SECONDS, BackgroundSaver
 
 NOBODY = 65534
-COUNTERS = {"loss_sum": torch.tensor(2.5)}
 
 
 class Clock:
@@ -53,7 +52,6 @@ def begin(saver: BackgroundSaver, step: int, elements: int = 50) -> torch.Tensor
         step,
         model={"weight": weight},
         optimizer={"exp_avg.weight": weight + 1, "exp_avg_sq.weight": weight + 2},
-        counters=COUNTERS,
         state={"step": step},
     )
     return weight
@@ -87,7 +85,7 @@ def test_what_is_written_is_the_state_of_the_moment(saver, may_write):
     may_write.set()
     saved = saver.wait()
     assert torch.equal(loaded(saved), torch.full((50,), 3.0))
-    assert saved.state() == {"step": 3, "loss_sum": 2.5}
+    assert saved.state() == {"step": 3}
     assert saver.wait() is None
 
 
@@ -122,7 +120,7 @@ def test_a_failed_save_is_wanted_again_later(saver, folder, clock):
 
 
 def test_a_defect_is_not_taken_for_a_disk(saver):
-    saver.begin(1, model={"w": torch.ones(1)}, optimizer={}, counters={}, state={"step": object()})
+    saver.begin(1, model={"w": torch.ones(1)}, optimizer={}, state={"step": object()})
     with pytest.raises(TypeError):
         saver.wait()
 
@@ -243,7 +241,8 @@ def test_a_file_system_that_fails(saver, folder, monkeypatch, call):
 def test_records_are_on_disk_before_the_checkpoint(folder, tmp_path, monkeypatch):
     records, order = tmp_path / "metrics.jsonl", []
     records.write_text("{}\n")
-    monkeypatch.setattr(checkpoint, "flush", order.append)
+    for module in (writer, checkpoint):
+        monkeypatch.setattr(module, "flush", order.append)
     saver = BackgroundSaver(
         folder, keep=1, keep_every=0, records=(records, tmp_path / "samples.jsonl")
     )

@@ -61,13 +61,6 @@ def test_schedule_of_option_a():
     assert option.tokens // option.tokens_per_step == 406_901
 
 
-def test_flops_per_token_of_option_a():
-    config = OPTIONS["a"].model
-    matmul = 24 * (1024 * 1536 + 1024 * 1024 + 1024 * 5632 + 2816 * 1024) + 49_152 * 1024
-    assert config.flops_per_token(1024) == 6 * matmul + 6 * 24 * 1024 * 1024
-    assert config.flops_per_token(1024, causal=False) == 6 * matmul + 12 * 24 * 1024 * 1024
-
-
 @pytest.mark.parametrize(
     ("changes", "named"),
     [

@@ -7,7 +7,7 @@ import datasets
 import pytest
 from datasets.exceptions import DatasetNotFoundError
 
-from hamner.data import hub
+from hamner.data import hub, sources
 from hamner.data.hub import HubSource, open_dataset
 from hamner.data.loader import DataConfig, TrainLoader
 from hamner.data.retry import RetriedSource, Retry
@@ -207,7 +207,7 @@ def test_typo_in_split_or_config_lists_what_there_is(repository):
     ],
 )
 def test_typo_in_name_or_no_network_is_one_sentence(monkeypatch, error, message):
-    monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: fails(error)())
+    monkeypatch.setattr("datasets.load_dataset_builder", lambda *a, **k: fails(error)())
     with pytest.raises(UserError, match=f"--data hf:owner/typo: .*{message}") as caught:
         HubSource("owner/typo")
     assert "\n" not in str(caught.value)
@@ -215,7 +215,7 @@ def test_typo_in_name_or_no_network_is_one_sentence(monkeypatch, error, message)
 
 def test_trains_from_a_stream_and_resumes(repository, tokenizer, monkeypatch):
     local = functools.partial(HubSource, opener=open_local(repository))
-    monkeypatch.setattr(hub, "HubSource", local)
+    monkeypatch.setattr(sources, "HubSource", local)
     config = DataConfig(("hf:owner/name",), seq_len=16, batch_size=2, seed=0)
     loader = TrainLoader(config, tokenizer)
     list(itertools.islice(loader, 30))

@@ -5,6 +5,7 @@ import json
 import logging
 
 import datasets
+import fsspec
 import huggingface_hub
 import pytest
 from huggingface_hub import hf_file_system
@@ -182,3 +183,8 @@ def test_a_source_that_was_never_there_is_bad_input(server, loader_of, personal)
     server.is_down = "refuses"
     with pytest.raises(UserError, match=f"--data {SPEC}: given up after 3 attempts"):
         next(server_down_after_opening)
+
+
+def test_what_others_open_is_left_alone(server):
+    open_hub()
+    assert fsspec.get_filesystem_class("hf") is huggingface_hub.HfFileSystem

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hamner.data.loader import Batch
+from hamner.data.batch import Batch
 from hamner.data.tokenizer import load_tokenizer
 from hamner.evaluate import evaluation
 from hamner.evaluate.evaluation import (

@@ -1,24 +1,48 @@
 """lm-evaluation-harness on our models: scores by hand, and a task of a local file."""
 
 import json
+import socket
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from hamner.checkpoint.saved_model import find_saved_model
 from hamner.data.tokenizer import load_tokenizer
 from hamner.errors import UserError
-from hamner.evaluate.harness import HarnessModel, run_tasks
-from tests.models import DENSE
-from tests.saved import sharp
+from hamner.evaluate.harness import open_exported, run_tasks
+from tests.models import DENSE, MOE
+from tests.saved import save_run, sharp
 
 TOKENIZER = load_tokenizer(vocab_size=261)
+CPU = torch.device("cpu")
+SHAPES = {"dense": replace(DENSE, vocab_size=261), "experts": replace(MOE, vocab_size=261)}
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """Neither a model nor a task of a local file may ask the hub for anything."""
+
+    def refuse(*_):
+        raise AssertionError("a connection was tried")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def pair(request, tmp_path_factory):
+    """A model, and what the harness makes of its export."""
+    model, folder = sharp(SHAPES[request.param]), tmp_path_factory.mktemp(request.param)
+    saved = find_saved_model(save_run(folder / "run", model))
+    return model, open_exported(saved, folder / "model", CPU)
 
 
 @pytest.fixture(scope="module")
-def model():
-    return sharp(replace(DENSE, vocab_size=261))
+def saved(tmp_path_factory):
+    run = save_run(tmp_path_factory.mktemp("saved") / "run", sharp(SHAPES["dense"]))
+    return find_saved_model(run)
 
 
 def request(*args) -> SimpleNamespace:
@@ -34,10 +58,11 @@ def log_probabilities(model, ids: list[int]) -> torch.Tensor:
     return torch.stack(values)
 
 
-def test_likelihood_of_continuations(model):
-    """Together in one padded pass, as each alone."""
+def test_likelihood_of_continuations(pair):
+    """Together in padded passes, as each alone."""
+    model, harness = pair
     pairs = [("The cat", " sat on the mat"), ("A", "b"), ("", "Hi"), ("x" * 30, "y" * 20)]
-    results = HarnessModel(model, TOKENIZER).loglikelihood([request(*p) for p in pairs])
+    results = harness.loglikelihood([request(*p) for p in pairs], disable_tqdm=True)
     for (context, continuation), (score, is_greedy) in zip(pairs, results, strict=True):
         before = TOKENIZER.encode(context) or [TOKENIZER.eot_id]
         ids = before + TOKENIZER.encode(continuation)
@@ -46,52 +71,23 @@ def test_likelihood_of_continuations(model):
         assert not is_greedy
 
 
-def test_what_greedy_decoding_writes_is_greedy(model):
-    harness = HarnessModel(model, TOKENIZER)
+def test_what_the_harness_has_written_is_greedy(pair):
+    model, harness = pair
     prompt = "The cat"
-    (text,) = harness.generate_until([request(prompt, {"until": [], "max_gen_toks": 8})])
+    settings = {"until": [], "max_gen_toks": 8, "do_sample": False}
+    (text,) = harness.generate_until([request(prompt, settings)], disable_tqdm=True)
     ids = TOKENIZER.encode(prompt)
     for _ in range(8):
         ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
     assert TOKENIZER.decode(ids[7:]) == text
-    continuation = ids[7:]
-    ((score, is_greedy),) = harness._loglikelihood_tokens([("", ids[:7], continuation)])
-    assert is_greedy
-    assert score == pytest.approx(log_probabilities(model, ids)[6:].sum().item(), rel=1e-4)
 
 
-def test_generation_ends_at_a_stop(model):
-    harness = HarnessModel(model, TOKENIZER)
-    (whole,) = harness.generate_until([request("The cat", {"until": [], "max_gen_toks": 8})])
-    stop = whole[3]
-    (cut,) = harness.generate_until([request("The cat", {"until": [stop], "max_gen_toks": 8})])
-    assert cut == whole[: whole.index(stop)]
-
-
-def test_whole_texts_longer_than_the_context(model):
-    """Every token is scored once, the first after the end-of-text token."""
-    harness = HarnessModel(model, TOKENIZER)
-    short = "Hello there"
-    (score,) = harness.loglikelihood_rolling([request(short)])
-    ids = [TOKENIZER.eot_id, *TOKENIZER.encode(short)]
+def test_whole_texts_are_scored_after_the_end_of_text_token(pair):
+    model, harness = pair
+    text = "Hello there"
+    (score,) = harness.loglikelihood_rolling([request(text)], disable_tqdm=True)
+    ids = [TOKENIZER.eot_id, *TOKENIZER.encode(text)]
     assert score == pytest.approx(log_probabilities(model, ids).sum().item(), rel=1e-4)
-
-    seen = []
-    harness._loglikelihood_tokens = lambda parts: seen.extend(parts) or [(0.0, True)] * len(parts)
-    long = "abcdefghij" * 20
-    harness.loglikelihood_rolling([request(long)])
-    assert TOKENIZER.decode([i for _, _, scored in seen for i in scored]) == long
-    assert all(
-        len(context) + len(scored) <= model.config.max_seq_len + 1 for _, context, scored in seen
-    )
-
-
-def test_of_what_is_too_long_the_end_counts(model):
-    harness = HarnessModel(model, TOKENIZER)
-    context, continuation = list(range(10, 210)), [50, 60]
-    ((score, _),) = harness._loglikelihood_tokens([("", context, continuation)])
-    ids = (context + continuation)[-model.config.max_seq_len - 1 :]
-    assert score == pytest.approx(log_probabilities(model, ids)[-2:].sum().item(), rel=1e-4)
 
 
 @pytest.fixture
@@ -116,10 +112,10 @@ metric_list:
     return tmp_path
 
 
-def test_a_local_task(model, tasks, monkeypatch, tmp_path):
+def test_a_local_task(saved, tasks, monkeypatch, tmp_path):
     """The harness's accuracy is the share of questions where the model prefers the right letter."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    rows, right = [], 0
+    model, rows, right = sharp(SHAPES["dense"]), [], 0
     for number, question in enumerate(["one", "two", "three", "four", "five"]):
         ids = TOKENIZER.encode(question)
         logits = model(torch.tensor([ids])).logits[0, -1]
@@ -132,14 +128,14 @@ def test_a_local_task(model, tasks, monkeypatch, tmp_path):
     # Nothing between question and letter, so that the scores above are the harness's.
     with (tasks / "letters.yaml").open("a") as file:
         file.write('target_delimiter: ""\n')
-    results = run_tasks(model, TOKENIZER, ["letters"], folder=tasks, limit=None)
+    results = run_tasks(saved, ["letters"], folder=tasks, limit=None, device=CPU)
     assert results["letters"]["acc,none"] == right / 5
-    limited = run_tasks(model, TOKENIZER, ["letters"], folder=tasks, limit=1)
+    limited = run_tasks(saved, ["letters"], folder=tasks, limit=1, device=CPU)
     assert limited["letters"]["acc,none"] in (0.0, 1.0)
 
 
-def test_unknown_task_and_missing_data(model, tasks):
+def test_unknown_task_and_missing_data(saved, tasks):
     with pytest.raises(UserError, match="--tasks nonsense: no such task in --task-folder"):
-        run_tasks(model, TOKENIZER, ["nonsense"], folder=tasks, limit=None)
+        run_tasks(saved, ["nonsense"], folder=tasks, limit=None, device=CPU)
     with pytest.raises(UserError, match="--tasks letters: cannot be run"):
-        run_tasks(model, TOKENIZER, ["letters"], folder=tasks, limit=None)
+        run_tasks(saved, ["letters"], folder=tasks, limit=None, device=CPU)

@@ -1,5 +1,6 @@
 """`python -m hamner.evaluate`: arguments, and what it prints; the path test runs it for real."""
 
+import importlib.util
 import io
 import os
 import re
@@ -11,9 +12,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from hamner.checkpoint.saved_model import SavedModel
 from hamner.errors import UserError
 from hamner.evaluate.__main__ import EvaluateConfig, evaluate, parse, show
-from tests.models import DENSE
+from tests.models import DENSE, MOE
 from tests.saved import save_run, sharp
 
 SHAPE = replace(DENSE, vocab_size=261, max_seq_len=128)
@@ -63,8 +65,34 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path, changes, named):
         evaluate(replace(config, **changes))
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"router_balance": "bias"}, "no place for the router biases"),
+        ({"num_shared_experts": 1}, "shared experts"),
+        ({"use_differential_attention": True}, "differential attention with experts"),
+    ],
+)
+def test_tasks_of_a_model_that_has_no_export(tmp_path, monkeypatch, changes, reason):
+    """Said in one sentence before any model is loaded."""
+    shape = replace(MOE, vocab_size=261, **changes)
+    run = save_run(tmp_path / "run", sharp(shape))
+    monkeypatch.setattr(SavedModel, "build", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    config = EvaluateConfig(checkpoint=(run,), tasks=("hellaswag",), device="cpu")
+    with pytest.raises(UserError, match=rf"--tasks: .+step_00000007: .*{reason}"):
+        evaluate(config)
+
+
+@pytest.mark.parametrize("missing", ["lm_eval", "transformers", "accelerate"])
+def test_tasks_without_the_harness(tmp_path, monkeypatch, missing):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else name)
+    with pytest.raises(UserError, match=r"--tasks needs .+ pip install 'hamner\[harness\]'"):
+        evaluate(EvaluateConfig(checkpoint=(tmp_path,), tasks=("hellaswag",), device="cpu"))
+
+
 def test_base_and_chat_model_side_by_side(tmp_path):
-    """Both on the same data; each model's own columns, samples and probe."""
+    """Both on the same data; each model's own columns and samples."""
     base = save_run(tmp_path / "base", sharp(SHAPE))
     chat = save_run(tmp_path / "chat", sharp(SHAPE), chat=True)
     results = evaluate(
@@ -79,13 +107,12 @@ def test_base_and_chat_model_side_by_side(tmp_path):
     # The same weights: the same losses, whatever the model is called.
     assert results[0].sources == results[1].sources
     assert [result.is_chat for result in results] == [False, True]
-    assert [result.probe is None for result in results] == [True, False]
 
     console = Console(file=io.StringIO(), width=100)
     show(results, console)
     table = console.file.getvalue()
     assert f"{results[0].sources[0].loss:.4f}" in table
     assert len(re.findall(r"text: builtin", table)) == 1
-    assert re.search(r"arithmetic +│ +- +│ +\d+%", table)
+    assert re.search(r"kind +│ +base model +│ +chat model", table)
     assert "> Who are you?" in table
     assert "> The history of" in table

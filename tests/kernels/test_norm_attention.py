@@ -117,9 +117,9 @@ def test_no_rotation_of_its_own_in_backward(head_size, rotations, device, monkey
     """What a layer's backward launches of rope.py's kernel."""
     launched = []
 
-    def launch(*args, inverse=False, in_place):
+    def launch(*args, inverse=False, **options):
         launched.append(inverse)
-        return rotate(*args, inverse=inverse, in_place=in_place)
+        return rotate(*args, inverse=inverse, **options)
 
     # By their full names: the package has functions of the same.
     modules = [

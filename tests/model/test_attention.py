@@ -13,6 +13,7 @@ from hamner.kernels.flash_attention import flash_attention_reference, split_qkv
 from hamner.model import attention, attention_timing
 from hamner.model.attention import (
     AttentionBackend,
+    AttentionShape,
     differential_attention,
     document_positions,
     get_attention,
@@ -40,9 +41,8 @@ def choose(name: str, device: torch.device, **changes) -> AttentionBackend:
         "num_kv_heads": KV_HEADS,
         "seq_len": 32,
         "micro_batch_size": 2,
-        "document_mask": False,
     }
-    return get_attention(name, **(asked | changes))
+    return get_attention(name, AttentionShape(**(asked | changes)))
 
 
 def make_qkv(device, seq_len=37, heads=HEADS, kv_heads=KV_HEADS, dtype=torch.float32) -> Tensor:
@@ -102,7 +102,7 @@ def backend(request, device, monkeypatch) -> AttentionBackend:
     """The backend named by the test; flash-attn by its stand-in, which runs on any device."""
     if request.param == "flash-attn":
         request.getfixturevalue("installed_flash_attn")
-        monkeypatch.setitem(attention._OBSTACLES, "flash-attn", lambda shape: None)
+        monkeypatch.setitem(attention._UNSUPPORTED_REASONS, "flash-attn", lambda shape: None)
     return choose(request.param, device)
 
 
@@ -454,7 +454,7 @@ class TestAuto:
             return qkv[..., : num_heads * HEAD_SIZE] * float("nan")
 
         functions = {"triton": REFERENCE.function, "flash-attn": nonsense}
-        shape = attention.AttentionShape(
+        shape = AttentionShape(
             device=device,
             dtype=torch.bfloat16,
             head_size=HEAD_SIZE,

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hamner.config.train import TrainConfig
+from hamner.config.options import for_option
 from hamner.errors import UserError
 from hamner.kernels.rope import rope_packed_reference
-from hamner.model.attention import get_attention
+from hamner.model.attention import AttentionShape, get_attention
 from hamner.model.ops import build_ops
 from hamner.model.transformer import Transformer
 from hamner.parallel.device import select
@@ -20,7 +20,7 @@ WHY = "the optional extra hamner[liger] is not installed"
 
 
 def test_a_cpu_refuses():
-    config = replace(TrainConfig.for_option("tiny"), kernels="liger", device="cpu")
+    config = replace(for_option("tiny"), kernels="liger", device="cpu")
     with pytest.raises(UserError, match="--kernels liger needs a GPU"):
         select(config)
 
@@ -67,8 +67,7 @@ def test_the_whole_model(rebuild):
         ("torch", "torch", torch.float32),
         ("exact", "torch", torch.float64),
     ):
-        attention = get_attention(
-            "sdpa",
+        shape = AttentionShape(
             device=torch.device("cuda"),
             dtype=dtype,
             head_size=16,
@@ -76,8 +75,8 @@ def test_the_whole_model(rebuild):
             num_kv_heads=2,
             seq_len=64,
             micro_batch_size=2,
-            document_mask=False,
         )
+        attention = get_attention("sdpa", shape)
         policies = (SELECTIVE,) * DENSE.num_layers if rebuild else None
         model = Transformer(DENSE, build_ops(kernels, attention), policies)
         model.initialize(0)

@@ -7,7 +7,7 @@ import torch
 
 from hamner.config.model import ModelConfig
 from hamner.config.options import OPTIONS
-from hamner.model.attention import get_attention
+from hamner.model.attention import AttentionShape, get_attention
 from hamner.model.ops import build_ops
 from hamner.model.recompute import rebuilt_in_backward
 from hamner.model.transformer import Transformer
@@ -37,17 +37,10 @@ def mixture(**changes) -> ModelConfig:
 
 
 def gradients(config: ModelConfig, policy, device) -> dict[str, torch.Tensor]:
-    attention = get_attention(
-        "triton",
-        device=device,
-        dtype=torch.float32,
-        head_size=config.head_size,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_kv_heads,
-        seq_len=16,
-        micro_batch_size=2,
-        document_mask=False,
+    shape = AttentionShape.of_model(
+        config, device=device, dtype=torch.float32, seq_len=16, micro_batch_size=2
     )
+    attention = get_attention("triton", shape)
     model = Transformer(config, build_ops("triton", attention), (policy,) * config.num_layers)
     model.to(device).initialize(0)
     tokens = torch.randint(128, (2, 17), generator=torch.Generator().manual_seed(0)).to(device)

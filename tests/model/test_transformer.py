@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from hamner.data.loader import Batch
+from hamner.data.batch import Batch
 from hamner.plan.memory import FULL, NONE, SELECTIVE
 from tests.models import DENSE, MOE, build
 

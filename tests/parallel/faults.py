@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from hamner.checkpoint import format as checkpoint
 from hamner.cli import run_command
-from hamner.parallel.ranks import Place
+from hamner.parallel.ranks import Rank
 from hamner.train.__main__ import main
 from hamner.train.step import OnPhase, ignore_phase
 
@@ -65,10 +65,10 @@ def in_save(step: int, fault: Callable[[], None]) -> None:
 
 
 if __name__ == "__main__":
-    place, on_phase = Place.read(), ignore_phase
-    if place.restarts == 0 and place.rank == 1:
+    rank, on_phase = Rank.read(), ignore_phase
+    if rank.restarts == 0 and rank.global_rank == 1:
         on_phase = in_step(7, die)
-    if place.restarts == 1 and place.rank == 0:
+    if rank.restarts == 1 and rank.global_rank == 0:
         in_save(12, die)
     sys.argv[0] = "hamner.train"
     run_command(lambda args: main(args, on_phase=on_phase))

@@ -8,29 +8,31 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from hamner.config.options import for_option
 from hamner.config.train import TrainConfig
 from hamner.errors import UserError
 from hamner.hardware import GIB
+from hamner.model.attention import AttentionChoice
 from hamner.model.transformer import Transformer
 from hamner.parallel import device, engines
-from hamner.parallel.engines import DataParallel, FullySharded, OneProcess
-from hamner.parallel.processes import Alone
-from hamner.parallel.ranks import Place, resume_after_restart
+from hamner.parallel.engines import DataParallel, Engine, FullySharded
+from hamner.parallel.processes import SingleProcess
+from hamner.parallel.ranks import Rank, resume_after_restart
 from hamner.train import setup
 from hamner.train.optimizer import AdamW
 from tests.models import DENSE, plain_ops
 from tests.models import build as build_model
 
-FOUR = Place(rank=1, world_size=4, local_rank=1, local_world_size=4)
+FOUR = Rank(global_rank=1, world_size=4, local_rank=1, local_world_size=4)
 
 
-def plan(config: TrainConfig, place: Place, budget: float):
+def plan(config: TrainConfig, rank: Rank, budget: float):
     compute = device.select(replace(config, device="cpu"))
-    return setup.plan_parallel(config, compute, int(budget * GIB), place, None)
+    return setup.plan_parallel(config, compute, int(budget * GIB), rank, None)
 
 
 def test_auto_is_ddp_where_the_model_fits_and_fsdp_where_it_does_not():
-    config = TrainConfig.for_option("a")
+    config = for_option("a")
     whole = 16 * config.model.num_parameters() / GIB
     kind, memory = plan(config, FOUR, 100.0)
     assert (kind, memory.micro_batch_size) == ("ddp", 1)  # a CPU gains nothing from more
@@ -41,11 +43,11 @@ def test_auto_is_ddp_where_the_model_fits_and_fsdp_where_it_does_not():
     with pytest.raises(UserError, match="--vram-budget"):
         plan(replace(config, parallel="ddp"), FOUR, whole)
     assert plan(replace(config, parallel="fsdp"), FOUR, 100.0)[0] == "fsdp"
-    assert plan(config, Place(), 100.0)[0] == "none"
+    assert plan(config, Rank(), 100.0)[0] == "none"
 
 
 def test_a_step_must_be_dealt_evenly():
-    config = TrainConfig.for_option("a")
+    config = for_option("a")
     with pytest.raises(UserError, match=r"--micro-batch-size 4 .* the 6 sequences .* 4 processes"):
         plan(replace(config, micro_batch_size=4), FOUR, 100.0)
     with pytest.raises(UserError, match="--batch-size 10 is shared .* multiple of their number, 4"):
@@ -54,7 +56,7 @@ def test_a_step_must_be_dealt_evenly():
 
 
 def test_weights_that_stay_gathered_are_counted():
-    config = replace(TrainConfig.for_option("a"), parallel="fsdp")
+    config = replace(for_option("a"), parallel="fsdp")
     freed, kept = (
         plan(replace(config, fsdp_reshard=reshard), FOUR, 100.0)[1].account
         for reshard in (True, False)
@@ -63,19 +65,19 @@ def test_weights_that_stay_gathered_are_counted():
 
 
 def test_micro_batches_are_dealt_in_order():
-    class Third(Alone):
-        place = Place(rank=2, world_size=4)
+    class Third(SingleProcess):
+        rank = Rank(global_rank=2, world_size=4)
 
     assert Third().share(range(0, 24, 3)) == range(12, 18, 3)
 
 
 def test_place_is_read_from_the_environment_of_torchrun():
     variables = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
-    place = Place.read(variables)
-    assert place == Place(rank=3, world_size=4, local_rank=1, local_world_size=2)
-    assert place.num_machines == 2
-    assert not place.is_main
-    assert Place.read({"WORLD_SIZE": "4"}) == Place()  # other launchers set that one alone
+    rank = Rank.read(variables)
+    assert rank == Rank(global_rank=3, world_size=4, local_rank=1, local_world_size=2)
+    assert rank.num_machines == 2
+    assert not rank.is_main
+    assert Rank.read({"WORLD_SIZE": "4"}) == Rank()  # other launchers set that one alone
 
 
 def test_a_repeated_command_resumes(tmp_path, monkeypatch):
@@ -110,7 +112,7 @@ def test_ddp_sends_gradients_once_a_step_in_fp32_where_they_add_up(
     monkeypatch.setattr(engines, "_sum", lambda tensor: sent.append(tensor.dtype) or real(tensor))
     model = build_model(DENSE)
     optimizer = AdamW(model, plain_ops(), dtype=torch.bfloat16, weight_decay=0.0, grad_clip=1.0)
-    engine = DataParallel(Alone(), bucket_mib=1)
+    engine = DataParallel(SingleProcess(), bucket_mib=1)
     forward = engine.wrap(model, optimizer)
     inputs = torch.randint(DENSE.vocab_size, (micro_batches, 1, 17))
     expected = {}
@@ -136,18 +138,18 @@ def test_ddp_sends_gradients_once_a_step_in_fp32_where_they_add_up(
 
 
 def test_with_several_processes_a_graph_holds_the_only_micro_batch_of_a_step(group):
-    compute = device.select(replace(TrainConfig.for_option("tiny"), device="cpu"))
-    sharded = FullySharded(Alone(), compute, reshard=True)
-    for engine in (DataParallel(Alone(), bucket_mib=1), sharded):
+    compute = device.select(replace(for_option("tiny"), device="cpu"))
+    sharded = FullySharded(SingleProcess(), compute, reshard=True)
+    for engine in (DataParallel(SingleProcess(), bucket_mib=1), sharded):
         assert [engine.can_record(count) for count in (1, 2)] == [True, False]
-    assert OneProcess().can_record(2)
+    assert Engine().can_record(2)
 
 
 def test_the_garbage_collector_finds_a_model_that_ddp_has_wrapped(group):
     """The hook that DDP holds must not hold DDP: a bench builds one trainer after another."""
     model = build_model(DENSE)
     optimizer = AdamW(model, plain_ops(), dtype=torch.float32, weight_decay=0.0, grad_clip=1.0)
-    engine = DataParallel(Alone(), bucket_mib=1)
+    engine = DataParallel(SingleProcess(), bucket_mib=1)
     forward = engine.wrap(model, optimizer)
     found = weakref.ref(forward)
     del model, optimizer, engine, forward
@@ -157,8 +159,8 @@ def test_the_garbage_collector_finds_a_model_that_ddp_has_wrapped(group):
 
 def test_passes_without_gradients_leave_nothing_behind(group):
     """A replayed backward pass never clears what FSDP2 remembers of forward passes."""
-    config = replace(TrainConfig.for_option("tiny"), device="cpu")
-    engine = FullySharded(Alone(), device.select(config), reshard=True)
+    config = replace(for_option("tiny"), device="cpu")
+    engine = FullySharded(SingleProcess(), device.select(config), reshard=True)
     with torch.device("meta"):
         model = Transformer(DENSE, plain_ops())
     engine.shard(model)
@@ -171,3 +173,23 @@ def test_passes_without_gradients_leave_nothing_behind(group):
         state = module._get_fsdp_state()
         assert not state._comm_ctx.post_forward_order
         assert not state._fsdp_param_group._post_forward_indices
+
+
+def following(*answers) -> SingleProcess:
+    """A process of another rank, to which rank 0 says `answers` one after another."""
+    processes, answers = SingleProcess(), iter(answers)
+    processes.from_main = lambda function: next(answers)
+    return processes
+
+
+def test_other_ranks_follow_rank_0():
+    config = replace(for_option("tiny"), device="cpu")
+    plan = replace(setup.choose(config).plan, micro_batch_size=2)
+    choice = AttentionChoice("sdpa", "timed by rank 0")
+    followed = setup.choose(config, following(setup.Decision("none", plan, choice), True))
+    assert followed.plan == plan
+    assert (followed.attention.name, followed.attention.reason) == choice
+    assert followed.records_graph
+    choice = AttentionChoice("flash-attn", "timed by rank 0")
+    with pytest.raises(UserError, match="--attention flash-attn: it needs a CUDA GPU"):
+        setup.choose(config, following(setup.Decision("none", plan, choice), True))

@@ -11,7 +11,7 @@ import pytest
 
 from hamner.checkpoint import format as checkpoint
 from hamner.config.train import TrainConfig
-from hamner.parallel.ranks import Place
+from hamner.parallel.ranks import Rank
 from hamner.train.loop import train
 from hamner.train.step import ignore_phase
 from tests.corpus import write_predictable
@@ -38,7 +38,7 @@ def train_with_fault(ports: list[int], config: TrainConfig, where: str, fault: s
     """Body of a process: rank 1 has the fault."""
     enter(ports)
     on_phase = ignore_phase
-    if Place.read().rank == 1:
+    if Rank.read().global_rank == 1:
         on_phase = getattr(faults, where)(FAULT_STEP, getattr(faults, fault))
     result = train(config, on_phase=on_phase)
     print("INTERRUPTED" if result.interrupted else "DONE", result.step)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from hamner.config.options import for_option
 from hamner.config.train import TrainConfig
 from hamner.parallel.processes import open_processes
 from hamner.profile.steps import LR, open_steps, synchronize, warm_up
@@ -25,7 +26,7 @@ KINDS = {"dense": {}, "mixture": {"num_experts": 4, "num_experts_per_token": 2}}
 
 
 def tiny_config(folder, **changes) -> TrainConfig:
-    config = TrainConfig.for_option("tiny")
+    config = for_option("tiny")
     return replace(
         config,
         run_dir=folder,
@@ -48,7 +49,7 @@ def runs(tmp_path_factory) -> dict[tuple[str, str], list[dict]]:
     folder = tmp_path_factory.mktemp("runs")
     one, two = {}, {}
     for kind, changes in KINDS.items():
-        model = replace(TrainConfig.for_option("tiny").model, **changes)
+        model = replace(for_option("tiny").model, **changes)
         one[kind, "one"] = tiny_config(folder / f"{kind}_one", model=model)
         for engine in ENGINES:
             for graph in (True, False):

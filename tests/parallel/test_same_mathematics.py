@@ -12,7 +12,7 @@ from hamner.checkpoint import format as checkpoint
 from hamner.checkpoint.saved_model import find_saved_model
 from hamner.config.model import ModelConfig
 from hamner.config.sft import SftConfig
-from hamner.config.train import TrainConfig
+from hamner.config.train import ComputeConfig, TrainConfig
 from hamner.export.__main__ import ExportConfig, export
 from hamner.sft.fine_tuning import fine_tune
 from hamner.train.loop import train
@@ -142,8 +142,7 @@ def test_a_run_moves_between_numbers_of_processes(config, alone, tmp_path):
         steps=4,
         batch_size=4,
         eval_every=2,
-        parallel="fsdp",
-        device="cpu",
+        compute=ComputeConfig(parallel="fsdp", device="cpu"),
     )
     codes = run_job(train_and_tune, 2, tmp_path / "two", replace(resumed, parallel="fsdp"), tuned)
     assert codes == [0, 0], said(tmp_path / "two", 2)

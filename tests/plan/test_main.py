@@ -11,16 +11,8 @@ import pytest
 from hamner.config.options import OPTIONS
 from hamner.errors import UserError
 from hamner.hardware import GIB, GPUS
-from hamner.plan.__main__ import (
-    COMPARED,
-    PlanConfig,
-    analyse,
-    compare,
-    find_gpu,
-    main,
-    make_plan,
-    recommend,
-)
+from hamner.plan.__main__ import PlanConfig, analyse, find_gpu, main
+from hamner.plan.analysis import COMPARED, compare, make_plan, recommend
 from hamner.plan.loss import BESIROGLU, KNOWN_RUN
 
 RTX_3090 = GPUS["rtx-3090"]
@@ -78,21 +70,21 @@ def test_a_smaller_budget_recomputes_more_and_is_slower():
 
 def test_compare_lists_what_does_not_fit():
     plans, misfits = compare(RTX_3090, vram_budget=5)
-    assert {plan.option.name for plan in plans} | set(misfits) == set(COMPARED)
+    assert {plan.config.option for plan in plans} | set(misfits) == set(COMPARED)
     assert "current" not in misfits
     assert "--vram-budget 5.0 GiB is too small" in misfits["a"]
 
 
 def test_recommendation_is_the_lowest_loss_in_the_same_hours():
     plans, _ = compare(RTX_3090)
-    by_name = {plan.option.name: plan for plan in plans}
+    by_name = {plan.config.option: plan for plan in plans}
     best = recommend(plans, by_name["a"].hours)
     losses = {
         name: BESIROGLU.loss(plan.active_parameters, plan.tokens_in(by_name["a"].hours))
         for name, plan in by_name.items()
         if name != "a-short"  # half its context
     }
-    assert best.option.name == min(losses, key=losses.get)
+    assert best.config.option == min(losses, key=losses.get)
     # With a day only, tokens count for more than parameters.
     assert recommend(plans, 12).active_parameters < best.active_parameters
 
@@ -161,7 +153,7 @@ def test_slow_links_are_made_up_for_by_micro_batches():
     assert quiet.communication_share < 0.05
     assert quiet.memory.policies == slow.memory.policies
     assert quiet.rows_per_gpu // quiet.memory.micro_batch_size > 1
-    half = replace(quiet.option, batch_size=quiet.option.batch_size // 2)
+    half = replace(quiet.config, batch_size=quiet.config.batch_size // 2)
     earlier = make_plan(half, RTX_3090, slow.parallelism, policies=slow.memory.policies)
     assert earlier.communication_share >= 0.05
     assert plan_of(gpus=4, link=1, parallel="fsdp").with_quiet_communication() is None
@@ -202,7 +194,7 @@ def test_bad_input(flags, message):
 
 def test_command_prints_the_plan_without_torch():
     code = (
-        "import sys; from hamner.plan import main; main(['--option', 'a']); "
+        "import sys; from hamner.plan.__main__ import main; main(['--option', 'a']); "
         "sys.exit('torch' in sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -216,9 +208,7 @@ def test_command_compares_all(capsys):
     main(["--option", "all", "--gpu", "h100"])
     out = capsys.readouterr().out
     assert all(name in out for name in COMPARED)
-    assert "with 4 experts, 2 active, it has 210.9M" in out
-    assert "16,384, fewer than 24,576. 72 x 512 would be 36,864" in out
-    assert "compute-optimal budget at 6.42B" in out
+    assert all(count in out for count in ("210.9M", "281.6M", "16,384", "6.42B"))
     assert "Recommended: a, 320.9M parameters" in out
 
 

@@ -9,10 +9,10 @@ from hamner.config.model import ModelConfig
 from hamner.config.options import OPTIONS
 from hamner.errors import UserError
 from hamner.hardware import GIB
-from hamner.model.attention import get_attention
+from hamner.model.attention import AttentionShape, get_attention
 from hamner.model.ops import build_ops
 from hamner.model.transformer import Transformer
-from hamner.plan import memory
+from hamner.plan import costs, memory
 from hamner.plan.memory import FULL, NONE, SELECTIVE
 
 A = OPTIONS["a"].model
@@ -34,16 +34,9 @@ MODELS = {
 
 def bytes_autograd_keeps(model: ModelConfig, policy) -> float:
     """Per token, counted over storages that are not parameters', at the real widths."""
-    shape = {
-        "head_size": model.head_size,
-        "num_heads": model.num_attention_heads,
-        "num_kv_heads": model.num_kv_heads,
-        "seq_len": 16,
-        "micro_batch_size": 4,
-        "document_mask": False,
-    }
     cpu, bf16 = torch.device("cpu"), torch.bfloat16
-    attention = get_attention("sdpa", device=cpu, dtype=bf16, **shape)
+    asked = {"device": cpu, "dtype": bf16, "seq_len": 16, "micro_batch_size": 4}
+    attention = get_attention("sdpa", AttentionShape.of_model(model, **asked))
     transformer = Transformer(model, build_ops("torch", attention), (policy,) * model.num_layers)
     transformer.initialize(0)
     for parameter in transformer.matrices():
@@ -181,7 +174,7 @@ def test_loss_chunk_is_the_kernels(tokens, vocab_size, element_size):
     from hamner.kernels.cross_entropy import default_chunk_size
 
     expected = default_chunk_size(tokens, vocab_size, element_size)
-    assert memory.loss_chunk(vocab_size, tokens, element_size) == expected
+    assert costs.loss_chunk(vocab_size, tokens, element_size) == expected
 
 
 def test_plain_torch_keeps_everything_while_it_fits():

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from hamner.errors import UserError
+from hamner.files import TEMPORARY
 from hamner.plan import report
 from hamner.plan.__main__ import PlanConfig, analyse
 from hamner.plan.report import document, memory_table, options_table, step_times, write_report
-from hamner.plan.step_time import MEASURED_RUNS
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_step_times_name_what_takes_time(analysis):
     assert sum(spent) == pytest.approx(analysis.plan.prediction.step_ms, abs=0.5)
 
 
-def test_document_has_every_section_and_measured_run(analysis):
+def test_document_has_every_section(analysis):
     text = document(analysis, "plan_files")
     titles = re.findall(r"^## (.+)$", text, re.MULTILINE)
     assert titles == [
@@ -72,10 +72,11 @@ def test_document_has_every_section_and_measured_run(analysis):
         "Training plan",
         "What this rests on",
     ]
-    assert all(f"{run.tokens_per_second:,.0f}" in text for run in MEASURED_RUNS)
+    assert (
+        "Against the 27 runs measured so far the model is -4% to +9% off, on this card +9%." in text
+    )
     assert "Train **a** (320.9M parameters): " in text
     assert "## Training plan\n\nOf option a:\n" in text
-    assert "| H100 SXM |" in text
     assert "\n\n\n" not in text
 
 
@@ -124,7 +125,7 @@ def test_report_is_replaced_whole_or_not_at_all(tmp_path, analysis, monkeypatch)
     with pytest.raises(UserError, match=r"plan\.md cannot be written: No space left on device"):
         write_report(path, analysis)
     assert path.read_text() == "the old report"
-    assert list((tmp_path / "plan_files").iterdir()) == []
+    assert {p.suffix for p in (tmp_path / "plan_files").iterdir()} <= {TEMPORARY}
 
 
 def test_folder_that_cannot_take_a_report(tmp_path, analysis):

@@ -1,22 +1,24 @@
 """The roofline against arithmetic done by hand, and against every run that was measured."""
 
+from pathlib import Path
+
 import pytest
 
 from hamner.config.model import ModelConfig
 from hamner.config.options import OPTIONS
 from hamner.hardware import GPUS, Gpu
+from hamner.plan.costs import Cost, flops_per_token
 from hamner.plan.memory import FULL, NONE, SELECTIVE, mixed
 from hamner.plan.step_time import (
     CATEGORIES,
-    COMPILED,
-    EARLIER,
-    MEASURED_RUNS,
+    MEASURED_ERRORS,
     TRITON,
     Op,
     compare_with_reality,
     efficiency,
     predict,
 )
+from tests.plan.measured_runs import COMPILED, EARLIER, MEASURED_RUNS, markdown_rows
 
 RTX_3090, H100 = GPUS["rtx-3090"], GPUS["h100"]
 
@@ -41,6 +43,22 @@ def predict_option(name, gpu=RTX_3090, policy=SELECTIVE, **changes):
 def test_measured_runs(run):
     """Within 3% where efficiencies come from the run itself, within 10% elsewhere."""
     assert abs(run.error) < (0.03 if run.fitted else 0.10)
+
+
+@pytest.mark.parametrize("gpu", dict.fromkeys(run.gpu for run in MEASURED_RUNS))
+def test_what_a_plan_says_of_its_errors(gpu):
+    errors = [run.error for run in MEASURED_RUNS if run.gpu == gpu]
+    count, *ends = MEASURED_ERRORS[GPUS[gpu].name]
+    assert count == len(errors)
+    assert [f"{end:+.0%}" for end in ends] == [f"{f(errors):+.0%}" for f in (min, max)]
+    assert sum(count for count, *_ in MEASURED_ERRORS.values()) == len(MEASURED_RUNS)
+
+
+def test_page_lists_every_measured_run():
+    page = (Path(__file__).parents[2] / "docs" / "planning.md").read_text().splitlines()
+    assert [line for line in page if line.endswith(("| yes |", "| no |"))] == markdown_rows(
+        MEASURED_RUNS
+    )
 
 
 def test_step_of_option_a_by_hand():
@@ -69,7 +87,7 @@ def test_speed_and_mfu_follow_from_the_step():
     assert tuple(prediction.milliseconds) == CATEGORIES
     assert prediction.step_ms == pytest.approx(sum(prediction.milliseconds.values()))
     assert prediction.tokens_per_second == pytest.approx(24_576 / prediction.step_ms * 1e3)
-    flops = OPTIONS["a"].model.flops_per_token(1024)
+    flops = flops_per_token(OPTIONS["a"].model, 1024)
     assert prediction.mfu == pytest.approx(prediction.tokens_per_second * flops / 71.2e12)
 
 
@@ -143,18 +161,17 @@ def test_scores_in_memory_cost_more_than_fused_attention():
 def test_op_takes_the_longer_of_arithmetic_and_traffic():
     reached = efficiency(RTX_3090)
     arithmetic, traffic = 65e12, 850e9  # one second each
-    op = Op("x", "matmul", flops=arithmetic, bytes=2 * traffic)
+    op = Op("x", "matmul", Cost(arithmetic, 2 * traffic))
     assert op.seconds(RTX_3090, reached) == pytest.approx(2)
-    assert Op("x", "matmul", arithmetic, 2 * traffic, overlaps=False).seconds(
-        RTX_3090, reached
-    ) == pytest.approx(3)
+    apart = Op("x", "matmul", Cost(arithmetic, 2 * traffic), overlaps=False)
+    assert apart.seconds(RTX_3090, reached) == pytest.approx(3)
 
 
 def test_small_matmuls_are_slower_on_an_h100():
     """The measured 629 to 659 TFLOP/s at 768 and 641 to 700 at 1024, within 6%."""
     reached = efficiency(H100)
     for dim, lowest, highest in ((768, 629, 659), (1024, 641, 700), (8192, 776, 776)):
-        op = Op("matmul", "matmul", flops=1e12, smallest_dim=dim)
+        op = Op("matmul", "matmul", Cost(flops=1e12), smallest_dim=dim)
         tflops = 1 / op.seconds(H100, reached)
         assert 0.98 * lowest < tflops < 1.02 * highest
 

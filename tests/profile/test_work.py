@@ -27,7 +27,7 @@ def test_bytes_an_element_of_adamw(with_copies, size):
 def test_bytes_of_the_router_projection():
     x, weight, d_logits = [30, 8], [4, 8], [30, 4]
     for name, dims, types, size in (
-        ("hamner::router_linear", [x, weight], [BF16, BF16], 2 * 30 * 8),
+        ("hamner::router_linear", [x, weight], [BF16, BF16], 2 * 30 * 8 + 4 * 30 * 4),
         (
             "hamner::router_linear_backward",
             [d_logits, x, weight],

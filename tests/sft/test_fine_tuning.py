@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from hamner.checkpoint import format as checkpoint
 from hamner.checkpoint.format import MODEL_FILE
 from hamner.checkpoint.saved_model import find_saved_model
+from hamner.config.options import total_tokens
 from hamner.config.sft import SftConfig
-from hamner.config.train import TrainConfig
+from hamner.config.train import ComputeConfig, RunConfig, TrainConfig
 from hamner.data.conversations.examples import load_examples
 from hamner.data.conversations.loader import validation_batch
 from hamner.data.tokenizer import load_tokenizer
@@ -53,11 +54,15 @@ def config(base, data) -> SftConfig:
         lr=3e-3,
         min_lr=3e-4,
         eval_every=4,
-        log_every=4,
         patience=10,
         val_fraction=0.2,
-        device="cpu",
+        compute=ComputeConfig(device="cpu"),
+        run=RunConfig(log_every=4),
     )
+
+
+def with_run(config: SftConfig, **changes) -> SftConfig:
+    return replace(config, run=replace(config.run, **changes))
 
 
 def records(run: Path) -> list[dict]:
@@ -75,7 +80,7 @@ def test_starts_from_the_checkpoint_and_learns_the_answers(config, base):
     knows nothing ln 261 = 5.6.
     """
     result = fine_tune(replace(config, steps=120, lr=1e-2))
-    assert config.folder == base.with_name("base-sft")
+    assert config.run_dir == base.with_name("base-sft")
     assert result.val_loss < 0.65
     unmoved = fine_tune(replace(config, run_dir=base.with_name("unmoved"), lr=1e-12, min_lr=0.0))
     before, after = model_weights(find_saved_model(base).checkpoint.path), unmoved.checkpoint
@@ -97,17 +102,17 @@ def test_validation_loss_is_of_the_learned_tokens_alone(config):
             if learned:
                 total -= logits[position, ids[position + 1]].item()
                 count += 1
-    batch = validation_batch([source], tokenizer, config.seq_len, config.eval_tokens)
+    batch = validation_batch([source], tokenizer, config.seq_len, config.run.eval_tokens)
     assert count == int((batch.targets != -100).sum()) == 3 * len(source.validation)
     assert result.val_loss == pytest.approx(total / count, rel=1e-4)
 
 
 def test_resume_is_exact(config):
     whole = fine_tune(config)
-    halves = replace(config, run_dir=config.folder.with_name("halves"))
-    stopped = fine_tune(replace(halves, stop_after=7))
+    halves = replace(config, run_dir=config.run_dir.with_name("halves"))
+    stopped = fine_tune(with_run(halves, stop_after=7))
     assert stopped.step == 7
-    resumed = fine_tune(replace(halves, resume=True))
+    resumed = fine_tune(with_run(halves, resume=True))
     one, other = model_weights(whole.checkpoint), model_weights(resumed.checkpoint)
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert checkpoint.best(whole.checkpoint.parent).step == (
@@ -116,57 +121,65 @@ def test_resume_is_exact(config):
 
 
 def test_resume_does_not_need_the_base(config, base):
-    fine_tune(replace(config, stop_after=2))
+    fine_tune(with_run(config, stop_after=2))
     base.rename(base.with_name("elsewhere"))
-    assert fine_tune(replace(config, resume=True)).step == 16
+    assert fine_tune(with_run(config, resume=True)).step == 16
 
 
 def test_stops_early_and_keeps_the_best(config):
     """A learning rate that soon ruins the model: the loss rises, the run stops, the best stays."""
-    ruinous = replace(config, steps=400, lr=0.3, min_lr=0.3, grad_clip=0, eval_every=1, patience=3)
-    result = fine_tune(replace(ruinous, keep=1, warmup_steps=40))
-    losses = {r["step"]: r["val_loss"] for r in records(config.folder)}
+    ruinous = replace(
+        with_run(config, grad_clip=0, keep=1),
+        steps=400,
+        lr=0.3,
+        min_lr=0.3,
+        eval_every=1,
+        patience=3,
+        warmup_steps=40,
+    )
+    result = fine_tune(ruinous)
+    losses = {r["step"]: r["val_loss"] for r in records(config.run_dir)}
     best_step = min(losses, key=losses.get)
     assert result.step == best_step + 3 < 400
-    assert checkpoint.best(config.folder / "checkpoints").step == best_step
-    assert find_saved_model(config.folder).checkpoint.step == best_step
-    assert [c.step for c in checkpoint.find(config.folder / "checkpoints")] == [
+    assert checkpoint.best(config.run_dir / "checkpoints").step == best_step
+    assert find_saved_model(config.run_dir).checkpoint.step == best_step
+    assert [c.step for c in checkpoint.find(config.run_dir / "checkpoints")] == [
         best_step,
         result.step,
     ]
-    again = fine_tune(replace(ruinous, keep=1, warmup_steps=40, resume=True))
+    again = fine_tune(with_run(ruinous, resume=True))
     assert again == result
 
 
 def test_a_fine_tuned_run_is_a_run_and_a_chat_model(config, base):
     fine_tune(replace(config, steps=2))
-    saved = find_saved_model(config.folder)
+    saved = find_saved_model(config.run_dir)
     assert saved.is_chat
     assert not find_saved_model(base).is_chat
     assert type(saved.config) is TrainConfig
     assert saved.config.document_mask
-    assert SftConfig.read(config.folder / "config.json").checkpoint == base
+    assert SftConfig.read(config.run_dir / "config.json").sft.checkpoint == base
 
 
 @pytest.mark.parametrize("kind", ["none", "yarn"])
 def test_a_longer_context(config, kind):
     """Pre-trained at 64, fine-tuned at 128: the model of the run is made for 128."""
-    longer = replace(config, seq_len=128, rope_scaling=kind, steps=2)
+    longer = replace(config, seq_len=128, sft=replace(config.sft, rope_scaling=kind), steps=2)
     result = fine_tune(longer)
     shape = find_saved_model(result.checkpoint).config.model
     assert shape.max_seq_len == 128
     assert (shape.rope_scaling, shape.rope_scaling_from) == (kind, 0 if kind == "none" else 64)
-    assert fine_tune(replace(longer, steps=3, resume=True)).step == 3
+    assert fine_tune(with_run(replace(longer, steps=3), resume=True)).step == 3
 
 
 def test_length_follows_from_the_epochs(config):
-    config = replace(config, steps=None, epochs=2.5, warmup_steps=20, eval_every=100)
-    planned = scheduled(config, rows_per_epoch=50)
-    assert planned.total_tokens == 32 * 4 * 64  # ceil(2.5 x 50 rows / 4 a step)
+    config = replace(config, steps=None, warmup_steps=20, eval_every=100).training()
+    planned = scheduled(config, epochs=2.5, rows_per_epoch=50)
+    assert total_tokens(planned) == 32 * 4 * 64  # ceil(2.5 x 50 rows / 4 a step)
     assert planned.warmup_steps == 3
     assert planned.eval_every == 13
-    fixed = scheduled(replace(config, steps=7), rows_per_epoch=50)
-    assert fixed.total_tokens == 7 * 4 * 64
+    fixed = scheduled(replace(config, steps=7), epochs=2.5, rows_per_epoch=50)
+    assert total_tokens(fixed) == 7 * 4 * 64
 
 
 def test_bad_data_leaves_no_run_folder(config, tmp_path):
@@ -175,4 +188,4 @@ def test_bad_data_leaves_no_run_folder(config, tmp_path):
     for data, named in ((str(silent), "no conversation to train on"), ("no.jsonl", "no such file")):
         with pytest.raises(UserError, match=named):
             fine_tune(replace(config, data=(data,)))
-    assert not config.folder.exists()
+    assert not config.run_dir.exists()

@@ -9,7 +9,9 @@ from dataclasses import replace
 
 import pytest
 
+from hamner.config.model import ModelConfig
 from hamner.config.sft import SftConfig
+from hamner.config.train import TrainConfig
 from hamner.errors import UserError
 from hamner.sft.__main__ import parse
 from tests.models import DENSE, build
@@ -49,18 +51,21 @@ def test_defaults_follow_from_the_checkpoint(base):
 
 
 def test_a_longer_row_extends_the_model(base):
-    assert parse(["--checkpoint", str(base), "--seq-len", "32"]).model.max_seq_len == 64
-    assert parse(["--checkpoint", str(base), "--seq-len", "256"]).model.max_seq_len == 256
-    scaled = parse(["--checkpoint", str(base), "--seq-len", "256", "--rope-scaling", "yarn"])
-    assert scaled.model.rope_scaling_factor == 4.0
+    def model(*flags: str) -> ModelConfig:
+        return parse(["--checkpoint", str(base), *flags]).training().model
+
+    assert model("--seq-len", "32").max_seq_len == 64
+    assert model("--seq-len", "256").max_seq_len == 256
+    assert model("--seq-len", "256", "--rope-scaling", "yarn").rope_scaling_factor == 4.0
 
 
 def test_config_json_reads_back_what_was_written(base, tmp_path):
     args = ["--checkpoint", str(base), "--data", "a.jsonl=2", "b.jsonl=1", "--epochs", "2"]
     config = parse([*args, "--seq-len", "128", "--rope-scaling", "linear"])
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(config.to_json()))
-    assert SftConfig.read(path) == config
+    path.write_text(json.dumps(config.training().to_json()))
+    assert SftConfig.read(path).training() == config.training()
+    assert TrainConfig.read(path) == config.training()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The trainer end to end, on the CPU in fp32."""
 
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +15,8 @@ from hamner.config.options import OPTIONS
 from hamner.config.train import TrainConfig
 from hamner.errors import UserError
 from hamner.hardware import GPUS
-from hamner.train.loop import Trainer, train
-from hamner.train.readback import Readback
+from hamner.train.log import AsyncCopy
+from hamner.train.loop import TrainingLoop, train
 from tests.corpus import write_predictable
 
 BYTES_ONLY = 261
@@ -112,19 +113,33 @@ def test_numbers_that_come_in_late_change_no_record(config, monkeypatch):
     """As on a GPU, whose numbers are a step behind; a save waits for the lines up to it."""
     saving = replace(config, log_every=1, save_every=5, run_dir=config.run_dir.with_name("late"))
     train(replace(saving, run_dir=config.run_dir))
-    monkeypatch.setattr(Readback, "arrived", False)
+    monkeypatch.setattr(AsyncCopy, "is_done", False)
     written, saved = {}, {}
-    trainer = Trainer(saving, RunFolder(saving.folder))
+    on_disk = threading.Event()
+    on_disk.set()
+
+    def on_phase(phase: str, step: int) -> None:
+        if phase == "saved":
+            on_disk.set()
+        elif phase == "data":  # a save that is slow would delay the next one by a step
+            assert on_disk.wait(30)
+
+    trainer = TrainingLoop(saving, RunFolder(saving.folder), on_phase=on_phase)
+    begin = trainer.saves.saver.begin
+
+    def begin_save(*args, **kwargs):
+        on_disk.clear()
+        begin(*args, **kwargs)
 
     def noting(method, notes: dict):
         def noted(*args, **kwargs):
-            notes[trainer.step] = len(trainer.log_lines)
+            notes[trainer.progress.step] = sum(item.line is not None for item in trainer.log.queue)
             return method(*args, **kwargs)
 
         return noted
 
-    monkeypatch.setattr(trainer, "write_log_line", noting(trainer.write_log_line, written))
-    monkeypatch.setattr(trainer.saver, "begin", noting(trainer.saver.begin, saved))
+    monkeypatch.setattr(trainer.log, "_write_line", noting(trainer.log._write_line, written))
+    monkeypatch.setattr(trainer.saves.saver, "begin", noting(begin_save, saved))
     trainer.run_to_end()
     trainer.close()
     assert metrics(saving.run_dir) == metrics(config.run_dir)
@@ -171,18 +186,19 @@ def test_micro_batches_do_not_change_the_step(config, micro_batch_size, tmp_path
     results = []
     for size in (8, micro_batch_size):
         run_dir = tmp_path / f"micro_{size}"
-        trainer = Trainer(
+        trainer = TrainingLoop(
             replace(config, micro_batch_size=size, run_dir=run_dir, grad_clip=0.0),
             RunFolder(run_dir),
         )
         try:
-            batch = next(trainer.loader)
+            batch = next(trainer.data.loader)
             targets = batch.targets.clone()
             targets[0, :50] = -100
             targets[5, :] = -100
             batch = replace(batch, targets=targets)
-            norm = trainer.train_step(batch, 1e-3, NeverInterrupted())
-            results.append((trainer.loss_sum, norm, dict(trainer.optimizer.exp_avg)))
+            result = trainer.step.step(batch, 1e-3)
+            moments = dict(trainer.step.optimizer.exp_avg)
+            results.append((result.loss, result.grad_norm, moments))
         finally:
             trainer.close()
     (loss, norm, moments), (other_loss, other_norm, other_moments) = results
@@ -192,14 +208,6 @@ def test_micro_batches_do_not_change_the_step(config, micro_batch_size, tmp_path
         torch.testing.assert_close(moment, other_moments[name], rtol=1e-4, atol=1e-8, msg=name)
 
 
-class NeverInterrupted:
-    requested = False
-
-
-class InterruptedAndSlow:
-    requested = True
-
-
 def test_interrupted_slow_step_is_dropped_and_comes_again(config, monkeypatch):
     import hamner.train.loop
 
@@ -207,12 +215,12 @@ def test_interrupted_slow_step_is_dropped_and_comes_again(config, monkeypatch):
     whole = train(config)
     run = RunFolder(config.run_dir.with_name("dropped"))
     settings = replace(config, run_dir=run.path, micro_batch_size=4)
-    trainer = Trainer(replace(settings, stop_after=5), run)
+    trainer = TrainingLoop(replace(settings, stop_after=5), run)
     trainer.run_to_end()
-    batch = next(trainer.loader)
-    before = {n: p.clone() for n, p in trainer.optimizer.parameters.items()}
-    assert trainer.train_step(batch, 1e-3, InterruptedAndSlow()) is None
-    for name, parameter in trainer.optimizer.parameters.items():
+    batch = next(trainer.data.loader)
+    before = {n: p.clone() for n, p in trainer.step.optimizer.parameters.items()}
+    assert trainer.step.step(batch, 1e-3, should_abort=lambda done, total: True) is None
+    for name, parameter in trainer.step.optimizer.parameters.items():
         assert torch.equal(parameter, before[name])
         assert parameter.grad is None
     trainer.close()
@@ -345,38 +353,38 @@ def test_recompute_policies_train_the_same(config):
     assert_equal_weights(*results)
 
 
-def out_of_memory_at(trainer: Trainer, step: int, times: int = 1) -> None:
+def out_of_memory_at(trainer: TrainingLoop, step: int, times: int = 1) -> None:
     """Let the forward pass of a step (counted from 0) fail as the allocator does."""
-    forward = trainer.model.forward
+    forward = trainer.step.model.forward
     left = [times]
 
     def fail(*args):
-        if trainer.step == step and left[0] and torch.is_grad_enabled():
+        if trainer.progress.step == step and left[0] and torch.is_grad_enabled():
             left[0] -= 1
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 36.00 MiB. GPU 0")
         return forward(*args)
 
-    trainer.model.forward = fail
+    trainer.step.model.forward = fail
 
 
 def test_out_of_memory_at_first_changes_the_plan(config, capsys):
     run = RunFolder(config.folder)
-    trainer = Trainer(replace(config, micro_batch_size=8), run)
-    before = trainer.plan.account.total
+    trainer = TrainingLoop(replace(config, micro_batch_size=8), run)
+    before = trainer.step.plan.account.total
     out_of_memory_at(trainer, 1)
     result = trainer.run_to_end()
     trainer.close()
     assert result.step == 20
-    assert trainer.plan.account.total <= 0.9 * before
-    assert trainer.model.policies == trainer.plan.policies
+    assert trainer.step.plan.account.total <= 0.9 * before
+    assert trainer.step.model.policies == trainer.step.plan.policies
     said = capsys.readouterr().out
     assert "WARNING: CUDA out of memory. Other programs, or memory in pieces" in said
-    assert f"going on with {trainer.plan}" in said
+    assert f"going on with {trainer.step.plan}" in said
 
 
 @pytest.mark.parametrize(("step", "times"), [(1, 2), (12, 1)])
 def test_out_of_memory_later_saves_and_says_what_to_lower(config, step, times):
-    trainer = Trainer(replace(config, micro_batch_size=8), RunFolder(config.folder))
+    trainer = TrainingLoop(replace(config, micro_batch_size=8), RunFolder(config.folder))
     out_of_memory_at(trainer, step, times)
     with pytest.raises(UserError, match=rf"step {step + 1} does not fit \(CUDA out of memory\)"):
         trainer.run_to_end()
@@ -385,12 +393,12 @@ def test_out_of_memory_later_saves_and_says_what_to_lower(config, step, times):
 
 
 def test_plan_is_compared_with_reality_at_step_100(config, capsys, monkeypatch):
-    monkeypatch.setattr("hamner.train.loop.PLAN_CHECK_STEP", 10)
-    trainer = Trainer(config, RunFolder(config.folder))
+    monkeypatch.setattr("hamner.train.log.PLAN_CHECK_STEP", 10)
+    trainer = TrainingLoop(config, RunFolder(config.folder))
     # What is measured is this CPU; only the plan's line is of interest.
-    trainer.compute = replace(trainer.compute, gpu=GPUS["rtx-3090"], kernels="triton")
+    trainer.step.compute = replace(trainer.step.compute, gpu=GPUS["rtx-3090"], kernels="triton")
     trainer.display.budget_gib = 24.0
-    monkeypatch.setattr("hamner.train.loop.peak_vram_gib", lambda device: 1.0)
+    monkeypatch.setattr("hamner.train.log.peak_vram_gib", lambda device: 1.0)
     trainer.run_to_end()
     trainer.close()
     said = [line for line in capsys.readouterr().out.splitlines() if "plan: measured" in line]

@@ -17,7 +17,7 @@ from hamner.config.options import OPTIONS
 from hamner.config.train import TrainConfig
 from hamner.data.loader import TrainLoader
 from hamner.errors import UserError
-from hamner.train.loop import Trainer, train
+from hamner.train.loop import TrainingLoop, train
 from tests.data.hub_server import HubServer
 
 
@@ -115,13 +115,13 @@ def test_validation_rows_are_gathered_once(config, monkeypatch):
     gathered = []
     real = TrainLoader.validation_rows
     monkeypatch.setattr(TrainLoader, "validation_rows", lambda *a: gathered.append(1) or real(*a))
-    trainer = Trainer(replace(config, resume=True), RunFolder(config.run_dir))
+    trainer = TrainingLoop(replace(config, resume=True), RunFolder(config.run_dir))
     trainer.close()
     assert not gathered
-    trainer = Trainer(replace(config, resume=True, seq_len=16), RunFolder(config.run_dir))
+    trainer = TrainingLoop(replace(config, resume=True, seq_len=16), RunFolder(config.run_dir))
     trainer.close()
     assert gathered
-    assert trainer.validation.inputs.shape == (32, 16)
+    assert trainer.data.validation.inputs.shape == (32, 16)
 
 
 def test_interrupt_does_not_wait_for_a_dead_stream(tmp_path):

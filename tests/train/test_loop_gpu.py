@@ -9,9 +9,9 @@ from torch import Tensor
 
 from hamner.checkpoint.format import Checkpoint
 from hamner.checkpoint.run_folder import RunFolder
-from hamner.config.options import OPTIONS
+from hamner.config.options import OPTIONS, for_option
 from hamner.config.train import TrainConfig
-from hamner.data.loader import Batch
+from hamner.data.batch import Batch
 from hamner.hardware import GIB
 from hamner.plan import memory
 from hamner.train.cuda_graph import GraphedBackward
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.gpu
 def tiny_config(tmp_path: Path) -> TrainConfig:
     """Option tiny on the built-in corpus, as long as a test needs."""
     return replace(
-        TrainConfig.for_option("tiny"),
+        for_option("tiny"),
         run_dir=tmp_path / "run",
         steps=20,
         eval_every=10,
@@ -197,7 +197,7 @@ def test_memory_of_every_option(name, tmp_path, whole_gpu, record_property):
     the whole GPU, every policy peaks within 4% of its account."""
     option = OPTIONS[name]
     config = replace(
-        TrainConfig.for_option(name),
+        for_option(name),
         run_dir=tmp_path / name,
         eval_tokens=4 * option.seq_len,
         vram_budget=23.1,

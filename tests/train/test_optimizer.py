@@ -9,7 +9,8 @@ import torch
 from hamner.checkpoint.format import Checkpoint
 from hamner.checkpoint.writer import BackgroundSaver
 from hamner.kernels.adamw import split_master
-from hamner.train.optimizer import AdamW, Schedule
+from hamner.train.optimizer import AdamW, join_masters
+from hamner.train.schedule import Schedule
 from tests.models import DENSE, build, cpu_ops, plain_ops
 
 
@@ -136,12 +137,11 @@ def make_holder(name: str, device, seed: int):
 
 
 def save(folder, step: int, model, optimizer: AdamW) -> Checkpoint:
-    saver = BackgroundSaver(folder, keep=0, keep_every=0)
+    saver = BackgroundSaver(folder, keep=0, keep_every=0, join_masters=join_masters)
     saver.begin(
         step,
         model=model.state_dict(),
         optimizer=optimizer.state_tensors(),
-        counters={},
         state={},
     )
     saver.close()

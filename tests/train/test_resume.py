@@ -8,13 +8,12 @@ import pytest
 import torch
 
 from hamner.checkpoint import format as checkpoint
-from hamner.checkpoint.run_folder import RunFolder
 from hamner.config.train import TrainConfig
 from hamner.errors import UserError
-from hamner.train.loop import Trainer, train
-from hamner.train.optimizer import Schedule
-from hamner.train.resume import continue_schedule, describe_schedule
+from hamner.train.loop import train
+from hamner.train.schedule import Schedule
 from tests.corpus import write_predictable
+from tests.train.loaders import Wrapped, opened_by
 from tests.train.test_loop import assert_equal_weights, metrics, small_config
 
 
@@ -138,33 +137,32 @@ def test_a_new_length_counts_anew(stopped):
 
 
 def test_schedule_flags_that_changed_count_anew(config):
-    schedule = Schedule(1e-3, 1e-4, warmup_tokens=500, total_tokens=9_000)
-    saved = describe_schedule(config, schedule)
-    anew = Schedule(1e-3, 1e-4, warmup_tokens=1_000, total_tokens=18_000)
-    same = continue_schedule(config, anew, saved)
-    assert (same.warmup_tokens, same.total_tokens) == (500, 9_000)
-    warmer = continue_schedule(replace(config, warmup_steps=7), anew, saved)
-    assert (warmer.warmup_tokens, warmer.total_tokens) == (1_000, 9_000)
-    longer = continue_schedule(replace(config, steps=None, tokens=1e6), anew, saved)
-    assert (longer.warmup_tokens, longer.total_tokens) == (500, 18_000)
+    saved = Schedule.of(config)
+    saved.warmup_tokens, saved.total_tokens = 500, 9_000
+    state = saved.state_dict()
+
+    def resumed(changed) -> tuple[int, int]:
+        schedule = Schedule.of(changed)
+        schedule.warmup_tokens, schedule.total_tokens = 1_000, 18_000
+        schedule.load_state_dict(state)
+        return schedule.warmup_tokens, schedule.total_tokens
+
+    assert resumed(config) == (500, 9_000)
+    assert resumed(replace(config, warmup_steps=7)) == (1_000, 9_000)
+    assert resumed(replace(config, steps=None, tokens=1e6)) == (500, 18_000)
 
 
 def tokens_seen(config, steps: int) -> list[int]:
     """The inputs of the next steps, in order, saved as a run's position."""
-    made = Trainer(config, RunFolder(config.folder))
     seen: list[int] = []
-    real_step = made.train_step
 
-    def spy(batch, lr, interrupt):
-        seen.extend(batch.inputs.flatten().tolist())
-        return real_step(batch, lr, interrupt)
+    class Watched(Wrapped):
+        def next_batch(self, is_stopped):
+            batch = self.loader.next_batch(is_stopped)
+            seen.extend(batch.inputs.flatten().tolist())
+            return batch
 
-    made.train_step = spy
-    made.config = replace(config, stop_after=steps)
-    try:
-        made.run_to_end()
-    finally:
-        made.close()
+    train(replace(config, stop_after=steps), opened_by(Watched))
     return seen
 
 

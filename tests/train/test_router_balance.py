@@ -12,11 +12,10 @@ from hamner.config.model import ModelConfig
 from hamner.config.train import TrainConfig
 from hamner.errors import UserError
 from hamner.export.__main__ import ExportConfig, export
-from hamner.train.loop import Trainer, train
+from hamner.train.loop import TrainingLoop, train
 from tests.models import MOE, build
 from tests.saved import save_run
 from tests.train.test_loop import (
-    NeverInterrupted,
     assert_equal_weights,
     metrics,
     small_config,
@@ -75,11 +74,11 @@ def test_bias_chooses_the_experts_and_has_no_loss_and_no_gradient():
     assert biases(model).sum() == 4.0
 
 
-def skew(trainer: Trainer) -> None:
+def skew(trainer: TrainingLoop) -> None:
     """Make every router like expert 0 and shun expert 3, whatever the token."""
     with torch.no_grad():
-        trainer.model.embed.weight.add_(0.1)  # so all tokens have one direction in common
-        for layer in trainer.model.layers:
+        trainer.step.model.embed.weight.add_(0.1)  # so all tokens have one direction in common
+        for layer in trainer.step.model.layers:
             layer.mlp.router.weight[0].add_(0.02)
             layer.mlp.router.weight[3].sub_(0.05)
 
@@ -89,7 +88,7 @@ def train_skewed(config: TrainConfig) -> list[dict]:
     config = replace(
         config, lr=1e-9, min_lr=1e-9, weight_decay=0.0, log_every=10, eval_every=0, steps=80
     )
-    trainer = Trainer(config, RunFolder(config.folder))
+    trainer = TrainingLoop(config, RunFolder(config.folder))
     skew(trainer)
     trainer.run_to_end()
     trainer.close()
@@ -117,7 +116,7 @@ def test_biases_even_out_a_skewed_router_and_nothing_else_does(config, tmp_path)
 
 @pytest.mark.parametrize("balance", ["aux", "bias"])
 def test_a_starved_expert_is_told_once(config, balance, monkeypatch, capsys):
-    monkeypatch.setattr("hamner.train.router_monitor.StarvationDetector.STEPS", 20)
+    monkeypatch.setattr("hamner.train.routers.StarvationDetector.STEPS", 20)
     model = replace(config.model, router_balance=balance, router_bias_update_speed=1e-6)
     train_skewed(replace(config, model=model))
     said = [line for line in capsys.readouterr().out.splitlines() if "of its fair share" in line]
@@ -132,14 +131,14 @@ def test_the_load_of_all_micro_batches_counts(config, tmp_path):
     loads, steps = [], []
     for size in (8, 2):
         run_dir = tmp_path / f"micro_{size}"
-        trainer = Trainer(
+        trainer = TrainingLoop(
             replace(config, micro_batch_size=size, run_dir=run_dir), RunFolder(run_dir)
         )
         try:
             skew(trainer)
-            trainer.train_step(next(trainer.loader), 1e-3, NeverInterrupted())
-            loads.append(trainer.routers.step_load.clone())
-            steps.append(biases(trainer.model).clone())
+            trainer.step.step(next(trainer.data.loader), 1e-3)
+            loads.append(trainer.step.router_sum[:, :-1].clone())
+            steps.append(biases(trainer.step.model).clone())
         finally:
             trainer.close()
     torch.testing.assert_close(*loads, rtol=0, atol=1e-6)

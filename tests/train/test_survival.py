@@ -15,10 +15,11 @@ from hamner.checkpoint import writer
 from hamner.checkpoint.run_folder import RunFolder
 from hamner.config.train import TrainConfig
 from hamner.errors import EXIT_BAD_STEPS, UserError
-from hamner.train import bad_steps, loop
-from hamner.train.loop import Trainer, train
+from hamner.train import health, loop
+from hamner.train.loop import TrainingLoop, train
 from hamner.train.replay import replay
 from tests.corpus import write_predictable
+from tests.train.loaders import Wrapped, opened_by
 from tests.train.test_loop import assert_equal_weights, metrics, small_config
 
 POISON = "z"
@@ -42,7 +43,7 @@ def write_poisoned(path: Path, share: int) -> Path:
     return path
 
 
-def poisoned_trainer(config: TrainConfig, share: int) -> Trainer:
+def poisoned_trainer(config: TrainConfig, share: int) -> TrainingLoop:
     """A run in which batches with POISON have no finite loss."""
     data = write_poisoned(config.run_dir.parent / "poisoned.jsonl", share)
     settings = replace(
@@ -56,13 +57,13 @@ def poisoned_trainer(config: TrainConfig, share: int) -> Trainer:
         # Apart from the head, or every logit would be infinite.
         model=replace(config.model, tie_word_embeddings=False),
     )
-    made = Trainer(settings, RunFolder(settings.folder))
+    made = TrainingLoop(settings, RunFolder(settings.folder))
     (token,) = made.tokenizer.encode(POISON)
-    made.model.embed.weight.data[token] = math.inf
+    made.step.model.embed.weight.data[token] = math.inf
     return made
 
 
-def run_to_end(made: Trainer):
+def run_to_end(made: TrainingLoop):
     try:
         return made.run_to_end()
     finally:
@@ -84,13 +85,13 @@ def test_bad_steps_are_skipped_counted_shown_and_kept(config, capsys):
     kept = sorted((config.run_dir / "bad_steps").iterdir())
     assert [path.name for path in kept] == [f"step_{step:08d}.safetensors" for step in bad]
     # Only what was infinite from the start is not finite at the end.
-    assert bad_steps.not_finite(made.optimizer.parameters) == ["embed.weight"]
+    assert health.not_finite(made.step.optimizer.parameters) == ["embed.weight"]
     shown = capsys.readouterr().out
     assert f"WARNING: step {bad[0]} skipped: loss nan" in shown
     assert f"skipped {len(bad)}" in shown
     (token,) = made.tokenizer.encode(POISON)
     for path in kept:
-        assert (bad_steps.read(path).batch.inputs == token).any()
+        assert (health.read(path).batch.inputs == token).any()
 
 
 def test_replay_names_the_first_module_and_row(config):
@@ -117,8 +118,8 @@ def test_replay_names_the_first_module_and_row(config):
 
 def test_five_bad_steps_in_a_row_stop_the_run(config, capsys):
     """The weights are those of before the first bad step, and are saved."""
-    made = Trainer(replace(config, log_every=0, eval_every=0), RunFolder(config.run_dir))
-    real_forward, calls = made.forward, []
+    made = TrainingLoop(replace(config, log_every=0, eval_every=0), RunFolder(config.run_dir))
+    real_forward, calls = made.step.forward, []
 
     def overflow(*args):
         output = real_forward(*args)
@@ -127,22 +128,22 @@ def test_five_bad_steps_in_a_row_stop_the_run(config, capsys):
             output = output._replace(loss=output.loss * math.inf)
         return output
 
-    made.forward = overflow
+    made.step.forward = overflow
     result = run_to_end(made)
     assert result.step == 11
     assert "5 steps in a row had no finite loss or gradient (step 11: loss" in result.diagnosis
     assert "The weights are finite" in result.diagnosis
     assert result.diagnosis in capsys.readouterr().out
-    assert int(made.skipped) == 7
+    assert made.log.skipped_steps == 7
     assert [saved.step for saved in checkpoint.find(made.run.checkpoints)] == [11]
-    assert bad_steps.not_finite(made.optimizer.state_tensors()) == []
+    assert health.not_finite(made.step.optimizer.state_tensors()) == []
 
 
 def test_a_poisoned_state_is_not_saved(config):
     settings = replace(config, save_every=4, steps=12)
     train(replace(settings, stop_after=6))
-    made = Trainer(replace(settings, resume=True), RunFolder(config.run_dir))
-    made.model.norm.weight.data[0] = math.nan
+    made = TrainingLoop(replace(settings, resume=True), RunFolder(config.run_dir))
+    made.step.model.norm.weight.data[0] = math.nan
     result = run_to_end(made)
     assert result.step == 11
     assert "among them norm.weight" in result.diagnosis
@@ -163,18 +164,19 @@ def test_the_command_ends_with_its_own_code(config, monkeypatch, capsys):
     assert "everything is finite this time" in capsys.readouterr().out
 
 
-def test_spikes_are_in_the_metrics_and_the_plot(config, monkeypatch, capsys):
+def test_spikes_are_in_the_metrics_and_the_plot(config, capsys):
     """One batch with its targets permuted, in a run that has settled."""
     settings = replace(config, steps=60, log_every=10, eval_every=0)
-    made = Trainer(settings, RunFolder(config.run_dir))
-    real_step = made.train_step
 
-    def spoil(batch, lr, interrupt):
-        if made.step == 54:
-            batch = replace(batch, targets=(batch.targets + 100) % 200)
-        return real_step(batch, lr, interrupt)
+    class Spoiling(Wrapped):
+        def next_batch(self, is_stopped):
+            batch = self.loader.next_batch(is_stopped)
+            self.batches += 1
+            if self.batches == 55:
+                batch = replace(batch, targets=(batch.targets + 100) % 200)
+            return batch
 
-    monkeypatch.setattr(made, "train_step", spoil)
+    made = TrainingLoop(settings, RunFolder(config.run_dir), opened_by(Spoiling))
     run_to_end(made)
     records = metrics(config.run_dir)
     assert [r["step"] for r in records if "spikes" in r] == [60]
@@ -185,28 +187,15 @@ def test_spikes_are_in_the_metrics_and_the_plot(config, monkeypatch, capsys):
     assert "loss spike at step 55" in capsys.readouterr().out
 
 
-def test_data_that_fails_saves_first(config, monkeypatch):
-    made = Trainer(config, RunFolder(config.run_dir))
-    batches = iter([next(made.loader) for _ in range(7)])
-
-    class Failing:
+def test_data_that_fails_saves_first(config):
+    class Failing(Wrapped):
         def next_batch(self, is_stopped):
-            try:
-                return next(batches)
-            except StopIteration:
-                raise UserError("the source is gone") from None
+            self.batches += 1
+            if self.batches > 7:
+                raise UserError("the source is gone")
+            return self.loader.next_batch(is_stopped)
 
-        def state_dict(self):
-            return {}
-
-        def progress(self):
-            return {}
-
-        def close(self):
-            pass
-
-    made.loader.close()
-    made.loader = Failing()
+    made = TrainingLoop(config, RunFolder(config.run_dir), opened_by(Failing))
     with pytest.raises(UserError, match="the source is gone"):
         run_to_end(made)
     assert [saved.step for saved in checkpoint.find(made.run.checkpoints)] == [7]
@@ -259,35 +248,30 @@ def test_a_tracker_that_fails_ends_no_run(config, capsys):
         def close(self):
             pass
 
-    made = Trainer(config, RunFolder(config.run_dir))
-    made.reporters.append(Tracker())
+    made = TrainingLoop(config, RunFolder(config.run_dir))
+    made.log.reporters.append(Tracker())
     assert run_to_end(made).step == 20
     assert "WARNING: Tracker failed: no route to host" in capsys.readouterr().out
 
 
-def test_a_stalled_source_is_noticed_and_the_run_saved(config, monkeypatch, capsys):
+def test_a_stalled_source_is_noticed_and_the_run_saved(config, capsys):
     """The next batch comes when the watchdog has saved: then the run goes on."""
     whole = train(replace(config, run_dir=config.run_dir.with_name("whole")))
-    made = Trainer(replace(config, hang_minutes=0.3 / 60), RunFolder(config.run_dir))
-    real_save, saved = made.saver._write, threading.Event()
+    saved = threading.Event()
 
-    def note(*args):
-        checkpoint_of_hang = real_save(*args)
-        saved.set()
-        return checkpoint_of_hang
+    def on_phase(phase, _step):
+        if phase == "saved":
+            saved.set()
 
-    monkeypatch.setattr(made.saver, "_write", note)
-    real = made.loader
-
-    class Stalling:
-        state_dict, progress, close = real.state_dict, real.progress, real.close
-
+    class Stalling(Wrapped):
         def next_batch(self, is_stopped):
-            if made.step == 7:
+            self.batches += 1
+            if self.batches == 8:
                 assert saved.wait(30)
-            return real.next_batch(is_stopped)
+            return self.loader.next_batch(is_stopped)
 
-    made.loader = Stalling()
+    stalled = replace(config, hang_minutes=0.3 / 60)
+    made = TrainingLoop(stalled, RunFolder(config.run_dir), opened_by(Stalling), on_phase=on_phase)
     result = run_to_end(made)
     assert [found.step for found in checkpoint.find(made.run.checkpoints)] == [7, 20]
     assert "no step for 0.005 minutes" in capsys.readouterr().out

@@ -5,9 +5,10 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 
+from hamner.data.batch import Batch
 from hamner.data.conversations.examples import ConversationSource, Example
 from hamner.data.conversations.packing import lay_out, pack
-from hamner.data.loader import VALIDATION_SEED, Batch
+from hamner.data.loader import VALIDATION_SEED
 from hamner.data.shuffle import State, permutation
 from hamner.data.tokenizer import Tokenizer
 from hamner.errors import UserError
@@ -85,14 +86,8 @@ class ConversationLoader:
             if row >= self.rows_in_epoch(epoch):
                 epoch, row = epoch + 1, 0
         batch = lay_out(rows, self._seq_len, self._tokenizer.eot_id)
-        if self.pin_memory:
-            batch = Batch(
-                batch.inputs.pin_memory(),
-                batch.targets.pin_memory(),
-                batch.document_ids.pin_memory(),
-            )
         self._position = {"epoch": epoch, "row": row}
-        return batch
+        return batch.pin_memory() if self.pin_memory else batch
 
     def state_dict(self) -> State:
         """The state after the last batch handed out: JSON."""

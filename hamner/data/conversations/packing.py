@@ -6,9 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from hamner.data.batch import IGNORED_TARGET, Batch
 from hamner.data.conversations.examples import Example
-from hamner.data.loader import Batch
-from hamner.model.ops import IGNORED_TARGET
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:

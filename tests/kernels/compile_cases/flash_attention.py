@@ -7,8 +7,9 @@ RoPE's folded in. The names of strides end in the axis: those of heads and token
 
 from triton.runtime.jit import JITFunction
 
-from hamner.kernels.flash_attention import CONFIGS, Tile
-from hamner.kernels.flash_attention_kernels import (
+from hamner.kernels.flash_attention import (
+    CONFIGS,
+    Tile,
     flash_attention_dk_dv_kernel,
     flash_attention_dq_kernel,
     flash_attention_forward_kernel,

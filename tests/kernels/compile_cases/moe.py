@@ -2,7 +2,7 @@
 
 import triton
 
-from hamner.kernels import grouped_matmul_kernels as grouped
+from hamner.kernels import grouped_matmul as grouped
 from hamner.kernels import moe_routing
 from hamner.kernels.launch import CAPABILITIES
 from tests.kernels.compile_gate import CompileCase
@@ -188,7 +188,6 @@ def _matmuls(capability: str, dtype: str, config: grouped.Config) -> list[Compil
                     "order_ptr": "*i32",
                     "offsets_ptr": "*i32",
                     "d_weight_ptr": pointer,
-                    "stride_d_out": "i32",
                     "stride_input": "i32",
                 },
                 constexprs={
@@ -202,7 +201,7 @@ def _matmuls(capability: str, dtype: str, config: grouped.Config) -> list[Compil
                 num_warps=config.weight_grad.num_warps,
                 num_stages=config.weight_grad.num_stages,
                 capability=capability,
-                divisible_by_16=("stride_d_out", "stride_input"),
+                divisible_by_16=("stride_input",),
             )
         )
     return found

@@ -5,7 +5,7 @@ import sys
 import threading
 import time
 
-from hamner.train.watchdog import Watchdog
+from hamner.train.health import Watchdog
 
 MINUTES = 0.2 / 60
 
@@ -66,7 +66,7 @@ def test_stacks_are_dumped_even_while_a_library_holds_the_lock(tmp_path):
     script = (
         "import ctypes, sys, time\n"
         "from pathlib import Path\n"
-        "from hamner.train.watchdog import Watchdog\n"
+        "from hamner.train.health import Watchdog\n"
         "with Watchdog(0.2 / 60, Path(sys.argv[1]), lambda _: None):\n"
         "    time.sleep(0.1)\n"
         "    ctypes.PyDLL(None).sleep(2)\n"

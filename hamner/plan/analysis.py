@@ -1,0 +1,246 @@
+"""A plan is an option on a card, or on several: what it takes and where it leads, by arithmetic."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from hamner.config.options import OPTIONS
+from hamner.config.train import TrainConfig
+from hamner.errors import UserError
+from hamner.hardware import GIB, RESERVE_GIB, Gpu
+from hamner.plan.communication import ONE_GPU, QUIET, Parallelism
+from hamner.plan.loss import BESIROGLU, KNOWN_RUN, LossLaw, RunProjection
+from hamner.plan.memory import MemoryPlan, Policy, choose
+from hamner.plan.step_time import StepPrediction, predict
+
+COMPARED = ("current", "a", "a-short", "b", "c", "c-shared")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan is of one option on one card, or on several of a kind."""
+
+    config: TrainConfig
+    gpu: Gpu
+    parallelism: Parallelism
+    tokens: int
+    vram_budget: int
+    """bytes of each GPU"""
+    memory: MemoryPlan
+    prediction: StepPrediction
+
+    @property
+    def parameters(self) -> int:
+        """The model has this many parameters in all."""
+        return self.config.model.num_parameters()
+
+    @property
+    def active_parameters(self) -> int:
+        """One token goes through this many parameters."""
+        return self.config.model.num_parameters(active=True)
+
+    @property
+    def steps(self) -> int:
+        """The run has this many optimizer steps."""
+        return self.tokens // self.config.tokens_per_step
+
+    @property
+    def hours(self) -> float:
+        """The run is projected to take this long, evaluation and saving aside."""
+        return self.tokens / self.prediction.tokens_per_second / 3600
+
+    @property
+    def rows_per_gpu(self) -> int:
+        """Each GPU has this many sequences in a step."""
+        return self.parallelism.rows_per_gpu(self.config.batch_size)
+
+    @property
+    def communication_share(self) -> float:
+        """Communication adds this share of a step's time."""
+        return self.prediction.communication.exposed_ms / self.prediction.step_ms
+
+    @property
+    def efficiency(self) -> float | None:
+        """Efficiency is tokens/s over those of as many GPUs, each alone at the option's own batch.
+
+        It is None where one GPU alone has too little memory.
+        """
+        option = OPTIONS[self.config.option]
+        try:
+            alone = make_plan(option, self.gpu, vram_budget=self.vram_budget / GIB)
+        except UserError:
+            return None
+        speed = self.prediction.tokens_per_second / self.parallelism.ranks
+        return speed / alone.prediction.tokens_per_second
+
+    def with_quiet_communication(self) -> "Plan | None":
+        """The batch is doubled until communication takes less than QUIET of a step.
+
+        Recomputation stays as it is, so that what does not fit becomes micro-batches. None
+        where even 64 times the batch does not do: within a node FSDP sends with every micro-batch.
+        """
+        for times in (2, 4, 8, 16, 32, 64):
+            option = replace(self.config, batch_size=times * self.config.batch_size)
+            try:
+                larger = make_plan(
+                    option,
+                    self.gpu,
+                    self.parallelism,
+                    tokens=max(self.tokens, option.tokens_per_step),
+                    vram_budget=self.vram_budget / GIB,
+                    policies=self.memory.policies,
+                )
+            except UserError:
+                # No room for the fp32 sums that several micro-batches take.
+                return None
+            if larger.communication_share < QUIET:
+                return larger
+        return None
+
+    def loss_range(self, law: LossLaw, tokens: float | None = None) -> tuple[float, float]:
+        """The loss expected after `tokens` (default: at the end) has a lower and an upper bound.
+
+        The law is about dense models: a mixture of experts should end between a dense model of all
+        its parameters and one of its active ones. For a dense model both are the same.
+        """
+        tokens = tokens or self.tokens
+        return law.loss(self.parameters, tokens), law.loss(self.active_parameters, tokens)
+
+    def tokens_in(self, hours: float) -> float:
+        """The run trains on this many tokens in `hours`."""
+        return hours * 3600 * self.prediction.tokens_per_second
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """An analysis is all that the command prints and the report writes."""
+
+    plan: Plan
+    """of the option asked for; of the recommended one where all were"""
+    recommended: Plan
+    hours: float
+    """the time in which options are compared: what `a` takes, or else the first of them"""
+    plans: list[Plan]
+    """of every option that fits"""
+    misfits: dict[str, str]
+    """option: why it does not fit"""
+    run: RunProjection | None
+
+    @property
+    def local_law(self) -> LossLaw:
+        """The law is shifted through the run under way, or else through the known 164M run."""
+        return self.run.law if self.run else BESIROGLU.through(*KNOWN_RUN)
+
+
+def make_plan(
+    option: TrainConfig,
+    gpu: Gpu,
+    parallelism: Parallelism = ONE_GPU,
+    *,
+    tokens: float | None = None,
+    vram_budget: float | None = None,
+    policies: tuple[Policy, ...] | None = None,
+) -> Plan:
+    """The function plans a bf16 run of `option`.
+
+    Args:
+        option: model, batch (over all GPUs) and schedule.
+        gpu: the card.
+        parallelism: how many of them and what connects them; "auto" is DDP where that fits.
+        tokens: to train on; default: the option's.
+        vram_budget: GiB of each GPU; default: the card's memory less RESERVE_GIB.
+        policies: recomputation, one per layer; default: the fastest that fits.
+
+    Raises:
+        UserError: fewer tokens than one step has, a budget that is beyond the card or too small, or
+            a batch that the GPUs cannot share evenly.
+    """
+    if parallelism.kind == "auto":
+        wishes = {"tokens": tokens, "vram_budget": vram_budget, "policies": policies}
+        try:
+            return make_plan(option, gpu, replace(parallelism, kind="ddp"), **wishes)
+        except UserError:
+            if parallelism.gpus_per_node == 1:
+                raise
+            return make_plan(option, gpu, replace(parallelism, kind="fsdp"), **wishes)
+    tokens, vram_budget = _checked(option, gpu, tokens, vram_budget)
+    memory = choose(
+        option.model,
+        batch_size=option.batch_size,
+        seq_len=option.seq_len,
+        precision="bf16",
+        fused=True,
+        budget=int(vram_budget * GIB),
+        policies=policies,
+        parallelism=parallelism,
+    )
+    prediction = predict(
+        option.model,
+        gpu,
+        policies=memory.policies,
+        micro_batch_size=memory.micro_batch_size,
+        batch_size=option.batch_size,
+        seq_len=option.seq_len,
+        parallelism=parallelism,
+    )
+    return Plan(option, gpu, parallelism, int(tokens), int(vram_budget * GIB), memory, prediction)
+
+
+def _checked(
+    option: TrainConfig, gpu: Gpu, tokens: float | None, vram_budget: float | None
+) -> tuple[float, float]:
+    """The tokens and the GiB of a plan are those asked for, or else the option's and the card's.
+
+    Raises:
+        UserError: either makes no sense.
+    """
+    tokens = option.tokens if tokens is None else tokens
+    if not option.tokens_per_step <= tokens < math.inf:
+        raise UserError(
+            f"--tokens {tokens:g} must be at least one step of option {option.option}, "
+            f"{option.tokens_per_step:,}"
+        )
+    vram_budget = gpu.memory_gib - RESERVE_GIB if vram_budget is None else vram_budget
+    if not 0 < vram_budget <= gpu.memory_gib:
+        raise UserError(
+            f"--vram-budget {vram_budget:g} GiB must be above 0 and at most the "
+            f"{gpu.memory_gib:g} GiB of the {gpu.name}"
+        )
+    return tokens, vram_budget
+
+
+def compare(
+    gpu: Gpu,
+    parallelism: Parallelism = ONE_GPU,
+    *,
+    batch_size: int | None = None,
+    tokens: float | None = None,
+    vram_budget: float | None = None,
+) -> tuple[list[Plan], dict[str, str]]:
+    """The comparison has a plan of every option that fits, and says why the others do not."""
+    plans, misfits = [], {}
+    for name in COMPARED:
+        option = with_batch(OPTIONS[name], batch_size)
+        try:
+            plans.append(
+                make_plan(option, gpu, parallelism, tokens=tokens, vram_budget=vram_budget)
+            )
+        except UserError as error:
+            misfits[name] = str(error)
+    return plans, misfits
+
+
+def with_batch(option: TrainConfig, batch_size: int | None) -> TrainConfig:
+    return option if batch_size is None else replace(option, batch_size=batch_size)
+
+
+def recommend(plans: Sequence[Plan], hours: float) -> Plan:
+    """The recommended plan has the lowest expected loss after `hours`.
+
+    A mixture of experts counts by its active parameters.
+
+    Options trained on less than their full context are left out where others are there: the law
+    does not see context length.
+    """
+    full_context = [p for p in plans if p.config.seq_len == p.config.model.max_seq_len]
+    return min(full_context or plans, key=lambda p: p.loss_range(BESIROGLU, p.tokens_in(hours))[1])

@@ -1,0 +1,350 @@
+"""FLOPs, bytes moved and bytes kept for backward of every op of a step are stated here, once.
+
+A cost is what an op needs: every operand is read once, every result written once. The time of a
+step, the memory account, the floors in profiles, the rates in bench/ and the table in
+kernels/README.md all read these functions (tests compare the last); what a kernel moves beyond them
+is said where that kernel is described. The module needs no torch.
+
+In arguments, `elements` counts those of one tensor, `element_size` is bytes an element (bf16 unless
+said otherwise), `tokens` are those of a micro-batch, and `backward` asks for the backward pass.
+"""
+
+import math
+from dataclasses import dataclass
+
+from hamner.config.model import ModelConfig
+from hamner.hardware import GIB, Gpu
+
+BF16, FP32 = 2, 4
+"""bytes an element"""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A cost is the arithmetic and the traffic that a piece of work cannot do without."""
+
+    flops: float = 0
+    bytes: float = 0
+
+    def floor_seconds(self, gpu: Gpu, precision: str) -> float:
+        """The floor is the longer of arithmetic at peak and traffic at full bandwidth."""
+        peak = gpu.peak_tflops(precision) * 1e12
+        return max(self.flops / peak, self.bytes / (gpu.bandwidth_gbs * 1e9))
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.flops + other.flops, self.bytes + other.bytes)
+
+
+def rms_norm(
+    elements: int,
+    element_size: int = BF16,
+    *,
+    adds_residual: bool = False,
+    backward: bool = False,
+    recompute: bool = False,
+) -> Cost:
+    """The norm reads its input and writes its result.
+
+    Args:
+        elements: of the input.
+        element_size: of input and result; the weight is too small to count.
+        adds_residual: a second input is read and their sum written; in backward the gradient that
+            arrives at the sum is read.
+        backward: the input and the result's gradient are read, the input's gradient written.
+        recompute: backward also writes the result again.
+    """
+    tensors = (3 + adds_residual + recompute) if backward else (4 if adds_residual else 2)
+    return Cost(bytes=tensors * elements * element_size)
+
+
+def swiglu(
+    elements: int, element_size: int = BF16, *, backward: bool = False, recompute: bool = False
+) -> Cost:
+    """SwiGLU reads gate and up and writes `elements`; with `recompute`, backward writes them too.
+
+    Backward reads gate, up and the result's gradient and writes the gradients of gate and up.
+    """
+    tensors = (5 + recompute) if backward else 3
+    return Cost(bytes=tensors * elements * element_size)
+
+
+def rope(elements: int, element_size: int = BF16) -> Cost:
+    """RoPE reads and writes the `elements` of q and k, in backward those of their gradients."""
+    return Cost(bytes=2 * elements * element_size)
+
+
+def matmul(rows: int, k: int, n: int, element_size: int = BF16) -> Cost:
+    """A matmul is (rows, k) x (k, n); its backward is two more of the same size."""
+    return grouped_matmul(rows, k, n, experts=1, element_size=element_size)
+
+
+def grouped_matmul(rows: int, k: int, n: int, *, experts: int, element_size: int = BF16) -> Cost:
+    """A grouped matmul shares its `rows` among experts, each with a (k, n) weight of its own."""
+    moved = rows * (k + n) + experts * k * n
+    return Cost(flops=2 * rows * k * n, bytes=moved * element_size)
+
+
+def moe_mlp(
+    elements: int,
+    routed_rows: int,
+    *,
+    width: int,
+    inner: int,
+    experts: int,
+    element_size: int = BF16,
+    backward: bool = False,
+) -> Cost:
+    """The experts' SwiGLU MLPs take `elements` of x to as many, through `routed_rows` rows.
+
+    A row goes through three matrices of width x inner. Backward twice as much is computed, and each
+    matrix is read and its gradient written.
+    """
+    passes = 2 if backward else 1
+    weights = 3 * experts * width * inner
+    return Cost(
+        flops=passes * 6 * routed_rows * width * inner,
+        bytes=(2 * elements + passes * weights) * element_size,
+    )
+
+
+def moe_rows(tokens: int, routed_rows: int, width: int, element_size: int = BF16) -> Cost:
+    """Rows are gathered by expert and summed back, with the same traffic in both directions."""
+    return Cost(bytes=(3 * routed_rows + tokens) * width * element_size)
+
+
+def router_linear(
+    tokens: int, width: int, experts: int, element_size: int = BF16, *, backward: bool = False
+) -> Cost:
+    """The router reads x and writes fp32 logits.
+
+    Backward reads x and the logits' fp32 gradient and writes the gradient of x.
+    """
+    passes = 2 if backward else 1
+    return Cost(
+        flops=passes * 2 * tokens * width * experts,
+        bytes=passes * tokens * width * element_size + FP32 * tokens * experts,
+    )
+
+
+def attention(
+    pairs: float,
+    query_elements: int,
+    key_elements: int,
+    *,
+    width: int,
+    element_size: int = BF16,
+    value_widths: int = 1,
+    backward: bool = False,
+) -> Cost:
+    """Attention without its scores in memory reads q, k and v and writes a result as large as q.
+
+    Forward has q k^T and p v; backward has the gradients of q, k, v and p, and q k^T again, and
+    moves each tensor and its gradient.
+
+    Args:
+        pairs: of a query and a key that it sees, over the batch: half of the square under a causal
+            mask.
+        query_elements: of q.
+        key_elements: of k.
+        width: query heads x head size.
+        element_size: of every tensor.
+        value_widths: size of a head's values over that of its keys; 2 for differential attention.
+        backward: the backward pass.
+    """
+    products = (3 + 2 * value_widths) if backward else (1 + value_widths)
+    moved = 2 * (query_elements + key_elements) * (2 if backward else 1)
+    return Cost(flops=2 * products * pairs * width, bytes=moved * element_size)
+
+
+def unfused_attention(
+    tokens: int, seq_len: int, heads: int, width: int, *, backward: bool = False
+) -> tuple[Cost, Cost]:
+    """Attention may write its bf16 scores, the whole square: its matmuls and its softmax cost this.
+
+    Forward the scores are written, read and written by the softmax, and read. Backward their
+    gradient is written, three passes are the softmax's, q and k read twice and v once.
+    """
+    scores = tokens * heads * seq_len
+    matmul_passes, softmax_passes, matmuls = (4, 3, 4) if backward else (2, 2, 2)
+    products = Cost(matmuls * 2 * tokens * seq_len * width, BF16 * scores * matmul_passes)
+    return products, Cost(bytes=BF16 * scores * softmax_passes)
+
+
+def differential_combination(elements: int, *, backward: bool = False) -> Cost:
+    """The outputs of two attention maps are subtracted and normalised a head, in bf16."""
+    return Cost(bytes=BF16 * elements * (5 if backward else 3))
+
+
+def linear_cross_entropy(
+    tokens: int, width: int, vocab_size: int, element_size: int = BF16, *, logit_passes: int = 2
+) -> Cost:
+    """The loss and all its gradients take three matmuls, and passes over the logits between them.
+
+    The bytes are the logits' alone, read and written at least once; `matmul` has those of each
+    product.
+    """
+    head = matmul(tokens, width, vocab_size)
+    return Cost(3 * head.flops, logit_passes * tokens * vocab_size * element_size)
+
+
+def scale_loss_gradients(hidden_elements: int, weight_elements: int, element_size: int) -> Cost:
+    """Backward multiplies the loss's gradients, formed in forward, by what arrives.
+
+    The hidden states' are read and written, the weight's read in fp32 and written.
+    """
+    written = hidden_elements + weight_elements
+    return Cost(
+        bytes=hidden_elements * element_size + weight_elements * FP32 + written * element_size
+    )
+
+
+def tied_embedding_backward(
+    tokens: int, distinct_tokens: int, width: int, element_size: int = BF16
+) -> Cost:
+    """The gradient of each token is read and added to the row of each token that occurred."""
+    return Cost(bytes=(tokens + 2 * distinct_tokens) * width * element_size)
+
+
+def adamw(
+    parameters: int,
+    *,
+    split_master: bool,
+    gradient_size: int = BF16,
+    has_copy: bool = True,
+) -> Cost:
+    """AdamW reads the gradient, and reads and writes two fp32 moments and the master.
+
+    Args:
+        parameters: how many.
+        split_master: the master is a bf16 weight and the int16 that it lacks, both read and
+            written; else it is fp32.
+        gradient_size: bytes of a gradient.
+        has_copy: a bf16 copy of a whole master is written beside it.
+    """
+    weight = 2 * (BF16 + 2) if split_master else 2 * FP32 + (BF16 if has_copy else 0)
+    return Cost(bytes=parameters * (gradient_size + 2 * 2 * FP32 + weight))
+
+
+def gradient_norm(parameters: int, gradient_size: int = BF16) -> Cost:
+    """The norm to clip by reads every gradient."""
+    return Cost(bytes=parameters * gradient_size)
+
+
+def gradient_sums(parameters: int, micro_batches: int) -> Cost:
+    """Each micro-batch adds bf16 gradients to fp32 sums, which norm and update read instead."""
+    return Cost(bytes=parameters * ((BF16 + 2 * FP32) * micro_batches + 2 * (FP32 - BF16)))
+
+
+def flops_per_token(model: ModelConfig, seq_len: int, *, causal: bool = True) -> int:
+    """The FLOPs to train on one token are those of forward three times, nothing recomputed.
+
+    6 x (matmul parameters active per token, tied head counted once) + 6 x L x d x T: causal
+    attention needs half of the square; `causal=False` gives the un-halved variant (12 L d T).
+    Differential attention applies its scores to values twice as wide: 1.5 times as much.
+    """
+    d = model.hidden_size
+    parameters = model.num_layers * model.matmul_parameters_per_layer(active=True)
+    parameters += model.vocab_size * d
+    square = attention(seq_len, d, 0, width=d, value_widths=value_widths(model))
+    attended = 3 * model.num_layers * square.flops
+    return 3 * 2 * parameters + (attended // 2 if causal else attended)
+
+
+def value_widths(model: ModelConfig) -> int:
+    """The size of a head's values is this many times that of its keys."""
+    return 2 if model.use_differential_attention else 1
+
+
+def dense_width(model: ModelConfig) -> int:
+    """The MLP that every token goes through, dense or shared experts, has this inner width."""
+    return model.expert_intermediate_size * (model.num_shared_experts if model.is_moe else 1)
+
+
+def routed_width(model: ModelConfig) -> int:
+    """A token's routed experts together have this inner width."""
+    return model.expert_intermediate_size * model.num_experts_per_token
+
+
+def norm_kept(width: int, element_size: int, *, fused: bool, recompute: bool) -> int:
+    """A norm before a matmul keeps its input, and its result where backward does not recompute it.
+
+    Bytes are of one token here and below. Without the fused kernels input and result are kept in
+    fp32 instead of the result.
+    """
+    if recompute:
+        return width * element_size
+    return width * element_size + (width * element_size if fused else 2 * FP32 * width)
+
+
+def attention_kept(model: ModelConfig, element_size: int, *, fused: bool) -> int:
+    """Attention keeps qkv, its output and its softmax statistics, and what is differential."""
+    d, kv = model.hidden_size, model.num_kv_heads * model.head_size
+    kept = ((d + 2 * kv) + d) * element_size + FP32 * model.num_attention_heads
+    if model.use_differential_attention:
+        # Values of both halves side by side, the two maps' outputs, their difference; plain torch
+        # keeps what the norm made of it in fp32 as well.
+        kept += (kv + 3 * d) * element_size + (0 if fused else FP32 * d)
+    return kept
+
+
+def swiglu_kept(width: int, element_size: int, *, fused: bool, recompute: bool) -> int:
+    """SwiGLU keeps gate and up, and the next matmul its result where it is not recomputed.
+
+    Without the fused kernels gate, up and silu are then kept in fp32.
+    """
+    if recompute:
+        return 2 * width * element_size
+    return 3 * width * element_size if fused else width * (3 * FP32 + element_size)
+
+
+def experts_kept(model: ModelConfig, element_size: int, *, fused: bool, recompute: bool) -> int:
+    """Routed experts keep what a dense MLP of their width does; plain torch keeps more, or all."""
+    d, width = model.hidden_size, routed_width(model)
+    if fused:
+        return swiglu_kept(width, element_size, fused=True, recompute=recompute)
+    if recompute:
+        # The plain experts recompute all. Before them a norm, which keeps the residual in fp32
+        # instead, and the router, which keeps an fp32 copy of its input.
+        return 3 * FP32 * d
+    # Of each expert also the gathered rows and its output, in both dtypes.
+    rows = model.num_experts_per_token * d * (FP32 + element_size)
+    return 4 * FP32 * width + width * element_size + FP32 * d + rows
+
+
+def block_kept(model: ModelConfig, element_size: int, *, fused: bool, recompute: bool) -> int:
+    """A block keeps this many bytes a token until its backward pass.
+
+    Args:
+        model: shape.
+        element_size: bytes of the compute dtype.
+        fused: whether the Triton kernels run, or their plain references, whose norms and SwiGLU
+            also keep fp32 intermediates.
+        recompute: whether norms and SwiGLU are computed again in backward.
+    """
+    how = {"fused": fused, "recompute": recompute}
+    kept = 2 * norm_kept(model.hidden_size, element_size, **how)
+    kept += attention_kept(model, element_size, fused=fused)
+    kept += swiglu_kept(dense_width(model), element_size, **how)
+    return kept + (experts_kept(model, element_size, **how) if model.is_moe else 0)
+
+
+def loss_held(model: ModelConfig, tokens: int, element_size: int, *, fused: bool) -> int:
+    """The loss holds this many bytes beside the activations."""
+    if not fused:
+        # In backward: the log-probabilities, their gradient and that of the logits, all in fp32.
+        return tokens * model.vocab_size * 3 * FP32
+    chunk = min(tokens, loss_chunk(model.vocab_size, tokens, element_size))
+    d = model.hidden_size
+    # Logits of a chunk, the fp32 gradient of the head, the gradient of the hidden states.
+    head = FP32 * model.vocab_size * d
+    return chunk * model.vocab_size * element_size + head + tokens * d * element_size
+
+
+def loss_chunk(vocab_size: int, tokens: int, element_size: int = BF16) -> int:
+    """The fused loss holds the logits of this many tokens: `cross_entropy.default_chunk_size`.
+
+    It is said again here, because that module needs torch; a test keeps the two equal.
+    """
+    most = int(0.35 * GIB) // (vocab_size * element_size) // 128 * 128
+    chunks = max(1, math.ceil(tokens / max(128, most)))
+    return math.ceil(math.ceil(tokens / chunks) / 128) * 128

@@ -1,0 +1,263 @@
+"""What a long run notices about itself: bad steps, loss spikes, hangs.
+
+A bad step has no finite loss or gradient: the update is skipped on the device, its batch is kept,
+and after `MOST_IN_A_ROW` the run stops with a diagnosis.
+
+    RUN/bad_steps/step_00001234.safetensors    inputs, targets (B, T) int64, document_ids (B, T)
+                                               int32; step, tokens, lr, loss, grad_norm as text
+"""
+
+import contextlib
+import faulthandler
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hamner.data.batch import Batch
+from hamner.errors import UserError
+
+MOST_IN_A_ROW = 5
+"""bad steps, after which training stops"""
+MOST_KEPT = 20
+"""batches on disk: a run that skips every other step must not fill it"""
+_TENSORS = ("inputs", "targets", "document_ids")
+
+
+@dataclass(frozen=True)
+class StepReading:
+    """What one step turned out to be."""
+
+    step: int
+    tokens: int
+    """trained when it was done"""
+    lr: float
+    loss: float
+    """cross-entropy, nats per token"""
+    grad_norm: float
+    """global, before clipping"""
+    batch: Batch
+
+    @property
+    def is_bad(self) -> bool:
+        """Whether the update was skipped because loss or gradient was not finite."""
+        return not (math.isfinite(self.loss) and math.isfinite(self.grad_norm))
+
+
+class StepHealth:
+    """The detector counts bad steps in a row and finds loss spikes among the good ones."""
+
+    def __init__(self) -> None:
+        self.spikes = SpikeDetector([])
+        self.bad_in_a_row = 0
+        self.diverged: StepReading | None = None
+        """the bad step after which the run stops"""
+
+    def judge(self, reading: StepReading) -> float | None:
+        """The z-score of a step whose loss is a spike; None for any other step."""
+        if not reading.is_bad:
+            self.bad_in_a_row = 0
+            return self.spikes.score(reading.loss)
+        self.bad_in_a_row += 1
+        if self.bad_in_a_row == MOST_IN_A_ROW:
+            self.diverged = reading
+        return None
+
+    def state_dict(self) -> dict:
+        """The recent losses, for a checkpoint."""
+        return {"recent_losses": list(self.spikes.recent)}
+
+    def load_state_dict(self, state: dict) -> None:
+        """The detector goes on where `state_dict` was taken."""
+        self.spikes = SpikeDetector(state["recent_losses"])
+
+
+class SpikeDetector:
+    """Marks losses far above the recent ones.
+
+    The score is the robust z-score (Iglewicz & Hoaglin 1993): the distance from the median of the
+    last `WINDOW` losses in units of 1.4826 x their median absolute deviation, which equals the
+    standard deviation of a normal distribution and which a few spikes do not move.
+
+    Args:
+        recent: losses before this start, oldest first.
+    """
+
+    WINDOW = 128
+    LEAST = 32
+    """losses before anything is judged"""
+    THRESHOLD = 6.0
+    LEAST_DEVIATION = 1e-3
+    """nats per token; a run that has converged does not spike in the last digits"""
+
+    def __init__(self, recent: list[float]) -> None:
+        self.recent: deque[float] = deque(recent, maxlen=self.WINDOW)
+
+    def score(self, loss: float) -> float | None:
+        """The z-score if this finite loss is a spike, else None; it then counts as recent."""
+        score = None
+        if len(self.recent) >= self.LEAST:
+            losses = torch.tensor(self.recent, dtype=torch.float64)
+            median = losses.median()
+            deviation = 1.4826 * (losses - median).abs().median().item()
+            score = (loss - median.item()) / max(deviation, self.LEAST_DEVIATION)
+        self.recent.append(loss)
+        return score if score is not None and score > self.THRESHOLD else None
+
+
+def keep(folder: Path, reading: StepReading) -> str:
+    """Write the batch of a bad step for `--replay`; returns a clause that says where, or why not.
+
+    Never raises for what a disk can do: the run goes on.
+    """
+    path = folder / f"step_{reading.step:08d}.safetensors"
+    if folder.is_dir() and sum(1 for _ in folder.glob("step_*.safetensors")) >= MOST_KEPT:
+        return f"its batch is not kept, {MOST_KEPT} are in {folder} already"
+    facts = {name: str(getattr(reading, name)) for name in ("step", "tokens", "lr", "loss")}
+    facts["grad_norm"] = str(reading.grad_norm)
+    try:
+        folder.mkdir(exist_ok=True)
+        save_file({name: getattr(reading.batch, name) for name in _TENSORS}, path, metadata=facts)
+    except (OSError, SafetensorError) as error:
+        return f"its batch could not be written to {path} ({error})"
+    return f"its batch is in {path}, see --replay"
+
+
+def read(path: Path) -> StepReading:
+    """Read what `keep` wrote.
+
+    Raises:
+        UserError: not such a file.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as saved:
+            facts = saved.metadata() or {}
+            batch = Batch(**{name: saved.get_tensor(name) for name in _TENSORS})
+        reading = StepReading(
+            step=int(facts["step"]),
+            tokens=int(facts["tokens"]),
+            lr=float(facts["lr"]),
+            loss=float(facts["loss"]),
+            grad_norm=float(facts["grad_norm"]),
+            batch=batch,
+        )
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise UserError(
+            f"--replay {path} is not the batch of a bad step ({error}); give a file of "
+            "RUN/bad_steps"
+        ) from error
+    shapes = {getattr(batch, name).shape for name in _TENSORS}
+    if len(shapes) != 1 or batch.inputs.ndim != 2:
+        raise UserError(f"--replay {path}: inputs, targets and document_ids differ in shape")
+    return reading
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors with a value that is not finite. Waits for the GPU."""
+    return [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+
+
+def diagnose(last: StepReading, non_finite: list[str]) -> str:
+    """Why a run stopped itself, and what to do.
+
+    Args:
+        last: of the bad steps in a row.
+        non_finite: tensors of the state that are not finite.
+    """
+    what = (
+        f"{MOST_IN_A_ROW} steps in a row had no finite loss or gradient (step {last.step:,}: loss "
+        f"{last.loss}, gradient norm {last.grad_norm}, learning rate {last.lr:.2e}). "
+    )
+    if non_finite:
+        return what + (
+            f"The state itself is not finite in {len(non_finite)} tensors, among them "
+            f"{non_finite[0]}, so it was not saved: go on from the last good checkpoint with "
+            "--resume and a lower --lr or --grad-clip."
+        )
+    return what + (
+        "The weights are finite, as those steps left them alone, so the cause is in the batches or "
+        "in an operation: --replay a file of bad_steps says where, also with --kernels torch or "
+        "--precision fp32; --resume goes on behind these batches."
+    )
+
+
+class Watchdog:
+    """Context that expects `beat` at least every `minutes`.
+
+    Args:
+        minutes: without a beat that count as a hang; 0 never does.
+        stacks: file for the stacks; it stays only if something was written.
+        on_hang: called in a thread of its own, once a hang, with whether the training thread is
+            inside `waiting` (and is kept there until the call returns).
+    """
+
+    def __init__(self, minutes: float, stacks: Path, on_hang: Callable[[bool], None]) -> None:
+        self.seconds, self.stacks, self.on_hang = 60 * minutes, stacks, on_hang
+        self.last_beat = time.monotonic()
+        self._at_work = threading.Lock()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="hamner-watchdog", daemon=True)
+
+    def __enter__(self) -> "Watchdog":
+        self._at_work.acquire()
+        if self.seconds:
+            self._file = self.stacks.open("a", encoding="utf-8")
+            self.beat()
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.seconds:
+            self._stop.set()
+            self._thread.join()
+            faulthandler.cancel_dump_traceback_later()
+            self._file.close()
+            if self.stacks.exists() and not self.stacks.stat().st_size:
+                self.stacks.unlink()
+        self._at_work.release()
+
+    def beat(self) -> None:
+        """A step has ended."""
+        self.last_beat = time.monotonic()
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """While the training thread waits for something with its state whole, as between steps."""
+        self._at_work.release()
+        try:
+            yield
+        finally:
+            self._at_work.acquire()
+
+    def _watch(self) -> None:
+        """Body of the thread."""
+        armed_for = reported = None
+        # The stacks come first: the call may let the training thread go on.
+        patience = self.seconds + min(1.0, self.seconds / 4)
+        while True:
+            beat = self.last_beat
+            if beat != armed_for:
+                left = max(1e-3, beat + self.seconds - time.monotonic())
+                faulthandler.dump_traceback_later(left, repeat=True, file=self._file)
+                armed_for = beat
+            elif time.monotonic() > beat + patience and beat != reported:
+                reported = beat
+                self._report()
+            if self._stop.wait(self.seconds / 20):
+                return
+
+    def _report(self) -> None:
+        is_waiting = self._at_work.acquire(blocking=False)
+        try:
+            self.on_hang(is_waiting)
+        finally:
+            if is_waiting:
+                self._at_work.release()

@@ -1,0 +1,339 @@
+"""The numbers of a run on their way from the device to the host, and all that follows from them.
+
+There is one queue. A step puts its loss, its gradient norm and what its routers did into it, as one
+copy behind the step's own work; the host looks at them once they are there, a step later. From that
+one reading follow the interval's means in metrics.jsonl, the display, reporters, spikes, bad steps,
+starved experts, the plan against reality.
+"""
+
+import math
+from collections import deque
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hamner.checkpoint.run_folder import RecordLog, RunFolder
+from hamner.config.options import total_tokens
+from hamner.config.train import TrainConfig
+from hamner.data.batch import Batch
+from hamner.plan.step_time import compare_with_reality, predict
+from hamner.train import health
+from hamner.train.display import Display
+from hamner.train.health import StepHealth, StepReading
+from hamner.train.metrics import Mfu, Record, Spike, Stopwatch, peak_vram_gib
+from hamner.train.reporters import Reporter
+from hamner.train.routers import StarvationDetector, describe_routers
+from hamner.train.step import StepResult, TrainStep
+
+MAX_PENDING = 1
+"""steps that may still run when the host goes on: the GPU never runs out of work, and when a step's
+numbers come in the clock shows the GPU's time, not that of a launch"""
+PLAN_CHECK_STEP = 100
+"""by then speed and memory are steady, and are compared with the plan"""
+
+
+class AsyncCopy:
+    """A copy of a tensor to the host, behind the work that is queued on its device.
+
+    Args:
+        values: any shape and dtype, on any device; may be overwritten afterwards.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        # Copies to the CPU that do not block land in page-locked memory.
+        self._values = values.to("cpu", non_blocking=True, copy=True)
+        self._event = None
+        if values.is_cuda:
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether `wait` would return at once."""
+        return self._event is None or self._event.query()
+
+    def wait(self) -> Tensor:
+        """The tensor on the CPU, once it is there."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._values
+
+
+@dataclass(frozen=True)
+class LogLine:
+    """What a log line says beside the numbers of its steps."""
+
+    val_loss: float | None
+    val_step: int | None
+    sources: dict[str, dict]
+
+
+@dataclass
+class PendingStep:
+    """A step whose numbers are on their way from the device."""
+
+    step: int
+    tokens: int
+    """trained when it was done"""
+    lr: float
+    batch: Batch
+    """kept until then, so that the batch of a bad step can be written down"""
+    values: AsyncCopy
+    """(2 + layers x (experts + 1),) fp32: loss, gradient norm, `StepResult.router`"""
+    line: LogLine | None = None
+    """the log line that ends with this step, if one does"""
+
+
+@dataclass
+class Interval:
+    """The good steps since the last log line, added up in fp32."""
+
+    start_step: int = 0
+    start_tokens: int = 0
+    start_seconds: float = 0.0
+    loss_sum: Tensor = field(default_factory=lambda: torch.zeros(()))
+    loss_steps: int = 0
+    router_sum: Tensor | None = None
+    """(layers, experts + 1), see `StepResult.router`"""
+
+
+class TrainLog:
+    """The log owns the queue, the clock of training and what is said and written of every step.
+
+    Args:
+        config: of the run.
+        run: its folder.
+        train_step: whose steps are recorded; asked for its plan and device.
+        display: for people.
+        reporters: for services.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        run: RunFolder,
+        train_step: TrainStep,
+        *,
+        display: Display,
+        reporters: list[Reporter],
+    ) -> None:
+        self.config, self.run, self.train_step = config, run, train_step
+        self.display, self.reporters = display, reporters
+        self.is_main = train_step.processes.rank.is_main
+        compute = train_step.compute
+        self.mfu = Mfu(config.model, config.seq_len, compute.gpu, compute.precision)
+        self.metrics = RecordLog(run.metrics)
+        self.watch = Stopwatch(0.0)
+        self.health = StepHealth()
+        self.queue: deque[PendingStep] = deque()
+        self.last: PendingStep | None = None
+        """the step whose numbers were read last"""
+        self.interval = Interval()
+        self.spikes: list[Spike] = []
+        """of the interval"""
+        self.skipped_steps = 0
+        self.starvation = StarvationDetector(config.model) if config.model.is_moe else None
+        if config.model.is_moe:
+            shape = (config.model.num_layers, config.model.num_experts + 1)
+            self.interval.router_sum = torch.zeros(shape)
+
+    def start(self, step: int, tokens: int) -> None:
+        """The clock and the first interval begin after `step`."""
+        self.watch.start()
+        self.interval.start_step, self.interval.start_tokens = step, tokens
+        self.interval.start_seconds = self.watch.read()
+
+    def record(self, step: int, tokens: int, lr: float, batch: Batch, result: StepResult) -> None:
+        """A step that was launched joins the queue; those that have arrived are judged.
+
+        Args:
+            step, tokens, lr, batch: as in `PendingStep`.
+            result: of the step.
+        """
+        values = [result.loss[None], result.grad_norm[None]]
+        if result.router is not None:
+            values.append(result.router.flatten())
+        copy = AsyncCopy(torch.cat(values))
+        self.queue.append(PendingStep(step, tokens, lr, batch, copy))
+        self.drain(max_pending=MAX_PENDING)
+
+    def request_line(self, line: LogLine) -> None:
+        """The interval ends with the last recorded step: its line is written once that arrives."""
+        if self.queue:
+            self.queue[-1].line = line
+        else:
+            self._write_line(self.last, line)
+
+    def drain(self, *, max_pending: int = 0) -> None:
+        """All steps but the last `max_pending`, and any that have arrived, are read and logged."""
+        while self.queue and (len(self.queue) > max_pending or self.queue[0].values.is_done):
+            pending = self.queue.popleft()
+            self._read(pending)
+            if pending.line is not None:
+                self._write_line(pending, pending.line)
+
+    def pause(self) -> None:
+        """The clock stops when the steps under way are done: launched is not yet trained."""
+        self.drain()
+        self.watch.pause()
+
+    def append(self, log: RecordLog, record: dict) -> None:
+        """A record is written, or training goes on with a warning: the next one takes it along."""
+        error = log.append(record) if self.is_main else None
+        if error:
+            self.display.message(
+                f"WARNING: {log.path} cannot be written ({error.strerror}); "
+                f"{len(log.waiting)} records wait"
+            )
+
+    def state_dict(self) -> dict:
+        """What the next start goes on with, as JSON; the queue must be empty."""
+        state = {
+            "seconds": self.watch.read(),
+            "skipped_steps": self.skipped_steps,
+            "loss_sum": self.interval.loss_sum.item(),
+            "loss_steps": self.interval.loss_steps,
+            **self.health.state_dict(),
+        }
+        if self.starvation:
+            state["router_sum"] = self.interval.router_sum.tolist()
+            state["starvation"] = self.starvation.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict) -> None:
+        """The log goes on where `state_dict` was taken; older checkpoints of a mixture have no
+        state of its routers."""
+        self.watch = Stopwatch(state["seconds"])
+        self.skipped_steps = state["skipped_steps"]
+        self.interval.loss_sum = torch.tensor(float(state["loss_sum"]))
+        self.interval.loss_steps = state["loss_steps"]
+        self.health.load_state_dict(state)
+        if self.starvation and "router_sum" in state:
+            self.interval.router_sum = torch.tensor(state["router_sum"])
+            self.starvation.load_state_dict(state["starvation"])
+
+    def _read(self, pending: PendingStep) -> None:
+        """A step's numbers are added up; a spike is marked, the batch of a bad step is kept."""
+        values = pending.values.wait()
+        self.last = pending
+        loss, grad_norm = values[:2].tolist()
+        reading = StepReading(
+            step=pending.step,
+            tokens=pending.tokens,
+            lr=pending.lr,
+            loss=loss,
+            grad_norm=grad_norm,
+            batch=pending.batch,
+        )
+        score = self.health.judge(reading)
+        if reading.is_bad:
+            self.skipped_steps += 1
+            self._keep_bad_step(reading)
+            return
+        self.interval.loss_sum += values[0]
+        self.interval.loss_steps += 1
+        if self.interval.router_sum is not None:
+            self.interval.router_sum += values[2:].view_as(self.interval.router_sum)
+        if score is not None:
+            self.spikes.append(Spike(reading.step, reading.tokens, reading.loss, score))
+            self.display.message(
+                f"loss spike at step {reading.step:,}: {reading.loss:.4f}, {score:.1f} robust "
+                "standard deviations above the recent losses"
+            )
+
+    def _keep_bad_step(self, reading: StepReading) -> None:
+        if self.is_main:
+            kept = health.keep(self.run.bad_steps, reading)
+            self.display.message(
+                f"WARNING: step {reading.step:,} skipped: loss {reading.loss}, gradient norm "
+                f"{reading.grad_norm}; {kept}"
+            )
+
+    def _write_line(self, pending: PendingStep, line: LogLine) -> None:
+        """The line is written, shown and reported, and the next interval begins."""
+        interval, seconds = self.interval, self.watch.read()
+        elapsed = max(1e-9, seconds - interval.start_seconds)
+        speed = (pending.tokens - interval.start_tokens) / elapsed
+        steps = interval.loss_steps
+        router = None
+        if interval.router_sum is not None:
+            router = describe_routers(interval.router_sum, steps)
+        record = Record(
+            step=pending.step,
+            tokens=pending.tokens,
+            loss=interval.loss_sum.item() / steps if steps else math.nan,
+            val_loss=line.val_loss,
+            val_step=line.val_step,
+            lr=pending.lr,
+            grad_norm=pending.values.wait()[1].item(),
+            tokens_per_second=speed,
+            mfu=self.mfu(speed / self.train_step.world_size),
+            peak_vram_gib=peak_vram_gib(self.train_step.compute.device),
+            seconds=seconds,
+            skipped_steps=self.skipped_steps,
+            sources=line.sources,
+            router=router,
+            spikes=tuple(self.spikes),
+        )
+        self.append(self.metrics, record.to_json())
+        self._report(record)
+        self._warn_of_starved_experts(record, steps)
+        if interval.start_step < PLAN_CHECK_STEP <= record.step:
+            self._compare_with_plan(record)
+        self.spikes.clear()
+        router_sum = interval.router_sum
+        if router_sum is not None:
+            router_sum = torch.zeros_like(router_sum)
+        self.interval = Interval(record.step, record.tokens, seconds, router_sum=router_sum)
+
+    def _report(self, record: Record) -> None:
+        for reporter in self.reporters:
+            try:
+                reporter.report(record)
+            except Exception as error:  # whatever ails a service, the run does not end of it
+                self.display.message(f"WARNING: {type(reporter).__name__} failed: {error}")
+        self.display.show(record)
+
+    def _warn_of_starved_experts(self, record: Record, steps: int) -> None:
+        """Experts of a mixture that get next to nothing are named, each once."""
+        if record.router is None:
+            return
+        model = self.config.model
+        advice = (
+            "raise --router-bias-update-speed"
+            if model.router_balance == "bias"
+            else "raise --router-aux-loss-coef, or start a run with --router-balance bias"
+        )
+        for starved in self.starvation.starved(record.router["load"], steps):
+            self.display.message(
+                f"WARNING: layer {starved.layer}: expert {starved.expert} gets "
+                f"{starved.load:.1%} of the assignments, under a quarter of its fair share "
+                f"({1 / model.num_experts:.1%}), for {self.starvation.STEPS} steps by now; {advice}"
+            )
+
+    def _compare_with_plan(self, record: Record) -> None:
+        """The projection for this GPU is held against the run, for the Triton kernels only."""
+        step = self.train_step
+        if step.compute.gpu is None or step.compute.kernels != "triton" or step.world_size > 1:
+            return
+        prediction = predict(
+            self.config.model,
+            step.compute.gpu,
+            policies=step.plan.policies,
+            micro_batch_size=step.plan.micro_batch_size,
+            batch_size=self.config.batch_size,
+            seq_len=self.config.seq_len,
+        )
+        speed, peak = record.tokens_per_second, record.peak_vram_gib
+        line = compare_with_reality(prediction, speed, peak, total_tokens(self.config))
+        self.display.message(f"plan: {line}")
+        projected = {
+            "tokens_per_second": prediction.tokens_per_second,
+            "peak_gib": prediction.peak_gib,
+        }
+        measured = {"tokens_per_second": speed, "peak_gib": peak}
+        self.append(
+            RecordLog(self.run.plan),
+            {"step": record.step, "projected": projected, "measured": measured},
+        )

@@ -1,0 +1,320 @@
+"""One optimizer step: forward, backward and update of a global batch, and nothing around it.
+
+`TrainStep` is built from a configuration. It owns the model, the optimizer, the engine that divides
+the work over processes, the memory plan and the CUDA graph. It knows no folder, display, clock or
+signal, so the loop, the profiler, the benchmarks and the tests drive the same object.
+
+Nothing in a step waits for the GPU: losses, the gradient norm and the skip of a bad step stay on
+the device, and the number of kept targets is counted on the CPU before a batch leaves it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hamner.checkpoint.format import Checkpoint
+from hamner.config.train import TrainConfig
+from hamner.data.batch import IGNORED_TARGET, Batch
+from hamner.errors import UserError
+from hamner.model.transformer import RouterStatistics
+from hamner.parallel.device import cap_memory
+from hamner.parallel.processes import SingleProcess
+from hamner.plan.memory import MemoryPlan
+from hamner.train.cuda_graph import GraphedBackward
+from hamner.train.optimizer import AdamW
+from hamner.train.setup import choose, plan_memory
+
+FIRST_STEPS = 5
+"""steps after the start in which running out of memory changes the plan"""
+STEP_DOWN = 0.9
+"""share of the planned memory that the next plan may take"""
+
+ShouldAbort = Callable[[int, int], bool]
+"""(micro-batches done, micro-batches of the step in this process) -> whether to drop the step"""
+OnPhase = Callable[[str, int], None]
+"""(the phase that begins, the step from 1): told before each phase, in the training thread"""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step came to, on the device; the next step overwrites `router`."""
+
+    loss: Tensor
+    """() fp32, mean cross-entropy over the kept targets of all processes, nats per token"""
+    grad_norm: Tensor
+    """() fp32, global 2-norm before clipping; the update was skipped if it is not finite"""
+    tokens: int
+    """of the whole batch"""
+    router: Tensor | None
+    """(layers, experts + 1) fp32: shares of the assignments, then the entropy in nats; or None"""
+
+
+class StepDoesNotFit(UserError):
+    """The step ran out of memory, and no plan that needs less is left.
+
+    Args:
+        message: the sentence for the user.
+        state_is_whole: whether weights and optimizer are those of the step before.
+    """
+
+    def __init__(self, message: str, *, state_is_whole: bool) -> None:
+        super().__init__(message)
+        self.state_is_whole = state_is_whole
+
+
+def never_abort(done: int, total: int) -> bool:
+    """The answer is no: a step is taken to its end."""
+    return False
+
+
+def ignore_phase(phase: str, step: int) -> None:
+    """The default observer does nothing."""
+
+
+class TrainStep:
+    """A step owns all that turns a batch into an update.
+
+    Args:
+        config: resolved flags.
+        processes: that train together; default this one alone.
+        initial: whose weights to start from; default random ones.
+        on_phase: is told when the phases "forward", "backward" (or "graph", where a CUDA graph
+            replays both), "accumulate" and "optimizer" begin, and "" when none is open.
+
+    Raises:
+        UserError: what is asked for does not fit or is not on this machine.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        processes: SingleProcess | None = None,
+        initial: Checkpoint | None = None,
+        on_phase: OnPhase = ignore_phase,
+    ) -> None:
+        self.config, self.processes, self.on_phase = config, processes or SingleProcess(), on_phase
+        setup = choose(config, self.processes)
+        self.compute, self.plan, self.attention = setup.compute, setup.plan, setup.attention
+        self.engine, self.records_graph = setup.engine, setup.records_graph
+        cap_memory(self.compute, config)
+        self.model = setup.model(config, initial)
+        self.optimizer = AdamW(
+            self.model,
+            self.model.ops,
+            dtype=self.engine.parameter_dtype(self.compute.dtype),
+            weight_decay=config.weight_decay,
+            grad_clip=config.grad_clip,
+            engine=self.engine,
+        )
+        self.forward = self.engine.wrap(self.model, self.optimizer)
+        if config.compile:
+            self.forward = torch.compile(self.forward)
+        self.forward_backward = self._build_forward_backward()
+        self.router_sum: Tensor | None = None
+        """of the step under way, see `StepResult.router`"""
+        if config.model.is_moe:
+            shape = (config.model.num_layers, config.model.num_experts + 1)
+            self.router_sum = torch.zeros(shape, device=self.compute.device)
+        self.steps_taken = 0
+        self.has_stepped_down = False
+        self.messages: list[str] = []
+        """sentences for the user that nobody has shown yet"""
+
+    @property
+    def world_size(self) -> int:
+        """The number of processes that train together."""
+        return self.processes.rank.world_size
+
+    @property
+    def is_graphed(self) -> bool:
+        """Whether forward and backward are, or will be, one CUDA graph."""
+        return isinstance(self.forward_backward, GraphedBackward)
+
+    @property
+    def is_warm(self) -> bool:
+        """Whether a CUDA graph, if there is one, has been recorded."""
+        return not self.is_graphed or self.forward_backward.is_recorded
+
+    def step(
+        self, batch: Batch, lr: float, should_abort: ShouldAbort = never_abort
+    ) -> StepResult | None:
+        """The step runs forward, backward and update on one global batch, in micro-batches.
+
+        Running out of memory in the first steps of a start changes the plan once, to one that
+        recomputes more; the step then begins again.
+
+        Args:
+            batch: (B, T) rows of all processes.
+            lr: learning rate.
+            should_abort: asked after each micro-batch; one process's yes drops the step in all.
+
+        Returns:
+            The result; None if the step was dropped, which leaves weights and optimizer as they
+            were.
+
+        Raises:
+            StepDoesNotFit: there is no memory for it.
+        """
+        updates = self.optimizer.steps
+        while True:
+            try:
+                return self._take(batch, lr, should_abort)
+            except torch.OutOfMemoryError as error:
+                reason = str(error).partition(". ")[0]
+            # Out of the handler, whose error would keep the step's activations alive.
+            is_unchanged = self.optimizer.steps == updates
+            may_retry = is_unchanged and self.steps_taken < FIRST_STEPS
+            if not (may_retry and self._step_down(reason)):
+                break
+        self.optimizer.drop_gradients()
+        raise StepDoesNotFit(
+            f"step {updates + 1:,} does not fit ({reason}): free the memory other programs hold, "
+            "lower --micro-batch-size or --vram-budget, or recompute more (--recompute full)",
+            # Of several processes, the others are half-way through the step.
+            state_is_whole=is_unchanged and self.world_size == 1,
+        )
+
+    def state_dict(self) -> dict:
+        """The number of updates, for state.json; the tensors are `optimizer.state_tensors`."""
+        return {"optimizer_steps": self.optimizer.steps}
+
+    def load_state_dict(self, state: dict) -> None:
+        """The updates are counted on from where `state_dict` was taken."""
+        self.optimizer.steps = state["optimizer_steps"]
+
+    def launch_one_by_one(self) -> None:
+        """From here on each kernel is launched by itself, without a CUDA graph."""
+        self.forward_backward = self._forward_backward
+
+    def record_graph(self) -> None:
+        """From here on forward and backward are one CUDA graph again, where that is possible."""
+        self.forward_backward = self._build_forward_backward()
+
+    def close(self) -> None:
+        """The step lets go of its CUDA graph: NCCL keeps a communicator as long as graphs that were
+        recorded with it."""
+        self.launch_one_by_one()
+
+    def to_device(self, batch: Batch, rows: slice) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The model's arguments of some rows: inputs, targets and, if documents are kept apart,
+        document ids, each (rows, T) on the device."""
+        target = self.compute.device
+        documents = batch.document_ids[rows] if self.config.document_mask else None
+        return (
+            batch.inputs[rows].to(target, non_blocking=True),
+            batch.targets[rows].to(target, non_blocking=True),
+            None if documents is None else documents.to(target, non_blocking=True),
+        )
+
+    def _take(self, batch: Batch, lr: float, should_abort: ShouldAbort) -> StepResult | None:
+        """The step as planned.
+
+        Each micro-batch's mean loss is weighted by its share of the step's kept targets, so the
+        step does not depend on how it is cut, nor on how many processes its micro-batches are
+        dealt to.
+        """
+        size, number_of_rows = self.plan.micro_batch_size, len(batch.inputs)
+        all_kept = int((batch.targets != IGNORED_TARGET).sum())
+        starts = self.processes.share(range(0, number_of_rows, size))
+        loss = torch.zeros((), device=self.compute.device)
+        if self.router_sum is not None:
+            self.router_sum.zero_()
+        for number, start in enumerate(starts):
+            rows, is_last = slice(start, start + size), number == len(starts) - 1
+            kept = int((batch.targets[rows] != IGNORED_TARGET).sum())
+            share = torch.full((), kept / max(1, all_kept), device=self.compute.device)
+            with self.engine.micro_batch(is_last=is_last):
+                if self.is_graphed:
+                    self._enter("graph")
+                arguments = self.to_device(batch, rows)
+                cross_entropy, router = self.forward_backward(*arguments, share)
+            self._enter("")
+            loss += cross_entropy * share
+            if self.router_sum is not None:
+                self._add_router(router, len(batch.inputs[rows]) / number_of_rows)
+            if len(starts) > 1:
+                self._enter("accumulate")
+                self.engine.accumulate(self.optimizer, is_last=is_last)
+                self._enter("")
+            if self.processes.any(should_abort(number + 1, len(starts))):
+                self.optimizer.drop_gradients()
+                return None
+        return self._update(loss, lr, batch.inputs.numel())
+
+    def _update(self, loss: Tensor, lr: float, tokens: int) -> StepResult:
+        """The end of a step: sums over the processes, then the optimizer."""
+        self.processes.sum_(loss)
+        if self.router_sum is not None:
+            self.processes.sum_(self.router_sum)
+        self._enter("optimizer")
+        grad_norm = self.optimizer.step(lr, loss)
+        self._enter("")
+        if self.router_sum is not None and self.config.model.router_balance == "bias":
+            self.model.balance_routers(self.router_sum[:, :-1], torch.isfinite(grad_norm))
+        self.steps_taken += 1
+        return StepResult(loss, grad_norm, tokens, self.router_sum)
+
+    def _add_router(self, router: RouterStatistics, share: float) -> None:
+        """A micro-batch that is `share` of the step's tokens counts that much."""
+        self.router_sum += torch.cat((router.load, router.entropy[:, None]), dim=1) * share
+
+    def _forward_backward(
+        self, inputs: Tensor, targets: Tensor, document_ids: Tensor | None, share: Tensor
+    ) -> tuple[Tensor, RouterStatistics | None]:
+        """The gradients of `share` of a micro-batch's mean loss are left in the parameters.
+
+        Returns:
+            The micro-batch's mean cross-entropy, 0-d, and what its routers did.
+        """
+        self._enter("forward")
+        output = self.forward(inputs, targets, document_ids)
+        self._enter("backward")
+        self.engine.backward(output.loss * share)
+        router = output.router and RouterStatistics(*(x.detach() for x in output.router))
+        return output.cross_entropy.detach(), router
+
+    def _enter(self, phase: str) -> None:
+        self.on_phase(phase, self.optimizer.steps + 1)
+
+    def _build_forward_backward(self) -> Callable:
+        """Forward and backward of a micro-batch, recorded where that is possible."""
+        if not self.records_graph:
+            return self._forward_backward
+        return GraphedBackward(
+            self._forward_backward,
+            self.model.parameters(),
+            warm_up_calls=self.engine.warm_up_calls,
+        )
+
+    def _step_down(self, reason: str) -> bool:
+        """The step plans for a tenth less memory, once; whether there is such a plan.
+
+        Not with several processes: the others are half-way through the step.
+        """
+        if self.has_stepped_down or self.world_size > 1:
+            return False
+        self.has_stepped_down = True
+        budget = int(STEP_DOWN * self.plan.account.total)
+        try:
+            plan = plan_memory(self.config, self.compute, budget=budget)
+        except UserError:
+            return False
+        if plan.account.total > budget:
+            return False
+        self.messages.append(
+            f"WARNING: {reason}. Other programs, or memory in pieces, leave less than was planned "
+            f"with; going on with {plan}"
+        )
+        self._follow(plan)
+        return True
+
+    def _follow(self, plan: MemoryPlan) -> None:
+        """Steps from the next one on are taken by another plan."""
+        self.plan = plan
+        self.optimizer.drop_gradients()
+        self.model.policies = plan.policies
+        self.record_graph()
+        if self.compute.device.type == "cuda":
+            torch.cuda.empty_cache()

@@ -1,0 +1,51 @@
+"""config.json: what is written reads back, and what does not fit is named."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from hamner.config.options import OPTIONS, find_option, for_option, total_tokens
+from hamner.config.train import FineTuning, TrainConfig
+from hamner.errors import UserError
+
+
+@pytest.mark.parametrize("sft", [None, FineTuning(epochs=2.0)])
+def test_what_is_written_reads_back(tmp_path, sft):
+    config = replace(for_option("c"), run_dir=tmp_path, sft=sft)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config.to_json()))
+    assert TrainConfig.read(path) == config
+    assert ("sft" in config.to_json()) == (sft is not None)
+
+
+def test_a_config_from_before_there_was_a_flag_has_its_default(tmp_path):
+    values = for_option("tiny").to_json()
+    del values["hang_minutes"], values["model"]["router_balance"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    read = TrainConfig.read(tmp_path / "config.json")
+    assert (read.hang_minutes, read.model.router_balance) == (30.0, "aux")
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"surprise": 1}, "a field this version does not know: surprise"),
+        ({"batch_size": "8"}, "field batch_size has an unfit value '8'"),
+        ({"model": None}, "is not a run's configuration"),
+        ({"sft": {"epochs": "many"}}, "field epochs has an unfit value 'many'"),
+    ],
+)
+def test_what_does_not_fit_is_named(tmp_path, changes, named):
+    (tmp_path / "config.json").write_text(json.dumps(for_option("a").to_json() | changes))
+    with pytest.raises(UserError, match=named):
+        TrainConfig.read(tmp_path / "config.json")
+
+
+def test_a_run_is_as_long_as_its_flags_or_its_option_say():
+    option = for_option("tiny")
+    assert total_tokens(option) == OPTIONS["tiny"].tokens == 520 * option.tokens_per_step
+    assert total_tokens(replace(option, steps=3)) == 3 * option.tokens_per_step
+    assert total_tokens(replace(option, tokens=5_000.0)) == 2 * option.tokens_per_step
+    with pytest.raises(UserError, match="--option huge is not one of tiny, "):
+        find_option("huge")

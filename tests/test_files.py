@@ -1,0 +1,57 @@
+"""Files that are whole or not there, and JSON that is not what it should be."""
+
+import pytest
+
+from hamner.checkpoint.format import CheckpointError
+from hamner.errors import UserError
+from hamner.files import made_whole, read_json
+
+
+def test_a_file_is_replaced_at_the_end(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with made_whole(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_is_made_whole(tmp_path):
+    path = tmp_path / "folder"
+    with made_whole(path) as temporary:
+        temporary.mkdir()
+        (temporary / "file").write_text("x")
+        assert not path.exists()
+    assert [file.name for file in path.iterdir()] == ["file"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("kind", [OSError, KeyboardInterrupt])
+def test_after_an_error_the_old_file_is_there_and_nothing_else(tmp_path, kind):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(kind), made_whole(path) as temporary:
+        temporary.write_text("half")
+        raise kind
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "file.json cannot be read: .*No such file"),
+        (b"{", "file.json cannot be read: Expecting"),
+        (b"\xff", "file.json cannot be read: .*utf-8"),
+        (b"[" * 100_000, "file.json cannot be read: nested too deeply"),
+        (b"[]", "file.json is not a JSON object"),
+    ],
+)
+@pytest.mark.parametrize("error", [UserError, CheckpointError])
+def test_json_that_cannot_be_read(tmp_path, content, reason, error):
+    path = tmp_path / "file.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(error, match=reason):
+        read_json(path, error)

@@ -1,4 +1,4 @@
-"""The trainer on a GPU: no waits inside a step, kernels against plain torch, memory as planned."""
+"""A step and a run on a GPU: no waits inside, kernels against plain torch, memory as planned."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +12,13 @@ from hamner.checkpoint.run_folder import RunFolder
 from hamner.config.options import OPTIONS, for_option
 from hamner.config.train import TrainConfig
 from hamner.data.batch import Batch
+from hamner.files import read_records
 from hamner.hardware import GIB
 from hamner.plan import memory
-from hamner.train.cuda_graph import GraphedBackward
-from hamner.train.loop import Trainer, train
-from tests.train.test_loop import NeverInterrupted, assert_equal_weights
+from hamner.train.evaluation import samples, validation_loss
+from hamner.train.loop import TrainingLoop, train
+from hamner.train.step import TrainStep
+from tests.train.test_loop import assert_equal_weights
 
 pytestmark = pytest.mark.gpu
 
@@ -76,18 +78,17 @@ def test_a_step_never_waits_for_the_gpu(config, kind, documents, micro_batch_siz
         micro_batch_size=micro_batch_size,
         attention="triton",
     )
-    trainer = Trainer(config, RunFolder(config.folder))
-    batch = random_batch(config)
+    step, batch = TrainStep(config), random_batch(config)
     try:
         for _ in range(3):  # the third is recorded as a CUDA graph
-            trainer.train_step(batch, 1e-3, NeverInterrupted())
+            step.step(batch, 1e-3)
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
-        norm = trainer.train_step(batch, 1e-3, NeverInterrupted())
+        result = step.step(batch, 1e-3)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-        trainer.close()
-    assert torch.isfinite(norm)
+        step.close()
+    assert torch.isfinite(result.grad_norm)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -102,33 +103,31 @@ def test_kernels_train_as_plain_torch_does(config, kind, tmp_path):
     assert abs(losses["triton", 0] - losses["torch", 0]) < max(noise, 0.02)
 
 
-def gradients(trainer: Trainer, batch: Batch, policy: memory.Policy) -> dict[str, Tensor]:
-    """Of a whole batch, every layer by one policy."""
-    trainer.optimizer.drop_gradients()
-    trainer.model.policies = (policy,) * trainer.config.model.num_layers
-    rows = slice(0, trainer.config.batch_size)
-    share = torch.ones((), device=trainer.compute.device)
-    trainer.forward_backward(*trainer.to_device(batch, rows), share)
-    return {name: p.grad.float() for name, p in trainer.model.named_parameters()}
+def gradients(step: TrainStep, batch: Batch, policy: memory.Policy) -> dict[str, Tensor]:
+    """The gradients of a whole batch, every layer by one policy."""
+    step.optimizer.drop_gradients()
+    step.model.policies = (policy,) * step.config.model.num_layers
+    rows = slice(0, step.config.batch_size)
+    share = torch.ones((), device=step.compute.device)
+    step.forward_backward(*step.to_device(batch, rows), share)
+    return {name: p.grad.float() for name, p in step.model.named_parameters()}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_recompute_policies_give_the_same_gradients(config, kind):
-    """Within bf16's rounding; on the CPU, in fp32, to the bit (test_model.py, test_rebuild.py).
+    """Within bf16's rounding; on the CPU, in fp32, to the bit (tests/model).
 
     All gradients as one vector: those of a lambda alone are small differences of large sums.
     """
     config = replace(config, model=replace(config.model, **KINDS[kind]), attention="triton")
-    trainer, batch = Trainer(config, RunFolder(config.folder)), random_batch(config)
-    try:
-        kept = gradients(trainer, batch, memory.NONE)
-        for policy in (memory.SELECTIVE, memory.FULL):
-            found = gradients(trainer, batch, policy)
-            square = sum((found[name] - kept[name]).square().sum() for name in kept)
-            error = (square / sum(g.square().sum() for g in kept.values())).sqrt()
-            assert error <= torch.finfo(torch.bfloat16).eps, (policy.name, error)
-    finally:
-        trainer.close()
+    step, batch = TrainStep(config), random_batch(config)
+    step.launch_one_by_one()
+    kept = gradients(step, batch, memory.NONE)
+    for policy in (memory.SELECTIVE, memory.FULL):
+        found = gradients(step, batch, policy)
+        square = sum((found[name] - kept[name]).square().sum() for name in kept)
+        error = (square / sum(g.square().sum() for g in kept.values())).sqrt()
+        assert error <= torch.finfo(torch.bfloat16).eps, (policy.name, error)
 
 
 def test_resume_is_exact_with_the_default_kernels(config, tmp_path):
@@ -143,12 +142,9 @@ def test_a_resume_with_plain_torch_has_the_same_masters(config):
     masters = {}
     for kernels in ("triton", "torch"):
         resumed = replace(config, resume=True, kernels=kernels)
-        trainer = Trainer(resumed, RunFolder(config.folder))
-        try:
-            trainer.restore()
-        finally:
-            trainer.close()
-        optimizer = trainer.optimizer
+        loop = TrainingLoop(resumed, RunFolder(config.folder))
+        loop.close()
+        optimizer = loop.step.optimizer
         assert bool(optimizer.remainders) == (kernels == "triton")
         assert bool(optimizer.masters) == (kernels == "torch")
         masters[kernels] = {name: optimizer.master(name) for name in optimizer.parameters}
@@ -158,35 +154,34 @@ def test_a_resume_with_plain_torch_has_the_same_masters(config):
 
 def test_work_under_way_counts_as_training_time(config):
     """What is launched before an evaluation runs during it, if nobody waits for it first."""
-    trainer = Trainer(config, RunFolder(config.folder))
-    try:
-        trainer.evaluate()  # loads what is loaded once
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        trainer.watch.start()
-        start.record()
-        torch.cuda._sleep(1_000_000_000)
-        trainer.finish_step(random_batch(config), 1e-3, torch.zeros((), device="cuda"))
-        end.record()
-        trainer.evaluate()
-        assert trainer.watch.seconds >= start.elapsed_time(end) / 1e3
-    finally:
-        trainer.close()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def on_phase(phase: str, step: int) -> None:
+        if (phase, step) == ("optimizer", 20):  # the second evaluation: all is loaded
+            start.record()
+            torch.cuda._sleep(1_000_000_000)
+            end.record()
+
+    train(replace(config, log_every=1), on_phase=on_phase)
+    before, after = [r["seconds"] for r in read_records(RunFolder(config.folder).metrics)][-2:]
+    # The line before may have been written when the GPU had just begun to sleep.
+    assert after - before >= 0.9 * start.elapsed_time(end) / 1e3
 
 
 @pytest.fixture
 def whole_gpu():
-    """Gives back the cap that --vram-budget puts on the process."""
+    """The cap that --vram-budget puts on the process is lifted afterwards."""
     yield
     torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def peak_of_steps(trainer: Trainer, batch: Batch, steps: int) -> int:
+def peak_of_steps(step: TrainStep, batch: Batch, steps: int) -> int:
     """Most bytes allocated in some steps, after one that loads what is loaded once."""
-    trainer.train_step(batch, 1e-4, NeverInterrupted())
+    step.step(batch, 1e-4)
     torch.cuda.reset_peak_memory_stats()
     for _ in range(steps):
-        norm = trainer.train_step(batch, 1e-4, NeverInterrupted())
-    assert torch.isfinite(norm)
+        result = step.step(batch, 1e-4)
+    assert torch.isfinite(result.grad_norm)
     return torch.cuda.max_memory_allocated()
 
 
@@ -203,39 +198,39 @@ def test_memory_of_every_option(name, tmp_path, whole_gpu, record_property):
         vram_budget=23.1,
         device="cuda",
     )
-    trainer = Trainer(config, RunFolder(config.folder))
-    batch = random_batch(config)
+    loop = TrainingLoop(config, RunFolder(config.folder))
+    step, batch = loop.step, random_batch(config)
     layers, rows, misses = option.model.num_layers, [], []
     try:
         measured = {
-            f"{memory.describe(trainer.plan.policies)} (chosen), as a CUDA graph": (
-                trainer.plan.account,
-                peak_of_steps(trainer, batch, 50),
+            f"{memory.describe(step.plan.policies)} (chosen), as a CUDA graph": (
+                step.plan.account,
+                peak_of_steps(step, batch, 50),
             )
         }
-        assert isinstance(trainer.micro_step, GraphedBackward)
+        assert step.is_graphed and step.is_warm
         # Still within the cap; of one option also a save, which takes as long as the disk does.
-        trainer.evaluate()
-        trainer.sample()
+        validation_loss(step, loop.data.validation)
+        assert list(samples(step, loop.tokenizer, config.seed))
         if name == "current":
-            trainer.save()
-            assert isinstance(trainer.saver.wait(), Checkpoint)
+            loop.saves.save(step.steps_taken)
+            assert isinstance(loop.saves.saver.wait(), Checkpoint)
         torch.cuda.set_per_process_memory_fraction(1.0)
-        trainer.micro_step = trainer.forward_backward
+        step.launch_one_by_one()
         for policy in (memory.NONE, memory.SELECTIVE, memory.FULL):
             torch.cuda.empty_cache()
-            trainer.model.policies = (policy,) * layers
+            step.model.policies = (policy,) * layers
             account = memory.account(
                 option.model,
-                trainer.model.policies,
-                micro_batch_tokens=trainer.plan.micro_batch_size * option.seq_len,
+                step.model.policies,
+                micro_batch_tokens=step.plan.micro_batch_size * option.seq_len,
                 precision="bf16",
-                accumulate=trainer.plan.micro_batch_size < option.batch_size,
+                accumulate=step.plan.micro_batch_size < option.batch_size,
                 fused=True,
             )
-            measured[policy.name] = account, peak_of_steps(trainer, batch, 2)
+            measured[policy.name] = account, peak_of_steps(step, batch, 2)
     finally:
-        trainer.close()
+        loop.close()
     for label, (account, peak) in measured.items():
         error = account.total / peak - 1
         rows.append(

@@ -2,18 +2,18 @@
 
 import gc
 import math
+import threading
 from dataclasses import replace
 
 import pytest
 import torch
 
-from hamner.checkpoint import format as checkpoint
 from hamner.checkpoint.run_folder import RunFolder
 from hamner.checkpoint.writer import BackgroundSaver
 from hamner.config.train import TrainConfig
-from hamner.train.loop import Trainer, train
-from tests.train.test_loop import NeverInterrupted, metrics
-from tests.train.test_loop_gpu import random_batch, tiny_config
+from hamner.train.loop import TrainingLoop, train
+from tests.train.test_loop import metrics
+from tests.train.test_loop_gpu import tiny_config
 
 pytestmark = pytest.mark.gpu
 
@@ -33,7 +33,6 @@ def test_a_save_copies_the_moment_and_waits_for_nothing(tmp_path):
             step,
             model={"weight": weight},
             optimizer={"exp_avg.weight": weight},
-            counters={"loss_sum": weight[0]},
             state={"step": step},
         )
 
@@ -52,26 +51,31 @@ def test_a_save_copies_the_moment_and_waits_for_nothing(tmp_path):
     loaded = torch.zeros(1 << 20)
     saved.load_model({"weight": loaded})
     assert torch.equal(loaded, torch.full((1 << 20,), 2.0))
-    assert saved.state()["loss_sum"] == 2.0
 
 
 def test_a_finished_step_never_waits_for_the_gpu(config):
     """What follows the update: counters, the reading of the step, a save that is due."""
-    trainer = Trainer(config, RunFolder(config.folder))
-    batch, interrupt = random_batch(config), NeverInterrupted()
+    is_saved, saves = threading.Event(), []
+
+    def on_phase(phase: str, step: int) -> None:
+        if phase == "save":
+            saves.append(step)
+        elif phase == "saved":
+            is_saved.set()
+        elif (phase, step) == ("data", 6):
+            assert is_saved.wait(60)  # the first save makes the host buffers
+        elif (phase, step) == ("data", 8):
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+        elif (phase, step) == ("data", 9):
+            torch.cuda.set_sync_debug_mode("default")
+
+    settings = replace(config, steps=10, log_every=100, eval_every=0, save_every=4)
     try:
-        for step in range(5):
-            trainer.note_save(trainer.saver.wait())
-            if step == 4:
-                torch.cuda.synchronize()
-                torch.cuda.set_sync_debug_mode("error")
-            norm = trainer.train_step(batch, 1e-3, interrupt)
-            trainer.finish_step(batch, 1e-3, norm)
-            trainer.save_when_due(True)
+        train(settings, on_phase=on_phase)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-        trainer.close()
-    assert [saved.step for saved in checkpoint.find(trainer.run.checkpoints)][-1] == 5
+    assert saves == [4, 8, 10]
 
 
 def test_a_save_in_the_background_does_not_change_the_run(config):
@@ -118,24 +122,23 @@ def test_a_run_may_move_between_gpu_and_cpu(config, devices):
 
 def test_a_bad_step_is_skipped_counted_and_kept(config):
     """Found when its numbers come in, and only its update is missing."""
-    trainer = Trainer(config, RunFolder(config.folder))
-    batch, interrupt = random_batch(config), NeverInterrupted()
+    before = {}
+
+    def on_phase(phase: str, step: int) -> None:
+        if (phase, step) == ("data", 4):
+            parameters = loop.step.optimizer.parameters
+            before.update({name: p.clone() for name, p in parameters.items()})
+            loop.step.model.norm.weight.data[0] = math.inf
+
+    settings = replace(config, steps=4, eval_every=0)
+    loop = TrainingLoop(settings, RunFolder(settings.folder), on_phase=on_phase)
     try:
-        for _ in range(3):
-            norm = trainer.train_step(batch, 1e-3, interrupt)
-            trainer.finish_step(batch, 1e-3, norm)
-        trainer.judge_steps(most_under_way=0)
-        before = {name: p.clone() for name, p in trainer.optimizer.parameters.items()}
-        trainer.model.norm.weight.data[0] = math.inf
-        norm = trainer.train_step(batch, 1e-3, interrupt)
-        trainer.finish_step(batch, 1e-3, norm)
-        trainer.judge_steps(most_under_way=0)
+        loop.run_to_end()
     finally:
-        trainer.close()
-    assert trainer.bad_in_a_row == 1
-    assert int(trainer.skipped) == 1
-    kept = [path.name for path in trainer.run.bad_steps.iterdir()]
+        loop.close()
+    assert [record["skipped_steps"] for record in metrics(config.run_dir)] == [0, 0, 0, 1]
+    kept = [path.name for path in loop.run.bad_steps.iterdir()]
     assert kept == ["step_00000004.safetensors"]
-    for name, parameter in trainer.optimizer.parameters.items():
+    for name, parameter in loop.step.optimizer.parameters.items():
         if name != "norm.weight":
             assert torch.equal(parameter, before[name]), name

@@ -21,7 +21,7 @@ def record(
     num_bytes: int | None = None,
     flops: int | None = None,
 ) -> None:
-    """Time a function on the GPU, and put what the times mean into extra_info.
+    """The function times another on the GPU, and puts what the times mean into extra_info.
 
     Args:
         benchmark: the fixture; its own columns are wall time with a synchronisation.
@@ -67,7 +67,7 @@ def record(
 
 
 def _peak_bytes(function: Callable[[], object]) -> int | None:
-    """Most memory of one call beyond what is held before it."""
+    """The function gives the most memory of one call beyond what is held before it."""
     function()
     if scale.SMOKE:
         return None

@@ -1,4 +1,4 @@
-"""Body of the processes that `bench.scaling` starts: takes the steps of its rows, one by one.
+"""The processes that `bench.scaling` starts take the steps of its rows, one by one.
 
     torchrun --nproc-per-node 2 -m bench.scaling_job JOB.json
 
@@ -30,7 +30,7 @@ ALL_REDUCES = 10
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement."""
+    """A row is one measurement."""
 
     option: str
     engine: Literal["one", "ddp", "fsdp"]
@@ -50,13 +50,13 @@ class Row:
 
     @property
     def name(self) -> str:
-        """Unlike that of any other row."""
+        """The name is unlike that of any other row."""
         size = f"{self.micro_batches}x, {self.bucket_mib} MiB"
         return f"{self.option}, {self.engine} on {self.gpus}, {self.transport}, {size}"
 
 
 def configure(row: Row, flags: list[str]) -> TrainConfig:
-    """The row's run: the option as it trains, on as many rows a step as it says.
+    """The function gives the row's run: the option as it trains, on as many rows a step as it says.
 
     Raises:
         UserError: the flags make no sense.
@@ -72,7 +72,7 @@ def configure(row: Row, flags: list[str]) -> TrainConfig:
 
 
 def measure(row: Row, flags: list[str], processes: SingleProcess) -> dict:
-    """The row's figures, the same in every process but for its own clock."""
+    """The function gives the row's figures, the same in every process but for its own clock."""
     config = configure(row, flags)
     with open_steps(config, processes) as (step, loader):
         if is_on_gpu(step):
@@ -95,7 +95,8 @@ def measure(row: Row, flags: list[str], processes: SingleProcess) -> dict:
 
 
 def bus_bandwidth(gpus: int) -> float:
-    """GB/s that each GPU sends, and receives, in an all-reduce of ALL_REDUCE_BYTES.
+    """The function gives GB/s that each GPU sends, and receives, in an all-reduce of
+    ALL_REDUCE_BYTES.
 
     What nccl-tests call bus bandwidth; the median of ALL_REDUCES.
     """
@@ -107,7 +108,8 @@ def bus_bandwidth(gpus: int) -> float:
 
 
 def main(args: list[str]) -> None:
-    """Measure the rows of a job and append each to its results as soon as it is there."""
+    """The command measures the rows of a job and appends each to its results as soon as it is
+    there."""
     job = json.loads(Path(args[0]).read_text())
     rows = [Row(**row) for row in job["rows"]]
     config = configure(rows[0], job["flags"])

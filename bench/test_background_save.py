@@ -1,4 +1,4 @@
-"""What a save in the background costs the training beside it.
+"""The rows say what a save in the background costs the training beside it.
 
     pytest bench/test_background_save.py --benchmark-only
 
@@ -45,7 +45,7 @@ def measure(benchmark, saver: BackgroundSaver, step: TrainStep, loader: TrainLoa
     option, device = step.config.option, step.compute.name
 
     def train_until(is_enough) -> list[float]:
-        """The steps taken last so many seconds each."""
+        """The function gives the seconds of each step."""
         seconds = []
         while not is_enough(len(seconds)):
             started = time.perf_counter()

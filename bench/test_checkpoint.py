@@ -1,4 +1,4 @@
-"""Saving and loading a checkpoint of option tiny, on whatever machine there is.
+"""A checkpoint of option tiny is saved and loaded, on whatever machine there is.
 
     pytest bench/test_checkpoint.py --benchmark-only
 

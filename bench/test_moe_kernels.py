@@ -1,4 +1,4 @@
-"""Mixture-of-experts kernels at option c's shape, beside torch._grouped_mm and plain torch.
+"""Mixture-of-experts kernels stand beside torch._grouped_mm and plain torch, at option c's shape.
 
     pytest bench/test_moe_kernels.py --benchmark-only
 
@@ -40,7 +40,8 @@ MAX_RELATIVE_ERROR = 0.02  # of norms: bf16 keeps 8 bits, and backward rounds so
 
 
 class Case(NamedTuple):
-    """What is timed, what it must agree with; FLOPs or bytes, where one of them is the work."""
+    """A case is what is timed, what it must agree with, and FLOPs or bytes, where one of them is
+    the work."""
 
     call: Callable[[], Tensor | tuple[Tensor, ...]]
     expected: Callable[[], Tensor | tuple[Tensor, ...]]
@@ -57,7 +58,8 @@ class Problem(NamedTuple):
     d_out: Tensor  # (N, D)
 
     def cast(self, dtype: torch.dtype) -> "Problem":
-        """Leaves that require gradients, in another dtype; the logits stay fp32."""
+        """The method gives leaves that require gradients, in another dtype; the logits stay
+        fp32."""
         return Problem(
             *(
                 tensor.detach().to(torch.float32 if name == "logits" else dtype).requires_grad_()
@@ -84,7 +86,7 @@ def problem() -> Problem:
 
 
 def grouped_mm_mlp(x: Tensor, routing: Routing, gate_up_weight: Tensor, down_weight: Tensor):
-    """The peer: torch._grouped_mm between a gather and a scatter, as in transformers' Mixtral."""
+    """The peer is torch._grouped_mm between a gather and a scatter, as in transformers' Mixtral."""
     order = routing.order.long()
     gathered = x[order // K]
     gate, up = torch._grouped_mm(gathered, gate_up_weight.mT, offs=routing.offsets[1:]).chunk(2, -1)
@@ -157,7 +159,7 @@ def mlp_case(implementation: str, direction: str, problem: Problem) -> Case:
 
 
 def in_direction(direction: str, forward: Callable, inputs: tuple[Tensor, ...]) -> Callable:
-    """`forward` itself, or a call that differentiates what it returned."""
+    """The function gives `forward` itself, or a call that differentiates what it returned."""
     if direction == "forward":
         return forward
     outputs = forward()
@@ -169,7 +171,7 @@ def in_direction(direction: str, forward: Callable, inputs: tuple[Tensor, ...]) 
 
 
 def activations(problem: Problem, routing: Routing) -> tuple[Tensor, Tensor]:
-    """What the stages read beside the problem is hidden (M, I) and d_gate_up (M, 2I)."""
+    """The stages read beside the problem hidden (M, I) and d_gate_up (M, 2I)."""
     order, offsets, weights = routing.order, routing.offsets, routing.weights
     gate_up, hidden = launch_gate_up(problem.x, weights, order, offsets, problem.gate_up_weight)
     d_hidden = launch_grouped_matmul(
@@ -179,7 +181,7 @@ def activations(problem: Problem, routing: Routing) -> tuple[Tensor, Tensor]:
 
 
 def loop_over_experts(routing: Routing, rows: Tensor, weight: Tensor) -> Tensor:
-    """rows (M, inner) are multiplied by weight (E, inner, columns), in fp32."""
+    """The rows (M, inner) are multiplied by weight (E, inner, columns), in fp32."""
     bounds = routing.offsets.tolist()
     pieces = [
         rows[start:end].float() @ weight[expert].float()
@@ -200,7 +202,7 @@ def loop_over_weight_grads(routing: Routing, d_rows: Tensor, rows: Tensor) -> Te
 
 
 def stages_of(problem: Problem) -> dict[str, tuple[Callable, Callable, Callable, int]]:
-    """The grouped matmuls come one by one: ours, torch's, what both must agree with, and FLOPs."""
+    """The grouped matmuls come by stage: ours, torch's, what both must agree with, and FLOPs."""
     routing = moe_route(problem.logits, K)
     order, offsets, top_k = routing.order, routing.offsets, K
     tokens, ends = order.long() // K, offsets[1:]
@@ -266,7 +268,7 @@ def _tensors(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def measure(benchmark, ceilings, case: Case, op: str, implementation: str) -> None:
-    """Compare the outputs, then time."""
+    """The function compares the outputs, then times."""
     for actual, expected in zip(_tensors(case.call()), _tensors(case.expected()), strict=True):
         error = (actual.float() - expected.float()).norm() / expected.float().norm()
         assert error <= MAX_RELATIVE_ERROR, f"not timed: the output is off by {error:.1%}"

@@ -1,4 +1,4 @@
-"""Every option under every recompute policy: tokens/s against memory, on this card.
+"""Every option runs under every recompute policy: tokens/s against memory, on this card.
 
     pytest bench/test_options.py --benchmark-only [--vram-budget 24]
 
@@ -43,13 +43,13 @@ ACCUMULATED = [("a", "selective", 2), ("a", "selective", 4), ("c", "selective", 
 
 
 def marks(row: tuple[str, str, int]) -> list[pytest.MarkDecorator]:
-    """Those of a row."""
+    """The function gives the marks of a row."""
     quick = [pytest.mark.quick] if row in QUICK else []
     return quick if row in ON_CPU_TOO else [*quick, pytest.mark.needs_gpu]
 
 
 def row_id(row: tuple[str, str, int]) -> str:
-    """option-policy, and the number of micro-batches if there are several."""
+    """The name is option-policy, and the number of micro-batches if there are several."""
     option, policy, micro_batches = row
     return f"{option}-{policy}" + (f"-{micro_batches}" if micro_batches > 1 else "")
 
@@ -65,7 +65,8 @@ ROWS = [
 def configure(
     option: str, policy: str, vram_budget: float | None, micro_batches: int = 1
 ) -> TrainConfig:
-    """The option as it trains; in so many passes over the batch, but for "auto"."""
+    """The function gives the option as it trains; in so many passes over the batch, but for
+    "auto"."""
     config = replace(for_option(option), recompute=policy, vram_budget=vram_budget)
     if scale.SMOKE:
         model = replace(
@@ -85,7 +86,8 @@ def configure(
 
 
 def capacity_gib(vram_budget: float | None) -> float:
-    """What a trainer may take: the budget, or what the card has less a reserve."""
+    """The function gives what a trainer may take: the budget, or what the card has less a
+    reserve."""
     if vram_budget is not None:
         return vram_budget
     if steps.is_cpu():
@@ -94,7 +96,7 @@ def capacity_gib(vram_budget: float | None) -> float:
 
 
 def needed_gib(config: TrainConfig) -> float:
-    """By the account that the planner uses."""
+    """The account that the planner uses says what is needed."""
     account = memory.account(
         config.model,
         memory.parse(config.recompute, config.model.num_layers),
@@ -140,8 +142,8 @@ def shared_step():
 
 
 def projection(config: TrainConfig, plan: MemoryPlan) -> dict[str, float]:
-    """What `hamner.plan` says of this card; nothing where it does not know it, nor of the demo,
-    whose kernels take less time than the least that any kernel takes."""
+    """The function gives what `hamner.plan` says of this card; nothing where it does not know it,
+    nor of the demo, whose kernels take less time than the least that any kernel takes."""
     gpu = None if steps.is_cpu() else identify(torch.cuda.get_device_name())
     if gpu is None or config.option == "tiny":
         return {}

@@ -1,4 +1,4 @@
-"""How every row about a kernel is timed on a GPU."""
+"""Every row about a kernel is timed on a GPU in this way."""
 
 import ctypes
 import time
@@ -13,12 +13,14 @@ WARM_UP_CALLS = 3
 
 
 def use_recordable_stream() -> None:
-    """Run from now on on a stream that a CUDA graph can record, which the default one is not."""
+    """From now on work runs on a stream that a CUDA graph can record, which the default one is
+    not."""
     torch.cuda.set_stream(torch.cuda.Stream())
 
 
 def reset_persisting_l2() -> None:
-    """Make the lines that kernels asked the L2 to keep (`evict_last`) lines like any other.
+    """The function makes the lines that kernels asked the L2 to keep (`evict_last`) lines like any
+    other.
 
     torch.compile's kernels ask for it. Such lines outlast `do_bench`'s clearing of the L2 and the
     tensor itself: the next tensor in its place is read from cache, which was worth 4% of a small
@@ -34,7 +36,7 @@ def reset_persisting_l2() -> None:
 
 
 def graphed(function: Callable[[], object]) -> Callable[[], object]:
-    """The function as a CUDA graph, so that a row is the GPU's time and not Python's.
+    """The function makes another a CUDA graph, so that a row is the GPU's time and not Python's.
 
     A trainer replays its step as a graph, or launches far ahead of a slower GPU: either way the
     launches cost nothing there.
@@ -49,7 +51,7 @@ def graphed(function: Callable[[], object]) -> Callable[[], object]:
 
 
 def waits_for_gpu(function: Callable[[], object]) -> bool:
-    """Whether a function waits for the GPU, so that no graph can record it."""
+    """The function says whether a function waits for the GPU, so that no graph can record it."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         function()
@@ -63,7 +65,8 @@ def waits_for_gpu(function: Callable[[], object]) -> bool:
 
 
 def timed_as(function: Callable[[], object]) -> tuple[Callable[[], object], str]:
-    """What to time for a function, and how that runs: "graph", or "launches" if it waits."""
+    """The function gives what to time for another, and how that runs: "graph", or "launches" if it
+    waits."""
     function()  # compilation may wait
     if scale.SMOKE or waits_for_gpu(function):
         return function, "launches"
@@ -71,7 +74,8 @@ def timed_as(function: Callable[[], object]) -> tuple[Callable[[], object], str]
 
 
 def quantiles(call: Callable[[], object], *, rep: float = 100) -> tuple[float, float, float]:
-    """Median, 10th and 90th percentile of a call in milliseconds, L2 cleared before each.
+    """The function gives the median, 10th and 90th percentile of a call in milliseconds, L2 cleared
+    before each.
 
     `rep` is about how long to measure, in milliseconds.
     """

@@ -1,4 +1,4 @@
-"""`hamner.train` that writes down when its phases begin and end, for `bench.kills`.
+"""The command is `hamner.train` that writes down when its phases begin and end, for `bench.kills`.
 
 python -m bench.watched_train DIARY [flags of hamner.train]
 

@@ -146,7 +146,7 @@ class _TracedRun:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes what was traced."""
+        """The property says whether this process writes what was traced."""
         return self.step.processes.rank.is_main
 
     def trace_time(self, path: Path, steps: int) -> None:

@@ -1,4 +1,4 @@
-"""Steps to trace or to time: a `TrainStep` and the data of its run, without the run's folder."""
+"""A `TrainStep` is traced or timed on the data of its run, without the run's folder."""
 
 import contextlib
 import time

@@ -461,7 +461,7 @@ class HuggingFace(TorchTrainer):
         self._patches = contextlib.ExitStack()
         if liger:
             self._patches.enter_context(_patched_by_liger(model))
-        # They shift labels themselves, unless told that it is done.
+        # They shift labels themselves, unless the call says that it is done.
         super().__init__(
             model, lambda inputs, targets: model(inputs, labels=targets, shift_labels=targets).loss
         )

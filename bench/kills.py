@@ -7,7 +7,7 @@ peace.
 Flags that are not its own go to `hamner.train`. The same steps are trained twice: in one process,
 and in processes that are ended by SIGKILL and started again with `--resume`. Each kill waits for
 its phase to begin, and for a random part of what the phase takes; where the process was then is
-told from the diary it kept (`bench.watched_train`). The killed run must end with the same losses,
+read from the diary it kept (`bench.watched_train`). The killed run must end with the same losses,
 gradient norms, weights and optimizer state, bit for bit.
 """
 

@@ -29,7 +29,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> Path:
-    """The fixture gives the built-in corpus a dozen times, told apart: some 25 MB, 6M tokens."""
+    """The fixture gives the built-in corpus a dozen times, made distinct: some 25 MB, 6M tokens."""
     path = tmp_path_factory.mktemp("text") / "corpus.jsonl"
     with path.open("w", encoding="utf-8") as file:
         for copy in range(COPIES):

@@ -234,7 +234,7 @@ def short_name(name: str) -> str:
     head = head.removeprefix("at::native::").removeprefix("cutlass::")
     if not bracket:
         return head
-    # Generic wrappers are told apart by the functor they are given.
+    # Generic wrappers are distinguished by the functor they are given.
     functors = re.findall(r"\w*(?:Functor\w*|Ops?|_kernel(?:_cuda)?|Kernel|Epilogue)\b", arguments)
     inner = next((functor for functor in functors if functor not in head), None)
     return f"{head}<{inner}>" if inner else head

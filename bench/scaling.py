@@ -96,11 +96,26 @@ def plan(settings: Scaling) -> list[list[Row]]:
     slow = [
         [
             *(
-                Row(settings.slow_option, "ddp", settings.gpus, steps, m, transport=transport)
+                Row(
+                    settings.slow_option,
+                    engine="ddp",
+                    gpus=settings.gpus,
+                    steps=steps,
+                    micro_batches=m,
+                    transport=transport,
+                )
                 for m in MICRO_BATCHES
             ),
             *(
-                Row(settings.slow_option, "ddp", settings.gpus, steps, 1, mib, transport)
+                Row(
+                    settings.slow_option,
+                    engine="ddp",
+                    gpus=settings.gpus,
+                    steps=steps,
+                    micro_batches=1,
+                    bucket_mib=mib,
+                    transport=transport,
+                )
                 for mib in BUCKETS_MIB
             ),
         ]
@@ -263,7 +278,9 @@ def main(settings: Scaling, flags: Sequence[str]) -> int:
             if time.monotonic() >= end:
                 failures |= {row.name: "no time was left" for row in todo}
                 break
-            reason = run_job(f"job{number}_{attempt}", todo, settings, flags, end)
+            reason = run_job(
+                f"job{number}_{attempt}", rows=todo, settings=settings, flags=flags, end=end
+            )
             if reason is not None:
                 # A row that fails takes its processes with it; the others get new ones.
                 failed = next(unmeasured(todo, settings.output))

@@ -286,7 +286,9 @@ def rotation(direction: str, implementation: str, num_tokens: int) -> Callable:
     is_backward = direction == "backward"
 
     def ours():
-        rope_packed_(packed, cos, sin, HEADS, KV_HEADS, inverse=is_backward)
+        rope_packed_(
+            packed, cos=cos, sin=sin, num_heads=HEADS, num_kv_heads=KV_HEADS, inverse=is_backward
+        )
         return q, k
 
     def ligers(q, k):

@@ -75,7 +75,9 @@ def make_problem(seq_len: int, head_size: int, with_documents: bool) -> Problem:
         begins = torch.rand(shape, generator=generator, device=DEVICE) < 1 / MEAN_DOCUMENT_LENGTH
         document_ids = begins.cumsum(dim=1).int()
         positions = positions - document_bounds(document_ids)[0]
-    return Problem(q, k, v, randn(HEADS), document_ids, int((positions + 1).sum()))
+    return Problem(
+        q, k=k, v=v, d_out=randn(HEADS), document_ids=document_ids, pairs=int((positions + 1).sum())
+    )
 
 
 def flops_of(problem: Problem, *, backward: bool) -> float:

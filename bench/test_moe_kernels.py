@@ -172,12 +172,20 @@ def in_direction(direction: str, forward: Callable, inputs: tuple[Tensor, ...]) 
 
 def activations(problem: Problem, routing: Routing) -> tuple[Tensor, Tensor]:
     """The stages read beside the problem hidden (M, I) and d_gate_up (M, 2I)."""
-    order, offsets, weights = routing.order, routing.offsets, routing.weights
-    gate_up, hidden = launch_gate_up(problem.x, weights, order, offsets, problem.gate_up_weight)
-    d_hidden = launch_grouped_matmul(
-        problem.d_out, problem.down_weight, order, offsets, K, gather=True, transposed=False
+    pairs = {"order": routing.order, "offsets": routing.offsets}
+    gate_up, hidden = launch_gate_up(
+        problem.x,
+        routing_weights=routing.weights,
+        gate_up_weight=problem.gate_up_weight,
+        **pairs,
     )
-    return hidden, launch_swiglu_grad(gate_up, d_hidden, weights, order, rebuild=False)[0]
+    d_hidden = launch_grouped_matmul(
+        problem.d_out, weight=problem.down_weight, top_k=K, gather=True, transposed=False, **pairs
+    )
+    d_gate_up, _ = launch_swiglu_grad(
+        gate_up, d_hidden, routing.weights, routing.order, rebuild=False
+    )
+    return hidden, d_gate_up
 
 
 def loop_over_experts(routing: Routing, rows: Tensor, weight: Tensor) -> Tensor:
@@ -204,58 +212,56 @@ def loop_over_weight_grads(routing: Routing, d_rows: Tensor, rows: Tensor) -> Te
 def stages_of(problem: Problem) -> dict[str, tuple[Callable, Callable, Callable, int]]:
     """The grouped matmuls come by stage: ours, torch's, what both must agree with, and FLOPs."""
     routing = moe_route(problem.logits, K)
-    order, offsets, top_k = routing.order, routing.offsets, K
-    tokens, ends = order.long() // K, offsets[1:]
+    order = routing.order.long()
+    tokens, ends = order // K, routing.offsets[1:]
     gate_up_weight, down_weight = problem.gate_up_weight, problem.down_weight
     x, d_out = problem.x, problem.d_out
     hidden, d_gate_up = activations(problem, routing)
+    pairs = {"order": routing.order, "offsets": routing.offsets}
+    gate_up = functools.partial(launch_gate_up, routing_weights=routing.weights, **pairs)
+    matmul = functools.partial(launch_grouped_matmul, top_k=K, **pairs)
+    weight_grad = functools.partial(launch_weight_grad, top_k=K, **pairs)
     loop = functools.partial(loop_over_experts, routing)
     loop_weight_grad = functools.partial(loop_over_weight_grads, routing)
 
     def by_pair(rows: Tensor) -> Tensor:
-        return torch.empty_like(rows).index_copy_(0, order.long(), rows)
+        return torch.empty_like(rows).index_copy_(0, order, rows)
 
     gate_up_flops = costs.grouped_matmul(M, D, 2 * I, experts=E).flops
     down_flops = costs.grouped_matmul(M, I, D, experts=E).flops
     return {
         "gate_up": (
-            lambda: launch_gate_up(x, routing.weights, order, offsets, gate_up_weight)[0],
+            lambda: gate_up(x, gate_up_weight=gate_up_weight)[0],
             lambda: torch._grouped_mm(x[tokens], gate_up_weight.mT, offs=ends),
             lambda: loop(x[tokens], gate_up_weight.mT),
             gate_up_flops,
         ),
         "down": (
-            lambda: launch_grouped_matmul(
-                hidden, down_weight, order, offsets, top_k, gather=False, transposed=True
-            ),
+            lambda: matmul(hidden, weight=down_weight, gather=False, transposed=True),
             lambda: by_pair(torch._grouped_mm(hidden, down_weight.mT, offs=ends)),
             lambda: by_pair(loop(hidden, down_weight.mT)),
             down_flops,
         ),
         "d_hidden": (
-            lambda: launch_grouped_matmul(
-                d_out, down_weight, order, offsets, top_k, gather=True, transposed=False
-            ),
+            lambda: matmul(d_out, weight=down_weight, gather=True, transposed=False),
             lambda: torch._grouped_mm(d_out[tokens], down_weight, offs=ends),
             lambda: loop(d_out[tokens], down_weight),
             down_flops,
         ),
         "d_x": (
-            lambda: launch_grouped_matmul(
-                d_gate_up, gate_up_weight, order, offsets, top_k, gather=False, transposed=False
-            ),
+            lambda: matmul(d_gate_up, weight=gate_up_weight, gather=False, transposed=False),
             lambda: by_pair(torch._grouped_mm(d_gate_up, gate_up_weight, offs=ends)),
             lambda: by_pair(loop(d_gate_up, gate_up_weight)),
             gate_up_flops,
         ),
         "d_down_weight": (
-            lambda: launch_weight_grad(d_out, hidden, order, offsets, top_k, gather_d_out=True),
+            lambda: weight_grad(d_out, inputs=hidden, gather_d_out=True),
             lambda: torch._grouped_mm(d_out[tokens].T, hidden, offs=ends),
             lambda: loop_weight_grad(d_out[tokens], hidden),
             down_flops,
         ),
         "d_gate_up_weight": (
-            lambda: launch_weight_grad(d_gate_up, x, order, offsets, top_k, gather_d_out=False),
+            lambda: weight_grad(d_gate_up, inputs=x, gather_d_out=False),
             lambda: torch._grouped_mm(d_gate_up.T, x[tokens], offs=ends),
             lambda: loop_weight_grad(d_gate_up, x[tokens]),
             gate_up_flops,
@@ -288,14 +294,26 @@ def measure(benchmark, ceilings, case: Case, op: str, implementation: str) -> No
 @pytest.mark.parametrize("implementation", ROUTER_LINEARS)
 def test_router_linear(implementation, direction, problem, benchmark, ceilings):
     case = router_linear_case(implementation, direction, problem)
-    measure(benchmark, ceilings, case, f"router_linear {direction}", implementation)
+    measure(
+        benchmark,
+        ceilings=ceilings,
+        case=case,
+        op=f"router_linear {direction}",
+        implementation=implementation,
+    )
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("implementation", ROUTES)
 def test_route(implementation, direction, problem, benchmark, ceilings):
     case = route_case(implementation, direction, problem)
-    measure(benchmark, ceilings, case, f"moe_route {direction}", implementation)
+    measure(
+        benchmark,
+        ceilings=ceilings,
+        case=case,
+        op=f"moe_route {direction}",
+        implementation=implementation,
+    )
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
@@ -304,7 +322,13 @@ def test_route(implementation, direction, problem, benchmark, ceilings):
 )
 def test_mlp(implementation, direction, problem, benchmark, ceilings):
     case = mlp_case(implementation, direction, problem)
-    measure(benchmark, ceilings, case, f"moe_mlp {direction}", implementation)
+    measure(
+        benchmark,
+        ceilings=ceilings,
+        case=case,
+        op=f"moe_mlp {direction}",
+        implementation=implementation,
+    )
 
 
 @pytest.mark.parametrize("implementation", ["hamner", "grouped_mm"])
@@ -314,4 +338,6 @@ def test_mlp(implementation, direction, problem, benchmark, ceilings):
 def test_stage(stage, implementation, problem, benchmark, ceilings):
     ours, grouped_mm, expected, flops = stages_of(problem)[stage]
     case = Case(ours if implementation == "hamner" else grouped_mm, expected, flops)
-    measure(benchmark, ceilings, case, f"moe {stage}", implementation)
+    measure(
+        benchmark, ceilings=ceilings, case=case, op=f"moe {stage}", implementation=implementation
+    )

@@ -56,7 +56,9 @@ def rms_norm_forward(m):
 def rms_norm_backward(m):
     d_y, d_residual, x = randn(N, D), randn(N, D), randn(N, D)
     weight, rstd = torch.ones(D, device="cuda"), torch.ones(N, device="cuda")
-    return lambda: m.launch_rms_norm_backward(d_y, d_residual, x, weight, rstd, y=d_y)
+    return lambda: m.launch_rms_norm_backward(
+        d_y, d_residual=d_residual, x=x, weight=weight, rstd=rstd, y=d_y
+    )
 
 
 def swiglu_forward(m):
@@ -73,13 +75,17 @@ def rope(m):
     qkv = randn(N // T, T, (HEADS + 2 * KV_HEADS) * HEAD_DIM)
     angles = torch.rand(T, HEAD_DIM // 2, device="cuda")
     cos, sin = angles.cos(), angles.sin()
-    return lambda: m.launch_packed_rotation(qkv, cos, sin, HEADS, KV_HEADS, None, in_place=True)
+    return lambda: m.launch_packed_rotation(
+        qkv, cos=cos, sin=sin, num_heads=HEADS, num_kv_heads=KV_HEADS, positions=None, in_place=True
+    )
 
 
 def cross_entropy(m):
     logits, losses = randn(4096, V), torch.empty(4096, device="cuda")
     targets = torch.randint(V, (4096,), device="cuda")
-    return lambda: m.launch_cross_entropy_(logits, targets, losses, -100, 0.0, write_gradient=True)
+    return lambda: m.launch_cross_entropy_(
+        logits, targets=targets, losses=losses, ignore_index=-100, z_loss=0.0, write_gradient=True
+    )
 
 
 def adamw(m):
@@ -127,7 +133,13 @@ class MoeProblem:
 def moe_gate_up(m):
     p = MoeProblem()
     weights = p.routing.weights.detach()
-    return lambda: m.launch_gate_up(p.x, weights, p.order, p.offsets, p.gate_up_weight)
+    return lambda: m.launch_gate_up(
+        p.x,
+        routing_weights=weights,
+        order=p.order,
+        offsets=p.offsets,
+        gate_up_weight=p.gate_up_weight,
+    )
 
 
 def moe_matmul(m):
@@ -135,13 +147,31 @@ def moe_matmul(m):
 
     def run():
         m.launch_grouped_matmul(
-            p.hidden, p.down_weight, p.order, p.offsets, TOP_K, gather=False, transposed=True
+            p.hidden,
+            weight=p.down_weight,
+            order=p.order,
+            offsets=p.offsets,
+            top_k=TOP_K,
+            gather=False,
+            transposed=True,
         )
         m.launch_grouped_matmul(
-            p.x, p.down_weight, p.order, p.offsets, TOP_K, gather=True, transposed=False
+            p.x,
+            weight=p.down_weight,
+            order=p.order,
+            offsets=p.offsets,
+            top_k=TOP_K,
+            gather=True,
+            transposed=False,
         )
         m.launch_grouped_matmul(
-            p.gate_up, p.gate_up_weight, p.order, p.offsets, TOP_K, gather=False, transposed=False
+            p.gate_up,
+            weight=p.gate_up_weight,
+            order=p.order,
+            offsets=p.offsets,
+            top_k=TOP_K,
+            gather=False,
+            transposed=False,
         )
 
     return run
@@ -151,8 +181,12 @@ def moe_weight_grad(m):
     p = MoeProblem()
 
     def run():
-        m.launch_weight_grad(p.x, p.hidden, p.order, p.offsets, TOP_K, gather_d_out=True)
-        m.launch_weight_grad(p.gate_up, p.x, p.order, p.offsets, TOP_K, gather_d_out=False)
+        m.launch_weight_grad(
+            p.x, inputs=p.hidden, order=p.order, offsets=p.offsets, top_k=TOP_K, gather_d_out=True
+        )
+        m.launch_weight_grad(
+            p.gate_up, inputs=p.x, order=p.order, offsets=p.offsets, top_k=TOP_K, gather_d_out=False
+        )
 
     return run
 

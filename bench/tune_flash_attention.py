@@ -39,7 +39,13 @@ def candidates(kernel: str) -> Iterator[Tile]:
         if inner <= outer:
             block_m, block_n = (inner, outer) if kernel == "dk_dv" else (outer, inner)
             for max_registers in MAX_REGISTERS[warps]:
-                yield Tile(block_m, block_n, warps, stages, max_registers)
+                yield Tile(
+                    block_m,
+                    block_n=block_n,
+                    num_warps=warps,
+                    num_stages=stages,
+                    max_registers=max_registers,
+                )
 
 
 class Problem:

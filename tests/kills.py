@@ -17,26 +17,26 @@ from pathlib import Path
 from hamner.cli import run_command
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["hamner.train.loop", "hamner.train", "hamner.data.__main__"])
+CONTEXT.set_forkserver_preload(["tests.preload"])
 
 PHASES = {
     "step": (
-        "trainer.py",
+        "train/loop.py",
         {"Trainer.train_step", "Trainer.finish_step", "Trainer.judge_steps", "Trainer.judge"},
     ),
-    "update": ("optimizer.py", {"AdamW.step", "AdamW.drop_gradients"}),
-    "evaluation": ("trainer.py", {"Trainer.evaluate"}),
-    "log line": ("trainer.py", {"Trainer.log", "Trainer.write_log_line"}),
-    "log": ("run_folder.py", {"RecordLog.append", "RecordLog.flush", "append_record"}),
-    "snapshot": ("background_save.py", {"BackgroundSaver.begin", "BackgroundSaver._copy"}),
+    "update": ("train/optimizer.py", {"AdamW.step", "AdamW.drop_gradients"}),
+    "evaluation": ("train/loop.py", {"Trainer.evaluate"}),
+    "log line": ("train/loop.py", {"Trainer.log", "Trainer.write_log_line"}),
+    "log": ("checkpoint/run_folder.py", {"RecordLog.append", "RecordLog.flush", "append_record"}),
+    "snapshot": ("checkpoint/writer.py", {"BackgroundSaver.begin", "BackgroundSaver._copy"}),
     "writer": (
-        "checkpoint.py",
+        "checkpoint/format.py",
         {
             *("save", "begin_save", "finish_save", "find", "retain", "flush"),
             *("_remove", "_sha256", "_write_json", "_on_cpu"),
         },
     ),
-    "resume": ("run_folder.py", {"RunFolder.rewind", "RunFolder.start", "write_whole"}),
+    "resume": ("checkpoint/run_folder.py", {"RunFolder.rewind", "RunFolder.start", "write_whole"}),
     "shards": ("data/prepare.py", {"prepare", "_write_shards", "_ShardPair.write", "_write"}),
 }
 """where a process may be killed: file and functions, line by line"""
@@ -100,7 +100,7 @@ def _run(command: str, args: list[str], output: Path, tracing: dict, counts) -> 
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.argv = [command, *args]
-    main = importlib.import_module(command).main
+    main = importlib.import_module(f"{command}.__main__").main
     tracer = LineTracer(**tracing) if tracing or counts else None
     try:
         run_command(main)

@@ -114,10 +114,10 @@ class TrainLoader:
             # The thread runs a function, not a method: it must not keep the loader alive.
             batches = _batches(
                 self._config,
-                self._specs,
-                self._sources,
-                self._position,
-                self._pin_memory,
+                specs=self._specs,
+                sources=self._sources,
+                position=self._position,
+                pin_memory=self._pin_memory,
             )
             self._batches = Prefetcher(batches, self._prefetch, "hamner-data")
         while not is_stopped():

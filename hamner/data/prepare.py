@@ -91,7 +91,9 @@ def prepare(
         if (output / INDEX).exists():
             return _read_own(output / INDEX, header)
         progress = _resume(output, header)
-        return _write_shards(output, progress, sources, tokenizer, on_progress)
+        return _write_shards(
+            output, progress=progress, sources=sources, tokenizer=tokenizer, on_progress=on_progress
+        )
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written ({error})") from error
 

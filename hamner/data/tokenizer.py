@@ -6,6 +6,7 @@ were learnt. So the first n ids are themselves a byte-level BPE, the one that tr
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import re
@@ -56,8 +57,6 @@ class Tokenizer:
         vocab_size: the largest id plus one.
         eot_id: id of the token that ends a document.
         definition: content of the `tokenizer.json`, parsed.
-        fingerprint: SHA-256 of the definition, however it is laid out; equal fingerprints give
-            equal ids.
     """
 
     def __init__(self, definition: str, name: str) -> None:
@@ -70,10 +69,14 @@ class Tokenizer:
             self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self._backend = backend
         self._name = name
+        self.eot_id: int = self._find_eot_id()
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the definition, however it is laid out; equal fingerprints give equal ids."""
         # Of the file, not of `backend.to_str()`, which changes with the library's version.
         canonical = json.dumps(self.definition, sort_keys=True)
-        self.fingerprint: str = hashlib.sha256(canonical.encode()).hexdigest()
-        self.eot_id: int = self._find_eot_id()
+        return hashlib.sha256(canonical.encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         with _refused(f"--tokenizer {self._name}: it cannot encode"):
@@ -209,10 +212,21 @@ def load_tokenizer(name: str = "builtin", vocab_size: int | None = None) -> Toke
         UserError: no such tokenizer, not a tokenizer, or one that does not fit `vocab_size`.
     """
     if name == "builtin":
-        definition = resources.files("hamner.data").joinpath("tokenizer.json").read_text("utf-8")
-    else:
-        definition = _read_definition(name)
-    tokenizer = Tokenizer(definition, name)
+        return _builtin(vocab_size)
+    return _fit(Tokenizer(_read_definition(name), name), vocab_size)
+
+
+@functools.cache
+def _builtin(vocab_size: int | None) -> Tokenizer:
+    """The tokenizer that Hamner ships takes half a second to load, so it is loaded once."""
+    if vocab_size is not None:
+        return _fit(_builtin(None), vocab_size)
+    definition = resources.files("hamner.data").joinpath("tokenizer.json").read_text("utf-8")
+    return Tokenizer(definition, "builtin")
+
+
+def _fit(tokenizer: Tokenizer, vocab_size: int | None) -> Tokenizer:
+    """The tokenizer, cut if it is larger than the model's vocabulary and can be."""
     if vocab_size is not None and vocab_size < tokenizer.vocab_size:
         return tokenizer.cut(vocab_size)
     return tokenizer

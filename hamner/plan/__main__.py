@@ -70,7 +70,18 @@ def find_gpu(name: str, spec: tuple[float, float, float, float] | None) -> Gpu:
                 "dense bf16 TFLOP/s, GB/s, GiB, fp32 TFLOP/s"
             )
         bf16, bandwidth, memory, fp32 = spec
-        return Gpu("custom GPU", "(?!)", bf16, fp32, bandwidth, memory, 0, 0, 0, PCIE4)
+        return Gpu(
+            "custom GPU",
+            pattern="(?!)",
+            bf16_tflops=bf16,
+            fp32_tflops=fp32,
+            bandwidth_gbs=bandwidth,
+            memory_gib=memory,
+            l2_mib=0,
+            shared_memory_bytes=0,
+            num_sms=0,
+            link=PCIE4,
+        )
     if spec is not None:
         raise UserError(f"--gpu-spec describes a custom card: use it with --gpu custom, not {name}")
     if name not in GPUS:
@@ -96,7 +107,13 @@ def find_parallelism(config: PlanConfig, gpu: Gpu) -> Parallelism:
         raise UserError(
             "--parallel fsdp shards the model over the GPUs of a node: give --gpus 2 or more"
         )
-    return Parallelism(config.parallel, config.gpus, config.nodes, link, config.network)
+    return Parallelism(
+        config.parallel,
+        gpus_per_node=config.gpus,
+        nodes=config.nodes,
+        link_gbs=link,
+        network_gbs=config.network,
+    )
 
 
 def analyse(config: PlanConfig) -> Analysis:
@@ -128,7 +145,9 @@ def analyse(config: PlanConfig) -> Analysis:
         curve = read_run(config.metrics)
         end = max(plan.tokens, float(curve.tokens[-1]))
         run = project(curve, plan.active_parameters, end)
-    return Analysis(plan, recommended, hours, plans, misfits, run)
+    return Analysis(
+        plan, recommended=recommended, hours=hours, plans=plans, misfits=misfits, run=run
+    )
 
 
 def main(argv: Sequence[str]) -> None:

@@ -183,7 +183,15 @@ def make_plan(
         seq_len=option.seq_len,
         parallelism=parallelism,
     )
-    return Plan(option, gpu, parallelism, int(tokens), int(vram_budget * GIB), memory, prediction)
+    return Plan(
+        option,
+        gpu=gpu,
+        parallelism=parallelism,
+        tokens=int(tokens),
+        vram_budget=int(vram_budget * GIB),
+        memory=memory,
+        prediction=prediction,
+    )
 
 
 def _checked(

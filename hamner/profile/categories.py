@@ -61,8 +61,7 @@ _RULES = tuple(
 
 @functools.cache
 def category_of_name(name: str) -> str | None:
-    """The function gives the category that follows from a kernel's or an operation's name, or
-    None."""
+    """The function finds the category by a kernel's or an operation's name, or None."""
     return next((category for category, rule in _RULES if rule.search(name)), None)
 
 
@@ -72,8 +71,7 @@ def is_collective(activity: Activity) -> bool:
 
 
 def category_of(activity: Activity) -> str:
-    """The function gives the category of a piece of work: by its own name, else by what launched
-    it."""
+    """The function finds the category of work by its own name, else by what launched it."""
     category = category_of_name(activity.name)
     if category is None and activity.caller is not None:
         names = (caller.name for caller in activity.caller.chain())

@@ -37,8 +37,7 @@ class MemoryTimeline:
 
 
 def memory_timeline(trace: Trace) -> MemoryTimeline | None:
-    """The function follows the memory of a trace made with `profile_memory=True`; None if it was
-    not."""
+    """The function follows the memory of a trace; None without `profile_memory=True`."""
     events = trace.memory
     if not events:
         return None
@@ -83,8 +82,7 @@ def _kind(made: str | None, given_back: str | None) -> str:
 
 
 def _before(trace: Trace) -> dict[str, int]:
-    """The function gives what was held when the trace began: weights and state as far as the
-    capture says so."""
+    """Weights and state were held when the trace began, as far as the capture says so."""
     first = trace.memory[0]
     held = first.allocated - first.size if first.allocated else 0
     weights = trace.metadata.get("weight_bytes", 0)

@@ -51,21 +51,41 @@ def _system_events(database: sqlite3.Connection) -> Iterator[dict]:
     text = dict(_rows(database, "StringIds", "SELECT id, value"))
     for table, (category, select) in _WORK.items():
         for start, end, correlation, name in _rows(database, table, select):
-            yield _event(category, text.get(name, category), start, end, 0, correlation)
+            yield _event(
+                category,
+                name=text.get(name, category),
+                start=start,
+                end=end,
+                thread=0,
+                correlation=correlation,
+            )
     launches = "SELECT start, end, globalTid, correlationId, nameId"
     for start, end, thread, correlation, name in _rows(
         database, "CUPTI_ACTIVITY_KIND_RUNTIME", launches
     ):
-        yield _event("cuda_runtime", text.get(name, ""), start, end, thread, correlation)
+        yield _event(
+            "cuda_runtime",
+            name=text.get(name, ""),
+            start=start,
+            end=end,
+            thread=thread,
+            correlation=correlation,
+        )
     ranges = "SELECT start, end, globalTid, text, textId"
     for start, end, thread, own, name in _rows(database, "NVTX_EVENTS", ranges):
         if end is not None:  # else a mark
-            yield _event("user_annotation", own or text.get(name, ""), start, end, thread, None)
+            yield _event(
+                "user_annotation",
+                name=own or text.get(name, ""),
+                start=start,
+                end=end,
+                thread=thread,
+                correlation=None,
+            )
 
 
 def _rows(database: sqlite3.Connection, table: str, select: str) -> list[tuple]:
-    """The function gives all rows of a table; none where the export leaves it out because it would
-    be empty."""
+    """The function reads a table; the export leaves it out where it would be empty."""
     found = "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?"
     if database.execute(found, (table,)).fetchone() is None:
         return []
@@ -116,7 +136,7 @@ def read_compute(path: Path, content: bytes) -> dict:
         raise UserError(f"{path} holds no durations: profile with --metrics {_DURATION}")
     for name, microseconds in timed:
         end = now + round(microseconds * 1e3)
-        events.append(_event("kernel", name, now, end, 0, None))
+        events.append(_event("kernel", name=name, start=now, end=end, thread=0, correlation=None))
         now = end
     return {"traceEvents": events}
 

@@ -37,8 +37,7 @@ def draw(traces: Sequence[Trace], path: Path) -> None:
 
 
 def _spans(trace: Trace) -> dict[str, list[tuple[float, float]]]:
-    """The function gives (begin, duration) in ms of each piece of work of the last step, by
-    category."""
+    """The last step's work has (begin, duration) in ms for each piece, by category."""
     activities = trace.launched_in(trace.steps[-1:])
     begin = activities[0].start
     spans = defaultdict(list)

@@ -60,8 +60,7 @@ class Ranges:
 
 @contextlib.contextmanager
 def _named_modules(model: nn.Module) -> Iterator[None]:
-    """While it is open, each of MODULES has a range in forward; in backward it has an NVTX range,
-    which need not nest."""
+    """Each of MODULES has a range in forward; in backward it has one of NVTX, free to not nest."""
     handles = []
     backward = _BackwardRanges()
     for name, module in model.named_modules():

@@ -166,8 +166,7 @@ def _difference_table(head: str, rows: Sequence[tuple[str, float, float]]) -> st
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The function gives a Markdown table with aligned columns, the first to the left, the others
-    to the right."""
+    """A Markdown table has its first column aligned to the left, the others to the right."""
     widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:

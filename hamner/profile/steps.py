@@ -20,8 +20,7 @@ LR = 1e-5
 def build_step(
     config: TrainConfig, processes: SingleProcess | None = None, on_phase: OnPhase = ignore_phase
 ) -> TrainStep:
-    """The function builds a run's step, which keeps to its plan: one that does not fit is not
-    replaced, since nobody asked for the figures of another.
+    """The function builds a run's step; a plan that does not fit is not replaced by another.
 
     Args:
         config: the run whose steps are taken.
@@ -87,8 +86,7 @@ def time_steps(step: TrainStep, batches: Iterator[Batch], count: int) -> list[fl
 
 
 def time_calls(function: Callable[[], object], count: int, *, on_gpu: bool) -> list[float]:
-    """`time_calls` gives the milliseconds of each of `count` calls; on a GPU they follow each other
-    without waiting."""
+    """`time_calls` gives each call's milliseconds; on a GPU none waits for the one before."""
     if not on_gpu:
         marks = [time.perf_counter()]
         for _ in range(count):

@@ -58,8 +58,7 @@ class Gaps:
 
 @dataclass(frozen=True)
 class Communication:
-    """The times say how long messages between GPUs were under way, per step; waiting for other GPUs
-    is included."""
+    """The times of messages between GPUs, per step, include waiting for other GPUs."""
 
     milliseconds: float
     exposed_ms: float
@@ -160,8 +159,7 @@ def _mfu(
 
 
 def _durations(trace: Trace, activities: list[Activity], steps: int) -> tuple[float, float]:
-    """The function gives the microseconds a step in which something ran, on whatever stream, and
-    from end to end."""
+    """The function gives a step's microseconds: busy on any stream, and from end to end."""
     if trace.device is None:
         # An operation's own time is interrupted by the operations inside it: only its sum is known.
         whole = trace.steps or trace.ranges
@@ -203,7 +201,7 @@ def _kernels(
             total += share
         groups[short_name(activity.name), category].append((activity, share))
     rows = [
-        _row(name, category, calls, steps, gpu, precision)
+        _row(name, category=category, calls=calls, steps=steps, gpu=gpu, precision=precision)
         for (name, category), calls in groups.items()
     ]
     return sorted(rows, key=lambda row: -row.milliseconds), total
@@ -221,13 +219,18 @@ def _row(name, category, calls, steps: int, gpu: Gpu | None, precision: str) -> 
         if gpu is not None:
             floor = sum(work.floor_seconds(gpu, precision) for _, work in known) * 1e3 / steps
     return KernelRow(
-        name, category, len(calls) / steps, microseconds / steps / 1e3, tflops, gbs, floor
+        name,
+        category=category,
+        calls=len(calls) / steps,
+        milliseconds=microseconds / steps / 1e3,
+        tflop_per_s=tflops,
+        gb_per_s=gbs,
+        floor_ms=floor,
     )
 
 
 def short_name(name: str) -> str:
-    """The function gives a kernel's name without return type, template arguments, parameters and
-    namespaces."""
+    """Return type, template arguments, parameters and namespaces leave a kernel's name."""
     name = re.sub(r"^void ", "", name).replace("(anonymous namespace)::", "")
     name = re.sub(r"\(.*", "", name, flags=re.DOTALL)
     head, bracket, arguments = name.partition("<")
@@ -301,8 +304,7 @@ def _communication(activities: list[Activity], steps: int) -> Communication | No
 
 
 def _spans(activities: list[Activity]) -> list[tuple[float, float]]:
-    """The function gives when at least one of them ran, in order: start and end, microseconds, none
-    overlapping."""
+    """The intervals (start, end), in order and apart, are when at least one of them ran."""
     spans: list[tuple[float, float]] = []
     for activity in activities:
         if spans and activity.start <= spans[-1][1]:

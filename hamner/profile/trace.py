@@ -63,8 +63,7 @@ class Range:
 
 @dataclass(slots=True, eq=False)
 class Activity:
-    """A piece of work of the device is a kernel, a copy or a fill; on a CPU it is an operation's
-    own time."""
+    """The device's work is a kernel, a copy or a fill; on a CPU an operation's own time."""
 
     name: str
     start: float
@@ -122,8 +121,7 @@ class Trace:
         return [r for r in self.ranges if not r.is_operation and STEP_NAME.fullmatch(r.name)]
 
     def launched_in(self, steps: Sequence[Range]) -> list[Activity]:
-        """The method gives the work launched inside steps that follow each other; all of it if
-        there is none."""
+        """The method gives the work launched inside steps that follow each other, else all."""
 
         def launched(activity: Activity) -> float:
             return activity.start if activity.launched is None else activity.launched
@@ -244,8 +242,7 @@ def _read_document(path: Path) -> object:
 
 
 def _nest(events: list[dict]) -> tuple[list[Range], dict[int, tuple[float, Range | None]]]:
-    """The function gives ranges with their parents, and for each correlation id when its launch
-    ended, and in what."""
+    """Ranges get their parents, each correlation id when and in what its launch ended."""
     by_thread = defaultdict(list)
     for event in events:
         if event.get("cat") in (*_RANGES, *_LAUNCHES):
@@ -303,19 +300,32 @@ def _gpu_activities(
             correlation = event.get("args", {}).get("correlation")
             launched, caller = launches.get(correlation, (None, None))
             activities.append(
-                Activity(event["name"], float(event["ts"]), float(event["dur"]), launched, caller)
+                Activity(
+                    event["name"],
+                    start=float(event["ts"]),
+                    duration=float(event["dur"]),
+                    launched=launched,
+                    caller=caller,
+                )
             )
     return sorted(activities, key=lambda activity: activity.start)
 
 
 def _cpu_activities(ranges: list[Range]) -> list[Activity]:
-    """The function gives the device's work without a GPU: what each operation does outside those
-    inside it."""
+    """Without a GPU the device's work is each operation outside those inside it."""
     activities = []
     for operation in ranges:
         own = operation.end - operation.start - operation.inner
         if operation.is_operation and own > 0:
-            activities.append(Activity(operation.name, operation.start, own, None, operation))
+            activities.append(
+                Activity(
+                    operation.name,
+                    start=operation.start,
+                    duration=own,
+                    launched=None,
+                    caller=operation,
+                )
+            )
     return sorted(activities, key=lambda activity: activity.start)
 
 

@@ -55,6 +55,12 @@ class Display:
         self._print(self.console, text)
         self._print(self.log, text)
 
+    def messages(self, texts: list[str]) -> None:
+        """The display prints the messages and takes them off the list."""
+        for text in texts:
+            self.message(text)
+        texts.clear()
+
     def show(self, record: Record) -> None:
         """Show a record."""
         fields = self.fields(record)

@@ -155,7 +155,7 @@ class TrainLog:
         if result.router is not None:
             values.append(result.router.flatten())
         copy = AsyncCopy(torch.cat(values))
-        self.queue.append(PendingStep(step, tokens, lr, batch, copy))
+        self.queue.append(PendingStep(step, tokens=tokens, lr=lr, batch=batch, values=copy))
         self.drain(max_pending=MAX_PENDING)
 
     def request_line(self, line: LogLine) -> None:

@@ -29,7 +29,7 @@ from hamner.train.interrupt import Interrupt
 from hamner.train.log import LogLine, TrainLog
 from hamner.train.reporters import open_reporters, require_installed
 from hamner.train.resume import DataPosition, Generators, Progress
-from hamner.train.saves import Saves
+from hamner.train.saves import Saves, Stateful
 from hamner.train.schedule import Schedule
 from hamner.train.setup import open_saver
 from hamner.train.step import (
@@ -122,7 +122,14 @@ def train(
     run = RunFolder(config.folder)
     with open_processes(config) as processes:
         processes.from_main(lambda: run.check(resume=config.resume))
-        loop = TrainingLoop(config, run, open_data, initial, processes, on_phase=on_phase)
+        loop = TrainingLoop(
+            config,
+            run=run,
+            open_data=open_data,
+            initial=initial,
+            processes=processes,
+            on_phase=on_phase,
+        )
         try:
             return loop.run_to_end()
         finally:
@@ -171,45 +178,35 @@ class TrainingLoop:
         self.samples = RecordLog(run.samples)
         parts = {
             "progress": self.progress,
-            "step": self.step,
+            "optimizer": self.step.optimizer,
             "log": self.log,
             "schedule": self.schedule,
             "early_stopping": self.early_stopping,
             "data": self.position,
             "generators": Generators(),
         }
-        found = None
-        if config.resume:
-            found, notes = resume.restore(
-                run, config, self.tokenizer, self.step, parts=parts, processes=self.processes
-            )
-            self.step.messages += [*notes, *self.position.warnings]
+        found = self._restore(parts) if config.resume else None
         self.display.total_tokens = self.schedule.total_tokens
         self._start_folder()
-        self.saves = Saves(
-            run,
-            self.step,
-            open_saver(
-                self.step.engine,
-                run.checkpoints,
-                keep=config.keep,
-                keep_every=config.keep_every,
-                records=(run.metrics, run.samples),
-                on_phase=on_phase,
-            ),
-            parts=parts,
-            facts=resume.facts(config, self.tokenizer),
-            records=(self.log.metrics, self.samples),
-            drain=self.log.drain,
-            display=self.display,
-        )
+        self.saves = open_saves(self, parts)
         self.saves.last = found
         stacks = run.stacks_of(self.processes.rank)
         self.watchdog = Watchdog(config.hang_minutes, stacks, self._report_hang)
         self.first_step = self.progress.step
         self.diagnosis: str | None = None
-        self.non_finite: list[str] = []
-        """tensors of the state that were found so then; it is not saved"""
+
+    def _restore(self, parts: dict[str, Stateful]) -> Checkpoint | None:
+        """The parts go on from the newest whole checkpoint; see `resume.restore`."""
+        found, notes = resume.restore(
+            self.run,
+            self.config,
+            self.tokenizer,
+            self.step,
+            parts=parts,
+            processes=self.processes,
+        )
+        self.step.messages += [*notes, *self.position.warnings]
+        return found
 
     def _start_folder(self) -> None:
         """The run's folder, its logs and the services are there once nothing refuses any more."""
@@ -232,7 +229,8 @@ class TrainingLoop:
         """The loop trains until the run's length, `--stop-after`, an interrupt or a diagnosis; then
         it saves."""
         config, progress, saves = self.config, self.progress, self.saves
-        with self.display, self._interrupt() as interrupt, self.watchdog:
+        is_alone = self.step.world_size == 1
+        with self.display, Interrupt(is_alone=is_alone) as interrupt, self.watchdog:
             self._introduce()
             self.log.start(progress.step, progress.tokens)
             while not self.is_finished:
@@ -245,12 +243,11 @@ class TrainingLoop:
                     break
                 self._finish_step(batch, lr, result)
                 step, done = progress.step, progress.tokens >= self.schedule.total_tokens
-                is_better = False
-                if due(step, config.eval_every) or (done and config.eval_every):
-                    is_better = self._evaluate()
-                    self._request_line()
-                elif due(step, config.log_every) or done:
-                    self._request_line()
+                evaluates = due(step, config.eval_every) or (done and config.eval_every)
+                is_better = self._evaluate() if evaluates else False
+                if evaluates or due(step, config.log_every) or done:
+                    sources = self.data.loader.progress()
+                    self.log.request_line(LogLine(progress.val_loss, progress.val_step, sources))
                 is_healthy = not self.log.health.bad_in_a_row
                 if is_better:
                     saves.save_best(step, is_healthy=is_healthy)
@@ -263,7 +260,7 @@ class TrainingLoop:
             self.log.pause()
             self._diagnose()
             is_interrupted = self.processes.any(interrupt.requested)
-            self._save_last()
+            self.saves.save_last(self.progress.step)
             self._conclude(is_interrupted)
         return TrainResult(
             step=progress.step,
@@ -281,9 +278,6 @@ class TrainingLoop:
         has_length = self.progress.tokens >= self.schedule.total_tokens
         return has_length or self.early_stopping.exhausted
 
-    def _interrupt(self) -> Interrupt:
-        return Interrupt(is_alone=self.step.world_size == 1)
-
     def _next_batch(self, interrupt: Interrupt) -> Batch | None:
         """The next batch; None, in all processes, once one is interrupted or has diverged.
 
@@ -300,7 +294,7 @@ class TrainingLoop:
         stops, fails = self.processes.all_reduce_max([batch is None, failure is not None])
         self.on_phase("", self.progress.step + 1)
         if fails and self.progress.step:
-            self._save_last()
+            self.saves.save_last(self.progress.step)
         if failure:
             raise failure
         return None if stops else batch
@@ -312,29 +306,13 @@ class TrainingLoop:
             StepDoesNotFit: it does not fit, what was trained is saved.
         """
         try:
-            result = self.step.step(batch, lr, self._abort_when_slow(interrupt))
+            result = self.step.step(batch, lr, abort_when_slow(self, interrupt))
         except StepDoesNotFit as error:
             if self.progress.step and error.state_is_whole:
-                self._save_last()
+                self.saves.save_last(self.progress.step)
             raise
-        self._show_messages()
+        self.display.messages(self.step.messages)
         return result
-
-    def _abort_when_slow(self, interrupt: Interrupt) -> ShouldAbort:
-        """The answer to whether the step that begins now is dropped; it also says how fast a CPU
-        is, once its first micro-batch is done."""
-        started = time.perf_counter()
-        is_first_on_cpu = self.progress.step == 0 and self.step.compute.device.type == "cpu"
-
-        def should_abort(done: int, total: int) -> bool:
-            elapsed = time.perf_counter() - started
-            if is_first_on_cpu and done == 1:
-                rows = self.step.world_size * self.step.plan.micro_batch_size
-                speed = rows * self.config.seq_len / elapsed
-                self.display.message(messages.cpu_speed(speed, self.schedule.total_tokens))
-            return interrupt.requested and elapsed / done * (total - done) > PATIENCE_SECONDS
-
-        return should_abort
 
     def _finish_step(self, batch: Batch, lr: float, result: StepResult) -> None:
         """A step is counted, and those whose numbers have come in are looked at."""
@@ -346,12 +324,6 @@ class TrainingLoop:
         self.processes.step_done(progress.step)
         self.log.record(progress.step, progress.tokens, lr, batch, result)
         self.on_phase("step done", progress.step)
-
-    def _request_line(self) -> None:
-        """The interval's log line is written once the numbers of its last step have come in."""
-        progress = self.progress
-        sources = self.data.loader.progress()
-        self.log.request_line(LogLine(progress.val_loss, progress.val_step, sources))
 
     def _evaluate(self) -> bool:
         """The validation loss is measured; whether it is the best so far."""
@@ -389,12 +361,9 @@ class TrainingLoop:
         state = {**optimizer.parameters, **optimizer.state_tensors()}
         found = health.not_finite({name: local(tensor) for name, tensor in state.items()})
         flags = self.processes.all_reduce_max([name in found for name in state])
-        self.non_finite = [name for name, flag in zip(state, flags, strict=True) if flag]
-        self.diagnosis = health.diagnose(last, self.non_finite)
-
-    def _save_last(self) -> None:
-        if not self.non_finite:
-            self.saves.save_last(self.progress.step)
+        non_finite = [name for name, flag in zip(state, flags, strict=True) if flag]
+        self.saves.is_state_lost = bool(non_finite)
+        self.diagnosis = health.diagnose(last, non_finite)
 
     def _report_hang(self, between_steps: bool) -> None:
         """A hang is shown and what can be is saved, or a job of several processes is ended; called
@@ -417,14 +386,8 @@ class TrainingLoop:
             has_validation=bool(len(self.data.validation.inputs)),
             saved=self.saves.last,
         )
-        for line in lines:
-            self.display.message(line)
-        self._show_messages()
-
-    def _show_messages(self) -> None:
-        for message in self.step.messages:
-            self.display.message(message)
-        self.step.messages.clear()
+        self.display.messages(lines)
+        self.display.messages(self.step.messages)
 
     def _conclude(self, is_interrupted: bool) -> None:
         """Rank 0 draws the plots, says where the run is and how to go on."""
@@ -450,8 +413,47 @@ class TrainingLoop:
                 val_loss=progress.val_loss,
                 stopping=self.early_stopping,
             )
-        for line in lines:
-            self.display.message(line)
+        self.display.messages(lines)
+
+
+def open_saves(loop: TrainingLoop, parts: dict[str, Stateful]) -> Saves:
+    """The checkpoints of a run hold its model, its optimizer and these parts."""
+    config, run = loop.config, loop.run
+    saver = open_saver(
+        loop.step.engine,
+        run.checkpoints,
+        keep=config.keep,
+        keep_every=config.keep_every,
+        records=(run.metrics, run.samples),
+        on_phase=loop.on_phase,
+    )
+    return Saves(
+        run,
+        loop.step,
+        saver,
+        parts=parts,
+        facts=resume.facts(config, loop.tokenizer),
+        records=(loop.log.metrics, loop.samples),
+        drain=loop.log.drain,
+        display=loop.display,
+    )
+
+
+def abort_when_slow(loop: TrainingLoop, interrupt: Interrupt) -> ShouldAbort:
+    """The answer to whether the step that begins now is dropped; it also says how fast a CPU is,
+    once its first micro-batch is done."""
+    started = time.perf_counter()
+    is_first_on_cpu = loop.progress.step == 0 and loop.step.compute.device.type == "cpu"
+
+    def should_abort(done: int, total: int) -> bool:
+        elapsed = time.perf_counter() - started
+        if is_first_on_cpu and done == 1:
+            rows = loop.step.world_size * loop.step.plan.micro_batch_size
+            speed = rows * loop.config.seq_len / elapsed
+            loop.display.message(messages.cpu_speed(speed, loop.schedule.total_tokens))
+        return interrupt.requested and elapsed / done * (total - done) > PATIENCE_SECONDS
+
+    return should_abort
 
 
 def due(step: int, every: int) -> bool:

@@ -174,6 +174,14 @@ class AdamW:
         for parameter in self.parameters.values():
             parameter.grad = None
 
+    def state_dict(self) -> dict:
+        """The number of updates, for state.json; the tensors are `state_tensors`."""
+        return {"optimizer_steps": self.steps}
+
+    def load_state_dict(self, state: dict) -> None:
+        """The updates are counted on from where `state_dict` was taken."""
+        self.steps = state["optimizer_steps"]
+
     def state_tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state by the name it has in a checkpoint.
 

@@ -53,6 +53,8 @@ class Saves:
         self.drain, self.display = drain, display
         self.last: Checkpoint | None = None
         """the newest checkpoint that is known to be whole"""
+        self.is_state_lost = False
+        """whether the state is not finite, so that it is not worth a checkpoint"""
 
     def save(self, step: int) -> None:
         """A checkpoint of `step`, the last finished one, is begun."""
@@ -89,13 +91,13 @@ class Saves:
             self.save(step)
 
     def save_last(self, step: int) -> None:
-        """The last finished step is on disk before the run ends.
+        """The last finished step is on disk before the run ends, unless its state is lost.
 
         Raises:
             UserError: the disk does not take it.
         """
         self._note(self.saver.wait())
-        if self.last is not None and self.last.step == step:
+        if self.is_state_lost or (self.last is not None and self.last.step == step):
             return
         self.save(step)
         error = self._note(self.saver.wait())

@@ -94,7 +94,13 @@ def choose(config: TrainConfig, processes: SingleProcess | None = None) -> Setup
         attention=build_attention(decision.attention, shape),
         engine=engine,
         records_graph=processes.from_main(
-            lambda: can_record(config, compute, engine, decision, processes.rank.world_size)
+            lambda: can_record(
+                config,
+                compute=compute,
+                engine=engine,
+                decision=decision,
+                world_size=processes.rank.world_size,
+            )
         ),
     )
 
@@ -106,7 +112,7 @@ def decide(config: TrainConfig, compute: Compute, budget: int, rank: Rank) -> De
         UserError: it does not fit, or the attention cannot do what is asked.
     """
     policies = memory.parse(config.recompute, config.model.num_layers)
-    kind, plan = plan_parallel(config, compute, budget, rank, policies)
+    kind, plan = plan_parallel(config, compute=compute, budget=budget, rank=rank, policies=policies)
     shape = attention_shape(config, compute, plan)
     return Decision(kind, plan, choose_attention(config.attention, shape))
 
@@ -195,14 +201,18 @@ def plan_parallel(
         )
     if config.parallel in ("auto", "ddp"):
         try:
-            return "ddp", plan_memory(config, compute, budget, policies, ddp)
+            return "ddp", plan_memory(
+                config, compute=compute, budget=budget, policies=policies, parallelism=ddp
+            )
         except UserError:
             if config.parallel == "ddp":
                 raise
     fsdp = replace(ddp, kind="fsdp", reshard=config.fsdp_reshard)
     if rank.local_world_size == 1:
         fsdp = replace(fsdp, gpus_per_node=rank.world_size, nodes=1)
-    return "fsdp", plan_memory(config, compute, budget, policies, fsdp)
+    return "fsdp", plan_memory(
+        config, compute=compute, budget=budget, policies=policies, parallelism=fsdp
+    )
 
 
 def plan_memory(

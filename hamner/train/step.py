@@ -111,7 +111,7 @@ class TrainStep:
         self.forward = self.engine.wrap(self.model, self.optimizer)
         if config.compile:
             self.forward = torch.compile(self.forward)
-        self.forward_backward = self._build_forward_backward()
+        self.record_graph()
         self.router_sum: Tensor | None = None
         """of the step under way, see `StepResult.router`"""
         if config.model.is_moe:
@@ -176,21 +176,20 @@ class TrainStep:
             state_is_whole=is_unchanged and self.world_size == 1,
         )
 
-    def state_dict(self) -> dict:
-        """The number of updates, for state.json; the tensors are `optimizer.state_tensors`."""
-        return {"optimizer_steps": self.optimizer.steps}
-
-    def load_state_dict(self, state: dict) -> None:
-        """The updates are counted on from where `state_dict` was taken."""
-        self.optimizer.steps = state["optimizer_steps"]
-
     def launch_one_by_one(self) -> None:
         """From here on each kernel is launched by itself, without a CUDA graph."""
         self.forward_backward = self._forward_backward
 
     def record_graph(self) -> None:
-        """From here on forward and backward are one CUDA graph again, where that is possible."""
-        self.forward_backward = self._build_forward_backward()
+        """From here on forward and backward are one CUDA graph, where that is possible; it is
+        recorded anew."""
+        self.forward_backward = self._forward_backward
+        if self.records_graph:
+            self.forward_backward = GraphedBackward(
+                self._forward_backward,
+                self.model.parameters(),
+                warm_up_calls=self.engine.warm_up_calls,
+            )
 
     def close(self) -> None:
         """The step lets go of its CUDA graph: NCCL keeps a communicator as long as graphs that were
@@ -233,7 +232,8 @@ class TrainStep:
             self._enter("")
             loss += cross_entropy * share
             if self.router_sum is not None:
-                self._add_router(router, len(batch.inputs[rows]) / number_of_rows)
+                means = torch.cat((router.load, router.entropy[:, None]), dim=1)
+                self.router_sum += means * (len(batch.inputs[rows]) / number_of_rows)
             if len(starts) > 1:
                 self._enter("accumulate")
                 self.engine.accumulate(self.optimizer, is_last=is_last)
@@ -256,10 +256,6 @@ class TrainStep:
         self.steps_taken += 1
         return StepResult(loss, grad_norm, tokens, self.router_sum)
 
-    def _add_router(self, router: RouterStatistics, share: float) -> None:
-        """A micro-batch that is `share` of the step's tokens counts that much."""
-        self.router_sum += torch.cat((router.load, router.entropy[:, None]), dim=1) * share
-
     def _forward_backward(
         self, inputs: Tensor, targets: Tensor, document_ids: Tensor | None, share: Tensor
     ) -> tuple[Tensor, RouterStatistics | None]:
@@ -277,16 +273,6 @@ class TrainStep:
 
     def _enter(self, phase: str) -> None:
         self.on_phase(phase, self.optimizer.steps + 1)
-
-    def _build_forward_backward(self) -> Callable:
-        """Forward and backward of a micro-batch, recorded where that is possible."""
-        if not self.records_graph:
-            return self._forward_backward
-        return GraphedBackward(
-            self._forward_backward,
-            self.model.parameters(),
-            warm_up_calls=self.engine.warm_up_calls,
-        )
 
     def _step_down(self, reason: str) -> bool:
         """The step plans for a tenth less memory, once; whether there is such a plan.

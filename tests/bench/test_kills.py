@@ -1,15 +1,15 @@
 """The command that kills a training: it meets the phases it is asked for, and finds differences."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from bench import kills
+from bench import kills, restarts
 from bench.kills import PHASES, Kills, main
 from bench.restarts import is_same, make_output
+from tests import forked
 from tests.corpus import write_predictable
 from tests.train.test_main import SMALL
 
@@ -22,7 +22,13 @@ def flags(tmp_path_factory) -> list[str]:
     return [*SMALL, "--data", str(data)]
 
 
-def test_each_phase_is_killed_and_the_runs_are_the_same(flags, tmp_path, capsys):
+@pytest.fixture
+def forked_starts(monkeypatch):
+    """Starts of a run are forked with torch loaded."""
+    monkeypatch.setattr(restarts, "subprocess", forked)
+
+
+def test_each_phase_is_killed_and_the_runs_are_the_same(flags, tmp_path, capsys, forked_starts):
     settings = Kills(kills=3, steps=20, output=tmp_path / "kills")
     assert main(settings, flags) == 0, capsys.readouterr().out
     result = json.loads((settings.output / "result.json").read_text())
@@ -35,7 +41,7 @@ def test_each_phase_is_killed_and_the_runs_are_the_same(flags, tmp_path, capsys)
     )
 
 
-def test_another_run_is_found_out(flags, tmp_path, capsys):
+def test_another_run_is_found_out(flags, tmp_path, capsys, forked_starts):
     settings = Kills(kills=3, steps=8, output=tmp_path)
     runs = [kills.Run(settings, f"seed_{seed}", [*flags, "--seed", seed]) for seed in "01"]
     for run in runs:
@@ -62,7 +68,7 @@ def test_an_output_that_holds_something_else_stays(harness, tmp_path):
         (tmp_path / "thesis.txt", "another folder"),
     ):
         command = [sys.executable, "-m", f"bench.{harness}", "--output", str(output)]
-        result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+        result = forked.run(command, text=True, cwd=ROOT)
         assert result.returncode == 2, result.stderr
         assert f"--output {output}" in result.stderr and fault in result.stderr
         assert "Traceback" not in result.stderr

@@ -9,6 +9,7 @@ from bench import scaling
 from bench.scaling import Scaling, describe, main, plan
 from bench.scaling_job import Row
 from hamner.errors import UserError
+from tests import forked
 from tests.corpus import write_predictable
 from tests.train.test_main import SMALL
 
@@ -38,7 +39,10 @@ def result(row: Row, milliseconds: float, losses=(), **more) -> dict:
     }
 
 
-def test_small_rows_are_measured_once_and_have_the_losses_of_one_process(tmp_path, capsys):
+def test_small_rows_are_measured_once_and_have_the_losses_of_one_process(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(scaling, "subprocess", forked)
     settings = Scaling(tmp_path / "out", options=("tiny",), steps=2, gpus=2, transports=())
     assert main(settings, flags(tmp_path)) == 0, capsys.readouterr().out
     results = scaling.read(settings.output)

@@ -9,15 +9,15 @@ from hamner.data.__main__ import main
 from hamner.data.shards import ShardSource
 from hamner.data.tokenizer import load_tokenizer
 from hamner.errors import UserError
+from tests import forked
 
 
 def run(*arguments, **options):
-    return subprocess.run(
+    return forked.run(
         [sys.executable, "-m", "hamner.data", *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=300,
-        check=False,
         **options,
     )
 
@@ -39,14 +39,14 @@ def test_interrupted_preparation_exits_with_130_and_goes_on(tmp_path, write_json
     output = tmp_path / "shards"
     command = [sys.executable, "-m", "hamner.data", "prepare", "--data", str(path)]
     command += ["--output", str(output), "--vocab-size", "512", "--shard-tokens", "100_000"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        while not (output / "train-00001.offsets").exists():
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+    process = forked.Popen(command)
+    while not (output / "train-00001.offsets").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (130, b"interrupted\n")
-    done = subprocess.run(command, capture_output=True, check=False)
+    done = forked.run(command)
     assert done.returncode == 0, done.stderr
     source = ShardSource(str(output), load_tokenizer(vocab_size=512))
     splits = ("train", "validation")

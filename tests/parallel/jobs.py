@@ -15,14 +15,6 @@ from hamner.config.train import TrainConfig
 from hamner.train.loop import train
 from tests.kills import CONTEXT
 
-CONTEXT.set_forkserver_preload(
-    [
-        *("hamner.train.loop", "hamner.train", "hamner.data.__main__"),
-        *("torch.distributed.fsdp", "torch.distributed.checkpoint"),
-    ]
-)
-
-
 PORTS = range(20_000, 32_768)
 """Below those that Linux gives to outgoing connections (ip_local_port_range), of which a job makes
 dozens: a port of theirs, free when it was chosen, may be taken when a process comes to listen."""

@@ -1,7 +1,6 @@
 """A job in which one process dies, hangs, raises or is interrupted."""
 
 import re
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -14,6 +13,7 @@ from hamner.config.train import TrainConfig
 from hamner.parallel.ranks import Rank
 from hamner.train.loop import train
 from hamner.train.step import ignore_phase
+from tests import forked
 from tests.corpus import write_predictable
 from tests.parallel import faults
 from tests.parallel.jobs import enter, run_job, said
@@ -105,10 +105,9 @@ def test_torchrun_starts_a_failed_job_again(tmp_path):
     ]
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     folder = tmp_path / "job"
-    job = subprocess.run(
+    job = forked.run(
         [sys.executable, *launch, "--max-restarts", "2", "-m", "tests.parallel.faults", *args]
         + ["--run-dir", str(folder)],
-        capture_output=True,
         text=True,
         timeout=100,
         cwd=Path(__file__).parents[2],

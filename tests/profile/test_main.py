@@ -16,6 +16,7 @@ from hamner.profile.ranges import MODULES, Ranges
 from hamner.profile.steps import open_steps, take
 from hamner.profile.summary import summarize
 from hamner.profile.trace import read_trace
+from tests import forked
 from tests.corpus import write_predictable
 from tests.profile.traces import TraceWriter
 
@@ -118,7 +119,7 @@ def test_ranges_leave_nothing_behind(tmp_path):
 
 def run(*args: str, **kwargs) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "hamner.profile", *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **kwargs)
+    return forked.run(command, text=True, **kwargs)
 
 
 def test_help_and_reading_do_not_load_torch(tmp_path):
@@ -126,7 +127,13 @@ def test_help_and_reading_do_not_load_torch(tmp_path):
     writer.kernel("nvjet_a", 0, 5, launch=-10)
     trace = writer.write(tmp_path / "t.json")
     for args in (["--help"], ["read", str(trace)]):
-        result = run(*args, env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
+        result = subprocess.run(
+            [sys.executable, "-m", "hamner.profile", *args],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"},
+        )
         assert result.returncode == 0, result.stderr
         assert "hamner.profile.trace" in result.stderr
         assert "| torch\n" not in result.stderr

@@ -14,6 +14,7 @@ from hamner.config.sft import SftConfig
 from hamner.config.train import TrainConfig
 from hamner.errors import UserError
 from hamner.sft.__main__ import parse
+from tests import forked
 from tests.models import DENSE, build
 from tests.saved import save_run
 
@@ -22,7 +23,7 @@ SHAPE = replace(DENSE, vocab_size=261)
 
 def run(*args: str, **kwargs) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "hamner.sft", *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **kwargs)
+    return forked.run(command, capture_output=True, text=True, timeout=120, **kwargs)
 
 
 @pytest.fixture
@@ -31,7 +32,13 @@ def base(tmp_path):
 
 
 def test_help_explains_every_flag_without_loading_torch():
-    result = run("--help", env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
+    result = subprocess.run(
+        [sys.executable, "-m", "hamner.sft", "--help"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"},
+    )
     assert result.returncode == 0
     flags = set(re.findall(r"^│ (--[a-z-]+)", result.stdout, re.MULTILINE))
     assert {"--checkpoint", "--data", "--epochs", "--rope-scaling", "--patience"} <= flags

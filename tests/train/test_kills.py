@@ -89,6 +89,7 @@ def undisturbed(data, tmp_path_factory) -> Run:
     started = time.monotonic()
     run.lines = count_lines("hamner.train", run.args, run.output)
     run.seconds = time.monotonic() - started
+    assert all(run.lines[phase] for phase in TRAINING_PHASES), run.lines
     assert run.saved_steps[-1] == STEPS, run.printed
     assert [record["step"] for record in run.curve()] == list(range(1, STEPS + 1))
     return run
@@ -176,15 +177,13 @@ def test_shard_preparation_killed_at_random_moments(data, tmp_path):
     flags = ["--data", str(data), "--vocab-size", "261", "--shard-tokens", "2000"]
     whole, killed, output = tmp_path / "whole", tmp_path / "killed", tmp_path / "output.txt"
     prepare = ["prepare", *flags, "--output"]
-    lines = count_lines("hamner.data.__main__", [*prepare, str(whole)], output)["shards"]
+    lines = count_lines("hamner.data", [*prepare, str(whole)], output)["shards"]
     for _ in range(5):
         line = random.randint(1, lines // 5)
-        process = start(
-            "hamner.data.__main__", [*prepare, str(killed)], output, phase="shards", line=line
-        )
+        process = start("hamner.data", [*prepare, str(killed)], output, phase="shards", line=line)
         process.join(TIMEOUT)
         assert process.exitcode == -signal.SIGKILL, output.read_text()
-    process = start("hamner.data.__main__", [*prepare, str(killed)], output)
+    process = start("hamner.data", [*prepare, str(killed)], output)
     process.join(TIMEOUT)
     assert process.exitcode == 0, output.read_text()
     assert {p.name: p.read_bytes() for p in killed.iterdir()} == {

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -18,6 +17,7 @@ from hamner.config.train import TrainConfig
 from hamner.data.loader import TrainLoader
 from hamner.errors import UserError
 from hamner.train.loop import TrainingLoop, train
+from tests import forked
 from tests.data.hub_server import HubServer
 
 
@@ -134,13 +134,11 @@ def test_interrupt_does_not_wait_for_a_dead_stream(tmp_path):
     hub, run_dir = HubServer(folder), tmp_path / "run"
     model = ["--hidden-size", "64", "--num-layers", "1", "--vocab-size", "261"]
     lengths = ["--seq-len", "64", "--batch-size", "4", "--max-seq-len", "64", "--log-every", "1"]
-    process = subprocess.Popen(
+    process = forked.Popen(
         [sys.executable, "-m", "hamner.train", "--option", "tiny", *model, *lengths]
         + ["--data", "hf:owner/name", "--val-fraction", "0", "--sample-every", "0"]
         + ["--device", "cpu", "--run-dir", str(run_dir), "--steps", "100000"],
         env={**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home")},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
         text=True,
     )
     try:
@@ -160,7 +158,7 @@ def test_interrupt_does_not_wait_for_a_dead_stream(tmp_path):
     assert str(saved.path) in output
 
 
-def wait_until(process: subprocess.Popen, condition) -> None:
+def wait_until(process: forked.Popen, condition) -> None:
     deadline = time.monotonic() + 90
     while not condition():
         assert process.poll() is None, process.communicate()

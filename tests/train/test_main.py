@@ -14,6 +14,7 @@ import pytest
 from hamner.checkpoint import format as checkpoint
 from hamner.cli import gather_data
 from hamner.train.__main__ import parse
+from tests import forked
 from tests.corpus import write_predictable
 
 SMALL = [
@@ -29,11 +30,12 @@ def command(*args: str) -> list[str]:
 
 
 def run(*args: str, **kwargs) -> subprocess.CompletedProcess:
-    return subprocess.run(command(*args), capture_output=True, text=True, timeout=120, **kwargs)
+    return forked.run(command(*args), capture_output=True, text=True, timeout=120, **kwargs)
 
 
 def test_help_explains_every_flag_without_loading_torch():
-    result = run("--help", env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
+    environment = {**os.environ, "PYTHONPROFILEIMPORTTIME": "1"}
+    result = subprocess.run(command("--help"), capture_output=True, text=True, env=environment)
     assert result.returncode == 0
     flags = re.findall(r"^│ (--[a-z-]+)", result.stdout, re.MULTILINE)
     assert {"--option", "--data", "--batch-size", "--hidden-size", "--rope-theta"} <= set(flags)
@@ -104,7 +106,7 @@ def long_run(tmp_path):
     return [*SMALL, "--data", str(data), "--run-dir", str(tmp_path / "run"), "--steps", "100000"]
 
 
-def wait_for_steps(run_dir: Path, process: subprocess.Popen) -> None:
+def wait_for_steps(run_dir: Path, process: forked.Popen) -> None:
     deadline = time.monotonic() + 90
     while not (run_dir / "metrics.jsonl").exists():
         assert process.poll() is None, process.communicate()
@@ -115,7 +117,7 @@ def wait_for_steps(run_dir: Path, process: subprocess.Popen) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_saves_and_resumes(long_run, tmp_path, number):
     run_dir = tmp_path / "run"
-    process = subprocess.Popen(
+    process = forked.Popen(
         command(*long_run), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     wait_for_steps(run_dir, process)
@@ -138,7 +140,7 @@ def test_interrupt_saves_and_resumes(long_run, tmp_path, number):
 
 def test_second_interrupt_leaves_at_once(long_run, tmp_path):
     run_dir = tmp_path / "run"
-    process = subprocess.Popen(
+    process = forked.Popen(
         command(*long_run, "--save-every", "5"), stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     wait_for_steps(run_dir, process)
@@ -151,7 +153,8 @@ def test_second_interrupt_leaves_at_once(long_run, tmp_path):
 
 
 def test_cpu_is_told_plainly(long_run):
-    result = run(*long_run, "--stop-after", "2")
+    args = command(*long_run, "--stop-after", "2")
+    result = subprocess.run(args, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0
     assert "no GPU found" in result.stdout
     assert re.search(r"measured on this CPU: about [\d,]+ tokens/s.*would take", result.stdout)

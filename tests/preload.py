@@ -1,0 +1,23 @@
+"""What the fork server of `tests.kills` has loaded: all that a training, alone or with others,
+would load again in each process that a test starts, seconds of it.
+
+No `__main__` of a command is among it, which `python -m` must find new.
+"""
+# ruff: noqa: F401
+
+import matplotlib.backends.backend_agg
+import numpy.random
+import PIL.features
+import torch._dynamo
+import torch.distributed.checkpoint
+import torch.distributed.fsdp
+import torch.onnx
+
+import hamner.data.prepare
+import hamner.train.loop
+from hamner.data.tokenizer import load_tokenizer
+
+BYTES_ONLY = 261
+"""vocabulary of most of the tests' models"""
+
+load_tokenizer("builtin", BYTES_ONLY)

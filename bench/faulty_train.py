@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from hamner.checkpoint import format as checkpoint
-from hamner.checkpoint import run_folder
+from hamner.checkpoint import run_folder, writer
 from hamner.checkpoint.run_folder import append_record
 from hamner.cli import run_command
 from hamner.data import loader
@@ -71,7 +71,9 @@ def inject(faults: Faults) -> None:
                     raise ConnectionError("the soak's source has failed")
                 yield item
 
-    checkpoint.flush, run_folder.append_record = flush, append
+    for module in (checkpoint, writer):
+        module.flush = flush
+    run_folder.append_record = append
     loader.open_source = lambda *args: FaultySource(real_open(*args))
 
 

@@ -21,12 +21,15 @@ CONTEXT.set_forkserver_preload(["tests.preload"])
 
 PHASES = {
     "step": (
-        "train/loop.py",
-        {"Trainer.train_step", "Trainer.finish_step", "Trainer.judge_steps", "Trainer.judge"},
+        "train/step.py",
+        {"TrainStep.step", "TrainStep._take", "TrainStep._forward_backward", "TrainStep._update"},
     ),
     "update": ("train/optimizer.py", {"AdamW.step", "AdamW.drop_gradients"}),
-    "evaluation": ("train/loop.py", {"Trainer.evaluate"}),
-    "log line": ("train/loop.py", {"Trainer.log", "Trainer.write_log_line"}),
+    "evaluation": ("train/evaluation.py", {"validation_loss"}),
+    "log line": (
+        "train/log.py",
+        {"TrainLog.record", "TrainLog.drain", "TrainLog._read", "TrainLog._write_line"},
+    ),
     "log": ("checkpoint/run_folder.py", {"RecordLog.append", "RecordLog.flush", "append_record"}),
     "snapshot": ("checkpoint/writer.py", {"BackgroundSaver.begin", "BackgroundSaver._copy"}),
     "writer": (

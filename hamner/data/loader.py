@@ -295,11 +295,16 @@ def _check_position(position: State | None, num_sources: int) -> None:
                 check_count({key: value}, key)
     for source in documents["sources"]:
         if source is not None:
-            for key in ("epoch", "tokens", "documents", "skipped"):
-                check_count(source, key)
-            if source["position"] is not None:
-                for key in ("file", "block", "row"):
-                    check_count(source["position"], key)
+            _check_source(source)
+
+
+def _check_source(source: State) -> None:
+    """The function refuses what is not the state of a source; see `_check_position`."""
+    for key in ("epoch", "tokens", "documents", "skipped"):
+        check_count(source, key)
+    if source["position"] is not None:
+        for key in ("file", "block", "row"):
+            check_count(source["position"], key)
 
 
 def _check_same_data(saved: State, current: State) -> None:

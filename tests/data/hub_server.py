@@ -91,7 +91,12 @@ class _Handler(BaseHTTPRequestHandler):
             fault = self.hub.next_fault()
         if fault is None:
             self.answer(code, data, headers)
-        elif fault == "refuses":
+        else:
+            self.fail(fault, code, data, headers)
+
+    def fail(self, fault: str, code: int, data: bytes, headers: dict[str, str]) -> None:
+        """The answer has the fault."""
+        if fault == "refuses":
             self.answer(500, b"")
         elif fault == "garbage":
             self.answer(code, os.urandom(len(data)), headers)

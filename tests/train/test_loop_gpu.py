@@ -182,6 +182,7 @@ def peak_of_steps(step: TrainStep, batch: Batch, steps: int) -> int:
     for _ in range(steps):
         result = step.step(batch, 1e-4)
     assert torch.isfinite(result.grad_norm)
+    assert not step.messages  # the plan was not changed
     return torch.cuda.max_memory_allocated()
 
 

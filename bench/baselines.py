@@ -1,4 +1,4 @@
-"""The trainers Hamner is measured against, each as its users have it, on equal terms.
+"""Hamner is measured against these trainers, each as its users have it, on equal terms.
 
 Equal are: initial weights, batches (the real loader's), AdamW with fp32 state, weight decay on
 matrices, clipping at 1.0, bf16 compute with fp32 weights (Hamner: bf16 weights with fp32 masters),
@@ -6,7 +6,7 @@ one pass over the whole batch where memory allows. Before anything is timed, the
 whole batch are compared with those of a plain fp32 model (`gradient_error`), which may be missed by
 twice what a plain model in the compute dtype misses them by.
 
-    Hamner        hamner.train.step.TrainStep, as the loop drives it
+    Hamner        hamner.train.step.TrainStep, the step as it trains
     Plain         a plain torch model; torch.compile around all of it, or around each block with a
                   chunked loss and an activation memory budget
     HuggingFace   transformers' Llama or Mixtral, with or without Liger's kernels
@@ -31,7 +31,7 @@ from hamner.export.hf import to_hugging_face
 from hamner.model.attention import AttentionShape, get_attention
 from hamner.model.ops import build_ops
 from hamner.model.transformer import RMSNorm, Transformer
-from hamner.profile.steps import LR, Steps
+from hamner.profile.steps import LR, build_step
 from hamner.train.optimizer import BETAS, EPS
 
 WEIGHT_DECAY, GRAD_CLIP = 0.1, 1.0
@@ -50,31 +50,33 @@ LOSS_CHUNK = 4096
 
 
 class Contender(Protocol):
-    """A trainer that is built and takes steps."""
+    """A contender is a trainer that is built and takes steps."""
 
     def step(self, batch: Batch) -> object:
-        """One optimizer step on a whole batch, without waiting for the GPU."""
+        """The method takes one optimizer step on a whole batch, without waiting for the GPU."""
         ...
 
     def gradients(self, batch: Batch) -> dict[str, Tensor]:
-        """Gradients of the batch's mean loss by the contender's own names; changes no weight."""
+        """The method gives the gradients of the batch's mean loss by the contender's own names, and
+        changes no weight."""
         ...
 
     def named(self, model: Transformer) -> Mapping[str, Tensor]:
-        """A Hamner model's parameters under the contender's names."""
+        """The method gives a Hamner model's parameters under the contender's names."""
         ...
 
     def parameters(self) -> Iterable[Tensor]:
-        """What forward and backward read."""
+        """The method gives what forward and backward read."""
         ...
 
     def close(self) -> None:
-        """Free what it holds."""
+        """The method frees what it holds."""
         ...
 
 
 def plain_model(config: ModelConfig) -> Transformer:
-    """Hamner's model on plain torch operations, with its initial weights, in fp32."""
+    """The function gives Hamner's model on plain torch operations, with its initial weights, in
+    fp32."""
     shape = AttentionShape.of_model(
         config,
         device=torch.device(scale.device()),
@@ -92,7 +94,8 @@ def plain_model(config: ModelConfig) -> Transformer:
 
 @functools.cache
 def _initial_weights(config: ModelConfig) -> dict[str, Tensor]:
-    """Drawn once for all trainers of a shape, on the CPU as Hamner's trainer draws them."""
+    """The function draws them once for all trainers of a shape, on the CPU as Hamner's trainer
+    does."""
     with torch.device("meta"):
         model = Transformer(config, ops=None)
     model.to_empty(device="cpu")
@@ -101,7 +104,8 @@ def _initial_weights(config: ModelConfig) -> dict[str, Tensor]:
 
 
 class Reference:
-    """Gradients of a batch in fp32, and how far plain torch in the compute dtype is from them.
+    """A reference has the gradients of a batch in fp32, and how far plain torch in the compute
+    dtype is from them.
 
     Args:
         config: shape.
@@ -121,7 +125,8 @@ class Reference:
         self.max_error = max(MAX_ERROR_RATIO * error, ERROR_FLOOR)
 
     def error_of(self, contender: Contender) -> float:
-        """Distance of a contender's gradients from the reference, relative to its norm.
+        """The method gives the distance of a contender's gradients from the reference, relative to
+        its norm.
 
         Of every parameter by itself, then the root of the mean square: small gradients, such as
         those of queries and keys, count as much as the embedding's. One that is missing is 1 off.
@@ -132,7 +137,8 @@ class Reference:
 
 
 def plain_gradients(config: ModelConfig, batch: Batch, dtype: torch.dtype) -> Transformer:
-    """A plain model's gradients of a batch, added up in fp32 a few rows at a time.
+    """The function gives a plain model's gradients of a batch, added up in fp32 a few rows at a
+    time.
 
     Returns:
         A model that holds them as its parameters.
@@ -165,7 +171,7 @@ def _distance(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> fl
 
 @contextlib.contextmanager
 def sharpened(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Larger matrices for as long as it is open.
+    """Matrices are larger for as long as it is open.
 
     With the initial weights attention is nearly uniform, and a model without RoPE would hardly
     differ. A power of two is undone exactly.
@@ -178,62 +184,52 @@ def sharpened(parameters: Iterable[Tensor]) -> Iterator[None]:
         torch._foreach_mul_(matrices, 1 / SHARPENING)
 
 
-class GradientsGathered(Exception):
-    """The step has come as far as its gradients are wanted."""
-
-
 class Hamner:
-    """The project's own trainer.
+    """This contender is the project's own training step.
 
     Args:
         config: the run, with its batch and its memory budget.
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        self.steps = Steps(config, on_phase=self._on_phase)
-        self.gathered: dict[str, Tensor] | None = None
-        """gradients of the step under way, if they are asked for"""
+        self.train_step = build_step(config)
 
     def step(self, batch: Batch) -> object:
-        """A step is taken as the training loop takes it."""
-        return self.steps.step.step(batch, LR).loss
+        """The step is that of the training loop."""
+        return self.train_step.step(batch, LR)
 
     def gradients(self, batch: Batch) -> dict[str, Tensor]:
-        """The gradients are those the optimizer would be given; no weight changes."""
-        self.gathered = {}
-        with contextlib.suppress(GradientsGathered):
-            self.steps.step.step(batch, LR)
-        self.steps.step.optimizer.drop_gradients()
-        found, self.gathered = self.gathered, None
+        """The gradients are those that the optimizer would be given: the step is dropped there."""
+        optimizer = self.train_step.optimizer
+        found: dict[str, Tensor] = {}
+
+        def keep_and_drop(done: int, total: int) -> bool:
+            if done == total:
+                gradients = optimizer.accumulated or {
+                    name: parameter.grad for name, parameter in optimizer.parameters.items()
+                }
+                found.update({name: gradient.clone() for name, gradient in gradients.items()})
+            return done == total
+
+        self.train_step.step(batch, LR, keep_and_drop)
         return found
 
-    def _on_phase(self, phase: str, step: int) -> None:
-        """Before an update whose gradients are asked for, they are kept and the step ends."""
-        if phase != "optimizer" or self.gathered is None:
-            return
-        optimizer = self.steps.step.optimizer
-        gradients = optimizer.accumulated or {
-            name: parameter.grad for name, parameter in optimizer.parameters.items()
-        }
-        self.gathered.update({name: gradient.clone() for name, gradient in gradients.items()})
-        raise GradientsGathered
-
     def named(self, model: Transformer) -> Mapping[str, Tensor]:
-        """Its own names."""
+        """The names are its own."""
         return dict(model.named_parameters())
 
     def parameters(self) -> Iterable[Tensor]:
         """The weights in the compute dtype; their fp32 masters play no part in gradients."""
-        return self.steps.step.model.parameters()
+        return self.train_step.model.parameters()
 
     def close(self) -> None:
-        """End the loader and drop the model."""
-        self.steps.__exit__()
-        self.steps = None
+        """The method drops the model."""
+        self.train_step.close()
+        self.train_step = None
 
 
 class TorchTrainer:
-    """The usual loop: fp32 weights, autocast, PyTorch's fused AdamW.
+    """The trainer is the usual loop: fp32 weights, autocast, PyTorch's fused AdamW.
 
     Args:
         model: fp32, on the device.
@@ -256,7 +252,7 @@ class TorchTrainer:
         )
 
     def backward(self, batch: Batch) -> Tensor:
-        """Leave the gradients of a batch in the parameters; returns its loss."""
+        """The method leaves the gradients of a batch in the parameters and returns its loss."""
         inputs, targets = (
             x.to(scale.device(), non_blocking=True) for x in (batch.inputs, batch.targets)
         )
@@ -266,7 +262,7 @@ class TorchTrainer:
         return loss.detach()
 
     def step(self, batch: Batch) -> object:
-        """Forward, backward, clip, update."""
+        """The method goes forward and backward, clips and updates."""
         loss = self.backward(batch)
         nn.utils.clip_grad_norm_(self.model.parameters(), GRAD_CLIP)
         self.optimizer.step()
@@ -274,24 +270,24 @@ class TorchTrainer:
         return loss
 
     def gradients(self, batch: Batch) -> dict[str, Tensor]:
-        """By the model's names."""
+        """The method gives them by the model's names."""
         self.backward(batch)
         found = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
         self.optimizer.zero_grad(set_to_none=True)
         return found
 
     def parameters(self) -> Iterable[Tensor]:
-        """Of the model."""
+        """The parameters are the model's."""
         return self.model.parameters()
 
     def close(self) -> None:
-        """Drop the model and what was compiled for it."""
+        """The method drops the model and what was compiled for it."""
         self.model = self.loss = self.optimizer = None
         torch.compiler.reset()
 
 
 class Plain(TorchTrainer):
-    """A plain model as one would write it, with Hamner's names, and torch.compile.
+    """This trainer has a plain model as one would write it, with Hamner's names, and torch.compile.
 
     Args:
         config: dense shape.
@@ -315,17 +311,17 @@ class Plain(TorchTrainer):
         super().__init__(model, loss)
 
     def named(self, model: Transformer) -> Mapping[str, Tensor]:
-        """Hamner's names."""
+        """The method gives Hamner's names."""
         return dict(model.named_parameters())
 
     def close(self) -> None:
-        """Drop the model and give the memory budget back."""
+        """The model goes, and the memory budget is given back."""
         super().close()
         functorch_config.activation_memory_budget = 1.0
 
 
 class PlainBlock(nn.Module):
-    """Attention, then SwiGLU, each behind an RMSNorm and a residual connection."""
+    """A block is attention, then SwiGLU, each behind an RMSNorm and a residual connection."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -347,7 +343,7 @@ class PlainBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
+        """The block maps (B, T, D) to (B, T, D)."""
         config, attention, mlp = self.config, self.attention, self.mlp
         heads, kv_heads = config.num_attention_heads, config.num_kv_heads
         qkv = attention["qkv_proj"](normed(x, attention["norm"]))
@@ -361,7 +357,8 @@ class PlainBlock(nn.Module):
 
 
 class PlainModel(nn.Module):
-    """Embedding, blocks, norm, tied head, mean cross-entropy."""
+    """The model has an embedding, blocks, a norm and a tied head, and gives the mean
+    cross-entropy."""
 
     def __init__(self, config: ModelConfig, *, chunked_loss: bool) -> None:
         super().__init__()
@@ -377,7 +374,7 @@ class PlainModel(nn.Module):
         self.register_buffer("sin", angles.sin().float(), persistent=False)
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """(B, T) tokens and what each should predict -> mean cross-entropy."""
+        """The model maps (B, T) tokens and what each should predict to the mean cross-entropy."""
         length = inputs.shape[1]
         # The residual stream in the compute dtype, as autocast leaves the embedding in fp32.
         x = self.embed(inputs).to(scale.dtype())
@@ -400,25 +397,26 @@ class PlainModel(nn.Module):
 
 
 def sum_of_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropies of some tokens, added up."""
+    """The function gives cross-entropies of some tokens, added up."""
     logits = functional.linear(hidden, weight).float()
     return functional.cross_entropy(logits, targets, ignore_index=IGNORED_TARGET, reduction="sum")
 
 
 def normed(x: Tensor, norm: RMSNorm) -> Tensor:
-    """RMSNorm with fp32 statistics, in x's dtype."""
+    """The function is RMSNorm with fp32 statistics, in x's dtype."""
     return functional.rms_norm(x.float(), norm.weight.shape, norm.weight, norm.eps).to(x.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE, half-rotation: x (B, H, T, hd), tables (T, hd / 2)."""
+    """The function is RoPE, half-rotation: x (B, H, T, hd), tables (T, hd / 2)."""
     first, second = x.float().chunk(2, dim=-1)
     rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return rotated.to(x.dtype)
 
 
 class HuggingFace(TorchTrainer):
-    """transformers' Llama, or Mixtral with its grouped_mm experts, eager, with SDPA.
+    """This trainer has transformers' Llama, or Mixtral with its grouped_mm experts, eager, with
+    SDPA.
 
     Args:
         config: shape.
@@ -463,13 +461,13 @@ class HuggingFace(TorchTrainer):
         self._patches = contextlib.ExitStack()
         if liger:
             self._patches.enter_context(_patched_by_liger(model))
-        # They shift labels themselves, unless told that it is done.
+        # They shift labels themselves, unless the call says that it is done.
         super().__init__(
             model, lambda inputs, targets: model(inputs, labels=targets, shift_labels=targets).loss
         )
 
     def named(self, model: Transformer) -> Mapping[str, Tensor]:
-        """transformers' names."""
+        """The method gives transformers' names."""
         weights = dict(model.named_parameters())
         named = to_hugging_face(model.config, weights)
         if model.config.is_moe:
@@ -483,7 +481,7 @@ class HuggingFace(TorchTrainer):
         return named
 
     def close(self) -> None:
-        """Drop the model, and Liger's patches of transformers' modules with it."""
+        """The model goes, and with it Liger's patches of transformers' modules."""
         self._patches.close()
         super().close()
 

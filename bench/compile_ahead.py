@@ -1,4 +1,4 @@
-"""Compiles what the rows launch, in several processes at once, before the first row is timed.
+"""What the rows launch is compiled, in several processes at once, before the first row is timed.
 
 On a fresh machine nearly all of a row's time is compilation, one kernel after the other. So rows
 that compile are first run once each, untimed, by a pool of processes (`pytest --compile-only`),
@@ -50,7 +50,8 @@ Group = tuple[str, ...]
 
 
 def group_of(item: pytest.Item) -> Group | None:
-    """What a row compiles in common with others; None of a row that compiles nothing."""
+    """The function gives what a row compiles in common with others; None of a row that compiles
+    nothing."""
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     if item.get_closest_marker("needs_gpu") is None:
         return None
@@ -61,7 +62,8 @@ def group_of(item: pytest.Item) -> Group | None:
 
 
 def groups_of(items: Iterable[pytest.Item]) -> dict[Group, list[pytest.Item]]:
-    """Rows that compile, by what they share: trainers before kernels, the longest first."""
+    """The function gives rows that compile, by what they share: trainers before kernels, the
+    longest first."""
     groups: dict[Group, list[pytest.Item]] = {}
     for item in items:
         if (group := group_of(item)) is not None:
@@ -77,20 +79,23 @@ def groups_of(items: Iterable[pytest.Item]) -> dict[Group, list[pytest.Item]]:
 
 
 def few_layers(config: TrainConfig) -> TrainConfig:
-    """The run with a model whose layers compile the same code as those of all of it."""
+    """The function gives the run with a model whose layers compile the same code as those of all of
+    it."""
     model = replace(config.model, num_layers=min(LAYERS, config.model.num_layers))
     return replace(config, model=model)
 
 
 class Claims:
-    """Which process takes which group: a folder in which the first to make a file has it."""
+    """The claims say which process takes which group: the first to make a file in a folder has
+    it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.answers: dict[Group, bool] = {}
 
     def take(self, group: Group) -> bool:
-        """Whether the group is this process's; asked again, the answer is the same."""
+        """The method says whether the group is this process's; asked again, the answer is the
+        same."""
         if group not in self.answers:
             name = hashlib.sha256(repr(group).encode()).hexdigest()
             try:
@@ -102,18 +107,18 @@ class Claims:
         return self.answers[group]
 
     def fail(self, row: str, why: str) -> None:
-        """Note a row that could not be run."""
+        """The method notes a row that could not be run."""
         with (self.folder / "failed").open("a", encoding="utf-8") as file:
             file.write(f"{row}: {' '.join(why.split())[:MOST_CHARACTERS]}\n")
 
     def failed(self) -> list[str]:
-        """Rows of all processes that could not be run, and why."""
+        """The method gives rows of all processes that could not be run, and why."""
         file = self.folder / "failed"
         return file.read_text(encoding="utf-8").splitlines() if file.exists() else []
 
 
 def use_one_cache() -> None:
-    """Let our kernels and torch.compile's share Triton's cache.
+    """The function lets our kernels and torch.compile's share Triton's cache.
 
     torch.compile names a folder of its own in the environment when it first meets a kernel, and
     from then on Triton would look for ours there too.
@@ -124,7 +129,7 @@ def use_one_cache() -> None:
 
 
 def run(items: Sequence[pytest.Item], flags: Sequence[str], meanwhile: Callable[[], None]) -> dict:
-    """Compile what the rows need.
+    """The function compiles what the rows need.
 
     Args:
         items: the rows that will be timed.
@@ -183,7 +188,7 @@ def run(items: Sequence[pytest.Item], flags: Sequence[str], meanwhile: Callable[
 def pool(
     command: Sequence[str], count: int, folder: Path, **how
 ) -> Iterator[list[subprocess.Popen]]:
-    """So many processes, which end with it and say what they have to say into files of `folder`."""
+    """While it is open, so many processes run; what they say is in files of `folder`."""
     processes = []
     try:
         for number in range(count):
@@ -198,18 +203,19 @@ def pool(
 
 
 def log_of(folder: Path, number: int) -> Path:
-    """What a process of the pool said."""
+    """The function gives what a process of the pool said."""
     return folder / f"{number}.log"
 
 
 def last_line(log: Path) -> str:
-    """The end of what a process said."""
+    """The function gives the end of what a process said."""
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
     return next((line for line in reversed(lines) if line.strip()), "nothing said")
 
 
 def compiled_files() -> tuple[set[Path], set[Path]]:
-    """Triton's kernels and torch.compile's graphs (a forward or a backward each) on disk."""
+    """The function gives Triton's kernels and torch.compile's graphs (a forward or a backward each)
+    on disk."""
     graphs = inductor_cache() / "fxgraph"
     return (
         set(Path(os.environ["TRITON_CACHE_DIR"]).rglob("*.cubin")),
@@ -218,21 +224,21 @@ def compiled_files() -> tuple[set[Path], set[Path]]:
 
 
 def timed_choices() -> set[tuple[Path, int]]:
-    """Where torch.compile keeps which configuration of a kernel it found the fastest, and since
-    when."""
+    """The function gives where torch.compile keeps which configuration of a kernel it found the
+    fastest, and since when."""
     files = inductor_cache().rglob("*.best_config")
     return {(file, file.stat().st_mtime_ns) for file in files}
 
 
 def inductor_cache() -> Path:
-    """torch.compile's folder."""
+    """The function gives torch.compile's folder."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     return Path(cache_dir())
 
 
 def describe(compiled: dict) -> str:
-    """For the suite's end and the report."""
+    """The function makes the sentence for the suite's end and the report."""
     line = (
         f"compiled ahead: {compiled['kernels']} kernels and {compiled['graphs']} graphs of "
         f"{compiled['rows']} rows in {compiled['seconds']:.0f} s on {compiled['processes']} "

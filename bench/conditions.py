@@ -1,4 +1,4 @@
-"""Under what conditions a row was measured: a number is worth nothing without them."""
+"""A row has the conditions under which it was measured: a number is worth nothing without them."""
 
 import functools
 import importlib.metadata
@@ -21,7 +21,8 @@ _QUERIES = {
 
 @functools.cache
 def conditions() -> dict[str, str]:
-    """GPU, driver, power limit and clocks as nvidia-smi says them, versions, commit."""
+    """The function gives GPU, driver, power limit and clocks as nvidia-smi says them, versions and
+    commit."""
     found = _gpu() if torch.cuda.is_available() else {"cpu": platform.processor() or "unknown"}
     for package in PACKAGES:
         try:

@@ -1,5 +1,5 @@
-"""The suite's flags, what is compiled before its rows, the conditions every row is stored with, and
-the short table at the end."""
+"""The suite has flags, compiles before its rows, stores every row with its conditions, and prints a
+short table at the end."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ SLOWEST = 10
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Flags of `pytest bench/`."""
+    """The hook adds the flags of `pytest bench/`."""
     group = parser.getgroup("hamner benchmarks")
     group.addoption(
         "--quick", action="store_true", help="only the rows that matter most: under 2 minutes"
@@ -48,7 +48,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Set the scale before any row is imported; print our table instead of a column per timing."""
+    """The hook sets the scale before any row is imported, and prints our table instead of a column
+    per timing."""
     config.addinivalue_line("markers", "quick: part of --quick")
     config.addinivalue_line("markers", "needs_gpu: times a CUDA GPU")
     if config.getoption("--smoke"):
@@ -73,12 +74,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """No workers beside this process: they would share what is being measured."""
+    """The hook wants no workers beside this process: they would share what is being measured."""
     return 0
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what --quick does not want, and what needs a GPU where there is none."""
+    """The hook leaves out what --quick does not want, and what needs a GPU where there is none."""
     import torch
 
     has_gpu = torch.cuda.is_available() or config.getoption("--smoke")
@@ -106,7 +107,7 @@ BENCHMARK = pytest.StashKey()
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> None:
-    """On a GPU, compile what the rows need before the first of them."""
+    """On a GPU, the hook compiles what the rows need before the first of them."""
     import torch
 
     config = session.config
@@ -125,7 +126,7 @@ def pytest_runtestloop(session: pytest.Session) -> None:
 
 
 def prepare(items: list[pytest.Item]) -> None:
-    """What trainers are compared with, which is not timed."""
+    """The function prepares what trainers are compared with, which is not timed."""
     from bench import steps
 
     trainers = (item for item in items if "trainer" in getattr(item, "fixturenames", ()))
@@ -137,7 +138,7 @@ def prepare(items: list[pytest.Item]) -> None:
 
 
 def keep(config: pytest.Config, line: dict) -> None:
-    """Append to the file of --rows, which a suite that does not end leaves behind."""
+    """The function appends to the file of --rows, which a suite that does not end leaves behind."""
     if path := config.getoption("--rows"):
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -145,7 +146,7 @@ def keep(config: pytest.Config, line: dict) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item):
-    """Measure how long a row takes in all, and keep it."""
+    """The hook measures how long a row takes in all, and keeps it."""
     started = time.perf_counter()
     result = yield
     config, seconds = item.config, time.perf_counter() - started
@@ -160,7 +161,7 @@ def pytest_runtest_protocol(item: pytest.Item):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Of what is only compiled, leave to other processes what they have taken."""
+    """Of what is only compiled, the hook leaves to other processes what they have taken."""
     claims = item.config.stash.get(CLAIMS, None)
     if claims is None:
         return
@@ -171,7 +172,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
-    """Tell the suite which row could not be compiled ahead."""
+    """The hook tells the suite which row could not be compiled ahead."""
     report = yield
     claims = item.config.stash.get(CLAIMS, None)
     if claims is not None and report.failed:
@@ -181,7 +182,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
 
 @pytest.fixture(scope="session", autouse=True)
 def recordable_stream():
-    """Kernels are timed as CUDA graphs."""
+    """Kernels are timed as CUDA graphs, which this stream can record."""
     import torch
 
     from bench.timing import use_recordable_stream
@@ -200,8 +201,8 @@ def no_lines_of_earlier_rows():
 
 @pytest.fixture
 def keep_graphs():
-    """For rows that differentiate one graph many times, which compiled graphs otherwise refuse, and
-    compile a graph a shape, of which there are more than torch expects."""
+    """The fixture is for rows that differentiate one graph many times, which compiled graphs
+    otherwise refuse, and compile a graph a shape, of which there are more than torch expects."""
     import torch._dynamo.config
     import torch._functorch.config
 
@@ -214,7 +215,8 @@ def keep_graphs():
 
 @pytest.fixture(scope="session")
 def conditions(request: pytest.FixtureRequest) -> dict:
-    """GPU, power limit, clocks, driver, versions, commit: of every row that is timed."""
+    """The fixture gives GPU, power limit, clocks, driver, versions and commit of every row that is
+    timed."""
     from bench.conditions import conditions
 
     return {} if CLAIMS in request.config.stash else conditions()
@@ -222,7 +224,7 @@ def conditions(request: pytest.FixtureRequest) -> dict:
 
 @pytest.fixture(autouse=True)
 def described(request: pytest.FixtureRequest, conditions: dict):
-    """Store the conditions with every row."""
+    """The fixture stores the conditions with every row."""
     from bench import steps
 
     benchmark = request.getfixturevalue("benchmark")
@@ -235,7 +237,8 @@ def described(request: pytest.FixtureRequest, conditions: dict):
 
 @pytest.fixture(scope="session")
 def ceilings(request: pytest.FixtureRequest):
-    """What this GPU reaches at best: a large copy, a large matmul. None if nothing is timed."""
+    """The fixture gives what this GPU reaches at best: a large copy, a large matmul. None if
+    nothing is timed."""
     from bench.ceilings import measure
 
     return None if CLAIMS in request.config.stash else measure()
@@ -243,13 +246,13 @@ def ceilings(request: pytest.FixtureRequest):
 
 @pytest.fixture
 def vram_budget(request: pytest.FixtureRequest) -> float | None:
-    """GiB, or None: what the card has."""
+    """The fixture gives GiB, or None: what the card has."""
     return request.config.getoption("--vram-budget")
 
 
 @pytest.fixture
 def does_not_fit(request: pytest.FixtureRequest):
-    """Report a row that needs more memory than there is, and leave it."""
+    """The fixture reports a row that needs more memory than there is, and leaves it."""
 
     def leave(row: str, needs_gib: float | None, available_gib: float):
         need = "more memory than there is" if needs_gib is None else f"{needs_gib:.1f} GiB"
@@ -263,13 +266,13 @@ def does_not_fit(request: pytest.FixtureRequest):
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json) -> None:
-    """What did not fit belongs to the result, and what was compiled before it."""
+    """What did not fit belongs to the result, and so does what was compiled before it."""
     output_json["misfits"] = config.stash.get(MISFITS, [])
     output_json["compile_ahead"] = config.stash.get(COMPILED, None)
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
-    """The short table, what did not fit, and what could not run here."""
+    """The hook prints the short table, what did not fit, and what could not run here."""
     from bench.report import Results, short_report
 
     if CLAIMS in config.stash:
@@ -289,8 +292,8 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
 
 
 def where_time_went(rows: dict[str, float], total: float) -> list[str]:
-    """Seconds of the suite, of its files and of its slowest rows (their building, checking and
-    compiling included), by node id."""
+    """The function gives the seconds of the suite, of its files and of its slowest rows (their
+    building, checking and compiling included), by node id."""
     files: dict[str, float] = {}
     for row, seconds in rows.items():
         file = Path(row.partition("::")[0]).stem.removeprefix("test_")

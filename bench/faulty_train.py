@@ -1,4 +1,4 @@
-"""`hamner.train` on a bad day: a slow disk that fails, a source that breaks; and a diary.
+"""`hamner.train` has a bad day here: a slow disk that fails, a source that breaks; a diary is kept.
 
 python -m bench.faulty_train FAULTS.json [flags of hamner.train]
 
@@ -28,7 +28,7 @@ from hamner.train.__main__ import main
 
 @dataclass(frozen=True)
 class Faults:
-    """How bad the day is; chances are per call."""
+    """The faults say how bad the day is; chances are per call."""
 
     flush_seconds: float = 0.0
     """by which each of the six flushes of a checkpoint takes longer"""
@@ -41,7 +41,7 @@ class Faults:
 
 
 def inject(faults: Faults) -> None:
-    """Put the faults under the checkpoint writer, the records and the sources."""
+    """The function puts the faults under the checkpoint writer, the records and the sources."""
     chance = random.Random()
 
     def fail_disk() -> None:
@@ -78,7 +78,7 @@ def inject(faults: Faults) -> None:
 
 
 def keep_diary(path: Path) -> None:
-    """Write down memory and file handles every second, in a thread."""
+    """A thread writes down memory and file handles every second."""
     started = time.monotonic()
     page = os.sysconf("SC_PAGE_SIZE")
 

@@ -1,4 +1,5 @@
-"""A run that is killed in a save, in an evaluation and in a step, against the run left in peace.
+"""A run that is killed in a save, in an evaluation and in a step is compared with the run left in
+peace.
 
     python -m bench.kills --option a --device cuda --kills 5
     python -m bench.kills --option tiny --device cpu --kills 5 --steps 60
@@ -6,7 +7,7 @@
 Flags that are not its own go to `hamner.train`. The same steps are trained twice: in one process,
 and in processes that are ended by SIGKILL and started again with `--resume`. Each kill waits for
 its phase to begin, and for a random part of what the phase takes; where the process was then is
-told from the diary it kept (`bench.watched_train`). The killed run must end with the same losses,
+read from the diary it kept (`bench.watched_train`). The killed run must end with the same losses,
 gradient norms, weights and optimizer state, bit for bit.
 """
 
@@ -50,7 +51,7 @@ class Kills:
 
 @dataclass(frozen=True)
 class Span:
-    """A phase, from its first line in the diary to its last."""
+    """A span is a phase, from its first line in the diary to its last."""
 
     phase: str
     step: int
@@ -60,7 +61,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Kill:
-    """What a SIGKILL met."""
+    """A kill says what a SIGKILL met."""
 
     wanted: str
     """phase it was meant for, or BY_CLOCK"""
@@ -79,7 +80,7 @@ class Kill:
 
 
 class Run(RestartedRun):
-    """One of the two runs, which keeps a diary of its phases, anew in each start."""
+    """A run is one of the two; it keeps a diary of its phases, anew in each start."""
 
     def __init__(self, kills: Kills, name: str, flags: Sequence[str]) -> None:
         self.diary = kills.output / f"{name}_phases.txt"
@@ -93,12 +94,12 @@ class Run(RestartedRun):
         )
 
     def start(self, *flags: str) -> subprocess.Popen:
-        """See `RestartedRun.start`."""
+        """The method is `RestartedRun.start` with a new diary."""
         self.diary.unlink(missing_ok=True)
         return super().start(*flags)
 
     def finish(self) -> None:
-        """Train to the end."""
+        """The method trains to the end."""
         if self.start().wait():
             raise SystemExit(f"{self.folder} did not come to its end, see {self.output}")
 
@@ -114,7 +115,7 @@ class Run(RestartedRun):
         return list(spans.values())
 
     def wait_for(self, process: subprocess.Popen, condition: Callable[[], bool]) -> None:
-        """Wait while a start runs.
+        """The method waits while a start runs.
 
         Raises:
             SystemExit: it ended first.
@@ -128,18 +129,18 @@ class Run(RestartedRun):
             time.sleep(POLL_SECONDS)
 
     def last_step(self) -> int:
-        """That began in the last start."""
+        """The method gives the last step that began in the last start."""
         return max((span.step for span in self.spans() if span.phase == "step"), default=0)
 
     def is_in(self, phase: str, step: int) -> bool:
-        """Whether a phase goes on that began at a step or later."""
+        """The method says whether a phase goes on that began at a step or later."""
         return any(
             span.phase == phase and span.step >= step and span.end is None for span in self.spans()
         )
 
 
 def typical_seconds(run: Run) -> dict[str, float]:
-    """Time of each phase that three in four took at least."""
+    """The function times of each phase that three in four took at least."""
     seconds: dict[str, list[float]] = {}
     for span in run.spans():
         seconds.setdefault(span.phase, []).append(span.end - span.begin)
@@ -147,7 +148,7 @@ def typical_seconds(run: Run) -> dict[str, float]:
 
 
 def kill(run: Run, wanted: str, step: int, seconds: float) -> Kill:
-    """Start the run and kill it.
+    """The function starts the run and kills it.
 
     Args:
         run: of which all kills but the first are to leave a checkpoint.
@@ -173,7 +174,8 @@ def kill(run: Run, wanted: str, step: int, seconds: float) -> Kill:
 
 
 def train_killed(run: Run, kills: Kills, typical: Mapping[str, float]) -> list[Kill]:
-    """Kill as often as asked, and until each phase had its own; then train to the end."""
+    """The run is killed as often as asked, and until each phase had its own; then it trains to the
+    end."""
     chance = random.Random(kills.seed)
     moments = [*PHASES, *[BY_CLOCK] * (kills.kills - len(PHASES))]
     chance.shuffle(moments)
@@ -191,7 +193,8 @@ def train_killed(run: Run, kills: Kills, typical: Mapping[str, float]) -> list[K
 
 
 def main(kills: Kills, flags: Sequence[str]) -> int:
-    """Run both, print what the kills met and whether the runs are the same; 1 if not."""
+    """The command runs both and prints what the kills met and whether the runs are the same; it
+    returns 1 if not."""
     if kills.kills < len(PHASES) or kills.steps < 2 * kills.kills:
         raise UserError("give at least 3 --kills, and at least twice as many --steps")
     make_output(kills.output, ("undisturbed", "killed"))

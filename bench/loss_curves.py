@@ -16,7 +16,7 @@ from hamner.checkpoint.run_folder import RunFolder
 
 
 def read_curve(run: Path) -> dict[int, float]:
-    """Training loss by step."""
+    """The function gives the training loss by step."""
     lines = RunFolder(run).metrics.read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     return {record["step"]: record["loss"] for record in records if record["loss"] is not None}

@@ -1,4 +1,4 @@
-"""Tables and pictures from the suite's results.
+"""Tables and pictures are made from the suite's results.
 
     pytest bench/ --benchmark-only --benchmark-json=results.json --rows rows.jsonl
     python -m bench.report results.json --out report
@@ -47,7 +47,7 @@ class ReportConfig:
 
 @dataclass(frozen=True)
 class Results:
-    """What a run of the suite found."""
+    """The results are what a run of the suite found."""
 
     rows: list[dict]
     """extra_info of every row"""
@@ -57,12 +57,12 @@ class Results:
     """what was compiled before the first row (bench/compile_ahead.py)"""
 
     def of_kind(self, *kinds: str) -> list[dict]:
-        """Rows about one thing."""
+        """The method gives rows about one thing."""
         return [row for row in self.rows if row.get("kind") in kinds]
 
 
 def read_results(path: Path) -> Results:
-    """Read pytest-benchmark's JSON, or the lines of `--rows`.
+    """The function reads pytest-benchmark's JSON, or the lines of `--rows`.
 
     Raises:
         UserError: the file is neither.
@@ -95,7 +95,8 @@ def read_results(path: Path) -> Results:
 
 
 def _documents(text: str) -> list:
-    """One of several lines, or one a line; a last line that was not written to its end is none."""
+    """The function gives the objects of the lines; a last line that was not written to its end is
+    none."""
     try:
         return [json.loads(text)]
     except ValueError:
@@ -106,7 +107,7 @@ def _documents(text: str) -> list:
 
 
 def label(row: dict) -> str:
-    """Who trained: a recompute policy of ours, or a trainer."""
+    """The function says who trained: a recompute policy of ours, or a trainer."""
     if row["kind"] == "trainer":
         return row["trainer"]
     micro_batches = row["batch_size"] // row["micro_batch_size"]
@@ -114,7 +115,8 @@ def label(row: dict) -> str:
 
 
 def training_table(rows: Iterable[dict], *, short: bool = False) -> str:
-    """Options and trainers; `short` leaves out reserved memory and the spread of the steps."""
+    """The function tabulates options and trainers; `short` leaves out reserved memory and the
+    spread of the steps."""
     header = ["option", "trainer", "tokens/s", "MFU", "GiB", "step ms", "build s", "warm-up s"]
     if not short:
         header += ["GiB reserved", "p10 ms", "p90 ms"]
@@ -146,7 +148,8 @@ def _gib(row: dict, field: str) -> str:
 
 
 def projection_table(rows: Iterable[dict]) -> str:
-    """What `hamner.plan` projects for this card beside what was measured, memory allocated."""
+    """The function gives what `hamner.plan` projects for this card beside what was measured, memory
+    allocated."""
     header = ["option", "policy", "micro-batch"]
     header += ["tokens/s projected", "measured", "error", "GiB projected", "measured", "error"]
     cells = []
@@ -159,7 +162,7 @@ def projection_table(rows: Iterable[dict]) -> str:
 
 
 def largest_errors(rows: Sequence[dict]) -> str:
-    """The worst of the projections, in a sentence."""
+    """The function gives the worst of the projections, in a sentence."""
     found = []
     for (projected, measured), name in zip(PROJECTIONS, ("speed", "memory"), strict=True):
         worst = max(rows, key=lambda row: abs(row[projected] / row[measured] - 1))
@@ -169,7 +172,8 @@ def largest_errors(rows: Sequence[dict]) -> str:
 
 
 def kernel_table(rows: Iterable[dict]) -> str:
-    """Each op of ours beside its fastest peer; only rows whose outputs agreed exist."""
+    """The table has each op of ours beside its fastest peer; only rows whose outputs agreed
+    exist."""
     cells = []
     for op, implementations in by_op(rows).items():
         ours = implementations.get(OURS)
@@ -190,7 +194,7 @@ def kernel_table(rows: Iterable[dict]) -> str:
 
 
 def by_op(rows: Iterable[dict]) -> dict[str, dict[str, dict]]:
-    """op -> implementation -> row."""
+    """The function maps each op to its rows by implementation."""
     found: dict[str, dict[str, dict]] = defaultdict(dict)
     for row in rows:
         found[row["op"]][row["implementation"]] = row
@@ -208,7 +212,8 @@ def _share(row: dict) -> str:
 
 
 def other_lines(results: Results) -> list[str]:
-    """The data pipeline, checkpoints, what did not fit, and what was compiled ahead."""
+    """The lines are about the data pipeline, checkpoints, what did not fit, and what was compiled
+    ahead."""
     lines = [] if results.compiled is None else [compile_ahead.describe(results.compiled)]
     lines += [
         f"data from {row['source']}: {row['tokens_per_second']:,} tokens/s"
@@ -240,7 +245,7 @@ def short_report(results: Results) -> list[str]:
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Of (memory, speed) those that no other beats in both, by memory."""
+    """Of (memory, speed) the function gives those that no other beats in both, by memory."""
     front: list[tuple[float, float]] = []
     for memory, speed in sorted(points, key=lambda point: (point[0], -point[1])):
         if not front or speed > front[-1][1]:
@@ -249,7 +254,7 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def draw_throughput(rows: Sequence[dict], path: Path) -> None:
-    """Tokens/s against memory: one panel an option, its Pareto front as a line.
+    """The picture has tokens/s against memory: one panel an option, its Pareto front as a line.
 
     Our recompute policies are blue circles, empty where the batch goes in several passes; other
     trainers are squares, and a ring is ours as it ran beside them.
@@ -292,7 +297,7 @@ def draw_throughput(rows: Sequence[dict], path: Path) -> None:
 
 
 def _markers(rows: Sequence[dict]) -> dict[str, dict]:
-    """How each trainer is drawn, ours first."""
+    """The function gives how each trainer is drawn, ours first."""
     found: dict[str, dict] = {}
     for row in sorted(rows, key=lambda row: (not label(row).startswith(OURS), row["kind"])):
         if (name := label(row)) in found:
@@ -319,7 +324,8 @@ def _place(row: dict) -> tuple[float, float]:
 
 
 def draw_kernels(rows: Sequence[dict], path: Path) -> None:
-    """The share of the card's measured ceiling that every implementation of an op reaches."""
+    """The function gives the share of the card's measured ceiling that every implementation of an
+    op reaches."""
     plt = _pyplot()
     names = sorted({row["implementation"] for row in rows}, key=lambda name: (name != OURS, name))
     bars: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
@@ -357,7 +363,8 @@ def _pyplot():
 
 
 def describe_conditions(rows: Sequence[dict]) -> str:
-    """Where and with what the rows were measured; rows of several machines are told apart."""
+    """The lines say where and with what the rows were measured; rows of several machines have their
+    own."""
     found = {
         ", ".join(f"{name} {value}" for name, value in row["conditions"].items())
         for row in rows
@@ -367,7 +374,7 @@ def describe_conditions(rows: Sequence[dict]) -> str:
 
 
 def write_report(config: ReportConfig) -> Path:
-    """Write the tables and the pictures; returns the Markdown file.
+    """The function writes the tables and the pictures, and returns the Markdown file.
 
     Raises:
         UserError: the results cannot be read, hold no row of the suite, or cannot be written.
@@ -404,7 +411,7 @@ def write_report(config: ReportConfig) -> Path:
 
 
 def main(args: Sequence[str]) -> None:
-    """Write the report, as the command line says."""
+    """The command writes the report, as the command line says."""
     config = tyro.cli(ReportConfig, args=args, prog="python -m bench.report")
     print(f"wrote {write_report(config)}")
 

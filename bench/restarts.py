@@ -1,4 +1,4 @@
-"""A run of `hamner.train` that is started again and again, and what it came to."""
+"""A run of `hamner.train` is started again and again; the module says what it came to."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ RESULT_FILE = "result.json"
 
 
 def make_output(output: Path, names: Sequence[str]) -> None:
-    """Make the folder of some runs anew; what earlier ones of the same names left in it goes.
+    """The folder of some runs is made anew; what earlier ones of the same names left in it goes.
 
     Raises:
         UserError: it holds something else, which stays.
@@ -38,7 +38,7 @@ def make_output(output: Path, names: Sequence[str]) -> None:
 
 
 class RestartedRun:
-    """A run folder, and starts of a command in it.
+    """A run has a folder, and is started in it by a command.
 
     Args:
         output: folder of the run's folder, and of what its starts print.
@@ -55,7 +55,7 @@ class RestartedRun:
         self.flags = [*flags, "--run-dir", str(self.folder)]
 
     def start(self, *flags: str) -> subprocess.Popen:
-        """Start the run, or go on with it once it has a folder.
+        """The method starts the run, or goes on with it once it has a folder.
 
         Args:
             flags: of this start alone.
@@ -68,18 +68,18 @@ class RestartedRun:
 
     @property
     def saved_step(self) -> int:
-        """Of the newest checkpoint; 0 without one."""
+        """The property gives the step of the newest checkpoint; 0 without one."""
         found = checkpoint.find(self.folder / "checkpoints")
         return found[-1].step if found else 0
 
     def losses(self) -> dict[int, tuple]:
-        """Loss, validation loss and gradient norm of each logged step."""
+        """The method gives the loss, validation loss and gradient norm of each logged step."""
         records = list(read_records(self.folder / "metrics.jsonl"))
         assert len(records) == len({record["step"] for record in records}), "a step came twice"
         return {r["step"]: (r["loss"], r["val_loss"], r["grad_norm"]) for r in records}
 
     def sums(self) -> dict[str, str]:
-        """SHA-256 of weights and optimizer state in the last checkpoint."""
+        """The method gives the SHA-256 of weights and optimizer state in the last checkpoint."""
         last = checkpoint.find(self.folder / "checkpoints")[-1]
         last.verify()
         files = json.loads((last.path / checkpoint.MANIFEST_FILE).read_text())["files"]
@@ -88,7 +88,8 @@ class RestartedRun:
 
 
 def is_same(one: RestartedRun, other: RestartedRun) -> bool:
-    """Whether two runs have the same losses, weights and moments, bit for bit; says so."""
+    """The function says and prints whether two runs have the same losses, weights and moments, bit
+    for bit."""
     losses, others = one.losses(), other.losses()
     same_losses, same_weights = losses == others, one.sums() == other.sums()
     final = max(losses)

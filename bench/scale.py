@@ -1,4 +1,4 @@
-"""How large the rows are: as a model trains, or minute (`--smoke`).
+"""The scale says how large the rows are: as a model trains, or minute (`--smoke`).
 
 `--smoke` runs every row on the CPU, kernels in Triton's interpreter, to show that the suite itself
 works; its times mean nothing. The other modules read `SMOKE` when they are imported, which the
@@ -19,21 +19,22 @@ T = TypeVar("T")
 
 
 def pick(full: T, small: T) -> T:
-    """A size: as it trains, or for --smoke."""
+    """The function gives a size: as it trains, or for --smoke."""
     return small if SMOKE else full
 
 
 def device() -> str:
-    """Where rows run."""
+    """The function gives where rows run."""
     return "cpu" if SMOKE else "cuda"
 
 
 def dtype() -> torch.dtype:
-    """Compute dtype of the rows; the interpreter computes bfloat16 wrongly."""
+    """The function gives the compute dtype of the rows; the interpreter computes bfloat16
+    wrongly."""
     return torch.float32 if SMOKE else torch.bfloat16
 
 
 def compiled(function: Callable, **options) -> Callable:
-    """torch.compile for fixed shapes; --smoke does without the code generator."""
+    """The function is torch.compile for fixed shapes; --smoke does without the code generator."""
     backend = "eager" if SMOKE else "inductor"
     return torch.compile(function, dynamic=False, backend=backend, **options)

@@ -1,4 +1,5 @@
-"""Tokens/s on all GPUs of this machine against one of them, and what slow links need.
+"""All GPUs of this machine are compared with one of them, in tokens/s, and slow links with fast
+ones.
 
     python -m bench.scaling --output scaling --options a c [flags of hamner.train]
 
@@ -76,7 +77,7 @@ class Scaling:
 
 
 def plan(settings: Scaling) -> list[list[Row]]:
-    """The rows by job: those of a job share processes and transport."""
+    """The function gives the rows by job: those of a job share processes and transport."""
     several = [
         Row(option, engine, settings.gpus, settings.steps, losses=COMPARED_LOSSES)
         for option in settings.options
@@ -124,7 +125,8 @@ def plan(settings: Scaling) -> list[list[Row]]:
 
 
 def run_job(name: str, rows: Sequence[Row], settings: Scaling, flags: Sequence[str], end: float):
-    """Measure rows in processes of their own, until all are there, one fails or time is up.
+    """The function measures rows in processes of their own, until all are there, one fails or time
+    is up.
 
     Returns:
         Why it ended early, or None.
@@ -164,13 +166,13 @@ def run_job(name: str, rows: Sequence[Row], settings: Scaling, flags: Sequence[s
 
 
 def read(output: Path) -> list[dict]:
-    """The rows measured so far."""
+    """The function gives the rows measured so far."""
     path = output / "results.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def show(output: Path, known: int) -> int:
-    """Print the rows beyond the first `known`; how many there are."""
+    """The function prints the rows beyond the first `known`, and returns how many there are."""
     results = read(output)
     for result in results[known:]:
         print(f"{row_of(result).name}: {result['p50_ms']:.1f} ms a step", flush=True)
@@ -178,12 +180,12 @@ def show(output: Path, known: int) -> int:
 
 
 def row_of(result: dict) -> Row:
-    """The row that a result is of."""
+    """The function gives the row that a result is of."""
     return Row(**{name: result[name] for name in Row.__dataclass_fields__})
 
 
 def describe(results: Sequence[dict], failures: dict[str, str]) -> str:
-    """The tables of what was measured, and what was not."""
+    """The function gives the tables of what was measured, and what was not."""
     by_row = {
         (r["option"], r["engine"], r["micro_batches"]): r
         for r in results
@@ -205,7 +207,7 @@ def describe(results: Sequence[dict], failures: dict[str, str]) -> str:
 
 
 def _is_speed(result: dict) -> bool:
-    """Whether its speed counts: a reference has only losses."""
+    """The function says whether its speed counts: a reference has only losses."""
     return result["micro_batches"] == 1
 
 
@@ -215,7 +217,7 @@ def _conditions(result: dict) -> str:
 
 
 def _speed(result: dict, percentile: str = "p50") -> float:
-    """Tokens/s of all GPUs."""
+    """The function gives tokens/s of all GPUs."""
     return result["tokens_per_step"] / result[f"{percentile}_ms"] * 1e3
 
 
@@ -258,13 +260,13 @@ def _slow_cells(result: dict, by_row: dict) -> tuple[str, ...]:
 
 
 def unmeasured(rows: Sequence[Row], output: Path) -> Iterator[Row]:
-    """Those that are not in the results yet."""
+    """The function gives those that are not in the results yet."""
     done = {row_of(result).name for result in read(output)}
     return itertools.filterfalse(lambda row: row.name in done, rows)
 
 
 def main(settings: Scaling, flags: Sequence[str]) -> int:
-    """Measure and print; 1 if a row is missing."""
+    """The command measures and prints; it returns 1 if a row is missing."""
     settings.output.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * settings.minutes
     failures: dict[str, str] = {}

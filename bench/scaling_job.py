@@ -1,8 +1,8 @@
-"""Body of the processes that `bench.scaling` starts: takes the steps of its rows, one by one.
+"""The processes that `bench.scaling` starts take the steps of its rows, one by one.
 
     torchrun --nproc-per-node 2 -m bench.scaling_job JOB.json
 
-Every row builds its own trainer; the processes, and what they have loaded, are those of them all.
+Every row builds its own step; the processes, and what they have loaded, are those of them all.
 """
 
 import gc
@@ -21,7 +21,7 @@ from hamner.config.train import TrainConfig
 from hamner.hardware import GIB
 from hamner.parallel.processes import SingleProcess, open_processes
 from hamner.plan.communication import all_reduce_bytes
-from hamner.profile.steps import LR, Steps, time_calls
+from hamner.profile.steps import LR, is_on_gpu, open_steps, time_calls, time_steps, warm_up
 from hamner.train import __main__ as train
 
 ALL_REDUCE_BYTES = 256 * 2**20
@@ -30,7 +30,7 @@ ALL_REDUCES = 10
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement."""
+    """A row is one measurement."""
 
     option: str
     engine: Literal["one", "ddp", "fsdp"]
@@ -50,13 +50,13 @@ class Row:
 
     @property
     def name(self) -> str:
-        """Unlike that of any other row."""
+        """The name is unlike that of any other row."""
         size = f"{self.micro_batches}x, {self.bucket_mib} MiB"
         return f"{self.option}, {self.engine} on {self.gpus}, {self.transport}, {size}"
 
 
 def configure(row: Row, flags: list[str]) -> TrainConfig:
-    """The row's run: the option as it trains, on as many rows a step as it says.
+    """The function gives the row's run: the option as it trains, on as many rows a step as it says.
 
     Raises:
         UserError: the flags make no sense.
@@ -72,16 +72,16 @@ def configure(row: Row, flags: list[str]) -> TrainConfig:
 
 
 def measure(row: Row, flags: list[str], processes: SingleProcess) -> dict:
-    """The row's figures, the same in every process but for its own clock."""
+    """The function gives the row's figures, the same in every process but for its own clock."""
     config = configure(row, flags)
-    with Steps(config, processes) as run:
-        if run.on_gpu:
+    with open_steps(config, processes) as (step, loader):
+        if is_on_gpu(step):
             torch.cuda.reset_peak_memory_stats()
-        losses = [run.step.step(next(run.loader), LR).loss for _ in range(row.losses)]
-        run.warm_up(max(0, row.warm_up - row.losses))
-        milliseconds = run.time(row.steps)
-        peak = torch.cuda.max_memory_allocated() if run.on_gpu else 0
-        is_graph = run.step.is_graphed
+        losses = [step.step(next(loader), LR).loss for _ in range(row.losses)]
+        warm_up(step, loader, max(0, row.warm_up - row.losses))
+        milliseconds = time_steps(step, loader, row.steps)
+        peak = torch.cuda.max_memory_allocated() if is_on_gpu(step) else 0
+        is_graphed = step.is_graphed
     deciles = statistics.quantiles(milliseconds, n=10)
     return {
         "tokens_per_step": config.tokens_per_step,
@@ -89,13 +89,14 @@ def measure(row: Row, flags: list[str], processes: SingleProcess) -> dict:
         "p50_ms": round(statistics.median(milliseconds), 3),
         "p90_ms": round(deciles[-1], 3),
         "peak_gib": round(processes.all_reduce_max([peak])[0] / GIB, 3),
-        "cuda_graph": is_graph,
+        "cuda_graph": is_graphed,
         "losses": [loss.item() for loss in losses],
     }
 
 
 def bus_bandwidth(gpus: int) -> float:
-    """GB/s that each GPU sends, and receives, in an all-reduce of ALL_REDUCE_BYTES.
+    """The function gives GB/s that each GPU sends, and receives, in an all-reduce of
+    ALL_REDUCE_BYTES.
 
     What nccl-tests call bus bandwidth; the median of ALL_REDUCES.
     """
@@ -107,7 +108,8 @@ def bus_bandwidth(gpus: int) -> float:
 
 
 def main(args: list[str]) -> None:
-    """Measure the rows of a job and append each to its results as soon as it is there."""
+    """The command measures the rows of a job and appends each to its results as soon as it is
+    there."""
     job = json.loads(Path(args[0]).read_text())
     rows = [Row(**row) for row in job["rows"]]
     config = configure(rows[0], job["flags"])

@@ -1,4 +1,4 @@
-"""A long run that is killed, starved and cut off, against the same run left in peace.
+"""A long run that is killed, starved and cut off is compared with the same run left in peace.
 
     python -m bench.soak --minutes 30
     python -m bench.soak --minutes 8 --device cuda --option a --save-every 100
@@ -60,7 +60,8 @@ class Soak:
 
 
 class Run(RestartedRun):
-    """One of the two runs, by `bench.faulty_train`, which keeps a diary of memory and handles."""
+    """A run is one of the two, by `bench.faulty_train`, which keeps a diary of memory and
+    handles."""
 
     def __init__(self, soak: Soak, name: str, faults: Faults) -> None:
         self.diary = soak.output / f"{name}_diary.jsonl"
@@ -74,7 +75,8 @@ class Run(RestartedRun):
         super().__init__(soak.output, name, ["bench.faulty_train", str(given)], flags)
 
     def growth(self, field: str) -> tuple[float, float]:
-        """Slope of a field within the starts, per hour, and what it comes to in the time watched.
+        """The method gives the slope of a field within the starts, per hour, and what it comes to
+        in the time watched.
 
         Least squares with a level of its own for each start; the second value is a share of the
         mean level.
@@ -92,7 +94,8 @@ class Run(RestartedRun):
         return 3600 * slope, slope * longest / mean if mean else 0.0
 
     def files(self) -> tuple[int, int]:
-        """Fewest and most median file handles of the starts' first and last thirds."""
+        """The method gives the fewest and most median file handles of the starts' first and last
+        thirds."""
         medians = []
         for lines in self.watched():
             third = max(1, len(lines) // 3)
@@ -101,7 +104,8 @@ class Run(RestartedRun):
         return min(medians), max(medians)
 
     def watched(self) -> list[list[dict]]:
-        """The diary's lines by start, after its warm-up, of starts that lasted on."""
+        """The method gives the diary's lines by start, after its warm-up, of starts that lasted
+        on."""
         starts: dict[int, list[dict]] = {}
         for text in self.diary.read_text().splitlines():
             line = json.loads(text)
@@ -111,7 +115,7 @@ class Run(RestartedRun):
 
 
 def train_in_peace(run: Run, seconds: float) -> int:
-    """Train for so long, stop with SIGTERM; the step it came to."""
+    """The function trains for so long, stops with SIGTERM and gives the step it came to."""
     process = run.start()
     try:
         process.wait(seconds)
@@ -124,7 +128,8 @@ def train_in_peace(run: Run, seconds: float) -> int:
 
 
 def train_disturbed(run: Run, last_step: int, soak: Soak) -> dict[str, int]:
-    """Kill and restart until `last_step` is saved; how often each end of a start came."""
+    """The run is killed and restarted until `last_step` is saved; returns how often each end of a
+    start came."""
     chance = random.Random(soak.seed)
     ends = {"killed": 0, "terminated": 0, "failed": 0}
     patience = time.monotonic() + 3 * 60 * soak.minutes
@@ -144,7 +149,7 @@ def train_disturbed(run: Run, last_step: int, soak: Soak) -> dict[str, int]:
 
 
 def main(soak: Soak) -> int:
-    """Run both, print the figures; 1 if anything differs or grows."""
+    """The command runs both and prints the figures; it returns 1 if anything differs or grows."""
     make_output(soak.output, ("undisturbed", "disturbed"))
     started = time.monotonic()
     peace = Run(soak, "undisturbed", Faults())
@@ -169,7 +174,8 @@ def main(soak: Soak) -> int:
 
 
 def is_flat(run: Run) -> bool:
-    """Whether memory and handles stay level within the starts; prints the figures."""
+    """The function says whether memory and handles stay level within the starts, and prints the
+    figures."""
     name, flat = run.folder.name, True
     if not run.watched():
         print(f"{name}: no start was watched long enough to judge its memory")

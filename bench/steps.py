@@ -1,4 +1,4 @@
-"""What a training step costs and reaches: the figures of a row about a whole trainer."""
+"""A row about a whole trainer has the figures of what a training step costs and reaches."""
 
 import gc
 import statistics
@@ -28,7 +28,8 @@ def measure(
     tokens_per_step: int,
     started: float,
 ) -> None:
-    """Warm up, then time steps that follow each other without waiting, into `extra_info`.
+    """The function warms up, then times steps that follow each other without waiting, into
+    `extra_info`.
 
     Args:
         benchmark: the fixture.
@@ -71,12 +72,13 @@ def measure(
 
 
 def is_cpu() -> bool:
-    """Whether trainers run on the CPU."""
+    """The function says whether trainers run on the CPU."""
     return scale.SMOKE or not torch.cuda.is_available()
 
 
 def mfu(model: ModelConfig, seq_len: int, tokens_per_second: float) -> float | None:
-    """Share of the bf16 peak, causal FLOPs; None where the peak is unknown."""
+    """The function gives the share of the bf16 peak, causal FLOPs; None where the peak is
+    unknown."""
     gpu = None if is_cpu() else identify(torch.cuda.get_device_name())
     if gpu is None:
         return None
@@ -85,19 +87,19 @@ def mfu(model: ModelConfig, seq_len: int, tokens_per_second: float) -> float | N
 
 
 def synchronize() -> None:
-    """Wait for the GPU, if rows use one."""
+    """The function waits for the GPU, if rows use one."""
     if not is_cpu():
         torch.cuda.synchronize()
 
 
 def reset_peak() -> None:
-    """Count the peak from here."""
+    """The function counts the peak from here."""
     if not is_cpu():
         torch.cuda.reset_peak_memory_stats()
 
 
 def peak() -> dict[str, float]:
-    """GiB at the peak: allocated by tensors, reserved from the driver."""
+    """The function gives GiB at the peak: allocated by tensors, reserved from the driver."""
     if is_cpu():
         return {}
     return {
@@ -108,7 +110,7 @@ def peak() -> dict[str, float]:
 
 @contextmanager
 def clean_memory():
-    """Start from, and leave, a GPU whose memory nobody holds."""
+    """While it is open, and when it closes, nobody else holds memory of the GPU."""
     free_memory()
     try:
         yield
@@ -117,7 +119,7 @@ def clean_memory():
 
 
 def free_memory() -> None:
-    """Return what the last row held."""
+    """What the last row held is returned."""
     gc.collect()
     if not is_cpu():
         torch.cuda.empty_cache()

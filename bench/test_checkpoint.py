@@ -1,4 +1,4 @@
-"""Saving and loading a checkpoint of option tiny, on whatever machine there is.
+"""A checkpoint of option tiny is saved and loaded, on whatever machine there is.
 
     pytest bench/test_checkpoint.py --benchmark-only
 
@@ -12,16 +12,15 @@ import pytest
 
 from bench.test_options import configure
 from hamner.checkpoint import format as checkpoint
-from hamner.profile.steps import Steps
 from hamner.train.optimizer import join_masters
+from hamner.train.step import TrainStep
 
 ROUNDS = 5
 
 
 @pytest.fixture
 def optimizer():
-    with Steps(configure("tiny", "auto", None)) as run:
-        yield run.step.optimizer
+    return TrainStep(configure("tiny", "auto", None)).optimizer
 
 
 def save(optimizer, folder, step: int) -> checkpoint.Checkpoint:

@@ -1,4 +1,4 @@
-"""Data pipeline on the CPU: tokens a second that reach the trainer.
+"""The rows time the data pipeline on the CPU: tokens a second that reach the trainer.
 
     pytest bench/test_data_pipeline.py --benchmark-only
 
@@ -29,7 +29,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> Path:
-    """The built-in corpus a dozen times, told apart: some 25 MB, 6M tokens."""
+    """The fixture gives the built-in corpus a dozen times, made distinct: some 25 MB, 6M tokens."""
     path = tmp_path_factory.mktemp("text") / "corpus.jsonl"
     with path.open("w", encoding="utf-8") as file:
         for copy in range(COPIES):

@@ -1,4 +1,4 @@
-"""The dense kernels beside plain torch, eager and compiled, and Liger, at option A's shapes.
+"""The dense kernels stand beside plain torch, eager and compiled, and Liger, at option A's shapes.
 
 "eager" is the op's reference (fp32 inside), "compiled" the same through torch.compile.
 
@@ -22,7 +22,7 @@ import torch
 from torch.optim import adamw as torch_adamw
 
 from bench import scale
-from bench.timing import record
+from bench.record import record
 from hamner.kernels.adamw import adamw_, adamw_reference_, join_master, split_master
 from hamner.kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from hamner.kernels.embedding import tied_embedding, tied_embedding_reference
@@ -59,7 +59,8 @@ def randn(*shape: int, dtype: torch.dtype = DTYPE, std: float = 1.0) -> torch.Te
 
 
 def text_like(num_tokens: int) -> torch.Tensor:
-    """Tokens of which a few are very frequent and most are rare, always the same; on the CPU."""
+    """The function gives tokens of which a few are very frequent and most are rare, always the
+    same; on the CPU."""
     ranks = torch.rand(num_tokens, generator=torch.Generator().manual_seed(0))
     return (V**ranks).long() - 1
 
@@ -86,7 +87,8 @@ def liger_linear_cross_entropy(hidden, weight, targets):
 
 @dataclass(frozen=True)
 class Case:
-    """An op, its torch reference, Liger's version, and what each direction must move or compute.
+    """A case is an op, its torch reference, Liger's version, and what each direction must move or
+    compute.
 
     A direction is "forward", "backward" or, where gradients are formed in forward, "both".
     `liger_inputs` lays the inputs out as Liger's users have them, outside the timing.
@@ -102,7 +104,7 @@ class Case:
 
 
 def both_ways(cost: Callable[..., Cost], elements: int, **how: bool) -> dict[str, Cost]:
-    """Of an op whose backward its cost knows."""
+    """The function gives the costs of an op whose backward its cost knows."""
     return {
         "forward": cost(elements, ELEMENT, **how),
         "backward": cost(elements, ELEMENT, backward=True, **how),
@@ -110,7 +112,7 @@ def both_ways(cost: Callable[..., Cost], elements: int, **how: bool) -> dict[str
 
 
 def matmul_and_gradients(k: int, n: int) -> dict[str, Cost]:
-    """Of N rows."""
+    """The function gives the costs of N rows."""
     cost = costs.matmul(N, k, n, ELEMENT)
     return {"forward": cost, "backward": cost + cost}
 
@@ -223,7 +225,7 @@ class Call:
 
 
 def assert_agrees(case: Case, function: Callable) -> None:
-    """Refuse to time what does not compute the same as eager torch, in bf16's precision."""
+    """What does not compute the same as eager torch, in bf16's precision, is not timed."""
     call, expected = (Call(case, f, TOKENS_COMPARED) for f in (function, case.reference))
     gradients = call.backward()
     if function is liger_swiglu:
@@ -271,7 +273,7 @@ def test_op(benchmark, ceilings, name, direction, implementation):
 
 
 def rotation(direction: str, implementation: str, num_tokens: int) -> Callable:
-    """A call that rotates q and k of one batch, or their gradients back.
+    """The function gives a call that rotates q and k of one batch, or their gradients back.
 
     It returns both, (B, T, heads, hd) each. Ours and Liger's are in place.
     """
@@ -399,7 +401,7 @@ def _one_by_one(function, *columns, **scalars):
 
 
 def _torch_fused_adamw_(params, masters, grads, exp_avgs, exp_avg_sqs, *, step, clip_coef, **rest):
-    """PyTorch's, with the casts that mixed precision needs around it."""
+    """The function is PyTorch's, with the casts that mixed precision needs around it."""
     beta1, beta2 = rest.pop("betas")
     torch_adamw.adamw(
         masters,

@@ -1,4 +1,4 @@
-"""Attention beside SDPA's flash and cuDNN kernels, the flash-attn package and FlexAttention.
+"""Attention stands beside SDPA's flash and cuDNN kernels, the flash-attn package and FlexAttention.
 
     pytest bench/test_flash_attention.py --benchmark-only
 
@@ -27,7 +27,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from bench import scale
-from bench.timing import record
+from bench.record import record
 from hamner.kernels.flash_attention import (
     document_bounds,
     flash_attention,
@@ -81,7 +81,7 @@ def make_problem(seq_len: int, head_size: int, with_documents: bool) -> Problem:
 
 
 def flops_of(problem: Problem, *, backward: bool) -> float:
-    """What is seen costs."""
+    """The function counts the FLOPs of what is seen."""
     head_size = problem.q.shape[-1]
     return costs.attention(
         problem.pairs,
@@ -168,7 +168,8 @@ IMPLEMENTATIONS: dict[str, Callable[[Problem], Attend]] = {
 
 
 def check(attend: Attend, problem: Problem) -> None:
-    """Compare the last row of the batch and last group of heads, out and gradients."""
+    """The function compares the last row of the batch and last group of heads, out and
+    gradients."""
     inputs = problem.q, problem.k, problem.v
     out = attend(*inputs)
     actual = (out, *torch.autograd.grad(out, inputs, problem.d_out))
@@ -232,7 +233,8 @@ def test_attention(
 
 
 def backward_with_rope(problem: Problem) -> dict[str, Callable[[], Tensor]]:
-    """By implementation: the gradient of a packed qkv as it was before q and k were rotated."""
+    """Each implementation gives the gradient of a packed qkv as it was before q and k were
+    rotated."""
     heads, head_size = (HEADS, KV_HEADS), problem.q.shape[-1]
     ids, starts, ends, positions = problem.document_ids, None, None, None
     qkv = torch.cat((problem.q, problem.k, problem.v), dim=2).detach().flatten(2)

@@ -1,4 +1,4 @@
-"""Mixture-of-experts kernels at option c's shape, beside torch._grouped_mm and plain torch.
+"""Mixture-of-experts kernels stand beside torch._grouped_mm and plain torch, at option c's shape.
 
     pytest bench/test_moe_kernels.py --benchmark-only
 
@@ -8,6 +8,7 @@ with 10th and 90th percentiles and TFLOP/s, or GB/s of what must move, are in th
 the GPU.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from bench import scale
-from bench.timing import record
+from bench.record import record
 from hamner.kernels.grouped_matmul import (
     launch_gate_up,
     launch_grouped_matmul,
@@ -39,7 +40,8 @@ MAX_RELATIVE_ERROR = 0.02  # of norms: bf16 keeps 8 bits, and backward rounds so
 
 
 class Case(NamedTuple):
-    """What is timed, what it must agree with; FLOPs or bytes, where one of them is the work."""
+    """A case is what is timed, what it must agree with, and FLOPs or bytes, where one of them is
+    the work."""
 
     call: Callable[[], Tensor | tuple[Tensor, ...]]
     expected: Callable[[], Tensor | tuple[Tensor, ...]]
@@ -56,7 +58,8 @@ class Problem(NamedTuple):
     d_out: Tensor  # (N, D)
 
     def cast(self, dtype: torch.dtype) -> "Problem":
-        """Leaves that require gradients, in another dtype; the logits stay fp32."""
+        """The method gives leaves that require gradients, in another dtype; the logits stay
+        fp32."""
         return Problem(
             *(
                 tensor.detach().to(torch.float32 if name == "logits" else dtype).requires_grad_()
@@ -83,7 +86,7 @@ def problem() -> Problem:
 
 
 def grouped_mm_mlp(x: Tensor, routing: Routing, gate_up_weight: Tensor, down_weight: Tensor):
-    """The peer: torch._grouped_mm between a gather and a scatter, as in transformers' Mixtral."""
+    """The peer is torch._grouped_mm between a gather and a scatter, as in transformers' Mixtral."""
     order = routing.order.long()
     gathered = x[order // K]
     gate, up = torch._grouped_mm(gathered, gate_up_weight.mT, offs=routing.offsets[1:]).chunk(2, -1)
@@ -156,7 +159,7 @@ def mlp_case(implementation: str, direction: str, problem: Problem) -> Case:
 
 
 def in_direction(direction: str, forward: Callable, inputs: tuple[Tensor, ...]) -> Callable:
-    """`forward` itself, or a call that differentiates what it returned."""
+    """The function gives `forward` itself, or a call that differentiates what it returned."""
     if direction == "forward":
         return forward
     outputs = forward()
@@ -167,132 +170,103 @@ def in_direction(direction: str, forward: Callable, inputs: tuple[Tensor, ...]) 
     return lambda: torch.autograd.grad(outputs, inputs, gradients, retain_graph=True)
 
 
-def stage_cases(problem: Problem) -> dict[tuple[str, str], Case]:
-    """The grouped matmuls one by one: (stage, implementation)."""
-    routing = moe_route(problem.logits, K)
-    order, offsets, top_k = routing.order, routing.offsets, K
-    tokens = order.long() // K
-    ends = offsets[1:]
-    gate_up_weight, down_weight = problem.gate_up_weight, problem.down_weight
-    x, d_out = problem.x, problem.d_out
+def activations(problem: Problem, routing: Routing) -> tuple[Tensor, Tensor]:
+    """The stages read beside the problem hidden (M, I) and d_gate_up (M, 2I)."""
+    pairs = {"order": routing.order, "offsets": routing.offsets}
     gate_up, hidden = launch_gate_up(
-        x,
+        problem.x,
         routing_weights=routing.weights,
-        order=order,
-        offsets=offsets,
-        gate_up_weight=gate_up_weight,
+        gate_up_weight=problem.gate_up_weight,
+        **pairs,
     )
     d_hidden = launch_grouped_matmul(
-        d_out,
-        weight=down_weight,
-        order=order,
-        offsets=offsets,
-        top_k=top_k,
-        gather=True,
-        transposed=False,
+        problem.d_out, weight=problem.down_weight, top_k=K, gather=True, transposed=False, **pairs
     )
-    d_gate_up, _ = launch_swiglu_grad(gate_up, d_hidden, routing.weights, order, rebuild=False)
+    d_gate_up, _ = launch_swiglu_grad(
+        gate_up, d_hidden, routing.weights, routing.order, rebuild=False
+    )
+    return hidden, d_gate_up
+
+
+def loop_over_experts(routing: Routing, rows: Tensor, weight: Tensor) -> Tensor:
+    """The rows (M, inner) are multiplied by weight (E, inner, columns), in fp32."""
+    bounds = routing.offsets.tolist()
+    pieces = [
+        rows[start:end].float() @ weight[expert].float()
+        for expert, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False))
+    ]
+    return torch.cat(pieces)
+
+
+def loop_over_weight_grads(routing: Routing, d_rows: Tensor, rows: Tensor) -> Tensor:
+    """The gradient of each expert's weight is computed by itself, in fp32."""
+    bounds = routing.offsets.tolist()
+    return torch.stack(
+        [
+            d_rows[start:end].float().T @ rows[start:end].float()
+            for start, end in zip(bounds, bounds[1:], strict=False)
+        ]
+    )
+
+
+def stages_of(problem: Problem) -> dict[str, tuple[Callable, Callable, Callable, int]]:
+    """The grouped matmuls come by stage: ours, torch's, what both must agree with, and FLOPs."""
+    routing = moe_route(problem.logits, K)
+    order = routing.order.long()
+    tokens, ends = order // K, routing.offsets[1:]
+    gate_up_weight, down_weight = problem.gate_up_weight, problem.down_weight
+    x, d_out = problem.x, problem.d_out
+    hidden, d_gate_up = activations(problem, routing)
+    pairs = {"order": routing.order, "offsets": routing.offsets}
+    gate_up = functools.partial(launch_gate_up, routing_weights=routing.weights, **pairs)
+    matmul = functools.partial(launch_grouped_matmul, top_k=K, **pairs)
+    weight_grad = functools.partial(launch_weight_grad, top_k=K, **pairs)
+    loop = functools.partial(loop_over_experts, routing)
+    loop_weight_grad = functools.partial(loop_over_weight_grads, routing)
 
     def by_pair(rows: Tensor) -> Tensor:
-        return torch.empty_like(rows).index_copy_(0, order.long(), rows)
-
-    def loop(rows: Tensor, weight: Tensor) -> Tensor:
-        """rows (M, inner) times weight (E, inner, columns), in fp32."""
-        bounds = offsets.tolist()
-        pieces = [
-            rows[start:end].float() @ weight[expert].float()
-            for expert, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False))
-        ]
-        return torch.cat(pieces)
-
-    def loop_weight_grad(d_rows: Tensor, rows: Tensor) -> Tensor:
-        bounds = offsets.tolist()
-        return torch.stack(
-            [
-                d_rows[start:end].float().T @ rows[start:end].float()
-                for start, end in zip(bounds, bounds[1:], strict=False)
-            ]
-        )
+        return torch.empty_like(rows).index_copy_(0, order, rows)
 
     gate_up_flops = costs.grouped_matmul(M, D, 2 * I, experts=E).flops
     down_flops = costs.grouped_matmul(M, I, D, experts=E).flops
-    stages = {
+    return {
         "gate_up": (
-            lambda: launch_gate_up(
-                x,
-                routing_weights=routing.weights,
-                order=order,
-                offsets=offsets,
-                gate_up_weight=gate_up_weight,
-            )[0],
+            lambda: gate_up(x, gate_up_weight=gate_up_weight)[0],
             lambda: torch._grouped_mm(x[tokens], gate_up_weight.mT, offs=ends),
             lambda: loop(x[tokens], gate_up_weight.mT),
             gate_up_flops,
         ),
         "down": (
-            lambda: launch_grouped_matmul(
-                hidden,
-                weight=down_weight,
-                order=order,
-                offsets=offsets,
-                top_k=top_k,
-                gather=False,
-                transposed=True,
-            ),
+            lambda: matmul(hidden, weight=down_weight, gather=False, transposed=True),
             lambda: by_pair(torch._grouped_mm(hidden, down_weight.mT, offs=ends)),
             lambda: by_pair(loop(hidden, down_weight.mT)),
             down_flops,
         ),
         "d_hidden": (
-            lambda: launch_grouped_matmul(
-                d_out,
-                weight=down_weight,
-                order=order,
-                offsets=offsets,
-                top_k=top_k,
-                gather=True,
-                transposed=False,
-            ),
+            lambda: matmul(d_out, weight=down_weight, gather=True, transposed=False),
             lambda: torch._grouped_mm(d_out[tokens], down_weight, offs=ends),
             lambda: loop(d_out[tokens], down_weight),
             down_flops,
         ),
         "d_x": (
-            lambda: launch_grouped_matmul(
-                d_gate_up,
-                weight=gate_up_weight,
-                order=order,
-                offsets=offsets,
-                top_k=top_k,
-                gather=False,
-                transposed=False,
-            ),
+            lambda: matmul(d_gate_up, weight=gate_up_weight, gather=False, transposed=False),
             lambda: by_pair(torch._grouped_mm(d_gate_up, gate_up_weight, offs=ends)),
             lambda: by_pair(loop(d_gate_up, gate_up_weight)),
             gate_up_flops,
         ),
         "d_down_weight": (
-            lambda: launch_weight_grad(
-                d_out, inputs=hidden, order=order, offsets=offsets, top_k=top_k, gather_d_out=True
-            ),
+            lambda: weight_grad(d_out, inputs=hidden, gather_d_out=True),
             lambda: torch._grouped_mm(d_out[tokens].T, hidden, offs=ends),
             lambda: loop_weight_grad(d_out[tokens], hidden),
             down_flops,
         ),
         "d_gate_up_weight": (
-            lambda: launch_weight_grad(
-                d_gate_up, inputs=x, order=order, offsets=offsets, top_k=top_k, gather_d_out=False
-            ),
+            lambda: weight_grad(d_gate_up, inputs=x, gather_d_out=False),
             lambda: torch._grouped_mm(d_gate_up.T, x[tokens], offs=ends),
             lambda: loop_weight_grad(d_gate_up, x[tokens]),
             gate_up_flops,
         ),
     }
-    cases = {}
-    for stage, (hamner, grouped_mm, expected, flops) in stages.items():
-        cases[stage, "hamner"] = Case(hamner, expected, flops)
-        cases[stage, "grouped_mm"] = Case(grouped_mm, expected, flops)
-    return cases
 
 
 def _tensors(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -300,7 +274,7 @@ def _tensors(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def measure(benchmark, ceilings, case: Case, op: str, implementation: str) -> None:
-    """Compare the outputs, then time."""
+    """The function compares the outputs, then times."""
     for actual, expected in zip(_tensors(case.call()), _tensors(case.expected()), strict=True):
         error = (actual.float() - expected.float()).norm() / expected.float().norm()
         assert error <= MAX_RELATIVE_ERROR, f"not timed: the output is off by {error:.1%}"
@@ -362,7 +336,8 @@ def test_mlp(implementation, direction, problem, benchmark, ceilings):
     "stage", ["gate_up", "down", "d_hidden", "d_x", "d_down_weight", "d_gate_up_weight"]
 )
 def test_stage(stage, implementation, problem, benchmark, ceilings):
-    case = stage_cases(problem)[stage, implementation]
+    ours, grouped_mm, expected, flops = stages_of(problem)[stage]
+    case = Case(ours if implementation == "hamner" else grouped_mm, expected, flops)
     measure(
         benchmark, ceilings=ceilings, case=case, op=f"moe {stage}", implementation=implementation
     )

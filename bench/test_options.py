@@ -1,4 +1,4 @@
-"""Every option under every recompute policy: tokens/s against memory, on this card.
+"""Every option runs under every recompute policy: tokens/s against memory, on this card.
 
     pytest bench/test_options.py --benchmark-only [--vram-budget 24]
 
@@ -9,7 +9,7 @@ percentile, the peak allocated and reserved, and apart from them the seconds to 
 up, with all that was not compiled ahead (bench/compile_ahead.py); beside speed and memory stands
 what `hamner.plan` projects for this card.
 
-The rows of an option share one trainer, which changes its recompute policies between them: only
+The rows of an option share one `TrainStep`, which changes its recompute policies between them: only
 the first one's build takes time.
 """
 
@@ -25,13 +25,15 @@ from bench import scale, steps
 from bench.compile_ahead import few_layers
 from hamner.config.options import OPTIONS, for_option
 from hamner.config.train import TrainConfig
+from hamner.data.loader import TrainLoader
 from hamner.errors import UserError
 from hamner.hardware import GIB, RESERVE_GIB, identify
 from hamner.plan import memory
 from hamner.plan.memory import MemoryPlan
 from hamner.plan.step_time import predict
-from hamner.profile.steps import Steps
+from hamner.profile.steps import open_steps, take
 from hamner.train import setup
+from hamner.train.step import TrainStep
 
 POLICIES = ("auto", "none", "selective", "full")
 QUICK = {("a", "selective", 1), ("a", "full", 1), ("c", "selective", 1), ("tiny", "auto", 1)}
@@ -41,13 +43,13 @@ ACCUMULATED = [("a", "selective", 2), ("a", "selective", 4), ("c", "selective", 
 
 
 def marks(row: tuple[str, str, int]) -> list[pytest.MarkDecorator]:
-    """Those of a row."""
+    """The function gives the marks of a row."""
     quick = [pytest.mark.quick] if row in QUICK else []
     return quick if row in ON_CPU_TOO else [*quick, pytest.mark.needs_gpu]
 
 
 def row_id(row: tuple[str, str, int]) -> str:
-    """option-policy, and the number of micro-batches if there are several."""
+    """The name is option-policy, and the number of micro-batches if there are several."""
     option, policy, micro_batches = row
     return f"{option}-{policy}" + (f"-{micro_batches}" if micro_batches > 1 else "")
 
@@ -55,7 +57,7 @@ def row_id(row: tuple[str, str, int]) -> str:
 IN_ONE_PASS = [(*row, 1) for row in itertools.product(OPTIONS, POLICIES)]
 ROWS = [
     pytest.param(*row, marks=marks(row), id=row_id(row))
-    # An option's rows one after the other, so that they share its trainer.
+    # An option's rows one after the other, so that they share its step.
     for row in sorted(IN_ONE_PASS + ACCUMULATED, key=lambda row: list(OPTIONS).index(row[0]))
 ]
 
@@ -63,7 +65,8 @@ ROWS = [
 def configure(
     option: str, policy: str, vram_budget: float | None, micro_batches: int = 1
 ) -> TrainConfig:
-    """The option as it trains; in so many passes over the batch, but for "auto"."""
+    """The function gives the option as it trains; in so many passes over the batch, but for
+    "auto"."""
     config = replace(for_option(option), recompute=policy, vram_budget=vram_budget)
     if scale.SMOKE:
         model = replace(
@@ -83,7 +86,8 @@ def configure(
 
 
 def capacity_gib(vram_budget: float | None) -> float:
-    """What a trainer may take: the budget, or what the card has less a reserve."""
+    """The function gives what a trainer may take: the budget, or what the card has less a
+    reserve."""
     if vram_budget is not None:
         return vram_budget
     if steps.is_cpu():
@@ -92,7 +96,7 @@ def capacity_gib(vram_budget: float | None) -> float:
 
 
 def needed_gib(config: TrainConfig) -> float:
-    """By the account that the planner uses."""
+    """The account that the planner uses says what is needed."""
     account = memory.account(
         config.model,
         memory.parse(config.recompute, config.model.num_layers),
@@ -104,43 +108,42 @@ def needed_gib(config: TrainConfig) -> float:
     return account.total / GIB
 
 
-class SharedSteps:
-    """The steps of the option at hand, built when a row first asks for them."""
+class SharedStep:
+    """The step of the option at hand and its data are built when a row first asks for them."""
 
     def __init__(self) -> None:
         self.option: str | None = None
         self.stack = contextlib.ExitStack()
 
-    def of(self, config: TrainConfig) -> Steps:
-        """The option's, which take this configuration's plan from now on."""
+    def of(self, config: TrainConfig) -> tuple[TrainStep, TrainLoader]:
+        """The option's step takes this configuration's plan from now on."""
         if self.option != config.option:
             self.close()
             self.stack.enter_context(steps.clean_memory())
-            self.steps = self.stack.enter_context(Steps(config))
+            self.opened = self.stack.enter_context(open_steps(config))
             self.option = config.option
-        trainer = self.steps.trainer
+        step = self.opened[0]
         policies = memory.parse(config.recompute, config.model.num_layers)
-        plan = setup.plan_memory(config, trainer.compute, trainer.compute.budget_bytes, policies)
-        trainer.follow(plan)
+        compute = step.compute
+        step.follow(setup.plan_memory(config, compute, compute.budget_bytes, policies))
         steps.free_memory()
-        return self.steps
+        return self.opened
 
     def close(self) -> None:
-        """Give its memory back."""
-        self.option = self.steps = None
+        """The memory is given back."""
+        self.option = self.opened = None
         self.stack.close()
 
 
 @pytest.fixture(scope="module")
-def shared_steps():
-    shared = SharedSteps()
-    yield shared
-    shared.close()
+def shared_step():
+    with contextlib.closing(SharedStep()) as shared:
+        yield shared
 
 
 def projection(config: TrainConfig, plan: MemoryPlan) -> dict[str, float]:
-    """What `hamner.plan` says of this card; nothing where it does not know it, nor of the demo,
-    whose kernels take less time than the least that any kernel takes."""
+    """The function gives what `hamner.plan` says of this card; nothing where it does not know it,
+    nor of the demo, whose kernels take less time than the least that any kernel takes."""
     gpu = None if steps.is_cpu() else identify(torch.cuda.get_device_name())
     if gpu is None or config.option == "tiny":
         return {}
@@ -159,7 +162,7 @@ def projection(config: TrainConfig, plan: MemoryPlan) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(("option", "policy", "micro_batches"), ROWS)
-def test_option(benchmark, option, policy, micro_batches, vram_budget, does_not_fit, shared_steps):
+def test_option(benchmark, option, policy, micro_batches, vram_budget, does_not_fit, shared_step):
     benchmark.group = f"option {option}"
     if policy == "auto" and vram_budget is None and not steps.is_cpu():
         pytest.skip("where memory is plenty, auto is selective; it differs under --vram-budget")
@@ -172,8 +175,8 @@ def test_option(benchmark, option, policy, micro_batches, vram_budget, does_not_
         does_not_fit(row, needed_gib(config), capacity)
     started = time.perf_counter()
     try:
-        run = shared_steps.of(config)
-        plan = run.step.plan
+        step, loader = shared_step.of(config)
+        plan = step.plan
         benchmark.extra_info.update(
             kind="option",
             option=option,
@@ -181,13 +184,13 @@ def test_option(benchmark, option, policy, micro_batches, vram_budget, does_not_
             policies=memory.describe(plan.policies),
             batch_size=config.batch_size,
             micro_batch_size=plan.micro_batch_size,
-            attention=run.step.attention.name,
+            attention=step.attention.name,
             planned_gib=round(plan.account.total / GIB, 3),
             **projection(config, plan),
         )
         steps.measure(
             benchmark,
-            lambda: run.take(1),
+            lambda: take(step, loader, 1),
             model=config.model,
             seq_len=config.seq_len,
             tokens_per_step=config.tokens_per_step,
@@ -195,5 +198,5 @@ def test_option(benchmark, option, policy, micro_batches, vram_budget, does_not_
         )
     except (torch.OutOfMemoryError, UserError):
         # "auto" refuses a budget that is too small for a single sequence.
-        shared_steps.close()
+        shared_step.close()
         does_not_fit(row, None, capacity)

@@ -1,4 +1,4 @@
-"""Hamner beside other trainers: the same weights, batches, optimizer and precision.
+"""Hamner stands beside other trainers, with the same weights, batches, optimizer and precision.
 
     pytest bench/test_trainers.py --benchmark-only
 
@@ -8,6 +8,7 @@ mixture's experts are computed, but weigh nothing: they depend on the rows they 
 the reference sees fewer. `extra_info` is that of test_options.py, with this error and its limit.
 """
 
+import contextlib
 import functools
 import itertools
 import time
@@ -29,9 +30,9 @@ from bench.compile_ahead import few_layers
 from bench.test_options import capacity_gib, configure
 from hamner.config.train import TrainConfig
 from hamner.data.batch import Batch
-from hamner.data.loader import DataConfig, TrainLoader
-from hamner.data.tokenizer import load_tokenizer
 from hamner.hardware import GIB
+from hamner.profile.steps import open_loader
+from hamner.train.step import StepDoesNotFit
 
 pytestmark = pytest.mark.needs_gpu
 
@@ -39,22 +40,23 @@ BATCHES = 8
 
 
 def compiled(config: TrainConfig) -> Contender:
-    """A plain model, torch.compile around all of it."""
+    """The function gives a plain model, torch.compile around all of it."""
     return Plain(config.model)
 
 
 def budgeted(memory_budget: float, config: TrainConfig) -> Contender:
-    """A plain model, compiled block by block, under an activation memory budget."""
+    """The function gives a plain model, compiled block by block, under an activation memory
+    budget."""
     return Plain(config.model, memory_budget)
 
 
 def hugging_face(config: TrainConfig) -> Contender:
-    """transformers' Llama or Mixtral."""
+    """The function gives transformers' Llama or Mixtral."""
     return HuggingFace(config.model)
 
 
 def hugging_face_liger(config: TrainConfig) -> Contender:
-    """transformers' Llama on Liger's kernels."""
+    """The function gives transformers' Llama on Liger's kernels."""
     pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
     if scale.SMOKE:
         pytest.skip("Liger's kernels need a GPU")
@@ -82,7 +84,7 @@ QUICK = {("a", "hamner"), ("a", "compiled, memory budget 0.5"), ("a", "Hugging F
 
 
 def comparable(option: str, vram_budget: float | None = None) -> TrainConfig:
-    """The option as all its trainers train it."""
+    """The function gives the option as all its trainers train it."""
     config = configure(option, "auto", vram_budget)
     return replace(
         config, model=replace(config.model, router_aux_loss_coef=0.0, router_z_loss_coef=0.0)
@@ -91,15 +93,10 @@ def comparable(option: str, vram_budget: float | None = None) -> TrainConfig:
 
 @functools.cache
 def batches_of(option: str) -> tuple[Batch, ...]:
-    """The first batches of the built-in corpus, the same for every trainer."""
-    config = comparable(option)
-    data = DataConfig(config.data, config.seq_len, config.batch_size, config.seed)
-    tokenizer = load_tokenizer(config.tokenizer, config.model.vocab_size)
-    loader = TrainLoader(data, tokenizer, pin_memory=not steps.is_cpu())
-    try:
+    """The function gives the first batches of the built-in corpus, the same for every trainer."""
+    loader = open_loader(comparable(option), pin_memory=not steps.is_cpu())
+    with contextlib.closing(loader):
         return tuple(itertools.islice(loader, BATCHES))
-    finally:
-        loader.close()
 
 
 @functools.cache
@@ -123,12 +120,12 @@ def test_trainer(benchmark, option, trainer, vram_budget, does_not_fit):
     try:
         with steps.clean_memory():
             compare_and_measure(benchmark, config, trainer)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, StepDoesNotFit):
         does_not_fit(f"{option} {trainer}", None, capacity_gib(vram_budget))
 
 
 def compare_and_measure(benchmark, config: TrainConfig, trainer: str) -> None:
-    """Build a trainer, compare its gradients, then time its steps."""
+    """The function builds a trainer, compares its gradients, then times its steps."""
     reference = None if scale.COMPILE_ONLY else reference_of(config.option)
     started = time.perf_counter()
     contender = TRAINERS[trainer](config)

@@ -35,7 +35,7 @@ def randn(*shape: int) -> torch.Tensor:
 
 
 class Tunable(NamedTuple):
-    """Some fields of a module's CONFIGS, what values to try, and what to time."""
+    """A table is some fields of a module's CONFIGS, what values to try, and what to time."""
 
     module: str
     fields: tuple[str, ...]
@@ -115,7 +115,7 @@ def router_linear_backward(m):
 
 
 class MoeProblem:
-    """One layer of option c, its tokens routed at random."""
+    """The function gives one layer of option c, its tokens routed at random."""
 
     def __init__(self):
         from hamner.kernels.moe_routing import moe_route
@@ -195,7 +195,7 @@ _ROW_TILES = grid((1024, 2048, 4096, 8192), (2, 4, 8))
 
 
 def matmul_tiles(stages: tuple[int, ...], accumulators: int = 1) -> list[tuple]:
-    """Tiles whose fp32 accumulators take 32 to 128 registers of a thread."""
+    """The function gives tiles whose fp32 accumulators take 32 to 128 registers of a thread."""
     return [
         (tile,)
         for tile in grid((64, 128, 256), (64, 128, 256), (32, 64), (4, 8), stages)
@@ -295,7 +295,8 @@ KERNELS: dict[str, dict[str, Tunable]] = {
 
 
 def with_row(tunable: Tunable, values: tuple, use: Callable[[Callable], float]) -> float:
-    """`use` the call with these values in the table; infinite if they do not fit the GPU."""
+    """The method gives the result of `use` on the call with these values in the table; infinite if
+    they do not fit the GPU."""
     module = importlib.import_module(f"hamner.kernels.{tunable.module}")
     row = capability(torch.device("cuda"))
     config = module.CONFIGS[row]
@@ -313,7 +314,7 @@ def with_row(tunable: Tunable, values: tuple, use: Callable[[Callable], float]) 
 
 
 def compile_row(job: tuple[str, str, tuple]) -> None:
-    """Leave the kernel in Triton's cache on disk."""
+    """The function leaves the kernel in Triton's cache on disk."""
     kernel, direction, values = job
     with_row(KERNELS[kernel][direction], values, lambda call: call())
 

@@ -33,7 +33,8 @@ SHOWN = 6
 
 
 def candidates(kernel: str) -> Iterator[Tile]:
-    """Tiles worth a try: the outer block, which accumulates, is not the shorter."""
+    """The function gives tiles worth a try: the outer block, which accumulates, is not the
+    shorter."""
     for outer, inner, warps, stages in itertools.product(OUTER_BLOCKS, INNER_BLOCKS, WARPS, STAGES):
         if inner <= outer:
             block_m, block_n = (inner, outer) if kernel == "dk_dv" else (outer, inner)
@@ -48,7 +49,7 @@ def candidates(kernel: str) -> Iterator[Tile]:
 
 
 class Problem:
-    """Inputs of `batch_size` sequences, and both directions on them."""
+    """A problem is inputs of `batch_size` sequences, and both directions on them."""
 
     def __init__(self, head_size: int, v_head_size: int, seq_len: int, batch_size: int) -> None:
         def randn(heads: int, size: int) -> torch.Tensor:
@@ -84,7 +85,8 @@ class Problem:
         )
 
     def with_tile(self, kernel: str, tile: Tile, use: Callable[[Callable[[], None]], float]):
-        """`use` the direction `kernel` is part of, run with `tile`; infinite if it does not fit."""
+        """The method gives the result of `use` on the direction `kernel` is part of, run with
+        `tile`; infinite if it does not fit."""
         row = capability(torch.device("cuda"))
         table = CONFIGS[row]
         CONFIGS[row] = {**table, self.sizes: table[self.sizes]._replace(**{kernel: tile})}
@@ -97,7 +99,7 @@ class Problem:
 
 
 def compile_tile(head_size: int, v_head_size: int, seq_len: int, job: tuple[str, Tile]) -> None:
-    """Leave the kernel in Triton's cache on disk."""
+    """The function leaves the kernel in Triton's cache on disk."""
     problem = Problem(head_size, v_head_size, seq_len, batch_size=1)
     problem.with_tile(*job, lambda run: run())
 

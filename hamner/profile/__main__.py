@@ -1,4 +1,4 @@
-"""`python -m hamner.profile`: trace warm steps of an option, or read any trace.
+"""`python -m hamner.profile` traces warm steps of an option, or reads any trace.
 
 python -m hamner.profile --option a --out profiles/a        every flag of hamner.train
 python -m hamner.profile read TRACE
@@ -46,7 +46,7 @@ class ProfileConfig(TrainConfig):
 
     @property
     def run(self) -> TrainConfig:
-        """The run whose steps are traced, as long as its option's."""
+        """The property gives the run whose steps are traced; it is as long as its option's."""
         values = {field.name: getattr(self, field.name) for field in fields(TrainConfig)}
         return TrainConfig(
             **values | {"steps": None, "tokens": None, "resume": False, "replay": None}
@@ -81,7 +81,7 @@ class ReadConfig:
 
 
 def read(config: ReadConfig) -> None:
-    """Print the summary of a trace, or the difference of two.
+    """The function prints the summary of a trace, or the difference of two.
 
     Raises:
         UserError: a file is not a trace or holds no allocations to draw, or a picture cannot be
@@ -120,7 +120,7 @@ def _draw_memory(trace: Trace, path: Path) -> None:
 
 @contextlib.contextmanager
 def _writing(flag: str, path: Path) -> Iterator[None]:
-    """Name the flag whose file cannot be written."""
+    """The function names the flag whose file cannot be written."""
     try:
         yield
     except OSError as error:
@@ -128,7 +128,7 @@ def _writing(flag: str, path: Path) -> Iterator[None]:
 
 
 def parse(args: Sequence[str]) -> ProfileConfig:
-    """The flags of a capture; defaults are those of `--option`.
+    """The function reads the flags of a capture, whose defaults are those of `--option`.
 
     Raises:
         UserError: values that make no sense, alone or together.
@@ -146,7 +146,7 @@ def parse(args: Sequence[str]) -> ProfileConfig:
 
 
 def main(args: Sequence[str]) -> None:
-    """Capture or read, as the command line says."""
+    """The function captures or reads, as the command line says."""
     if args[:1] == ["read"] or args[:1] == ["--compare"]:
         args = args[1:] if args[0] == "read" else args
         read(tyro.cli(ReadConfig, args=args, prog="python -m hamner.profile read"))

@@ -1,4 +1,4 @@
-"""`capture` traces warm steps as they run in training: real loader, clipping, optimizer.
+"""`capture` traces warm steps of a run, as they run in training: real loader, clipping, optimizer.
 
 A capture writes into its folder
 
@@ -24,13 +24,14 @@ import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from hamner.config.train import TrainConfig
+from hamner.data.loader import TrainLoader
 from hamner.errors import UserError
 from hamner.parallel.processes import SingleProcess, open_processes
 from hamner.parallel.tensors import local
 from hamner.plan.costs import flops_per_token
 from hamner.profile import memory, report
 from hamner.profile.ranges import Ranges
-from hamner.profile.steps import Steps
+from hamner.profile.steps import is_on_gpu, open_steps, synchronize, take, time_steps, warm_up
 from hamner.profile.summary import Summary, summarize
 from hamner.profile.trace import METADATA_KEY, read_trace, with_callers_of
 from hamner.train.step import TrainStep
@@ -40,7 +41,7 @@ SNAPSHOT_EVENTS = 1_000_000
 
 
 def capture(config: TrainConfig, out: Path, *, steps: int, warmup: int) -> Summary | None:
-    """The function traces `steps` steps of a run after `warmup` others, and writes what they show.
+    """`capture` traces `steps` steps of a run after `warmup` others, and writes what they show.
 
     Args:
         config: the run whose steps are traced; nothing is written to its run folder.
@@ -63,26 +64,32 @@ def capture(config: TrainConfig, out: Path, *, steps: int, warmup: int) -> Summa
 def _trace(
     config: TrainConfig, out: Path, processes: SingleProcess, *, steps: int, warmup: int
 ) -> bool:
-    """The function takes the steps and writes what was traced; the result is whether a CUDA graph
-    replays them."""
+    """The steps are taken and what was traced is written.
+
+    Returns:
+        Whether a CUDA graph replays them.
+    """
     ranges = Ranges()
-    with Steps(config, processes, on_phase=ranges) as run:
+    with open_steps(config, processes, ranges) as (step, loader):
         processes.from_main(lambda: out.mkdir(parents=True, exist_ok=True))
-        metadata = _metadata(run.step)
-        with run.launched_one_by_one() as graphed:
-            run.take(warmup)
-            _trace_memory(run, ranges, out, metadata)
-            if graphed:
-                _trace_time(run, ranges, out / "launches.json.gz", steps, metadata=metadata)
-        if graphed:
-            run.warm_up(warmup)
-        metadata["unprofiled_step_ms"] = statistics.median(run.time(TIMED_STEPS))
-        _trace_time(run, ranges, out / "trace.json.gz", steps, metadata=metadata)
-    return graphed
+        run = _TracedRun(step, loader, ranges)
+        is_graphed = step.is_graphed
+        step.launch_one_by_one()
+        take(step, loader, warmup)
+        run.trace_memory(out)
+        if is_graphed:
+            run.trace_time(out / "launches.json.gz", steps)
+            step.record_graph()
+            warm_up(step, loader, warmup)
+        run.metadata["unprofiled_step_ms"] = statistics.median(
+            time_steps(step, loader, TIMED_STEPS)
+        )
+        run.trace_time(out / "trace.json.gz", steps)
+    return is_graphed
 
 
 def _summarize(config: TrainConfig, out: Path, graphed: bool) -> Summary:
-    """The function writes and prints what the traces show."""
+    """What the traces show is written and printed."""
     trace = read_trace(out / "trace.json.gz")
     if graphed:
         trace = with_callers_of(trace, read_trace(out / "launches.json.gz"))
@@ -109,15 +116,18 @@ def run_for_nsight(config: TrainConfig, *, steps: int, warmup: int) -> None:
     if not torch.cuda.is_available():
         raise UserError("--tool nsight needs a CUDA GPU; --tool torch works on a CPU")
     ranges = Ranges()
-    with open_processes(config) as processes, Steps(config, processes, on_phase=ranges) as run:
-        run.warm_up(warmup)
+    with (
+        open_processes(config) as processes,
+        open_steps(config, processes, ranges) as (step, loader),
+    ):
+        warm_up(step, loader, warmup)
         torch.cuda.synchronize()
         torch.cuda.cudart().cudaProfilerStart()
-        with ranges.switched_on(run.step):
+        with ranges.named(step):
             for number in range(steps):
                 # As torch-profiler marks steps, so that `read_trace` finds them.
                 with torch.cuda.nvtx.range(f"ProfilerStep#{number}"):
-                    run.take(1)
+                    take(step, loader, 1)
         torch.cuda.synchronize()
         torch.cuda.cudart().cudaProfilerStop()
 
@@ -125,6 +135,70 @@ def run_for_nsight(config: TrainConfig, *, steps: int, warmup: int) -> None:
 def _require_new(out: Path) -> None:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"--out {out} already holds something: give a new folder")
+
+
+class _TracedRun:
+    """A run's steps are traced with ranges that say what each part of the trace is for."""
+
+    def __init__(self, step: TrainStep, loader: TrainLoader, ranges: Ranges) -> None:
+        self.step, self.loader, self.ranges = step, loader, ranges
+        self.metadata = _metadata(step)
+
+    @property
+    def is_main(self) -> bool:
+        """The property says whether this process writes what was traced."""
+        return self.step.processes.rank.is_main
+
+    def trace_time(self, path: Path, steps: int) -> None:
+        """The times of `steps` steps are written to a file."""
+        activities = [ProfilerActivity.CPU]
+        if is_on_gpu(self.step):
+            activities.append(ProfilerActivity.CUDA)
+
+        def export(profiler: profile) -> None:
+            if self.is_main:
+                profiler.export_chrome_trace(str(path))
+
+        with (
+            profile(
+                activities=activities,
+                # One step to let the tracing itself warm up.
+                schedule=schedule(wait=0, warmup=1, active=steps, repeat=1),
+                record_shapes=True,
+                on_trace_ready=export,
+            ) as profiler,
+            self.ranges.named(self.step),
+        ):
+            take(self.step, self.loader, 1)
+            synchronize(self.step)  # or what still runs would be counted to the traced steps
+            profiler.step()
+            # Only a profiler that records takes it.
+            profiler.add_metadata_json(METADATA_KEY, json.dumps(self.metadata))
+            for left in reversed(range(steps)):
+                take(self.step, self.loader, 1)
+                if not left:
+                    synchronize(self.step)
+                profiler.step()
+
+    def trace_memory(self, out: Path) -> None:
+        """The allocations of one step are written into a folder."""
+        on_gpu = is_on_gpu(self.step)
+        synchronize(self.step)
+        if on_gpu:
+            torch.cuda.memory._record_memory_history(stacks="python", max_entries=SNAPSHOT_EVENTS)
+        with (
+            profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
+            self.ranges.named(self.step),
+        ):
+            profiler.add_metadata_json(METADATA_KEY, json.dumps(self.metadata))
+            take(self.step, self.loader, 1)
+            synchronize(self.step)
+        if self.is_main:
+            profiler.export_chrome_trace(str(out / "memory.json.gz"))
+        if on_gpu:
+            if self.is_main:
+                torch.cuda.memory._dump_snapshot(str(out / "memory_snapshot.pickle"))
+            torch.cuda.memory._record_memory_history(enabled=None)
 
 
 def _metadata(step: TrainStep) -> dict:
@@ -139,53 +213,3 @@ def _metadata(step: TrainStep) -> dict:
         "weight_bytes": sum(local(w).nbytes for w in weights),
         "optimizer_bytes": sum(local(t).nbytes for t in optimizer.state_tensors().values()),
     }
-
-
-def _trace_time(run: Steps, ranges: Ranges, path: Path, steps: int, *, metadata: dict) -> None:
-    activities = [ProfilerActivity.CPU]
-    if run.on_gpu:
-        activities.append(ProfilerActivity.CUDA)
-
-    def export(profiler: profile) -> None:
-        if run.step.processes.rank.is_main:
-            profiler.export_chrome_trace(str(path))
-
-    with (
-        profile(
-            activities=activities,
-            # One step to let the tracing itself warm up.
-            schedule=schedule(wait=0, warmup=1, active=steps, repeat=1),
-            record_shapes=True,
-            on_trace_ready=export,
-        ) as profiler,
-        ranges.switched_on(run.step),
-    ):
-        run.take(1)
-        run.synchronize()  # or what is still running would be counted to the traced steps
-        profiler.step()
-        # Only a profiler that records takes it.
-        profiler.add_metadata_json(METADATA_KEY, json.dumps(metadata))
-        for left in reversed(range(steps)):
-            run.take(1)
-            if not left:
-                run.synchronize()
-            profiler.step()
-
-
-def _trace_memory(run: Steps, ranges: Ranges, out: Path, metadata: dict) -> None:
-    run.synchronize()
-    if run.on_gpu:
-        torch.cuda.memory._record_memory_history(stacks="python", max_entries=SNAPSHOT_EVENTS)
-    with (
-        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
-        ranges.switched_on(run.step),
-    ):
-        profiler.add_metadata_json(METADATA_KEY, json.dumps(metadata))
-        run.take(1)
-        run.synchronize()
-    if run.step.processes.rank.is_main:
-        profiler.export_chrome_trace(str(out / "memory.json.gz"))
-    if run.on_gpu:
-        if run.step.processes.rank.is_main:
-            torch.cuda.memory._dump_snapshot(str(out / "memory_snapshot.pickle"))
-        torch.cuda.memory._record_memory_history(enabled=None)

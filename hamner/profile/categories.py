@@ -1,4 +1,4 @@
-"""What kind of work a kernel does, told from its name and from the operations around its launch.
+"""The kind of work a kernel does follows from its name and from the operations around its launch.
 
 Covers Hamner's kernels, cuBLAS, cuDNN, CUTLASS, flash-attn, Inductor's generated Triton kernels
 (whose names list the operations they fuse), Liger, NCCL and ATen. Torch-free.
@@ -61,17 +61,17 @@ _RULES = tuple(
 
 @functools.cache
 def category_of_name(name: str) -> str | None:
-    """The category a kernel's or an operation's name tells, or None."""
+    """The function finds the category by a kernel's or an operation's name, or None."""
     return next((category for category, rule in _RULES if rule.search(name)), None)
 
 
 def is_collective(activity: Activity) -> bool:
-    """Whether it is a message between GPUs itself, not a copy made for one."""
+    """The function says whether it is a message between GPUs itself, not a copy made for one."""
     return "nccl" in activity.name.lower()
 
 
 def category_of(activity: Activity) -> str:
-    """The category of a piece of work: by its own name, else by what launched it."""
+    """The function finds the category of work by its own name, else by what launched it."""
     category = category_of_name(activity.name)
     if category is None and activity.caller is not None:
         names = (caller.name for caller in activity.caller.chain())

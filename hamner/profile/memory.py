@@ -1,4 +1,4 @@
-"""Memory over a step by kind, from the allocations in its trace.
+"""Memory over a step is shown by kind, from the allocations in its trace.
 
 What an allocation is for shows in when it is made and when it is given back:
 
@@ -19,7 +19,7 @@ KINDS = ("weights", "optimizer state", "held before", "gradients", "activations"
 
 @dataclass(frozen=True)
 class MemoryTimeline:
-    """Bytes by kind after every allocation and every release."""
+    """A timeline has the bytes by kind after every allocation and every release."""
 
     milliseconds: list[float]
     """since the first event"""
@@ -30,14 +30,14 @@ class MemoryTimeline:
 
     @property
     def peak(self) -> dict[str, int]:
-        """Bytes by kind at the moment when they were most together."""
+        """The property gives the bytes by kind at the moment when they were most together."""
         totals = [sum(sizes) for sizes in zip(*self.kinds.values(), strict=True)]
         moment = totals.index(max(totals))
         return {kind: sizes[moment] for kind, sizes in self.kinds.items() if sizes[moment]}
 
 
 def memory_timeline(trace: Trace) -> MemoryTimeline | None:
-    """Follow the memory of a trace made with `profile_memory=True`; None if it was not."""
+    """The function follows the memory of a trace; None without `profile_memory=True`."""
     events = trace.memory
     if not events:
         return None
@@ -82,7 +82,7 @@ def _kind(made: str | None, given_back: str | None) -> str:
 
 
 def _before(trace: Trace) -> dict[str, int]:
-    """What was held when the trace began: weights and state as far as the capture says so."""
+    """Weights and state were held when the trace began, as far as the capture says so."""
     first = trace.memory[0]
     held = first.allocated - first.size if first.allocated else 0
     weights = trace.metadata.get("weight_bytes", 0)
@@ -95,7 +95,7 @@ def _before(trace: Trace) -> dict[str, int]:
 
 
 def draw(timeline: MemoryTimeline, path: Path) -> None:
-    """Write the timeline as a PNG.
+    """The function writes the timeline as a PNG.
 
     Raises:
         OSError: it cannot be written.

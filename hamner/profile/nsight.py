@@ -1,4 +1,4 @@
-"""Nsight Systems' SQLite export and Nsight Compute's CSV, as torch-profiler events.
+"""Nsight Systems' SQLite export and Nsight Compute's CSV are read as torch-profiler events.
 
     nsys export --type sqlite report.nsys-rep          kernels, copies, launches, NVTX ranges
     ncu --import report.ncu-rep --csv --page raw       kernels alone, each measured by itself
@@ -30,7 +30,7 @@ _MICROSECONDS = {"nsecond": 1e-3, "usecond": 1.0, "msecond": 1e3, "second": 1e6}
 
 
 def read_systems(path: Path) -> dict:
-    """A Nsight Systems export as a torch-profiler document.
+    """The function reads a Nsight Systems export as a torch-profiler document.
 
     Raises:
         UserError: the file is not such an export.
@@ -85,7 +85,7 @@ def _system_events(database: sqlite3.Connection) -> Iterator[dict]:
 
 
 def _rows(database: sqlite3.Connection, table: str, select: str) -> list[tuple]:
-    """All of a table; none where the export leaves it out because it would be empty."""
+    """The function reads a table; the export leaves it out where it would be empty."""
     found = "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?"
     if database.execute(found, (table,)).fetchone() is None:
         return []
@@ -93,7 +93,7 @@ def _rows(database: sqlite3.Connection, table: str, select: str) -> list[tuple]:
 
 
 def _event(category: str, name: str, start: int, end: int, thread: int, correlation) -> dict:
-    """Nanoseconds in, microseconds out."""
+    """The function makes an event; it takes nanoseconds, and the event has microseconds."""
     return {
         "ph": "X",
         "cat": category,
@@ -107,7 +107,7 @@ def _event(category: str, name: str, start: int, end: int, thread: int, correlat
 
 
 def read_compute(path: Path, content: bytes) -> dict:
-    """Nsight Compute's CSV as a torch-profiler document.
+    """The function reads Nsight Compute's CSV as a torch-profiler document.
 
     Kernels are measured one by one, so they stand end to end: times add up, gaps are not known.
 
@@ -142,5 +142,5 @@ def read_compute(path: Path, content: bytes) -> dict:
 
 
 def _number(text: str) -> float:
-    """With or without separators of thousands."""
+    """The function reads a number with or without separators of thousands."""
     return float(text.replace(",", ""))

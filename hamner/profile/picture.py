@@ -1,4 +1,4 @@
-"""Draws a step as it ran on the GPU: which kind of work, when."""
+"""The module draws a step as it ran on the GPU: which kind of work, when."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -9,7 +9,8 @@ from hamner.profile.trace import Trace
 
 
 def draw(traces: Sequence[Trace], path: Path) -> None:
-    """Write the last step of each trace, one below the other on one scale of time, as a PNG.
+    """The function writes the last step of each trace, one below the other on one scale of time, as
+    a PNG.
 
     Raises:
         OSError: it cannot be written.
@@ -36,7 +37,7 @@ def draw(traces: Sequence[Trace], path: Path) -> None:
 
 
 def _spans(trace: Trace) -> dict[str, list[tuple[float, float]]]:
-    """(begin, duration) in ms of each piece of work of the last step, by category."""
+    """The last step's work has (begin, duration) in ms for each piece, by category."""
     activities = trace.launched_in(trace.steps[-1:])
     begin = activities[0].start
     spans = defaultdict(list)

@@ -1,7 +1,8 @@
-"""`Ranges` names what a step does while it is traced: its phases, and its modules in both passes.
+"""`Ranges` names what a step does while it is traced: its phases, and its modules both ways.
 
 Ranges appear in torch-profiler's trace and, as NVTX ranges, in Nsight Systems and Nsight Compute.
-A step tells its phases to an observer anyway; hooks are in the model only while a capture runs.
+They are opened, and hooks put into the model, only while a capture runs: steps taken before and
+after it pay one call that returns at once.
 """
 
 import contextlib
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from hamner.model.transformer import Attention, DenseMLP, MoEMLP
-from hamner.profile.trace import PHASES
 from hamner.train.step import TrainStep
 
 MODULES = (nn.Embedding, Attention, DenseMLP, MoEMLP)
@@ -27,42 +27,40 @@ def _has_gpu() -> bool:
 
 
 class Ranges:
-    """An observer of a `TrainStep` gives each phase a range; it does nothing until switched on.
+    """An observer of a step's phases (`hamner.train.step.OnPhase`) gives each a range of its own.
 
-    A phase stays open until the next one: "data" therefore includes the copies to the GPU, unless
-    a CUDA graph replays the step.
+    A phase stays open until the next one: "data" therefore includes the first copies to the GPU.
     """
 
     def __init__(self) -> None:
         self._is_on = False
-        self._current = contextlib.ExitStack()
+        self._phase = contextlib.ExitStack()
 
     def __call__(self, phase: str, step: int) -> None:
-        """The phase before ends here; what is not in PHASES begins none."""
-        if not self._is_on:
-            return
-        self._current.close()
-        if phase in PHASES:
-            self._current.enter_context(_range(phase))
+        """The phase before ends; this one begins, unless it is ""."""
+        if self._is_on:
+            self._phase.close()
+            if phase:
+                self._phase.enter_context(_range(phase))
 
     @contextlib.contextmanager
-    def switched_on(self, step: TrainStep) -> Iterator[None]:
-        """While the context is open, phases and modules of `step`, which this observes, are named;
-        modules are not where the model is compiled or a CUDA graph replays it."""
-        # Hooks would break a compiled graph into pieces.
-        has_hooks = not (step.is_graphed or step.config.compile)
-        self._is_on = True
-        try:
-            with _named_modules(step.model) if has_hooks else contextlib.nullcontext():
+    def named(self, step: TrainStep) -> Iterator[None]:
+        """While it is open, the phases of the step that this observes have names, and so have the
+        modules, unless the model is compiled or a CUDA graph."""
+        # Hooks would break a compiled graph into pieces, and a replay calls none.
+        has_modules = not (step.is_graphed or step.config.compile)
+        with _named_modules(step.model) if has_modules else contextlib.nullcontext():
+            self._is_on = True
+            try:
                 yield
-        finally:
-            self._current.close()
-            self._is_on = False
+            finally:
+                self("", 0)
+                self._is_on = False
 
 
 @contextlib.contextmanager
 def _named_modules(model: nn.Module) -> Iterator[None]:
-    """Each of MODULES has a range in forward; in backward NVTX ranges, which need not nest."""
+    """Each of MODULES has a range in forward; in backward it has one of NVTX, free to not nest."""
     handles = []
     backward = _BackwardRanges()
     for name, module in model.named_modules():
@@ -92,7 +90,8 @@ def _hooks(module: nn.Module, name: str, backward: "_BackwardRanges") -> Iterato
 
 
 class _BackwardRanges:
-    """NVTX ranges of the autograd thread: a module's begins when its output's gradient is there.
+    """NVTX ranges are put on the autograd thread: a module's begins when its output's gradient is
+    there.
 
     It ends where the next one begins. torch-profiler gets none of them: they would begin inside one
     of its operations and end inside another.
@@ -102,7 +101,7 @@ class _BackwardRanges:
         self._is_open = False
 
     def begin(self, name: str) -> Callable[[Tensor], None]:
-        """The result is a gradient hook, which begins the range."""
+        """The hook of a gradient with which a module's range begins."""
 
         def hook(_gradient: Tensor) -> None:
             if self._is_open:

@@ -1,4 +1,4 @@
-"""A step's summary as text: Markdown tables that read well on a terminal too."""
+"""A step's summary becomes text, Markdown tables that read well on a terminal too."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ NAME_WIDTH = 56
 
 
 def describe(summary: Summary) -> str:
-    """The whole summary of one trace."""
+    """The function gives the whole summary of one trace."""
     parts = [_headline(summary), _time_table(summary)]
     if summary.phases:
         phases = ", ".join(f"{name} {time:.2f}" for name, time in summary.phases.items())
@@ -24,14 +24,14 @@ def describe(summary: Summary) -> str:
 
 
 def describe_memory(timeline: MemoryTimeline) -> str:
-    """The peak by kind, one line."""
+    """The function gives the peak by kind, one line."""
     peak = timeline.peak
     kinds = " + ".join(f"{kind} {size / 2**30:.3f}" for kind, size in peak.items())
     return f"Memory at its peak, GiB: {kinds} = {sum(peak.values()) / 2**30:.3f}."
 
 
 def describe_difference(a: Summary, b: Summary) -> str:
-    """What B takes more or less than A."""
+    """The function gives what B takes more or less than A."""
     totals = [
         ("step", a.step_ms, b.step_ms),
         *(
@@ -166,7 +166,7 @@ def _difference_table(head: str, rows: Sequence[tuple[str, float, float]]) -> st
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with aligned columns, the first to the left, the others to the right."""
+    """A Markdown table has its first column aligned to the left, the others to the right."""
     widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:

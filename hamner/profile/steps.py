@@ -1,4 +1,4 @@
-"""`Steps` takes training steps without a run: profiles and benchmarks have no folder or display."""
+"""A `TrainStep` is traced or timed on the data of its run, without the run's folder."""
 
 import contextlib
 import time
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from hamner.config.train import TrainConfig
+from hamner.data.batch import Batch
 from hamner.data.loader import DataConfig, TrainLoader
 from hamner.data.tokenizer import load_tokenizer
 from hamner.parallel.processes import SingleProcess
@@ -16,89 +17,76 @@ LR = 1e-5
 """a step's time does not depend on it"""
 
 
-class Steps:
-    """A context manager holds a `TrainStep` and the run's data, and takes steps as the loop does.
+def build_step(
+    config: TrainConfig, processes: SingleProcess | None = None, on_phase: OnPhase = ignore_phase
+) -> TrainStep:
+    """The function builds a run's step; a plan that does not fit is not replaced by another.
 
     Args:
-        config: the run whose steps are taken; its folder is neither read nor written.
-        processes: that train together, each with its `Steps`, which must take the same ones;
-            default this one alone.
-        on_phase: is told when the phases of `TrainStep` begin, and "data" before a batch is
-            fetched.
+        config: the run whose steps are taken.
+        processes: that train together, each with its step, which must take the same ones; default
+            this one alone.
+        on_phase: see `TrainStep`.
 
     Raises:
-        UserError: the configuration or the data does not allow it.
+        UserError: the configuration does not allow it.
     """
+    step = TrainStep(config, processes, on_phase=on_phase)
+    step.has_stepped_down = True
+    return step
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        processes: SingleProcess | None = None,
-        on_phase: OnPhase = ignore_phase,
-    ) -> None:
-        tokenizer = load_tokenizer(config.tokenizer, config.model.vocab_size)
-        self.step = TrainStep(config, processes, on_phase=on_phase)
-        data = DataConfig(
-            specs=config.data,
-            seq_len=config.seq_len,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            val_fraction=config.val_fraction,
-        )
-        self.loader = TrainLoader(data, tokenizer, pin_memory=self.on_gpu)
 
-    def __enter__(self) -> "Steps":
-        return self
+def open_loader(config: TrainConfig, *, pin_memory: bool) -> TrainLoader:
+    """The function opens the batches that a run trains on.
 
-    def __exit__(self, *_error) -> None:
-        self.step.close()
-        self.loader.close()
+    Raises:
+        UserError: the data does not allow it.
+    """
+    data = DataConfig(
+        specs=config.data,
+        seq_len=config.seq_len,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        val_fraction=config.val_fraction,
+    )
+    tokenizer = load_tokenizer(config.tokenizer, config.model.vocab_size)
+    return TrainLoader(data, tokenizer, pin_memory=pin_memory)
 
-    @property
-    def on_gpu(self) -> bool:
-        """Whether the steps run on a GPU."""
-        return self.step.compute.device.type == "cuda"
 
-    @contextlib.contextmanager
-    def launched_one_by_one(self) -> Iterator[bool]:
-        """While the context is open, no CUDA graph replays the step; it yields whether one would.
+@contextlib.contextmanager
+def open_steps(
+    config: TrainConfig, processes: SingleProcess | None = None, on_phase: OnPhase = ignore_phase
+) -> Iterator[tuple[TrainStep, TrainLoader]]:
+    """While it is open, a run's steps can be taken on the run's own data; see `build_step`."""
+    step = build_step(config, processes, on_phase)
+    with (
+        contextlib.closing(step),
+        contextlib.closing(open_loader(config, pin_memory=is_on_gpu(step))) as loader,
+    ):
+        yield step, loader
 
-        Afterwards the graph must be recorded anew, which `warm_up` does.
-        """
-        is_graphed = self.step.is_graphed
-        self.step.launch_one_by_one()
-        try:
-            yield is_graphed
-        finally:
-            if is_graphed:
-                self.step.record_graph()
 
-    def take(self, count: int) -> None:
-        """The method takes `count` steps on the run's own data."""
-        for _ in range(count):
-            self.step.on_phase("data", self.step.optimizer.steps + 1)
-            self.step.step(next(self.loader), LR)
+def take(step: TrainStep, batches: Iterator[Batch], count: int) -> None:
+    """The function takes `count` steps, as the training loop does."""
+    for _ in range(count):
+        step.on_phase("data", step.optimizer.steps + 1)
+        step.step(next(batches), LR)
 
-    def warm_up(self, count: int) -> None:
-        """The method takes `count` steps, and more until a CUDA graph, if any, is recorded."""
-        self.take(count)
-        while not self.step.is_warm:
-            self.take(1)
 
-    def time(self, count: int) -> list[float]:
-        """The method measures the milliseconds of each of `count` steps, taken without waiting for
-        the GPU between them."""
-        return time_calls(lambda: self.take(1), count, on_gpu=self.on_gpu)
+def warm_up(step: TrainStep, batches: Iterator[Batch], count: int) -> None:
+    """The function takes `count` steps, and those that a CUDA graph needs until it is recorded."""
+    take(step, batches, count)
+    while not step.is_warm:
+        take(step, batches, 1)
 
-    def synchronize(self) -> None:
-        """The method waits for the GPU, if there is one."""
-        if self.on_gpu:
-            torch.cuda.synchronize()
+
+def time_steps(step: TrainStep, batches: Iterator[Batch], count: int) -> list[float]:
+    """`time_steps` gives the milliseconds of each of `count` steps, between which nothing waits."""
+    return time_calls(lambda: take(step, batches, 1), count, on_gpu=is_on_gpu(step))
 
 
 def time_calls(function: Callable[[], object], count: int, *, on_gpu: bool) -> list[float]:
-    """The function measures the milliseconds of each of `count` calls; on a GPU they follow each
-    other without waiting."""
+    """`time_calls` gives each call's milliseconds; on a GPU none waits for the one before."""
     if not on_gpu:
         marks = [time.perf_counter()]
         for _ in range(count):
@@ -112,3 +100,14 @@ def time_calls(function: Callable[[], object], count: int, *, on_gpu: bool) -> l
         event.record()
     torch.cuda.synchronize()
     return [a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)]
+
+
+def is_on_gpu(step: TrainStep) -> bool:
+    """The answer is whether a step runs on a GPU."""
+    return step.compute.device.type == "cuda"
+
+
+def synchronize(step: TrainStep) -> None:
+    """The function waits for the step's GPU, if it has one."""
+    if is_on_gpu(step):
+        torch.cuda.synchronize()

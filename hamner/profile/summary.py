@@ -1,4 +1,4 @@
-"""Where a step's time goes, from its trace. Torch-free.
+"""A step's trace shows where its time goes. The module is torch-free.
 
     step = busy + idle                 busy: at least one kernel runs
     idle = waiting for the CPU         the next kernel was launched after the last one had ended
@@ -29,7 +29,7 @@ LONG_GAP_US = 10.0
 
 @dataclass(frozen=True)
 class KernelRow:
-    """One kernel over a step; a CPU's operation in a trace without a GPU."""
+    """A row has one kernel over a step; in a trace without a GPU it has an operation of the CPU."""
 
     name: str
     category: str
@@ -45,7 +45,7 @@ class KernelRow:
 
 @dataclass(frozen=True)
 class Gaps:
-    """When the GPU was idle, per step."""
+    """The gaps say when the GPU was idle, per step."""
 
     waiting_for_cpu_ms: float
     between_kernels_ms: float
@@ -58,7 +58,7 @@ class Gaps:
 
 @dataclass(frozen=True)
 class Communication:
-    """When messages between GPUs were under way, per step; waiting for other GPUs included."""
+    """The times of messages between GPUs, per step, include waiting for other GPUs."""
 
     milliseconds: float
     exposed_ms: float
@@ -67,7 +67,7 @@ class Communication:
 
 @dataclass(frozen=True)
 class Summary:
-    """A step of a trace, averaged over the traced steps."""
+    """A summary describes a step of a trace, averaged over the traced steps."""
 
     source: str
     device: str | None
@@ -98,12 +98,12 @@ class Summary:
 
     @property
     def idle_ms(self) -> float:
-        """Milliseconds in which nothing ran."""
+        """The property gives milliseconds in which nothing ran."""
         return max(0.0, self.step_ms - self.busy_ms)
 
 
 def summarize(trace: Trace, *, steps: int | None = None) -> Summary:
-    """Summarise a trace.
+    """The function summarises a trace.
 
     Args:
         trace: from `read_trace`.
@@ -159,7 +159,7 @@ def _mfu(
 
 
 def _durations(trace: Trace, activities: list[Activity], steps: int) -> tuple[float, float]:
-    """Microseconds a step in which something ran, on whatever stream, and from end to end."""
+    """The function gives a step's microseconds: busy on any stream, and from end to end."""
     if trace.device is None:
         # An operation's own time is interrupted by the operations inside it: only its sum is known.
         whole = trace.steps or trace.ranges
@@ -176,7 +176,7 @@ def _durations(trace: Trace, activities: list[Activity], steps: int) -> tuple[fl
 def _kernels(
     activities: list[Activity], steps: int, gpu: Gpu | None, precision: str
 ) -> tuple[list[KernelRow], Cost]:
-    """Rows by time, and the known work of them all.
+    """The function gives rows by time, and the known work of them all.
 
     An operation's work is shared by its kernels of one category in proportion to their time, so
     they all show the rate of their operation.
@@ -230,14 +230,14 @@ def _row(name, category, calls, steps: int, gpu: Gpu | None, precision: str) -> 
 
 
 def short_name(name: str) -> str:
-    """A kernel's name without return type, template arguments, parameters and namespaces."""
+    """Return type, template arguments, parameters and namespaces leave a kernel's name."""
     name = re.sub(r"^void ", "", name).replace("(anonymous namespace)::", "")
     name = re.sub(r"\(.*", "", name, flags=re.DOTALL)
     head, bracket, arguments = name.partition("<")
     head = head.removeprefix("at::native::").removeprefix("cutlass::")
     if not bracket:
         return head
-    # Generic wrappers are told apart by the functor they are given.
+    # Generic wrappers are distinguished by the functor they are given.
     functors = re.findall(r"\w*(?:Functor\w*|Ops?|_kernel(?:_cuda)?|Kernel|Epilogue)\b", arguments)
     inner = next((functor for functor in functors if functor not in head), None)
     return f"{head}<{inner}>" if inner else head
@@ -304,7 +304,7 @@ def _communication(activities: list[Activity], steps: int) -> Communication | No
 
 
 def _spans(activities: list[Activity]) -> list[tuple[float, float]]:
-    """When at least one of them ran, in order: start and end, microseconds, none overlapping."""
+    """The intervals (start, end), in order and apart, are when at least one of them ran."""
     spans: list[tuple[float, float]] = []
     for activity in activities:
         if spans and activity.start <= spans[-1][1]:

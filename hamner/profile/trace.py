@@ -1,4 +1,5 @@
-"""Reads a step's trace: what the GPU ran, which operations launched it, what memory they took.
+"""The module reads a step's trace: what the GPU ran, which operations launched it, what memory they
+took.
 
 The format is that of `torch.profiler` (Kineto's Chrome trace, JSON, gzipped or not), whoever wrote
 it; `nsight` brings Nsight's formats into it. Torch-free.
@@ -35,7 +36,7 @@ _WAITS = re.compile(r"(Stream|Device|Event|Ctx)Synchronize")
 
 @dataclass(slots=True, eq=False)
 class Range:
-    """An operation or an annotation on a CPU thread. Compared by identity."""
+    """A range is an operation or an annotation on a CPU thread. Ranges are compared by identity."""
 
     name: str
     start: float
@@ -53,7 +54,7 @@ class Range:
     """value of every scalar argument, as text"""
 
     def chain(self) -> "Iterator[Range]":
-        """Itself and what it lies in, innermost first."""
+        """The method gives the range itself and what it lies in, innermost first."""
         current: Range | None = self
         while current is not None:
             yield current
@@ -62,7 +63,7 @@ class Range:
 
 @dataclass(slots=True, eq=False)
 class Activity:
-    """Work of the device: a kernel, a copy or a fill; on a CPU an operation's own time."""
+    """The device's work is a kernel, a copy or a fill; on a CPU an operation's own time."""
 
     name: str
     start: float
@@ -74,13 +75,13 @@ class Activity:
 
     @property
     def end(self) -> float:
-        """Microseconds."""
+        """The property gives the end in microseconds."""
         return self.start + self.duration
 
 
 @dataclass(slots=True)
 class Wait:
-    """A call in which the CPU waits for the GPU."""
+    """A wait is a call in which the CPU waits for the GPU."""
 
     name: str
     start: float
@@ -89,7 +90,7 @@ class Wait:
 
 @dataclass(slots=True)
 class MemoryEvent:
-    """Memory taken or, with `size` below 0, given back."""
+    """An event is memory taken or, with `size` below 0, given back."""
 
     time: float
     address: int
@@ -101,7 +102,7 @@ class MemoryEvent:
 
 @dataclass(frozen=True)
 class Trace:
-    """All that the summaries read of a trace, in order of time."""
+    """A trace has all that the summaries read, in order of time."""
 
     path: Path
     device: str | None
@@ -116,11 +117,11 @@ class Trace:
 
     @property
     def steps(self) -> list[Range]:
-        """The profiler's step annotations."""
+        """The property gives the profiler's step annotations."""
         return [r for r in self.ranges if not r.is_operation and STEP_NAME.fullmatch(r.name)]
 
     def launched_in(self, steps: Sequence[Range]) -> list[Activity]:
-        """The work launched inside steps that follow each other; all of it if there is none."""
+        """The method gives the work launched inside steps that follow each other, else all."""
 
         def launched(activity: Activity) -> float:
             return activity.start if activity.launched is None else activity.launched
@@ -131,12 +132,13 @@ class Trace:
         return [a for a in self.activities if first <= launched(a) <= last] or self.activities
 
     def timeline(self, names: Sequence[str]) -> "Timeline":
-        """Where the annotations `names`, which follow each other, lie in time."""
+        """The method gives where the annotations `names`, which follow each other, lie in time."""
         return Timeline([r for r in self.ranges if not r.is_operation and r.name in names])
 
 
 def with_callers_of(trace: Trace, launches: Trace) -> Trace:
-    """A CUDA graph's trace with the callers of the same steps launched one by one.
+    """The function gives a CUDA graph's trace with the callers of the same steps launched one by
+    one.
 
     A graph's kernels are launched by one call that knows nothing of operations and shapes. Of each
     kernel's name, the n-th call stands for the n-th of the other trace, as long as a step has
@@ -163,7 +165,7 @@ def with_callers_of(trace: Trace, launches: Trace) -> Trace:
 
 
 class Timeline:
-    """Annotations that follow each other without nesting.
+    """A timeline has annotations that follow each other without nesting.
 
     Args:
         ranges: by their start.
@@ -173,14 +175,15 @@ class Timeline:
         self.ranges = ranges
 
     def at(self, time: float) -> str | None:
-        """Name of the range that covers `time`."""
+        """The method names of the range that covers `time`."""
         position = bisect_right(self.ranges, time, key=lambda r: r.start) - 1
         covered = position >= 0 and time <= self.ranges[position].end
         return self.ranges[position].name if covered else None
 
 
 def read_trace(path: Path) -> Trace:
-    """Read a trace of torch-profiler, Nsight Systems (SQLite) or Nsight Compute (CSV).
+    """The function reads a trace of torch-profiler, Nsight Systems (SQLite) or Nsight Compute
+    (CSV).
 
     Raises:
         UserError: the file is not readable or not such a trace.
@@ -239,7 +242,7 @@ def _read_document(path: Path) -> object:
 
 
 def _nest(events: list[dict]) -> tuple[list[Range], dict[int, tuple[float, Range | None]]]:
-    """Ranges with their parents, and for each correlation id when its launch ended, and in what."""
+    """Ranges get their parents, each correlation id when and in what its launch ended."""
     by_thread = defaultdict(list)
     for event in events:
         if event.get("cat") in (*_RANGES, *_LAUNCHES):
@@ -281,7 +284,7 @@ def _nest(events: list[dict]) -> tuple[list[Range], dict[int, tuple[float, Range
 
 
 def _add_inner_time(parent: Range | None, duration: float) -> None:
-    """Count an operation's time as not being the own time of the operation it lies in."""
+    """The function takes an operation's time off the own time of the operation it lies in."""
     while parent is not None and not parent.is_operation:
         parent = parent.parent
     if parent is not None:
@@ -309,7 +312,7 @@ def _gpu_activities(
 
 
 def _cpu_activities(ranges: list[Range]) -> list[Activity]:
-    """Without a GPU, the device's work is what each operation does outside those inside it."""
+    """Without a GPU the device's work is each operation outside those inside it."""
     activities = []
     for operation in ranges:
         own = operation.end - operation.start - operation.inner

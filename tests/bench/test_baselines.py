@@ -71,9 +71,9 @@ def test_hamner_agrees(batch, tmp_path, micro_batch_size):
     config = run_config(tmp_path, micro_batch_size=micro_batch_size)
     contender = Hamner(config)
     try:
-        before = [p.clone() for p in contender.steps.step.model.parameters()]
+        before = [p.clone() for p in contender.parameters()]
         assert Reference(config.model, batch).error_of(contender) < ROUNDING
-        after = contender.steps.step.model.parameters()
+        after = contender.parameters()
         assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
     finally:
         contender.close()

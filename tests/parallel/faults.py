@@ -34,29 +34,25 @@ def be_interrupted() -> None:
 
 
 def in_step(step: int, fault: Callable[[], None]) -> OnPhase:
-    """The observer lets a fault happen between backward and update of a step, counted from 1."""
-    return at_phase("optimizer", step, fault)
+    """The fault happens between backward and update of a step, counted from 1."""
+    return _at("optimizer", step, fault)
 
 
 def before_step(step: int, fault: Callable[[], None]) -> OnPhase:
-    """The observer lets a fault happen when a step is due, counted from 1."""
-    return at_phase("forward", step, fault)
+    """The fault happens when a step is due, counted from 1."""
+    return _at("data", step, fault)
 
 
-def at_phase(phase: str, step: int, fault: Callable[[], None]) -> OnPhase:
-    """The observer lets a fault happen, once, when a phase of a step begins."""
-    happened = []
-
-    def on_phase(begins: str, of_step: int) -> None:
-        if (begins, of_step) == (phase, step) and not happened:
-            happened.append(step)
+def _at(phase: str, step: int, fault: Callable[[], None]) -> OnPhase:
+    def on_phase(begun: str, of_step: int) -> None:
+        if (begun, of_step) == (phase, step):
             fault()
 
     return on_phase
 
 
 def in_save(step: int, fault: Callable[[], None]) -> None:
-    """Let a fault happen when the tensors of a checkpoint of `step` or later are on disk; a busy
+    """The fault happens when the tensors of a checkpoint of `step` or later are on disk; a busy
     machine may still be writing the one before when that of `step` is due."""
     finish_save = checkpoint.finish_save
 

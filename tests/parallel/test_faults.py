@@ -51,7 +51,7 @@ def train_with_fault(ports: list[int], config: TrainConfig, where: str, fault: s
         (
             "before_step",
             "hang",
-            r"no step for 0\.06\d* minutes: rank 1 on \S+ is at train/loop\.py.*5",
+            r"no step for 0\.06\d* minutes: rank 1 on \S+ is at train/loop\.py:\d+ .* in step 5;",
         ),
         (
             "before_step",
@@ -84,7 +84,7 @@ def test_one_process_ends_the_job_with_one_message(where, fault, cause, config, 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_a_signal_to_one_process_stops_all_at_one_step(engine, config, tmp_path):
     config = replace(config, parallel=engine)
-    job = (train_with_fault, 2, tmp_path / "out", config, "before_step", "be_interrupted")
+    job = (train_with_fault, 2, tmp_path / "out", config, "in_step", "be_interrupted")
     assert run_job(*job) == [0, 0]
     for rank in range(2):
         printed = (tmp_path / "out" / f"rank_{rank}.txt").read_text()

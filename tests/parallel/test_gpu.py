@@ -8,7 +8,7 @@ import torch
 from hamner.config.options import for_option
 from hamner.config.train import TrainConfig
 from hamner.parallel.processes import open_processes
-from hamner.profile.steps import LR, Steps
+from hamner.profile.steps import LR, open_steps, synchronize, warm_up
 from tests.parallel.jobs import enter, run_job, said, train_together
 from tests.train.test_loop import metrics
 
@@ -94,12 +94,15 @@ def step_without_waiting(ports: list[int]) -> None:
             config = tiny_config(None, parallel=engine)
             config = replace(config, micro_batch_size=config.micro_batch_size // micro_batches)
             enter(ports)
-            with open_processes(config) as processes, Steps(config, processes) as run:
-                assert run.step.is_graphed == (micro_batches == 1)
-                run.warm_up(3)
-                batch = next(run.loader)
-                run.synchronize()
+            with (
+                open_processes(config) as processes,
+                open_steps(config, processes) as (step, loader),
+            ):
+                assert step.is_graphed == (micro_batches == 1)
+                warm_up(step, loader, 3)
+                batch = next(loader)
+                synchronize(step)
                 torch.cuda.set_sync_debug_mode("error")
-                loss = run.step.step(batch, LR).loss
+                result = step.step(batch, LR)
                 torch.cuda.set_sync_debug_mode("default")
-                assert torch.isfinite(loss)
+                assert torch.isfinite(result.loss)

@@ -13,7 +13,7 @@ from hamner.errors import UserError
 from hamner.profile.__main__ import ProfileConfig, main, parse
 from hamner.profile.capture import capture
 from hamner.profile.ranges import MODULES, Ranges
-from hamner.profile.steps import Steps
+from hamner.profile.steps import open_steps, take
 from hamner.profile.summary import summarize
 from hamner.profile.trace import read_trace
 from tests import forked
@@ -99,23 +99,22 @@ def test_a_picture_that_cannot_be_written_is_named(captured, flag, trace, tmp_pa
         main(["read", str(captured[0] / trace), flag, str(path)])
 
 
-def test_ranges_are_there_only_while_switched_on(tmp_path):
-    """The step is taken before and afterwards as if it were never traced, and no folder is made."""
+def test_ranges_leave_nothing_behind(tmp_path):
+    """A step that was traced is afterwards as if it had never been."""
     data = write_predictable(tmp_path / "data.jsonl")
-    config = replace(parse(SMALL).run, run_dir=tmp_path / "run", data=(str(data),))
+    config = replace(parse(SMALL).run, data=(str(data),))
     ranges = Ranges()
-    expected = {"data", "forward", "backward", "layers.0.attention", "layers.1.mlp"}
-    with Steps(config, on_phase=ranges) as run:
-        with torch.profiler.profile() as profiler, ranges.switched_on(run.step):
-            run.take(1)
-        hooked = [m for m in run.step.model.modules() if isinstance(m, MODULES)]
+    with open_steps(config, on_phase=ranges) as (step, loader):
+        with torch.profiler.profile() as profiler, ranges.named(step):
+            take(step, loader, 1)
+        names = {event.name for event in profiler.events()}
+        phases = {"data", "forward", "backward", "accumulate", "optimizer"}
+        assert phases | {"layers.0.attention", "layers.1.mlp"} <= names
+        with torch.profiler.profile() as profiler:
+            take(step, loader, 1)
+        assert not phases & {event.name for event in profiler.events()}
+        hooked = [m for m in step.model.modules() if isinstance(m, MODULES)]
         assert hooked and not any(m._forward_hooks or m._forward_pre_hooks for m in hooked)
-        with torch.profiler.profile() as untraced:
-            run.take(1)
-    traced = {event.name for event in profiler.events()}
-    assert expected <= traced
-    assert not expected & {event.name for event in untraced.events()}
-    assert not config.folder.exists()
 
 
 def run(*args: str, **kwargs) -> subprocess.CompletedProcess:

@@ -1,4 +1,4 @@
-"""What can be said of recordings without a GPU; replays are tested in `test_trainer_gpu`."""
+"""What can be said of recordings without a GPU; replays are tested in `test_loop_gpu`."""
 
 import contextlib
 
@@ -42,7 +42,7 @@ def test_a_recording_that_fails_says_why_and_what_to_do(broken_recording):
     assert not graphed.is_recorded
 
 
-def test_running_out_of_memory_is_left_to_the_trainer(monkeypatch):
+def test_running_out_of_memory_is_left_to_the_step(monkeypatch):
     for name in ("current_stream", "default_stream"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
     monkeypatch.setattr(torch.cuda, "graph", lambda *_args, **_kwargs: contextlib.nullcontext())

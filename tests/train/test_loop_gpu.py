@@ -1,4 +1,4 @@
-"""The trainer on a GPU: no waits inside a step, kernels against plain torch, memory as planned."""
+"""A step and a run on a GPU: no waits inside, kernels against plain torch, memory as planned."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +12,10 @@ from hamner.checkpoint.run_folder import RunFolder
 from hamner.config.options import OPTIONS, for_option
 from hamner.config.train import TrainConfig
 from hamner.data.batch import Batch
+from hamner.files import read_records
 from hamner.hardware import GIB
 from hamner.plan import memory
-from hamner.train import evaluation
+from hamner.train.evaluation import samples, validation_loss
 from hamner.train.loop import TrainingLoop, train
 from hamner.train.step import TrainStep
 from tests.train.test_loop import assert_equal_weights
@@ -83,11 +84,11 @@ def test_a_step_never_waits_for_the_gpu(config, kind, documents, micro_batch_siz
             step.step(batch, 1e-3)
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
-        norm = step.step(batch, 1e-3).grad_norm
+        result = step.step(batch, 1e-3)
     finally:
         torch.cuda.set_sync_debug_mode("default")
         step.close()
-    assert torch.isfinite(norm)
+    assert torch.isfinite(result.grad_norm)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -103,10 +104,9 @@ def test_kernels_train_as_plain_torch_does(config, kind, tmp_path):
 
 
 def gradients(step: TrainStep, batch: Batch, policy: memory.Policy) -> dict[str, Tensor]:
-    """Of a whole batch, every layer by one policy."""
+    """The gradients of a whole batch, every layer by one policy."""
     step.optimizer.drop_gradients()
     step.model.policies = (policy,) * step.config.model.num_layers
-    step.launch_one_by_one()
     rows = slice(0, step.config.batch_size)
     share = torch.ones((), device=step.compute.device)
     step.forward_backward(*step.to_device(batch, rows), share)
@@ -115,21 +115,19 @@ def gradients(step: TrainStep, batch: Batch, policy: memory.Policy) -> dict[str,
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_recompute_policies_give_the_same_gradients(config, kind):
-    """Within bf16's rounding; on the CPU, in fp32, to the bit (test_model.py, test_rebuild.py).
+    """Within bf16's rounding; on the CPU, in fp32, to the bit (tests/model).
 
     All gradients as one vector: those of a lambda alone are small differences of large sums.
     """
     config = replace(config, model=replace(config.model, **KINDS[kind]), attention="triton")
     step, batch = TrainStep(config), random_batch(config)
-    try:
-        kept = gradients(step, batch, memory.NONE)
-        for policy in (memory.SELECTIVE, memory.FULL):
-            found = gradients(step, batch, policy)
-            square = sum((found[name] - kept[name]).square().sum() for name in kept)
-            error = (square / sum(g.square().sum() for g in kept.values())).sqrt()
-            assert error <= torch.finfo(torch.bfloat16).eps, (policy.name, error)
-    finally:
-        step.close()
+    step.launch_one_by_one()
+    kept = gradients(step, batch, memory.NONE)
+    for policy in (memory.SELECTIVE, memory.FULL):
+        found = gradients(step, batch, policy)
+        square = sum((found[name] - kept[name]).square().sum() for name in kept)
+        error = (square / sum(g.square().sum() for g in kept.values())).sqrt()
+        assert error <= torch.finfo(torch.bfloat16).eps, (policy.name, error)
 
 
 def test_resume_is_exact_with_the_default_kernels(config, tmp_path):
@@ -144,9 +142,9 @@ def test_a_resume_with_plain_torch_has_the_same_masters(config):
     masters = {}
     for kernels in ("triton", "torch"):
         resumed = replace(config, resume=True, kernels=kernels)
-        trainer = TrainingLoop(resumed, RunFolder(config.folder))
-        trainer.close()
-        optimizer = trainer.step.optimizer
+        loop = TrainingLoop(resumed, RunFolder(config.folder))
+        loop.close()
+        optimizer = loop.step.optimizer
         assert bool(optimizer.remainders) == (kernels == "triton")
         assert bool(optimizer.masters) == (kernels == "torch")
         masters[kernels] = {name: optimizer.master(name) for name in optimizer.parameters}
@@ -156,25 +154,23 @@ def test_a_resume_with_plain_torch_has_the_same_masters(config):
 
 def test_work_under_way_counts_as_training_time(config):
     """What is launched before an evaluation runs during it, if nobody waits for it first."""
-    trainer = TrainingLoop(config, RunFolder(config.folder))
-    try:
-        result = trainer.step.step(random_batch(config), 1e-3)  # loads what is loaded once
-        torch.cuda.synchronize()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        trainer.log.start(0, 0)
-        start.record()
-        torch.cuda._sleep(1_000_000_000)
-        trainer.log.record(1, 6, lr=1e-3, batch=random_batch(config), result=result)
-        end.record()
-        trainer.log.pause()
-        assert trainer.log.watch.seconds >= start.elapsed_time(end) / 1e3
-    finally:
-        trainer.close()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def on_phase(phase: str, step: int) -> None:
+        if (phase, step) == ("optimizer", 20):  # the second evaluation: all is loaded
+            start.record()
+            torch.cuda._sleep(1_000_000_000)
+            end.record()
+
+    train(replace(config, log_every=1), on_phase=on_phase)
+    before, after = [r["seconds"] for r in read_records(RunFolder(config.folder).metrics)][-2:]
+    # The line before may have been written when the GPU had just begun to sleep.
+    assert after - before >= 0.9 * start.elapsed_time(end) / 1e3
 
 
 @pytest.fixture
 def whole_gpu():
-    """Gives back the cap that --vram-budget puts on the process."""
+    """The cap that --vram-budget puts on the process is lifted afterwards."""
     yield
     torch.cuda.set_per_process_memory_fraction(1.0)
 
@@ -184,8 +180,8 @@ def peak_of_steps(step: TrainStep, batch: Batch, steps: int) -> int:
     step.step(batch, 1e-4)
     torch.cuda.reset_peak_memory_stats()
     for _ in range(steps):
-        norm = step.step(batch, 1e-4).grad_norm
-    assert torch.isfinite(norm)
+        result = step.step(batch, 1e-4)
+    assert torch.isfinite(result.grad_norm)
     assert not step.messages  # the plan was not changed
     return torch.cuda.max_memory_allocated()
 
@@ -203,9 +199,8 @@ def test_memory_of_every_option(name, tmp_path, whole_gpu, record_property):
         vram_budget=23.1,
         device="cuda",
     )
-    trainer = TrainingLoop(config, RunFolder(config.folder))
-    step = trainer.step
-    batch = random_batch(config)
+    loop = TrainingLoop(config, RunFolder(config.folder))
+    step, batch = loop.step, random_batch(config)
     layers, rows, misses = option.model.num_layers, [], []
     try:
         measured = {
@@ -216,11 +211,11 @@ def test_memory_of_every_option(name, tmp_path, whole_gpu, record_property):
         }
         assert step.is_graphed and step.is_warm
         # Still within the cap; of one option also a save, which takes as long as the disk does.
-        assert evaluation.validation_loss(step, trainer.data.validation) is not None
-        assert all(text for _, text in evaluation.samples(step, trainer.tokenizer, config.seed))
+        validation_loss(step, loop.data.validation)
+        assert list(samples(step, loop.tokenizer, config.seed))
         if name == "current":
-            trainer.saves.save(trainer.progress.step)
-            assert isinstance(trainer.saves.saver.wait(), Checkpoint)
+            loop.saves.save(step.steps_taken)
+            assert isinstance(loop.saves.saver.wait(), Checkpoint)
         torch.cuda.set_per_process_memory_fraction(1.0)
         step.launch_one_by_one()
         for policy in (memory.NONE, memory.SELECTIVE, memory.FULL):
@@ -236,7 +231,7 @@ def test_memory_of_every_option(name, tmp_path, whole_gpu, record_property):
             )
             measured[policy.name] = account, peak_of_steps(step, batch, 2)
     finally:
-        trainer.close()
+        loop.close()
     for label, (account, peak) in measured.items():
         error = account.total / peak - 1
         rows.append(

@@ -2,18 +2,18 @@
 
 import gc
 import math
+import threading
 from dataclasses import replace
 
 import pytest
 import torch
 
-from hamner.checkpoint import format as checkpoint
 from hamner.checkpoint.run_folder import RunFolder
 from hamner.checkpoint.writer import BackgroundSaver
 from hamner.config.train import TrainConfig
 from hamner.train.loop import TrainingLoop, train
 from tests.train.test_loop import metrics
-from tests.train.test_loop_gpu import random_batch, tiny_config
+from tests.train.test_loop_gpu import tiny_config
 
 pytestmark = pytest.mark.gpu
 
@@ -53,32 +53,29 @@ def test_a_save_copies_the_moment_and_waits_for_nothing(tmp_path):
     assert torch.equal(loaded, torch.full((1 << 20,), 2.0))
 
 
-def take_step(trainer: TrainingLoop, batch) -> None:
-    """A step and what follows its update in the loop."""
-    result = trainer.step.step(batch, 1e-3)
-    trainer.progress.step += 1
-    trainer.progress.tokens += result.tokens
-    step, tokens = trainer.progress.step, trainer.progress.tokens
-    trainer.log.record(step, tokens, lr=1e-3, batch=batch, result=result)
-
-
 def test_a_finished_step_never_waits_for_the_gpu(config):
-    """What follows the update: the reading of the step. (A save waits for the steps under way.)"""
-    trainer = TrainingLoop(config, RunFolder(config.folder))
-    batch = random_batch(config)
-    try:
-        for step in range(5):
-            if step == 4:
-                torch.cuda.synchronize()
-                torch.cuda.set_sync_debug_mode("error")
-            take_step(trainer, batch)
+    """What follows the update: counters, the reading of the step, a save that is due."""
+    is_saved, saves = threading.Event(), []
+
+    def on_phase(phase: str, step: int) -> None:
+        if phase == "save":
+            saves.append(step)
+        elif phase == "saved":
+            is_saved.set()
+        elif (phase, step) == ("data", 6):
+            assert is_saved.wait(60)  # the first save makes the host buffers
+        elif (phase, step) == ("data", 8):
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+        elif (phase, step) == ("data", 9):
             torch.cuda.set_sync_debug_mode("default")
-            trainer.saves.save_best(trainer.progress.step, is_healthy=True)
-        trainer.saves.save_last(5)
+
+    settings = replace(config, steps=10, log_every=100, eval_every=0, save_every=4)
+    try:
+        train(settings, on_phase=on_phase)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-        trainer.close()
-    assert [saved.step for saved in checkpoint.find(trainer.run.checkpoints)][-1] == 5
+    assert saves == [4, 8, 10]
 
 
 def test_a_save_in_the_background_does_not_change_the_run(config):
@@ -125,22 +122,23 @@ def test_a_run_may_move_between_gpu_and_cpu(config, devices):
 
 def test_a_bad_step_is_skipped_counted_and_kept(config):
     """Found when its numbers come in, and only its update is missing."""
-    trainer = TrainingLoop(config, RunFolder(config.folder))
-    batch = random_batch(config)
+    before = {}
+
+    def on_phase(phase: str, step: int) -> None:
+        if (phase, step) == ("data", 4):
+            parameters = loop.step.optimizer.parameters
+            before.update({name: p.clone() for name, p in parameters.items()})
+            loop.step.model.norm.weight.data[0] = math.inf
+
+    settings = replace(config, steps=4, eval_every=0)
+    loop = TrainingLoop(settings, RunFolder(settings.folder), on_phase=on_phase)
     try:
-        for _ in range(3):
-            take_step(trainer, batch)
-        trainer.log.drain()
-        before = {name: p.clone() for name, p in trainer.step.optimizer.parameters.items()}
-        trainer.step.model.norm.weight.data[0] = math.inf
-        take_step(trainer, batch)
-        trainer.log.drain()
+        loop.run_to_end()
     finally:
-        trainer.close()
-    assert trainer.log.health.bad_in_a_row == 1
-    assert trainer.log.skipped_steps == 1
-    kept = [path.name for path in trainer.run.bad_steps.iterdir()]
+        loop.close()
+    assert [record["skipped_steps"] for record in metrics(config.run_dir)] == [0, 0, 0, 1]
+    kept = [path.name for path in loop.run.bad_steps.iterdir()]
     assert kept == ["step_00000004.safetensors"]
-    for name, parameter in trainer.step.optimizer.parameters.items():
+    for name, parameter in loop.step.optimizer.parameters.items():
         if name != "norm.weight":
             assert torch.equal(parameter, before[name]), name

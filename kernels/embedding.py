@@ -36,7 +36,7 @@ BLOCK_N, BLOCK_D, NUM_WARPS = 16, 512, 2
 
 @triton.jit
 def _add_to_row(d_weight_ptr, token, total, offs_d, D):
-    """d_weight[token] += total."""
+    """The function does d_weight[token] += total."""
     mask = offs_d < D
     ptrs = d_weight_ptr + token.to(tl.int64) * D + offs_d
     total += tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)

@@ -1172,7 +1172,7 @@ def flash_attention(
     document_ids: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """softmax(scale * q k^T + mask) v, with grouped-query heads.
+    """The op computes softmax(scale * q k^T + mask) v, with grouped-query heads.
 
     Args:
         q: (B, T, H, hd) float32, float16 or bfloat16, hd up to 128 (64 and 128 waste nothing).

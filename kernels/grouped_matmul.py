@@ -143,7 +143,7 @@ def _find_rows(
 
 @triton.jit
 def _add_dot(acc, a, b, rows):
-    """acc + a @ b, for acc's `rows`."""
+    """The result is acc + a @ b, for acc's `rows`."""
     if a.dtype == tl.float32:
         # Each block is summed by itself: one chain over all of the reduced dimension would round at
         # every step. The choice, always the same, keeps the compiler from making it one again.

@@ -200,7 +200,7 @@ def check_gate_up(gate_up: Tensor) -> None:
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up, of gate and up packed in the last axis, gate first.
+    """The op computes silu(gate) * up, of gate and up packed in the last axis, gate first.
 
     Args:
         gate_up: (..., 2I) float32, float16 or bfloat16.

@@ -18,9 +18,16 @@ if not torch.cuda.is_available():
     avoid_repetition()
 
 
-NEEDS = {"chat/test_server.py": "openai", "evaluate/test_harness.py": "lm_eval"}
-"""packages of hamner[test] that a machine with a GPU may lack, by the file that imports them;
-neither file has a test that needs a GPU"""
+NEEDS = {
+    "chat/test_server.py": "openai",
+    "evaluate/test_harness.py": "lm_eval",
+    "export/test_export.py": "gguf",
+    "model/test_rotary.py": "gguf",
+    "test_architecture.py": "grimp",
+    "test_chatbot_path.py": "gguf",
+}
+"""packages of hamner[test] that a machine with a GPU may lack, by the file that imports them; none
+of the files has a test that needs a GPU"""
 collect_ignore = [
     file
     for file, package in NEEDS.items()

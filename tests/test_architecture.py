@@ -25,6 +25,8 @@ FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 NAMELESS = {"apply", "save_for_backward", "mark_non_differentiable", "print", "zip", "chain"}
 NAMELESS |= {"product", "min", "max", "submit", "debug", "info", "warning", "error"}
+NAMELESS |= {"permutation", "grid", "run_block", "_rebuilt", "launch_backward"}  # variadic, starred
+NAMELESS |= {"adamw", "flash_attn_varlen_func", "create_block_mask"}  # of other projects
 """functions whose arguments have no names or are all alike, and those that pass theirs on"""
 
 
@@ -115,11 +117,14 @@ def nameless_calls(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
 
 
 def broken_docstrings(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
-    """The rule finds docstrings whose first paragraph does not begin or end as a sentence does."""
+    """The rule finds docstrings whose first paragraph does not begin or end as a sentence does.
+
+    What `/help` of the chat prints begins with the name of a command, such as `/temp`.
+    """
     for node in (tree, *ast.walk(tree)):
         if isinstance(node, (ast.Module, ast.ClassDef, *FUNCTION)):
             first = (ast.get_docstring(node) or "").split("\n\n")[0]
-            if first and not re.fullmatch(r"[A-Z`\"'0-9].*[.:?!]", first, re.DOTALL):
+            if first and not re.fullmatch(r"[A-Z`\"'0-9/].*[.:?!]", first, re.DOTALL):
                 yield node, f"{getattr(node, 'name', 'module')}: {first[:40]!r}"
 
 

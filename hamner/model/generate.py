@@ -95,7 +95,7 @@ class Generator:
             yield sequence[-1]
 
     def _next_logits(self, sequence: list[int]) -> Tensor:
-        """(tokenizer's vocabulary,) fp32 on the CPU: what follows `sequence`."""
+        """The result is (tokenizer's vocabulary,) fp32 on the CPU: what follows `sequence`."""
         # At least the last token must go through the model.
         shared = 0
         for ours, theirs in zip(self.cached, sequence[:-1], strict=False):

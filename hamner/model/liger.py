@@ -13,14 +13,14 @@ from hamner.kernels.flash_attention import split_qkv
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x (..., D) -> y."""
+    """The result: x (..., D) -> y."""
     return liger.liger_rms_norm(x, weight, eps, in_place=False)
 
 
 def add_rms_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """y and the new residual; a residual of None stands for zero."""
+    """The result: y and the new residual; a residual of None stands for zero."""
     if residual is None:
         return rms_norm(x, weight, eps), x
     return liger.liger_fused_add_rms_norm(x, residual, weight, eps, in_place=False)
@@ -32,7 +32,7 @@ def rms_norm_linear(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float) 
 
 
 def swiglu_linear(gate_up: Tensor, weight: Tensor) -> Tensor:
-    """gate_up (..., 2I) -> (..., D)."""
+    """The result: gate_up (..., 2I) -> (..., D)."""
     gate, up = gate_up.chunk(2, dim=-1)
     return linear(liger.liger_swiglu(gate, up), weight)
 

@@ -109,7 +109,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, residual: Tensor | None, context: Context, rebuild: bool
     ) -> tuple[Tensor, Tensor]:
-        """(B, T, D) branch and residual in, branch and residual out."""
+        """The module maps (B, T, D) branch and residual in, branch and residual out."""
         config, ops, rotary = self.config, self.ops, context.rotary
         inputs = x, residual, self.norm.weight, self.qkv_proj.weight
         settings = {
@@ -171,7 +171,7 @@ class DenseMLP(nn.Module):
     def forward(
         self, x: Tensor, residual: Tensor | None, rebuild: bool
     ) -> tuple[Tensor, Tensor, None]:
-        """(B, T, D) branch and residual in; branch, residual and no routing out."""
+        """The module maps (B, T, D) branch and residual in; branch, residual and no routing out."""
         inputs = x, residual, self.norm.weight, self.gate_up_proj.weight
         gate_up, residual = self.ops.norm_linear(*inputs, eps=self.norm.eps, rebuild=rebuild)
         out = self.ops.swiglu_linear(gate_up, self.down_proj.weight, rebuild=rebuild)
@@ -189,7 +189,7 @@ class SharedExpert(nn.Module):
         self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
 
     def forward(self, normed: Tensor, rebuild: bool) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
+        """The module maps (B, T, D) -> (B, T, D)."""
         gate_up = self.gate_up_proj(normed)
         return self.ops.swiglu_linear(gate_up, self.down_proj.weight, rebuild=rebuild)
 
@@ -210,7 +210,7 @@ class MoEMLP(nn.Module):
         self.shared = SharedExpert(config, ops) if config.num_shared_experts else None
 
     def forward(self, x: Tensor, residual: Tensor | None, rebuild: bool):
-        """(B, T, D) branch and residual in; branch, residual and `Routing` out."""
+        """The module maps (B, T, D) branch and residual in; branch, residual and `Routing` out."""
         norm, ops = self.norm, self.ops
         normed, residual = ops.add_rms_norm(x, residual, norm.weight, norm.eps)
         keeping = contextlib.nullcontext()
@@ -222,7 +222,7 @@ class MoEMLP(nn.Module):
         return out, residual, routing
 
     def experts(self, normed: Tensor, rebuild: bool) -> tuple[Tensor, Routing]:
-        """(B, T, D) -> what all experts add, (B, T, D), and the routing."""
+        """The module maps (B, T, D) -> what all experts add, (B, T, D), and the routing."""
         tokens = normed.flatten(0, 1)
         logits = self.ops.router_linear(tokens, self.router.weight)
         routing = self.ops.moe_route(
@@ -249,7 +249,8 @@ class Block(nn.Module):
             self.mlp = DenseMLP(config, config.expert_intermediate_size, ops)
 
     def forward(self, x: Tensor, residual: Tensor | None, context: Context, *, rebuild: bool):
-        """(B, T, D) branch and residual in; branch, residual and `Routing` (or None) out."""
+        """The module maps (B, T, D) branch and residual in; branch, residual and `Routing` (or
+        None) out."""
         x, residual = self.attention(x, residual, context, rebuild)
         return self.mlp(x, residual, rebuild)
 

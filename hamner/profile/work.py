@@ -103,7 +103,7 @@ def _moe_matmuls(x: int, routing_weights: int, down_weight: int, *, backward: bo
 def _attention(
     q: int, *, heads_first: bool, causal: int, backward: bool, documents: int = -1
 ) -> Formula:
-    """q is (B, H, T, hd) or (B, T, H, hd), k comes after it; a causal mask halves the square.
+    """Here q is (B, H, T, hd) or (B, T, H, hd), k comes after it; a causal mask halves the square.
 
     `causal` and `documents` are positions of arguments; with documents the square is not known.
     """
@@ -128,7 +128,7 @@ def _attention(
 def _packed_attention(
     qkv: int, heads: int, *, causal: int, backward: bool, documents: int
 ) -> Formula:
-    """qkv is packed, (B, T, (H + 2 KV) hd); positions are as in `_attention`."""
+    """Here qkv is packed, (B, T, (H + 2 KV) hd); positions are as in `_attention`."""
 
     def cost(a: Arguments) -> Cost:
         _refuse_documents(a, documents)
@@ -197,7 +197,8 @@ def _router(x: int, experts: Callable[[Arguments], int], *, backward: bool) -> F
 
 
 def _rope(packed: int, heads: int, width: Callable[[Arguments], int] | None = None) -> Formula:
-    """q and k are rotated in rows packed with v, of the argument's width unless one is given."""
+    """Here q and k are rotated in rows packed with v, of the argument's width unless one is
+    given."""
 
     def cost(a: Arguments) -> Cost:
         own_width = a.shape(packed)[-1]

@@ -322,7 +322,7 @@ class TrainingLoop:
         progress.tokens += result.tokens
         self.watchdog.beat()
         self.processes.step_done(progress.step)
-        self.log.record(progress.step, progress.tokens, lr, batch, result)
+        self.log.record(progress.step, progress.tokens, lr=lr, batch=batch, result=result)
         self.on_phase("step done", progress.step)
 
     def _evaluate(self) -> bool:

@@ -60,7 +60,7 @@ class Record:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss)."""
+        """The perplexity is exp(loss)."""
         return math.exp(min(self.loss, 700.0))
 
     def to_json(self) -> dict:

@@ -107,7 +107,7 @@ def _require_fields(path: Path, found: dict, fields: dict[str, tuple[type, ...]]
 
 
 def _is_a(value: object, types: tuple[type, ...]) -> bool:
-    """isinstance, except that JSON's true is no number."""
+    """The test is isinstance, except that JSON's true is no number."""
     return isinstance(value, types) and not isinstance(value, bool)
 
 

@@ -225,9 +225,9 @@ class TrainStep:
             kept = int((batch.targets[rows] != IGNORED_TARGET).sum())
             share = torch.full((), kept / max(1, all_kept), device=self.compute.device)
             with self.engine.micro_batch(is_last=is_last):
+                arguments = self.to_device(batch, rows)
                 if self.is_graphed:
                     self._enter("graph")
-                arguments = self.to_device(batch, rows)
                 cross_entropy, router = self.forward_backward(*arguments, share)
             self._enter("")
             loss += cross_entropy * share
@@ -293,11 +293,11 @@ class TrainStep:
             f"WARNING: {reason}. Other programs, or memory in pieces, leave less than was planned "
             f"with; going on with {plan}"
         )
-        self._follow(plan)
+        self.follow(plan)
         return True
 
-    def _follow(self, plan: MemoryPlan) -> None:
-        """Steps from the next one on are taken by another plan."""
+    def follow(self, plan: MemoryPlan) -> None:
+        """The steps from the next one on are taken by another plan."""
         self.plan = plan
         self.optimizer.drop_gradients()
         self.model.policies = plan.policies

@@ -45,7 +45,10 @@ def rope_packed(
     num_kv_heads: int,
     positions: Tensor | None,
 ) -> Tensor:
-    """q and k of packed qkv (B, T, (H + 2 KV) hd) rotated; cos and sin (T, hd / 2) fp32."""
+    """The result is q and k of packed qkv (B, T, (H + 2 KV) hd) rotated.
+
+    The tables cos and sin are (T, hd / 2) fp32.
+    """
     q, k, v = split_qkv(qkv, num_heads, num_kv_heads)
     # Liger's tables hold each angle twice, for all sequences or for each: (1 or B, T, hd).
     rows = torch.arange(qkv.shape[1], device=qkv.device)[None] if positions is None else positions

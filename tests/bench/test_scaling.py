@@ -62,7 +62,7 @@ def test_a_row_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch):
     settings = Scaling(tmp_path / "out", options=("tiny", "a"), gpus=2, transports=())
     results = settings.output / "results.jsonl"
 
-    def run_job(name, rows, *_):
+    def run_job(name, rows, **_):
         """The second row of three that are left always fails."""
         for row in rows:
             if (row.option, row.engine) == ("tiny", "fsdp"):

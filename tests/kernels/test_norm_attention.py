@@ -84,14 +84,12 @@ class TestAccuracy:
 
     @pytest.mark.parametrize("heads", [(4, 1), (3, 3)], ids=str)
     @pytest.mark.parametrize("head_size", [64, 128, PADDED, 8])
-    def test_heads(self, head_size, heads, dtype, device, request):
-        if device.type == "cpu" and (head_size, heads, dtype) == (64, (3, 3), torch.float32):
-            # The gradient of x was 2.7 times as far from fp64 as plain torch's on one processor.
-            reason = "in the interpreter it rounds as NumPy's matmul of the processor at hand does"
-            request.applymarker(pytest.mark.xfail(reason=reason, strict=False))
+    def test_heads(self, head_size, heads, dtype, device):
         lengths = [[30, 40]]
+        # A width of 96: at 40 the largest error of an fp32 gradient is one row's cancellation, in
+        # one of five draws 2.7 times plain torch's where the root mean squares are equal.
         inputs = make_inputs(
-            dtype, device, heads=heads, head_size=head_size, shape=(1, 70, 40), lengths=lengths
+            dtype, device, heads=heads, head_size=head_size, shape=(1, 70, 96), lengths=lengths
         )
         assert_matches_reference(fused(heads), reference(heads), inputs)
 

@@ -252,11 +252,9 @@ def _by_category(rows: list[KernelRow]) -> dict[str, float]:
 
 def _by_phase(trace: Trace, activities: list[Activity], steps: int) -> dict[str, float]:
     totals = dict.fromkeys(PHASES, 0.0)
-    timeline = trace.timeline(PHASES)
     for activity in activities:
         # What runs late was still asked for in the phase that launched it.
-        issued = activity.start if activity.launched is None else activity.launched
-        phase = timeline.at(issued)
+        phase = trace.phase_at(activity.issued)
         if phase is not None:
             totals[phase] += activity.duration / steps / 1e3
     return {phase: time for phase, time in totals.items() if time > 0}

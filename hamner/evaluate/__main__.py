@@ -1,4 +1,4 @@
-"""`python -m hamner.evaluate` says how good a model is, alone or beside others."""
+"""`python -m hamner.evaluate` says how good a model is, or several side by side."""
 
 import json
 from collections.abc import Sequence
@@ -114,13 +114,14 @@ def _evaluate_model(
         }
 
     tokenizer = saved.tokenizer
-    held_out = evaluation.open_text(
+    held_out = evaluation.open_held_out(
+        "text",
         config.data or _specs(base),
         tokenizer,
         **settings(base),
         document_mask=any(run.document_mask for run in base),
-    ) + evaluation.open_conversations(
-        config.conversations or _specs(tuned), tokenizer, **settings(tuned)
+    ) + evaluation.open_held_out(
+        "conversations", config.conversations or _specs(tuned), tokenizer, **settings(tuned)
     )
     tasks = {}
     if config.tasks:
@@ -215,14 +216,9 @@ def _sections(result: ModelResult) -> dict[str, dict[str, str]]:
     return sections
 
 
-def parse(args: Sequence[str]) -> EvaluateConfig:
-    """The function reads the command line."""
-    return tyro.cli(EvaluateConfig, args=gather_data(args), prog="python -m hamner.evaluate")
-
-
 def main(args: Sequence[str]) -> None:
     """The command evaluates as its flags say."""
-    config = parse(args)
+    config = tyro.cli(EvaluateConfig, args=gather_data(args), prog="python -m hamner.evaluate")
     from rich.console import Console
 
     results = evaluate(config)

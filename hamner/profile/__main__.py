@@ -18,9 +18,10 @@ from hamner.config.options import for_option
 from hamner.config.sft import part
 from hamner.config.train import ComputeConfig, RunConfig, TaskConfig, TrainConfig
 from hamner.errors import UserError
+from hamner.profile import memory, picture
 from hamner.profile.report import describe, describe_difference, describe_memory
 from hamner.profile.summary import summarize
-from hamner.profile.trace import Trace, read_trace, with_callers_of
+from hamner.profile.trace import read_trace, with_callers_of
 
 
 @dataclass(frozen=True)
@@ -108,25 +109,17 @@ def read(config: ReadConfig) -> None:
         traces = [trace]
         print(describe(summarize(trace, steps=config.steps)))
         if config.memory is not None:
-            _draw_memory(trace, config.memory)
+            timeline = memory.memory_timeline(trace)
+            if timeline is None:
+                raise UserError(
+                    f"--memory: {trace.path} holds no allocations; trace with profile_memory=True"
+                )
+            print(f"\n{describe_memory(timeline)}")
+            with _writing("--memory", config.memory):
+                memory.draw(timeline, config.memory)
     if config.picture is not None:
-        from hamner.profile.picture import draw
-
         with _writing("--picture", config.picture):
-            draw(traces, config.picture)
-
-
-def _draw_memory(trace: Trace, path: Path) -> None:
-    from hamner.profile.memory import draw, memory_timeline
-
-    timeline = memory_timeline(trace)
-    if timeline is None:
-        raise UserError(
-            f"--memory: {trace.path} holds no allocations; trace with profile_memory=True"
-        )
-    print(f"\n{describe_memory(timeline)}")
-    with _writing("--memory", path):
-        draw(timeline, path)
+            picture.draw(traces, config.picture)
 
 
 @contextlib.contextmanager

@@ -84,7 +84,7 @@ def open_held_out(
     seq_len: int,
     max_tokens: int,
     val_fraction: float,
-    document_mask: bool = True,
+    document_mask: bool,
 ) -> list[HeldOut]:
     """The function packs what is held out of every source as training does.
 

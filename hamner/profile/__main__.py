@@ -1,12 +1,6 @@
-"""`python -m hamner.profile` traces warm steps of an option, or reads any trace.
+"""`python -m hamner.profile` traces warm steps, or reads any trace; see profiles/README.md."""
 
-python -m hamner.profile --option a --out profiles/a        every flag of hamner.train
-python -m hamner.profile read TRACE
-python -m hamner.profile read --compare A B
-"""
-
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -18,6 +12,7 @@ from hamner.config.options import for_option
 from hamner.config.sft import part
 from hamner.config.train import ComputeConfig, RunConfig, TaskConfig, TrainConfig
 from hamner.errors import UserError
+from hamner.files import writing
 from hamner.profile import memory, picture
 from hamner.profile.report import describe, describe_difference, describe_memory
 from hamner.profile.summary import summarize
@@ -115,20 +110,11 @@ def read(config: ReadConfig) -> None:
                     f"--memory: {trace.path} holds no allocations; trace with profile_memory=True"
                 )
             print(f"\n{describe_memory(timeline)}")
-            with _writing("--memory", config.memory):
+            with writing(f"--memory {config.memory}"):
                 memory.draw(timeline, config.memory)
     if config.picture is not None:
-        with _writing("--picture", config.picture):
+        with writing(f"--picture {config.picture}"):
             picture.draw(traces, config.picture)
-
-
-@contextlib.contextmanager
-def _writing(flag: str, path: Path) -> Iterator[None]:
-    """The function names the flag whose file cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{flag} {path} cannot be written: {error.strerror}") from None
 
 
 def parse(args: Sequence[str]) -> ProfileConfig:
@@ -151,7 +137,6 @@ def parse(args: Sequence[str]) -> ProfileConfig:
 
 
 def main(args: Sequence[str]) -> None:
-    """The function captures or reads, as the command line says."""
     if args[:1] == ["read"] or args[:1] == ["--compare"]:
         args = args[1:] if args[0] == "read" else args
         read(tyro.cli(ReadConfig, args=args, prog="python -m hamner.profile read"))

@@ -1,16 +1,7 @@
 """`capture` traces warm steps of a run, as they run in training: real loader, clipping, optimizer.
 
-A capture writes into its folder
-
-    trace.json.gz          the steps: Perfetto, chrome://tracing, hamner.profile read
-    launches.json.gz       where a CUDA graph replays them: the same steps launched one by one,
-                           which tell what each kernel of the graph is for
-    memory.json.gz         one step with its allocations (on a GPU memory_snapshot.pickle too,
-                           which pytorch.org/memory_viz shows)
-    memory.png             memory over that step by kind
-    summary.md, .json      what is printed
-
-With several processes they are those of rank 0; the others take the same steps beside it.
+profiles/README.md lists the files that a capture writes. With several processes they are those of
+rank 0; the others take the same steps beside it.
 
 Some steps are timed without the profiler, because its own cost widens the gaps it shows.
 """
@@ -131,7 +122,17 @@ class _TracedRun:
 
     def __init__(self, step: TrainStep, loader: TrainLoader, ranges: Ranges) -> None:
         self.step, self.loader, self.ranges = step, loader, ranges
-        self.metadata = _metadata(step)
+        config, optimizer = step.config, step.optimizer
+        weights, state = optimizer.parameters.values(), optimizer.state_tensors().values()
+        self.metadata = {
+            "option": config.option,
+            "tokens_per_step": config.tokens_per_step,
+            "gpus": step.world_size,
+            "flops_per_token": flops_per_token(config.model, config.seq_len),
+            "precision": step.compute.precision,
+            "weight_bytes": sum(local(w).nbytes for w in weights),
+            "optimizer_bytes": sum(local(t).nbytes for t in state),
+        }
 
     @contextlib.contextmanager
     def _profiler(self, path: Path, **settings) -> Iterator[profile]:
@@ -176,17 +177,3 @@ class _TracedRun:
             if self.step.processes.rank.is_main:
                 torch.cuda.memory._dump_snapshot(str(out / "memory_snapshot.pickle"))
             torch.cuda.memory._record_memory_history(enabled=None)
-
-
-def _metadata(step: TrainStep) -> dict:
-    config, optimizer = step.config, step.optimizer
-    weights = optimizer.parameters.values()
-    return {
-        "option": config.option,
-        "tokens_per_step": config.tokens_per_step,
-        "gpus": step.world_size,
-        "flops_per_token": flops_per_token(config.model, config.seq_len),
-        "precision": step.compute.precision,
-        "weight_bytes": sum(local(w).nbytes for w in weights),
-        "optimizer_bytes": sum(local(t).nbytes for t in optimizer.state_tensors().values()),
-    }

@@ -82,13 +82,13 @@ def _headline(summary: Summary) -> str:
 
 
 def _time_table(summary: Summary) -> str:
-    by_time = sorted(summary.categories.items(), key=lambda item: -item[1])
-    rows = [(name, f"{time:.2f}", f"{time / summary.step_ms:.1%}") for name, time in by_time]
-    rows.append(("idle", f"{summary.idle_ms:.2f}", f"{summary.idle_ms / summary.step_ms:.1%}"))
+    rows = sorted(summary.categories.items(), key=lambda item: -item[1])
+    rows.append(("idle", summary.idle_ms))
     overlap = sum(summary.categories.values()) - summary.busy_ms
     if overlap > 0.005 * summary.step_ms:
-        rows.append(("side by side", f"-{overlap:.2f}", f"-{overlap / summary.step_ms:.1%}"))
-    return table(("category", "ms", "of the step"), rows)
+        rows.append(("side by side", -overlap))
+    cells = [(name, f"{time:.2f}", f"{time / summary.step_ms:.1%}") for name, time in rows]
+    return table(("category", "ms", "of the step"), cells)
 
 
 def _describe_communication(summary: Summary) -> str:

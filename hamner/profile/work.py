@@ -45,11 +45,6 @@ def _element(operation: Range, position: int) -> int:
     return _ELEMENT_BYTES[operation.types[position]]
 
 
-def _head_counts(operation: Range, position: int) -> tuple[int, int]:
-    """`_head_counts` reads the query heads and, after them, the key and value heads."""
-    return int(operation.values[position]), int(operation.values[position + 1])
-
-
 def _is_backward(operation: Range) -> bool:
     return operation.name.endswith("backward")
 
@@ -95,7 +90,7 @@ def _attention(
         keys = operation.dims[q + 1][2 if is_aten else 1]
         key_elements = _count(operation, q + 1)
     else:
-        num_heads, num_kv_heads = _head_counts(operation, heads)
+        num_heads, num_kv_heads = map(int, operation.values[heads : heads + 2])
         (length,) = middle
         keys = length
         size //= num_heads + 2 * num_kv_heads
@@ -147,7 +142,7 @@ def _rope(operation: Range, heads: int, weight: int | None = None) -> Cost:
     *rows, width = operation.dims[0]
     if weight is not None:
         width = operation.dims[weight][0]
-    num_heads, num_kv_heads = _head_counts(operation, heads)
+    num_heads, num_kv_heads = map(int, operation.values[heads : heads + 2])
     rotated = math.prod(rows) * width * (num_heads + num_kv_heads) / (num_heads + 2 * num_kv_heads)
     return costs.rope(rotated, _element(operation, 0))
 

@@ -41,7 +41,9 @@ def text(spec: str, document_mask: bool = False) -> HeldOut:
 
 
 def conversations() -> HeldOut:
-    (source,) = open_held_out("conversations", ("builtin",), TOKENIZER, **SETTINGS)
+    (source,) = open_held_out(
+        "conversations", ("builtin",), TOKENIZER, **SETTINGS, document_mask=True
+    )
     return source
 
 

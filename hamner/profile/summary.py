@@ -11,6 +11,7 @@ than busy. Messages between GPUs are best sent beside arithmetic:
                   + exposed             nothing else does: the step is longer by this
 """
 
+import math
 import re
 import statistics
 from collections import defaultdict
@@ -164,12 +165,17 @@ def _durations(trace: Trace, activities: list[Activity], steps: int) -> tuple[fl
         whole = trace.steps or trace.ranges
         span = max(r.end for r in whole) - whole[0].start
         return sum(activity.duration for activity in activities) / steps, span / steps
-    busy = 0.0
-    end = activities[0].start
+    end = max(activity.end for activity in activities)
+    return _busy(activities) / steps, (end - activities[0].start) / steps
+
+
+def _busy(activities: list[Activity]) -> float:
+    """The function gives the microseconds in which at least one of them runs."""
+    busy, end = 0.0, -math.inf
     for activity in activities:
         busy += max(0.0, activity.end - max(end, activity.start))
         end = max(end, activity.end)
-    return busy / steps, (end - activities[0].start) / steps
+    return busy
 
 
 def _kernels(
@@ -274,31 +280,11 @@ def _gaps(activities: list[Activity], steps: int) -> Gaps:
 
 
 def _communication(activities: list[Activity], steps: int) -> Communication | None:
-    sending = _spans([a for a in activities if is_collective(a)])
+    sending = [a for a in activities if is_collective(a)]
     if not sending:
         return None
-    total = sum(end - start for start, end in sending)
-    computing = _spans([a for a in activities if not is_collective(a)])
-    hidden, first = 0.0, 0
-    for start, end in sending:
-        while first < len(computing) and computing[first][1] <= start:
-            first += 1
-        for other_start, other_end in computing[first:]:
-            if other_start >= end:
-                break
-            hidden += min(end, other_end) - max(start, other_start)
-    return Communication(total / steps / 1e3, (total - hidden) / steps / 1e3)
-
-
-def _spans(activities: list[Activity]) -> list[tuple[float, float]]:
-    """The intervals (start, end), in order and apart, are when at least one of them ran."""
-    spans: list[tuple[float, float]] = []
-    for activity in activities:
-        if spans and activity.start <= spans[-1][1]:
-            spans[-1] = spans[-1][0], max(spans[-1][1], activity.end)
-        else:
-            spans.append((activity.start, activity.end))
-    return spans
+    exposed = _busy(activities) - _busy([a for a in activities if not is_collective(a)])
+    return Communication(_busy(sending) / steps / 1e3, exposed / steps / 1e3)
 
 
 def _waits(trace: Trace, steps: int) -> dict[str, tuple[float, float]]:

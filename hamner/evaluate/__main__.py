@@ -116,13 +116,8 @@ def _evaluate_model(
         from hamner.evaluate.harness import run_tasks
 
         # Before the model is built, so that the device holds one of the two at a time.
-        tasks = run_tasks(
-            saved,
-            config.tasks,
-            folder=config.task_folder,
-            limit=config.task_limit,
-            device=device,
-        )
+        chosen = {"folder": config.task_folder, "limit": config.task_limit}
+        tasks = run_tasks(saved, config.tasks, device=device, **chosen)
     model = saved.build(device)
     return ModelResult(
         checkpoint=str(saved.checkpoint.path),

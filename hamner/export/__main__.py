@@ -32,7 +32,7 @@ def export(config: ExportConfig) -> Path:
     """The function exports as `config` says and returns the path of what it wrote.
 
     Raises:
-        UserError: there is no such model, the format has no place for it, or the output cannot be
+        UserError: there is no such model, the format cannot hold it, or the output cannot be
             written; nothing is left behind then.
     """
     from hamner.checkpoint.saved_model import find_saved_model

@@ -17,7 +17,7 @@ from torch import Tensor
 from hamner.checkpoint.saved_model import SavedModel
 from hamner.config.model import ModelConfig
 from hamner.data.chat_template import END_TOKEN, JINJA_TEMPLATE
-from hamner.data.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
+from hamner.data.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN
 from hamner.errors import UserError
 from hamner.export.hf import architecture, to_hugging_face
 from hamner.model.rotary import scaled_theta
@@ -36,7 +36,15 @@ def write_gguf(path: Path, saved: SavedModel) -> None:
         UserError: llama.cpp has no such model or no such tokenizer.
     """
     config, weights = saved.config.model, saved.weights()
-    _check(config, saved.tokenizer)
+    if architecture(config) == "DiffLlama":
+        raise UserError("--to gguf: llama.cpp has no differential attention; use --to hf")
+    pre_tokenizers = saved.tokenizer.definition.get("pre_tokenizer", {}).get("pretokenizers", [])
+    patterns = [step.get("pattern", {}).get("Regex") for step in pre_tokenizers]
+    if SPLIT_PATTERN not in patterns:
+        raise UserError(
+            "--to gguf: only tokenizers made by hamner are known to split text as llama.cpp does; "
+            "use --to hf, and llama.cpp's convert_hf_to_gguf.py on the result"
+        )
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.LLAMA])
     writer.add_name(saved.name)
     _add_shape(writer, config, saved.config.seq_len)
@@ -74,19 +82,6 @@ def _add_shape(writer: gguf.GGUFWriter, config: ModelConfig, context: int) -> No
     if config.is_moe:
         writer.add_expert_count(config.num_experts)
         writer.add_expert_used_count(config.num_experts_per_token)
-
-
-def _check(config: ModelConfig, tokenizer: Tokenizer) -> None:
-    """The function refuses what llama.cpp cannot run."""
-    if architecture(config) == "DiffLlama":
-        raise UserError("--to gguf: llama.cpp has no differential attention; use --to hf")
-    pre_tokenizers = tokenizer.definition.get("pre_tokenizer", {}).get("pretokenizers", [])
-    patterns = [step.get("pattern", {}).get("Regex") for step in pre_tokenizers]
-    if SPLIT_PATTERN not in patterns:
-        raise UserError(
-            "--to gguf: only tokenizers made by hamner are known to split text as llama.cpp does; "
-            "use --to hf, and llama.cpp's convert_hf_to_gguf.py on the result"
-        )
 
 
 def gguf_tensors(

@@ -65,30 +65,26 @@ def capture(config: TrainConfig, out: Path, *, steps: int, warmup: int) -> Summa
             times = time_steps(step, loader, TIMED_STEPS)
             run.metadata["unprofiled_step_ms"] = statistics.median(times)
             run.trace_time(out / "trace.json.gz", steps)
-        return _summarize(config, out, is_graphed) if processes.rank.is_main else None
-
-
-def _summarize(config: TrainConfig, out: Path, is_graphed: bool) -> Summary:
-    """What the traces show is written and printed."""
-    trace = read_trace(out / "trace.json.gz")
-    if is_graphed:
-        trace = with_callers_of(trace, read_trace(out / "launches.json.gz"))
-    summary = summarize(trace)
-    timeline = memory.memory_timeline(read_trace(out / "memory.json.gz"))
-    memory.draw(timeline, out / "memory.png")
-    text = f"{report.describe(summary)}\n\n{report.describe_memory(timeline)}\n"
-    (out / "summary.md").write_text(text, encoding="utf-8")
-    values = {"config": config.to_json(), "summary": asdict(summary), "peak": timeline.peak}
-    (out / "summary.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    print(text, end="")
-    return summary
+        if not processes.rank.is_main:
+            return None
+        trace = read_trace(out / "trace.json.gz")
+        if is_graphed:
+            trace = with_callers_of(trace, read_trace(out / "launches.json.gz"))
+        summary = summarize(trace)
+        timeline = memory.memory_timeline(read_trace(out / "memory.json.gz"))
+        memory.draw(timeline, out / "memory.png")
+        text = f"{report.describe(summary)}\n\n{report.describe_memory(timeline)}\n"
+        (out / "summary.md").write_text(text, encoding="utf-8")
+        values = {"config": config.to_json(), "summary": asdict(summary), "peak": timeline.peak}
+        (out / "summary.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        print(text, end="")
+        return summary
 
 
 def run_for_nsight(config: TrainConfig, *, steps: int, warmup: int) -> None:
     """The same steps run with NVTX ranges between cudaProfilerStart and Stop; nothing is written.
 
-    For `nsys profile --capture-range cudaProfilerApi` and `ncu --profile-from-start off`, which
-    cannot share the GPU's counters with torch-profiler.
+    profiles/README.md says how nsys and ncu are run on it.
 
     Raises:
         UserError: there is no GPU, or the configuration does not allow it.

@@ -33,29 +33,26 @@ class Ranges:
     """
 
     def __init__(self) -> None:
-        self._is_on = False
-        self._phase = contextlib.ExitStack()
+        self._phase: contextlib.ExitStack | None = None
 
     def __call__(self, phase: str, step: int) -> None:
         """The phase before ends; this one begins, unless it is ""."""
-        if self._is_on:
+        if self._phase is not None:
             self._phase.close()
             if phase:
                 self._phase.enter_context(_range(phase))
 
     @contextlib.contextmanager
     def named(self, step: TrainStep) -> Iterator[None]:
-        """While it is open, the phases of the step that this observes have names, and so have the
-        modules, unless the model is compiled or a CUDA graph."""
-        # Hooks would break a compiled graph into pieces, and a replay calls none.
+        """While it is open, the step's phases have names, and its modules if hooks are called."""
+        # Hooks would break a compiled model's graph into pieces, and a CUDA graph calls none.
         has_modules = not (step.is_graphed or step.config.compile)
-        with _named_modules(step.model) if has_modules else contextlib.nullcontext():
-            self._is_on = True
+        modules = _named_modules(step.model) if has_modules else contextlib.nullcontext()
+        with modules, contextlib.ExitStack() as self._phase:
             try:
                 yield
             finally:
-                self("", 0)
-                self._is_on = False
+                self._phase = None
 
 
 @contextlib.contextmanager

@@ -237,10 +237,8 @@ def short_name(name: str) -> str:
     """Return type, template arguments, parameters and namespaces leave a kernel's name."""
     name = re.sub(r"^void ", "", name).replace("(anonymous namespace)::", "")
     name = re.sub(r"\(.*", "", name, flags=re.DOTALL)
-    head, bracket, arguments = name.partition("<")
+    head, _, arguments = name.partition("<")
     head = head.removeprefix("at::native::").removeprefix("cutlass::")
-    if not bracket:
-        return head
     # Generic wrappers are distinguished by the functor they are given.
     functors = re.findall(r"\w*(?:Functor\w*|Ops?|_kernel(?:_cuda)?|Kernel|Epilogue)\b", arguments)
     inner = next((functor for functor in functors if functor not in head), None)

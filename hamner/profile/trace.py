@@ -166,13 +166,13 @@ def read_trace(path: Path) -> Trace:
         UserError: the file is not readable or not such a trace.
     """
     document = _read_document(path)
-    events = document.get("traceEvents") if isinstance(document, dict) else document
+    header = document if isinstance(document, dict) else {"traceEvents": document}
+    events = header.get("traceEvents")
     if not isinstance(events, list):
         raise UserError(
             f"{path} is not a torch-profiler trace: it has no traceEvents; write one with "
             "torch.profiler's export_chrome_trace or with python -m hamner.profile"
         )
-    header = document if isinstance(document, dict) else {}
     complete = [e for e in events if isinstance(e, dict) and e.get("ph") == "X" and "dur" in e]
     ranges, launches = _nest(complete)
     gpu_work = [
@@ -276,16 +276,14 @@ def _cpu_activities(ranges: list[Range]) -> list[Activity]:
 
 
 def _memory_events(events: list) -> list[MemoryEvent]:
-    by_device: dict[int, list[MemoryEvent]] = {0: [], 1: []}  # c10::DeviceType: CPU, CUDA
+    by_device = defaultdict(list)
     for event in events:
         if isinstance(event, dict) and event.get("name") == "[memory]":
-            values = event["args"]
-            by_device.setdefault(values["Device Type"], []).append(
-                MemoryEvent(
-                    float(event["ts"]), values["Addr"], values["Bytes"], values["Total Allocated"]
-                )
-            )
-    return sorted(by_device[1] or by_device[0], key=lambda event: event.time)
+            time, values = float(event["ts"]), event["args"]
+            fields = (values[name] for name in ("Addr", "Bytes", "Total Allocated"))
+            by_device[values["Device Type"]].append(MemoryEvent(time, *fields))
+    # c10::DeviceType: CUDA, CPU.
+    return sorted(by_device[1] or by_device[0], key=attrgetter("time"))
 
 
 def _device_name(header: dict) -> str | None:

@@ -36,12 +36,10 @@ def _given(operation: Range, position: int) -> bool:
 
 
 def _count(operation: Range, position: int) -> int:
-    """`_count` gives the number of a tensor's elements."""
     return math.prod(operation.dims[position])
 
 
-def _element(operation: Range, position: int) -> int:
-    """`_element` gives the bytes of one element of a tensor."""
+def _element_size(operation: Range, position: int) -> int:
     return _ELEMENT_BYTES[operation.types[position]]
 
 
@@ -50,17 +48,17 @@ def _is_backward(operation: Range) -> bool:
 
 
 def _matmul(operation: Range, first: int = 0) -> Cost:
-    """It is (..., M, K) x (..., K, N) or, by experts, (M, K) x (E, K, N), from argument `first`."""
+    """A matmul is (..., M, K) x (..., K, N) or, by experts, (M, K) x (E, K, N)."""
     left, right = operation.dims[first], operation.dims[first + 1]
     rows, experts = math.prod(left[:-1]), math.prod(right[:-2])
     if len(left) == 2 and len(right) == 2 and left[1] != right[0]:
         raise ValueError("not a matmul's shapes")
-    size = _element(operation, first)
+    size = _element_size(operation, first)
     return costs.grouped_matmul(rows, left[-1], right[-1], experts=experts, element_size=size)
 
 
 def _moe_matmuls(operation: Range, x: int, down_weight: int) -> Cost:
-    """The routing weights follow x."""
+    """The experts' down weights are (E, D, I); the routing weights follow x."""
     experts, width, inner = operation.dims[down_weight]
     return costs.moe_mlp(
         _count(operation, x),
@@ -68,7 +66,7 @@ def _moe_matmuls(operation: Range, x: int, down_weight: int) -> Cost:
         width=width,
         inner=inner,
         experts=experts,
-        element_size=_element(operation, x),
+        element_size=_element_size(operation, x),
         backward=_is_backward(operation),
     )
 
@@ -76,7 +74,7 @@ def _moe_matmuls(operation: Range, x: int, down_weight: int) -> Cost:
 def _attention(
     operation: Range, q: int, causal: int, documents: int | None = None, heads: int | None = None
 ) -> Cost:
-    """Here q is (B, H, T, hd) in ATen and (B, T, H, hd) elsewhere, k comes after it.
+    """Attention's q is (B, H, T, hd) in ATen and (B, T, H, hd) elsewhere; k comes after it.
 
     With `heads` both are packed with v, (B, T, (H + 2 KV) hd). A causal mask halves the square;
     with documents it is not known.
@@ -101,7 +99,7 @@ def _attention(
         batch * length * num_heads * size,
         key_elements,
         width=num_heads * size,
-        element_size=_element(operation, q),
+        element_size=_element_size(operation, q),
         backward=_is_backward(operation),
     )
 
@@ -110,7 +108,7 @@ def _norm(operation: Range, x: int, residual: int | None = None, kept: int | Non
     """Nothing is added where `residual` is absent; the result is recomputed where `kept` is."""
     return costs.rms_norm(
         _count(operation, x),
-        _element(operation, x),
+        _element_size(operation, x),
         adds_residual=residual is not None and _given(operation, residual),
         backward=_is_backward(operation),
         recompute=kept is not None and not _given(operation, kept),
@@ -121,7 +119,7 @@ def _swiglu(operation: Range, gate_up: int, kept: int | None = None) -> Cost:
     """`kept` is the position of SwiGLU's result, absent where it is recomputed."""
     return costs.swiglu(
         _count(operation, gate_up) // 2,
-        _element(operation, gate_up),
+        _element_size(operation, gate_up),
         backward=_is_backward(operation),
         recompute=kept is not None and not _given(operation, kept),
     )
@@ -130,7 +128,7 @@ def _swiglu(operation: Range, gate_up: int, kept: int | None = None) -> Cost:
 def _router(operation: Range, x: int) -> Cost:
     """Its fp32 products are without tensor cores, whose peak says nothing of them: bytes alone."""
     *rows, width = operation.dims[x]
-    experts, size = operation.dims[x + 1][0], _element(operation, x)
+    experts, size = operation.dims[x + 1][0], _element_size(operation, x)
     backward = _is_backward(operation)
     cost = costs.router_linear(math.prod(rows), width, experts, size, backward=backward)
     return Cost(bytes=cost.bytes)
@@ -144,13 +142,13 @@ def _rope(operation: Range, heads: int, weight: int | None = None) -> Cost:
         width = operation.dims[weight][0]
     num_heads, num_kv_heads = map(int, operation.values[heads : heads + 2])
     rotated = math.prod(rows) * width * (num_heads + num_kv_heads) / (num_heads + 2 * num_kv_heads)
-    return costs.rope(rotated, _element(operation, 0))
+    return costs.rope(rotated, _element_size(operation, 0))
 
 
 def _loss(operation: Range) -> Cost:
     """Logits are read and written once; the matmuls around them count as matmuls."""
     (tokens, width), vocab_size = operation.dims[0], operation.dims[1][0]
-    cost = costs.linear_cross_entropy(tokens, width, vocab_size, _element(operation, 0))
+    cost = costs.linear_cross_entropy(tokens, width, vocab_size, _element_size(operation, 0))
     return Cost(bytes=cost.bytes)
 
 
@@ -169,7 +167,7 @@ def _adamw(operation: Range) -> Cost:
 
 def _tensor_bytes(operation: Range) -> list[int]:
     tensors = [i for i, kind in enumerate(operation.types) if kind in _ELEMENT_BYTES]
-    return [_count(operation, i) * _element(operation, i) for i in tensors]
+    return [_count(operation, i) * _element_size(operation, i) for i in tensors]
 
 
 # By category of the kernel, then by operation; positions are those of the op's schema.
@@ -210,9 +208,11 @@ _FORMULAS: dict[str, dict[str, Formula]] = {
         # Of the matmul's result, in place.
         "hamner::rms_norm_linear": partial(_rope, heads=9, weight=3),
         # Into a fresh tensor: v is copied along. Absent where attention's backward rotates.
-        "hamner::rms_norm_linear_backward": lambda op: costs.rope(_count(op, 0), _element(op, 0)),
+        "hamner::rms_norm_linear_backward": lambda op: costs.rope(
+            _count(op, 0), _element_size(op, 0)
+        ),
         "hamner::rope_packed_": partial(_rope, heads=3),
-        "hamner::rope": lambda op: costs.rope(_count(op, 0) + _count(op, 1), _element(op, 0)),
+        "hamner::rope": lambda op: costs.rope(_count(op, 0) + _count(op, 1), _element_size(op, 0)),
     },
     "swiglu": {
         "hamner::swiglu": partial(_swiglu, gate_up=0),
@@ -223,7 +223,7 @@ _FORMULAS: dict[str, dict[str, Formula]] = {
     "loss": {
         "hamner::linear_cross_entropy": _loss,
         "hamner::linear_cross_entropy_backward": lambda op: costs.scale_loss_gradients(
-            _count(op, 1), _count(op, 2), _element(op, 1)
+            _count(op, 1), _count(op, 2), _element_size(op, 1)
         ),
     },
     "routing": {

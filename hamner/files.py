@@ -49,6 +49,19 @@ def made_whole(path: Path) -> Iterator[Path]:
         temporary.replace(path)
 
 
+@contextlib.contextmanager
+def writing(what: str) -> Iterator[None]:
+    """The context names what could not be written in it, such as a flag and its path.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what} cannot be written: {error.strerror}") from error
+
+
 def flush(path: Path) -> None:
     """The function has the operating system put a file or folder on disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -116,11 +116,11 @@ class SftConfig:
             UserError: The file is not readable, or not a configuration of this version.
         """
         saved = TrainConfig.read(path)
-        parts = {"compute": _part(ComputeConfig, saved), "run": _part(RunConfig, saved)}
+        parts = {"compute": part(ComputeConfig, saved), "run": part(RunConfig, saved)}
         own = {f.name: getattr(saved, f.name) for f in fields(cls) if f.name not in parts}
         return cls(**own | {"sft": saved.sft or FineTuning()}, **parts)
 
 
-def _part(cls: type, config: TrainConfig):
+def part(cls: type, config: TrainConfig):
     """The function takes one part out of a configuration."""
     return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})

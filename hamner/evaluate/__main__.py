@@ -1,5 +1,6 @@
-"""`python -m hamner.evaluate` says how good a model is, alone or beside others."""
+"""`python -m hamner.evaluate` says how good a model is, or several side by side."""
 
+import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,13 +11,14 @@ import tyro
 
 from hamner.cli import gather_data, run_command
 from hamner.errors import UserError
+from hamner.files import writing
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from hamner.checkpoint.saved_model import SavedModel
-    from hamner.config.train import TrainConfig
-    from hamner.evaluate.evaluation import Sample, SourceResult
+    from hamner.data.tokenizer import Tokenizer
+    from hamner.evaluate.evaluation import HeldOut, Kind, Sample, SourceResult
 
 
 @dataclass(frozen=True)
@@ -84,14 +86,21 @@ def evaluate(config: EvaluateConfig) -> list[ModelResult]:
         UserError: a checkpoint, a source or a task that cannot be read.
     """
     from hamner.checkpoint.saved_model import find_saved_model
+    from hamner.export.hf import unsupported_reason
     from hamner.parallel.device import select_device
 
-    if config.tasks:
-        _require_harness()
+    # What --tasks needs is asked for early. The last two packages are what the harness's model
+    # class for Hugging Face's format needs.
+    packages = ("lm_eval", "transformers", "accelerate") if config.tasks else ()
+    if not all(map(importlib.util.find_spec, packages)):
+        raise UserError("--tasks needs lm-evaluation-harness: pip install 'hamner[harness]'")
     device = select_device(config.device)
     models = [find_saved_model(path) for path in config.checkpoint]
-    if config.tasks:
-        _require_exports(models)
+    for saved in models if config.tasks else ():
+        if reason := unsupported_reason(saved.config.model):
+            raise UserError(
+                f"--tasks: lm-evaluation-harness cannot read {saved.checkpoint.path}: {reason}"
+            )
     return [_evaluate_model(saved, models, config, device) for saved in models]
 
 
@@ -100,77 +109,51 @@ def _evaluate_model(
 ) -> ModelResult:
     from hamner.evaluate import evaluation
 
-    base = [other.config for other in models if not other.is_chat]
-    tuned = [other.config for other in models if other.is_chat]
-    seq_len = config.seq_len or max(run.seq_len for run in base + tuned)
-
-    def settings(runs: "Sequence[TrainConfig]") -> dict[str, Any]:
-        """The function gives what the runs trained on a kind of data held out of it."""
-        runs = runs or base + tuned
-        return {
-            "seq_len": seq_len,
-            "max_tokens": config.eval_tokens or max(run.eval_tokens for run in runs),
-            "val_fraction": config.val_fraction or min(run.val_fraction for run in runs),
-        }
-
-    tokenizer = saved.tokenizer
-    held_out = evaluation.open_text(
-        config.data or _specs(base),
-        tokenizer,
-        **settings(base),
-        document_mask=any(run.document_mask for run in base),
-    ) + evaluation.open_conversations(
-        config.conversations or _specs(tuned), tokenizer, **settings(tuned)
-    )
+    held_out = _open_held_out("text", saved.tokenizer, models, config)
+    held_out += _open_held_out("conversations", saved.tokenizer, models, config)
     tasks = {}
     if config.tasks:
         from hamner.evaluate.harness import run_tasks
 
         # Before the model is built, so that the device holds one of the two at a time.
-        tasks = run_tasks(
-            saved,
-            config.tasks,
-            folder=config.task_folder,
-            limit=config.task_limit,
-            device=device,
-        )
+        chosen = {"folder": config.task_folder, "limit": config.task_limit}
+        tasks = run_tasks(saved, config.tasks, device=device, **chosen)
     model = saved.build(device)
     return ModelResult(
         checkpoint=str(saved.checkpoint.path),
         option=saved.config.option,
         parameters=saved.config.model.num_parameters(),
         is_chat=saved.is_chat,
-        sources=[evaluation.evaluate_source(model, tokenizer, source) for source in held_out],
-        samples=evaluation.samples(model, tokenizer, is_chat=saved.is_chat),
+        sources=[evaluation.evaluate_source(model, saved.tokenizer, source) for source in held_out],
+        samples=evaluation.samples(model, saved.tokenizer, is_chat=saved.is_chat),
         tasks=tasks,
     )
 
 
-def _require_harness() -> None:
-    """The function refuses `--tasks` early where lm-evaluation-harness is not installed."""
-    import importlib.util
-
-    # The last two are what its model class for Hugging Face's format needs.
-    if not all(map(importlib.util.find_spec, ("lm_eval", "transformers", "accelerate"))):
-        raise UserError("--tasks needs lm-evaluation-harness: pip install 'hamner[harness]'")
-
-
-def _require_exports(models: "Sequence[SavedModel]") -> None:
-    """The function refuses `--tasks` early for a model that cannot be exported to the harness."""
-    from hamner.export.hf import unsupported_reason
-
-    for saved in models:
-        if reason := unsupported_reason(saved.config.model):
-            raise UserError(
-                f"--tasks: lm-evaluation-harness cannot read {saved.checkpoint.path}: {reason}"
-            )
-
-
-def _specs(runs: Sequence[Any]) -> tuple[str, ...]:
-    """The function names what runs were trained on, each once and without weights."""
+def _open_held_out(
+    kind: "Kind", tokenizer: "Tokenizer", models: "list[SavedModel]", config: EvaluateConfig
+) -> "list[HeldOut]":
+    """The function opens what the models trained on this kind of data held out of it."""
     from hamner.data.specs import parse_specs
+    from hamner.evaluate.evaluation import open_held_out
 
-    return tuple(dict.fromkeys(spec.text for run in runs for spec in parse_specs(run.data)))
+    every = [saved.config for saved in models]
+    trained = [saved.config for saved in models if saved.is_chat == (kind == "conversations")]
+    runs = trained or every
+    specs = config.data if kind == "text" else config.conversations
+    if not specs:
+        # Each once and without weights.
+        parsed = (spec.text for run in trained for spec in parse_specs(run.data))
+        specs = tuple(dict.fromkeys(parsed))
+    return open_held_out(
+        kind,
+        specs,
+        tokenizer,
+        seq_len=config.seq_len or max(run.seq_len for run in every),
+        max_tokens=config.eval_tokens or max(run.eval_tokens for run in runs),
+        val_fraction=config.val_fraction or min(run.val_fraction for run in runs),
+        document_mask=kind == "conversations" or any(run.document_mask for run in trained),
+    )
 
 
 def show(results: Sequence[ModelResult], console: "Console") -> None:
@@ -215,26 +198,16 @@ def _sections(result: ModelResult) -> dict[str, dict[str, str]]:
     return sections
 
 
-def parse(args: Sequence[str]) -> EvaluateConfig:
-    """The function reads the command line."""
-    return tyro.cli(EvaluateConfig, args=gather_data(args), prog="python -m hamner.evaluate")
-
-
 def main(args: Sequence[str]) -> None:
-    """The command evaluates as its flags say."""
-    config = parse(args)
+    config = tyro.cli(EvaluateConfig, args=gather_data(args), prog="python -m hamner.evaluate")
     from rich.console import Console
 
     results = evaluate(config)
     show(results, Console(highlight=False))
     if config.output is not None:
         text = json.dumps({"models": [asdict(result) for result in results]}, indent=1)
-        try:
+        with writing(f"--output {config.output}"):
             config.output.write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(
-                f"--output {config.output} cannot be written: {error.strerror}"
-            ) from error
         print(f"\nwritten to {config.output}")
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -62,10 +62,10 @@ class SourceResult:
     name: str
     kind: Kind
     tokens: int
-    loss: float | None
-    perplexity: float | None
-    bits_per_byte: float | None
-    loss_by_position: dict[str, float]
+    loss: float | None = None
+    perplexity: float | None = None
+    bits_per_byte: float | None = None
+    loss_by_position: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ class Sample:
     text: str
 
 
-def open_text(
+def open_held_out(
+    kind: Kind,
     specs: Sequence[str],
     tokenizer: Tokenizer,
     *,
@@ -85,41 +86,29 @@ def open_text(
     val_fraction: float,
     document_mask: bool,
 ) -> list[HeldOut]:
-    """The function packs the held-out documents of every source as pre-training does.
+    """The function packs what is held out of every source as training does.
 
     Args:
-        specs: as for `hamner.train`, without weights.
+        kind: text, packed as pre-training does, or conversations, packed as fine-tuning does.
+        specs: as for `hamner.train` or `hamner.sft`, without weights.
         tokenizer: of the model.
         seq_len: T.
         max_tokens: most tokens of a source.
         val_fraction: share held out; that of the training, so that nothing trained on is met.
-        document_mask: whether the documents of a row are kept apart.
+        document_mask: whether the documents of a row are kept apart, as conversations always are.
 
     Raises:
         UserError: a source that cannot be read.
     """
     sources = []
     for spec in specs:
-        config = DataConfig((spec,), seq_len, batch_size=1, seed=0, val_fraction=val_fraction)
-        batch = validation_rows(config, tokenizer, max_tokens)
-        sources.append(HeldOut(spec, "text", batch, document_mask))
-    return sources
-
-
-def open_conversations(
-    specs: Sequence[str],
-    tokenizer: Tokenizer,
-    *,
-    seq_len: int,
-    max_tokens: int,
-    val_fraction: float,
-) -> list[HeldOut]:
-    """The function packs held-out conversations as fine-tuning does; see `open_text`."""
-    sources = []
-    for spec in specs:
-        examples = load_examples((spec,), tokenizer, seq_len, val_fraction)
-        batch = validation_batch(examples, tokenizer, seq_len, max_tokens)
-        sources.append(HeldOut(spec, "conversations", batch, True))
+        if kind == "text":
+            config = DataConfig((spec,), seq_len, batch_size=1, seed=0, val_fraction=val_fraction)
+            batch = validation_rows(config, tokenizer, max_tokens)
+        else:
+            examples = load_examples((spec,), tokenizer, seq_len, val_fraction)
+            batch = validation_batch(examples, tokenizer, seq_len, max_tokens)
+        sources.append(HeldOut(spec, kind, batch, document_mask))
     return sources
 
 
@@ -130,15 +119,7 @@ def evaluate_source(model: Transformer, tokenizer: Tokenizer, source: HeldOut) -
     kept = batch.targets != IGNORED_TARGET
     tokens = int(kept.sum())
     if not tokens:
-        return SourceResult(
-            name=source.name,
-            kind=source.kind,
-            tokens=0,
-            loss=None,
-            perplexity=None,
-            bits_per_byte=None,
-            loss_by_position={},
-        )
+        return SourceResult(source.name, source.kind, tokens=0)
     loss = losses[kept].mean().item()
     if source.document_mask:
         positions = document_positions(batch.document_ids)
@@ -206,19 +187,18 @@ def loss_by_position(losses: Tensor, positions: Tensor, kept: Tensor) -> dict[st
 
 
 def samples(model: Transformer, tokenizer: Tokenizer, *, is_chat: bool) -> list[Sample]:
-    """The function has a chat model answer fixed questions, any other continue fixed prompts."""
-    if not is_chat:
-        return [Sample(prompt, generate(model, tokenizer, prompt)) for prompt in PROMPTS]
-    generator = Generator(model, tokenizer)
-    return [Sample(question, reply(generator, question)) for question in QUESTIONS]
+    """The function has a chat model answer fixed questions, any other continue fixed prompts.
 
-
-def reply(generator: Generator, question: str) -> str:
-    """The function gives the likeliest answer of a chat model to one question.
+    Answers are the likeliest ones.
 
     Raises:
-        UserError: the model's context is too short for the question.
+        UserError: a chat model's context is too short for a question.
     """
-    messages = [Message("user", question)]
-    completion = answer(generator, messages, GREEDY, max_new_tokens=ANSWER_TOKENS, seed=0)
-    return completion.run().strip()
+    if not is_chat:
+        return [Sample(prompt, generate(model, tokenizer, prompt)) for prompt in PROMPTS]
+    generator, chosen = Generator(model, tokenizer), []
+    for question in QUESTIONS:
+        messages = [Message("user", question)]
+        completion = answer(generator, messages, GREEDY, max_new_tokens=ANSWER_TOKENS, seed=0)
+        chosen.append(Sample(question, completion.run().strip()))
+    return chosen

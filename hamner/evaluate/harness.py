@@ -30,7 +30,7 @@ def run_tasks(
     """The function scores tasks of the harness.
 
     Args:
-        saved: a model that Hugging Face's format has a place for.
+        saved: a model that Hugging Face's format can hold.
         tasks: names known to the harness or defined in `folder`.
         folder: of more task files (YAML).
         limit: most examples of a task; None takes all.

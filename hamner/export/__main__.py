@@ -3,16 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from hamner.cli import run_command
 from hamner.errors import UserError
-from hamner.files import made_whole
-
-if TYPE_CHECKING:
-    from hamner.checkpoint.saved_model import SavedModel
+from hamner.files import made_whole, writing
 
 
 @dataclass(frozen=True)
@@ -35,53 +32,32 @@ def export(config: ExportConfig) -> Path:
     """The function exports as `config` says and returns the path of what it wrote.
 
     Raises:
-        UserError: there is no such model, the format has no place for it, or the output cannot be
+        UserError: there is no such model, the format cannot hold it, or the output cannot be
             written; nothing is left behind then.
     """
     from hamner.checkpoint.saved_model import find_saved_model
-    from hamner.export.hf import write_hugging_face
 
     if config.output.exists():
         raise UserError(f"{config.output} exists already: name another output, or remove it")
     saved = find_saved_model(config.checkpoint)
-    write = write_hugging_face if config.to == "hf" else _write_gguf
-    try:
+    if config.to == "hf":
+        from hamner.export.hf import write_hugging_face as write
+    else:
+        try:
+            from hamner.export.gguf import write_gguf as write
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"--to gguf needs the package {error.name}: pip install 'hamner[gguf]'"
+            ) from error
+    with writing(str(config.output)):
         config.output.parent.mkdir(parents=True, exist_ok=True)
         with made_whole(config.output) as path:
             write(path, saved)
-    except OSError as error:
-        raise UserError(f"{config.output} cannot be written: {error.strerror}") from error
     return config.output
 
 
-def _write_gguf(file: Path, saved: "SavedModel") -> None:
-    try:
-        from hamner.export.gguf import write_gguf
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"--to gguf needs the package {error.name}: pip install 'hamner[gguf]'"
-        ) from error
-    from hamner.data.chat_template import END_TOKEN
-
-    write_gguf(
-        file,
-        saved.config.model,
-        saved.weights(),
-        saved.tokenizer,
-        name=saved.name,
-        context=saved.config.seq_len,
-        end_of_turn=END_TOKEN if saved.is_chat else None,
-    )
-
-
-def parse(args: Sequence[str]) -> ExportConfig:
-    """The function reads the command line."""
-    return tyro.cli(ExportConfig, args=args, prog="python -m hamner.export")
-
-
 def main(args: Sequence[str]) -> None:
-    """The command exports as its flags say."""
-    config = parse(args)
+    config = tyro.cli(ExportConfig, args=args, prog="python -m hamner.export")
     print(f"wrote {export(config)}")
 
 

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hamner.checkpoint.saved_model import SavedModel
 from hamner.config.model import ModelConfig
-from hamner.data.chat_template import JINJA_TEMPLATE
-from hamner.data.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
+from hamner.data.chat_template import END_TOKEN, JINJA_TEMPLATE
+from hamner.data.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN
 from hamner.errors import UserError
 from hamner.export.hf import architecture, to_hugging_face
 from hamner.model.rotary import scaled_theta
@@ -28,48 +29,34 @@ same pattern, it neither skips merges nor puts a token before the text."""
 _EXPERT = re.compile(r"(.+\.experts)\.\d+\.(w\d)\.weight")
 
 
-def write_gguf(
-    path: Path,
-    config: ModelConfig,
-    weights: Mapping[str, Tensor],
-    tokenizer: Tokenizer,
-    *,
-    name: str,
-    context: int,
-    end_of_turn: str | None,
-) -> None:
-    """The function writes a model and its tokenizer as one file.
-
-    Args:
-        path: the file.
-        config: of the model.
-        weights: every parameter by its name in `hamner.model.transformer.Transformer`; matrices are
-            stored in the dtype they have.
-        tokenizer: the model's.
-        name: of the model, for people.
-        context: tokens the model was trained to use at once.
-        end_of_turn: the special token that ends an answer, of a chat model.
+def write_gguf(path: Path, saved: SavedModel) -> None:
+    """The function writes a model and its tokenizer as one file; matrices keep their dtype.
 
     Raises:
         UserError: llama.cpp has no such model or no such tokenizer.
     """
-    check_gguf(config, tokenizer)
+    config, weights = saved.config.model, saved.weights()
+    if architecture(config) == "DiffLlama":
+        raise UserError("--to gguf: llama.cpp has no differential attention; use --to hf")
+    pre_tokenizers = saved.tokenizer.definition.get("pre_tokenizer", {}).get("pretokenizers", [])
+    patterns = [step.get("pattern", {}).get("Regex") for step in pre_tokenizers]
+    if SPLIT_PATTERN not in patterns:
+        raise UserError(
+            "--to gguf: only tokenizers made by hamner are known to split text as llama.cpp does; "
+            "use --to hf, and llama.cpp's convert_hf_to_gguf.py on the result"
+        )
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.LLAMA])
-    writer.add_name(name)
-    _add_shape(writer, config, context)
+    writer.add_name(saved.name)
+    _add_shape(writer, config, saved.config.seq_len)
     is_bf16 = weights["embed.weight"].dtype == torch.bfloat16
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16 if is_bf16 else gguf.LlamaFileType.ALL_F32)
-    _add_tokenizer(writer, config, tokenizer, end_of_turn)
-    for tensor_name, tensor in gguf_tensors(config, weights):
+    _add_tokenizer(writer, saved)
+    types = {torch.bfloat16: gguf.GGMLQuantizationType.BF16}
+    for name, tensor in gguf_tensors(config, weights):
+        kind = types.get(tensor.dtype, gguf.GGMLQuantizationType.F32)
         # numpy has no bf16: the package's quantiser rounds what is exact already.
-        kind = (
-            gguf.GGMLQuantizationType.BF16
-            if tensor.dtype == torch.bfloat16
-            else gguf.GGMLQuantizationType.F32
-        )
-        writer.add_tensor(
-            tensor_name, gguf.quants.quantize(tensor.float().numpy(), kind), raw_dtype=kind
-        )
+        values = gguf.quants.quantize(tensor.float().numpy(), kind)
+        writer.add_tensor(name, values, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -97,23 +84,6 @@ def _add_shape(writer: gguf.GGUFWriter, config: ModelConfig, context: int) -> No
         writer.add_expert_used_count(config.num_experts_per_token)
 
 
-def check_gguf(config: ModelConfig, tokenizer: Tokenizer) -> None:
-    """The function refuses what llama.cpp cannot run.
-
-    Raises:
-        UserError: says why.
-    """
-    if architecture(config) == "DiffLlama":
-        raise UserError("--to gguf: llama.cpp has no differential attention; use --to hf")
-    pre_tokenizers = tokenizer.definition.get("pre_tokenizer", {}).get("pretokenizers", [])
-    patterns = [step.get("pattern", {}).get("Regex") for step in pre_tokenizers]
-    if SPLIT_PATTERN not in patterns:
-        raise UserError(
-            "--to gguf: only tokenizers made by hamner are known to split text as llama.cpp does; "
-            "use --to hf, and llama.cpp's convert_hf_to_gguf.py on the result"
-        )
-
-
 def gguf_tensors(
     config: ModelConfig, weights: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
@@ -122,11 +92,11 @@ def gguf_tensors(
     experts: dict[str, list[Tensor]] = {}
     for name, tensor in to_hugging_face(config, weights).items():
         if match := _EXPERT.fullmatch(name):
-            parts = experts.setdefault(f"{match[1]}.{match[2]}.weight", [])
-            parts.append(tensor)
-            if len(parts) < config.num_experts:
+            name = f"{match[1]}.{match[2]}.weight"
+            experts.setdefault(name, []).append(tensor)
+            if len(experts[name]) < config.num_experts:
                 continue
-            name, tensor = f"{match[1]}.{match[2]}.weight", torch.stack(parts)
+            tensor = torch.stack(experts[name])
         elif name.endswith("q_proj.weight"):
             tensor = _interleave_halves(tensor, config.num_attention_heads)
         elif name.endswith("k_proj.weight"):
@@ -139,13 +109,12 @@ def _interleave_halves(weight: Tensor, heads: int) -> Tensor:
     return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
-def _add_tokenizer(
-    writer: gguf.GGUFWriter, config: ModelConfig, tokenizer: Tokenizer, end_of_turn: str | None
-) -> None:
+def _add_tokenizer(writer: gguf.GGUFWriter, saved: SavedModel) -> None:
+    tokenizer, rows = saved.tokenizer, saved.config.model.vocab_size
     model = tokenizer.definition["model"]
     # Rows of the embedding beyond the tokenizer get names, since llama.cpp counts by the names.
-    tokens = [f"<|unused_{i}|>" for i in range(config.vocab_size)]
-    kinds = np.full(config.vocab_size, gguf.TokenType.UNUSED)
+    tokens = [f"<|unused_{i}|>" for i in range(rows)]
+    kinds = np.full(rows, gguf.TokenType.UNUSED)
     for token, token_id in model["vocab"].items():
         tokens[token_id], kinds[token_id] = token, gguf.TokenType.NORMAL
     for token in SPECIAL_TOKENS:
@@ -159,6 +128,6 @@ def _add_tokenizer(
     writer.add_eos_token_id(tokenizer.eot_id)
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)
-    if end_of_turn is not None:
-        writer.add_eot_token_id(tokenizer.special_id(end_of_turn))
+    if saved.is_chat:
+        writer.add_eot_token_id(tokenizer.special_id(END_TOKEN))
         writer.add_chat_template(JINJA_TEMPLATE)

@@ -11,26 +11,25 @@ ours. Nothing here needs transformers.
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hamner.checkpoint.saved_model import SavedModel
 from hamner.config.model import ModelConfig
 from hamner.data.chat_template import END_TOKEN, JINJA_TEMPLATE
 from hamner.data.tokenizer import SPECIAL_TOKENS
 from hamner.errors import UserError
 from hamner.model.rotary import scaled_theta
 
-if TYPE_CHECKING:
-    from hamner.checkpoint.saved_model import SavedModel
+_CAN_BE_EXPORTED = (
+    "only dense models, mixtures without shared experts and dense models with differential "
+    "attention can be exported"
+)
 
-_EXPERT = {"gate": "w1", "down": "w2", "up": "w3"}
-"""Mixtral's names of an expert's matrices"""
 
-
-def write_hugging_face(folder: Path, saved: "SavedModel") -> None:
+def write_hugging_face(folder: Path, saved: SavedModel) -> None:
     """The function makes a folder that AutoModelForCausalLM and AutoTokenizer load.
 
     Raises:
@@ -38,11 +37,12 @@ def write_hugging_face(folder: Path, saved: "SavedModel") -> None:
     """
     tokenizer, shape = saved.tokenizer, saved.config.model
     weights = saved.weights()
+    context, dtype = saved.config.seq_len, weights["embed.weight"].dtype
     end_of_text = tokenizer.text_of(tokenizer.eot_id)
     eos_ids = [tokenizer.eot_id]
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": saved.config.seq_len,
+        "model_max_length": context,
         "eos_token": end_of_text,
         "pad_token": end_of_text,
         "clean_up_tokenization_spaces": False,
@@ -51,12 +51,7 @@ def write_hugging_face(folder: Path, saved: "SavedModel") -> None:
         eos_ids.append(tokenizer.special_id(END_TOKEN))
         tokenizer_config["additional_special_tokens"] = list(SPECIAL_TOKENS[1:])
         tokenizer_config["chat_template"] = JINJA_TEMPLATE
-    model_config = hugging_face_config(
-        shape,
-        dtype=weights["embed.weight"].dtype,
-        context=saved.config.seq_len,
-        eos_ids=eos_ids,
-    )
+    model_config = hugging_face_config(shape, dtype=dtype, context=context, eos_ids=eos_ids)
     folder.mkdir()
     tensors = {name: t.contiguous() for name, t in to_hugging_face(shape, weights).items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -85,12 +80,11 @@ def architecture(config: ModelConfig) -> str:
 
 
 def unsupported_reason(config: ModelConfig) -> str | None:
-    """The function says why no format has a place for a model, and returns None where one has."""
+    """The function says why no format can hold a model, and returns None where one can."""
     if config.num_shared_experts:
         return (
             "no model of Hugging Face's or llama.cpp's has shared experts beside Mixtral's "
-            "routed ones; only dense models, mixtures without shared experts and dense models "
-            "with differential attention can be exported"
+            f"routed ones; {_CAN_BE_EXPORTED}"
         )
     if config.router_balance == "bias":
         return (
@@ -101,8 +95,7 @@ def unsupported_reason(config: ModelConfig) -> str | None:
     if config.is_moe and config.use_differential_attention:
         return (
             "no model of Hugging Face's or llama.cpp's joins differential attention with "
-            "experts; only dense models, mixtures without shared experts and dense models with "
-            "differential attention can be exported"
+            f"experts; {_CAN_BE_EXPORTED}"
         )
     return None
 
@@ -122,6 +115,15 @@ def hugging_face_config(
         UserError: transformers has no model of this shape.
     """
     kind = architecture(config)
+    # A theta raised by NTK-aware scaling is like any other.
+    rope = {"rope_theta": scaled_theta(config)}
+    if config.rope_scaling not in ("none", "ntk"):
+        scaling = {
+            "rope_type": config.rope_scaling,
+            "factor": config.rope_scaling_factor,
+            "original_max_position_embeddings": config.rope_scaling_from,
+        }
+        rope = {"rope_theta": config.rope_theta, "rope_scaling": scaling}
     values = {
         "architectures": [f"{kind}ForCausalLM"],
         "model_type": kind.lower(),
@@ -137,7 +139,7 @@ def hugging_face_config(
         "num_hidden_layers": config.num_layers,
         "num_key_value_heads": config.num_kv_heads,
         "rms_norm_eps": config.rms_norm_eps,
-        **_rope(config),
+        **rope,
         "tie_word_embeddings": config.tie_word_embeddings,
         "torch_dtype": str(dtype).removeprefix("torch."),
         "use_cache": True,
@@ -153,20 +155,6 @@ def hugging_face_config(
             "sliding_window": None,
         }
     return values
-
-
-def _rope(config: ModelConfig) -> dict:
-    """The function gives RoPE's settings; a theta raised by NTK-aware scaling is like any other."""
-    if config.rope_scaling in ("none", "ntk"):
-        return {"rope_theta": scaled_theta(config)}
-    return {
-        "rope_theta": config.rope_theta,
-        "rope_scaling": {
-            "rope_type": config.rope_scaling,
-            "factor": config.rope_scaling_factor,
-            "original_max_position_embeddings": config.rope_scaling_from,
-        },
-    }
 
 
 def to_hugging_face(config: ModelConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -208,8 +196,9 @@ def to_hugging_face(config: ModelConfig, weights: Mapping[str, Tensor]) -> dict[
             down = weights[f"{ours}.mlp.down_weight"]
             for expert in range(config.num_experts):
                 gate, up = gate_up[expert].chunk(2)
-                for name, part in (("gate", gate), ("up", up), ("down", down[expert])):
-                    out[f"{moe}.experts.{expert}.{_EXPERT[name]}.weight"] = part
+                # As Mixtral names an expert's matrices.
+                for name, part in (("w1", gate), ("w3", up), ("w2", down[expert])):
+                    out[f"{moe}.experts.{expert}.{name}.weight"] = part
         else:
             gate, up = weights[f"{ours}.mlp.gate_up_proj.weight"].chunk(2)
             out[f"{theirs}.mlp.gate_proj.weight"] = gate

@@ -1,13 +1,7 @@
-"""`python -m hamner.profile` traces warm steps of an option, or reads any trace.
+"""`python -m hamner.profile` traces warm steps, or reads any trace; see profiles/README.md."""
 
-python -m hamner.profile --option a --out profiles/a        every flag of hamner.train
-python -m hamner.profile read TRACE
-python -m hamner.profile read --compare A B
-"""
-
-import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,23 +9,35 @@ import tyro
 
 from hamner.cli import flag_value, gather_data, run_command
 from hamner.config.options import for_option
-from hamner.config.train import TrainConfig
+from hamner.config.sft import part
+from hamner.config.train import ComputeConfig, RunConfig, TaskConfig, TrainConfig
 from hamner.errors import UserError
+from hamner.files import writing
+from hamner.profile import memory, picture
 from hamner.profile.report import describe, describe_difference, describe_memory
 from hamner.profile.summary import summarize
-from hamner.profile.trace import Trace, read_trace, with_callers_of
+from hamner.profile.trace import read_trace, with_callers_of
 
 
 @dataclass(frozen=True)
-class ProfileConfig(TrainConfig):
+class TracedTask(TaskConfig):
+    """These flags say which run's steps are traced, and how many."""
+
+    steps: int | None = None
+    """steps to trace; default 3"""
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
     """Trace warm steps of a run: time by kind of work, kernels against their floors, memory.
 
     Takes every flag of hamner.train, so a training command is profiled by changing its module.
     `read TRACE` summarises any torch-profiler trace; `read --compare A B` the difference of two.
     """
 
-    steps: int | None = None
-    """steps to trace; default 3"""
+    task: TracedTask
+    compute: ComputeConfig
+    run: RunConfig
     warmup: int = 10
     """steps before: compilation, launch tables, the allocator"""
     out: Path | None = None
@@ -40,17 +46,18 @@ class ProfileConfig(TrainConfig):
     """torch: torch.profiler; nsight: only mark the steps with NVTX ranges, under nsys or ncu"""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        self.training()
         if self.warmup < 0:
             raise UserError(f"--warmup {self.warmup} must not be negative")
 
-    @property
-    def run(self) -> TrainConfig:
-        """The property gives the run whose steps are traced; it is as long as its option's."""
-        values = {field.name: getattr(self, field.name) for field in fields(TrainConfig)}
-        return TrainConfig(
-            **values | {"steps": None, "tokens": None, "resume": False, "replay": None}
-        )
+    def training(self) -> TrainConfig:
+        """The method gives the run whose steps are traced; it is as long as its option's.
+
+        Raises:
+            UserError: The values make no sense, alone or together.
+        """
+        config = TrainConfig(**vars(self.task), **vars(self.compute), **vars(self.run))
+        return replace(config, steps=None, tokens=None, resume=False, replay=None)
 
 
 @dataclass(frozen=True)
@@ -97,34 +104,17 @@ def read(config: ReadConfig) -> None:
         traces = [trace]
         print(describe(summarize(trace, steps=config.steps)))
         if config.memory is not None:
-            _draw_memory(trace, config.memory)
+            timeline = memory.memory_timeline(trace)
+            if timeline is None:
+                raise UserError(
+                    f"--memory: {trace.path} holds no allocations; trace with profile_memory=True"
+                )
+            print(f"\n{describe_memory(timeline)}")
+            with writing(f"--memory {config.memory}"):
+                memory.draw(timeline, config.memory)
     if config.picture is not None:
-        from hamner.profile.picture import draw
-
-        with _writing("--picture", config.picture):
-            draw(traces, config.picture)
-
-
-def _draw_memory(trace: Trace, path: Path) -> None:
-    from hamner.profile.memory import draw, memory_timeline
-
-    timeline = memory_timeline(trace)
-    if timeline is None:
-        raise UserError(
-            f"--memory: {trace.path} holds no allocations; trace with profile_memory=True"
-        )
-    print(f"\n{describe_memory(timeline)}")
-    with _writing("--memory", path):
-        draw(timeline, path)
-
-
-@contextlib.contextmanager
-def _writing(flag: str, path: Path) -> Iterator[None]:
-    """The function names the flag whose file cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{flag} {path} cannot be written: {error.strerror}") from None
+        with writing(f"--picture {config.picture}"):
+            picture.draw(traces, config.picture)
 
 
 def parse(args: Sequence[str]) -> ProfileConfig:
@@ -135,7 +125,8 @@ def parse(args: Sequence[str]) -> ProfileConfig:
         SystemExit: code 2 on unknown flags, 0 after --help.
     """
     args = gather_data(args)
-    default = ProfileConfig(**vars(for_option(flag_value(args, "--option") or TrainConfig.option)))
+    option = for_option(flag_value(args, "--option") or TrainConfig.option)
+    default = ProfileConfig(*(part(cls, option) for cls in (TracedTask, ComputeConfig, RunConfig)))
     return tyro.cli(
         tyro.conf.OmitArgPrefixes[ProfileConfig],
         default=default,
@@ -146,7 +137,6 @@ def parse(args: Sequence[str]) -> ProfileConfig:
 
 
 def main(args: Sequence[str]) -> None:
-    """The function captures or reads, as the command line says."""
     if args[:1] == ["read"] or args[:1] == ["--compare"]:
         args = args[1:] if args[0] == "read" else args
         read(tyro.cli(ReadConfig, args=args, prog="python -m hamner.profile read"))
@@ -155,11 +145,12 @@ def main(args: Sequence[str]) -> None:
     # Torch takes a second or more to load.
     from hamner.profile.capture import capture, run_for_nsight
 
+    run, steps = config.training(), config.task.steps or 3
     if config.tool == "nsight":
-        run_for_nsight(config.run, steps=config.steps or 3, warmup=config.warmup)
-        return
-    out = config.out or Path("runs") / f"{config.option}-profile"
-    capture(config.run, out, steps=config.steps or 3, warmup=config.warmup)
+        run_for_nsight(run, steps=steps, warmup=config.warmup)
+    else:
+        out = config.out or Path("runs") / f"{run.option}-profile"
+        capture(run, out, steps=steps, warmup=config.warmup)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,15 @@
 """`capture` traces warm steps of a run, as they run in training: real loader, clipping, optimizer.
 
-A capture writes into its folder
-
-    trace.json.gz          the steps: Perfetto, chrome://tracing, hamner.profile read
-    launches.json.gz       where a CUDA graph replays them: the same steps launched one by one,
-                           which tell what each kernel of the graph is for
-    memory.json.gz         one step with its allocations (on a GPU memory_snapshot.pickle too,
-                           which pytorch.org/memory_viz shows)
-    memory.png             memory over that step by kind
-    summary.md, .json      what is printed
-
-With several processes they are those of rank 0; the others take the same steps beside it.
+profiles/README.md lists the files that a capture writes. With several processes they are those of
+rank 0; the others take the same steps beside it.
 
 Some steps are timed without the profiler, because its own cost widens the gaps it shows.
 """
 
+import contextlib
 import json
 import statistics
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from hamner.config.train import TrainConfig
 from hamner.data.loader import TrainLoader
 from hamner.errors import UserError
-from hamner.parallel.processes import SingleProcess, open_processes
+from hamner.parallel.processes import open_processes
 from hamner.parallel.tensors import local
 from hamner.plan.costs import flops_per_token
 from hamner.profile import memory, report
@@ -55,60 +48,43 @@ def capture(config: TrainConfig, out: Path, *, steps: int, warmup: int) -> Summa
     Raises:
         UserError: the configuration or the folder does not allow it.
     """
+    ranges = Ranges()
     with open_processes(config) as processes:
         processes.from_main(lambda: _require_new(out))
-        graphed = _trace(config, out, processes, steps=steps, warmup=warmup)
-        return _summarize(config, out, graphed) if processes.rank.is_main else None
-
-
-def _trace(
-    config: TrainConfig, out: Path, processes: SingleProcess, *, steps: int, warmup: int
-) -> bool:
-    """The steps are taken and what was traced is written.
-
-    Returns:
-        Whether a CUDA graph replays them.
-    """
-    ranges = Ranges()
-    with open_steps(config, processes, ranges) as (step, loader):
-        processes.from_main(lambda: out.mkdir(parents=True, exist_ok=True))
-        run = _TracedRun(step, loader, ranges)
-        is_graphed = step.is_graphed
-        step.launch_one_by_one()
-        take(step, loader, warmup)
-        run.trace_memory(out)
+        with open_steps(config, processes, ranges) as (step, loader):
+            processes.from_main(lambda: out.mkdir(parents=True, exist_ok=True))
+            run = _TracedRun(step, loader, ranges)
+            is_graphed = step.is_graphed
+            step.launch_one_by_one()
+            take(step, loader, warmup)
+            run.trace_memory(out)
+            if is_graphed:
+                run.trace_time(out / "launches.json.gz", steps)
+                step.record_graph()
+                warm_up(step, loader, warmup)
+            times = time_steps(step, loader, TIMED_STEPS)
+            run.metadata["unprofiled_step_ms"] = statistics.median(times)
+            run.trace_time(out / "trace.json.gz", steps)
+        if not processes.rank.is_main:
+            return None
+        trace = read_trace(out / "trace.json.gz")
         if is_graphed:
-            run.trace_time(out / "launches.json.gz", steps)
-            step.record_graph()
-            warm_up(step, loader, warmup)
-        run.metadata["unprofiled_step_ms"] = statistics.median(
-            time_steps(step, loader, TIMED_STEPS)
-        )
-        run.trace_time(out / "trace.json.gz", steps)
-    return is_graphed
-
-
-def _summarize(config: TrainConfig, out: Path, graphed: bool) -> Summary:
-    """What the traces show is written and printed."""
-    trace = read_trace(out / "trace.json.gz")
-    if graphed:
-        trace = with_callers_of(trace, read_trace(out / "launches.json.gz"))
-    summary = summarize(trace)
-    timeline = memory.memory_timeline(read_trace(out / "memory.json.gz"))
-    memory.draw(timeline, out / "memory.png")
-    text = f"{report.describe(summary)}\n\n{report.describe_memory(timeline)}\n"
-    (out / "summary.md").write_text(text, encoding="utf-8")
-    values = {"config": config.to_json(), "summary": asdict(summary), "peak": timeline.peak}
-    (out / "summary.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    print(text, end="")
-    return summary
+            trace = with_callers_of(trace, read_trace(out / "launches.json.gz"))
+        summary = summarize(trace)
+        timeline = memory.memory_timeline(read_trace(out / "memory.json.gz"))
+        memory.draw(timeline, out / "memory.png")
+        text = f"{report.describe(summary)}\n\n{report.describe_memory(timeline)}\n"
+        (out / "summary.md").write_text(text, encoding="utf-8")
+        values = {"config": config.to_json(), "summary": asdict(summary), "peak": timeline.peak}
+        (out / "summary.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        print(text, end="")
+        return summary
 
 
 def run_for_nsight(config: TrainConfig, *, steps: int, warmup: int) -> None:
     """The same steps run with NVTX ranges between cudaProfilerStart and Stop; nothing is written.
 
-    For `nsys profile --capture-range cudaProfilerApi` and `ncu --profile-from-start off`, which
-    cannot share the GPU's counters with torch-profiler.
+    profiles/README.md says how nsys and ncu are run on it.
 
     Raises:
         UserError: there is no GPU, or the configuration does not allow it.
@@ -142,33 +118,35 @@ class _TracedRun:
 
     def __init__(self, step: TrainStep, loader: TrainLoader, ranges: Ranges) -> None:
         self.step, self.loader, self.ranges = step, loader, ranges
-        self.metadata = _metadata(step)
+        config, optimizer = step.config, step.optimizer
+        weights, state = optimizer.parameters.values(), optimizer.state_tensors().values()
+        self.metadata = {
+            "option": config.option,
+            "tokens_per_step": config.tokens_per_step,
+            "gpus": step.world_size,
+            "flops_per_token": flops_per_token(config.model, config.seq_len),
+            "precision": step.compute.precision,
+            "weight_bytes": sum(local(w).nbytes for w in weights),
+            "optimizer_bytes": sum(local(t).nbytes for t in state),
+        }
 
-    @property
-    def is_main(self) -> bool:
-        """The property says whether this process writes what was traced."""
-        return self.step.processes.rank.is_main
+    @contextlib.contextmanager
+    def _profiler(self, path: Path, **settings) -> Iterator[profile]:
+        """While it is open, a profiler traces; then rank 0 writes its trace to a file."""
+        with profile(**settings) as profiler, self.ranges.named(self.step):
+            yield profiler
+        if self.step.processes.rank.is_main:
+            profiler.export_chrome_trace(str(path))
 
     def trace_time(self, path: Path, steps: int) -> None:
         """The times of `steps` steps are written to a file."""
         activities = [ProfilerActivity.CPU]
         if is_on_gpu(self.step):
             activities.append(ProfilerActivity.CUDA)
-
-        def export(profiler: profile) -> None:
-            if self.is_main:
-                profiler.export_chrome_trace(str(path))
-
-        with (
-            profile(
-                activities=activities,
-                # One step to let the tracing itself warm up.
-                schedule=schedule(wait=0, warmup=1, active=steps, repeat=1),
-                record_shapes=True,
-                on_trace_ready=export,
-            ) as profiler,
-            self.ranges.named(self.step),
-        ):
+        # One step to let the tracing itself warm up.
+        plan = schedule(wait=0, warmup=1, active=steps, repeat=1)
+        settings = {"activities": activities, "schedule": plan, "record_shapes": True}
+        with self._profiler(path, **settings) as profiler:
             take(self.step, self.loader, 1)
             synchronize(self.step)  # or what still runs would be counted to the traced steps
             profiler.step()
@@ -186,30 +164,12 @@ class _TracedRun:
         synchronize(self.step)
         if on_gpu:
             torch.cuda.memory._record_memory_history(stacks="python", max_entries=SNAPSHOT_EVENTS)
-        with (
-            profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
-            self.ranges.named(self.step),
-        ):
+        settings = {"activities": [ProfilerActivity.CPU], "profile_memory": True}
+        with self._profiler(out / "memory.json.gz", **settings) as profiler:
             profiler.add_metadata_json(METADATA_KEY, json.dumps(self.metadata))
             take(self.step, self.loader, 1)
             synchronize(self.step)
-        if self.is_main:
-            profiler.export_chrome_trace(str(out / "memory.json.gz"))
         if on_gpu:
-            if self.is_main:
+            if self.step.processes.rank.is_main:
                 torch.cuda.memory._dump_snapshot(str(out / "memory_snapshot.pickle"))
             torch.cuda.memory._record_memory_history(enabled=None)
-
-
-def _metadata(step: TrainStep) -> dict:
-    config, optimizer = step.config, step.optimizer
-    weights = optimizer.parameters.values()
-    return {
-        "option": config.option,
-        "tokens_per_step": config.tokens_per_step,
-        "gpus": step.world_size,
-        "flops_per_token": flops_per_token(config.model, config.seq_len),
-        "precision": step.compute.precision,
-        "weight_bytes": sum(local(w).nbytes for w in weights),
-        "optimizer_bytes": sum(local(t).nbytes for t in optimizer.state_tensors().values()),
-    }

@@ -6,6 +6,7 @@ Covers Hamner's kernels, cuBLAS, cuDNN, CUTLASS, flash-attn, Inductor's generate
 
 import functools
 import re
+from itertools import chain
 
 from hamner.profile.trace import Activity
 
@@ -16,53 +17,52 @@ CATEGORIES = (
 
 # The first that matches decides, so what is special stands before what is common: attention is
 # built from CUTLASS matmuls, and optimizers and losses are made of norms and softmaxes.
-_RULES = tuple(
-    (category, re.compile(pattern, re.IGNORECASE))
-    for category, pattern in (
-        # FSDP2 cuts what it sends and puts together what it got with kernels of ATen.
-        (
-            "communication",
-            r"nccl|c10d::|all_?reduce|all_?gather|reduce_?scatter|chunk_cat|split_with_sizes_copy",
-        ),
-        (
-            "attention",
-            r"flash_attention|flash_(fwd|bwd)|flash::|flash_attn|flex_attention|fmha|sdpa"
-            r"|scaled_dot_product|_efficient_attention|_cudnn_attention|AttentionBackward",
-        ),
-        (
-            "routing",
-            r"\b(route|route_backward|scan|scatter|sum_slots)_kernel\b|moe_route|topk|moe_align"
-            r"|router_linear",
-        ),
-        (
-            "optimizer",
-            r"adamw?(_|\b|Functor)|fused_adam|multi_tensor|_foreach_|optimizer|clip_grad|LpNorm"
-            r"|grad_norm|\bsum_squares_kernel\b",
-        ),
-        (
-            "loss",
-            r"cross_entropy|CrossEntropy|nll_loss|NllLoss|log_?softmax|logsumexp|softmax_online"
-            r"|\bscale_kernel\b|element_mul_kernel",
-        ),
-        # Softmax on its own: attention that writes its scores.
-        ("attention", r"softmax"),
-        ("norm", r"(rms|layer)_?norm|\bsum_partials_kernel\b|rsqrt|fused_\w*_pow_"),
-        ("rope", r"rope|rotary|fused_\w*(neg\w*_cat|cat\w*_neg|_cos_|_sin_)"),
-        ("swiglu", r"swiglu|silu|fused_\w*sigmoid"),
-        (
-            "matmul",
-            r"gemm|nvjet|cutlass|cublas|xmma|splitk|gemv|grouped_mm|grouped_matmul_kernel"
-            r"|\bgate_up_kernel\b|\bweight_grad_kernel\b|triton_tem_fused"
-            r"|aten::(mm|addmm|bmm|baddbmm|matmul|linear|dot|mv)\b|mkldnn_linear",
-        ),
-    )
+_RULES = (
+    # FSDP2 cuts what it sends and puts together what it got with kernels of ATen.
+    (
+        "communication",
+        r"nccl|c10d::|all_?reduce|all_?gather|reduce_?scatter|chunk_cat|split_with_sizes_copy",
+    ),
+    (
+        "attention",
+        r"flash_attention|flash_(fwd|bwd)|flash::|flash_attn|flex_attention|fmha|sdpa"
+        r"|scaled_dot_product|_efficient_attention|_cudnn_attention|AttentionBackward",
+    ),
+    (
+        "routing",
+        r"\b(route|route_backward|scan|scatter|sum_slots)_kernel\b|moe_route|topk|moe_align"
+        r"|router_linear",
+    ),
+    (
+        "optimizer",
+        r"adamw?(_|\b|Functor)|fused_adam|multi_tensor|_foreach_|optimizer|clip_grad|LpNorm"
+        r"|grad_norm|\bsum_squares_kernel\b",
+    ),
+    (
+        "loss",
+        r"cross_entropy|CrossEntropy|nll_loss|NllLoss|log_?softmax|logsumexp|softmax_online"
+        r"|\bscale_kernel\b|element_mul_kernel",
+    ),
+    # Softmax on its own: attention that writes its scores.
+    ("attention", r"softmax"),
+    ("norm", r"(rms|layer)_?norm|\bsum_partials_kernel\b|rsqrt|fused_\w*_pow_"),
+    ("rope", r"rope|rotary|fused_\w*(neg\w*_cat|cat\w*_neg|_cos_|_sin_)"),
+    ("swiglu", r"swiglu|silu|fused_\w*sigmoid"),
+    (
+        "matmul",
+        r"gemm|nvjet|cutlass|cublas|xmma|splitk|gemv|grouped_mm|grouped_matmul_kernel"
+        r"|\bgate_up_kernel\b|\bweight_grad_kernel\b|triton_tem_fused"
+        r"|aten::(mm|addmm|bmm|baddbmm|matmul|linear|dot|mv)\b|mkldnn_linear",
+    ),
 )
 
 
 @functools.cache
 def category_of_name(name: str) -> str | None:
     """The function finds the category by a kernel's or an operation's name, or None."""
-    return next((category for category, rule in _RULES if rule.search(name)), None)
+    return next(
+        (category for category, rule in _RULES if re.search(rule, name, re.IGNORECASE)), None
+    )
 
 
 def is_collective(activity: Activity) -> bool:
@@ -72,8 +72,6 @@ def is_collective(activity: Activity) -> bool:
 
 def category_of(activity: Activity) -> str:
     """The function finds the category of work by its own name, else by what launched it."""
-    category = category_of_name(activity.name)
-    if category is None and activity.caller is not None:
-        names = (caller.name for caller in activity.caller.chain())
-        category = next(filter(None, map(category_of_name, names)), None)
-    return category or "other"
+    callers = () if activity.caller is None else activity.caller.chain()
+    names = chain([activity.name], (caller.name for caller in callers))
+    return next(filter(None, map(category_of_name, names)), "other")

@@ -10,9 +10,10 @@ What an allocation is for shows in when it is made and when it is given back:
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
-from hamner.profile.trace import PHASES, Trace
+from hamner.profile.trace import Trace
 
 KINDS = ("weights", "optimizer state", "held before", "gradients", "activations", "temporary")
 
@@ -41,7 +42,6 @@ def memory_timeline(trace: Trace) -> MemoryTimeline | None:
     events = trace.memory
     if not events:
         return None
-    timeline = trace.timeline(PHASES)
     made: dict[int, int] = {}
     changes: list[dict[str, int]] = [{} for _ in events]
     for position, event in enumerate(events):
@@ -49,27 +49,22 @@ def memory_timeline(trace: Trace) -> MemoryTimeline | None:
             made[event.address] = position
         elif event.address in made:
             begin = made.pop(event.address)
-            kind = _kind(timeline.at(events[begin].time), timeline.at(event.time))
+            kind = _kind(trace.phase_at(events[begin].time), trace.phase_at(event.time))
             changes[begin] = {kind: events[begin].size}
             changes[position] = {kind: -events[begin].size}
         else:
             changes[position] = {"held before": event.size}
     for begin in made.values():
-        changes[begin] = {_kind(timeline.at(events[begin].time), None): events[begin].size}
+        changes[begin] = {_kind(trace.phase_at(events[begin].time), None): events[begin].size}
 
-    level = dict.fromkeys(KINDS, 0)
-    level |= _before(trace)
-    kinds: dict[str, list[int]] = {kind: [] for kind in KINDS}
-    for change in changes:
-        for kind, size in change.items():
-            level[kind] += size
-        for kind in KINDS:
-            kinds[kind].append(level[kind])
-    start = events[0].time
+    before, start, kinds = _before(trace), events[0].time, {}
+    for kind in KINDS:
+        sizes = accumulate((c.get(kind, 0) for c in changes), initial=before.get(kind, 0))
+        kinds[kind] = list(sizes)[1:]
     return MemoryTimeline(
         milliseconds=[(event.time - start) / 1e3 for event in events],
         kinds=kinds,
-        phases=[(r.name, (r.start - start) / 1e3) for r in timeline.ranges],
+        phases=[(r.name, (r.start - start) / 1e3) for r in trace.phases],
     )
 
 

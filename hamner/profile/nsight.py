@@ -15,18 +15,17 @@ from pathlib import Path
 from hamner.errors import UserError
 
 SQLITE_MAGIC = b"SQLite format 3\0"
-_WORK = {
-    "CUPTI_ACTIVITY_KIND_KERNEL": ("kernel", "SELECT start, end, correlationId, demangledName"),
-    "CUPTI_ACTIVITY_KIND_MEMCPY": ("gpu_memcpy", "SELECT start, end, correlationId, NULL"),
-    "CUPTI_ACTIVITY_KIND_MEMSET": ("gpu_memset", "SELECT start, end, correlationId, NULL"),
+_TABLES = {
+    "CUPTI_ACTIVITY_KIND_KERNEL": ("kernel", "0, correlationId, demangledName, NULL"),
+    "CUPTI_ACTIVITY_KIND_MEMCPY": ("gpu_memcpy", "0, correlationId, NULL, NULL"),
+    "CUPTI_ACTIVITY_KIND_MEMSET": ("gpu_memset", "0, correlationId, NULL, NULL"),
+    "CUPTI_ACTIVITY_KIND_RUNTIME": ("cuda_runtime", "globalTid, correlationId, nameId, NULL"),
+    "NVTX_EVENTS": ("user_annotation", "globalTid, NULL, textId, text"),
 }
+"""category; the columns for thread, launch, name (a number of StringIds) and text of its own"""
 _DURATION = "gpu__time_duration.sum"
-_MICROSECONDS = {"nsecond": 1e-3, "usecond": 1.0, "msecond": 1e3, "second": 1e6} | {
-    "ns": 1e-3,
-    "us": 1.0,
-    "ms": 1e3,
-    "s": 1e6,
-}
+_MICROSECONDS = {"nsecond": 1e-3, "usecond": 1.0, "msecond": 1e3, "second": 1e6}
+_MICROSECONDS |= {"ns": 1e-3, "us": 1.0, "ms": 1e3, "s": 1e6}
 
 
 def read_systems(path: Path) -> dict:
@@ -49,39 +48,12 @@ def read_systems(path: Path) -> dict:
 
 def _system_events(database: sqlite3.Connection) -> Iterator[dict]:
     text = dict(_rows(database, "StringIds", "SELECT id, value"))
-    for table, (category, select) in _WORK.items():
-        for start, end, correlation, name in _rows(database, table, select):
-            yield _event(
-                category,
-                name=text.get(name, category),
-                start=start,
-                end=end,
-                thread=0,
-                correlation=correlation,
-            )
-    launches = "SELECT start, end, globalTid, correlationId, nameId"
-    for start, end, thread, correlation, name in _rows(
-        database, "CUPTI_ACTIVITY_KIND_RUNTIME", launches
-    ):
-        yield _event(
-            "cuda_runtime",
-            name=text.get(name, ""),
-            start=start,
-            end=end,
-            thread=thread,
-            correlation=correlation,
-        )
-    ranges = "SELECT start, end, globalTid, text, textId"
-    for start, end, thread, own, name in _rows(database, "NVTX_EVENTS", ranges):
-        if end is not None:  # else a mark
-            yield _event(
-                "user_annotation",
-                name=own or text.get(name, ""),
-                start=start,
-                end=end,
-                thread=thread,
-                correlation=None,
-            )
+    for table, (category, columns) in _TABLES.items():
+        rows = _rows(database, table, f"SELECT start, end, {columns}")
+        for start, end, thread, correlation, name, own in rows:
+            if end is not None:  # else a mark
+                named = own or text.get(name, category)
+                yield _event(category, named, start, end, thread=thread, correlation=correlation)
 
 
 def _rows(database: sqlite3.Connection, table: str, select: str) -> list[tuple]:
@@ -92,7 +64,9 @@ def _rows(database: sqlite3.Connection, table: str, select: str) -> list[tuple]:
     return database.execute(f"{select} FROM {table}").fetchall()
 
 
-def _event(category: str, name: str, start: int, end: int, thread: int, correlation) -> dict:
+def _event(
+    category: str, name: str, start: int, end: int, thread: int = 0, correlation: int | None = None
+) -> dict:
     """The function makes an event; it takes nanoseconds, and the event has microseconds."""
     return {
         "ph": "X",
@@ -136,7 +110,7 @@ def read_compute(path: Path, content: bytes) -> dict:
         raise UserError(f"{path} holds no durations: profile with --metrics {_DURATION}")
     for name, microseconds in timed:
         end = now + round(microseconds * 1e3)
-        events.append(_event("kernel", name=name, start=now, end=end, thread=0, correlation=None))
+        events.append(_event("kernel", name, now, end))
         now = end
     return {"traceEvents": events}
 

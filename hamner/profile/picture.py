@@ -9,8 +9,7 @@ from hamner.profile.trace import Trace
 
 
 def draw(traces: Sequence[Trace], path: Path) -> None:
-    """The function writes the last step of each trace, one below the other on one scale of time, as
-    a PNG.
+    """The function writes the last step of each trace as a PNG, all on one scale of time.
 
     Raises:
         OSError: it cannot be written.

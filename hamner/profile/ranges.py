@@ -6,8 +6,8 @@ after it pay one call that returns at once.
 """
 
 import contextlib
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ MODULES = (nn.Embedding, Attention, DenseMLP, MoEMLP)
 """those that get a range of their own"""
 
 
-@functools.cache
+@cache
 def _has_gpu() -> bool:
     # Asked at every range, and not cheap in torch.
     return torch.cuda.is_available()
@@ -33,83 +33,62 @@ class Ranges:
     """
 
     def __init__(self) -> None:
-        self._is_on = False
-        self._phase = contextlib.ExitStack()
+        self._phase: contextlib.ExitStack | None = None
 
     def __call__(self, phase: str, step: int) -> None:
         """The phase before ends; this one begins, unless it is ""."""
-        if self._is_on:
+        if self._phase is not None:
             self._phase.close()
             if phase:
                 self._phase.enter_context(_range(phase))
 
     @contextlib.contextmanager
     def named(self, step: TrainStep) -> Iterator[None]:
-        """While it is open, the phases of the step that this observes have names, and so have the
-        modules, unless the model is compiled or a CUDA graph."""
-        # Hooks would break a compiled graph into pieces, and a replay calls none.
+        """While it is open, the step's phases have names, and its modules if hooks are called."""
+        # Hooks would break a compiled model's graph into pieces, and a CUDA graph calls none.
         has_modules = not (step.is_graphed or step.config.compile)
-        with _named_modules(step.model) if has_modules else contextlib.nullcontext():
-            self._is_on = True
+        modules = _named_modules(step.model) if has_modules else contextlib.nullcontext()
+        with modules, contextlib.ExitStack() as self._phase:
             try:
                 yield
             finally:
-                self("", 0)
-                self._is_on = False
+                self._phase = None
 
 
 @contextlib.contextmanager
 def _named_modules(model: nn.Module) -> Iterator[None]:
-    """Each of MODULES has a range in forward; in backward it has one of NVTX, free to not nest."""
-    handles = []
-    backward = _BackwardRanges()
-    for name, module in model.named_modules():
-        if isinstance(module, MODULES):
-            handles += _hooks(module, name, backward)
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    """Each of MODULES has a range in forward, and in backward one of NVTX, on autograd's thread.
 
+    In backward a module's range begins when its output's gradient is there and ends where the next
+    one begins. torch-profiler gets none of them: they would begin inside one of its operations and
+    end inside another.
+    """
+    forward: list[contextlib.AbstractContextManager] = []
+    is_in_backward = False
 
-def _hooks(module: nn.Module, name: str, backward: "_BackwardRanges") -> Iterator:
-    opened: list[contextlib.AbstractContextManager] = []
+    def before(name: str, _module, _args) -> None:
+        forward.append(_range(name))
+        forward[-1].__enter__()
 
-    def before(_module, _args) -> None:
-        opened.append(_range(name))
-        opened[-1].__enter__()
-
-    def after(_module, _args, output) -> None:
-        opened.pop().__exit__(None, None, None)
+    def after(name: str, _module, _args, output) -> None:
+        forward.pop().__exit__(None, None, None)
         first = output[0] if isinstance(output, tuple) else output
         if _has_gpu() and first.requires_grad:
-            first.register_hook(backward.begin(name))
+            first.register_hook(partial(begin_backward, name))
 
-    return iter((module.register_forward_pre_hook(before), module.register_forward_hook(after)))
+    def begin_backward(name: str, _gradient: Tensor) -> None:
+        nonlocal is_in_backward
+        if is_in_backward:
+            torch.cuda.nvtx.range_pop()
+        torch.cuda.nvtx.range_push(f"{name} backward")
+        is_in_backward = True
 
-
-class _BackwardRanges:
-    """NVTX ranges are put on the autograd thread: a module's begins when its output's gradient is
-    there.
-
-    It ends where the next one begins. torch-profiler gets none of them: they would begin inside one
-    of its operations and end inside another.
-    """
-
-    def __init__(self) -> None:
-        self._is_open = False
-
-    def begin(self, name: str) -> Callable[[Tensor], None]:
-        """The hook of a gradient with which a module's range begins."""
-
-        def hook(_gradient: Tensor) -> None:
-            if self._is_open:
-                torch.cuda.nvtx.range_pop()
-            torch.cuda.nvtx.range_push(f"{name} backward")
-            self._is_open = True
-
-        return hook
+    with contextlib.ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if isinstance(module, MODULES):
+                hooks.enter_context(module.register_forward_pre_hook(partial(before, name)))
+                hooks.enter_context(module.register_forward_hook(partial(after, name)))
+        yield
 
 
 @contextlib.contextmanager

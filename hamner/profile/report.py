@@ -34,31 +34,24 @@ def describe_difference(a: Summary, b: Summary) -> str:
     """The function gives what B takes more or less than A."""
     totals = [
         ("step", a.step_ms, b.step_ms),
-        *(
-            (category, a.categories.get(category, 0.0), b.categories.get(category, 0.0))
-            for category in {**a.categories, **b.categories}
-        ),
+        *_side_by_side(a.categories, b.categories),
         ("idle", a.idle_ms, b.idle_ms),
     ]
     if a.gaps and b.gaps:
         totals.append(
             ("of it waiting for the CPU", a.gaps.waiting_for_cpu_ms, b.gaps.waiting_for_cpu_ms)
         )
-    before, after = ({(k.name, k.category): k for k in s.kernels} for s in (a, b))
-    changes = sorted(
-        {**before, **after},
-        key=lambda key: -abs(_time(after.get(key)) - _time(before.get(key))),
+    kernels = _side_by_side(
+        *({(k.name, k.category): k.milliseconds for k in s.kernels} for s in (a, b))
     )
-    kernels = [
-        (key[0][:NAME_WIDTH], _time(before.get(key)), _time(after.get(key)))
-        for key in changes[:COMPARED_KERNELS]
-    ]
+    kernels.sort(key=lambda row: -abs(row[2] - row[1]))
+    changes = [(key[0][:NAME_WIDTH], *times) for key, *times in kernels[:COMPARED_KERNELS]]
     return "\n\n".join(
         (
             f"A: {a.source}, {a.device or 'CPU'}\nB: {b.source}, {b.device or 'CPU'}",
             _difference_table("ms a step", totals),
             f"Kernels a step: A {a.launches:,.0f}, B {b.launches:,.0f}. The largest changes:",
-            _difference_table("kernel, ms a step", kernels),
+            _difference_table("kernel, ms a step", changes),
         )
     )
 
@@ -89,13 +82,13 @@ def _headline(summary: Summary) -> str:
 
 
 def _time_table(summary: Summary) -> str:
-    by_time = sorted(summary.categories.items(), key=lambda item: -item[1])
-    rows = [(name, f"{time:.2f}", f"{time / summary.step_ms:.1%}") for name, time in by_time]
-    rows.append(("idle", f"{summary.idle_ms:.2f}", f"{summary.idle_ms / summary.step_ms:.1%}"))
+    rows = sorted(summary.categories.items(), key=lambda item: -item[1])
+    rows.append(("idle", summary.idle_ms))
     overlap = sum(summary.categories.values()) - summary.busy_ms
     if overlap > 0.005 * summary.step_ms:
-        rows.append(("side by side", f"-{overlap:.2f}", f"-{overlap / summary.step_ms:.1%}"))
-    return table(("category", "ms", "of the step"), rows)
+        rows.append(("side by side", -overlap))
+    cells = [(name, f"{time:.2f}", f"{time / summary.step_ms:.1%}") for name, time in rows]
+    return table(("category", "ms", "of the step"), cells)
 
 
 def _describe_communication(summary: Summary) -> str:
@@ -154,8 +147,9 @@ def _rate(kernel: KernelRow) -> str:
     return ""
 
 
-def _time(kernel: KernelRow | None) -> float:
-    return 0.0 if kernel is None else kernel.milliseconds
+def _side_by_side(a: dict, b: dict) -> list[tuple]:
+    """The function gives (key, its value in A, its value in B) of every key; 0 where it lacks."""
+    return [(key, a.get(key, 0.0), b.get(key, 0.0)) for key in {**a, **b}]
 
 
 def _difference_table(head: str, rows: Sequence[tuple[str, float, float]]) -> str:
@@ -170,13 +164,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
-        first, *others = (
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        )
-        return "| " + " | ".join((first, *others)) + " |"
+        padded = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
+        padded[0] = cells[0].ljust(widths[0])
+        return f"| {' | '.join(padded)} |"
 
-    rule = "|" + "|".join(
-        ("-" * (width + 1) + ":") if i else ("-" * (width + 2)) for i, width in enumerate(widths)
-    )
-    return "\n".join((line(header), f"{rule}|", *map(line, rows)))
+    others = "".join(f"{'-' * (width + 1)}:|" for width in widths[1:])
+    rule = f"|{'-' * (widths[0] + 2)}|{others}"
+    return "\n".join((line(header), rule, *map(line, rows)))

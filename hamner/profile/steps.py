@@ -103,7 +103,6 @@ def time_calls(function: Callable[[], object], count: int, *, on_gpu: bool) -> l
 
 
 def is_on_gpu(step: TrainStep) -> bool:
-    """The answer is whether a step runs on a GPU."""
     return step.compute.device.type == "cuda"
 
 

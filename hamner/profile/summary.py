@@ -11,9 +11,11 @@ than busy. Messages between GPUs are best sent beside arithmetic:
                   + exposed             nothing else does: the step is longer by this
 """
 
+import math
 import re
 import statistics
 from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from hamner.errors import UserError
@@ -128,15 +130,21 @@ def summarize(trace: Trace, *, steps: int | None = None) -> Summary:
     step_seconds = (unprofiled / 1e3) if unprofiled else step_us / 1e6
     tokens = trace.metadata.get("tokens_per_step")
     speed = tokens / step_seconds if tokens else None
-    gpus = trace.metadata.get("gpus", 1)
+    gpus, flops = trace.metadata.get("gpus", 1), trace.metadata.get("flops_per_token")
+    mfu = None
+    if speed is not None and flops is not None and gpu is not None:
+        mfu = speed / gpus * flops / (gpu.peak_tflops(precision) * 1e12)
     return Summary(
         source=str(trace.path),
         device=trace.device,
         steps=count,
         step_ms=step_us / 1e3,
         busy_ms=busy_us / 1e3,
-        categories=_by_category(rows),
-        phases=_by_phase(trace, activities, count),
+        categories=_sums(CATEGORIES, ((row.category, row.milliseconds) for row in rows)),
+        # What runs late was still asked for in the phase that launched it.
+        phases=_sums(
+            PHASES, ((trace.phase_at(a.issued), a.duration / count / 1e3) for a in activities)
+        ),
         kernels=rows,
         launches=len(activities) / count,
         gaps=_gaps(activities, count) if trace.device else None,
@@ -145,17 +153,9 @@ def summarize(trace: Trace, *, steps: int | None = None) -> Summary:
         waits=_waits(trace, count),
         counted_tflops=known.flops / count / step_us / 1e6 if known.flops else None,
         tokens_per_second=speed,
-        mfu=_mfu(speed and speed / gpus, trace.metadata.get("flops_per_token"), gpu, precision),
+        mfu=mfu,
         unprofiled_step_ms=unprofiled,
     )
-
-
-def _mfu(
-    speed: float | None, flops_per_token: int | None, gpu: Gpu | None, precision: str
-) -> float | None:
-    if speed is None or flops_per_token is None or gpu is None:
-        return None
-    return speed * flops_per_token / (gpu.peak_tflops(precision) * 1e12)
 
 
 def _durations(trace: Trace, activities: list[Activity], steps: int) -> tuple[float, float]:
@@ -165,12 +165,17 @@ def _durations(trace: Trace, activities: list[Activity], steps: int) -> tuple[fl
         whole = trace.steps or trace.ranges
         span = max(r.end for r in whole) - whole[0].start
         return sum(activity.duration for activity in activities) / steps, span / steps
-    busy = 0.0
-    end = activities[0].start
+    end = max(activity.end for activity in activities)
+    return _busy(activities) / steps, (end - activities[0].start) / steps
+
+
+def _busy(activities: list[Activity]) -> float:
+    """The function gives the microseconds in which at least one of them runs."""
+    busy, end = 0.0, -math.inf
     for activity in activities:
         busy += max(0.0, activity.end - max(end, activity.start))
         end = max(end, activity.end)
-    return busy / steps, (end - activities[0].start) / steps
+    return busy
 
 
 def _kernels(
@@ -181,43 +186,42 @@ def _kernels(
     An operation's work is shared by its kernels of one category in proportion to their time, so
     they all show the rate of their operation.
     """
-    categories = [category_of(activity) for activity in activities]
-    work_for = [
-        work_of(category, activity.caller)
-        for category, activity in zip(categories, activities, strict=True)
-    ]
+    work_for = []
     together: dict[tuple[int, str], float] = defaultdict(float)
-    for activity, category, known in zip(activities, categories, work_for, strict=True):
-        if known is not None:
-            together[id(known[0]), category] += activity.duration
+    for activity in activities:
+        category = category_of(activity)
+        operation, work = work_of(category, activity.caller) or (None, None)
+        work_for.append((activity, (id(operation), category), work))
+        together[id(operation), category] += activity.duration
 
     groups: dict[tuple[str, str], list[tuple[Activity, Cost | None]]] = defaultdict(list)
     total = Cost()
-    for activity, category, known in zip(activities, categories, work_for, strict=True):
+    for activity, key, work in work_for:
         share = None
-        if known is not None and together[id(known[0]), category] > 0:
-            part = activity.duration / together[id(known[0]), category]
-            share = Cost(known[1].flops * part, known[1].bytes * part)
+        if work is not None and together[key] > 0:
+            part = activity.duration / together[key]
+            share = Cost(work.flops * part, work.bytes * part)
             total += share
-        groups[short_name(activity.name), category].append((activity, share))
+        groups[short_name(activity.name), key[1]].append((activity, share))
     rows = [
-        _row(name, category=category, calls=calls, steps=steps, gpu=gpu, precision=precision)
-        for (name, category), calls in groups.items()
+        _row(*names, calls, steps, gpu=gpu, precision=precision) for names, calls in groups.items()
     ]
     return sorted(rows, key=lambda row: -row.milliseconds), total
 
 
-def _row(name, category, calls, steps: int, gpu: Gpu | None, precision: str) -> KernelRow:
+def _row(
+    name: str, category: str, calls: list, steps: int, gpu: Gpu | None, precision: str
+) -> KernelRow:
     microseconds = sum(activity.duration for activity, _ in calls)
-    known = [(activity, work) for activity, work in calls if work is not None]
+    known = [work for _, work in calls if work is not None]
     tflops = gbs = floor = None
     # A rate of some of the calls only would be misleading.
     if len(known) == len(calls) and microseconds > 0:
-        work = sum((work for _, work in known), Cost())
+        work = sum(known, Cost())
         tflops = work.flops / microseconds / 1e6 if work.flops else None
         gbs = work.bytes / microseconds / 1e3 if work.bytes else None
         if gpu is not None:
-            floor = sum(work.floor_seconds(gpu, precision) for _, work in known) * 1e3 / steps
+            floor = sum(work.floor_seconds(gpu, precision) for work in known) * 1e3 / steps
     return KernelRow(
         name,
         category=category,
@@ -233,33 +237,20 @@ def short_name(name: str) -> str:
     """Return type, template arguments, parameters and namespaces leave a kernel's name."""
     name = re.sub(r"^void ", "", name).replace("(anonymous namespace)::", "")
     name = re.sub(r"\(.*", "", name, flags=re.DOTALL)
-    head, bracket, arguments = name.partition("<")
+    head, _, arguments = name.partition("<")
     head = head.removeprefix("at::native::").removeprefix("cutlass::")
-    if not bracket:
-        return head
     # Generic wrappers are distinguished by the functor they are given.
     functors = re.findall(r"\w*(?:Functor\w*|Ops?|_kernel(?:_cuda)?|Kernel|Epilogue)\b", arguments)
     inner = next((functor for functor in functors if functor not in head), None)
     return f"{head}<{inner}>" if inner else head
 
 
-def _by_category(rows: list[KernelRow]) -> dict[str, float]:
-    totals = dict.fromkeys(CATEGORIES, 0.0)
-    for row in rows:
-        totals[row.category] += row.milliseconds
-    return {category: time for category, time in totals.items() if time > 0}
-
-
-def _by_phase(trace: Trace, activities: list[Activity], steps: int) -> dict[str, float]:
-    totals = dict.fromkeys(PHASES, 0.0)
-    timeline = trace.timeline(PHASES)
-    for activity in activities:
-        # What runs late was still asked for in the phase that launched it.
-        issued = activity.start if activity.launched is None else activity.launched
-        phase = timeline.at(issued)
-        if phase is not None:
-            totals[phase] += activity.duration / steps / 1e3
-    return {phase: time for phase, time in totals.items() if time > 0}
+def _sums(names: Sequence[str], times: Iterable[tuple[str | None, float]]) -> dict[str, float]:
+    """The function adds up times by name, in the order of `names`, and leaves out other names."""
+    totals = dict.fromkeys((*names, None), 0.0)
+    for name, time in times:
+        totals[name] += time
+    return {name: totals[name] for name in names if totals[name] > 0}
 
 
 def _gaps(activities: list[Activity], steps: int) -> Gaps:
@@ -287,31 +278,11 @@ def _gaps(activities: list[Activity], steps: int) -> Gaps:
 
 
 def _communication(activities: list[Activity], steps: int) -> Communication | None:
-    sending = _spans([a for a in activities if is_collective(a)])
+    sending = [a for a in activities if is_collective(a)]
     if not sending:
         return None
-    total = sum(end - start for start, end in sending)
-    computing = _spans([a for a in activities if not is_collective(a)])
-    hidden, first = 0.0, 0
-    for start, end in sending:
-        while first < len(computing) and computing[first][1] <= start:
-            first += 1
-        for other_start, other_end in computing[first:]:
-            if other_start >= end:
-                break
-            hidden += min(end, other_end) - max(start, other_start)
-    return Communication(total / steps / 1e3, (total - hidden) / steps / 1e3)
-
-
-def _spans(activities: list[Activity]) -> list[tuple[float, float]]:
-    """The intervals (start, end), in order and apart, are when at least one of them ran."""
-    spans: list[tuple[float, float]] = []
-    for activity in activities:
-        if spans and activity.start <= spans[-1][1]:
-            spans[-1] = spans[-1][0], max(spans[-1][1], activity.end)
-        else:
-            spans.append((activity.start, activity.end))
-    return spans
+    exposed = _busy(activities) - _busy([a for a in activities if not is_collective(a)])
+    return Communication(_busy(sending) / steps / 1e3, exposed / steps / 1e3)
 
 
 def _waits(trace: Trace, steps: int) -> dict[str, tuple[float, float]]:

@@ -1,5 +1,4 @@
-"""The module reads a step's trace: what the GPU ran, which operations launched it, what memory they
-took.
+"""The module reads a step's trace: what the GPU ran, what launched it, what memory it took.
 
 The format is that of `torch.profiler` (Kineto's Chrome trace, JSON, gzipped or not), whoever wrote
 it; `nsight` brings Nsight's formats into it. Torch-free.
@@ -14,9 +13,11 @@ import json
 import re
 import zlib
 from bisect import bisect_right
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 
 from hamner.errors import UserError
@@ -44,13 +45,11 @@ class Range:
     is_operation: bool
     """False for an annotation (`record_function`)"""
     parent: "Range | None" = None
-    inner: float = 0.0
-    """microseconds of the operations directly inside"""
-    dims: list = field(default_factory=list)
+    dims: Sequence = ()
     """shape of every argument, [] where it has none; empty if shapes were not recorded"""
-    types: list[str] = field(default_factory=list)
+    types: Sequence[str] = ()
     """type of every argument, "" for None"""
-    values: list[str] = field(default_factory=list)
+    values: Sequence[str] = ()
     """value of every scalar argument, as text"""
 
     def chain(self) -> "Iterator[Range]":
@@ -63,29 +62,27 @@ class Range:
 
 @dataclass(slots=True, eq=False)
 class Activity:
-    """The device's work is a kernel, a copy or a fill; on a CPU an operation's own time."""
+    """The device's work is a kernel, a copy or a fill; on a CPU an operation's own time.
+
+    A call in which the CPU waits for the GPU is written as one too.
+    """
 
     name: str
     start: float
     duration: float
-    launched: float | None
+    launched: float | None = None
     """when the launch call returned, or None if it is not in the trace"""
-    caller: Range | None
+    caller: Range | None = None
     """innermost operation or annotation around the launch"""
 
     @property
     def end(self) -> float:
-        """The property gives the end in microseconds."""
         return self.start + self.duration
 
-
-@dataclass(slots=True)
-class Wait:
-    """A wait is a call in which the CPU waits for the GPU."""
-
-    name: str
-    start: float
-    duration: float
+    @property
+    def issued(self) -> float:
+        """An activity is issued when it is launched, as far as that is known, else as it starts."""
+        return self.start if self.launched is None else self.launched
 
 
 @dataclass(slots=True)
@@ -109,7 +106,7 @@ class Trace:
     """the driver's name of the GPU; None if the trace holds no GPU work"""
     activities: list[Activity]
     ranges: list[Range]
-    waits: list[Wait]
+    waits: list[Activity]
     memory: list[MemoryEvent]
     """of the GPU if there is any, else of the CPU"""
     metadata: dict
@@ -122,100 +119,80 @@ class Trace:
 
     def launched_in(self, steps: Sequence[Range]) -> list[Activity]:
         """The method gives the work launched inside steps that follow each other, else all."""
-
-        def launched(activity: Activity) -> float:
-            return activity.start if activity.launched is None else activity.launched
-
         if not steps:
             return self.activities
         first, last = steps[0].start, steps[-1].end
-        return [a for a in self.activities if first <= launched(a) <= last] or self.activities
+        return [a for a in self.activities if first <= a.issued <= last] or self.activities
 
-    def timeline(self, names: Sequence[str]) -> "Timeline":
-        """The method gives where the annotations `names`, which follow each other, lie in time."""
-        return Timeline([r for r in self.ranges if not r.is_operation and r.name in names])
+    @cached_property
+    def phases(self) -> list[Range]:
+        """The property gives the annotations of PHASES, which follow each other."""
+        return [r for r in self.ranges if not r.is_operation and r.name in PHASES]
+
+    def phase_at(self, time: float) -> str | None:
+        """The method names the phase that covers `time`."""
+        position = bisect_right(self.phases, time, key=attrgetter("start")) - 1
+        covered = position >= 0 and time <= self.phases[position].end
+        return self.phases[position].name if covered else None
 
 
 def with_callers_of(trace: Trace, launches: Trace) -> Trace:
-    """The function gives a CUDA graph's trace with the callers of the same steps launched one by
-    one.
+    """The function gives a CUDA graph's trace the callers of the same steps launched one by one.
 
     A graph's kernels are launched by one call that knows nothing of operations and shapes. Of each
     kernel's name, the n-th call stands for the n-th of the other trace, as long as a step has
     equally many in both, and the other trace has as many steps or more.
     """
-    their_calls = defaultdict(list)
+    callers = defaultdict(list)
     for activity in launches.activities:
-        their_calls[activity.name].append(activity)
-    our_calls = defaultdict(list)
-    for activity in trace.activities:
-        our_calls[activity.name].append(activity)
-    callers: dict[Activity, Range | None] = {}
-    for name, calls in our_calls.items():
-        known = their_calls[name]
-        # Each call gets an operation of its own: their work adds up over the steps.
-        same_rate = len(calls) * max(1, len(launches.steps)) == len(known) * max(
-            1, len(trace.steps)
-        )
-        if same_rate and len(known) >= len(calls):
-            pairs = zip(calls, known, strict=False)
-            callers |= {ours: theirs.caller for ours, theirs in pairs}
-    activities = [replace(a, caller=callers.get(a, a.caller)) for a in trace.activities]
+        callers[activity.name].append(activity.caller)
+    our_steps, their_steps = max(1, len(trace.steps)), max(1, len(launches.steps))
+    # Each call gets an operation of its own: their work adds up over the steps.
+    known = {
+        name: iter(callers[name])
+        for name, calls in Counter(a.name for a in trace.activities).items()
+        if calls * their_steps == len(callers[name]) * our_steps and len(callers[name]) >= calls
+    }
+    activities = [
+        replace(a, caller=next(known[a.name])) if a.name in known else a for a in trace.activities
+    ]
     return replace(trace, activities=activities)
 
 
-class Timeline:
-    """A timeline has annotations that follow each other without nesting.
-
-    Args:
-        ranges: by their start.
-    """
-
-    def __init__(self, ranges: list[Range]) -> None:
-        self.ranges = ranges
-
-    def at(self, time: float) -> str | None:
-        """The method names of the range that covers `time`."""
-        position = bisect_right(self.ranges, time, key=lambda r: r.start) - 1
-        covered = position >= 0 and time <= self.ranges[position].end
-        return self.ranges[position].name if covered else None
-
-
 def read_trace(path: Path) -> Trace:
-    """The function reads a trace of torch-profiler, Nsight Systems (SQLite) or Nsight Compute
-    (CSV).
+    """The function reads a trace of torch-profiler, Nsight Systems or Nsight Compute.
 
     Raises:
         UserError: the file is not readable or not such a trace.
     """
     document = _read_document(path)
-    events = document.get("traceEvents") if isinstance(document, dict) else document
+    header = document if isinstance(document, dict) else {"traceEvents": document}
+    events = header.get("traceEvents")
     if not isinstance(events, list):
         raise UserError(
             f"{path} is not a torch-profiler trace: it has no traceEvents; write one with "
             "torch.profiler's export_chrome_trace or with python -m hamner.profile"
         )
-    header = document if isinstance(document, dict) else {}
     complete = [e for e in events if isinstance(e, dict) and e.get("ph") == "X" and "dur" in e]
     ranges, launches = _nest(complete)
-    activities = _gpu_activities(complete, launches)
-    on_gpu = bool(activities)
-    if not on_gpu:
-        activities = _cpu_activities(ranges)
+    gpu_work = [
+        _activity(e, *launches.get(_correlation(e), (None, None)))
+        for e in complete
+        if e.get("cat") in _GPU_WORK
+    ]
+    activities = gpu_work or _cpu_activities(ranges)
     if not activities:
         raise UserError(f"{path} holds neither GPU work nor operations: nothing to summarise")
     waits = [
-        Wait(e["name"], float(e["ts"]), float(e["dur"]))
-        for e in complete
-        if e.get("cat") in _LAUNCHES and _WAITS.search(e["name"])
+        _activity(e) for e in complete if e.get("cat") in _LAUNCHES and _WAITS.search(e["name"])
     ]
     metadata = header.get(METADATA_KEY)
     return Trace(
         path=path,
-        device=_device_name(header) if on_gpu else None,
-        activities=activities,
-        ranges=sorted(ranges, key=lambda r: r.start),
-        waits=sorted(waits, key=lambda wait: wait.start),
+        device=_device_name(header) if gpu_work else None,
+        activities=sorted(activities, key=attrgetter("start")),
+        ranges=sorted(ranges, key=attrgetter("start")),
+        waits=sorted(waits, key=attrgetter("start")),
         memory=_memory_events(events),
         metadata=metadata if isinstance(metadata, dict) else {},
     )
@@ -259,87 +236,54 @@ def _nest(events: list[dict]) -> tuple[list[Range], dict[int, tuple[float, Range
             while current is not None and current.end <= start:
                 current = current.parent
             if event["cat"] in _LAUNCHES:
-                correlation = event.get("args", {}).get("correlation")
-                if correlation is not None:
-                    launches[correlation] = end, current
+                if _correlation(event) is not None:
+                    launches[_correlation(event)] = end, current
                 continue
             arguments = event.get("args", {})
-            parent, current = (
-                current,
-                Range(
-                    name=event["name"],
-                    start=start,
-                    end=end,
-                    is_operation=event["cat"] == "cpu_op",
-                    parent=current,
-                    dims=arguments.get("Input Dims", []),
-                    types=arguments.get("Input type", []),
-                    values=arguments.get("Concrete Inputs", []),
-                ),
+            current = Range(
+                name=event["name"],
+                start=start,
+                end=end,
+                is_operation=event["cat"] == "cpu_op",
+                parent=current,
+                dims=arguments.get("Input Dims", ()),
+                types=arguments.get("Input type", ()),
+                values=arguments.get("Concrete Inputs", ()),
             )
-            if current.is_operation:
-                _add_inner_time(parent, end - start)
             ranges.append(current)
     return ranges, launches
 
 
-def _add_inner_time(parent: Range | None, duration: float) -> None:
-    """The function takes an operation's time off the own time of the operation it lies in."""
-    while parent is not None and not parent.is_operation:
-        parent = parent.parent
-    if parent is not None:
-        parent.inner += duration
+def _correlation(event: dict) -> int | None:
+    return event.get("args", {}).get("correlation")
 
 
-def _gpu_activities(
-    events: list[dict], launches: dict[int, tuple[float, Range | None]]
-) -> list[Activity]:
-    activities = []
-    for event in events:
-        if event.get("cat") in _GPU_WORK:
-            correlation = event.get("args", {}).get("correlation")
-            launched, caller = launches.get(correlation, (None, None))
-            activities.append(
-                Activity(
-                    event["name"],
-                    start=float(event["ts"]),
-                    duration=float(event["dur"]),
-                    launched=launched,
-                    caller=caller,
-                )
-            )
-    return sorted(activities, key=lambda activity: activity.start)
+def _activity(event: dict, launched: float | None = None, caller: Range | None = None) -> Activity:
+    start, duration = float(event["ts"]), float(event["dur"])
+    return Activity(event["name"], start, duration, launched=launched, caller=caller)
 
 
 def _cpu_activities(ranges: list[Range]) -> list[Activity]:
     """Without a GPU the device's work is each operation outside those inside it."""
-    activities = []
-    for operation in ranges:
-        own = operation.end - operation.start - operation.inner
-        if operation.is_operation and own > 0:
-            activities.append(
-                Activity(
-                    operation.name,
-                    start=operation.start,
-                    duration=own,
-                    launched=None,
-                    caller=operation,
-                )
-            )
-    return sorted(activities, key=lambda activity: activity.start)
+    operations = [r for r in ranges if r.is_operation]
+    inner: dict[Range, float] = defaultdict(float)
+    for operation in operations:
+        _, *outer = (r for r in operation.chain() if r.is_operation)
+        if outer:
+            inner[outer[0]] += operation.end - operation.start
+    own = {r: r.end - r.start - inner[r] for r in operations}
+    return [Activity(r.name, r.start, own[r], caller=r) for r in operations if own[r] > 0]
 
 
 def _memory_events(events: list) -> list[MemoryEvent]:
-    by_device: dict[int, list[MemoryEvent]] = {0: [], 1: []}  # c10::DeviceType: CPU, CUDA
+    by_device = defaultdict(list)
     for event in events:
         if isinstance(event, dict) and event.get("name") == "[memory]":
-            values = event["args"]
-            by_device.setdefault(values["Device Type"], []).append(
-                MemoryEvent(
-                    float(event["ts"]), values["Addr"], values["Bytes"], values["Total Allocated"]
-                )
-            )
-    return sorted(by_device[1] or by_device[0], key=lambda event: event.time)
+            time, values = float(event["ts"]), event["args"]
+            fields = (values[name] for name in ("Addr", "Bytes", "Total Allocated"))
+            by_device[values["Device Type"]].append(MemoryEvent(time, *fields))
+    # c10::DeviceType: CUDA, CPU.
+    return sorted(by_device[1] or by_device[0], key=attrgetter("time"))
 
 
 def _device_name(header: dict) -> str | None:

@@ -14,10 +14,8 @@ from hamner.evaluate.evaluation import (
     HeldOut,
     evaluate_source,
     loss_by_position,
-    open_conversations,
-    open_text,
+    open_held_out,
 )
-from hamner.model.generate import Generator
 from tests.models import DENSE, build
 from tests.saved import sharp
 
@@ -38,12 +36,14 @@ SETTINGS = {"seq_len": 32, "max_tokens": 640, "val_fraction": 1.0}
 
 
 def text(spec: str, document_mask: bool = False) -> HeldOut:
-    (source,) = open_text((spec,), TOKENIZER, **SETTINGS, document_mask=document_mask)
+    (source,) = open_held_out("text", (spec,), TOKENIZER, **SETTINGS, document_mask=document_mask)
     return source
 
 
 def conversations() -> HeldOut:
-    (source,) = open_conversations(("builtin",), TOKENIZER, **SETTINGS)
+    (source,) = open_held_out(
+        "conversations", ("builtin",), TOKENIZER, **SETTINGS, document_mask=True
+    )
     return source
 
 
@@ -121,11 +121,12 @@ def test_positions_of_masked_documents_start_anew():
     assert set(masked.loss_by_position) == {"0-31"}
 
 
-def test_samples_of_base_and_chat_models():
+def test_samples_of_base_and_chat_models(monkeypatch):
     model = sharp(replace(SHAPE, max_seq_len=128))
     base = evaluation.samples(model, TOKENIZER, is_chat=False)
     assert [sample.prompt for sample in base] == list(evaluation.PROMPTS)
     chat = evaluation.samples(model, TOKENIZER, is_chat=True)
     assert [sample.prompt for sample in chat] == list(evaluation.QUESTIONS)
     assert chat == evaluation.samples(model, TOKENIZER, is_chat=True)
-    assert evaluation.reply(Generator(model, TOKENIZER), chat[0].prompt) == chat[0].text
+    monkeypatch.setattr(evaluation, "QUESTIONS", evaluation.QUESTIONS[1:])
+    assert evaluation.samples(model, TOKENIZER, is_chat=True) == chat[1:]

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from hamner.checkpoint.saved_model import SavedModel
 from hamner.errors import UserError
-from hamner.evaluate.__main__ import EvaluateConfig, evaluate, parse, show
+from hamner.evaluate.__main__ import EvaluateConfig, evaluate, main, show
 from tests.models import DENSE, MOE
 from tests.saved import save_run, sharp
 
@@ -47,7 +47,7 @@ def test_help_explains_every_flag_without_loading_torch():
 )
 def test_bad_flags(args, named):
     with pytest.raises(UserError, match=named):
-        parse(["--checkpoint", "run", *args])
+        main(["--checkpoint", "run", *args])
 
 
 @pytest.mark.parametrize(

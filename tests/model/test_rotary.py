@@ -9,13 +9,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from hamner.checkpoint.saved_model import find_saved_model
 from hamner.config.model import ModelConfig
-from hamner.data.tokenizer import load_tokenizer
 from hamner.errors import UserError
 from hamner.export.gguf import write_gguf
 from hamner.export.hf import hugging_face_config, to_hugging_face
 from hamner.model.rotary import attention_factor, frequencies, rotary_tables
 from tests.models import DENSE, build
+from tests.saved import save_run
 
 LONG = ModelConfig(max_seq_len=4096, rope_scaling_from=1024)
 KINDS = ("linear", "ntk", "yarn")
@@ -85,17 +86,7 @@ def test_exported_model_computes_the_same(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_gguf_says_how_positions_are_scaled(kind, tmp_path):
     config = replace(DENSE, vocab_size=600, max_seq_len=64, rope_scaling=kind, rope_scaling_from=16)
-    weights = {name: p.detach() for name, p in build(config).named_parameters()}
-    tokenizer = load_tokenizer(vocab_size=600)
-    write_gguf(
-        tmp_path / "model.gguf",
-        config,
-        weights,
-        tokenizer,
-        name="x",
-        context=64,
-        end_of_turn=None,
-    )
+    write_gguf(tmp_path / "model.gguf", find_saved_model(save_run(tmp_path / "x", build(config))))
     fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
     values = {name: field.contents() for name, field in fields.items() if ".rope." in name}
     scaled = {

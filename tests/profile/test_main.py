@@ -33,8 +33,8 @@ def captured(tmp_path_factory):
     folder = tmp_path_factory.mktemp("profile")
     data = write_predictable(folder / "data.jsonl")
     config = parse([*SMALL, "--data", str(data)])
-    capture(config.run, folder / "out", steps=2, warmup=config.warmup)
-    return folder / "out", config.run
+    capture(config.training(), folder / "out", steps=2, warmup=config.warmup)
+    return folder / "out", config.training()
 
 
 def test_capture_writes_everything(captured):
@@ -102,7 +102,7 @@ def test_a_picture_that_cannot_be_written_is_named(captured, flag, trace, tmp_pa
 def test_ranges_leave_nothing_behind(tmp_path):
     """A step that was traced is afterwards as if it had never been."""
     data = write_predictable(tmp_path / "data.jsonl")
-    config = replace(parse(SMALL).run, data=(str(data),))
+    config = replace(parse(SMALL).training(), data=(str(data),))
     ranges = Ranges()
     with open_steps(config, on_phase=ranges) as (step, loader):
         with torch.profiler.profile() as profiler, ranges.named(step):
@@ -142,8 +142,9 @@ def test_help_and_reading_do_not_load_torch(tmp_path):
 def test_takes_every_flag_of_train():
     config = parse(["--option", "b", "--recompute", "full", "--steps", "5", "--data", "a", "b"])
     assert isinstance(config, ProfileConfig)
-    assert (config.steps, config.run.recompute, config.run.data) == (5, "full", ("a", "b"))
-    assert config.run.steps is None
+    run = config.training()
+    assert (config.task.steps, run.recompute, run.data) == (5, "full", ("a", "b"))
+    assert run.steps is None
 
 
 @pytest.mark.parametrize(

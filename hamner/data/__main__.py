@@ -1,4 +1,4 @@
-"""`python -m hamner.data`: prepare shards, train a tokenizer."""
+"""`python -m hamner.data` prepares shards and trains a tokenizer."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -103,7 +103,7 @@ def _check_fraction(val_fraction: float) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Parses the arguments and runs the subcommand."""
+    """The function parses the arguments and runs the subcommand."""
     tyro.extras.subcommand_cli_from_dict(
         {"prepare": Prepare, "train-tokenizer": TrainTokenizer},
         args=gather_data(arguments),

@@ -1,4 +1,4 @@
-"""An iterator that runs ahead in a background thread."""
+"""The module lets an iterator run ahead in a background thread."""
 
 import contextlib
 import queue
@@ -11,14 +11,14 @@ Item = TypeVar("Item")
 
 
 class NotReady(Exception):
-    """No item yet. Not a TimeoutError: that may be what the iterator itself raised."""
+    """No item is there yet. It is no TimeoutError, which the iterator itself may have raised."""
 
 
 class Prefetcher(Generic[Item]):
-    """Takes items from an iterator in a thread and keeps up to `depth` of them ready.
+    """A prefetcher takes items from an iterator in a thread and keeps up to `depth` of them ready.
 
-    An exception of the iterator, its end included, is raised in the place of the item that it
-    would have been, and again from then on.
+    An exception of the iterator, its end included, is raised instead of the item that it would have
+    been, and again from then on.
     """
 
     def __init__(self, items: Iterator[Item], depth: int, name: str) -> None:
@@ -33,7 +33,7 @@ class Prefetcher(Generic[Item]):
         self._thread.start()
 
     def get(self, timeout: float | None = None) -> Item:
-        """The next item.
+        """The item is the next one of the iterator.
 
         Args:
             timeout: seconds to wait; None waits for ever.
@@ -56,12 +56,12 @@ class Prefetcher(Generic[Item]):
         return item
 
     def close(self) -> None:
-        """Stops the thread and waits for it, but not for a network that does not answer."""
+        """The thread stops; `close` waits for it, but not for a network that does not answer."""
         self._finalizer()
 
 
 def _run(items: Iterator[Item], output: queue.Queue, stop: threading.Event) -> None:
-    """Body of the thread. It does not know the prefetcher, which can be collected meanwhile."""
+    """The thread runs this; it does not know the prefetcher, which can be collected meanwhile."""
     try:
         for item in items:
             if not _put(output, (item, None), stop):
@@ -73,7 +73,7 @@ def _run(items: Iterator[Item], output: queue.Queue, stop: threading.Event) -> N
 
 
 def _put(output: queue.Queue, item: object, stop: threading.Event) -> bool:
-    """Waits for room; False when the prefetcher was closed meanwhile."""
+    """The function waits for room; False when the prefetcher was closed meanwhile."""
     while not stop.is_set():
         with contextlib.suppress(queue.Full):
             output.put(item, timeout=0.1)

@@ -1,6 +1,5 @@
-"""From conversations to what fine-tuning trains on: tokens, mask, split; each odd case counted."""
+"""Conversations become what fine-tuning trains on: tokens, mask, split; odd cases are counted."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -15,7 +14,7 @@ from hamner.data.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation in tokens.
+    """An example is a conversation in tokens.
 
     Attributes:
         ids: (n,) int32.
@@ -27,13 +26,13 @@ class Example:
 
     @property
     def length(self) -> int:
-        """Positions in a row: the last token is only a target."""
+        """The length is that in a row (positions): the last token is only a target."""
         return len(self.ids) - 1
 
 
 @dataclass
 class ConversationSource:
-    """The examples of one `--data` spec, and what became of its conversations.
+    """A source has the examples of one `--data` spec, and what became of its conversations.
 
     Attributes:
         name: the spec, as the user wrote it.
@@ -61,7 +60,7 @@ class ConversationSource:
 def load_examples(
     specs: Sequence[str], tokenizer: Tokenizer, seq_len: int, val_fraction: float
 ) -> list[ConversationSource]:
-    """Read, tokenize, cut and split the conversations of all `--data` specs.
+    """The function reads, tokenizes, cuts and splits the conversations of all `--data` specs.
 
     Args:
         specs: values of `--data`, `SPEC[=WEIGHT]`; here a weight counts passes an epoch.
@@ -73,14 +72,14 @@ def load_examples(
     Raises:
         UserError: a spec, file or row that cannot be read; no special tokens.
     """
-    seen: Counter[str] = Counter()
+    seen: set[str] = set()
     sources = []
     for spec in parse_specs(specs):
         source = ConversationSource(spec.text, spec.weight)
         for conversation in read_conversations(spec):
             text = _canonical(conversation)
             source.duplicates += text in seen
-            seen[text] += 1
+            seen.add(text)
             example = _tokenize(conversation, tokenizer, seq_len, source)
             if example is not None:
                 split = split_of(text, val_fraction)
@@ -96,7 +95,7 @@ def _canonical(conversation: Conversation) -> str:
 def _tokenize(
     conversation: Conversation, tokenizer: Tokenizer, seq_len: int, source: ConversationSource
 ) -> Example | None:
-    """The longest beginning that fits `seq_len` positions and ends with an answer, or None.
+    """The example is the longest beginning that fits `seq_len` and ends with an answer, or None.
 
     What follows the last answer teaches nothing and is left out.
     """

@@ -29,7 +29,8 @@ class Prefetcher(Generic[Item]):
             target=_run, args=(items, self._queue, self._stop), name=name, daemon=True
         )
         # For an owner that never calls `close`, and for the interpreter's exit.
-        self._finalizer = weakref.finalize(self, _join, self._stop, self._thread)
+        shared = (self._queue, self._stop, self._thread)
+        self._finalizer = weakref.finalize(self, _stop, *shared)
         self._thread.start()
 
     def get(self, timeout: float | None = None) -> Item:
@@ -64,25 +65,19 @@ def _run(items: Iterator[Item], output: queue.Queue, stop: threading.Event) -> N
     """The thread runs this; it does not know the prefetcher, which can be collected meanwhile."""
     try:
         for item in items:
-            if not _put(output, (item, None), stop):
+            output.put((item, None))
+            if stop.is_set():
                 return
         end: BaseException = StopIteration()
     except BaseException as error:  # whatever it is, the consumer must not wait for ever
         end = error
-    _put(output, (None, end), stop)
+    output.put((None, end))
 
 
-def _put(output: queue.Queue, item: object, stop: threading.Event) -> bool:
-    """The function waits for room; False when the prefetcher was closed meanwhile."""
-    while not stop.is_set():
-        with contextlib.suppress(queue.Full):
-            output.put(item, timeout=0.1)
-            return True
-    return False
-
-
-def _join(stop: threading.Event, thread: threading.Thread) -> None:
+def _stop(output: queue.Queue, stop: threading.Event, thread: threading.Thread) -> None:
     stop.set()
+    with contextlib.suppress(queue.Empty):
+        output.get_nowait()  # room for the one item that the thread may still put
     if thread is not threading.current_thread():
         # A thread inside a call to the network does not see the flag. It is a daemon, so it
         # cannot hold up the process's end.

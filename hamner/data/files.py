@@ -9,6 +9,7 @@ import glob
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import re
 import zlib
@@ -177,12 +178,11 @@ class _ParquetFile:
         for row, value in enumerate(values, start=first_row):
             try:
                 texts.append(document_text({field: value.as_py()}))
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f'--data {self._path}, row {row}: "{field}" is not UTF-8 at byte {error.start}'
-                ) from error
             except ValueError as error:
-                raise UserError(f"--data {self._path}, row {row}: {error}") from error
+                reason = str(error)
+                if isinstance(error, UnicodeDecodeError):
+                    reason = f'"{field}" is not UTF-8 at byte {error.start}'
+                raise UserError(f"--data {self._path}, row {row}: {reason}") from error
         return texts
 
 
@@ -216,13 +216,9 @@ class _TextFile:
         self._is_compressed = path.suffix.lower() in COMPRESSED
 
     def blocks(self, start: int, *key: int) -> Iterator[Sequence[str]]:
-        if self._is_compressed:
-            blocks = self._blocks_forward()
-            for _ in range(start):
-                next(blocks, None)
-        else:
-            blocks = self._blocks_shuffled(start, *key)
-        for offset, block in blocks:
+        shuffled = self._blocks_shuffled(start, *key)
+        forward = itertools.islice(self._blocks_forward(), start, None)
+        for offset, block in forward if self._is_compressed else shuffled:
             yield self._parse(block, offset)
 
     def _blocks_shuffled(self, start: int, *key: int) -> Iterator[tuple[int, bytes]]:
@@ -230,10 +226,8 @@ class _TextFile:
         count = -(-size // BLOCK_BYTES)
         with self._path.open("rb") as stream:
             for number in permutation(count, *key)[start:]:
-                begin, end = (
-                    self._cut_after(stream, min(int(k) * BLOCK_BYTES, size))
-                    for k in (number, number + 1)
-                )
+                begin = self._cut_after(stream, int(number) * BLOCK_BYTES) if number else 0
+                end = self._cut_after(stream, min(int(number + 1) * BLOCK_BYTES, size))
                 stream.seek(begin)
                 yield begin, stream.read(end - begin)
 
@@ -259,8 +253,6 @@ class _TextFile:
 
     def _cut_after(self, stream: IO[bytes], position: int) -> int:
         """A block may begin there, first from `position` on."""
-        if position == 0:
-            return 0
         stream.seek(position)
         return position + self._last_cut(stream.read(TEXT_DOCUMENT_BYTES))
 
@@ -294,8 +286,6 @@ class _JsonLinesFile(_TextFile):
     """Blocks of JSON lines end at a line's end, however long the line."""
 
     def _cut_after(self, stream: IO[bytes], position: int) -> int:
-        if position == 0:
-            return 0
         stream.seek(position - 1)
         if len(stream.readline(MAX_LINE_BYTES + 1)) > MAX_LINE_BYTES:
             self._refuse_length(position)

@@ -14,6 +14,7 @@ from functools import partial
 
 import torch
 
+from hamner.config.train import TrainConfig
 from hamner.data import stages
 from hamner.data.background import NotReady, Prefetcher
 from hamner.data.batch import Batch
@@ -36,10 +37,10 @@ VALIDATION_SEED = 0
 
 @dataclass(frozen=True)
 class DataConfig:
-    """A `DataConfig` says what to read and how to batch it.
+    """A `DataConfig` is the part of a `TrainConfig` that says what to read and how to batch it.
 
     Attributes:
-        specs: values of `--data`, `SPEC[=WEIGHT]`; without any, the built-in corpus.
+        data: values of `--data`, `SPEC[=WEIGHT]`; without any, the built-in corpus.
         seq_len: tokens a row.
         batch_size: rows a batch.
         seed: of the order of documents.
@@ -47,7 +48,7 @@ class DataConfig:
             they were prepared.
     """
 
-    specs: tuple[str, ...]
+    data: tuple[str, ...]
     seq_len: int
     batch_size: int
     seed: int
@@ -70,11 +71,11 @@ class TrainLoader:
     """
 
     def __init__(
-        self, config: DataConfig, tokenizer: Tokenizer, *, pin_memory: bool = False
+        self, config: DataConfig | TrainConfig, tokenizer: Tokenizer, *, pin_memory: bool = False
     ) -> None:
         self._config = config
         self._pin_memory = pin_memory
-        self._specs = parse_specs(config.specs)
+        self._specs = parse_specs(config.data)
         self._sources = [open_source(spec, tokenizer, config.val_fraction) for spec in self._specs]
         self._header = {
             "version": STATE_VERSION,

@@ -117,7 +117,8 @@ def open_conversations(
     """The function packs held-out conversations as fine-tuning does; see `open_text`."""
     sources = []
     for spec in specs:
-        examples = load_examples((spec,), tokenizer, seq_len, val_fraction)
+        config = DataConfig((spec,), seq_len, batch_size=1, seed=0, val_fraction=val_fraction)
+        examples = load_examples(config, tokenizer)
         batch = validation_batch(examples, tokenizer, seq_len, max_tokens)
         sources.append(HeldOut(spec, "conversations", batch, True))
     return sources

@@ -5,10 +5,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 
+from hamner.config.train import TrainConfig
 from hamner.data.batch import Batch
 from hamner.data.conversations.examples import ConversationSource, Example
 from hamner.data.conversations.packing import lay_out, pack
-from hamner.data.loader import VALIDATION_SEED
+from hamner.data.loader import VALIDATION_SEED, DataConfig
 from hamner.data.shuffle import State, permutation
 from hamner.data.tokenizer import Tokenizer
 from hamner.errors import UserError
@@ -22,13 +23,6 @@ class ConversationLoader:
     Every epoch packs its conversations anew, as a function of seed and epoch alone. So the state
     is the number of the next row.
 
-    Args:
-        sources: with at least one training example in all.
-        tokenizer: that of the model.
-        seq_len: T, positions of a row.
-        batch_size: rows of a batch.
-        seed: of the order.
-
     Attributes:
         pin_memory: put batches into page-locked memory, for asynchronous copies to a GPU.
 
@@ -40,22 +34,18 @@ class ConversationLoader:
         self,
         sources: Sequence[ConversationSource],
         tokenizer: Tokenizer,
-        *,
-        seq_len: int,
-        batch_size: int,
-        seed: int,
+        config: DataConfig | TrainConfig,
     ) -> None:
         if not any(source.train for source in sources):
             names = " ".join(source.name for source in sources)
             raise UserError(f"--data {names}: no conversation to train on")
-        self._sources, self._tokenizer = list(sources), tokenizer
-        self._seq_len, self._batch_size, self._seed = seq_len, batch_size, seed
+        self._sources, self._tokenizer, self._config = list(sources), tokenizer, config
         self.pin_memory = False
         self._header = {
             "version": STATE_VERSION,
             "tokenizer": tokenizer.fingerprint,
-            "seed": seed,
-            "seq_len": seq_len,
+            "seed": config.seed,
+            "seq_len": config.seq_len,
             "conversations": _digest(sources),
         }
         self._position: State = {"epoch": 0, "row": 0}
@@ -80,13 +70,13 @@ class ConversationLoader:
     def __next__(self) -> Batch:
         epoch, row = self._position["epoch"], self._position["row"]
         rows: list[list[Example]] = []
-        while len(rows) < self._batch_size:
-            found = self._epoch_rows(epoch)[row : row + self._batch_size - len(rows)]
+        while len(rows) < self._config.batch_size:
+            found = self._epoch_rows(epoch)[row : row + self._config.batch_size - len(rows)]
             rows += found
             row += len(found)
             if row >= self.rows_in_epoch(epoch):
                 epoch, row = epoch + 1, 0
-        batch = lay_out(rows, self._seq_len, self._tokenizer.eot_id)
+        batch = lay_out(rows, self._config.seq_len, self._tokenizer.eot_id)
         self._position = {"epoch": epoch, "row": row}
         return batch.pin_memory() if self.pin_memory else batch
 
@@ -120,10 +110,10 @@ class ConversationLoader:
             repeats = self._repeats(number, source, epoch)
             for example, times in zip(source.train, repeats, strict=True):
                 examples += [example] * times
-        shuffled = [examples[i] for i in permutation(len(examples), self._seed, epoch)]
-        rows = pack(shuffled, self._seq_len)
+        shuffled = [examples[i] for i in permutation(len(examples), self._config.seed, epoch)]
+        rows = pack(shuffled, self._config.seq_len)
         # The last rows are the ones with room left: they must not always come last.
-        return [rows[number] for number in permutation(len(rows), self._seed, epoch, 1)]
+        return [rows[number] for number in permutation(len(rows), self._config.seed, epoch, 1)]
 
     def _repeats(self, number: int, source: ConversationSource, epoch: int) -> list[int]:
         """The numbers say how often each example comes: `weight` on average over the epochs.
@@ -132,7 +122,7 @@ class ConversationLoader:
         another half of them.
         """
         count, weight = len(source.train), source.weight
-        phases = permutation(count, self._seed, number) / max(1, count)
+        phases = permutation(count, self._config.seed, number) / max(1, count)
         return [
             math.floor((epoch + 1) * weight + p) - math.floor(epoch * weight + p) for p in phases
         ]

@@ -17,7 +17,7 @@ from hamner.errors import UserError
 
 @dataclass(frozen=True)
 class Prepare:
-    """Tokenize documents once, into shards that training reads with --data shards:DIR."""
+    """`prepare` tokenizes documents once into shards that training reads with --data shards:DIR."""
 
     output: Path
     """Folder to write; a repeated command goes on with an unfinished one."""
@@ -64,7 +64,7 @@ class Prepare:
 
 @dataclass(frozen=True)
 class TrainTokenizer:
-    """Learn a byte-level BPE tokenizer from text; validation documents are left out."""
+    """`train-tokenizer` learns a byte-level BPE from text; validation documents are left out."""
 
     output: Path
     """The tokenizer.json to write."""

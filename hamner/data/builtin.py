@@ -1,6 +1,6 @@
-"""The built-in corpus is the English that every Python installation carries, read offline:
+"""The built-in corpus is the English that every Python installation carries, read offline.
 
-the topics of `pydoc` and the docstrings of the standard library. The library is parsed, never
+It is the topics of `pydoc` and the docstrings of the standard library, which is parsed, never
 imported, so that reading it runs none of its code. Which documents there are depends on the
 Python version, their order does not depend on anything.
 """

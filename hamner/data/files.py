@@ -252,7 +252,7 @@ class _TextFile:
             raise UserError(f"--data {self._path}: damaged compressed file ({error})") from error
 
     def _cut_after(self, stream: IO[bytes], position: int) -> int:
-        """A block may begin there, first from `position` on."""
+        """The offset is the first from `position` on at which a block may begin."""
         stream.seek(position)
         return position + self._last_cut(stream.read(TEXT_DOCUMENT_BYTES))
 

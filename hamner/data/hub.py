@@ -55,13 +55,9 @@ def open_dataset(name: str, config: str | None, split: str) -> Any:
 
 
 class HubSource:
-    """A hub source gives the documents of a streamed dataset.
+    """A hub source gives the documents of a streamed dataset, `owner/name[:config[:split]]`.
 
-    Args:
-        location: `owner/name[:config[:split]]`; the split is "train" unless given.
-
-    Raises:
-        UserError: as `open_dataset`.
+    The split is "train" unless given.
     """
 
     def __init__(self, location: str) -> None:
@@ -78,7 +74,7 @@ class HubSource:
 
         Raises:
             UserError: a row is not a document.
-            TimeoutError: the network stalls.
+            TimeoutError: no document has arrived for `STALL_SECONDS`.
             Exception: whatever else the network or the libraries raise.
         """
         state = state or {"file": 0, "block": 0, "row": 0, "stream": None}
@@ -106,12 +102,7 @@ class _Connection:
         self._last_document = time.monotonic()
 
     def blocks(self, before: State | None) -> Iterator[tuple[list[str], State | None, State]]:
-        """The iterator gives documents and the states before and after them, from a state on.
-
-        Raises:
-            TimeoutError: no document has arrived for `STALL_SECONDS`.
-            Exception: whatever reading raised.
-        """
+        """The iterator gives documents and the states before and after them, from a state on."""
         with contextlib.closing(Prefetcher(self._read(before), 2, "hamner-hub")) as arriving:
             began = time.monotonic()
             while True:

@@ -18,7 +18,7 @@ from hamner.config.train import TrainConfig
 from hamner.data import stages
 from hamner.data.background import NotReady, Prefetcher
 from hamner.data.batch import Batch
-from hamner.data.shuffle import State, check_counts, check_position
+from hamner.data.shuffle import State, check_counts
 from hamner.data.sources import open_source
 from hamner.data.specs import parse_specs
 from hamner.data.tokenizer import Tokenizer
@@ -39,13 +39,7 @@ VALIDATION_SEED = 0
 class DataConfig:
     """A `DataConfig` is the part of a `TrainConfig` that says what to read and how to batch it.
 
-    Attributes:
-        data: values of `--data`, `SPEC[=WEIGHT]`; without any, the built-in corpus.
-        seq_len: tokens a row.
-        batch_size: rows a batch.
-        seed: of the order of documents.
-        val_fraction: share of documents held out for validation. Shards have their own, from when
-            they were prepared.
+    `val_fraction` does not hold for shards, which have their own, from when they were prepared.
     """
 
     data: tuple[str, ...]
@@ -60,11 +54,6 @@ class TrainLoader:
 
     Where several processes train one model, each reads the whole batches and trains on its part: so
     all know the step's targets, and the position holds for any number of processes.
-
-    Args:
-        config: what to read.
-        tokenizer: that of the model.
-        pin_memory: put batches into page-locked memory, for asynchronous copies to a GPU.
 
     Raises:
         UserError: a source that cannot be read, here or from `next`.
@@ -94,9 +83,7 @@ class TrainLoader:
         return self
 
     def __next__(self) -> Batch:
-        batch = self.next_batch()
-        assert batch is not None
-        return batch
+        return self.next_batch()  # a batch always: nothing stops it
 
     def next_batch(self, is_stopped: Callable[[], bool] = lambda: False) -> Batch | None:
         """`next_batch` waits however long a source takes, and gives None once `is_stopped`.
@@ -238,15 +225,13 @@ def _check_state(position: State, num_sources: int) -> None:
             raise ValueError(f"{key} of {len(documents[key])} sources")
     if not all(math.isfinite(credit) and credit >= 0 for credit in documents["credit"]):
         raise ValueError("credit")
-    for key in ("lost", "used"):
-        for value in documents[key]:
-            if key == "used" or value is not None:
-                check_counts({key: value}, key)
+    for lost, used in zip(documents["lost"], documents["used"], strict=True):
+        check_counts({"lost": 0 if lost is None else lost, "used": used}, "lost", "used")
     for source in documents["sources"]:
         if source is not None:
             check_counts(source, "epoch", "tokens", "documents", "skipped")
             if source["position"] is not None:
-                check_position(source["position"])
+                check_counts(source["position"], "file", "block", "row")
 
 
 def _check_same_data(saved: State, current: State) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from hamner.data.documents import Split, TextSource
 from hamner.data.shards import DTYPES, FORMAT, INDEX, OFFSET_DTYPE, PROGRESS, VERSION, Shard
-from hamner.data.shuffle import State, check_counts, check_position
+from hamner.data.shuffle import State, check_counts
 from hamner.data.sources import open_text_source, tokenized
 from hamner.data.specs import parse_specs
 from hamner.data.tokenizer import Tokenizer
@@ -42,10 +42,8 @@ def prepare(
     Args:
         specs: SPECs of text, without weights.
         output: a new or empty folder, or one that an earlier call left unfinished.
-        tokenizer: that of the model.
         shard_tokens: a shard is closed by the document that reaches this size; it is in memory
             until then.
-        val_fraction: share of documents that go to the validation shards.
         on_progress: called after each document with its spec, and the tokens and documents so far.
 
     Returns:
@@ -114,14 +112,14 @@ def _write_shards(
                 on_progress(spec, tokens, documents)
             if pair.offsets["train"][-1] >= progress["shard_tokens"]:
                 progress = pair.write(output) | {"source": number, "state": state}
-                _write_json(output / PROGRESS, progress)
+                write_whole(output / PROGRESS, json.dumps(progress, indent=1))
                 pair = _ShardPair(progress)
         if is_empty:
             raise UserError(f"--data {spec}: no document with text")
         state = None
     progress = pair.write(output)
     index = {key: progress[key] for key in progress if key not in ("source", "state", "pairs")}
-    _write_json(output / INDEX, index)
+    write_whole(output / INDEX, json.dumps(index, indent=1))
     (output / PROGRESS).unlink(missing_ok=True)
     return index
 
@@ -180,7 +178,8 @@ def _resume(output: Path, header: State) -> State:
         )
     for name in unfinished:
         (output / name).unlink()
-    _write_json(output / PROGRESS, progress)  # from here on the folder is known as ours
+    # From here on the folder is known as ours.
+    write_whole(output / PROGRESS, json.dumps(progress, indent=1))
     return progress
 
 
@@ -202,14 +201,10 @@ def _read_own(path: Path, header: State) -> State:
             if saved["source"] >= len(saved["sources"]):
                 raise ValueError(f"source {saved['source']}")
             if saved["state"] is not None:
-                check_position(saved["state"])
+                check_counts(saved["state"], "file", "block", "row")
     except (KeyError, OSError, TypeError, ValueError) as error:
         raise UserError(
             f"--output {path.parent}: {path.name} is damaged ({error!r}); empty the folder and "
             "prepare it again"
         ) from error
     return saved
-
-
-def _write_json(path: Path, value: State) -> None:
-    write_whole(path, json.dumps(value, indent=1).encode())

@@ -23,16 +23,11 @@ class RetriedSource:
 
     A `UserError` says that the content is wrong and is raised at once: another attempt would find
     the same. Anything else may pass, and is tried again. A source that was given up and is asked
-    again gets one attempt.
-
-    Args:
-        source: to read.
-        name: of the source in messages, as the user wrote it.
+    again gets one attempt. Messages name it as the user wrote it.
     """
 
     def __init__(self, source: TextSource, name: str) -> None:
-        self._source = source
-        self._name = name
+        self._source, self._name = source, name
         self._failures = 0
         self.identity = source.identity
 

@@ -29,11 +29,7 @@ DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 
 class ShardSource:
-    """A shard source gives the documents of prepared shards.
-
-    Args:
-        location: the folder.
-        tokenizer: that of the model.
+    """A shard source gives the documents of a folder of prepared shards.
 
     Raises:
         UserError: not a folder of shards, damaged, unfinished, or of another tokenizer.

@@ -26,11 +26,6 @@ def check_counts(state: State, *keys: str) -> None:
             raise ValueError(f"{key} {state[key]!r}")
 
 
-def check_position(state: State) -> None:
-    """The function checks a state of `shuffled_documents` as `check_counts` does."""
-    check_counts(state, "file", "block", "row")
-
-
 def permutation(length: int, *key: int) -> np.ndarray:
     """The permutation of `range(length)` is random and depends on the key alone.
 

@@ -69,8 +69,7 @@ class TokenizedText:
     """Text is split by the hash of each document and tokenized on the way."""
 
     def __init__(self, source: TextSource, tokenizer: Tokenizer, val_fraction: float) -> None:
-        self._source = source
-        self._tokenizer = tokenizer
+        self._source, self._tokenizer = source, tokenizer
         self._val_fraction = val_fraction
         self.identity = source.identity
 

@@ -46,12 +46,6 @@ def epochs(
 ) -> Iterator[tuple[np.ndarray, State]]:
     """The iterator gives a source's training documents without end, each epoch in a new order.
 
-    Args:
-        source: to read.
-        name: of the source in messages, as the user wrote it.
-        seed: of the run.
-        state: to go on from.
-
     Raises:
         SourceLost: it fails after its first document, or has none left.
         UserError: it fails before, or has none at all.
@@ -218,11 +212,6 @@ def packed(
     the state before that document and the number of its tokens that were inputs already, which
     holds for any number and length of rows: what `mixture` takes to go on. A stream that ends loses
     what does not fill the rows. Row r + 1 goes on where row r ends.
-
-    Args:
-        documents: as `mixture` yields them.
-        num_rows: rows of an item.
-        seq_len: T.
     """
     size = num_rows * seq_len
     pieces: list[np.ndarray] = []

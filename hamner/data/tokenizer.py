@@ -69,7 +69,14 @@ class Tokenizer:
             self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self._backend = backend
         self._name = name
-        self.eot_id: int = self._find_eot_id()
+        ends = map(backend.token_to_id, (END_OF_TEXT, *FOREIGN_END_OF_TEXT))
+        eot_id = next((end for end in ends if end is not None), None)
+        if eot_id is None:
+            raise UserError(
+                f"--tokenizer {name}: it has no token that ends a document, neither "
+                f"{END_OF_TEXT} nor any of {' '.join(FOREIGN_END_OF_TEXT)}"
+            )
+        self.eot_id: int = eot_id
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -92,10 +99,6 @@ class Tokenizer:
         """The ids are given as text, special tokens spelled out."""
         with _refused(f"--tokenizer {self._name}: it cannot decode"):
             return self._backend.decode(list(ids), skip_special_tokens=False)
-
-    def stream(self) -> "StreamDecoder":
-        """The decoder takes ids that come one by one."""
-        return StreamDecoder(self._backend)
 
     def text_of(self, token_id: int) -> str:
         """The text is how the vocabulary spells one id."""
@@ -126,7 +129,13 @@ class Tokenizer:
         if vocab_size is None or vocab_size >= self.vocab_size:
             return self
         minimum = len(SPECIAL_TOKENS) + 256
-        if not self._has_our_layout():
+        head = [self._backend.id_to_token(i) for i in range(minimum)]
+        has_our_layout = (
+            isinstance(self._backend.model, models.BPE)
+            and tuple(head[: len(SPECIAL_TOKENS)]) == SPECIAL_TOKENS
+            and set(head[len(SPECIAL_TOKENS) :]) == set(pre_tokenizers.ByteLevel.alphabet())
+        )
+        if not has_our_layout:
             raise UserError(
                 f"--tokenizer {self._name} has {self.vocab_size:,} entries and cannot be cut: "
                 f"use --vocab-size {self.vocab_size} or more"
@@ -146,32 +155,13 @@ class Tokenizer:
         model = model | {"vocab": vocab, "merges": merges[:kept]}
         return Tokenizer(json.dumps(self.definition | {"model": model}), self._name)
 
-    def _has_our_layout(self) -> bool:
-        head = [self._backend.id_to_token(i) for i in range(len(SPECIAL_TOKENS) + 256)]
-        alphabet = set(pre_tokenizers.ByteLevel.alphabet())
-        return (
-            isinstance(self._backend.model, models.BPE)
-            and tuple(head[: len(SPECIAL_TOKENS)]) == SPECIAL_TOKENS
-            and set(head[len(SPECIAL_TOKENS) :]) == alphabet
-        )
-
-    def _find_eot_id(self) -> int:
-        for name in (END_OF_TEXT, *FOREIGN_END_OF_TEXT):
-            token_id = self._backend.token_to_id(name)
-            if token_id is not None:
-                return token_id
-        raise UserError(
-            f"--tokenizer {self._name}: it has no token that ends a document, neither "
-            f"{END_OF_TEXT} nor any of {' '.join(FOREIGN_END_OF_TEXT)}"
-        )
-
 
 class StreamDecoder:
     """A stream decoder gives the text of ids that come one by one: a character whose bytes are
     spread over several tokens is given out once, when it is whole."""
 
-    def __init__(self, backend: tokenizers.Tokenizer) -> None:
-        self._backend = backend
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._backend = tokenizer._backend
         self._stream = decoders.DecodeStream(skip_special_tokens=False)
         self._ids: list[int] = []
         self._given = 0

@@ -33,9 +33,6 @@ class ValidationSet:
         loader: of the run.
         max_tokens: as for `TrainLoader.validation_rows`.
 
-    Attributes:
-        rows: of type `Batch`.
-
     Raises:
         UserError: a source that cannot be read, or one without a document to train on.
     """
@@ -45,7 +42,7 @@ class ValidationSet:
         self._key = json.dumps(loader.validation_key(max_tokens), sort_keys=True)
         stored = self._read()
         self._is_stored = stored is not None
-        self.rows = stored or loader.validation_rows(max_tokens)
+        self.rows: Batch = stored or loader.validation_rows(max_tokens)
         if not stored and not len(self.rows.inputs):
             # Perhaps there is nothing at all: better said now than at the first batch.
             loader.require_documents()

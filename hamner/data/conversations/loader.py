@@ -23,9 +23,6 @@ class ConversationLoader:
     Every epoch packs its conversations anew, as a function of seed and epoch alone. So the state
     is the number of the next row.
 
-    Attributes:
-        pin_memory: put batches into page-locked memory, for asynchronous copies to a GPU.
-
     Raises:
         UserError: nothing to train on.
     """
@@ -133,14 +130,7 @@ def validation_batch(
 ) -> Batch:
     """The batch has the held-out conversations packed into rows, the same whatever the seed.
 
-    Args:
-        sources: whose validation examples.
-        tokenizer: that of the model.
-        seq_len: T.
-        max_tokens: size of the set; of more, a random choice is taken.
-
-    Returns:
-        (R, T); R = 0 when nothing is held out.
+    Of more than `max_tokens`, a random choice is taken; there are no rows when nothing is held out.
     """
     examples = [example for source in sources for example in source.validation]
     chosen: list[Example] = []

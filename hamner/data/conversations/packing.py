@@ -14,14 +14,8 @@ def pack(examples: Sequence[Example], capacity: int) -> list[list[Example]]:
     """The function fills rows by best fit: each example goes where it leaves the smallest room.
 
     Examples are taken in their order. Taking the longest first would waste 1% less, but fill rows
-    with conversations of one length, which are often of one kind.
-
-    Args:
-        examples: each at most `capacity` long.
-        capacity: positions of a row.
-
-    Returns:
-        The examples of each row.
+    with conversations of one length, which are often of one kind. None may be longer than the
+    capacity, the positions of a row.
     """
     rows: list[list[Example]] = []
     room: list[tuple[int, int]] = []  # (left, row), ascending
@@ -43,12 +37,7 @@ def lay_out(rows: Sequence[Sequence[Example]], seq_len: int, padding: int) -> Ba
     The targets are shifted here, as in the loader of pre-training: `targets[t]` is the token after
     `inputs[t]` where that token is learned, and ignored elsewhere. An example's last token is only
     a target, so nothing is predicted across examples. The end of a row is padding, a document of
-    its own that no loss counts.
-
-    Args:
-        rows: examples of each row, together at most `seq_len` positions.
-        seq_len: T.
-        padding: token to fill up with.
+    its own that no loss counts. The examples of a row have together at most `seq_len` positions.
     """
     shape = (len(rows), seq_len)
     inputs = np.full(shape, padding, np.int64)

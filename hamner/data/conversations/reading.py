@@ -150,12 +150,9 @@ def _parse_text(text: Any) -> tuple[Message, ...]:
     if not openings or text[: openings[0].start()].strip():
         raise ValueError(f'"text" must begin with one of {", ".join(ROLE_TOKENS.values())}')
     ends = [opening.start() for opening in openings[1:]] + [len(text)]
-    return tuple(
-        Message(_TOKEN_ROLES[opening.group()], _without_end(text[opening.end() : end]))
-        for opening, end in zip(openings, ends, strict=True)
-    )
-
-
-def _without_end(content: str) -> str:
-    content = content.strip().removesuffix(END_OF_TEXT).rstrip()
-    return content.removesuffix(END_TOKEN).strip()
+    messages = []
+    for opening, end in zip(openings, ends, strict=True):
+        content = text[opening.end() : end].strip().removesuffix(END_OF_TEXT).rstrip()
+        content = content.removesuffix(END_TOKEN).strip()
+        messages.append(Message(_TOKEN_ROLES[opening.group()], content))
+    return tuple(messages)

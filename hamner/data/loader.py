@@ -103,10 +103,7 @@ class TrainLoader:
 
     def _pipeline(self) -> Iterator[tuple[Batch, State]]:
         """The iterator goes on after the position; it must not keep the loader alive."""
-        documents, used = None, 0
-        if self._position:
-            documents, used = self._position["documents"], self._position["used"]
-        mixed = stages.mixture(self._specs, self._readers(), documents, used)
+        mixed = stages.mixture(self._specs, self._readers(), self._position)
         packed = stages.packed(mixed, self._config.batch_size, self._config.seq_len)
         if self._pin_memory:
             return ((batch.pin_memory(), state) for batch, state in packed)
@@ -178,9 +175,6 @@ class TrainLoader:
         Returns:
             A batch of (R, T) with R * T <= max_tokens; R = 0 when the corpus holds out less than a
             row.
-
-        Raises:
-            UserError: a source that cannot be read.
         """
         seq_len = self._config.seq_len
         empty = torch.empty((0, seq_len), dtype=torch.int64)

@@ -136,7 +136,7 @@ class _Stream:
 
 
 def mixture(
-    specs: Sequence[Spec], readers: Sequence[Reader], state: State | None, used: int = 0
+    specs: Sequence[Spec], readers: Sequence[Reader], state: State | None
 ) -> Iterator[tuple[np.ndarray, int, State]]:
     """The iterator takes each document from the stream whose credit lags its weight the most.
 
@@ -152,9 +152,8 @@ def mixture(
     Args:
         specs: names and weights of the streams.
         readers: of the streams.
-        state: to go on from.
-        used: tokens of the next document that were inputs already. Should its stream be lost now,
-            they are remembered until it comes back.
+        state: of `packed`, to go on from. Should the stream of the next document be lost now, the
+            tokens of it that were inputs already are remembered until it comes back.
 
     Yields:
         A document, how many of its tokens were inputs already, and the state to read it again.
@@ -163,17 +162,17 @@ def mixture(
         SourceLost: the last stream is lost.
         UserError: a state that does not fit its document.
     """
-    columns = zip(*(state[key] for key in STATE_KEYS), strict=True) if state else repeat(())
+    before, pending = (state["documents"], state["used"]) if state else (None, 0)
+    columns = zip(*(before[key] for key in STATE_KEYS), strict=True) if before else repeat(())
     opened = zip(specs, readers, columns, strict=False)
     streams = [_Stream(spec, read, *values) for spec, read, values in opened]
     total = sum(stream.state["tokens"] for stream in streams if stream.state)
-    pending: int | None = used
     while live := [stream for stream in streams if stream.lost is None]:
         asked_again = (s for s in streams if s.lost is not None and total >= s.lost + LOST_TOKENS)
         stream = next(asked_again, None) or min(live, key=_Stream.level)
         if pending is not None:
             stream.used, pending = pending, None
-        state = _state_of(streams)
+        before = _state_of(streams)
         try:
             ids = stream.next_document(live)
         except StopIteration:
@@ -190,7 +189,7 @@ def mixture(
             raise UserError("--resume: the saved data position is damaged: its document is shorter")
         total += len(ids)
         stream.credit += len(ids)
-        yield ids, skip, state
+        yield ids, skip, before
 
 
 def _state_of(streams: Sequence[_Stream]) -> State:

@@ -38,17 +38,16 @@ class FakeSource:
 
 def stream(sources, weights, num_rows, seq_len, state=None, seed=0):
     """The pipeline from sources to rows, going on after `state`."""
-    documents, used = (state["documents"], state["used"]) if state else (None, 0)
-    return packed(mixed(sources, weights, documents, seed, used), num_rows, seq_len)
+    return packed(mixed(sources, weights, state, seed), num_rows, seq_len)
 
 
-def mixed(sources, weights, state, seed=0, used=0):
+def mixed(sources, weights, state, seed=0):
     specs = [Spec("files", "", weight, f"source {i}") for i, weight in enumerate(weights)]
     readers = [
         partial(epochs, source, spec.text, seed)
         for source, spec in zip(sources, specs, strict=True)
     ]
-    return mixture(specs, readers, state, used)
+    return mixture(specs, readers, state)
 
 
 LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=25).filter(any)
@@ -111,7 +110,8 @@ def test_mixture_keeps_to_the_weights_and_resumes(lengths, weights, stop):
         # Nobody is ahead of another by more than the document that it was just given.
         ahead = counts / weights
         assert (ahead - 40 / np.array(weights) <= ahead.min() + 1e-9).all()
-    rest = list(itertools.islice(mixed(sources, weights, items[stop][2]), 120 - stop))
+    after = {"documents": items[stop][2], "used": 0}
+    rest = list(itertools.islice(mixed(sources, weights, after), 120 - stop))
     for (ids, _, state), (again, _, state_again) in zip(items[stop:], rest, strict=True):
         assert ids.tolist() == again.tolist()
         assert state == state_again
@@ -199,7 +199,8 @@ def test_repeated_documents_are_announced(caplog):
 
 def test_state_of_a_longer_document_is_refused():
     with pytest.raises(UserError, match="--resume: .* damaged"):
-        next(mixed([FakeSource([3])], [1], None, used=3))
+        documents = {"sources": [None], "credit": [0.0], "lost": [None], "used": [0]}
+        next(mixed([FakeSource([3])], [1], {"documents": documents, "used": 3}))
 
 
 def test_exhausted_source_starts_its_next_epoch_in_a_new_order():

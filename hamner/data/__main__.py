@@ -1,4 +1,4 @@
-"""`python -m hamner.data`: prepare shards, train a tokenizer."""
+"""`python -m hamner.data` prepares shards and trains a tokenizer."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from hamner.errors import UserError
 
 @dataclass(frozen=True)
 class Prepare:
-    """Tokenize documents once, into shards that training reads with --data shards:DIR."""
+    """`prepare` tokenizes documents once into shards that training reads with --data shards:DIR."""
 
     output: Path
     """Folder to write; a repeated command goes on with an unfinished one."""
@@ -64,7 +64,7 @@ class Prepare:
 
 @dataclass(frozen=True)
 class TrainTokenizer:
-    """Learn a byte-level BPE tokenizer from text; validation documents are left out."""
+    """`train-tokenizer` learns a byte-level BPE from text; validation documents are left out."""
 
     output: Path
     """The tokenizer.json to write."""
@@ -103,7 +103,7 @@ def _check_fraction(val_fraction: float) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Parses the arguments and runs the subcommand."""
+    """The function parses the arguments and runs the subcommand."""
     tyro.extras.subcommand_cli_from_dict(
         {"prepare": Prepare, "train-tokenizer": TrainTokenizer},
         args=gather_data(arguments),

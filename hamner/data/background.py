@@ -1,4 +1,4 @@
-"""An iterator that runs ahead in a background thread."""
+"""The module lets an iterator run ahead in a background thread."""
 
 import contextlib
 import queue
@@ -11,14 +11,14 @@ Item = TypeVar("Item")
 
 
 class NotReady(Exception):
-    """No item yet. Not a TimeoutError: that may be what the iterator itself raised."""
+    """No item is there yet. It is no TimeoutError, which the iterator itself may have raised."""
 
 
 class Prefetcher(Generic[Item]):
-    """Takes items from an iterator in a thread and keeps up to `depth` of them ready.
+    """A prefetcher takes items from an iterator in a thread and keeps up to `depth` of them ready.
 
-    An exception of the iterator, its end included, is raised in the place of the item that it
-    would have been, and again from then on.
+    An exception of the iterator, its end included, is raised instead of the item that it would have
+    been, and again from then on.
     """
 
     def __init__(self, items: Iterator[Item], depth: int, name: str) -> None:
@@ -29,11 +29,12 @@ class Prefetcher(Generic[Item]):
             target=_run, args=(items, self._queue, self._stop), name=name, daemon=True
         )
         # For an owner that never calls `close`, and for the interpreter's exit.
-        self._finalizer = weakref.finalize(self, _join, self._stop, self._thread)
+        shared = (self._queue, self._stop, self._thread)
+        self._finalizer = weakref.finalize(self, _stop, *shared)
         self._thread.start()
 
     def get(self, timeout: float | None = None) -> Item:
-        """The next item.
+        """The item is the next one of the iterator.
 
         Args:
             timeout: seconds to wait; None waits for ever.
@@ -56,33 +57,27 @@ class Prefetcher(Generic[Item]):
         return item
 
     def close(self) -> None:
-        """Stops the thread and waits for it, but not for a network that does not answer."""
+        """The thread stops; `close` waits for it, but not for a network that does not answer."""
         self._finalizer()
 
 
 def _run(items: Iterator[Item], output: queue.Queue, stop: threading.Event) -> None:
-    """Body of the thread. It does not know the prefetcher, which can be collected meanwhile."""
+    """The thread runs this; it does not know the prefetcher, which can be collected meanwhile."""
     try:
         for item in items:
-            if not _put(output, (item, None), stop):
+            output.put((item, None))
+            if stop.is_set():
                 return
         end: BaseException = StopIteration()
     except BaseException as error:  # whatever it is, the consumer must not wait for ever
         end = error
-    _put(output, (None, end), stop)
+    output.put((None, end))
 
 
-def _put(output: queue.Queue, item: object, stop: threading.Event) -> bool:
-    """Waits for room; False when the prefetcher was closed meanwhile."""
-    while not stop.is_set():
-        with contextlib.suppress(queue.Full):
-            output.put(item, timeout=0.1)
-            return True
-    return False
-
-
-def _join(stop: threading.Event, thread: threading.Thread) -> None:
+def _stop(output: queue.Queue, stop: threading.Event, thread: threading.Thread) -> None:
     stop.set()
+    with contextlib.suppress(queue.Empty):
+        output.get_nowait()  # room for the one item that the thread may still put
     if thread is not threading.current_thread():
         # A thread inside a call to the network does not see the flag. It is a daemon, so it
         # cannot hold up the process's end.

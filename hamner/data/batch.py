@@ -14,8 +14,8 @@ class Batch:
 
     Attributes:
         inputs: (B, T) int64.
-        targets: (B, T) int64; `targets[:, t]` is the token after `inputs[:, t]`. This is the one
-            place where targets are shifted: models never do.
+        targets: (B, T) int64; `targets[:, t]` is the token after `inputs[:, t]`. Only here are
+            targets shifted: models never do it.
         document_ids: (B, T) int32, from 0 in each row, non-decreasing. A document's end-of-text
             token is its last one.
     """
@@ -26,5 +26,4 @@ class Batch:
 
     def pin_memory(self) -> "Batch":
         """The copy lies in page-locked memory, from where a GPU fetches it asynchronously."""
-        tensors = (self.inputs, self.targets, self.document_ids)
-        return Batch(*(tensor.pin_memory() for tensor in tensors))
+        return Batch(**{name: tensor.pin_memory() for name, tensor in vars(self).items()})

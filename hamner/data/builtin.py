@@ -1,6 +1,6 @@
-"""The built-in corpus: the English that every Python installation carries, read offline.
+"""The built-in corpus is the English that every Python installation carries, read offline.
 
-The topics of `pydoc` and the docstrings of the standard library. The library is parsed, never
+It is the topics of `pydoc` and the docstrings of the standard library, which is parsed, never
 imported, so that reading it runs none of its code. Which documents there are depends on the
 Python version, their order does not depend on anything.
 """
@@ -38,7 +38,7 @@ BLOCKS = ("body", "handlers", "orelse", "finalbody", "cases")
 
 @cache
 def builtin_documents() -> tuple[str, ...]:
-    """Every document of the corpus: topics and docstrings, the long ones in pieces.
+    """The documents of the corpus are topics and docstrings, the long ones in pieces.
 
     Raises:
         UserError: this Python carries neither the topics nor the library's sources.
@@ -55,7 +55,7 @@ def builtin_documents() -> tuple[str, ...]:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """The text, cut between paragraphs."""
+    """The pieces are the text, cut between paragraphs."""
     piece: list[str] = []
     for paragraph in text.split("\n\n"):
         piece.append(paragraph)
@@ -85,7 +85,7 @@ def _docstrings() -> Iterator[str]:
 
 
 def _module_documents(path: Path) -> Iterator[str]:
-    """The docstrings of the module and of every class and function in it, each a document."""
+    """The docstrings of the module, its classes and functions are a document each."""
     try:
         module = ast.parse(path.read_bytes())
     except (OSError, SyntaxError, ValueError):
@@ -100,19 +100,19 @@ def _module_documents(path: Path) -> Iterator[str]:
 
 
 class BuiltinSource:
-    """The built-in corpus as a source of documents: one block of one file."""
+    """The built-in corpus is a source of documents: one block of one file."""
 
     def identity(self) -> State:
-        """Its size and digest: both differ between Python versions."""
+        """The size and the digest differ between Python versions."""
         documents = builtin_documents()
         digest = hashlib.sha256("\0".join(documents).encode()).hexdigest()
         return {"documents": len(documents), "digest": digest}
 
     def documents(self, seed: int, epoch: int, state: State | None) -> Iterator[tuple[str, State]]:
-        """One shuffled epoch; see `shuffled_documents`."""
+        """The epoch is shuffled; see `shuffled_documents`."""
         return shuffled_documents([self], seed, epoch, state)
 
     def blocks(self, start: int, *key: int) -> Iterator[tuple[str, ...]]:
-        """See `BlockFile`."""
+        """The block holds every document; see `BlockFile`."""
         if start == 0:
             yield builtin_documents()

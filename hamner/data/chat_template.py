@@ -1,4 +1,4 @@
-"""The chat template: the one place that says how a conversation is spelled in tokens.
+"""Only the chat template says how a conversation is spelled in tokens.
 
     <|system|>
     You are terse.
@@ -12,23 +12,20 @@ break, what the assistant says with the special token `<|end|>`, right after whi
 comes. Contents are stripped. Text that looks like a special token is ordinary text here: no
 content can open another's turn.
 
-Fine-tuning, chat and evaluation render with the functions below, exported tokenizers with
-`JINJA_TEMPLATE`; a test holds the two together.
+Fine-tuning, chat and evaluation render with the functions below, which raise a `UserError` where a
+tokenizer lacks these special tokens; exported tokenizers render with `JINJA_TEMPLATE`. A test holds
+the two together.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from hamner.data.tokenizer import Tokenizer
 
 Role = Literal["system", "user", "assistant"]
 
-ROLE_TOKENS: dict[Role, str] = {
-    "system": "<|system|>",
-    "user": "<|user|>",
-    "assistant": "<|assistant|>",
-}
+ROLE_TOKENS: dict[Role, str] = {role: f"<|{role}|>" for role in get_args(Role)}
 END_TOKEN = "<|end|>"
 """ends what the assistant says; decoding stops at it"""
 
@@ -44,14 +41,14 @@ JINJA_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation."""
+    """A message is one turn of a conversation."""
 
     role: Role
     content: str
 
 
 class Rendered(NamedTuple):
-    """Tokens of a conversation, or of a part of it."""
+    """A conversation, or a part of it, is rendered in tokens."""
 
     ids: list[int]
     learned: list[bool]
@@ -59,11 +56,7 @@ class Rendered(NamedTuple):
 
 
 def render_message(message: Message, tokenizer: Tokenizer) -> Rendered:
-    """One message. An answer without a word is not learned: it would teach to say nothing.
-
-    Raises:
-        UserError: the tokenizer lacks the template's special tokens.
-    """
+    """An answer without a word is not learned: it would teach to say nothing."""
     content = message.content.strip()
     head = [tokenizer.special_id(ROLE_TOKENS[message.role])]
     if message.role != "assistant":
@@ -76,11 +69,7 @@ def render_message(message: Message, tokenizer: Tokenizer) -> Rendered:
 
 
 def render(messages: Iterable[Message], tokenizer: Tokenizer) -> Rendered:
-    """A whole conversation; the concatenation of its messages.
-
-    Raises:
-        UserError: the tokenizer lacks the template's special tokens.
-    """
+    """A whole conversation is rendered as the concatenation of its messages."""
     parts = [render_message(message, tokenizer) for message in messages]
     return Rendered(
         [token for part in parts for token in part.ids],
@@ -89,21 +78,12 @@ def render(messages: Iterable[Message], tokenizer: Tokenizer) -> Rendered:
 
 
 def render_prompt(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
-    """The conversation so far and the opening of the assistant's next turn.
-
-    Raises:
-        UserError: the tokenizer lacks the template's special tokens.
-    """
+    """The prompt is the conversation so far and the opening of the assistant's next turn."""
     opening = [tokenizer.special_id(ROLE_TOKENS["assistant"]), *tokenizer.encode("\n")]
     return render(messages, tokenizer).ids + opening
 
 
 def turn_ends(tokenizer: Tokenizer) -> frozenset[int]:
-    """The set holds the tokens that end an answer: its end marker, the end of the text, or anyone's
-    next turn.
-
-    Raises:
-        UserError: the tokenizer lacks the template's special tokens.
-    """
+    """An answer ends at its end marker, the end of the text, or anyone's next turn."""
     names = (END_TOKEN, *ROLE_TOKENS.values())
     return frozenset({tokenizer.eot_id, *(tokenizer.special_id(name) for name in names)})

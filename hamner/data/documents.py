@@ -14,24 +14,22 @@ Split = Literal["train", "validation"]
 TEXT_FIELDS = ("text", "content", "messages")
 
 
-class TextSource(Protocol):
-    """A text source gives documents as text. An epoch is resumable after every document."""
+class Source(Protocol):
+    """A source can be known again."""
 
     def identity(self) -> State:
         """The identity must be equal when a run resumes: JSON, readable where it can be."""
-        ...
+
+
+class TextSource(Source, Protocol):
+    """A text source gives documents as text. An epoch is resumable after every document."""
 
     def documents(self, seed: int, epoch: int, state: State | None) -> Iterator[tuple[str, State]]:
         """The iterator gives one epoch of documents, each with the state to go on after it."""
-        ...
 
 
-class TokenSource(Protocol):
+class TokenSource(Source, Protocol):
     """A token source gives documents as token ids, each ending with the end-of-text token."""
-
-    def identity(self) -> State:
-        """The identity is as of `TextSource`."""
-        ...
 
     def tokens(
         self, split: Split, seed: int, epoch: int, state: State | None
@@ -40,11 +38,10 @@ class TokenSource(Protocol):
 
         An empty document yields an empty array, for the reader to count.
         """
-        ...
 
 
 def document_text(row: Any) -> str:
-    """The text of one row: a string, `{"text"}`, `{"content"}` or `{"messages": [{"content"}]}`.
+    """The row is a string, `{"text"}`, `{"content"}` or `{"messages": [{"content"}]}`.
 
     The messages of a conversation are joined by newlines: in pre-training they are plain text.
 

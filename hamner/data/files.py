@@ -1,4 +1,4 @@
-"""Local files as documents: .txt, .jsonl and .parquet, the first two also compressed.
+"""Local files give documents: .txt, .jsonl and .parquet, the first two also compressed.
 
 A file is read in blocks (a row group of parquet, about 4 MiB of text), which are shuffled. Files
 whose content is not what their name says are refused when the source is opened; broken rows when
@@ -9,6 +9,7 @@ import glob
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import re
 import zlib
@@ -35,22 +36,18 @@ MAGIC[".zstd"] = MAGIC[".zst"]
 COMPRESSED = (".gz", ".zst", ".zstd")
 SUPPORTED = ".txt, .jsonl or .parquet (.txt and .jsonl also with .gz, .zst or .zstd)"
 
+_SEPARATOR = re.escape(END_OF_TEXT.encode()) + rb"[ \t\r]*"
 #: Where a text may be cut, best first: after a separator line, a blank line, a line.
-_CUTS = tuple(
-    re.compile(pattern)
-    for pattern in (
-        rb"(?:\A|\n)" + re.escape(END_OF_TEXT.encode()) + rb"[ \t\r]*\n",
-        rb"\n[ \t\r]*\n",
-        rb"\n",
-    )
+_CUTS = (
+    re.compile(rb"(?:\A|\n)" + _SEPARATOR + rb"\n"),
+    re.compile(rb"\n[ \t\r]*\n"),
+    re.compile(rb"\n"),
 )
-_SEPARATOR_LINE = re.compile(
-    rb"(?:\A|(?<=\n))" + re.escape(END_OF_TEXT.encode()) + rb"[ \t\r]*(?:\n|\Z)"
-)
+_SEPARATOR_LINE = re.compile(rb"(?:\A|(?<=\n))" + _SEPARATOR + rb"(?:\n|\Z)")
 
 
 class FileSource:
-    """The documents of a file, a folder or a glob.
+    """A file source gives the documents of a file, a folder or a glob.
 
     Raises:
         UserError: nothing there, or a file that is not what its name says.
@@ -65,7 +62,7 @@ class FileSource:
             raise UserError(f"--data {location}: cannot be read ({error})") from error
 
     def identity(self) -> State:
-        """What must not change between saving and resuming: the files' names and sizes."""
+        """Names and sizes of the files must not change between saving and resuming."""
         listing = [[p.name, size] for p, size in zip(self._paths, self._sizes, strict=True)]
         return {
             "files": len(listing),
@@ -74,14 +71,14 @@ class FileSource:
         }
 
     def documents(self, seed: int, epoch: int, state: State | None) -> Iterator[tuple[str, State]]:
-        """One shuffled epoch; see `shuffled_documents`."""
+        """The epoch is shuffled; see `shuffled_documents`."""
         return shuffled_documents(self._files, seed, epoch, state)
 
 
 def find_files(location: str) -> list[Path]:
     path = Path(location).expanduser()
     if path.is_file():
-        if _format(path) is None:
+        if _reader(path) is None:
             raise UserError(f"--data {location}: the name of a data file must end in {SUPPORTED}")
         return [path]
     if path.is_dir():
@@ -92,20 +89,17 @@ def find_files(location: str) -> list[Path]:
         what, found = "glob", sorted(map(Path, names))
     else:
         raise UserError(f"--data {location}: no such file or folder")
-    paths = [path for path in found if _format(path) is not None and path.is_file()]
+    paths = [path for path in found if _reader(path) and path.is_file()]
     if not paths:
         raise UserError(f"--data {location}: the {what} has no file that ends in {SUPPORTED}")
     return paths
 
 
-def _format(path: Path) -> str | None:
-    """The suffix that says how the content is read, None when not ours."""
-    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
-    if suffixes and suffixes[-1] in COMPRESSED:
-        suffixes.pop()
-    elif suffixes and suffixes[-1] == ".parquet":
-        return ".parquet"
-    return suffixes[-1] if suffixes and suffixes[-1] in (".txt", ".jsonl") else None
+def _reader(path: Path) -> "type[_ParquetFile | _TextFile] | None":
+    """The class reads what the name says; it is None when not ours."""
+    is_compressed = path.suffix.lower() in COMPRESSED
+    reader = READERS.get(Path(path.stem if is_compressed else path.name).suffix.lower())
+    return None if is_compressed and reader is _ParquetFile else reader
 
 
 def _open(path: Path) -> "_ParquetFile | _TextFile":
@@ -118,10 +112,19 @@ def _open(path: Path) -> "_ParquetFile | _TextFile":
         raise UserError(f"--data {path}: its content is not {suffix[1:]}, though its name says so")
     if expected is None and found is not None:
         raise UserError(f"--data {path}: its content is {found[1:]}; rename it to end in {found}")
-    format = _format(path)
-    if format == ".parquet":
-        return _ParquetFile(path)
-    return _JsonLinesFile(path) if format == ".jsonl" else _TextFile(path)
+    return _reader(path)(path)
+
+
+def open_bytes(path: Path) -> IO[bytes]:
+    """The stream gives the content of a file, decompressed where the name says so."""
+    suffix = path.suffix.lower()
+    if suffix not in COMPRESSED:
+        return path.open("rb")
+    if suffix == ".gz":
+        return gzip.open(path)
+    import pyarrow
+
+    return pyarrow.input_stream(str(path), compression="zstd")
 
 
 class _ParquetFile:
@@ -153,7 +156,7 @@ class _ParquetFile:
             ) from error
 
     def _size(self, group: Any, field: str) -> int:
-        """Bytes of a field in memory, as the file says."""
+        """The size is that of a field in memory (bytes), as the file says."""
         columns = map(group.column, range(group.num_columns))
         return sum(
             column.total_uncompressed_size
@@ -175,32 +178,47 @@ class _ParquetFile:
         for row, value in enumerate(values, start=first_row):
             try:
                 texts.append(document_text({field: value.as_py()}))
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f'--data {self._path}, row {row}: "{field}" is not UTF-8 at byte {error.start}'
-                ) from error
             except ValueError as error:
-                raise UserError(f"--data {self._path}, row {row}: {error}") from error
+                reason = str(error)
+                if isinstance(error, UnicodeDecodeError):
+                    reason = f'"{field}" is not UTF-8 at byte {error.start}'
+                raise UserError(f"--data {self._path}, row {row}: {reason}") from error
         return texts
 
 
+def last_cut(text: bytes) -> int:
+    """A text that goes on is cut after its last separator line, else blank line, else line.
+
+    Only the last 32 KiB are searched, lest a cut leave a tiny document. Without any, the cut is
+    before the last UTF-8 character, which may be incomplete.
+    """
+    begin = max(0, len(text) - TEXT_DOCUMENT_BYTES // 2)
+    for pattern in _CUTS:
+        ends = [match.end() for match in pattern.finditer(text, begin)]
+        if ends:
+            return ends[-1]
+    cut = len(text) - 1
+    while cut > begin and (text[cut] & 0xC0) == 0x80:
+        cut -= 1
+    return cut if cut > begin else len(text)
+
+
 class _TextFile:
-    """Plain text. A block is about 4 MiB that end where the text may be cut.
+    """A block of plain text is about 4 MiB that end where the text may be cut.
 
     Uncompressed blocks are read in any order; a compressed file can only be read forward.
     """
 
+    _last_cut = staticmethod(last_cut)
+
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._is_compressed = path.suffix.lower() in COMPRESSED
 
     def blocks(self, start: int, *key: int) -> Iterator[Sequence[str]]:
-        if self._is_compressed():
-            blocks = self._blocks_forward()
-            for _ in range(start):
-                next(blocks, None)
-        else:
-            blocks = self._blocks_shuffled(start, *key)
-        for offset, block in blocks:
+        shuffled = self._blocks_shuffled(start, *key)
+        forward = itertools.islice(self._blocks_forward(), start, None)
+        for offset, block in forward if self._is_compressed else shuffled:
             yield self._parse(block, offset)
 
     def _blocks_shuffled(self, start: int, *key: int) -> Iterator[tuple[int, bytes]]:
@@ -208,16 +226,14 @@ class _TextFile:
         count = -(-size // BLOCK_BYTES)
         with self._path.open("rb") as stream:
             for number in permutation(count, *key)[start:]:
-                begin, end = (
-                    self._cut_after(stream, min(int(k) * BLOCK_BYTES, size))
-                    for k in (number, number + 1)
-                )
+                begin = self._cut_after(stream, int(number) * BLOCK_BYTES) if number else 0
+                end = self._cut_after(stream, min(int(number + 1) * BLOCK_BYTES, size))
                 stream.seek(begin)
                 yield begin, stream.read(end - begin)
 
     def _blocks_forward(self) -> Iterator[tuple[int, bytes]]:
         offset, buffer = 0, b""
-        with self._decompressed() as stream:
+        with open_bytes(self._path) as stream:
             while chunk := self._read(stream, BLOCK_BYTES):
                 # Only now is it known that the text goes on, so that a small file stays whole.
                 cut = self._last_cut(buffer) if len(buffer) >= BLOCK_BYTES else 0
@@ -229,16 +245,6 @@ class _TextFile:
         if buffer:
             yield offset, buffer
 
-    def _is_compressed(self) -> bool:
-        return self._path.suffix.lower() in COMPRESSED
-
-    def _decompressed(self) -> IO[bytes]:
-        if self._path.suffix.lower() == ".gz":
-            return gzip.open(self._path)
-        import pyarrow
-
-        return pyarrow.input_stream(str(self._path), compression="zstd")
-
     def _read(self, stream: IO[bytes], size: int) -> bytes:
         try:
             return stream.read(size)
@@ -246,14 +252,9 @@ class _TextFile:
             raise UserError(f"--data {self._path}: damaged compressed file ({error})") from error
 
     def _cut_after(self, stream: IO[bytes], position: int) -> int:
-        """The first place from `position` on where a block may begin."""
-        if position == 0:
-            return 0
+        """The offset is the first from `position` on at which a block may begin."""
         stream.seek(position)
         return position + self._last_cut(stream.read(TEXT_DOCUMENT_BYTES))
-
-    def _last_cut(self, text: bytes) -> int:
-        return last_cut(text)
 
     def _parse(self, block: bytes, offset: int) -> list[str]:
         documents = []
@@ -273,7 +274,7 @@ class _TextFile:
         try:
             decoded = text.decode()
         except UnicodeDecodeError as error:
-            unpacked = "decompressed " if self._is_compressed() else ""
+            unpacked = "decompressed " if self._is_compressed else ""
             raise UserError(
                 f"--data {self._path}: not UTF-8 at {unpacked}byte {offset + error.start}; "
                 "convert it to UTF-8"
@@ -282,11 +283,9 @@ class _TextFile:
 
 
 class _JsonLinesFile(_TextFile):
-    """JSON lines. Blocks end at a line's end, however long the line."""
+    """Blocks of JSON lines end at a line's end, however long the line."""
 
     def _cut_after(self, stream: IO[bytes], position: int) -> int:
-        if position == 0:
-            return 0
         stream.seek(position - 1)
         if len(stream.readline(MAX_LINE_BYTES + 1)) > MAX_LINE_BYTES:
             self._refuse_length(position)
@@ -317,24 +316,10 @@ class _JsonLinesFile(_TextFile):
         )
 
     def _refuse(self, offset: int, message: str, error: Exception) -> None:
-        """Names the line, counted only now: blocks are read in any order."""
-        with self._decompressed() if self._is_compressed() else self._path.open("rb") as stream:
+        """The error names the line, counted only now: blocks are read in any order."""
+        with open_bytes(self._path) as stream:
             line = self._read(stream, offset).count(b"\n") + 1
         raise UserError(f"--data {self._path}, line {line}: {message}") from error
 
 
-def last_cut(text: bytes) -> int:
-    """Where to cut a text that goes on: after its last separator line, else blank line, else line.
-
-    Only the last 32 KiB are searched, lest a cut leave a tiny document. Without any, the cut is
-    before the last UTF-8 character, which may be incomplete.
-    """
-    begin = max(0, len(text) - TEXT_DOCUMENT_BYTES // 2)
-    for pattern in _CUTS:
-        ends = [match.end() for match in pattern.finditer(text, begin)]
-        if ends:
-            return ends[-1]
-    cut = len(text) - 1
-    while cut > begin and (text[cut] & 0xC0) == 0x80:
-        cut -= 1
-    return cut if cut > begin else len(text)
+READERS = {".txt": _TextFile, ".jsonl": _JsonLinesFile, ".parquet": _ParquetFile}

@@ -5,9 +5,10 @@ arrives for a while. Every state points behind a document, so that whoever reads
 nothing and reads nothing twice. Files are permuted by seed and epoch, documents within a block.
 """
 
+import contextlib
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from hamner.data.background import NotReady, Prefetcher
@@ -54,29 +55,16 @@ def open_dataset(name: str, config: str | None, split: str) -> Any:
 
 
 class HubSource:
-    """A hub source gives the documents of a streamed dataset.
+    """A hub source gives the documents of a streamed dataset, `owner/name[:config[:split]]`.
 
-    Args:
-        location: `owner/name[:config[:split]]`; the split is "train" unless given.
-        opener: opens the dataset by name, config and split.
-        stall_seconds: as `STALL_SECONDS`.
-
-    Raises:
-        UserError: as `open_dataset`.
+    The split is "train" unless given.
     """
 
-    def __init__(
-        self,
-        location: str,
-        *,
-        opener: Callable[[str, str | None, str], Any] = open_dataset,
-        stall_seconds: float = STALL_SECONDS,
-    ) -> None:
+    def __init__(self, location: str) -> None:
         name, _, rest = location.partition(":")
         config, _, split = rest.partition(":")
         self._location = location
-        self._stall_seconds = stall_seconds
-        self._dataset = opener(name, config or None, split or "train")
+        self._dataset = open_dataset(name, config or None, split or "train")
 
     def identity(self) -> State:
         return {"name": self._location, "files": self._dataset.num_shards}
@@ -86,75 +74,52 @@ class HubSource:
 
         Raises:
             UserError: a row is not a document.
-            TimeoutError: the network stalls.
+            TimeoutError: no document has arrived for `STALL_SECONDS`.
             Exception: whatever else the network or the libraries raise.
         """
         state = state or {"file": 0, "block": 0, "row": 0, "stream": None}
         order = permutation(self._dataset.num_shards, seed, epoch)
         first_block, first_row, stream = state["block"], state["row"], state["stream"]
         for file in range(state["file"], len(order)):
-            blocks = enumerate(self._blocks(int(order[file]), stream), start=first_block)
+            connection = _Connection(self._dataset, self._location, int(order[file]))
+            blocks = enumerate(connection.blocks(stream), start=first_block)
             for block, (texts, before, after) in blocks:
                 rows = permutation(len(texts), seed, epoch, file, block)
                 for row in range(first_row, len(texts)):
-                    is_last = row + 1 == len(texts)
-                    yield (
-                        texts[rows[row]],
-                        # Behind a whole block nothing of it is read again.
-                        {"file": file, "block": block + 1, "row": 0, "stream": after}
-                        if is_last
-                        else {"file": file, "block": block, "row": row + 1, "stream": before},
-                    )
+                    state = {"file": file, "block": block, "row": row + 1, "stream": before}
+                    if row + 1 == len(texts):  # behind a whole block nothing of it is read again
+                        state |= {"block": block + 1, "row": 0, "stream": after}
+                    yield texts[rows[row]], state
                 first_row = 0
             first_block, stream = 0, None
-
-    def _blocks(
-        self, file: int, state: State | None
-    ) -> Iterator[tuple[list[str], State | None, State]]:
-        """The iterator gives the blocks of a file after `state`, each between two states."""
-        connection = _Connection(self._dataset, file, state, self._location)
-        try:
-            while (block := connection.next_block(self._stall_seconds)) is not None:
-                texts, after = block
-                yield texts, state, after
-                state = after
-        finally:
-            connection.close()
 
 
 class _Connection:
     """A connection reads one file in a thread, so that a read that hangs can be left behind."""
 
-    def __init__(self, dataset: Any, file: int, state: State | None, location: str) -> None:
-        self._location = location
+    def __init__(self, dataset: Any, location: str, file: int) -> None:
+        self._dataset, self._location, self._file = dataset, location, file
         self._last_document = time.monotonic()
-        self._blocks = Prefetcher(self._read(dataset, file, state), 2, "hamner-hub")
 
-    def next_block(self, stall_seconds: float) -> tuple[list[str], State] | None:
-        """`next_block` gives documents and the state after them, None at the end of the file.
+    def blocks(self, before: State | None) -> Iterator[tuple[list[str], State | None, State]]:
+        """The iterator gives documents and the states before and after them, from a state on."""
+        with contextlib.closing(Prefetcher(self._read(before), 2, "hamner-hub")) as arriving:
+            began = time.monotonic()
+            while True:
+                try:
+                    texts, after = arriving.get(timeout=min(1.0, STALL_SECONDS))
+                except StopIteration:
+                    return
+                except NotReady:
+                    idle = time.monotonic() - max(began, self._last_document)
+                    if idle >= STALL_SECONDS:
+                        raise TimeoutError(f"no document for {idle:.0f} s") from None
+                    continue
+                yield texts, before, after
+                before, began = after, time.monotonic()
 
-        Raises:
-            TimeoutError: no document has arrived for `stall_seconds`.
-            Exception: whatever reading raised.
-        """
-        began = time.monotonic()
-        while True:
-            try:
-                return self._blocks.get(timeout=min(1.0, stall_seconds))
-            except StopIteration:
-                return None
-            except NotReady:
-                idle = time.monotonic() - max(began, self._last_document)
-                if idle >= stall_seconds:
-                    raise TimeoutError(f"no document for {idle:.0f} s") from None
-
-    def close(self) -> None:
-        self._blocks.close()
-
-    def _read(
-        self, dataset: Any, file: int, state: State | None
-    ) -> Iterator[tuple[list[str], State]]:
-        stream = dataset.shard(num_shards=dataset.num_shards, index=file)
+    def _read(self, state: State | None) -> Iterator[tuple[list[str], State]]:
+        stream = self._dataset.shard(num_shards=self._dataset.num_shards, index=self._file)
         if state is not None:
             stream.load_state_dict(state)
         rows = iter(stream)

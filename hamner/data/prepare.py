@@ -1,4 +1,4 @@
-"""Writes shards (see `shards`): every document of some sources, tokenized once.
+"""`prepare` writes shards (see `shards`): every document of some sources, tokenized once.
 
 A file is written under a temporary name, flushed to disk and renamed, so one with its final name
 is whole. `progress.json` is replaced after each pair of shards: an interrupted preparation goes on
@@ -15,16 +15,8 @@ from typing import Any, get_args
 import numpy as np
 
 from hamner.data.documents import Split, TextSource
-from hamner.data.shards import (
-    DTYPES,
-    FORMAT,
-    INDEX,
-    OFFSET_DTYPE,
-    PROGRESS,
-    VERSION,
-    Shard,
-)
-from hamner.data.shuffle import State, check_count
+from hamner.data.shards import DTYPES, FORMAT, INDEX, OFFSET_DTYPE, PROGRESS, VERSION, Shard
+from hamner.data.shuffle import State, check_counts
 from hamner.data.sources import open_text_source, tokenized
 from hamner.data.specs import parse_specs
 from hamner.data.tokenizer import Tokenizer
@@ -45,15 +37,13 @@ def prepare(
     val_fraction: float = 0.01,
     on_progress: Callable[[str, int, int], None] = lambda spec, tokens, documents: None,
 ) -> dict[str, Any]:
-    """Tokenizes every document of the specs once, in the shuffled order of seed 0.
+    """`prepare` tokenizes every document of the specs once, in the shuffled order of seed 0.
 
     Args:
         specs: SPECs of text, without weights.
         output: a new or empty folder, or one that an earlier call left unfinished.
-        tokenizer: that of the model.
         shard_tokens: a shard is closed by the document that reaches this size; it is in memory
             until then.
-        val_fraction: share of documents that go to the validation shards.
         on_progress: called after each document with its spec, and the tokens and documents so far.
 
     Returns:
@@ -105,13 +95,13 @@ def _write_shards(
     tokenizer: Tokenizer,
     on_progress: Callable[[str, int, int], None],
 ) -> dict[str, Any]:
-    """Goes on from `progress` to the end of all sources."""
+    """The function goes on from `progress` to the end of all sources."""
     tokens = sum(shard["tokens"] for shard in progress["shards"])
     documents = sum(shard["documents"] for shard in progress["shards"])
     pair = _ShardPair(progress)
+    state = progress["state"]
     for number in range(progress["source"], len(sources)):
         spec = progress["sources"][number]["spec"]
-        state = progress["state"] if number == progress["source"] else None
         is_empty = state is None
         stream = sources[number].documents(0, 0, state)
         for split, ids, state in tokenized(stream, tokenizer, progress["val_fraction"]):
@@ -120,42 +110,42 @@ def _write_shards(
                 is_empty = False
                 tokens, documents = tokens + len(ids), documents + 1
                 on_progress(spec, tokens, documents)
-            if pair.tokens("train") >= progress["shard_tokens"]:
+            if pair.offsets["train"][-1] >= progress["shard_tokens"]:
                 progress = pair.write(output) | {"source": number, "state": state}
-                _write_json(output / PROGRESS, progress)
+                write_whole(output / PROGRESS, json.dumps(progress, indent=1))
                 pair = _ShardPair(progress)
         if is_empty:
             raise UserError(f"--data {spec}: no document with text")
+        state = None
     progress = pair.write(output)
     index = {key: progress[key] for key in progress if key not in ("source", "state", "pairs")}
-    _write_json(output / INDEX, index)
+    write_whole(output / INDEX, json.dumps(index, indent=1))
     (output / PROGRESS).unlink(missing_ok=True)
     return index
 
 
 class _ShardPair:
-    """The shard of training and the one of validation that are being filled."""
+    """A pair is the shard of training and the one of validation that are being filled."""
 
     def __init__(self, progress: State) -> None:
         self._progress = progress
+        self._dtype = DTYPES[progress["dtype"]]
         self._data: dict[Split, bytearray] = {split: bytearray() for split in get_args(Split)}
-        self._offsets: dict[Split, list[int]] = {split: [0] for split in get_args(Split)}
-        self._skipped = 0
-
-    def tokens(self, split: Split) -> int:
-        return self._offsets[split][-1]
+        self.offsets: dict[Split, list[int]] = {split: [0] for split in get_args(Split)}
+        self._skipped: int = progress["skipped"]
 
     def add(self, split: Split, ids: np.ndarray) -> None:
+        """A document is added to its shard, and an empty one is counted."""
         if len(ids):
-            self._data[split] += ids.astype(DTYPES[self._progress["dtype"]]).tobytes()
-            self._offsets[split].append(self.tokens(split) + len(ids))
+            self._data[split] += ids.astype(self._dtype).tobytes()
+            self.offsets[split].append(self.offsets[split][-1] + len(ids))
         else:
             self._skipped += 1
 
     def write(self, folder: Path) -> State:
-        """Puts both on disk; the progress that counts them."""
+        """Both are put on disk; the progress counts them."""
         number, shards = self._progress["pairs"], list(self._progress["shards"])
-        for split, offsets in self._offsets.items():
+        for split, offsets in self.offsets.items():
             if offsets[-1] == 0:
                 continue
             name = f"{split}-{number:05d}"
@@ -171,12 +161,11 @@ class _ShardPair:
                     "sha256": hashlib.sha256(self._data[split]).hexdigest(),
                 }
             )
-        skipped = self._progress["skipped"] + self._skipped
-        return self._progress | {"pairs": number + 1, "shards": shards, "skipped": skipped}
+        return self._progress | {"pairs": number + 1, "shards": shards, "skipped": self._skipped}
 
 
 def _resume(output: Path, header: State) -> State:
-    """The progress of an interrupted call, whose half-written files go, or a new one."""
+    """The progress is that of an interrupted call, whose half-written files go, or a new one."""
     names = {path.name for path in output.iterdir()}
     unfinished = {name for name in names if _TEMPORARY_NAME.fullmatch(name)}
     progress = header | {"source": 0, "state": None, "pairs": 0, "shards": [], "skipped": 0}
@@ -189,12 +178,13 @@ def _resume(output: Path, header: State) -> State:
         )
     for name in unfinished:
         (output / name).unlink()
-    _write_json(output / PROGRESS, progress)  # from here on the folder is known as ours
+    # From here on the folder is known as ours.
+    write_whole(output / PROGRESS, json.dumps(progress, indent=1))
     return progress
 
 
 def _read_own(path: Path, header: State) -> State:
-    """Reads an index or progress that must be of the very same preparation."""
+    """The function reads an index or progress, which must be of the very same preparation."""
     saved = read_json(path)
     for key, value in header.items():
         if saved.get(key) != value:
@@ -203,32 +193,18 @@ def _read_own(path: Path, header: State) -> State:
                 f"{saved.get(key)}, now {value}); give another folder or repeat its command"
             )
     try:
-        _check_own(path, saved)
+        for shard in saved["shards"]:
+            Shard(path.parent, shard, DTYPES[saved["dtype"]], saved["vocab_size"])
+        check_counts(saved, "skipped")
+        if path.name == PROGRESS:
+            check_counts(saved, "pairs", "source")
+            if saved["source"] >= len(saved["sources"]):
+                raise ValueError(f"source {saved['source']}")
+            if saved["state"] is not None:
+                check_counts(saved["state"], "file", "block", "row")
     except (KeyError, OSError, TypeError, ValueError) as error:
         raise UserError(
             f"--output {path.parent}: {path.name} is damaged ({error!r}); empty the folder and "
             "prepare it again"
         ) from error
     return saved
-
-
-def _check_own(path: Path, saved: State) -> None:
-    """Refuses an index or progress that cannot be gone on from.
-
-    Raises:
-        KeyError, OSError, TypeError, ValueError: with what is wrong.
-    """
-    for shard in saved["shards"]:
-        Shard(path.parent, shard, DTYPES[saved["dtype"]], saved["vocab_size"])
-    check_count(saved, "skipped")
-    if path.name == PROGRESS:
-        check_count(saved, "pairs")
-        if check_count(saved, "source") >= len(saved["sources"]):
-            raise ValueError(f"source {saved['source']}")
-        if saved["state"] is not None:
-            for key in ("file", "block", "row"):
-                check_count(saved["state"], key)
-
-
-def _write_json(path: Path, value: State) -> None:
-    write_whole(path, json.dumps(value, indent=1).encode())

@@ -1,4 +1,4 @@
-"""Shards: documents tokenized once by `prepare`, read back by memory map.
+"""Shards hold documents that `prepare` tokenized once; they are read by memory map.
 
 DIR/index.json                 format, tokenizer, dtype, split, and every shard with its sums
 DIR/train-00000.tokens         token ids, little-endian, each document with its end-of-text
@@ -15,7 +15,7 @@ from typing import get_args
 import numpy as np
 
 from hamner.data.documents import Split
-from hamner.data.shuffle import State, check_count, shuffled_documents
+from hamner.data.shuffle import State, check_counts, shuffled_documents
 from hamner.data.tokenizer import Tokenizer
 from hamner.errors import UserError
 from hamner.files import read_json
@@ -29,11 +29,7 @@ DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 
 class ShardSource:
-    """Prepared shards as a source of token sequences.
-
-    Args:
-        location: the folder.
-        tokenizer: that of the model.
+    """A shard source gives the documents of a folder of prepared shards.
 
     Raises:
         UserError: not a folder of shards, damaged, unfinished, or of another tokenizer.
@@ -77,13 +73,13 @@ class ShardSource:
     def tokens(
         self, split: Split, seed: int, epoch: int, state: State | None
     ) -> Iterator[tuple[np.ndarray, State]]:
-        """See `TokenSource`. Documents are shuffled within a shard."""
+        """The documents are shuffled within a shard; see `TokenSource`."""
         shards = [shard for shard in self._shards if shard.split == split]
         return shuffled_documents(shards, seed, epoch, state)
 
 
 class Shard:
-    """One shard on disk; its sizes are checked here, its content when it is first read.
+    """A shard lies on disk; its sizes are checked here, its content when it is first read.
 
     Raises:
         UserError: files that are missing or of another size.
@@ -94,7 +90,8 @@ class Shard:
         if entry["split"] not in get_args(Split):
             raise ValueError(f"split {entry['split']!r}")
         self.split: Split = entry["split"]
-        self.tokens, documents = (check_count(entry, key) for key in ("tokens", "documents"))
+        check_counts(entry, "tokens", "documents")
+        self.tokens: int = entry["tokens"]
         self._dtype = dtype
         self._vocab_size = vocab_size
         self._sha256 = entry["sha256"]
@@ -103,7 +100,7 @@ class Shard:
         self._is_checked = False
         sizes = {
             self._path: self.tokens * dtype.itemsize,
-            self._offsets_path: (documents + 1) * OFFSET_DTYPE.itemsize,
+            self._offsets_path: (entry["documents"] + 1) * OFFSET_DTYPE.itemsize,
         }
         for path, size in sizes.items():
             found = path.stat().st_size if path.is_file() else 0
@@ -111,7 +108,7 @@ class Shard:
                 raise UserError(f"--data shards: {path} has {found:,} bytes instead of {size:,}")
 
     def blocks(self, start: int, *key: int) -> Iterator["_ShardDocuments"]:
-        """See `BlockFile`: the shard is one block."""
+        """The shard is one block; see `BlockFile`."""
         if start > 0:
             return
         tokens = np.memmap(self._path, dtype=self._dtype, mode="r")
@@ -134,7 +131,7 @@ class Shard:
 
 
 class _ShardDocuments(Sequence[np.ndarray]):
-    """The documents of a shard, copied out of the memory map one at a time."""
+    """The documents of a shard are copied out of the memory map one at a time."""
 
     def __init__(self, tokens: np.ndarray, offsets: np.ndarray) -> None:
         self._tokens = tokens
@@ -148,7 +145,7 @@ class _ShardDocuments(Sequence[np.ndarray]):
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """The file of that name in the folder, whatever the name pretends.
+    """The path is that of the file in the folder, whatever the name pretends.
 
     Raises:
         ValueError: it is, or is a link to, a file elsewhere.

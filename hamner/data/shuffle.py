@@ -1,4 +1,4 @@
-"""Deterministic order: files, then blocks, then documents, each permuted by seed and epoch.
+"""The order is deterministic: files, blocks and documents, each permuted by seed and epoch.
 
 There is no shuffle buffer: the order is a function of (seed, epoch), so the state of a half-read
 epoch is three small numbers, and to resume costs reading one block again.
@@ -15,22 +15,21 @@ Document = TypeVar("Document", covariant=True)
 State = dict[str, Any]
 
 
-def check_count(state: State, key: str) -> int:
-    """A number of a saved state, which a damaged file may hold no more.
+def check_counts(state: State, *keys: str) -> None:
+    """The function checks numbers of a saved state, which a damaged file may hold no more.
 
     Raises:
-        KeyError, TypeError, ValueError: it is not there, or not a count.
+        KeyError, TypeError, ValueError: one is not there, or not a count.
     """
-    value = state[key]
-    if type(value) is not int or value < 0:
-        raise ValueError(f"{key} {value!r}")
-    return value
+    for key in keys:
+        if type(state[key]) is not int or state[key] < 0:
+            raise ValueError(f"{key} {state[key]!r}")
 
 
 def permutation(length: int, *key: int) -> np.ndarray:
-    """A random permutation of `range(length)` that depends on the key alone.
+    """The permutation of `range(length)` is random and depends on the key alone.
 
-    Built from raw bits, which NumPy promises to keep, unlike `Generator.permutation`: a run must
+    It is made of raw bits, which NumPy promises to keep, unlike `Generator.permutation`: a run must
     resume to the same order under a later NumPy.
     """
     raw = np.random.PCG64(np.random.SeedSequence(key)).random_raw(length)
@@ -38,17 +37,16 @@ def permutation(length: int, *key: int) -> np.ndarray:
 
 
 class BlockFile(Protocol[Document]):
-    """A file that can be read in blocks of documents."""
+    """A file can be read in blocks of documents."""
 
     def blocks(self, start: int, *key: int) -> Iterator[Sequence[Document]]:
-        """Its blocks in the order of `key` (unless it can only be read forward), from `start`."""
-        ...
+        """The blocks come from `start`, in the order of `key` unless a file is read forward."""
 
 
 def shuffled_documents(
     files: Sequence[BlockFile[Document]], seed: int, epoch: int, state: State | None
 ) -> Iterator[tuple[Document, State]]:
-    """One epoch of documents, each with the state to go on after it.
+    """The iterator gives one epoch of documents, each with the state to go on after it.
 
     Args:
         files: the source's files, in an order that does not change.

@@ -27,9 +27,8 @@ def open_text_source(spec: Spec) -> TextSource:
     """
     if spec.kind == "builtin":
         return BuiltinSource()
-    if spec.kind == "hub":
-        return RetriedSource(HubSource(spec.location), spec.text)
-    return RetriedSource(FileSource(spec.location), spec.text)
+    source = HubSource(spec.location) if spec.kind == "hub" else FileSource(spec.location)
+    return RetriedSource(source, spec.text)
 
 
 def open_source(spec: Spec, tokenizer: Tokenizer, val_fraction: float) -> TokenSource:
@@ -70,12 +69,9 @@ class TokenizedText:
     """Text is split by the hash of each document and tokenized on the way."""
 
     def __init__(self, source: TextSource, tokenizer: Tokenizer, val_fraction: float) -> None:
-        self._source = source
-        self._tokenizer = tokenizer
+        self._source, self._tokenizer = source, tokenizer
         self._val_fraction = val_fraction
-
-    def identity(self) -> State:
-        return self._source.identity()
+        self.identity = source.identity
 
     def tokens(
         self, split: Split, seed: int, epoch: int, state: State | None

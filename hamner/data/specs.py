@@ -1,9 +1,10 @@
-"""`--data SPEC[=WEIGHT]`: what the user may write, parsed without touching any data."""
+"""The module parses `--data SPEC[=WEIGHT]`, what the user may write, without touching any data."""
 
 import math
+import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +13,7 @@ from hamner.errors import UserError
 
 @dataclass(frozen=True)
 class Spec:
-    """One source of the mixture.
+    """A spec names one source of the mixture.
 
     Attributes:
         kind: which reader.
@@ -28,7 +29,7 @@ class Spec:
 
 
 def parse_specs(arguments: Sequence[str]) -> list[Spec]:
-    """Parses the values of all `--data` flags; without any, the built-in corpus.
+    """The function parses the values of all `--data` flags; without any, the built-in corpus.
 
     Raises:
         UserError: a malformed spec or weight, or weights on some specs only.
@@ -40,7 +41,7 @@ def parse_specs(arguments: Sequence[str]) -> list[Spec]:
         raise UserError(
             f"--data {bare}: no weight, while {given[0]} has one; give =WEIGHT to all or to none"
         )
-    specs = [replace(_parse(text), weight=weight or 1.0) for text, weight in split]
+    specs = [_parse(text, weight or 1.0) for text, weight in split]
     for spec in specs:
         if sum(other.text == spec.text for other in specs) > 1:
             raise UserError(f"--data {spec.text}: given twice; give it once with a larger =WEIGHT")
@@ -49,7 +50,8 @@ def parse_specs(arguments: Sequence[str]) -> list[Spec]:
 
 def _split_weight(argument: str) -> tuple[str, float | None]:
     text, equals, number = argument.rpartition("=")
-    if not equals or _exists(argument):  # a path may contain "="
+    # A path may contain "=". `Path.exists` would raise where a name is too long.
+    if not equals or os.path.exists(Path(argument)):  # noqa: PTH110
         return argument, None
     try:
         weight = float(number)
@@ -63,25 +65,18 @@ def _split_weight(argument: str) -> tuple[str, float | None]:
     return text, weight
 
 
-def _exists(path: str) -> bool:
-    try:
-        return Path(path).exists()
-    except OSError:  # a name too long for the file system
-        return False
-
-
-def _parse(text: str) -> Spec:
+def _parse(text: str, weight: float) -> Spec:
     kind, colon, rest = text.partition(":")
     if text == "builtin":
-        return Spec("builtin", "", 1.0, text)
+        return Spec("builtin", "", weight, text)
     if colon and kind == "hf":
         if not re.fullmatch(r"[\w.-]+/[\w.-]+(:[^:]+){0,2}", rest):
             raise UserError(f"--data {text}: must be hf:owner/name[:config[:split]]")
-        return Spec("hub", rest, 1.0, text)
+        return Spec("hub", rest, weight, text)
     if colon and kind == "shards":
-        return Spec("shards", rest, 1.0, text)
+        return Spec("shards", rest, weight, text)
     if not text.strip():
         raise UserError(
             "--data: empty; give 'builtin', a file, a folder, a glob, hf:... or shards:..."
         )
-    return Spec("files", text, 1.0, text)
+    return Spec("files", text, weight, text)

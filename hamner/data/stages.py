@@ -1,4 +1,4 @@
-"""From sources to packed sequences: nested iterators, each yielding (item, state).
+"""Sources become packed sequences in nested iterators, each of which yields (item, state).
 
     tokens of one source -> endless epochs -> weighted mixture -> packed rows
 
@@ -10,11 +10,15 @@ small JSON and are never changed once yielded.
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 import numpy as np
+import torch
 
+from hamner.data.batch import Batch
 from hamner.data.documents import Split, TokenSource
 from hamner.data.shuffle import State
+from hamner.data.specs import Spec
 from hamner.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -23,66 +27,62 @@ logger = logging.getLogger(__name__)
 #: speeds of one GPU, so that waiting for one that is still dead costs little.
 LOST_TOKENS = 50_000_000
 
+#: What a state of the mixture has of every stream.
+STATE_KEYS = ("sources", "credit", "lost", "used")
+#: State of a source before its first document; its counters are those of `TrainLoader.progress`.
+START: State = {"epoch": 0, "position": None, "tokens": 0, "documents": 0, "skipped": 0}
+
+Reader = Callable[[State | None], Iterator[tuple[np.ndarray, State]]]
+"""gives a source's documents, each with the state to go on after it, from a state on (None: from
+the beginning); a state counts the `tokens` so far"""
+
 
 class SourceLost(UserError):
-    """A source that has given documents and now fails: others can take its place."""
+    """A source that has given documents fails now: others can take over its share."""
 
 
 def epochs(
     source: TokenSource, name: str, seed: int, state: State | None
 ) -> Iterator[tuple[np.ndarray, State]]:
-    """The training documents of one source, without end, each epoch in a new order.
-
-    Args:
-        source: to read.
-        name: of the source in messages, as the user wrote it.
-        seed: of the run.
-        state: to go on from; its counters are what `TrainLoader.progress` shows.
+    """The iterator gives a source's training documents without end, each epoch in a new order.
 
     Raises:
         SourceLost: it fails after its first document, or has none left.
         UserError: it fails before, or has none at all.
     """
-    state = state or {"epoch": 0, "position": None, "tokens": 0, "documents": 0, "skipped": 0}
+    state = state or START
     try:
         while True:
             is_whole, documents_before = state["position"] is None, state["documents"]
             for ids, position in source.tokens("train", seed, state["epoch"], state["position"]):
-                is_empty = len(ids) == 0
-                state = {
-                    "epoch": state["epoch"],
-                    "position": position,
-                    "tokens": state["tokens"] + len(ids),
-                    "documents": state["documents"] + (not is_empty),
-                    "skipped": state["skipped"] + is_empty,
-                }
-                if not is_empty:
+                state = {**state, "position": position}
+                if len(ids):
+                    state["tokens"] += len(ids)
+                    state["documents"] += 1
                     yield ids, state
+                else:
+                    state["skipped"] += 1
             if is_whole and state["documents"] == documents_before:
                 raise UserError(
                     f"--data {name}: no document to train on ({state['skipped']} empty ones "
                     "skipped, the rest, if any, held out for validation)"
                 )
-            state = {**state, "epoch": state["epoch"] + 1, "position": None}
-            _announce_epoch(name, state["epoch"])
+            epoch = state["epoch"] + 1
+            state = {**state, "epoch": epoch, "position": None}
+            if epoch & (epoch - 1) == 0:  # the 1st, 2nd, 4th, 8th ... time
+                logger.warning(
+                    "--data %s: all of it has been read %d times over; its documents come again",
+                    name,
+                    epoch,
+                )
     except UserError as error:
         if state["documents"] == 0:
             raise
         raise SourceLost(str(error)) from error
 
 
-def _announce_epoch(name: str, epoch: int) -> None:
-    """Says that documents come again: the 1st, 2nd, 4th, 8th ... time."""
-    if epoch & (epoch - 1) == 0:
-        logger.warning(
-            "--data %s: all of it has been read %d times over; its documents come again",
-            name,
-            epoch,
-        )
-
-
 def one_epoch(source: TokenSource, split: Split, seed: int) -> Iterator[tuple[np.ndarray, State]]:
-    """The documents of a split once, with the counter that `mixture` goes by."""
+    """The iterator gives the documents of a split once, with the counter of a `Reader`."""
     tokens = 0
     for ids, _ in source.tokens(split, seed, 0, None):
         if len(ids):
@@ -90,45 +90,70 @@ def one_epoch(source: TokenSource, split: Split, seed: int) -> Iterator[tuple[np
             yield ids, {"tokens": tokens}
 
 
-@dataclass(frozen=True)
-class WeightedStream:
-    """A source as `mixture` sees it.
+@dataclass(eq=False)
+class _Stream:
+    """A stream is a source of the mixture with what it has given so far.
 
     Attributes:
-        name: in messages, as the user wrote it.
-        weight: share of the tokens, relative to the others' weights.
-        read: its documents, each with the state to go on after it, from a state on (None: from the
-            beginning). A state counts the `tokens` so far.
+        spec: its name and its weight.
+        read: its documents from a state on.
+        state: after its last document.
+        credit: tokens that it has given, which its share of the mixture is measured by.
+        lost: tokens of all streams when it was lost, None while it is not.
+        used: tokens of its next document that were inputs already.
     """
 
-    name: str
-    weight: float
-    read: Callable[[State | None], Iterator[tuple[np.ndarray, State]]]
+    spec: Spec
+    read: Reader
+    state: State | None = None
+    credit: float = 0.0
+    lost: int | None = None
+    used: int = 0
+
+    def __post_init__(self) -> None:
+        self.documents = self.read(self.state)
+
+    def level(self) -> float:
+        """The level of a stream is lowest where its credit lags its weight the most."""
+        return self.credit / self.spec.weight
+
+    def next_document(self, live: Sequence["_Stream"]) -> np.ndarray:
+        """The stream gives its next document; one that is lost is opened again for it.
+
+        Raises:
+            StopIteration: the stream ends.
+            SourceLost: it is lost, perhaps once more.
+        """
+        was_lost = self.lost is not None
+        if was_lost:
+            self.documents = self.read(self.state)
+            self.credit = min(stream.level() for stream in live) * self.spec.weight
+        ids, self.state = next(self.documents)
+        if was_lost:
+            logger.warning("--data %s: is back", self.spec.text)
+            self.lost = None
+        return ids
 
 
 def mixture(
-    streams: Sequence[WeightedStream],
-    state: State | None,
-    used: int = 0,
-    lost_tokens: int = LOST_TOKENS,
+    specs: Sequence[Spec], readers: Sequence[Reader], state: State | None
 ) -> Iterator[tuple[np.ndarray, int, State]]:
-    """Takes each document from the stream whose credit of tokens lags its weight the most.
+    """The iterator takes each document from the stream whose credit lags its weight the most.
 
     So the shares of tokens follow the weights to within a document, at any time. A stream that
     ends is left out.
 
     A stream that is lost is left out too, with a warning, and the shares of the others follow
-    their weights. After every `lost_tokens` tokens it is asked again. When it comes back its
+    their weights. After every `LOST_TOKENS` tokens it is asked again. When it comes back its
     credit is level with the others': it takes its share from there, and makes up for nothing, lest
     the model see it alone for hours. Who is lost is part of the state, so a resumed run goes by the
     same shares.
 
     Args:
-        streams: the sources.
-        state: to go on from.
-        used: tokens of the next document that were inputs already. Should its stream be lost now,
-            they are remembered until it comes back.
-        lost_tokens: as above.
+        specs: names and weights of the streams.
+        readers: of the streams.
+        state: of `packed`, to go on from. Should the stream of the next document be lost now, the
+            tokens of it that were inputs already are remembered until it comes back.
 
     Yields:
         A document, how many of its tokens were inputs already, and the state to read it again.
@@ -137,152 +162,75 @@ def mixture(
         SourceLost: the last stream is lost.
         UserError: a state that does not fit its document.
     """
-    mixed = _Mixture(streams, state)
-    pending: int | None = used
-    while live := mixed.live():
-        index = mixed.next_stream(live, lost_tokens)
+    before, pending = (state["documents"], state["used"]) if state else (None, 0)
+    columns = zip(*(before[key] for key in STATE_KEYS), strict=True) if before else repeat(())
+    opened = zip(specs, readers, columns, strict=False)
+    streams = [_Stream(spec, read, *values) for spec, read, values in opened]
+    total = sum(stream.state["tokens"] for stream in streams if stream.state)
+    while live := [stream for stream in streams if stream.lost is None]:
+        asked_again = (s for s in streams if s.lost is not None and total >= s.lost + LOST_TOKENS)
+        stream = next(asked_again, None) or min(live, key=_Stream.level)
         if pending is not None:
-            mixed.used[index], pending = pending, None
-        state = mixed.state()
-        ids = mixed.read(index, live)
-        if ids is None:
-            continue
-        skip, mixed.used[index] = mixed.used[index], 0
-        if skip >= len(ids):
-            raise UserError("--resume: the saved data position is damaged: its document is shorter")
-        mixed.count(index, ids)
-        yield ids, skip, state
-
-
-class _Mixture:
-    """A mixture counts what each of its streams has given, and knows which of them are lost."""
-
-    def __init__(self, streams: Sequence[WeightedStream], state: State | None) -> None:
-        nothing = [None] * len(streams)
-        state = state or {
-            "sources": nothing,
-            "credit": [0.0] * len(streams),
-            "lost": nothing,
-            "used": [0] * len(streams),
-        }
-        self.streams = streams
-        self.states: list[State | None] = list(state["sources"])
-        self.credit: list[float] = list(state["credit"])
-        self.lost: list[int | None] = list(state["lost"])
-        """tokens of all streams when each was lost"""
-        self.used: list[int] = list(state["used"])
-        """tokens of each stream's next document that were inputs already"""
-        self.readers = [stream.read(of) for stream, of in zip(streams, self.states, strict=True)]
-        self.total = sum(of["tokens"] for of in self.states if of)
-        self.ended: set[int] = set()
-
-    def state(self) -> State:
-        """The state is a copy, and says how to read the next document again."""
-        return {
-            "sources": list(self.states),
-            "credit": list(self.credit),
-            "lost": list(self.lost),
-            "used": list(self.used),
-        }
-
-    def live(self) -> list[int]:
-        """The live streams have neither ended nor are they lost."""
-        numbers = range(len(self.streams))
-        return [i for i in numbers if self.lost[i] is None and i not in self.ended]
-
-    def next_stream(self, live: Sequence[int], lost_tokens: int) -> int:
-        """The next stream is a lost one that is to be asked again, or the one that lags most."""
-        for index, since in enumerate(self.lost):
-            if since is not None and self.total >= since + lost_tokens:
-                return index
-        return min(live, key=lambda i: (self._level(i), i))
-
-    def read(self, index: int, live: Sequence[int]) -> np.ndarray | None:
-        """The function reads a document, or None if the stream has ended or is lost.
-
-        Raises:
-            SourceLost: the last stream is lost.
-        """
-        stream, was_lost = self.streams[index], self.lost[index] is not None
-        if was_lost:
-            self.readers[index] = stream.read(self.states[index])
-            self.credit[index] = min(map(self._level, live)) * stream.weight
+            stream.used, pending = pending, None
+        before = _state_of(streams)
         try:
-            ids, self.states[index] = next(self.readers[index])
+            ids = stream.next_document(live)
         except StopIteration:
-            self.ended.add(index)
-            return None
+            streams.remove(stream)
+            continue
         except SourceLost as error:
-            if live == [index]:
+            if live == [stream]:
                 raise
             logger.warning("%s. TRAINING GOES ON WITHOUT IT, on the other sources alone", error)
-            self.lost[index] = self.total
-            return None
-        if was_lost:
-            logger.warning("--data %s: is back", stream.name)
-            self.lost[index] = None
-        return ids
-
-    def count(self, index: int, ids: np.ndarray) -> None:
-        """The tokens of a document are put down to its stream."""
-        self.total += len(ids)
-        self.credit[index] += len(ids)
-
-    def _level(self, index: int) -> float:
-        return self.credit[index] / self.streams[index].weight
+            stream.lost = total
+            continue
+        skip, stream.used = stream.used, 0
+        if skip >= len(ids):
+            raise UserError("--resume: the saved data position is damaged: its document is shorter")
+        total += len(ids)
+        stream.credit += len(ids)
+        yield ids, skip, before
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Packed sequences of T tokens; row r + 1 goes on where row r ends.
-
-    Attributes:
-        inputs: (R, T) int64.
-        targets: (R, T) int64, the token after each input.
-        document_ids: (R, T) int32, from 0 in each row, non-decreasing.
-    """
-
-    inputs: np.ndarray
-    targets: np.ndarray
-    document_ids: np.ndarray
+def _state_of(streams: Sequence[_Stream]) -> State:
+    """The state says how to read the next document again."""
+    return {
+        "sources": [stream.state for stream in streams],
+        "credit": [stream.credit for stream in streams],
+        "lost": [stream.lost for stream in streams],
+        "used": [stream.used for stream in streams],
+    }
 
 
 def packed(
     documents: Iterator[tuple[np.ndarray, int, State]], num_rows: int, seq_len: int
-) -> Iterator[tuple[Rows, State]]:
-    """Lays documents end to end and cuts every `num_rows * seq_len` tokens, losing none.
+) -> Iterator[tuple[Batch, State]]:
+    """The iterator lays documents end to end and cuts every `num_rows * seq_len` tokens.
 
-    What is left over at a cut is always the end of the last document. So the state is the state
-    before that document and the number of its tokens that were inputs already, which holds for any
-    number and length of rows: what `mixture` takes to go on. A stream that ends loses what does not
-    fill the rows.
-
-    Args:
-        documents: as `mixture` yields them.
-        num_rows: rows of an item.
-        seq_len: T.
+    None is lost: what is left over at a cut is always the end of the last document. So the state is
+    the state before that document and the number of its tokens that were inputs already, which
+    holds for any number and length of rows: what `mixture` takes to go on. A stream that ends loses
+    what does not fill the rows. Row r + 1 goes on where row r ends.
     """
     size = num_rows * seq_len
     pieces: list[np.ndarray] = []
     available = 0
-    while True:
-        while available <= size:  # one token more than the inputs: the last target
-            try:
-                document, skip, before = next(documents)
-            except StopIteration:
-                return
-            pieces.append(document[skip:])
-            available += len(document) - skip
-        left = available - size
-        pieces[-1] = pieces[-1][: len(pieces[-1]) - left + 1]
-        used = len(document) - left
-        yield _rows(pieces, num_rows, seq_len), {"documents": before, "used": used}
-        pieces, available = [document[used:]], left
+    for document, skip, before in documents:
+        pieces.append(document[skip:])
+        available += len(document) - skip
+        while available > size:  # one token more than the inputs: the last target
+            left = available - size
+            pieces[-1] = pieces[-1][: len(pieces[-1]) - left + 1]
+            used = len(document) - left
+            yield _batch(pieces, num_rows, seq_len), {"documents": before, "used": used}
+            pieces, available = [document[used:]], left
 
 
-def _rows(pieces: list[np.ndarray], num_rows: int, seq_len: int) -> Rows:
+def _batch(pieces: Sequence[np.ndarray], num_rows: int, seq_len: int) -> Batch:
+    """The batch has one token less than the pieces; its tensors share no memory."""
+    shape = (num_rows, seq_len)
     tokens = np.concatenate(pieces).astype(np.int64)
     document = np.repeat(np.arange(len(pieces), dtype=np.int32), [len(p) for p in pieces])
-    shape = (num_rows, seq_len)
     document = document[:-1].reshape(shape)
-    return Rows(tokens[:-1].reshape(shape), tokens[1:].reshape(shape), document - document[:, :1])
+    inputs, targets = (part.reshape(shape).copy() for part in (tokens[:-1], tokens[1:]))
+    return Batch(*map(torch.from_numpy, (inputs, targets, document - document[:, :1])))

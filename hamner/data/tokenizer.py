@@ -1,4 +1,4 @@
-"""The tokenizer: byte-level BPE, ours or a foreign `tokenizer.json`.
+"""The tokenizer is byte-level BPE, ours or a foreign `tokenizer.json`.
 
 Layout of ours: the special tokens at ids 0-4, the 256 bytes, then the merges in the order they
 were learnt. So the first n ids are themselves a byte-level BPE, the one that training with
@@ -41,7 +41,7 @@ SPLIT_PATTERN = (
 
 
 class Tokenizer:
-    """Text to token ids and back.
+    """A tokenizer turns text into token ids and back.
 
     Args:
         definition: content of a `tokenizer.json`.
@@ -69,11 +69,18 @@ class Tokenizer:
             self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self._backend = backend
         self._name = name
-        self.eot_id: int = self._find_eot_id()
+        ends = map(backend.token_to_id, (END_OF_TEXT, *FOREIGN_END_OF_TEXT))
+        eot_id = next((end for end in ends if end is not None), None)
+        if eot_id is None:
+            raise UserError(
+                f"--tokenizer {name}: it has no token that ends a document, neither "
+                f"{END_OF_TEXT} nor any of {' '.join(FOREIGN_END_OF_TEXT)}"
+            )
+        self.eot_id: int = eot_id
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the definition, however it is laid out; equal fingerprints give equal ids."""
+        """Equal fingerprints give equal ids: SHA-256 of the definition, however it is laid out."""
         # Of the file, not of `backend.to_str()`, which changes with the library's version.
         canonical = json.dumps(self.definition, sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
@@ -83,26 +90,22 @@ class Tokenizer:
             return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encodes on all cores and without the GIL."""
+        """The texts are encoded on all cores and without the GIL."""
         with _refused(f"--tokenizer {self._name}: it cannot encode"):
             encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of the ids, special tokens spelled out."""
+        """The ids are given as text, special tokens spelled out."""
         with _refused(f"--tokenizer {self._name}: it cannot decode"):
             return self._backend.decode(list(ids), skip_special_tokens=False)
 
-    def stream(self) -> "StreamDecoder":
-        """A decoder for ids that come one by one."""
-        return StreamDecoder(self._backend)
-
     def text_of(self, token_id: int) -> str:
-        """How the vocabulary spells one id."""
+        """The text is how the vocabulary spells one id."""
         return self._backend.id_to_token(token_id)
 
     def special_id(self, name: str) -> int:
-        """Id of a special token such as `<|user|>`.
+        """`special_id` finds the id of a special token such as `<|user|>`.
 
         Raises:
             UserError: the tokenizer has no such token.
@@ -113,18 +116,26 @@ class Tokenizer:
         return token_id
 
     def save(self, path: str | Path) -> None:
-        """Writes the definition as a `tokenizer.json`."""
+        """The definition is written as a `tokenizer.json`."""
         definition = json.dumps(self.definition, ensure_ascii=False, separators=(",", ":"))
         Path(path).write_text(definition, encoding="utf-8")
 
-    def cut(self, vocab_size: int) -> "Tokenizer":
-        """The tokenizer of the first `vocab_size` ids.
+    def cut(self, vocab_size: int | None) -> "Tokenizer":
+        """The tokenizer is that of the first `vocab_size` ids, this one if it has no more.
 
         Raises:
             UserError: the vocabulary is too small, or not laid out as ours.
         """
+        if vocab_size is None or vocab_size >= self.vocab_size:
+            return self
         minimum = len(SPECIAL_TOKENS) + 256
-        if not self._has_our_layout():
+        head = [self._backend.id_to_token(i) for i in range(minimum)]
+        has_our_layout = (
+            isinstance(self._backend.model, models.BPE)
+            and tuple(head[: len(SPECIAL_TOKENS)]) == SPECIAL_TOKENS
+            and set(head[len(SPECIAL_TOKENS) :]) == set(pre_tokenizers.ByteLevel.alphabet())
+        )
+        if not has_our_layout:
             raise UserError(
                 f"--tokenizer {self._name} has {self.vocab_size:,} entries and cannot be cut: "
                 f"use --vocab-size {self.vocab_size} or more"
@@ -144,52 +155,33 @@ class Tokenizer:
         model = model | {"vocab": vocab, "merges": merges[:kept]}
         return Tokenizer(json.dumps(self.definition | {"model": model}), self._name)
 
-    def _has_our_layout(self) -> bool:
-        head = [self._backend.id_to_token(i) for i in range(len(SPECIAL_TOKENS) + 256)]
-        alphabet = set(pre_tokenizers.ByteLevel.alphabet())
-        return (
-            isinstance(self._backend.model, models.BPE)
-            and tuple(head[: len(SPECIAL_TOKENS)]) == SPECIAL_TOKENS
-            and set(head[len(SPECIAL_TOKENS) :]) == alphabet
-        )
-
-    def _find_eot_id(self) -> int:
-        for name in (END_OF_TEXT, *FOREIGN_END_OF_TEXT):
-            token_id = self._backend.token_to_id(name)
-            if token_id is not None:
-                return token_id
-        raise UserError(
-            f"--tokenizer {self._name}: it has no token that ends a document, neither "
-            f"{END_OF_TEXT} nor any of {' '.join(FOREIGN_END_OF_TEXT)}"
-        )
-
 
 class StreamDecoder:
-    """Text of ids that come one by one: a character whose bytes are spread over several tokens is
-    given out once, when it is whole."""
+    """A stream decoder gives the text of ids that come one by one: a character whose bytes are
+    spread over several tokens is given out once, when it is whole."""
 
-    def __init__(self, backend: tokenizers.Tokenizer) -> None:
-        self._backend = backend
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._backend = tokenizer._backend
         self._stream = decoders.DecodeStream(skip_special_tokens=False)
         self._ids: list[int] = []
         self._given = 0
 
     def step(self, token_id: int) -> str:
-        """The text that `token_id` completes, perhaps none."""
+        """The text is what `token_id` completes, perhaps none."""
         self._ids.append(token_id)
         piece = self._stream.step(self._backend, token_id) or ""
         self._given += len(piece)
         return piece
 
     def finish(self) -> str:
-        """What is left at the end; bytes that make no character become U+FFFD."""
+        """The rest is what is left at the end; bytes that make no character become U+FFFD."""
         whole = self._backend.decode(self._ids, skip_special_tokens=False)
         return whole[self._given :]
 
 
 @contextlib.contextmanager
 def _refused(what: str) -> Iterator[None]:
-    """Turns what the library raises, bare exceptions and its panics, into a `UserError`."""
+    """What the library raises, bare exceptions and its panics, becomes a `UserError`."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
@@ -200,7 +192,7 @@ def _refused(what: str) -> Iterator[None]:
 
 
 def load_tokenizer(name: str = "builtin", vocab_size: int | None = None) -> Tokenizer:
-    """Loads a tokenizer.
+    """`load_tokenizer` finds a tokenizer by name.
 
     Args:
         name: "builtin" (the one that Hamner ships), the path of a `tokenizer.json`, or the name of
@@ -213,23 +205,16 @@ def load_tokenizer(name: str = "builtin", vocab_size: int | None = None) -> Toke
     """
     if name == "builtin":
         return _builtin(vocab_size)
-    return _fit(Tokenizer(_read_definition(name), name), vocab_size)
+    return Tokenizer(_read_definition(name), name).cut(vocab_size)
 
 
 @functools.cache
 def _builtin(vocab_size: int | None) -> Tokenizer:
     """The tokenizer that Hamner ships takes half a second to load, so it is loaded once."""
     if vocab_size is not None:
-        return _fit(_builtin(None), vocab_size)
+        return _builtin(None).cut(vocab_size)
     definition = resources.files("hamner.data").joinpath("tokenizer.json").read_text("utf-8")
     return Tokenizer(definition, "builtin")
-
-
-def _fit(tokenizer: Tokenizer, vocab_size: int | None) -> Tokenizer:
-    """The tokenizer, cut if it is larger than the model's vocabulary and can be."""
-    if vocab_size is not None and vocab_size < tokenizer.vocab_size:
-        return tokenizer.cut(vocab_size)
-    return tokenizer
 
 
 def _read_definition(name: str) -> str:
@@ -269,7 +254,7 @@ def _download(name: str) -> Path:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> Tokenizer:
-    """Learns a byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909) from documents.
+    """A byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909) is learned from documents.
 
     Raises:
         UserError: the text is too small for so many entries.

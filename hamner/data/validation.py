@@ -1,4 +1,4 @@
-"""The validation set of a run, kept in its folder.
+"""The validation set of a run is kept in its folder.
 
 To gather it means to read every source until enough documents were held out, which can take long
 where the source is a network. So a run gathers once, and evaluates on the same rows to its end.
@@ -23,7 +23,7 @@ FIELDS = {"inputs": torch.int64, "targets": torch.int64, "document_ids": torch.i
 
 
 class ValidationSet:
-    """The rows that a run is evaluated on: from the run's folder, or gathered from its sources.
+    """The rows that a run is evaluated on come from its folder, or are gathered from its sources.
 
     A file of other data, another tokenizer, sequence length or size, or one that is damaged, does
     not count.
@@ -31,13 +31,10 @@ class ValidationSet:
     Args:
         path: of the file, a safetensors of int32 (R, T), whether it is there or not.
         loader: of the run.
-        max_tokens: as for `validation_rows`.
-
-    Attributes:
-        rows: of type `Batch`.
+        max_tokens: as for `TrainLoader.validation_rows`.
 
     Raises:
-        UserError: a source that cannot be read.
+        UserError: a source that cannot be read, or one without a document to train on.
     """
 
     def __init__(self, path: Path, loader: TrainLoader, max_tokens: int) -> None:
@@ -45,16 +42,18 @@ class ValidationSet:
         self._key = json.dumps(loader.validation_key(max_tokens), sort_keys=True)
         stored = self._read()
         self._is_stored = stored is not None
-        self.rows = loader.validation_rows(max_tokens) if stored is None else stored
+        self.rows: Batch = stored or loader.validation_rows(max_tokens)
+        if not stored and not len(self.rows.inputs):
+            # Perhaps there is nothing at all: better said now than at the first batch.
+            loader.require_documents()
 
     def keep(self) -> None:
-        """Writes the file unless it is there; without it the next start gathers again."""
+        """The file is written unless it is there; without it the next start gathers again."""
         if self._is_stored:
             return
         tensors = {name: getattr(self.rows, name).to(torch.int32) for name in FIELDS}
-        metadata = {"digest": self._digest(tensors)}
         try:
-            write_whole(self._path, save(tensors, metadata))
+            write_whole(self._path, save(tensors, {"digest": self._digest(tensors)}))
         except OSError as error:
             logger.warning("%s could not be written (%s)", self._path, error.strerror)
 
@@ -70,7 +69,7 @@ class ValidationSet:
         return Batch(**{name: tensor.to(FIELDS[name]) for name, tensor in tensors.items()})
 
     def _digest(self, tensors: dict[str, torch.Tensor]) -> str:
-        """Of what the rows were gathered from and of the rows: it fits these or none."""
+        """The digest covers the rows and what they were gathered from: it fits these or none."""
         digest = hashlib.sha256(self._key.encode())
         for name, tensor in sorted(tensors.items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -12,7 +12,7 @@ from hamner.data.batch import IGNORED_TARGET, Batch
 from hamner.data.chat_template import Message, turn_ends
 from hamner.data.conversations.examples import load_examples
 from hamner.data.conversations.loader import validation_batch
-from hamner.data.loader import DataConfig, validation_rows
+from hamner.data.loader import DataConfig, TrainLoader
 from hamner.data.tokenizer import Tokenizer
 from hamner.model.answer import answer
 from hamner.model.attention import document_positions
@@ -102,11 +102,11 @@ def open_held_out(
     """
     sources = []
     for spec in specs:
+        config = DataConfig((spec,), seq_len, batch_size=1, seed=0, val_fraction=val_fraction)
         if kind == "text":
-            config = DataConfig((spec,), seq_len, batch_size=1, seed=0, val_fraction=val_fraction)
-            batch = validation_rows(config, tokenizer, max_tokens)
+            batch = TrainLoader(config, tokenizer).validation_rows(max_tokens)
         else:
-            examples = load_examples((spec,), tokenizer, seq_len, val_fraction)
+            examples = load_examples(config, tokenizer)
             batch = validation_batch(examples, tokenizer, seq_len, max_tokens)
         sources.append(HeldOut(spec, kind, batch, document_mask))
     return sources

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from hamner.data.tokenizer import Tokenizer
+from hamner.data.tokenizer import StreamDecoder, Tokenizer
 from hamner.model.kv_cache import KVCache
 from hamner.model.sampling import Sampling
 from hamner.model.transformer import Transformer
@@ -150,7 +150,7 @@ class Completion:
         self.finish_reason: str | None = None
 
     def __iter__(self) -> Iterator[str]:
-        decoder = self.generator.tokenizer.stream()
+        decoder = StreamDecoder(self.generator.tokenizer)
         held = ""
         """decoded, but perhaps the beginning of a stop text"""
         limit = self.generator.context if self.max_new_tokens is None else self.max_new_tokens

@@ -8,7 +8,7 @@ import torch
 
 from hamner.config.train import TrainConfig
 from hamner.data.batch import Batch
-from hamner.data.loader import DataConfig, TrainLoader
+from hamner.data.loader import TrainLoader
 from hamner.data.tokenizer import load_tokenizer
 from hamner.parallel.processes import SingleProcess
 from hamner.train.step import OnPhase, TrainStep, ignore_phase
@@ -42,15 +42,8 @@ def open_loader(config: TrainConfig, *, pin_memory: bool) -> TrainLoader:
     Raises:
         UserError: the data does not allow it.
     """
-    data = DataConfig(
-        specs=config.data,
-        seq_len=config.seq_len,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        val_fraction=config.val_fraction,
-    )
     tokenizer = load_tokenizer(config.tokenizer, config.model.vocab_size)
-    return TrainLoader(data, tokenizer, pin_memory=pin_memory)
+    return TrainLoader(config, tokenizer, pin_memory=pin_memory)
 
 
 @contextlib.contextmanager

@@ -35,16 +35,10 @@ def fine_tune(config: SftConfig) -> TrainResult:
     initial = None if goes_on else find_saved_model(config.sft.checkpoint).checkpoint
 
     tokenizer = load_tokenizer(training.tokenizer, training.model.vocab_size)
-    sources = load_examples(training.data, tokenizer, training.seq_len, training.val_fraction)
+    sources = load_examples(training, tokenizer)
     if Rank.read().is_main:
         lint.show(sources, tokenizer, Console(highlight=False))
-    loader = ConversationLoader(
-        sources,
-        tokenizer,
-        seq_len=training.seq_len,
-        batch_size=training.batch_size,
-        seed=training.seed,
-    )
+    loader = ConversationLoader(sources, tokenizer, training)
     validation = validation_batch(sources, tokenizer, training.seq_len, training.eval_tokens)
 
     def open_data(_: TrainConfig, __: Tokenizer, pin_memory: bool) -> RunData:

@@ -15,7 +15,7 @@ from hamner.checkpoint.format import Checkpoint
 from hamner.checkpoint.run_folder import RecordLog, RunFolder
 from hamner.config.train import TrainConfig
 from hamner.data.batch import Batch
-from hamner.data.loader import DataConfig, TrainLoader
+from hamner.data.loader import TrainLoader
 from hamner.data.tokenizer import Tokenizer, load_tokenizer
 from hamner.data.validation import ValidationSet
 from hamner.hardware import GIB
@@ -89,14 +89,7 @@ OpenData = Callable[[TrainConfig, Tokenizer, bool], RunData]
 
 def open_documents(config: TrainConfig, tokenizer: Tokenizer, pin_memory: bool) -> RunData:
     """The data of pre-training; see `OpenData`."""
-    data = DataConfig(
-        specs=config.data,
-        seq_len=config.seq_len,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        val_fraction=config.val_fraction,
-    )
-    loader = TrainLoader(data, tokenizer, pin_memory=pin_memory)
+    loader = TrainLoader(config, tokenizer, pin_memory=pin_memory)
     validation = ValidationSet(RunFolder(config.folder).validation, loader, config.eval_tokens)
     return RunData(loader, validation.rows, validation.keep)
 

@@ -2,19 +2,19 @@ import functools
 import itertools
 import json
 import threading
+from unittest import mock
 
 import datasets
 import pytest
 from datasets.exceptions import DatasetNotFoundError
 
-from hamner.data import hub, sources
+from hamner.data import hub, retry, sources
 from hamner.data.hub import HubSource, open_dataset
 from hamner.data.loader import DataConfig, TrainLoader
-from hamner.data.retry import RetriedSource, Retry
+from hamner.data.retry import RetriedSource
 from hamner.errors import UserError
 
 TEXTS = [f"file {i % 4} document {i}" for i in range(200)]
-FAST = Retry(attempts=3, first_delay_seconds=0.001, max_delay_seconds=0.002)
 
 
 @pytest.fixture
@@ -33,8 +33,16 @@ def open_local(repository):
 
 
 @pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
+def small_and_fast(monkeypatch):
     monkeypatch.setattr(hub, "BLOCK_DOCUMENTS", 15)
+    monkeypatch.setattr(retry, "ATTEMPTS", 3)
+    monkeypatch.setattr(retry, "FIRST_DELAY_SECONDS", 0.001)
+
+
+def hub_source(opener, location="owner/name"):
+    """The source reads what `opener` opens instead of the hub."""
+    with mock.patch.object(hub, "open_dataset", opener):
+        return HubSource(location)
 
 
 class Faulty:
@@ -73,10 +81,8 @@ def fails(error=None):
 def faulty(repository, *faults):
     faults = list(faults)
     opener = open_local(repository)
-    source = HubSource(
-        "owner/name", opener=lambda *a: Faulty(opener(*a), faults), stall_seconds=0.5
-    )
-    return RetriedSource(source, "hf:owner/name", FAST), faults
+    source = hub_source(lambda *a: Faulty(opener(*a), faults))
+    return RetriedSource(source, "hf:owner/name"), faults
 
 
 def texts(source, seed=0, epoch=0):
@@ -84,7 +90,7 @@ def texts(source, seed=0, epoch=0):
 
 
 def test_every_document_once_in_an_order_by_seed_and_epoch(repository):
-    source = HubSource("owner/name", opener=open_local(repository))
+    source = hub_source(open_local(repository))
     assert sorted(texts(source)) == sorted(TEXTS)
     assert texts(source) == texts(source)
     for other in (texts(source, seed=1), texts(source, epoch=1)):
@@ -96,10 +102,10 @@ def test_every_document_once_in_an_order_by_seed_and_epoch(repository):
 
 
 def test_resumes_after_any_document(repository):
-    whole = list(HubSource("owner/name", opener=open_local(repository)).documents(0, 0, None))
+    whole = list(hub_source(open_local(repository)).documents(0, 0, None))
     for index in (0, 13, 14, 15, 49, 50, 123, 199):
         state = json.loads(json.dumps(whole[index][1]))
-        resumed = HubSource("owner/name", opener=open_local(repository)).documents(0, 0, state)
+        resumed = hub_source(open_local(repository)).documents(0, 0, state)
         # The stream's own states may name the same place in several ways.
         assert [text for text, _ in resumed] == [text for text, _ in whole[index + 1 :]]
 
@@ -112,17 +118,17 @@ def test_resumes_in_the_middle_of_parquet_files(write_parquet, tmp_path):
     def opener(name, config, split):
         return datasets.load_dataset("parquet", data_files=files, split=split, streaming=True)
 
-    whole = list(HubSource("owner/name", opener=opener).documents(0, 0, None))
+    whole = list(hub_source(opener).documents(0, 0, None))
     assert sorted(text for text, _ in whole) == sorted(TEXTS)
     for index in (0, 14, 15, 20, 29, 30, 66, 67, 150, 199):
         state = json.loads(json.dumps(whole[index][1]))
-        resumed = HubSource("owner/name", opener=opener).documents(0, 0, state)
+        resumed = hub_source(opener).documents(0, 0, state)
         # The stream's own states may name the same place in several ways.
         assert [text for text, _ in resumed] == [text for text, _ in whole[index + 1 :]]
 
 
 def test_a_lost_connection_neither_loses_nor_repeats_documents(repository):
-    expected = texts(HubSource("owner/name", opener=open_local(repository)))
+    expected = texts(hub_source(open_local(repository)))
     source, faults = faulty(
         repository, (3, fails()), (0, fails()), (20, fails(OSError())), (7, fails(KeyError("x")))
     )
@@ -130,8 +136,9 @@ def test_a_lost_connection_neither_loses_nor_repeats_documents(repository):
     assert not faults
 
 
-def test_a_stalled_connection_is_left_behind(repository):
-    expected = texts(HubSource("owner/name", opener=open_local(repository)))
+def test_a_stalled_connection_is_left_behind(repository, monkeypatch):
+    monkeypatch.setattr(hub, "STALL_SECONDS", 0.5)
+    expected = texts(hub_source(open_local(repository)))
     never = threading.Event()
     source, faults = faulty(repository, (5, never.wait), (25, never.wait))
     assert texts(source) == expected
@@ -146,7 +153,7 @@ def test_network_that_stays_down_ends_in_one_sentence(repository):
 
 
 def test_attempts_count_anew_after_progress(repository):
-    expected = texts(HubSource("owner/name", opener=open_local(repository)))
+    expected = texts(hub_source(open_local(repository)))
     source, faults = faulty(repository, *[(16, fails())] * 2, *[(20, fails())] * 5)
     assert texts(source) == expected
 
@@ -162,7 +169,7 @@ def test_row_that_is_no_document_is_refused_at_once(repository, row):
             return Garbage(self._dataset.shard(num_shards=num_shards, index=index), [])
 
     opener = open_local(repository)
-    source = HubSource("owner/name", opener=lambda *a: GarbageDataset(opener(*a), []))
+    source = hub_source(lambda *a: GarbageDataset(opener(*a), []))
     with pytest.raises(UserError, match="--data hf:owner/name: a row "):
         texts(source)
 
@@ -183,12 +190,12 @@ def test_location_names_config_and_split(repository, location, asked):
         calls.append(arguments)
         return opener("json", None, "train")
 
-    assert HubSource(location, opener=spy).identity() == {"name": location, "files": 4}
+    assert hub_source(spy, location).identity() == {"name": location, "files": 4}
     assert calls == [asked]
 
 
 def test_folder_opens_as_a_repository_does(repository):
-    source = HubSource("x/y", opener=lambda n, c, s: open_dataset(str(repository), c, s))
+    source = hub_source(lambda n, c, s: open_dataset(str(repository), c, s))
     assert sorted(texts(source)) == sorted(TEXTS)
 
 
@@ -214,7 +221,7 @@ def test_typo_in_name_or_no_network_is_one_sentence(monkeypatch, error, message)
 
 
 def test_trains_from_a_stream_and_resumes(repository, tokenizer, monkeypatch):
-    local = functools.partial(HubSource, opener=open_local(repository))
+    local = functools.partial(hub_source, open_local(repository))
     monkeypatch.setattr(sources, "HubSource", local)
     config = DataConfig(("hf:owner/name",), seq_len=16, batch_size=2, seed=0)
     loader = TrainLoader(config, tokenizer)

@@ -13,7 +13,7 @@ from huggingface_hub import hf_file_system
 from hamner.data import hub, retry, stages
 from hamner.data.hub import HubSource
 from hamner.data.loader import DataConfig, TrainLoader
-from hamner.data.retry import RetriedSource, Retry
+from hamner.data.retry import RetriedSource
 from hamner.errors import UserError
 from tests.data.hub_server import FAULTS, HubServer
 
@@ -47,13 +47,14 @@ def server(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(hub, "BLOCK_DOCUMENTS", 20)
     monkeypatch.setattr(hub, "STALL_SECONDS", 0.8)
-    monkeypatch.setattr(retry, "Retry", lambda: Retry(3, 0.001, 0.002))
+    monkeypatch.setattr(retry, "ATTEMPTS", 3)
+    monkeypatch.setattr(retry, "FIRST_DELAY_SECONDS", 0.001)
     yield server
     server.close()
 
 
 def open_hub():
-    return RetriedSource(HubSource("owner/name", stall_seconds=0.8), SPEC, Retry(3, 0.001, 0.002))
+    return RetriedSource(HubSource("owner/name"), SPEC)
 
 
 def texts(source):
@@ -89,11 +90,12 @@ def test_a_source_that_stays_down_ends_in_one_sentence(server, fault):
 
 
 @pytest.fixture
-def loader_of(tokenizer):
+def loader_of(tokenizer, monkeypatch):
+    monkeypatch.setattr("hamner.data.loader.PREFETCH", 1)
     loaders = []
 
     def make(*specs):
-        loaders.append(TrainLoader(DataConfig(specs, 16, 2, 0, 0.0), tokenizer, prefetch=1))
+        loaders.append(TrainLoader(DataConfig(specs, 16, 2, 0, 0.0), tokenizer))
         return loaders[-1]
 
     yield make

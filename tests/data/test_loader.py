@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hamner.data.documents import split_of
-from hamner.data.loader import DataConfig, TrainLoader, validation_rows
+from hamner.data.loader import DataConfig, TrainLoader
 from hamner.data.tokenizer import load_tokenizer
 from hamner.errors import UserError
 
@@ -203,8 +203,8 @@ def test_process_ends_without_close(corpus):
 
 
 def test_validation_is_what_training_leaves_out(corpus, tokenizer):
-    rows = validation_rows(config(corpus, batch_size=1), tokenizer, 10**6)
-    again = validation_rows(config(corpus, seed=5), tokenizer, 10**6)
+    rows = TrainLoader(config(corpus, batch_size=1), tokenizer).validation_rows(10**6)
+    again = TrainLoader(config(corpus, seed=5), tokenizer).validation_rows(10**6)
     assert equal(rows, again)
     inputs = rows.inputs.reshape(-1)
     assert torch.equal(rows.targets.reshape(-1)[:-1], inputs[1:])
@@ -215,18 +215,18 @@ def test_validation_is_what_training_leaves_out(corpus, tokenizer):
 
 
 def test_validation_is_no_larger_than_asked(corpus, tokenizer):
-    few = validation_rows(config(corpus), tokenizer, 100)
+    few = TrainLoader(config(corpus), tokenizer).validation_rows(100)
     assert few.inputs.shape == (3, 32)
-    many = validation_rows(config(corpus), tokenizer, 10**6)
+    many = TrainLoader(config(corpus), tokenizer).validation_rows(10**6)
     assert torch.equal(many.inputs[:3], few.inputs)
 
 
 def test_corpus_too_small_for_validation_gives_no_rows(write_jsonl, corpus, tokenizer):
     path = str(write_jsonl("a.jsonl", ["a single document"]))
     for empty in (
-        validation_rows(config(path, val_fraction=0.001), tokenizer, 1000),
-        validation_rows(config(corpus, val_fraction=0.0), tokenizer, 1000),
-        validation_rows(config(corpus), tokenizer, 31),
+        TrainLoader(config(path, val_fraction=0.001), tokenizer).validation_rows(1000),
+        TrainLoader(config(corpus, val_fraction=0.0), tokenizer).validation_rows(1000),
+        TrainLoader(config(corpus), tokenizer).validation_rows(31),
     ):
         assert empty.inputs.shape == empty.targets.shape == empty.document_ids.shape == (0, 32)
         assert (empty.inputs.dtype, empty.document_ids.dtype) == (torch.int64, torch.int32)
@@ -236,7 +236,7 @@ def test_builtin_corpus_trains_and_validates(loader_of, tokenizer):
     loader = loader_of(config(val_fraction=0.01))
     next(loader)
     assert list(loader.progress()) == ["builtin"]
-    assert len(validation_rows(config(val_fraction=0.01), tokenizer, 2000).inputs) > 0
+    assert len(TrainLoader(config(val_fraction=0.01), tokenizer).validation_rows(2000).inputs) > 0
 
 
 @pytest.mark.gpu

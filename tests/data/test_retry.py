@@ -1,5 +1,6 @@
 import itertools
 import json
+from unittest import mock
 
 import pytest
 from hypothesis import given
@@ -7,12 +8,11 @@ from hypothesis import strategies as st
 
 from hamner.data import retry
 from hamner.data.files import FileSource
-from hamner.data.retry import RetriedSource, Retry
+from hamner.data.retry import RetriedSource
 from hamner.data.shuffle import shuffled_documents
 from hamner.errors import UserError
 from tests.data.test_shuffle import ListFile
 
-FAST = Retry(attempts=3, first_delay_seconds=0.0, max_delay_seconds=0.0)
 BLOCKS = [[f"{i}-{j}" for j in range(i % 4 + 1)] for i in range(12)]
 
 
@@ -38,10 +38,16 @@ class Flaky:
 UNDISTURBED = list(Flaky(()).documents(0, 0, None))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def fast():
+    with mock.patch.multiple(retry, ATTEMPTS=3, FIRST_DELAY_SECONDS=0.0):
+        yield
+
+
 @given(failures=st.sets(st.integers(0, 60)), stop=st.integers(1, len(UNDISTURBED)))
 def test_documents_come_once_in_order_whatever_fails(failures, stop):
     """Also over a restart, from a state that went through JSON."""
-    source, state, read = RetriedSource(Flaky(failures), "x", FAST), None, []
+    source, state, read = RetriedSource(Flaky(failures), "x"), None, []
     while len(read) < len(UNDISTURBED):
         try:
             limit = stop - len(read) if len(read) < stop else None
@@ -54,7 +60,7 @@ def test_documents_come_once_in_order_whatever_fails(failures, stop):
 
 
 def test_gives_up_after_so_many_failures_in_a_row(caplog):
-    source = RetriedSource(Flaky({1, 2, 5, 6, 7}), "notes", FAST)
+    source = RetriedSource(Flaky({1, 2, 5, 6, 7}), "notes")
     documents, read = source.documents(0, 0, None), []
     with pytest.raises(UserError, match=r"--data notes: given up after 3 .* \(OSError: input"):
         for text, _ in documents:
@@ -65,7 +71,7 @@ def test_gives_up_after_so_many_failures_in_a_row(caplog):
 
 
 def test_given_up_source_gets_one_attempt_when_asked_again():
-    source = RetriedSource(Flaky({0, 1, 2, 3, 4}), "notes", FAST)
+    source = RetriedSource(Flaky({0, 1, 2, 3, 4}), "notes")
     for _ in range(3):  # three attempts, then one, then one
         with pytest.raises(UserError, match="given up after 3 attempts"):
             next(source.documents(0, 0, None))
@@ -73,14 +79,14 @@ def test_given_up_source_gets_one_attempt_when_asked_again():
 
 
 def test_wrong_content_is_raised_at_once(caplog):
-    source = RetriedSource(Flaky({4}, UserError("--data notes, line 3: not JSON")), "notes", FAST)
+    source = RetriedSource(Flaky({4}, UserError("--data notes, line 3: not JSON")), "notes")
     with pytest.raises(UserError, match="line 3"):
         list(source.documents(0, 0, None))
     assert not caplog.records
 
 
-def test_delays_grow_with_jitter_up_to_a_limit():
-    retry = Retry(first_delay_seconds=1.0, max_delay_seconds=60.0)
+def test_delays_grow_with_jitter_up_to_a_limit(monkeypatch):
+    monkeypatch.setattr(retry, "FIRST_DELAY_SECONDS", 1.0)
     for failures, longest in [(1, 1), (2, 2), (5, 16), (7, 60), (20, 60)]:
         delays = {retry.delay(failures) for _ in range(50)}
         assert all(longest / 2 <= delay <= longest for delay in delays)
@@ -90,7 +96,7 @@ def test_delays_grow_with_jitter_up_to_a_limit():
 def test_file_that_goes_away_is_waited_for(tmp_path, monkeypatch):
     path, away = tmp_path / "a.txt", tmp_path / "a.gone"
     path.write_text("a")
-    source = RetriedSource(FileSource(str(tmp_path)), str(tmp_path), FAST)
+    source = RetriedSource(FileSource(str(tmp_path)), str(tmp_path))
     path.rename(away)
     monkeypatch.setattr(retry.time, "sleep", lambda _: away.rename(path))
     assert [text for text, _ in source.documents(0, 0, None)] == ["a"]

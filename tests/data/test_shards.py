@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hamner.data.documents import split_of
-from hamner.data.loader import DataConfig, TrainLoader, validation_rows
+from hamner.data.loader import DataConfig, TrainLoader
 from hamner.data.prepare import prepare
 from hamner.data.shards import ShardSource
 from hamner.data.tokenizer import Tokenizer, load_tokenizer
@@ -94,8 +94,8 @@ def test_shards_train_as_the_text_does(prepared, corpus, tokenizer):
     resumed.load_state_dict(state)
     assert [next(resumed).inputs.tolist() for _ in range(2000)] == expected
     resumed.close()
-    from_text = validation_rows(DataConfig((corpus,), 16, 2, 0, 0.1), tokenizer, 10**6)
-    from_shards = validation_rows(config, tokenizer, 10**6)
+    text = TrainLoader(DataConfig((corpus,), 16, 2, 0, 0.1), tokenizer)
+    from_text, from_shards = text.validation_rows(10**6), resumed.validation_rows(10**6)
     assert from_text.inputs.shape == from_shards.inputs.shape
 
 

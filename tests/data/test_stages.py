@@ -3,22 +3,18 @@ import itertools
 import json
 import re
 from functools import partial
+from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hamner.data import stages
 from hamner.data.shuffle import shuffled_documents
-from hamner.data.stages import (
-    LOST_TOKENS,
-    SourceLost,
-    WeightedStream,
-    epochs,
-    mixture,
-    one_epoch,
-    packed,
-)
+from hamner.data.specs import Spec
+from hamner.data.stages import SourceLost, epochs, mixture, one_epoch, packed
 from hamner.errors import UserError
 from tests.data.test_shuffle import ListFile
 
@@ -42,16 +38,16 @@ class FakeSource:
 
 def stream(sources, weights, num_rows, seq_len, state=None, seed=0):
     """The pipeline from sources to rows, going on after `state`."""
-    documents, used = (state["documents"], state["used"]) if state else (None, 0)
-    return packed(mixed(sources, weights, documents, seed, used), num_rows, seq_len)
+    return packed(mixed(sources, weights, state, seed), num_rows, seq_len)
 
 
-def mixed(sources, weights, state, seed=0, used=0, lost_tokens=LOST_TOKENS):
-    streams = [
-        WeightedStream(f"source {i}", weight, partial(epochs, source, f"source {i}", seed))
-        for i, (source, weight) in enumerate(zip(sources, weights, strict=True))
+def mixed(sources, weights, state, seed=0):
+    specs = [Spec("files", "", weight, f"source {i}") for i, weight in enumerate(weights)]
+    readers = [
+        partial(epochs, source, spec.text, seed)
+        for source, spec in zip(sources, specs, strict=True)
     ]
-    return mixture(streams, state, used, lost_tokens)
+    return mixture(specs, readers, state)
 
 
 LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=25).filter(any)
@@ -67,20 +63,20 @@ def test_every_token_is_an_input_once_an_epoch_whatever_the_interruptions(length
     total = len(source.every_token)
     inputs, targets, state = [], [], None
     for num_rows, seq_len, count in itertools.cycle([*shapes, (1, 3, 2)]):
-        if sum(map(np.size, inputs)) >= 2 * total:
+        if sum(map(len, inputs)) >= 2 * total:
             break
         rows = stream([source], [1.0], num_rows, seq_len, state, seed)
         for row, after in itertools.islice(rows, count):
-            inputs.append(row.inputs.ravel())
-            targets.append(row.targets.ravel())
+            inputs.append(row.inputs.numpy().ravel())
+            targets.append(row.targets.numpy().ravel())
             state = json.loads(json.dumps(after))
     inputs, targets = np.concatenate(inputs), np.concatenate(targets)
     assert sorted(inputs[:total]) == source.every_token.tolist()
     assert sorted(inputs[total : 2 * total]) == source.every_token.tolist()
     assert targets[:-1].tolist() == inputs[1:].tolist()
     uninterrupted = next(stream([source], [1.0], 1, len(inputs), seed=seed))[0]
-    assert inputs.tolist() == uninterrupted.inputs.ravel().tolist()
-    assert targets.tolist() == uninterrupted.targets.ravel().tolist()
+    assert inputs.tolist() == uninterrupted.inputs.flatten().tolist()
+    assert targets.tolist() == uninterrupted.targets.flatten().tolist()
 
 
 @given(lengths=LENGTHS, shape=st.tuples(st.integers(1, 4), st.integers(1, 17)))
@@ -88,13 +84,13 @@ def test_document_ids_begin_at_zero_and_change_where_the_document_does(lengths, 
     source = FakeSource(lengths)
     owner = np.repeat(np.arange(len(lengths)), lengths)
     for rows, _ in itertools.islice(stream([source], [1.0], *shape), 20):
-        assert rows.inputs.dtype == rows.targets.dtype == np.int64
-        assert rows.document_ids.dtype == np.int32
+        assert rows.inputs.dtype == rows.targets.dtype == torch.int64
+        assert rows.document_ids.dtype == torch.int32
         assert rows.inputs.shape == rows.targets.shape == rows.document_ids.shape == shape
         assert (rows.document_ids[:, 0] == 0).all()
-        steps = np.diff(rows.document_ids, axis=1)
-        consecutive = np.diff(rows.inputs, axis=1) == 1
-        same = (np.diff(owner[rows.inputs], axis=1) == 0) & consecutive
+        inputs = rows.inputs.numpy()
+        steps = np.diff(rows.document_ids.numpy(), axis=1)
+        same = (np.diff(owner[inputs], axis=1) == 0) & (np.diff(inputs, axis=1) == 1)
         assert steps.tolist() == (~same).astype(int).tolist()
 
 
@@ -114,7 +110,8 @@ def test_mixture_keeps_to_the_weights_and_resumes(lengths, weights, stop):
         # Nobody is ahead of another by more than the document that it was just given.
         ahead = counts / weights
         assert (ahead - 40 / np.array(weights) <= ahead.min() + 1e-9).all()
-    rest = list(itertools.islice(mixed(sources, weights, items[stop][2]), 120 - stop))
+    after = {"documents": items[stop][2], "used": 0}
+    rest = list(itertools.islice(mixed(sources, weights, after), 120 - stop))
     for (ids, _, state), (again, _, state_again) in zip(items[stop:], rest, strict=True):
         assert ids.tolist() == again.tolist()
         assert state == state_again
@@ -150,13 +147,15 @@ def test_no_token_is_lost_or_repeated_by_lost_sources(
     sources = [FailingSource(some, 2000 * i, failures[i]) for i, some in enumerate(lengths)]
     inputs, state = [], None
     for num_rows, seq_len, count in itertools.cycle([*shapes, (1, 3, 2)]):
-        if sum(map(np.size, inputs)) > 800:
+        if sum(map(len, inputs)) > 800:
             break
-        documents, used = (state["documents"], state["used"]) if state else (None, 0)
-        rows = packed(mixed(sources, weights, documents, 0, used, lost_tokens), num_rows, seq_len)
-        with contextlib.suppress(UserError):  # the last one is lost: a run stops, and is resumed
+        rows = stream(sources, weights, num_rows, seq_len, state)
+        with (
+            mock.patch.object(stages, "LOST_TOKENS", lost_tokens),
+            contextlib.suppress(UserError),  # the last one is lost: a run stops, and is resumed
+        ):
             for row, after in itertools.islice(rows, count):
-                inputs.append(row.inputs.ravel())
+                inputs.append(row.inputs.numpy().ravel())
                 state = json.loads(json.dumps(after))
     tokens = np.concatenate(inputs)
     for i, some in enumerate(lengths):
@@ -176,10 +175,11 @@ def test_a_source_that_fails_before_its_first_document_is_refused():
     assert not isinstance(caught.value, SourceLost)
 
 
-def test_a_lost_source_is_asked_again_and_takes_its_share_from_there(caplog):
+def test_a_lost_source_is_asked_again_and_takes_its_share_from_there(caplog, monkeypatch):
+    monkeypatch.setattr(stages, "LOST_TOKENS", 100)
     always = range(3, 12)
     sources = [FakeSource([10] * 20), FailingSource([10] * 20, 1000, set(always))]
-    items = list(itertools.islice(mixed(sources, [1, 1], None, lost_tokens=100), 400))
+    items = list(itertools.islice(mixed(sources, [1, 1], None), 400))
     is_second = [ids[0] >= 1000 for ids, _, _ in items]
     lost = [state["lost"][1] is not None for _, _, state in items]
     begin, end = lost.index(True), 400 - lost[::-1].index(True)
@@ -199,7 +199,8 @@ def test_repeated_documents_are_announced(caplog):
 
 def test_state_of_a_longer_document_is_refused():
     with pytest.raises(UserError, match="--resume: .* damaged"):
-        next(mixed([FakeSource([3])], [1], None, used=3))
+        documents = {"sources": [None], "credit": [0.0], "lost": [None], "used": [0]}
+        next(mixed([FakeSource([3])], [1], {"documents": documents, "used": 3}))
 
 
 def test_exhausted_source_starts_its_next_epoch_in_a_new_order():
@@ -221,9 +222,7 @@ def test_source_without_a_document_is_refused(lengths):
 
 def test_finite_streams_end_and_leave_the_others():
     sources = [FakeSource([3, 3]), FakeSource([5] * 9, first_token=1000)]
-    streams = [
-        WeightedStream("x", 1, lambda _, source=source: one_epoch(source, "validation", 0))
-        for source in sources
-    ]
-    tokens = np.concatenate([ids for ids, _, _ in mixture(streams, None)])
+    specs = [Spec("files", "", 1.0, "x")] * 2
+    readers = [lambda _, source=source: one_epoch(source, "validation", 0) for source in sources]
+    tokens = np.concatenate([ids for ids, _, _ in mixture(specs, readers, None)])
     assert sorted(tokens) == sorted(np.concatenate([s.every_token for s in sources]))

@@ -212,7 +212,7 @@ def data_config(folder: Path) -> DataConfig:
 @given(choice=st.data())
 def test_data_position(folder, position, tokenizer, choice):
     state = json.loads(json.dumps(choice.draw(replaced(position))))
-    loader = TrainLoader(data_config(folder), tokenizer, prefetch=1)
+    loader = TrainLoader(data_config(folder), tokenizer)
 
     def read():
         loader.load_state_dict(state)

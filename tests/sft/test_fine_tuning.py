@@ -92,7 +92,7 @@ def test_validation_loss_is_of_the_learned_tokens_alone(config):
     """Computed by hand from logits: mean over answers and end markers of the held-out part."""
     result = fine_tune(config)
     tokenizer = load_tokenizer(vocab_size=BYTES_ONLY)
-    (source,) = load_examples(config.data, tokenizer, config.seq_len, config.val_fraction)
+    (source,) = load_examples(config.training(), tokenizer)
     model = find_saved_model(result.checkpoint).build(torch.device("cpu"))
     total, count = 0.0, 0
     for example in source.validation:

@@ -1,21 +1,21 @@
-"""From conversations to what fine-tuning trains on: tokens, mask, split; each odd case counted."""
+"""Conversations become what fine-tuning trains on: tokens, mask, split; odd cases are counted."""
 
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from hamner.config.train import TrainConfig
 from hamner.data.chat_template import render_message
 from hamner.data.conversations.reading import Conversation, read_conversations
 from hamner.data.documents import split_of
+from hamner.data.loader import DataConfig
 from hamner.data.specs import parse_specs
 from hamner.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation in tokens.
+    """An example is a conversation in tokens.
 
     Attributes:
         ids: (n,) int32.
@@ -27,13 +27,13 @@ class Example:
 
     @property
     def length(self) -> int:
-        """Positions in a row: the last token is only a target."""
+        """The length is that in a row (positions): the last token is only a target."""
         return len(self.ids) - 1
 
 
 @dataclass
 class ConversationSource:
-    """The examples of one `--data` spec, and what became of its conversations.
+    """A source has the examples of one `--data` spec, and what became of its conversations.
 
     Attributes:
         name: the spec, as the user wrote it.
@@ -59,31 +59,27 @@ class ConversationSource:
 
 
 def load_examples(
-    specs: Sequence[str], tokenizer: Tokenizer, seq_len: int, val_fraction: float
+    config: DataConfig | TrainConfig, tokenizer: Tokenizer
 ) -> list[ConversationSource]:
-    """Read, tokenize, cut and split the conversations of all `--data` specs.
+    """The function reads, tokenizes, cuts and splits the conversations of all `--data` specs.
 
-    Args:
-        specs: values of `--data`, `SPEC[=WEIGHT]`; here a weight counts passes an epoch.
-        tokenizer: of the model; it must have the chat template's special tokens.
-        seq_len: positions of a row; no example is longer.
-        val_fraction: share of the conversations held out, chosen by their hash: equal ones are
-            never on both sides.
+    A weight counts passes an epoch here. No example is longer than a row. Conversations are held
+    out by their hash: equal ones are never on both sides.
 
     Raises:
         UserError: a spec, file or row that cannot be read; no special tokens.
     """
-    seen: Counter[str] = Counter()
+    seen: set[str] = set()
     sources = []
-    for spec in parse_specs(specs):
+    for spec in parse_specs(config.data):
         source = ConversationSource(spec.text, spec.weight)
         for conversation in read_conversations(spec):
             text = _canonical(conversation)
             source.duplicates += text in seen
-            seen[text] += 1
-            example = _tokenize(conversation, tokenizer, seq_len, source)
+            seen.add(text)
+            example = _tokenize(conversation, tokenizer, config.seq_len, source)
             if example is not None:
-                split = split_of(text, val_fraction)
+                split = split_of(text, config.val_fraction)
                 (source.validation if split == "validation" else source.train).append(example)
         sources.append(source)
     return sources
@@ -96,7 +92,7 @@ def _canonical(conversation: Conversation) -> str:
 def _tokenize(
     conversation: Conversation, tokenizer: Tokenizer, seq_len: int, source: ConversationSource
 ) -> Example | None:
-    """The longest beginning that fits `seq_len` positions and ends with an answer, or None.
+    """The example is the longest beginning that fits `seq_len` and ends with an answer, or None.
 
     What follows the last answer teaches nothing and is left out.
     """

@@ -1,4 +1,4 @@
-"""What fine-tuning is about to learn from, shown before it starts."""
+"""The lint shows what fine-tuning is about to learn from, before it starts."""
 
 from collections.abc import Sequence
 from itertools import groupby
@@ -16,7 +16,7 @@ LEARNED_STYLE, MASKED_STYLE = "bold green", "dim"
 
 
 def show(sources: Sequence[ConversationSource], tokenizer: Tokenizer, console: Console) -> None:
-    """Print the counts of every source, what was dropped or cut, and one example with its mask."""
+    """`show` prints counts of every source, what was dropped or cut, and an example's mask."""
     for source in sources:
         for line in describe(source):
             console.print(Text(line), soft_wrap=True)
@@ -26,7 +26,7 @@ def show(sources: Sequence[ConversationSource], tokenizer: Tokenizer, console: C
 
 
 def describe(source: ConversationSource) -> list[str]:
-    """Lines about one source: its size, then one for each kind of odd conversation it has."""
+    """The lines say a source's size, then one each what kinds of odd conversations it has."""
     tokens = sum(len(example.ids) for example in source.train)
     learned = sum(int(example.learned.sum()) for example in source.train)
     times = "" if source.weight == 1 else f", {source.weight:g} times an epoch"
@@ -35,34 +35,23 @@ def describe(source: ConversationSource) -> list[str]:
         f"{len(source.validation):,} held out; {tokens:,} tokens, "
         f"{learned / max(1, tokens):.1%} of them supervised"
     ]
-    if source.nothing_learned:
-        lines.append(
-            f"  {len(source.nothing_learned):,} dropped, no answer to learn: "
-            f"{_places(source.nothing_learned)}"
-        )
-    if source.too_long:
-        lines.append(
-            f"  {len(source.too_long):,} dropped, the first answer ends beyond --seq-len: "
-            f"{_places(source.too_long)}"
-        )
-    if source.cut:
-        lines.append(
-            f"  {len(source.cut):,} cut after the last answer within --seq-len "
-            f"({source.tokens_cut:,} tokens lost): {_places(source.cut)}"
-        )
+    lost = f"({source.tokens_cut:,} tokens lost)"
+    for what, origins in {
+        "dropped, no answer to learn": source.nothing_learned,
+        "dropped, the first answer ends beyond --seq-len": source.too_long,
+        f"cut after the last answer within --seq-len {lost}": source.cut,
+    }.items():
+        if origins:
+            rest = len(origins) - NAMED
+            more = f" and {rest:,} more" if rest > 0 else ""
+            lines.append(f"  {len(origins):,} {what}: {'; '.join(origins[:NAMED])}{more}")
     if source.duplicates:
         lines.append(f"  {source.duplicates:,} repeat an earlier conversation and are kept")
     return lines
 
 
-def _places(origins: Sequence[str]) -> str:
-    named = "; ".join(origins[:NAMED])
-    rest = len(origins) - NAMED
-    return f"{named} and {rest:,} more" if rest > 0 else named
-
-
 def preview(example: Example, tokenizer: Tokenizer, *, coloured: bool) -> Text:
-    """The beginning of an example, what is learned set off by colour, or by brackets without."""
+    """The preview is the beginning of an example, what is learned in colour, or in brackets."""
     opening, closing = ("", "") if coloured else ("[[", "]]")
     text = Text("what is learned of one conversation (the rest is masked):\n")
     tokens = list(zip(example.ids.tolist(), example.learned.tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""Conversations side by side in rows of T positions, none divided, none seeing another."""
+"""Conversations lie side by side in rows of T positions, none divided, none seeing another."""
 
 import bisect
 from collections.abc import Sequence
@@ -10,45 +10,34 @@ from hamner.data.batch import IGNORED_TARGET, Batch
 from hamner.data.conversations.examples import Example
 
 
-def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Fill rows by best fit: each item goes where it leaves the least room.
+def pack(examples: Sequence[Example], capacity: int) -> list[list[Example]]:
+    """The function fills rows by best fit: each example goes where it leaves the smallest room.
 
-    Items are placed in their order. Taking the longest first would waste 1% less, but fill rows
-    with conversations of one length, which are often of one kind.
-
-    Args:
-        lengths: of the items, each at most `capacity`.
-        capacity: of a row.
-
-    Returns:
-        For each row the indices of its items.
+    Examples are taken in their order. Taking the longest first would waste 1% less, but fill rows
+    with conversations of one length, which are often of one kind. None may be longer than the
+    capacity, the positions of a row.
     """
-    rows: list[list[int]] = []
+    rows: list[list[Example]] = []
     room: list[tuple[int, int]] = []  # (left, row), ascending
-    for index, length in enumerate(lengths):
-        place = bisect.bisect_left(room, (length, 0))
-        if place < len(room):
-            left, row = room.pop(place)
+    for example in examples:
+        best = bisect.bisect_left(room, (example.length, 0))
+        if best < len(room):
+            left, row = room.pop(best)
         else:
             left, row = capacity, len(rows)
             rows.append([])
-        rows[row].append(index)
-        bisect.insort(room, (left - length, row))
+        rows[row].append(example)
+        bisect.insort(room, (left - example.length, row))
     return rows
 
 
 def lay_out(rows: Sequence[Sequence[Example]], seq_len: int, padding: int) -> Batch:
-    """A batch of packed rows.
+    """The function makes a batch of packed rows.
 
     The targets are shifted here, as in the loader of pre-training: `targets[t]` is the token after
     `inputs[t]` where that token is learned, and ignored elsewhere. An example's last token is only
     a target, so nothing is predicted across examples. The end of a row is padding, a document of
-    its own that no loss counts.
-
-    Args:
-        rows: examples of each row, together at most `seq_len` positions.
-        seq_len: T.
-        padding: token to fill up with.
+    its own that no loss counts. The examples of a row have together at most `seq_len` positions.
     """
     shape = (len(rows), seq_len)
     inputs = np.full(shape, padding, np.int64)
@@ -57,12 +46,10 @@ def lay_out(rows: Sequence[Sequence[Example]], seq_len: int, padding: int) -> Ba
     for number, row in enumerate(rows):
         start = 0
         for document, example in enumerate(row):
-            end = start + example.length
-            inputs[number, start:end] = example.ids[:-1]
-            targets[number, start:end] = np.where(
-                example.learned[1:], example.ids[1:], IGNORED_TARGET
-            )
-            document_ids[number, start:end] = document
-            start = end
+            part = (number, slice(start, start + example.length))
+            inputs[part] = example.ids[:-1]
+            targets[part] = np.where(example.learned[1:], example.ids[1:], IGNORED_TARGET)
+            document_ids[part] = document
+            start += example.length
         document_ids[number, start:] = len(row)
     return Batch(*map(torch.from_numpy, (inputs, targets, document_ids)))

@@ -1,4 +1,4 @@
-"""Conversations from files, in the three forms people keep them in.
+"""Conversations are read from files, in the three forms people keep them in.
 
     {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hey!"}]}
     {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hey!"}]}
@@ -10,6 +10,7 @@ A file may mix them. The built-in set is a file of the first form that Hamner sh
 import io
 import json
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from hamner.data.chat_template import END_TOKEN, ROLE_TOKENS, Message, Role
-from hamner.data.files import find_files
+from hamner.data.files import find_files, open_bytes
 from hamner.data.specs import Spec
 from hamner.data.tokenizer import END_OF_TEXT
 from hamner.errors import UserError
@@ -41,7 +42,7 @@ _TOKEN_ROLES = {token: role for role, token in ROLE_TOKENS.items()}
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages and where they were read."""
+    """A conversation is messages, and where they were read."""
 
     messages: tuple[Message, ...]
     origin: str
@@ -49,7 +50,7 @@ class Conversation:
 
 
 def read_conversations(spec: Spec) -> list[Conversation]:
-    """All conversations of a `--data` spec: builtin, or a file, folder or glob of JSON lines.
+    """The conversations are all of a `--data` spec: builtin, a file, folder or glob of JSON lines.
 
     Raises:
         UserError: not such a spec, a file that cannot be read, or a row that is no conversation,
@@ -72,42 +73,33 @@ def read_conversations(spec: Spec) -> list[Conversation]:
                 "(also with .gz, .zst or .zstd)"
             )
         try:
-            with _open(path) as stream:
+            # Arrow's streams have no lines of their own.
+            with io.BufferedReader(open_bytes(path)) as stream:
                 conversations.extend(_parse_lines(stream, str(path)))
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"--data {path}: cannot be read ({error})") from error
     return conversations
-
-
-def _open(path: Path) -> IO[bytes]:
-    import pyarrow
-
-    compression = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}.get(path.suffix.lower())
-    stream = pyarrow.input_stream(str(path), compression=compression)
-    # Arrow's streams have no lines of their own.
-    return io.BufferedReader(stream)
 
 
 def _parse_lines(stream: IO[bytes], name: str) -> Iterator[Conversation]:
     for number, line in enumerate(stream, start=1):
         if not line.strip():
             continue
-        place = f"{name}, line {number}"
         try:
             # A byte order mark may open the first line.
-            row = parse_json(line.decode("utf-8-sig"))
-            messages = parse_conversation(row)
-        except json.JSONDecodeError as error:
-            raise UserError(f"--data {place}: not JSON ({error.msg})") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"--data {place}: not UTF-8 at byte {error.start}") from error
+            messages = parse_conversation(parse_json(line.decode("utf-8-sig")))
         except ValueError as error:
-            raise UserError(f"--data {place}: {error}") from error
+            reason = str(error)
+            if isinstance(error, json.JSONDecodeError):
+                reason = f"not JSON ({error.msg})"
+            elif isinstance(error, UnicodeDecodeError):
+                reason = f"not UTF-8 at byte {error.start}"
+            raise UserError(f"--data {name}, line {number}: {reason}") from error
         yield Conversation(messages, f"{Path(name).name}:{number}")
 
 
 def parse_conversation(row: Any) -> tuple[Message, ...]:
-    """The messages of one row, in any of the three forms; at least one.
+    """The row has messages in any of the three forms; at least one.
 
     Raises:
         ValueError: with half a sentence that says what is wrong; the caller adds file and line.
@@ -151,19 +143,16 @@ def _parse_list(rows: Any, field: str, role_key: str, content_key: str) -> tuple
 
 
 def _parse_text(text: Any) -> tuple[Message, ...]:
-    """Turns opened by role tokens; end tokens at a turn's end are not part of its content."""
+    """Role tokens open the turns; end tokens at a turn's end are not part of its content."""
     if not isinstance(text, str):
         raise ValueError('"text" must be a string')
     openings = list(_TURN.finditer(text))
     if not openings or text[: openings[0].start()].strip():
         raise ValueError(f'"text" must begin with one of {", ".join(ROLE_TOKENS.values())}')
     ends = [opening.start() for opening in openings[1:]] + [len(text)]
-    return tuple(
-        Message(_TOKEN_ROLES[opening.group()], _without_end(text[opening.end() : end]))
-        for opening, end in zip(openings, ends, strict=True)
-    )
-
-
-def _without_end(content: str) -> str:
-    content = content.strip().removesuffix(END_OF_TEXT).rstrip()
-    return content.removesuffix(END_TOKEN).strip()
+    messages = []
+    for opening, end in zip(openings, ends, strict=True):
+        content = text[opening.end() : end].strip().removesuffix(END_OF_TEXT).rstrip()
+        content = content.removesuffix(END_TOKEN).strip()
+        messages.append(Message(_TOKEN_ROLES[opening.group()], content))
+    return tuple(messages)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from hamner.data.chat_template import Message, render
-from hamner.data.conversations.examples import load_examples
+from hamner.data.conversations.examples import ConversationSource, load_examples
+from hamner.data.loader import DataConfig
 from hamner.data.tokenizer import load_tokenizer
 
 #: One token a character: lengths can be counted by eye.
@@ -21,6 +22,10 @@ def write(path: Path, *conversations: list[tuple[str, str]]) -> str:
     ]
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     return str(path)
+
+
+def load(*specs: str, seq_len: int = 64, val_fraction: float = 0.0) -> list[ConversationSource]:
+    return load_examples(DataConfig(specs, seq_len, 1, 0, val_fraction), TOKENIZER)
 
 
 def spelled(example) -> str:
@@ -39,7 +44,7 @@ LONG = [*HI, ("user", "And"), ("assistant", "x" * 50)]
 
 
 def test_ids_and_mask_are_the_templates(tmp_path):
-    (source,) = load_examples([write(tmp_path / "a.jsonl", HI)], TOKENIZER, 64, 0.0)
+    (source,) = load(write(tmp_path / "a.jsonl", HI))
     (example,) = source.train
     rendered = render([Message("user", "Hi"), Message("assistant", "Hey!")], TOKENIZER)
     assert example.ids.tolist() == rendered.ids
@@ -51,7 +56,7 @@ def test_ids_and_mask_are_the_templates(tmp_path):
 @pytest.mark.parametrize(("seq_len", "is_cut"), [(11, True), (69, True), (70, False)])
 def test_cut_after_the_last_answer_that_fits(tmp_path, seq_len, is_cut):
     """HI has 12 tokens and so 11 positions, LONG 71 tokens."""
-    (source,) = load_examples([write(tmp_path / "a.jsonl", LONG)], TOKENIZER, seq_len, 0.0)
+    (source,) = load(write(tmp_path / "a.jsonl", LONG), seq_len=seq_len)
     (example,) = source.train
     whole = len(render([Message(*turn) for turn in LONG], TOKENIZER).ids)
     assert example.length <= seq_len
@@ -64,23 +69,23 @@ def test_cut_after_the_last_answer_that_fits(tmp_path, seq_len, is_cut):
 def test_exactly_a_row_fits_and_one_token_more_does_not(tmp_path):
     data = write(tmp_path / "a.jsonl", HI)
     length = len(render([Message(*turn) for turn in HI], TOKENIZER).ids) - 1
-    (fits,) = load_examples([data], TOKENIZER, length, 0.0)
+    (fits,) = load(data, seq_len=length)
     assert [example.length for example in fits.train] == [length]
-    (too_long,) = load_examples([data], TOKENIZER, length - 1, 0.0)
+    (too_long,) = load(data, seq_len=length - 1)
     assert too_long.train == []
     assert too_long.too_long == ["a.jsonl:1"]
 
 
 def test_what_follows_the_last_answer_is_left_out(tmp_path):
     data = write(tmp_path / "a.jsonl", [*HI, ("user", "bye")])
-    (source,) = load_examples([data], TOKENIZER, 64, 0.0)
+    (source,) = load(data)
     assert spelled(source.train[0]).endswith("<|end|>]")
     assert source.cut == []
 
 
 def test_nothing_learned_is_dropped_and_named(tmp_path):
     data = write(tmp_path / "a.jsonl", HI, [("user", "Hi")], [("user", "Hi"), ("assistant", " ")])
-    (source,) = load_examples([data], TOKENIZER, 64, 0.0)
+    (source,) = load(data)
     assert len(source.train) == 1
     assert source.nothing_learned == ["a.jsonl:2", "a.jsonl:3"]
 
@@ -88,7 +93,7 @@ def test_nothing_learned_is_dropped_and_named(tmp_path):
 def test_duplicates_are_counted_over_all_sources_and_kept(tmp_path):
     first = write(tmp_path / "a.jsonl", HI, HI)
     second = write(tmp_path / "b.jsonl", [("user", " Hi "), ("assistant", "Hey!")])
-    sources = load_examples([first, second], TOKENIZER, 64, 0.0)
+    sources = load(first, second)
     assert [source.duplicates for source in sources] == [1, 1]
     assert [len(source.train) for source in sources] == [2, 1]
 
@@ -97,7 +102,7 @@ def test_split_holds_out_by_content_alone(tmp_path):
     conversations = [[("user", str(i)), ("assistant", "ok")] for i in range(200)]
     first = write(tmp_path / "a.jsonl", *conversations)
     second = write(tmp_path / "b.jsonl", *reversed(conversations))
-    sources = load_examples([first, second], TOKENIZER, 64, 0.2)
+    sources = load(first, second, val_fraction=0.2)
     texts = [[sorted(map(spelled, part)) for part in (s.train, s.validation)] for s in sources]
     assert texts[0] == texts[1]
     assert 20 < len(texts[0][1]) < 60

@@ -6,6 +6,7 @@ from rich.console import Console
 
 from hamner.data.conversations.examples import load_examples
 from hamner.data.conversations.lint import describe, preview, show
+from hamner.data.loader import DataConfig
 from hamner.data.tokenizer import load_tokenizer
 
 TOKENIZER = load_tokenizer(vocab_size=261)
@@ -19,7 +20,7 @@ def conversation(*turns: str) -> dict:
 def load(tmp_path, *rows, weight: str = ""):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    (source,) = load_examples([f"{path}{weight}"], TOKENIZER, 40, 0.0)
+    (source,) = load_examples(DataConfig((f"{path}{weight}",), 40, 1, 0, 0.0), TOKENIZER)
     return source
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from hamner.data.conversations.examples import ConversationSource, Example
 from hamner.data.conversations.loader import ConversationLoader, validation_batch
+from hamner.data.loader import DataConfig
 from hamner.data.tokenizer import load_tokenizer
 from hamner.errors import UserError
 
@@ -27,7 +28,7 @@ def make_source(name: str, first_id: int, count: int, weight: float = 1.0) -> Co
 
 def make_loader(sources, **changes) -> ConversationLoader:
     settings = {"seq_len": 32, "batch_size": 3, "seed": 0} | changes
-    return ConversationLoader(sources, TOKENIZER, **settings)
+    return ConversationLoader(sources, TOKENIZER, DataConfig((), **settings))
 
 
 def openings(batches) -> Counter:

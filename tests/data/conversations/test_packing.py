@@ -13,9 +13,10 @@ from tests.models import DENSE, build
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 50), max_size=60))
 def test_every_item_once_and_no_row_too_full(lengths):
-    rows = pack(lengths, 50)
-    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
-    fills = sorted(sum(lengths[i] for i in row) for row in rows)
+    examples = [example([number] * (length + 1), "") for number, length in enumerate(lengths)]
+    rows = pack(examples, 50)
+    assert sorted(int(e.ids[0]) for row in rows for e in row) == list(range(len(lengths)))
+    fills = sorted(sum(e.length for e in row) for row in rows)
     assert all(0 < fill <= 50 for fill in fills)
     # Best fit opens a row only when no other has room: two rows never fit into one.
     assert all(a + b > 50 for a, b in zip(fills, fills[1:], strict=False))

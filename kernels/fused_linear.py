@@ -32,6 +32,7 @@ from torch import Tensor
 from hamner.kernels.checks import check_like, check_shape
 from hamner.kernels.rms_norm import (
     check_norm_arguments,
+    empty_results,
     launch_rms_norm,
     launch_rms_norm_backward,
     rms_norm_reference,
@@ -59,11 +60,11 @@ def _rms_norm_linear_op(
     weight: Tensor,
     eps: float,
     rebuild: bool,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    positions: Tensor | None,
-    num_heads: int,
-    num_kv_heads: int,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    positions: Tensor | None = None,
+    num_heads: int = 0,
+    num_kv_heads: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     normed, new_residual, rstd = launch_rms_norm(x, residual, norm_weight, eps)
     out = torch.nn.functional.linear(normed, weight)
@@ -72,19 +73,14 @@ def _rms_norm_linear_op(
             out, cos, sin, num_heads=num_heads, num_kv_heads=num_kv_heads, positions=positions,
             in_place=True,
         )  # fmt: skip
-    if new_residual is None:
-        new_residual = x.new_empty(0)
     return out, new_residual, rstd, x.new_empty(0) if rebuild else normed
 
 
 @_rms_norm_linear_op.register_fake
-def _(x, residual, norm_weight, weight, eps, rebuild, cos, sin, positions, num_heads, num_kv_heads):
-    return (
-        x.new_empty(*x.shape[:-1], weight.shape[0]),
-        x.new_empty(0 if residual is None else x.shape),
-        x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32),
-        x.new_empty(0 if rebuild else x.shape),
-    )
+def _(x, residual, norm_weight, weight, eps, rebuild, *_rope):
+    _, new_residual, rstd = empty_results(x, residual)
+    out = x.new_empty(*x.shape[:-1], weight.shape[0])
+    return out, new_residual, rstd, x.new_empty(0 if rebuild else x.shape)
 
 
 @torch.library.custom_op("hamner::rms_norm_linear_backward", mutates_args=())
@@ -96,11 +92,11 @@ def _rms_norm_linear_backward_op(
     normed: Tensor | None,
     norm_weight: Tensor,
     weight: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    positions: Tensor | None,
-    num_heads: int,
-    num_kv_heads: int,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    positions: Tensor | None = None,
+    num_heads: int = 0,
+    num_kv_heads: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if cos is not None:
         # Not in place: the gradient may have other readers.
@@ -119,45 +115,29 @@ def _rms_norm_linear_backward_op(
 
 
 @_rms_norm_linear_backward_op.register_fake
-def _(
-    d_out, d_residual, x, rstd, normed, norm_weight, weight,
-    cos, sin, positions, num_heads, num_kv_heads,
-):  # fmt: skip
-    return (
-        x.new_empty(x.shape),
-        norm_weight.new_empty(norm_weight.shape),
-        weight.new_empty(weight.shape),
-    )
+def _(d_out, d_residual, x, rstd, normed, norm_weight, weight, *_rope):
+    return tuple(like.new_empty(like.shape) for like in (x, norm_weight, weight))
 
 
 def _rms_norm_linear_setup_context(ctx, inputs, output):
-    x, residual, norm_weight, weight, _, rebuild, cos, sin, positions, *ctx.heads = inputs
+    x, residual, norm_weight, weight, _, rebuild, *tables, num_heads, num_kv_heads = inputs
     _, new_residual, rstd, normed = output
     ctx.has_residual = residual is not None
+    ctx.heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(rstd, normed, *(() if ctx.has_residual else (new_residual,)))
-    ctx.save_for_backward(
-        new_residual if ctx.has_residual else x,
-        rstd,
-        None if rebuild else normed,
-        norm_weight,
-        weight,
-        cos,
-        sin,
-        positions,
-    )
+    normed_input = new_residual if ctx.has_residual else x
+    kept = None if rebuild else normed
+    ctx.save_for_backward(normed_input, rstd, kept, norm_weight, weight, *tables)
 
 
 def _rms_norm_linear_backward(ctx, d_out, d_residual, _d_rstd, _d_normed):
     no_gradients = (None,) * 7
     if d_out is None:
         return d_residual, d_residual, None, None, *no_gradients
-    x, rstd, normed, norm_weight, weight, cos, sin, positions = ctx.saved_tensors
-    num_heads, num_kv_heads = ctx.heads
     d_x, d_norm_weight, d_weight = _rms_norm_linear_backward_op(
-        d_out, d_residual, x, rstd, normed=normed, norm_weight=norm_weight, weight=weight,
-        cos=cos, sin=sin, positions=positions, num_heads=num_heads, num_kv_heads=num_kv_heads,
-    )  # fmt: skip
+        d_out, d_residual, *ctx.saved_tensors, **ctx.heads
+    )
     return d_x, d_x if ctx.has_residual else None, d_norm_weight, d_weight, *no_gradients
 
 
@@ -219,34 +199,22 @@ def _check_matmul_weight(name: str, weight: Tensor, x_name: str, x: Tensor, *, w
 
 
 def check_qkv_rope_arguments(
-    x: Tensor,
-    residual: Tensor | None,
-    norm_weight: Tensor,
-    qkv_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    num_heads: int,
-    num_kv_heads: int,
-    positions: Tensor | None,
+    x: Tensor, residual: Tensor | None, norm_weight: Tensor, qkv_weight: Tensor, **rope
 ) -> None:
-    """Check the arguments of `add_rms_norm_qkv_rope`.
+    """The function checks the arguments of `add_rms_norm_qkv_rope`.
 
     Raises:
         TypeError, ValueError: naming the argument.
     """
     check_norm_arguments(x, residual, norm_weight, "norm_weight")
     _check_matmul_weight("qkv_weight", qkv_weight, "x", x, width=x.shape[-1])
-    qkv_shape = (*x.shape[:-1], qkv_weight.shape[0])
-    check_packed_arguments(
-        qkv_shape, cos, sin,
-        num_heads=num_heads, num_kv_heads=num_kv_heads, positions=positions, x=x,
-    )  # fmt: skip
+    check_packed_arguments((*x.shape[:-1], qkv_weight.shape[0]), **rope, x=x)
 
 
 def rms_norm_linear(
     x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float = 1e-5, *, rebuild: bool = True
 ) -> Tensor:
-    """`rms_norm`, then a matmul.
+    """The op is `rms_norm`, then a matmul.
 
     Args:
         x: (..., D) float32, float16 or bfloat16, D up to 8192.
@@ -273,14 +241,11 @@ def add_rms_norm_linear(
     *,
     rebuild: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """`add_rms_norm`, then a matmul.
+    """The op is `add_rms_norm`, then a matmul.
 
     Args:
-        x: (..., D) float32, float16 or bfloat16, D up to 8192.
+        x, norm_weight, weight, eps: as in `rms_norm_linear`.
         residual: as x, or None where the residual stream begins.
-        norm_weight: (D,) float32 or the dtype of x.
-        weight: (outputs, D), dtype of x.
-        eps: added to the mean of squares.
         rebuild: keep new_residual only and write the normed one again in backward; else keep both.
 
     Returns:
@@ -293,9 +258,8 @@ def add_rms_norm_linear(
     check_norm_arguments(x, residual, norm_weight, "norm_weight")
     _check_matmul_weight("weight", weight, "x", x, width=x.shape[-1])
     out, new_residual, _, _ = _rms_norm_linear_op(
-        x, residual, norm_weight, weight, eps=eps, rebuild=rebuild,
-        cos=None, sin=None, positions=None, num_heads=0, num_kv_heads=0,
-    )  # fmt: skip
+        x, residual, norm_weight, weight, eps=eps, rebuild=rebuild
+    )
     return out, x if residual is None else new_residual
 
 
@@ -313,21 +277,14 @@ def add_rms_norm_qkv_rope(
     *,
     rebuild: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """`add_rms_norm`, the packed qkv matmul, and the rotation of q and k in its result.
+    """The op is `add_rms_norm`, the packed qkv matmul, and the rotation of q and k in its result.
 
     Args:
         x: (B, T, D) float32, float16 or bfloat16, D up to 8192.
-        residual: as x, or None where the residual stream begins.
-        norm_weight: (D,) float32 or the dtype of x.
+        residual, norm_weight, eps, rebuild: as in `add_rms_norm_linear`.
         qkv_weight: ((H + 2 KV) hd, D), dtype of x: query heads, key heads, value heads.
-        cos: (positions, hd / 2), at least T of them; gets no gradient.
-        sin: as cos.
-        num_heads: H.
-        num_kv_heads: KV.
-        positions: (B, T) int32 rows of cos and sin, restarting with each document; None for
-            0..T-1. A position outside the table takes its nearest row.
-        eps: added to the mean of squares.
-        rebuild: keep new_residual only and write the normed one again in backward; else keep both.
+        cos, sin, num_heads, num_kv_heads, positions: as in `rope_packed_`, tables of at least T
+            positions; they get no gradient.
 
     Returns:
         (qkv, new_residual): qkv (B, T, (H + 2 KV) hd) with q and k rotated, new_residual
@@ -336,19 +293,19 @@ def add_rms_norm_qkv_rope(
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
     """
-    check_qkv_rope_arguments(
-        x, residual, norm_weight, qkv_weight, cos=cos, sin=sin,
-        num_heads=num_heads, num_kv_heads=num_kv_heads, positions=positions,
-    )  # fmt: skip
+    rope = {
+        "cos": cos, "sin": sin, "positions": positions,
+        "num_heads": num_heads, "num_kv_heads": num_kv_heads,
+    }  # fmt: skip
+    check_qkv_rope_arguments(x, residual, norm_weight, qkv_weight, **rope)
     qkv, new_residual, _, _ = _rms_norm_linear_op(
-        x, residual, norm_weight, qkv_weight, eps=eps, rebuild=rebuild, cos=cos, sin=sin,
-        positions=positions, num_heads=num_heads, num_kv_heads=num_kv_heads,
-    )  # fmt: skip
+        x, residual, norm_weight, qkv_weight, eps=eps, rebuild=rebuild, **rope
+    )
     return qkv, x if residual is None else new_residual
 
 
 def swiglu_linear(gate_up: Tensor, weight: Tensor, *, rebuild: bool = True) -> Tensor:
-    """`swiglu`, then a matmul.
+    """The op is `swiglu`, then a matmul.
 
     Args:
         gate_up: (..., 2I) float32, float16 or bfloat16, gate first.
@@ -369,18 +326,14 @@ def swiglu_linear(gate_up: Tensor, weight: Tensor, *, rebuild: bool = True) -> T
 def rms_norm_linear_reference(
     x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float = 1e-5
 ) -> Tensor:
-    """`rms_norm_linear` in plain torch."""
+    """This is `rms_norm_linear` in plain torch."""
     return torch.nn.functional.linear(rms_norm_reference(x, norm_weight, eps), weight)
 
 
 def add_rms_norm_linear_reference(
-    x: Tensor,
-    residual: Tensor | None,
-    norm_weight: Tensor,
-    weight: Tensor,
-    eps: float = 1e-5,
+    x: Tensor, residual: Tensor | None, norm_weight: Tensor, weight: Tensor, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
-    """`add_rms_norm_linear` in plain torch."""
+    """This is `add_rms_norm_linear` in plain torch."""
     new_residual = x if residual is None else x + residual
     return rms_norm_linear_reference(new_residual, norm_weight, weight, eps), new_residual
 
@@ -390,21 +343,14 @@ def add_rms_norm_qkv_rope_reference(
     residual: Tensor | None,
     norm_weight: Tensor,
     qkv_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    num_heads: int,
-    num_kv_heads: int,
-    positions: Tensor | None = None,
+    *rope: Tensor | int | None,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
-    """`add_rms_norm_qkv_rope` in plain torch."""
+    """This is `add_rms_norm_qkv_rope` in plain torch; `rope` is what `rope_packed_` takes."""
     qkv, new_residual = add_rms_norm_linear_reference(x, residual, norm_weight, qkv_weight, eps=eps)
-    qkv = rope_packed_reference(
-        qkv, cos, sin, num_heads=num_heads, num_kv_heads=num_kv_heads, positions=positions
-    )
-    return qkv, new_residual
+    return rope_packed_reference(qkv, *rope), new_residual
 
 
 def swiglu_linear_reference(gate_up: Tensor, weight: Tensor) -> Tensor:
-    """`swiglu_linear` in plain torch."""
+    """This is `swiglu_linear` in plain torch."""
     return torch.nn.functional.linear(swiglu_reference(gate_up), weight)

@@ -253,6 +253,23 @@ def check_tables(cos: Tensor, sin: Tensor, seq_len: int, head_dim: int, x: Tenso
         raise ValueError(f"sin has shape {tuple(sin.shape)}, cos {tuple(cos.shape)}")
 
 
+def packed_head_size(width: int, num_heads: int, num_kv_heads: int) -> int:
+    """The function gives the head size of packed rows (H + 2 KV) hd.
+
+    Raises:
+        ValueError: there are no such heads.
+    """
+    check_positive("num_heads", num_heads)
+    check_positive("num_kv_heads", num_kv_heads)
+    packed_heads = num_heads + 2 * num_kv_heads
+    if width % packed_heads:
+        raise ValueError(
+            f"qkv rows have {width} elements, not a multiple of num_heads + 2 * num_kv_heads = "
+            f"{packed_heads}"
+        )
+    return width // packed_heads
+
+
 def check_packed_arguments(
     shape: Sequence[int],
     cos: Tensor,
@@ -268,16 +285,8 @@ def check_packed_arguments(
         TypeError, ValueError: naming the argument.
     """
     check_shape("qkv", shape, ("batch", "time", "heads * head size"))
-    check_positive("num_heads", num_heads)
-    check_positive("num_kv_heads", num_kv_heads)
-    packed_heads = num_heads + 2 * num_kv_heads
-    if shape[2] % packed_heads != 0:
-        raise ValueError(
-            f"qkv rows have {shape[2]} elements, not a multiple of num_heads + 2 * num_kv_heads = "
-            f"{packed_heads}"
-        )
-    seq_len = shape[1] if positions is None else 1
-    check_tables(cos, sin, seq_len=seq_len, head_dim=shape[2] // packed_heads, x=x)
+    head_dim = packed_head_size(shape[2], num_heads, num_kv_heads)
+    check_tables(cos, sin, seq_len=shape[1] if positions is None else 1, head_dim=head_dim, x=x)
     if positions is not None:
         check_dtype("positions", positions, (torch.int32,))
         check_shape("positions", positions.shape, shape[:2])

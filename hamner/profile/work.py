@@ -125,26 +125,18 @@ def _attention(
     return cost
 
 
-def _packed_attention(
-    qkv: int, heads: int, *, causal: int, backward: bool, documents: int
-) -> Formula:
-    """Here qkv is packed, (B, T, (H + 2 KV) hd); positions are as in `_attention`."""
-
-    def cost(a: Arguments) -> Cost:
-        _refuse_documents(a, documents)
-        batch, length, width = a.shape(qkv)
-        num_heads, num_kv_heads = int(a.values[heads]), int(a.values[heads + 1])
-        size = width // (num_heads + 2 * num_kv_heads)
-        return costs.attention(
-            _pairs(a, causal, batch * length * length),
-            batch * length * num_heads * size,
-            batch * length * num_kv_heads * size,
-            width=num_heads * size,
-            element_size=a.element(qkv),
-            backward=backward,
-        )
-
-    return cost
+def _packed_attention_backward(a: Arguments) -> Cost:
+    """Here qkv is packed, (B, T, (H + 2 KV) hd), and the output (B, T, H, hd) comes after it."""
+    _refuse_documents(a, 4)
+    batch, length, heads, size = a.shape(2)
+    return costs.attention(
+        _pairs(a, causal=5, square=batch * length * length),
+        a.count(2),
+        (a.count(1) - a.count(2)) // 2,
+        width=heads * size,
+        element_size=a.element(1),
+        backward=True,
+    )
 
 
 def _refuse_documents(a: Arguments, position: int) -> None:
@@ -279,25 +271,15 @@ _FORMULAS: tuple[tuple[str, re.Pattern, Formula], ...] = tuple(
         (
             "attention",
             r"hamner::flash_attention",
-            _attention(0, heads_first=False, causal=5, backward=False, documents=3),
+            _attention(0, heads_first=False, causal=4, backward=False, documents=3),
         ),
         (
             "attention",
             r"hamner::flash_attention_backward",
-            _attention(1, heads_first=False, causal=8, backward=True, documents=6),
+            _attention(1, heads_first=False, causal=7, backward=True, documents=6),
         ),
-        (
-            "attention",
-            r"hamner::flash_attention_qkv",
-            _packed_attention(0, 1, causal=5, backward=False, documents=3),
-        ),
-        (
-            "attention",
-            r"hamner::flash_attention_qkv_backward",
-            _packed_attention(1, 6, causal=8, backward=True, documents=4),
-        ),
-        ("norm", r"hamner::rms_norm", _norm(0)),
-        ("norm", r"hamner::add_rms_norm", _norm(0, residual=1)),
+        ("attention", r"hamner::flash_attention_qkv_backward", _packed_attention_backward),
+        ("norm", r"hamner::rms_norm", _norm(0, residual=1)),
         ("norm", r"hamner::rms_norm_backward", _norm(2, residual=1, backward=True)),
         ("norm", r"hamner::rms_norm_linear", _norm(0, residual=1)),
         (

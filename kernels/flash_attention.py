@@ -1,4 +1,4 @@
-"""FlashAttention with grouped-query attention, forward and backward, for training.
+"""This is FlashAttention with grouped-query attention, forward and backward, for training.
 
 FlashAttention-2 (Dao 2023, arXiv:2307.08691): fused are both matmuls, the scale, the mask and the
 softmax. Scores live in registers, one tile at a time; forward keeps the log-sum-exp of each row
@@ -51,7 +51,7 @@ LOG2_E = math.log2(math.e)
 
 
 class Tile(NamedTuple):
-    """Queries and keys a program holds at once, with its warps and pipeline stages."""
+    """A tile is the queries and keys a program holds at once, its warps and pipeline stages."""
 
     block_m: int
     block_n: int
@@ -62,7 +62,7 @@ class Tile(NamedTuple):
 
 
 class Config(NamedTuple):
-    """The tiles of the three kernels."""
+    """A config holds the tiles of the three kernels."""
 
     forward: Tile
     dq: Tile
@@ -915,7 +915,7 @@ def flash_attention_qkv(
     document_ids: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """`flash_attention` on packed heads; backward writes one packed gradient, without a copy.
+    """The op is `flash_attention` on packed heads; backward writes one packed gradient, uncopied.
 
     Args:
         qkv: (B, T, (H + 2 KV) hd): the heads of q, then of k, then of v. The last stride is 1.
@@ -946,7 +946,7 @@ def flash_attention_reference(
     document_ids: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """`flash_attention` in plain torch, all scores in memory; softmax in float64 for float64."""
+    """This is `flash_attention` in plain torch, all scores in memory; float64 for float64."""
     group = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
     scores = torch.einsum("bihd,bjhd->bhij", q, k)

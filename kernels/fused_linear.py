@@ -1,4 +1,4 @@
-"""Pairs of a cheap op and the matmul that consumes it, which keep the cheap op's input instead.
+"""A cheap op and the matmul that consumes it make a pair, which keeps the cheap op's input.
 
     add_rms_norm_linear       out = rms_norm(x + residual) @ weight^T
     add_rms_norm_qkv_rope     the same, q and k of the packed result rotated

@@ -1,4 +1,4 @@
-"""What comes before a layer's output projection: norm, qkv matmul, RoPE and FlashAttention.
+"""All before a layer's output projection is one op: norm, qkv matmul, RoPE and FlashAttention.
 
     qkv, new_residual = add_rms_norm_qkv_rope(x, residual, ...)
     out = flash_attention_qkv(qkv, ...)

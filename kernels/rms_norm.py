@@ -1,4 +1,4 @@
-"""RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467), with the residual addition before it.
+"""This is RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467), the residual addition before it.
 
     new_residual = x + residual
     y = new_residual / sqrt(mean(new_residual^2) + eps) * weight

@@ -5,21 +5,21 @@
     swiglu_linear             out = swiglu(gate_up) @ weight^T
 
 A matmul needs its operand again for its weight's gradient, so plain autograd keeps both the cheap
-op's input and its result. These ops keep the input alone (rebuild=True) and write the operand a
+op's input and its result. These ops keep the input alone (recompute=True) and write the operand a
 second time in the one pass that backward makes over the input anyway:
 
     d_operand = d_out @ weight                            matmul
     d_input, operand = cheap op's backward(input)         one pass; operand overwrites d_operand
     d_weight = d_out^T @ operand                          matmul
 
-So the rebuild costs one extra write of the operand: no second forward, no extra memory, and the
-same with or without torch.compile. With rebuild=False the operand is kept and that write is saved.
+So it costs one extra write of the operand to recompute it: no second forward, no extra memory, and
+the same with or without torch.compile. With recompute=False it is kept and that write is saved.
 
 Kept and moved, for bf16 at N 24,576 with D 1024 and I 2816 (the floor is bytes / bandwidth beside
 the matmuls, whose FLOPs are the usual 2 N in out forward and 4 N in out backward):
 
-    norm + linear     rebuild=True keeps  2 N D  =  50 MB less, and writes them in backward
-    swiglu + linear   rebuild=True keeps  2 N I  = 138 MB less, and writes them in backward
+    norm + linear     recompute=True keeps  2 N D  =  50 MB less, and writes them in backward
+    swiglu + linear   recompute=True keeps  2 N I  = 138 MB less, and writes them in backward
 
 In `add_rms_norm_qkv_rope` the fresh matmul result is rotated in place, and backward rotates the
 gradient back before its matmuls: no split, copy or concatenation of q, k and v remains. The matmuls
@@ -59,7 +59,7 @@ def _rms_norm_linear_op(
     norm_weight: Tensor,
     weight: Tensor,
     eps: float,
-    rebuild: bool,
+    recompute: bool,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
     positions: Tensor | None = None,
@@ -73,14 +73,14 @@ def _rms_norm_linear_op(
             out, cos, sin, num_heads=num_heads, num_kv_heads=num_kv_heads, positions=positions,
             in_place=True,
         )  # fmt: skip
-    return out, new_residual, rstd, x.new_empty(0) if rebuild else normed
+    return out, new_residual, rstd, x.new_empty(0) if recompute else normed
 
 
 @_rms_norm_linear_op.register_fake
-def _(x, residual, norm_weight, weight, eps, rebuild, *_rope):
+def _(x, residual, norm_weight, weight, eps, recompute, *_rope):
     _, new_residual, rstd = empty_results(x, residual)
     out = x.new_empty(*x.shape[:-1], weight.shape[0])
-    return out, new_residual, rstd, x.new_empty(0 if rebuild else x.shape)
+    return out, new_residual, rstd, x.new_empty(0 if recompute else x.shape)
 
 
 @torch.library.custom_op("hamner::rms_norm_linear_backward", mutates_args=())
@@ -106,11 +106,11 @@ def _rms_norm_linear_backward_op(
         )  # fmt: skip
     d_out = d_out.reshape(-1, weight.shape[0])
     d_normed = torch.mm(d_out, weight)
-    rebuilt = d_normed if normed is None else None
+    recomputed = d_normed if normed is None else None
     d_x, d_norm_weight = launch_rms_norm_backward(
-        d_normed, d_residual, x, weight=norm_weight, rstd=rstd, y=rebuilt
+        d_normed, d_residual, x, weight=norm_weight, rstd=rstd, y=recomputed
     )
-    operand = rebuilt if normed is None else normed.reshape(-1, weight.shape[1])
+    operand = recomputed if normed is None else normed.reshape(-1, weight.shape[1])
     return d_x, d_norm_weight, torch.mm(d_out.t(), operand)
 
 
@@ -120,14 +120,14 @@ def _(d_out, d_residual, x, rstd, normed, norm_weight, weight, *_rope):
 
 
 def _rms_norm_linear_setup_context(ctx, inputs, output):
-    x, residual, norm_weight, weight, _, rebuild, *tables, num_heads, num_kv_heads = inputs
+    x, residual, norm_weight, weight, _, recompute, *tables, num_heads, num_kv_heads = inputs
     _, new_residual, rstd, normed = output
     ctx.has_residual = residual is not None
     ctx.heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(rstd, normed, *(() if ctx.has_residual else (new_residual,)))
     normed_input = new_residual if ctx.has_residual else x
-    kept = None if rebuild else normed
+    kept = None if recompute else normed
     ctx.save_for_backward(normed_input, rstd, kept, norm_weight, weight, *tables)
 
 
@@ -147,17 +147,17 @@ _rms_norm_linear_op.register_autograd(
 
 
 @torch.library.custom_op("hamner::swiglu_linear", mutates_args=())
-def _swiglu_linear_op(gate_up: Tensor, weight: Tensor, rebuild: bool) -> tuple[Tensor, Tensor]:
+def _swiglu_linear_op(gate_up: Tensor, weight: Tensor, recompute: bool) -> tuple[Tensor, Tensor]:
     h = launch_swiglu(gate_up)
     out = torch.nn.functional.linear(h, weight)
-    return out, h.new_empty(0) if rebuild else h
+    return out, h.new_empty(0) if recompute else h
 
 
 @_swiglu_linear_op.register_fake
-def _(gate_up, weight, rebuild):
+def _(gate_up, weight, recompute):
     out = gate_up.new_empty(*gate_up.shape[:-1], weight.shape[0])
     h_shape = (*gate_up.shape[:-1], weight.shape[1])
-    return out, gate_up.new_empty(0 if rebuild else h_shape)
+    return out, gate_up.new_empty(0 if recompute else h_shape)
 
 
 @torch.library.custom_op("hamner::swiglu_linear_backward", mutates_args=())
@@ -166,9 +166,9 @@ def _swiglu_linear_backward_op(
 ) -> tuple[Tensor, Tensor]:
     d_out = d_out.reshape(-1, weight.shape[0])
     d_h = torch.mm(d_out, weight)
-    rebuilt = d_h if h is None else None
-    d_gate_up = launch_swiglu_backward(d_h, gate_up, h=rebuilt)
-    operand = rebuilt if h is None else h.reshape(-1, weight.shape[1])
+    recomputed = d_h if h is None else None
+    d_gate_up = launch_swiglu_backward(d_h, gate_up, h=recomputed)
+    operand = recomputed if h is None else h.reshape(-1, weight.shape[1])
     return d_gate_up, torch.mm(d_out.t(), operand)
 
 
@@ -178,10 +178,10 @@ def _(d_out, gate_up, h, weight):
 
 
 def _swiglu_linear_setup_context(ctx, inputs, output):
-    gate_up, weight, rebuild = inputs
+    gate_up, weight, recompute = inputs
     _, h = output
     ctx.mark_non_differentiable(h)
-    ctx.save_for_backward(gate_up, None if rebuild else h, weight)
+    ctx.save_for_backward(gate_up, None if recompute else h, weight)
 
 
 def _swiglu_linear_backward(ctx, d_out, _d_h):
@@ -212,7 +212,7 @@ def check_qkv_rope_arguments(
 
 
 def rms_norm_linear(
-    x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float = 1e-5, *, rebuild: bool = True
+    x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float = 1e-5, *, recompute: bool = True
 ) -> Tensor:
     """The op is `rms_norm`, then a matmul.
 
@@ -221,7 +221,7 @@ def rms_norm_linear(
         norm_weight: (D,) float32 or the dtype of x.
         weight: (outputs, D), dtype of x.
         eps: added to the mean of squares.
-        rebuild: keep x only and write the normed x again in backward; else keep both.
+        recompute: keep x only and write the normed x again in backward; else keep both.
 
     Returns:
         (..., outputs) in the dtype of x.
@@ -229,7 +229,7 @@ def rms_norm_linear(
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
     """
-    return add_rms_norm_linear(x, None, norm_weight, weight, eps=eps, rebuild=rebuild)[0]
+    return add_rms_norm_linear(x, None, norm_weight, weight, eps=eps, recompute=recompute)[0]
 
 
 def add_rms_norm_linear(
@@ -239,14 +239,14 @@ def add_rms_norm_linear(
     weight: Tensor,
     eps: float = 1e-5,
     *,
-    rebuild: bool = True,
+    recompute: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The op is `add_rms_norm`, then a matmul.
 
     Args:
         x, norm_weight, weight, eps: as in `rms_norm_linear`.
         residual: as x, or None where the residual stream begins.
-        rebuild: keep new_residual only and write the normed one again in backward; else keep both.
+        recompute: keep new_residual only and write the normed one again in backward, or keep both.
 
     Returns:
         (out, new_residual): out (..., outputs), new_residual (..., D) in the dtype of x. Without
@@ -258,7 +258,7 @@ def add_rms_norm_linear(
     check_norm_arguments(x, residual, norm_weight, "norm_weight")
     _check_matmul_weight("weight", weight, "x", x, width=x.shape[-1])
     out, new_residual, _, _ = _rms_norm_linear_op(
-        x, residual, norm_weight, weight, eps=eps, rebuild=rebuild
+        x, residual, norm_weight, weight, eps=eps, recompute=recompute
     )
     return out, x if residual is None else new_residual
 
@@ -275,13 +275,13 @@ def add_rms_norm_qkv_rope(
     positions: Tensor | None = None,
     eps: float = 1e-5,
     *,
-    rebuild: bool = True,
+    recompute: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The op is `add_rms_norm`, the packed qkv matmul, and the rotation of q and k in its result.
 
     Args:
         x: (B, T, D) float32, float16 or bfloat16, D up to 8192.
-        residual, norm_weight, eps, rebuild: as in `add_rms_norm_linear`.
+        residual, norm_weight, eps, recompute: as in `add_rms_norm_linear`.
         qkv_weight: ((H + 2 KV) hd, D), dtype of x: query heads, key heads, value heads.
         cos, sin, num_heads, num_kv_heads, positions: as in `rope_packed_`, tables of at least T
             positions; they get no gradient.
@@ -299,18 +299,18 @@ def add_rms_norm_qkv_rope(
     }  # fmt: skip
     check_qkv_rope_arguments(x, residual, norm_weight, qkv_weight, **rope)
     qkv, new_residual, _, _ = _rms_norm_linear_op(
-        x, residual, norm_weight, qkv_weight, eps=eps, rebuild=rebuild, **rope
+        x, residual, norm_weight, qkv_weight, eps=eps, recompute=recompute, **rope
     )
     return qkv, x if residual is None else new_residual
 
 
-def swiglu_linear(gate_up: Tensor, weight: Tensor, *, rebuild: bool = True) -> Tensor:
+def swiglu_linear(gate_up: Tensor, weight: Tensor, *, recompute: bool = True) -> Tensor:
     """The op is `swiglu`, then a matmul.
 
     Args:
         gate_up: (..., 2I) float32, float16 or bfloat16, gate first.
         weight: (outputs, I), dtype of gate_up.
-        rebuild: keep gate_up only and write swiglu's result again in backward; else keep both.
+        recompute: keep gate_up only and write swiglu's result again in backward; else keep both.
 
     Returns:
         (..., outputs) in the dtype of gate_up.
@@ -320,7 +320,7 @@ def swiglu_linear(gate_up: Tensor, weight: Tensor, *, rebuild: bool = True) -> T
     """
     check_gate_up(gate_up)
     _check_matmul_weight("weight", weight, "gate_up", gate_up, width=gate_up.shape[-1] // 2)
-    return _swiglu_linear_op(gate_up, weight, rebuild)[0]
+    return _swiglu_linear_op(gate_up, weight, recompute)[0]
 
 
 def rms_norm_linear_reference(

@@ -34,10 +34,10 @@ class _NormAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, x, residual, norm_weight, qkv_weight, cos, sin, num_heads, num_kv_heads,
-        positions, documents, eps, rebuild,
+        positions, documents, eps, recompute,
     ):  # fmt: skip
         qkv, new_residual, rstd, normed = torch.ops.hamner.rms_norm_linear(
-            x, residual, norm_weight, qkv_weight, eps=eps, rebuild=rebuild, cos=cos, sin=sin,
+            x, residual, norm_weight, qkv_weight, eps=eps, recompute=recompute, cos=cos, sin=sin,
             positions=positions, num_heads=num_heads, num_kv_heads=num_kv_heads,
         )  # fmt: skip
         q, k, v = split_qkv(qkv, num_heads, num_kv_heads)
@@ -51,7 +51,7 @@ class _NormAttention(torch.autograd.Function):
             # Through here all the same: backward then adds the stream's gradient in its one pass.
             new_residual = x.view_as(x)
         ctx.save_for_backward(
-            new_residual if ctx.has_residual else x, rstd, None if rebuild else normed,
+            new_residual if ctx.has_residual else x, rstd, None if recompute else normed,
             norm_weight, qkv_weight, qkv, out, lse, documents, cos, sin, positions,
         )  # fmt: skip
         return out.flatten(-2), new_residual
@@ -86,12 +86,12 @@ def add_rms_norm_attention(
     document_ids: Tensor | None = None,
     eps: float = 1e-5,
     *,
-    rebuild: bool = True,
+    recompute: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The op is `add_rms_norm_qkv_rope`, then causal `flash_attention_qkv` of scale 1 / sqrt(hd).
 
     Args:
-        x, residual, norm_weight, qkv_weight, cos, sin, positions, eps, rebuild: as in
+        x, residual, norm_weight, qkv_weight, cos, sin, positions, eps, recompute: as in
             `add_rms_norm_qkv_rope`, hd even, up to 128.
         num_heads: H, a multiple of KV.
         num_kv_heads: KV.
@@ -113,7 +113,7 @@ def add_rms_norm_attention(
     documents = optional_document_bounds(document_ids, x)
     return _NormAttention.apply(
         x, residual, norm_weight, qkv_weight, cos, sin, num_heads, num_kv_heads,
-        positions, documents, eps, rebuild,
+        positions, documents, eps, recompute,
     )  # fmt: skip
 
 

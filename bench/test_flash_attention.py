@@ -32,6 +32,7 @@ from hamner.kernels.flash_attention import (
     document_bounds,
     flash_attention,
     flash_attention_reference,
+    split_qkv,
 )
 from hamner.kernels.rope import launch_packed_rotation
 from hamner.plan import costs
@@ -236,14 +237,14 @@ def backward_with_rope(problem: Problem) -> dict[str, Callable[[], Tensor]]:
     """Each implementation gives the gradient of a packed qkv as it was before q and k were
     rotated."""
     heads, head_size = (HEADS, KV_HEADS), problem.q.shape[-1]
-    ids, starts, ends, positions = problem.document_ids, None, None, None
+    ids, documents, positions = problem.document_ids, None, None
     qkv = torch.cat((problem.q, problem.k, problem.v), dim=2).detach().flatten(2)
     if ids is not None:
-        starts, ends = document_bounds(ids)
-        positions = torch.arange(qkv.shape[1], dtype=torch.int32, device=DEVICE) - starts
-    mask = (starts, ends, *heads, True, head_size**-0.5)
-    out, lse = torch.ops.hamner.flash_attention_qkv(qkv, *heads, *mask[:2], *mask[4:])
-    inputs = (problem.d_out.flatten(2), qkv, out, lse, *mask)
+        documents = document_bounds(ids)
+        positions = torch.arange(qkv.shape[1], dtype=torch.int32, device=DEVICE) - documents[0]
+    masking = documents, True, head_size**-0.5
+    results = torch.ops.hamner.flash_attention(*split_qkv(qkv, *heads), *masking)
+    inputs = (problem.d_out.flatten(2), qkv, *results, *masking)
     angles = torch.rand(qkv.shape[1], head_size // 2, device=DEVICE)
     tables = angles.cos(), angles.sin()
     attention = torch.ops.hamner.flash_attention_qkv_backward

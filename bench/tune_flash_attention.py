@@ -73,7 +73,7 @@ class Problem:
             )
             self.gradients = [torch.empty_like(x) for x in self.qkv]
         self.d_out = randn(HEADS, self.sizes[1])
-        self.masking = None, None, True, head_size**-0.5
+        self.masking = None, True, head_size**-0.5
         self.out, self.lse = launch_forward(*self.qkv, *self.masking)
 
     def forward(self) -> None:

@@ -1,4 +1,4 @@
-"""An embedding whose weight is also the output head's: both gradients meet in one tensor.
+"""The embedding shares its weight with the output head: both gradients meet in one tensor.
 
     x = weight[tokens]
     head_weight = weight                    what the output projection multiplies by
@@ -55,7 +55,7 @@ def embedding_runs_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """All runs of a block: added to their rows, or written as the parts of longer ones."""
+    """All runs of a block are added to their rows, or written as the parts of longer ones."""
     block = tl.program_id(0)
     start = block * BLOCK_N
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -90,7 +90,7 @@ def embedding_long_runs_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The run that starts in a block and goes on into the next ones."""
+    """A program adds up the run that starts in its block and goes on into the next ones."""
     block = tl.program_id(0)
     end = (block + 1) * BLOCK_N
     token = tl.load(keys_ptr + end, mask=end < N, other=-1)
@@ -143,7 +143,7 @@ def _(d_x, tokens, d_weight):
 
 
 class _TiedEmbedding(torch.autograd.Function):
-    """Two results of one weight, whose backward therefore waits for both gradients."""
+    """It gives two results of one weight, so that backward waits for both gradients."""
 
     @staticmethod
     def forward(ctx, tokens, weight):
@@ -165,7 +165,7 @@ class _TiedEmbedding(torch.autograd.Function):
 
 
 def tied_embedding(tokens: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of an embedding, and its weight for the output head that shares it.
+    """The op looks up rows of an embedding whose weight the output head shares.
 
     Args:
         tokens: (...) int64, from 0 to V - 1.
@@ -186,5 +186,5 @@ def tied_embedding(tokens: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def tied_embedding_reference(tokens: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """`tied_embedding` in plain torch."""
+    """This is `tied_embedding` in plain torch."""
     return torch.nn.functional.embedding(tokens, weight), weight

@@ -1,4 +1,4 @@
-"""FlashAttention with grouped-query attention, forward and backward, for training.
+"""This is FlashAttention with grouped-query attention, forward and backward, for training.
 
 FlashAttention-2 (Dao 2023, arXiv:2307.08691): fused are both matmuls, the scale, the mask and the
 softmax. Scores live in registers, one tile at a time; forward keeps the log-sum-exp of each row
@@ -44,14 +44,14 @@ from torch import Tensor
 
 from hamner.kernels.checks import check_dtype, check_like, check_same_device, check_shape
 from hamner.kernels.launch import capability
-from hamner.kernels.rope import launch_packed_rotation
+from hamner.kernels.rope import launch_packed_rotation, packed_head_size
 
 MAX_HEAD_SIZE = 128
 LOG2_E = math.log2(math.e)
 
 
 class Tile(NamedTuple):
-    """Queries and keys a program holds at once, with its warps and pipeline stages."""
+    """A tile is the queries and keys a program holds at once, its warps and pipeline stages."""
 
     block_m: int
     block_n: int
@@ -62,7 +62,7 @@ class Tile(NamedTuple):
 
 
 class Config(NamedTuple):
-    """The tiles of the three kernels."""
+    """A config holds the tiles of the three kernels."""
 
     forward: Tile
     dq: Tile
@@ -132,9 +132,19 @@ FLOAT32_CONFIG = Config(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 
 HEADS_TOGETHER = tl.constexpr(64)
 
 
+# In the kernels a tensor is its pointer and its strides of batch, time and head (that of the head's
+# elements is 1): `_select_head` gives a pointer to the rows of one head and the stride of a row.
+
+
+@triton.constexpr_function
+def padded(head_size: int) -> int:
+    """The function gives the width of a tile that holds heads of this size."""
+    return max(16, triton.next_power_of_2(head_size))
+
+
 @triton.jit
-def _place_in_grid(num_blocks, HEADS: tl.constexpr):
-    """A program's block of rows, counted from the one with the most work, and its head, counted
+def _assign_block(num_blocks, HEADS: tl.constexpr):
+    """A program gets a block of rows, counted from the one with the most work, and a head, counted
     over batches.
 
     Under a causal mask one block has up to `num_blocks` times the work of another. Head by head,
@@ -150,59 +160,62 @@ def _place_in_grid(num_blocks, HEADS: tl.constexpr):
 
 
 @triton.jit
-def _key_bounds(
-    query,  # int32: one query, or a block of them
-    T,
-    document_start_ptr,  # (T,) int32
-    document_end_ptr,  # (T,) int32
-    CAUSAL: tl.constexpr,
-    HAS_DOCUMENTS: tl.constexpr,
-):
-    """The keys [begin, end) that each query sees."""
-    begin = query * 0
+def _select_head(tensor, batch, head):
+    """The result is a pointer to the first row of a head, and the stride from row to row."""
+    ptr, stride_b, stride_t, stride_h = tensor
+    return ptr + batch * stride_b + head * stride_h, stride_t
+
+
+@triton.jit
+def _see(rows, T, batch, documents, CAUSAL: tl.constexpr, QUERIES: tl.constexpr):
+    """A query sees the keys [begin, end); where rows are not QUERIES, such queries see a key.
+
+    `rows` are one row, or a block of them, int32.
+    """
+    begin = rows * 0
     end = begin + T
-    if HAS_DOCUMENTS:
-        begin = tl.load(document_start_ptr + tl.minimum(query, T - 1))
+    if documents is not None:
+        begin = tl.load(documents[0] + batch * T + tl.minimum(rows, T - 1))
+        end = tl.load(documents[1] + batch * T + tl.minimum(rows, T - 1))
     if CAUSAL:
-        end = query + 1
-    elif HAS_DOCUMENTS:
-        end = tl.load(document_end_ptr + tl.minimum(query, T - 1))
+        if QUERIES:
+            end = rows + 1
+        else:
+            begin = rows
     return begin, end
 
 
 @triton.jit
-def _query_bounds(
-    key,  # int32: one key, or a block of them
-    T,
-    document_start_ptr,  # (T,) int32
-    document_end_ptr,  # (T,) int32
-    CAUSAL: tl.constexpr,
-    HAS_DOCUMENTS: tl.constexpr,
-):
-    """The queries [begin, end) that see each key."""
-    begin = key * 0
-    end = begin + T
-    if HAS_DOCUMENTS:
-        end = tl.load(document_end_ptr + tl.minimum(key, T - 1))
-    if CAUSAL:
-        begin = key
-    elif HAS_DOCUMENTS:
-        begin = tl.load(document_start_ptr + tl.minimum(key, T - 1))
-    return begin, end
+def _is_seen(offs, bounds):
+    """The mask of a tile holds where a row, of `_see`'s bounds, sees a column."""
+    begin, end = bounds
+    return (offs[None, :] >= begin[:, None]) & (offs[None, :] < end[:, None])
 
 
 @triton.jit
-def _split_range(first_begin, first_end, last_begin, last_end, BLOCK: tl.constexpr):
-    """Cut what a block of rows sees into tiles.
+def _cut_into_tiles(
+    first,
+    T,
+    batch,
+    documents,
+    CAUSAL: tl.constexpr,
+    QUERIES: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """What the rows [first, first + ROWS) see is cut into tiles.
 
     Returns:
         begin, full_begin, full_end, end: [full_begin, full_end) is full; [begin, full_begin) and
         [full_end, end) need a mask. All but the end are multiples of BLOCK.
     """
+    first_begin, first_end = _see(first, T, batch, documents, CAUSAL, QUERIES)
+    last = tl.minimum(first + ROWS, T) - 1
+    last_begin, end = _see(last, T, batch, documents, CAUSAL, QUERIES)
     begin = first_begin // BLOCK * BLOCK
     full_begin = tl.cdiv(last_begin, BLOCK) * BLOCK
     full_end = tl.maximum(first_end // BLOCK * BLOCK, full_begin)
-    return begin, full_begin, full_end, last_end
+    return begin, full_begin, full_end, end
 
 
 @triton.jit
@@ -213,20 +226,19 @@ def _load_tile(
     num_rows,
     ROWS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
-    BLOCK_D: tl.constexpr,
     CLAMPED: tl.constexpr,
 ):
-    """Rows [start, start + ROWS) of one head, (ROWS, BLOCK_D), zero beyond HEAD_SIZE.
+    """A tile is rows [start, start + ROWS) of one head, zero beyond HEAD_SIZE.
 
     Rows past the end repeat the last one where CLAMPED (predicated loads cost registers enough to
     spill): what they give must be masked, or not stored.
     """
     offs_row = tl.arange(0, ROWS)
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_d = tl.arange(0, padded(HEAD_SIZE))
     if CLAMPED:
         offs_row = tl.minimum(offs_row, num_rows - 1 - start)
     ptrs = ptr + tl.cast(start, tl.int64) * stride + (offs_row[:, None] * stride + offs_d[None, :])
-    if BLOCK_D == HEAD_SIZE:
+    if padded(HEAD_SIZE) == HEAD_SIZE:
         tile = tl.load(ptrs)
     else:
         tile = tl.load(ptrs, mask=offs_d[None, :] < HEAD_SIZE, other=0.0)
@@ -234,19 +246,10 @@ def _load_tile(
 
 
 @triton.jit
-def _store_tile(
-    ptr,
-    stride,
-    start,
-    num_rows,
-    tile,
-    ROWS: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Write `tile` (ROWS, BLOCK_D) to rows [start, start + ROWS) of one head."""
-    offs_row = tl.arange(0, ROWS)
-    offs_d = tl.arange(0, BLOCK_D)
+def _store_tile(ptr, stride, start, num_rows, tile, HEAD_SIZE: tl.constexpr):
+    """The tile's rows become rows from `start` of one head, without what is beyond HEAD_SIZE."""
+    offs_row = tl.arange(0, tile.shape[0])
+    offs_d = tl.arange(0, tile.shape[1])
     ptrs = ptr + tl.cast(start, tl.int64) * stride + (offs_row[:, None] * stride + offs_d[None, :])
     mask = (start + offs_row[:, None] < num_rows) & (offs_d[None, :] < HEAD_SIZE)
     tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=mask)
@@ -257,526 +260,282 @@ def _rotate_back(
     tile,  # (ROWS, HEAD_SIZE) fp32
     start,
     num_rows,
-    cos_ptr,  # (num_positions, HEAD_SIZE / 2)
-    sin_ptr,  # (num_positions, HEAD_SIZE / 2)
-    positions_ptr,  # (num_rows,) int32, or None: the row itself
-    num_positions,
-    ROWS: tl.constexpr,
+    batch,
+    tables,  # pointers to cos and sin, (num_positions, HEAD_SIZE / 2), and num_positions, or None
+    positions_ptr,  # (B, num_rows) int32, or None: the row itself
     HEAD_SIZE: tl.constexpr,
 ):
-    """The gradient of rope.py's result made that of its input: rotated by -sin."""
-    HALF: tl.constexpr = HEAD_SIZE // 2
-    position = start + tl.arange(0, ROWS)
-    if positions_ptr is not None:
-        position = tl.load(positions_ptr + tl.minimum(position, num_rows - 1))
-        position = tl.maximum(position, 0)
-    position = tl.minimum(position, num_positions - 1)
-    offs = position[:, None] * HALF + tl.arange(0, HALF)[None, :]
-    cos = tl.load(cos_ptr + offs).to(tl.float32)
-    sin = tl.load(sin_ptr + offs).to(tl.float32)
-    # A matmul's accumulator has both halves of a row in one thread, so the split moves nothing.
-    first, second = tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, HALF)), (0, 2, 1)))
-    rotated = tl.join(first * cos + second * sin, second * cos - first * sin)
-    return tl.reshape(tl.permute(rotated, (0, 2, 1)), (ROWS, HEAD_SIZE))
-
-
-@triton.jit
-def _attend(
-    acc,  # (BLOCK_M, BLOCK_DV) fp32
-    row_sum,  # (BLOCK_M,) fp32
-    row_max,  # (BLOCK_M,) fp32, base 2
-    q,  # (BLOCK_M, BLOCK_D)
-    k_ptr,  # (T, HEAD_SIZE)
-    v_ptr,  # (T, V_HEAD_SIZE)
-    stride_kt,
-    stride_vt,
-    begin,
-    end,
-    hole_begin,
-    hole_size,
-    T,
-    offs_m,  # (BLOCK_M,) int32
-    document_start_ptr,  # (T,) int32
-    document_end_ptr,  # (T,) int32
-    scale_log2,
-    CAUSAL: tl.constexpr,
-    HAS_DOCUMENTS: tl.constexpr,
-    EVEN_T: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    V_HEAD_SIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """Online softmax over the keys [begin, end) without [hole_begin, hole_begin + hole_size)."""
-    CLAMPED: tl.constexpr = MASKED and not EVEN_T
-    if MASKED:
-        key_begin, key_end = _key_bounds(
-            offs_m, T, document_start_ptr, document_end_ptr, CAUSAL, HAS_DOCUMENTS
-        )
-    for position in range(begin, end - hole_size, BLOCK_N):
-        start = position
-        if MASKED:
-            start += tl.where(position < hole_begin, 0, hole_size)
-        k = _load_tile(k_ptr, stride_kt, start, T, BLOCK_N, HEAD_SIZE, BLOCK_D, CLAMPED)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        if MASKED:
-            offs_n = start + tl.arange(0, BLOCK_N)
-            visible = (offs_n[None, :] >= key_begin[:, None]) & (offs_n[None, :] < key_end[:, None])
-            scores = tl.where(visible, scores, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
-        shift = new_max
-        if MASKED:
-            # A row that has seen no key yet: -inf less -inf would be NaN.
-            shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-        p = tl.exp2(scores * scale_log2 - shift[:, None])
-        correction = tl.exp2(row_max - shift)
-        row_sum = row_sum * correction + tl.sum(p, 1)
-        acc = acc * correction[:, None]
-        v = _load_tile(v_ptr, stride_vt, start, T, BLOCK_N, V_HEAD_SIZE, BLOCK_DV, CLAMPED)
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
-        row_max = new_max
-    return acc, row_sum, row_max
+    """The gradient of rope.py's result becomes that of its input: it is rotated by -sin."""
+    if tables is not None:
+        HALF: tl.constexpr = HEAD_SIZE // 2
+        cos_ptr, sin_ptr, num_positions = tables
+        position = start + tl.arange(0, tile.shape[0])
+        if positions_ptr is not None:
+            positions_ptr += batch * num_rows
+            position = tl.load(positions_ptr + tl.minimum(position, num_rows - 1))
+            position = tl.maximum(position, 0)
+        position = tl.minimum(position, num_positions - 1)
+        offs = position[:, None] * HALF + tl.arange(0, HALF)[None, :]
+        cos = tl.load(cos_ptr + offs).to(tl.float32)
+        sin = tl.load(sin_ptr + offs).to(tl.float32)
+        # A matmul's accumulator has both halves of a row in one thread: the split moves nothing.
+        halves = tl.permute(tl.reshape(tile, (tile.shape[0], 2, HALF)), (0, 2, 1))
+        first, second = tl.split(halves)
+        rotated = tl.join(first * cos + second * sin, second * cos - first * sin)
+        tile = tl.reshape(tl.permute(rotated, (0, 2, 1)), tile.shape)
+    return tile
 
 
 @triton.jit
 def flash_attention_forward_kernel(
-    q_ptr,  # (B, T, H, HEAD_SIZE) input dtype
-    k_ptr,  # (B, T, KV, HEAD_SIZE) input dtype
-    v_ptr,  # (B, T, KV, V_HEAD_SIZE) input dtype
+    q,  # (B, T, H, HEAD_SIZE) input dtype
+    k,  # (B, T, KV, HEAD_SIZE) input dtype
+    v,  # (B, T, KV, V_HEAD_SIZE) input dtype
     out_ptr,  # (B, T, H, V_HEAD_SIZE) input dtype
     lse_ptr,  # (B, H, T) fp32, base 2
-    document_start_ptr,  # (B, T) int32, or None
-    document_end_ptr,  # (B, T) int32, or None
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_kt,
-    stride_kh,
-    stride_vb,
-    stride_vt,
-    stride_vh,
+    documents,  # pointers to starts and ends, (B, T) int32, or None
     T,
     H,
     scale_log2,
     GROUP: tl.constexpr,  # query heads to a key/value head
     CAUSAL: tl.constexpr,
-    HAS_DOCUMENTS: tl.constexpr,
     EVEN_T: tl.constexpr,  # T is a multiple of BLOCK_M and BLOCK_N
     HEAD_SIZE: tl.constexpr,
     V_HEAD_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
 ):
+    """Online softmax, first over the full tiles of keys, then over those that need a mask."""
     num_blocks = tl.cdiv(T, BLOCK_M)
-    rank, any_head = _place_in_grid(num_blocks, HEADS_TOGETHER)
+    rank, any_head = _assign_block(num_blocks, HEADS_TOGETHER)
     block = num_blocks - 1 - rank  # under a causal mask the last queries see the most keys
     head = (any_head % H).to(tl.int64)
     batch = (any_head // H).to(tl.int64)
-    q_ptr += batch * stride_qb + head * stride_qh
-    k_ptr += batch * stride_kb + head // GROUP * stride_kh
-    v_ptr += batch * stride_vb + head // GROUP * stride_vh
+    q_ptr, stride_qt = _select_head(q, batch, head)
+    k_ptr, stride_kt = _select_head(k, batch, head // GROUP)
+    v_ptr, stride_vt = _select_head(v, batch, head // GROUP)
     out_ptr += (batch * T * H + head) * V_HEAD_SIZE
     lse_ptr += (batch * H + head) * T
-    if HAS_DOCUMENTS:
-        document_start_ptr += batch * T
-        document_end_ptr += batch * T
 
     first = block * BLOCK_M
-    last = tl.minimum(first + BLOCK_M, T) - 1
     offs_m = first + tl.arange(0, BLOCK_M)
-    first_begin, first_end = _key_bounds(
-        first, T, document_start_ptr, document_end_ptr, CAUSAL, HAS_DOCUMENTS
+    begin, full_begin, full_end, end = _cut_into_tiles(
+        first, T, batch, documents, CAUSAL, True, BLOCK_M, BLOCK_N
     )
-    last_begin, last_end = _key_bounds(
-        last, T, document_start_ptr, document_end_ptr, CAUSAL, HAS_DOCUMENTS
-    )
-    begin, full_begin, full_end, end = _split_range(
-        first_begin, first_end, last_begin, last_end, BLOCK_N
-    )
-
-    q = _load_tile(q_ptr, stride_qt, first, T, BLOCK_M, HEAD_SIZE, BLOCK_D, not EVEN_T)
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    q_tile = _load_tile(q_ptr, stride_qt, first, T, BLOCK_M, HEAD_SIZE, not EVEN_T)
+    acc = tl.zeros([BLOCK_M, padded(V_HEAD_SIZE)], tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    acc, row_sum, row_max = _attend(
-        acc, row_sum, row_max, q, k_ptr, v_ptr, stride_kt, stride_vt,
-        full_begin, full_end, 0, 0, T, offs_m, document_start_ptr, document_end_ptr, scale_log2,
-        CAUSAL, HAS_DOCUMENTS, EVEN_T,
-        HEAD_SIZE, V_HEAD_SIZE, BLOCK_N, BLOCK_D, BLOCK_DV, MASKED=False,
-    )  # fmt: skip
-    acc, row_sum, row_max = _attend(
-        acc, row_sum, row_max, q, k_ptr, v_ptr, stride_kt, stride_vt,
-        begin, end, full_begin, full_end - full_begin,
-        T, offs_m, document_start_ptr, document_end_ptr, scale_log2,
-        CAUSAL, HAS_DOCUMENTS, EVEN_T,
-        HEAD_SIZE, V_HEAD_SIZE, BLOCK_N, BLOCK_D, BLOCK_DV, MASKED=True,
-    )  # fmt: skip
+    for MASKED in tl.static_range(2):
+        loop_begin, loop_end, hole_size = full_begin, full_end, 0
+        if MASKED:
+            loop_begin, loop_end, hole_size = begin, end, full_end - full_begin
+            seen = _see(offs_m, T, batch, documents, CAUSAL, True)
+        for position in range(loop_begin, loop_end - hole_size, BLOCK_N):
+            start = position + tl.where(position < full_begin, 0, hole_size)
+            k_tile = _load_tile(
+                k_ptr, stride_kt, start, T, BLOCK_N, HEAD_SIZE, MASKED and not EVEN_T
+            )
+            scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+            if MASKED:
+                is_seen = _is_seen(start + tl.arange(0, BLOCK_N), seen)
+                scores = tl.where(is_seen, scores, float("-inf"))
+            new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
+            shift = new_max
+            if MASKED:
+                # A row that has seen no key yet: -inf less -inf would be NaN.
+                shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+            p = tl.exp2(scores * scale_log2 - shift[:, None])
+            correction = tl.exp2(row_max - shift)
+            row_sum = row_sum * correction + tl.sum(p, 1)
+            acc = acc * correction[:, None]
+            v_tile = _load_tile(
+                v_ptr, stride_vt, start, T, BLOCK_N, V_HEAD_SIZE, MASKED and not EVEN_T
+            )
+            acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision="ieee")
+            row_max = new_max
 
     out = acc / row_sum[:, None]
-    _store_tile(out_ptr, H * V_HEAD_SIZE, first, T, out, BLOCK_M, V_HEAD_SIZE, BLOCK_DV)
+    _store_tile(out_ptr, H * V_HEAD_SIZE, first, T, out, V_HEAD_SIZE)
     tl.store(lse_ptr + offs_m, row_max + tl.log2(row_sum), mask=offs_m < T)
 
 
 @triton.jit
-def _accumulate_dq(
-    dq,  # (BLOCK_M, BLOCK_D) fp32
-    q,  # (BLOCK_M, BLOCK_D)
-    d_out,  # (BLOCK_M, BLOCK_DV)
-    lse,  # (BLOCK_M,) fp32, base 2
-    delta,  # (BLOCK_M,) fp32
-    k_ptr,  # (T, HEAD_SIZE)
-    v_ptr,  # (T, V_HEAD_SIZE)
-    stride_kt,
-    stride_vt,
-    begin,
-    end,
-    hole_begin,
-    hole_size,
-    T,
-    offs_m,  # (BLOCK_M,) int32
-    document_start_ptr,  # (T,) int32
-    document_end_ptr,  # (T,) int32
-    scale_log2,
-    CAUSAL: tl.constexpr,
-    HAS_DOCUMENTS: tl.constexpr,
-    EVEN_T: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    V_HEAD_SIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """Add to dq, but for the scale, what the keys [begin, end) without the hole give."""
-    CLAMPED: tl.constexpr = MASKED and not EVEN_T
-    if MASKED:
-        key_begin, key_end = _key_bounds(
-            offs_m, T, document_start_ptr, document_end_ptr, CAUSAL, HAS_DOCUMENTS
-        )
-    for position in range(begin, end - hole_size, BLOCK_N):
-        start = position
-        if MASKED:
-            start += tl.where(position < hole_begin, 0, hole_size)
-        k = _load_tile(k_ptr, stride_kt, start, T, BLOCK_N, HEAD_SIZE, BLOCK_D, CLAMPED)
-        v = _load_tile(v_ptr, stride_vt, start, T, BLOCK_N, V_HEAD_SIZE, BLOCK_DV, CLAMPED)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        p = tl.exp2(scores * scale_log2 - lse[:, None])
-        if MASKED:
-            offs_n = start + tl.arange(0, BLOCK_N)
-            visible = (offs_n[None, :] >= key_begin[:, None]) & (offs_n[None, :] < key_end[:, None])
-            p = tl.where(visible, p, 0.0)
-        dp = tl.dot(d_out, tl.trans(v), input_precision="ieee")
-        d_scores = p * (dp - delta[:, None])
-        dq = tl.dot(d_scores.to(k.dtype), k, dq, input_precision="ieee")
-    return dq
-
-
-@triton.jit
 def flash_attention_dq_kernel(
-    q_ptr,  # (B, T, H, HEAD_SIZE) input dtype
-    k_ptr,  # (B, T, KV, HEAD_SIZE) input dtype
-    v_ptr,  # (B, T, KV, V_HEAD_SIZE) input dtype
+    q,  # (B, T, H, HEAD_SIZE) input dtype
+    k,  # (B, T, KV, HEAD_SIZE) input dtype
+    v,  # (B, T, KV, V_HEAD_SIZE) input dtype
     out_ptr,  # (B, T, H, V_HEAD_SIZE) input dtype
-    d_out_ptr,  # (B, T, H, V_HEAD_SIZE) input dtype
+    d_out,  # (B, T, H, V_HEAD_SIZE) input dtype
     lse_ptr,  # (B, H, T) fp32, base 2
     delta_ptr,  # (B, H, T) fp32, written here: sum over a row of out * d_out
-    dq_ptr,  # (B, T, H, HEAD_SIZE) input dtype
-    document_start_ptr,  # (B, T) int32, or None
-    document_end_ptr,  # (B, T) int32, or None
-    cos_ptr,  # (num_positions, HEAD_SIZE / 2), or None: q and k were not rotated
-    sin_ptr,  # (num_positions, HEAD_SIZE / 2), or None
+    dq,  # (B, T, H, HEAD_SIZE) input dtype
+    documents,  # pointers to starts and ends, (B, T) int32, or None
+    tables,  # as `_rotate_back` takes them, or None: q and k were not rotated
     positions_ptr,  # (B, T) int32, or None: the row
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_kt,
-    stride_kh,
-    stride_vb,
-    stride_vt,
-    stride_vh,
-    stride_dob,
-    stride_dot,
-    stride_doh,
-    stride_dqb,
-    stride_dqt,
-    stride_dqh,
     T,
     H,
-    num_positions,
     scale,
     scale_log2,
     GROUP: tl.constexpr,
     CAUSAL: tl.constexpr,
-    HAS_DOCUMENTS: tl.constexpr,
     EVEN_T: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     V_HEAD_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
 ):
+    """The full tiles of keys are added to dq first, then those that need a mask."""
     num_blocks = tl.cdiv(T, BLOCK_M)
     # Head by head, unlike the others: 2% faster here (profiles/LOG.md).
     pid = tl.program_id(0)
     block = num_blocks - 1 - pid % num_blocks
     head = (pid // num_blocks % H).to(tl.int64)
     batch = (pid // num_blocks // H).to(tl.int64)
-    q_ptr += batch * stride_qb + head * stride_qh
-    k_ptr += batch * stride_kb + head // GROUP * stride_kh
-    v_ptr += batch * stride_vb + head // GROUP * stride_vh
+    q_ptr, stride_qt = _select_head(q, batch, head)
+    k_ptr, stride_kt = _select_head(k, batch, head // GROUP)
+    v_ptr, stride_vt = _select_head(v, batch, head // GROUP)
+    d_out_ptr, stride_dot = _select_head(d_out, batch, head)
+    dq_ptr, stride_dqt = _select_head(dq, batch, head)
     out_ptr += (batch * T * H + head) * V_HEAD_SIZE
-    d_out_ptr += batch * stride_dob + head * stride_doh
-    dq_ptr += batch * stride_dqb + head * stride_dqh
     lse_ptr += (batch * H + head) * T
     delta_ptr += (batch * H + head) * T
-    if HAS_DOCUMENTS:
-        document_start_ptr += batch * T
-        document_end_ptr += batch * T
 
     first = block * BLOCK_M
-    last = tl.minimum(first + BLOCK_M, T) - 1
     offs_m = first + tl.arange(0, BLOCK_M)
-    first_begin, first_end = _key_bounds(
-        first, T, document_start_ptr, document_end_ptr, CAUSAL, HAS_DOCUMENTS
+    begin, full_begin, full_end, end = _cut_into_tiles(
+        first, T, batch, documents, CAUSAL, True, BLOCK_M, BLOCK_N
     )
-    last_begin, last_end = _key_bounds(
-        last, T, document_start_ptr, document_end_ptr, CAUSAL, HAS_DOCUMENTS
-    )
-    begin, full_begin, full_end, end = _split_range(
-        first_begin, first_end, last_begin, last_end, BLOCK_N
-    )
-
-    d_out = _load_tile(d_out_ptr, stride_dot, first, T, BLOCK_M, V_HEAD_SIZE, BLOCK_DV, not EVEN_T)
-    out = _load_tile(out_ptr, H * V_HEAD_SIZE, first, T, BLOCK_M, V_HEAD_SIZE, BLOCK_DV, not EVEN_T)
-    delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)
+    d_out_tile = _load_tile(d_out_ptr, stride_dot, first, T, BLOCK_M, V_HEAD_SIZE, not EVEN_T)
+    out = _load_tile(out_ptr, H * V_HEAD_SIZE, first, T, BLOCK_M, V_HEAD_SIZE, not EVEN_T)
+    delta = tl.sum(out.to(tl.float32) * d_out_tile.to(tl.float32), 1)
     tl.store(delta_ptr + offs_m, delta, mask=offs_m < T)
     lse = tl.load(lse_ptr + tl.minimum(offs_m, T - 1))
-    q = _load_tile(q_ptr, stride_qt, first, T, BLOCK_M, HEAD_SIZE, BLOCK_D, not EVEN_T)
-    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    dq = _accumulate_dq(
-        dq, q, d_out, lse, delta, k_ptr, v_ptr, stride_kt, stride_vt,
-        full_begin, full_end, 0, 0, T, offs_m, document_start_ptr, document_end_ptr, scale_log2,
-        CAUSAL, HAS_DOCUMENTS, EVEN_T,
-        HEAD_SIZE, V_HEAD_SIZE, BLOCK_N, BLOCK_D, BLOCK_DV, MASKED=False,
-    )  # fmt: skip
-    dq = _accumulate_dq(
-        dq, q, d_out, lse, delta, k_ptr, v_ptr, stride_kt, stride_vt,
-        begin, end, full_begin, full_end - full_begin,
-        T, offs_m, document_start_ptr, document_end_ptr, scale_log2,
-        CAUSAL, HAS_DOCUMENTS, EVEN_T,
-        HEAD_SIZE, V_HEAD_SIZE, BLOCK_N, BLOCK_D, BLOCK_DV, MASKED=True,
-    )  # fmt: skip
-    dq *= scale
-    if cos_ptr is not None:
-        if positions_ptr is not None:
-            positions_ptr += batch * T
-        dq = _rotate_back(
-            dq, first, T, cos_ptr, sin_ptr, positions_ptr, num_positions, BLOCK_M, HEAD_SIZE
-        )
-    _store_tile(dq_ptr, stride_dqt, first, T, dq, BLOCK_M, HEAD_SIZE, BLOCK_D)
-
-
-@triton.jit
-def _accumulate_dk_dv(
-    dk,  # (BLOCK_N, BLOCK_D) fp32
-    dv,  # (BLOCK_N, BLOCK_DV) fp32
-    k,  # (BLOCK_N, BLOCK_D)
-    v,  # (BLOCK_N, BLOCK_DV)
-    q_ptr,  # (T, GROUP, HEAD_SIZE)
-    d_out_ptr,  # (T, GROUP, V_HEAD_SIZE)
-    lse_ptr,  # (GROUP, T) fp32, base 2
-    delta_ptr,  # (GROUP, T) fp32
-    stride_qt,
-    stride_qh,
-    stride_dot,
-    stride_doh,
-    begin,
-    end,
-    hole_begin,
-    hole_size,
-    T,
-    offs_n,  # (BLOCK_N,) int32
-    document_start_ptr,  # (T,) int32
-    document_end_ptr,  # (T,) int32
-    scale_log2,
-    GROUP: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    HAS_DOCUMENTS: tl.constexpr,
-    EVEN_T: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    V_HEAD_SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """Add to dv, and to dk but for the scale, what the queries [begin, end) without the hole give,
-    over all heads of the group.
-
-    Scores are built transposed, so that p and d_scores are left operands as they stand.
-    """
-    CLAMPED: tl.constexpr = MASKED and not EVEN_T
-    if MASKED:
-        query_begin, query_end = _query_bounds(
-            offs_n, T, document_start_ptr, document_end_ptr, CAUSAL, HAS_DOCUMENTS
-        )
-    # One loop over heads and tiles together keeps the load pipeline full from head to head. Its
-    # first loads are prepared even when there is no tile, hence the divisor of at least 1.
-    num_tiles = tl.cdiv(end - begin - hole_size, BLOCK_M)
-    # Hopper's matmuls run while the warps go on, but one whose result the next line needs is waited
-    # for, with all before it. With dp in front of p, those of dv and dk run on into the next tile.
-    # Wider heads have no registers for a dp that waits.
-    DP_FIRST: tl.constexpr = BLOCK_D + BLOCK_DV <= 128
-    for i in range(GROUP * num_tiles):
-        head = i // tl.maximum(num_tiles, 1)
-        start = begin + (i - head * num_tiles) * BLOCK_M
+    q_tile = _load_tile(q_ptr, stride_qt, first, T, BLOCK_M, HEAD_SIZE, not EVEN_T)
+    acc = tl.zeros([BLOCK_M, padded(HEAD_SIZE)], tl.float32)
+    for MASKED in tl.static_range(2):
+        loop_begin, loop_end, hole_size = full_begin, full_end, 0
         if MASKED:
-            start += tl.where(start < hole_begin, 0, hole_size)
-        head = tl.cast(head, tl.int64)
-        q = _load_tile(
-            q_ptr + head * stride_qh, stride_qt, start, T, BLOCK_M, HEAD_SIZE, BLOCK_D, CLAMPED
-        )
-        d_out = _load_tile(
-            d_out_ptr + head * stride_doh, stride_dot, start, T,
-            BLOCK_M, V_HEAD_SIZE, BLOCK_DV, CLAMPED,
-        )  # fmt: skip
-        offs_m = start + tl.arange(0, BLOCK_M)
-        offs_row = tl.minimum(offs_m, T - 1) if CLAMPED else offs_m
-        lse = tl.load(lse_ptr + head * T + offs_row)
-        delta = tl.load(delta_ptr + head * T + offs_row)
-        scores = tl.dot(k, tl.trans(q), input_precision="ieee")
-        if DP_FIRST:
-            dp = tl.dot(v, tl.trans(d_out), input_precision="ieee")
-        p = tl.exp2(scores * scale_log2 - lse[None, :])
-        if MASKED:
-            visible = (offs_m[None, :] >= query_begin[:, None]) & (
-                offs_m[None, :] < query_end[:, None]
+            loop_begin, loop_end, hole_size = begin, end, full_end - full_begin
+            seen = _see(offs_m, T, batch, documents, CAUSAL, True)
+        for position in range(loop_begin, loop_end - hole_size, BLOCK_N):
+            start = position + tl.where(position < full_begin, 0, hole_size)
+            k_tile = _load_tile(
+                k_ptr, stride_kt, start, T, BLOCK_N, HEAD_SIZE, MASKED and not EVEN_T
             )
-            p = tl.where(visible, p, 0.0)
-        dv = tl.dot(p.to(d_out.dtype), d_out, dv, input_precision="ieee")
-        if not DP_FIRST:
-            dp = tl.dot(v, tl.trans(d_out), input_precision="ieee")
-        d_scores = p * (dp - delta[None, :])
-        dk = tl.dot(d_scores.to(q.dtype), q, dk, input_precision="ieee")
-    return dk, dv
+            v_tile = _load_tile(
+                v_ptr, stride_vt, start, T, BLOCK_N, V_HEAD_SIZE, MASKED and not EVEN_T
+            )
+            scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+            p = tl.exp2(scores * scale_log2 - lse[:, None])
+            if MASKED:
+                p = tl.where(_is_seen(start + tl.arange(0, BLOCK_N), seen), p, 0.0)
+            dp = tl.dot(d_out_tile, tl.trans(v_tile), input_precision="ieee")
+            d_scores = p * (dp - delta[:, None])
+            acc = tl.dot(d_scores.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
+
+    acc = _rotate_back(acc * scale, first, T, batch, tables, positions_ptr, HEAD_SIZE)
+    _store_tile(dq_ptr, stride_dqt, first, T, acc, HEAD_SIZE)
 
 
 @triton.jit
 def flash_attention_dk_dv_kernel(
-    q_ptr,  # (B, T, H, HEAD_SIZE) input dtype
-    k_ptr,  # (B, T, KV, HEAD_SIZE) input dtype
-    v_ptr,  # (B, T, KV, V_HEAD_SIZE) input dtype
-    d_out_ptr,  # (B, T, H, V_HEAD_SIZE) input dtype
+    q,  # (B, T, H, HEAD_SIZE) input dtype
+    k,  # (B, T, KV, HEAD_SIZE) input dtype
+    v,  # (B, T, KV, V_HEAD_SIZE) input dtype
+    d_out,  # (B, T, H, V_HEAD_SIZE) input dtype
     lse_ptr,  # (B, H, T) fp32, base 2
     delta_ptr,  # (B, H, T) fp32
-    dk_ptr,  # (B, T, KV, HEAD_SIZE) input dtype
-    dv_ptr,  # (B, T, KV, V_HEAD_SIZE) input dtype
-    document_start_ptr,  # (B, T) int32, or None
-    document_end_ptr,  # (B, T) int32, or None
-    cos_ptr,  # (num_positions, HEAD_SIZE / 2), or None: q and k were not rotated
-    sin_ptr,  # (num_positions, HEAD_SIZE / 2), or None
+    dk,  # (B, T, KV, HEAD_SIZE) input dtype
+    dv,  # (B, T, KV, V_HEAD_SIZE) input dtype
+    documents,  # pointers to starts and ends, (B, T) int32, or None
+    tables,  # as `_rotate_back` takes them, or None: q and k were not rotated
     positions_ptr,  # (B, T) int32, or None: the row
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_kt,
-    stride_kh,
-    stride_vb,
-    stride_vt,
-    stride_vh,
-    stride_dob,
-    stride_dot,
-    stride_doh,
-    stride_dkb,
-    stride_dkt,
-    stride_dkh,
-    stride_dvb,
-    stride_dvt,
-    stride_dvh,
     T,
     KV,
-    num_positions,
     scale,
     scale_log2,
     GROUP: tl.constexpr,
     CAUSAL: tl.constexpr,
-    HAS_DOCUMENTS: tl.constexpr,
     EVEN_T: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     V_HEAD_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
 ):
+    """The tiles of queries that need a mask are added to dk and dv first, then the full ones, over
+    all heads of the group.
+
+    Scores are built transposed, so that p and d_scores are left operands as they stand.
+    """
     num_blocks = tl.cdiv(T, BLOCK_N)
     # Under a causal mask the first keys are seen by the most queries.
-    block, any_head = _place_in_grid(num_blocks, tl.cdiv(HEADS_TOGETHER, GROUP))
+    block, any_head = _assign_block(num_blocks, tl.cdiv(HEADS_TOGETHER, GROUP))
     kv_head = (any_head % KV).to(tl.int64)
     batch = (any_head // KV).to(tl.int64)
-    q_ptr += batch * stride_qb + kv_head * GROUP * stride_qh
-    k_ptr += batch * stride_kb + kv_head * stride_kh
-    v_ptr += batch * stride_vb + kv_head * stride_vh
-    d_out_ptr += batch * stride_dob + kv_head * GROUP * stride_doh
-    dk_ptr += batch * stride_dkb + kv_head * stride_dkh
-    dv_ptr += batch * stride_dvb + kv_head * stride_dvh
+    q_ptr, stride_qt = _select_head(q, batch, kv_head * GROUP)
+    k_ptr, stride_kt = _select_head(k, batch, kv_head)
+    v_ptr, stride_vt = _select_head(v, batch, kv_head)
+    d_out_ptr, stride_dot = _select_head(d_out, batch, kv_head * GROUP)
+    dk_ptr, stride_dkt = _select_head(dk, batch, kv_head)
+    dv_ptr, stride_dvt = _select_head(dv, batch, kv_head)
     lse_ptr += (batch * KV + kv_head) * GROUP * T
     delta_ptr += (batch * KV + kv_head) * GROUP * T
-    if HAS_DOCUMENTS:
-        document_start_ptr += batch * T
-        document_end_ptr += batch * T
 
     first = block * BLOCK_N
-    last = tl.minimum(first + BLOCK_N, T) - 1
     offs_n = first + tl.arange(0, BLOCK_N)
-    first_begin, first_end = _query_bounds(
-        first, T, document_start_ptr, document_end_ptr, CAUSAL, HAS_DOCUMENTS
+    begin, full_begin, full_end, end = _cut_into_tiles(
+        first, T, batch, documents, CAUSAL, False, BLOCK_N, BLOCK_M
     )
-    last_begin, last_end = _query_bounds(
-        last, T, document_start_ptr, document_end_ptr, CAUSAL, HAS_DOCUMENTS
-    )
-    begin, full_begin, full_end, end = _split_range(
-        first_begin, first_end, last_begin, last_end, BLOCK_M
-    )
+    k_tile = _load_tile(k_ptr, stride_kt, first, T, BLOCK_N, HEAD_SIZE, not EVEN_T)
+    v_tile = _load_tile(v_ptr, stride_vt, first, T, BLOCK_N, V_HEAD_SIZE, not EVEN_T)
+    dk_acc = tl.zeros([BLOCK_N, padded(HEAD_SIZE)], tl.float32)
+    dv_acc = tl.zeros([BLOCK_N, padded(V_HEAD_SIZE)], tl.float32)
+    # Hopper's matmuls run while the warps go on, but one whose result the next line needs is waited
+    # for, with all before it. With dp in front of p, those of dv and dk run on into the next tile.
+    # Wider heads have no registers for a dp that waits.
+    DP_FIRST: tl.constexpr = padded(HEAD_SIZE) + padded(V_HEAD_SIZE) <= 128
+    for FULL in tl.static_range(2):
+        loop_begin, loop_end, hole_size = full_begin, full_end, 0
+        if not FULL:
+            loop_begin, loop_end, hole_size = begin, end, full_end - full_begin
+            seen = _see(offs_n, T, batch, documents, CAUSAL, False)
+        # One loop over heads and tiles together keeps the load pipeline full from head to head. Its
+        # first loads are prepared even when there is no tile, hence the divisor of at least 1.
+        num_tiles = tl.cdiv(loop_end - loop_begin - hole_size, BLOCK_M)
+        for i in range(GROUP * num_tiles):
+            head = i // tl.maximum(num_tiles, 1)
+            start = loop_begin + (i - head * num_tiles) * BLOCK_M
+            start += tl.where(start < full_begin, 0, hole_size)
+            head = tl.cast(head, tl.int64)
+            q_tile = _load_tile(
+                q_ptr + head * q[3], stride_qt, start, T,
+                BLOCK_M, HEAD_SIZE, not FULL and not EVEN_T,
+            )  # fmt: skip
+            d_out_tile = _load_tile(
+                d_out_ptr + head * d_out[3], stride_dot, start, T,
+                BLOCK_M, V_HEAD_SIZE, not FULL and not EVEN_T,
+            )  # fmt: skip
+            offs_m = start + tl.arange(0, BLOCK_M)
+            offs_row = offs_m if FULL or EVEN_T else tl.minimum(offs_m, T - 1)
+            lse = tl.load(lse_ptr + head * T + offs_row)
+            delta = tl.load(delta_ptr + head * T + offs_row)
+            scores = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
+            if DP_FIRST:
+                dp = tl.dot(v_tile, tl.trans(d_out_tile), input_precision="ieee")
+            p = tl.exp2(scores * scale_log2 - lse[None, :])
+            if not FULL:
+                p = tl.where(_is_seen(offs_m, seen), p, 0.0)
+            dv_acc = tl.dot(p.to(d_out_tile.dtype), d_out_tile, dv_acc, input_precision="ieee")
+            if not DP_FIRST:
+                dp = tl.dot(v_tile, tl.trans(d_out_tile), input_precision="ieee")
+            d_scores = p * (dp - delta[None, :])
+            dk_acc = tl.dot(d_scores.to(q_tile.dtype), q_tile, dk_acc, input_precision="ieee")
 
-    k = _load_tile(k_ptr, stride_kt, first, T, BLOCK_N, HEAD_SIZE, BLOCK_D, not EVEN_T)
-    v = _load_tile(v_ptr, stride_vt, first, T, BLOCK_N, V_HEAD_SIZE, BLOCK_DV, not EVEN_T)
-    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    dk, dv = _accumulate_dk_dv(
-        dk, dv, k, v, q_ptr, d_out_ptr, lse_ptr, delta_ptr,
-        stride_qt, stride_qh, stride_dot, stride_doh,
-        begin, end, full_begin, full_end - full_begin,
-        T, offs_n, document_start_ptr, document_end_ptr, scale_log2,
-        GROUP, CAUSAL, HAS_DOCUMENTS, EVEN_T,
-        HEAD_SIZE, V_HEAD_SIZE, BLOCK_M, BLOCK_D, BLOCK_DV, MASKED=True,
-    )  # fmt: skip
-    dk, dv = _accumulate_dk_dv(
-        dk, dv, k, v, q_ptr, d_out_ptr, lse_ptr, delta_ptr,
-        stride_qt, stride_qh, stride_dot, stride_doh,
-        full_begin, full_end, 0, 0,
-        T, offs_n, document_start_ptr, document_end_ptr, scale_log2,
-        GROUP, CAUSAL, HAS_DOCUMENTS, EVEN_T,
-        HEAD_SIZE, V_HEAD_SIZE, BLOCK_M, BLOCK_D, BLOCK_DV, MASKED=False,
-    )  # fmt: skip
     # dv first: its registers are then free for the rotation of dk.
-    _store_tile(dv_ptr, stride_dvt, first, T, dv, BLOCK_N, V_HEAD_SIZE, BLOCK_DV)
-    dk *= scale
-    if cos_ptr is not None:
-        if positions_ptr is not None:
-            positions_ptr += batch * T
-        dk = _rotate_back(
-            dk, first, T, cos_ptr, sin_ptr, positions_ptr, num_positions, BLOCK_N, HEAD_SIZE
-        )
-    _store_tile(dk_ptr, stride_dkt, first, T, dk, BLOCK_N, HEAD_SIZE, BLOCK_D)
+    _store_tile(dv_ptr, stride_dvt, first, T, dv_acc, V_HEAD_SIZE)
+    dk_acc = _rotate_back(dk_acc * scale, first, T, batch, tables, positions_ptr, HEAD_SIZE)
+    _store_tile(dk_ptr, stride_dkt, first, T, dk_acc, HEAD_SIZE)
 
 
 INTERPRETED = not isinstance(flash_attention_forward_kernel, triton.JITFunction)
@@ -785,7 +544,7 @@ INTERPRETED = not isinstance(flash_attention_forward_kernel, triton.JITFunction)
 def select_config(
     device: torch.device, dtype: torch.dtype, head_size: int, v_head_size: int
 ) -> Config:
-    """The launch configuration for these head sizes."""
+    """The function selects the launch configuration for these head sizes."""
     if dtype == torch.float32:
         return FLOAT32_CONFIG
     size = 64 if head_size <= 64 else 128
@@ -793,43 +552,38 @@ def select_config(
     return CONFIGS[capability(device)][size, v_size]
 
 
-def document_bounds(document_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each token's document begins and ends, without waiting for the GPU.
+def document_bounds(document_ids: Tensor) -> Tensor:
+    """The function finds where each token's document begins and ends, without waiting for the GPU.
 
     Args:
         document_ids: (B, T) int32, non-decreasing along T.
 
     Returns:
-        (starts, ends), both (B, T) int32: the token's document is [starts, ends) of its row.
+        (2, B, T) int32, starts and ends: the token's document is [start, end) of its row.
     """
     document_ids = document_ids.contiguous()
-    starts = torch.searchsorted(document_ids, document_ids, out_int32=True)
-    ends = torch.searchsorted(document_ids, document_ids, right=True, out_int32=True)
-    return starts, ends
+    bounds = document_ids.new_empty(2, *document_ids.shape)
+    for out, right in zip(bounds, (False, True), strict=True):
+        torch.searchsorted(document_ids, document_ids, out_int32=True, right=right, out=out)
+    return bounds
 
 
-def _padded(head_size: int) -> int:
-    """Width of a tile that holds heads of this size."""
-    return max(16, triton.next_power_of_2(head_size))
+def _with_strides(x: Tensor) -> tuple[Tensor | int, ...]:
+    """The result is a tensor as the kernels take it."""
+    return x, *x.stride()[:3]
 
 
-def _constexprs(
-    q: Tensor, k: Tensor, v: Tensor, tile: Tile, *, documents: bool, causal: bool
-) -> dict[str, object]:
-    """What all three kernels are specialised on, and their launch options."""
+def _options(q: Tensor, k: Tensor, v: Tensor, tile: Tile, causal: bool) -> dict[str, object]:
+    """The result is what all three kernels are specialised on, and their launch options."""
     seq_len, num_heads, head_size = q.shape[1:]
-    v_head_size = v.shape[-1]
     return {
         "GROUP": num_heads // k.shape[2],
         "CAUSAL": causal,
-        "HAS_DOCUMENTS": documents,
         "EVEN_T": seq_len % tile.block_m == 0 and seq_len % tile.block_n == 0,
         "HEAD_SIZE": head_size,
-        "V_HEAD_SIZE": v_head_size,
+        "V_HEAD_SIZE": v.shape[-1],
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
-        "BLOCK_D": _padded(head_size),
-        "BLOCK_DV": _padded(v_head_size),
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
         "maxnreg": tile.max_registers,
@@ -837,19 +591,13 @@ def _constexprs(
 
 
 def launch_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    document_starts: Tensor | None,
-    document_ends: Tensor | None,
-    causal: bool,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attend.
+    """The launcher attends.
 
     Args:
         q, k, v: (B, T, H, hd), (B, T, KV, hd), (B, T, KV, hd_v), any strides but the last.
-        document_starts, document_ends: of `document_bounds`, or None.
+        documents: of `document_bounds`, or None.
         causal: whether a query sees only keys up to its own position.
         scale: of the scores.
 
@@ -865,10 +613,9 @@ def launch_forward(
     grid = (triton.cdiv(seq_len, tile.block_m) * num_heads * batch_size,)
     with torch.cuda.device_of(q):
         flash_attention_forward_kernel[grid](
-            q, k, v, out, lse, document_starts, document_ends,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-            seq_len, num_heads, scale * LOG2_E,
-            **_constexprs(q, k, v, tile, documents=document_starts is not None, causal=causal),
+            *map(_with_strides, (q, k, v)), out, lse,
+            None if documents is None else documents.unbind(),
+            seq_len, num_heads, scale * LOG2_E, **_options(q, k, v, tile, causal),
         )  # fmt: skip
     return out, lse
 
@@ -880,8 +627,7 @@ def launch_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    document_starts: Tensor | None,
-    document_ends: Tensor | None,
+    documents: Tensor | None,
     causal: bool,
     scale: float,
     dq: Tensor,
@@ -891,7 +637,8 @@ def launch_backward(
     sin: Tensor | None = None,
     positions: Tensor | None = None,
 ) -> None:
-    """Differentiate, into dq, dk and dv: shaped as q, k and v, any strides but the last.
+    """The launcher differentiates, into dq, dk and dv: shaped as q, k and v, any strides but the
+    last.
 
     The other arguments are those of `launch_forward`, with its results and the gradient of out.
     With cos, sin and positions, by which q and k were rotated (rope.py), dq and dk are rotated back
@@ -905,27 +652,21 @@ def launch_backward(
     num_kv_heads = k.shape[2]
     config = select_config(q.device, q.dtype, head_size, v.shape[-1])
     delta = torch.empty_like(lse)
-    cos, sin, positions = (x if x is None else x.contiguous() for x in (cos, sin, positions))
-    num_positions = 0 if cos is None else cos.shape[0]
-    masks = {"documents": document_starts is not None, "causal": causal}
+    bounds = None if documents is None else documents.unbind()
+    tables = None if cos is None else (cos.contiguous(), sin.contiguous(), cos.shape[0])
+    positions = None if positions is None else positions.contiguous()
+    q_, k_, v_, d_out_, dq_, dk_, dv_ = map(_with_strides, (q, k, v, d_out, dq, dk, dv))
     with torch.cuda.device_of(q):
         grid = (triton.cdiv(seq_len, config.dq.block_m) * num_heads * batch_size,)
         flash_attention_dq_kernel[grid](
-            q, k, v, out.contiguous(), d_out, lse, delta, dq, document_starts, document_ends,
-            cos, sin, positions,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-            *d_out.stride()[:3], *dq.stride()[:3],
-            seq_len, num_heads, num_positions, scale, scale * LOG2_E,
-            **_constexprs(q, k, v, config.dq, **masks),
+            q_, k_, v_, out.contiguous(), d_out_, lse, delta, dq_, bounds, tables, positions,
+            seq_len, num_heads, scale, scale * LOG2_E, **_options(q, k, v, config.dq, causal),
         )  # fmt: skip
         grid = (triton.cdiv(seq_len, config.dk_dv.block_n) * num_kv_heads * batch_size,)
         flash_attention_dk_dv_kernel[grid](
-            q, k, v, d_out, lse, delta, dk, dv, document_starts, document_ends,
-            cos, sin, positions,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-            *d_out.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
-            seq_len, num_kv_heads, num_positions, scale, scale * LOG2_E,
-            **_constexprs(q, k, v, config.dk_dv, **masks),
+            q_, k_, v_, d_out_, lse, delta, dk_, dv_, bounds, tables, positions,
+            seq_len, num_kv_heads, scale, scale * LOG2_E,
+            **_options(q, k, v, config.dk_dv, causal),
         )  # fmt: skip
 
 
@@ -935,7 +676,7 @@ _flash_attention_op = torch.library.custom_op(
 
 
 @_flash_attention_op.register_fake
-def _(q, k, v, document_starts, document_ends, causal, scale):
+def _(q, k, v, documents, causal, scale):
     batch_size, seq_len, num_heads, _ = q.shape
     out = q.new_empty(batch_size, seq_len, num_heads, v.shape[-1])
     return out, q.new_empty(batch_size, num_heads, seq_len, dtype=torch.float32)
@@ -949,74 +690,44 @@ def _flash_attention_backward_op(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    document_starts: Tensor | None,
-    document_ends: Tensor | None,
+    documents: Tensor | None,
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     launch_backward(
-        d_out, q, k, v, out=out, lse=lse, document_starts=document_starts,
-        document_ends=document_ends, causal=causal, scale=scale, dq=dq, dk=dk, dv=dv,
+        d_out, q, k, v,
+        out=out, lse=lse, documents=documents, causal=causal, scale=scale, dq=dq, dk=dk, dv=dv,
     )  # fmt: skip
     return dq, dk, dv
 
 
 @_flash_attention_backward_op.register_fake
-def _(d_out, q, k, v, out, lse, document_starts, document_ends, causal, scale):
+def _(d_out, q, k, v, out, lse, documents, causal, scale):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, document_starts, document_ends, ctx.causal, ctx.scale = inputs
-    out, lse = output
+    *qkv, documents, ctx.causal, ctx.scale = inputs
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, out, lse, document_starts, document_ends)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*qkv, *output, documents)
 
 
 def _backward(ctx, d_out, _d_lse):
-    q, k, v, out, lse, document_starts, document_ends = ctx.saved_tensors
     d_qkv = _flash_attention_backward_op(
-        d_out, q, k, v, out=out, lse=lse, document_starts=document_starts,
-        document_ends=document_ends, causal=ctx.causal, scale=ctx.scale,
-    )  # fmt: skip
-    return *d_qkv, None, None, None, None
+        d_out, *ctx.saved_tensors, causal=ctx.causal, scale=ctx.scale
+    )
+    return *d_qkv, None, None, None
 
 
 _flash_attention_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def split_qkv(qkv: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Views of packed (..., (H + 2 KV) hd) as q (..., H, hd), k and v (..., KV, hd)."""
+    """Packed (..., (H + 2 KV) hd) is viewed as q (..., H, hd), k and v (..., KV, hd)."""
     heads = qkv.unflatten(-1, (num_heads + 2 * num_kv_heads, -1))
     return heads.split((num_heads, num_kv_heads, num_kv_heads), dim=-2)
-
-
-@torch.library.custom_op("hamner::flash_attention_qkv", mutates_args=())
-def _flash_attention_qkv_op(
-    qkv: Tensor,
-    num_heads: int,
-    num_kv_heads: int,
-    document_starts: Tensor | None,
-    document_ends: Tensor | None,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    q, k, v = split_qkv(qkv, num_heads, num_kv_heads)
-    out, lse = launch_forward(
-        q, k, v, document_starts=document_starts, document_ends=document_ends,
-        causal=causal, scale=scale,
-    )  # fmt: skip
-    return out.flatten(-2), lse
-
-
-@_flash_attention_qkv_op.register_fake
-def _(qkv, num_heads, num_kv_heads, document_starts, document_ends, causal, scale):
-    batch_size, seq_len, width = qkv.shape
-    head_size = width // (num_heads + 2 * num_kv_heads)
-    out = qkv.new_empty(batch_size, seq_len, num_heads * head_size)
-    return out, qkv.new_empty(batch_size, num_heads, seq_len, dtype=torch.float32)
 
 
 @torch.library.custom_op("hamner::flash_attention_qkv_backward", mutates_args=())
@@ -1025,10 +736,7 @@ def _flash_attention_qkv_backward_op(
     qkv: Tensor,
     out: Tensor,
     lse: Tensor,
-    document_starts: Tensor | None,
-    document_ends: Tensor | None,
-    num_heads: int,
-    num_kv_heads: int,
+    documents: Tensor | None,
     causal: bool,
     scale: float,
     cos: Tensor | None,
@@ -1036,54 +744,45 @@ def _flash_attention_qkv_backward_op(
     positions: Tensor | None,
 ) -> Tensor:
     d_qkv = qkv.new_empty(qkv.shape)
-    head_size = qkv.shape[-1] // (num_heads + 2 * num_kv_heads)
+    num_heads, head_size = out.shape[2:]
+    heads = {"num_heads": num_heads, "num_kv_heads": (qkv.shape[-1] // head_size - num_heads) // 2}
     # The halves of a padded head are not those of its tile: it is rotated back in a second pass.
-    is_padded = head_size != _padded(head_size)
+    is_padded = head_size != padded(head_size)
     rotation = {"cos": cos, "sin": sin, "positions": positions}
-    q, k, v = split_qkv(qkv, num_heads, num_kv_heads)
-    dq, dk, dv = split_qkv(d_qkv, num_heads, num_kv_heads)
+    dq, dk, dv = split_qkv(d_qkv, **heads)
     launch_backward(
-        d_out.unflatten(-1, (num_heads, -1)), q, k, v,
-        out=out.unflatten(-1, (num_heads, -1)), lse=lse,
-        document_starts=document_starts, document_ends=document_ends, causal=causal, scale=scale,
+        d_out.view(out.shape), *split_qkv(qkv, **heads),
+        out=out, lse=lse, documents=documents, causal=causal, scale=scale,
         dq=dq, dk=dk, dv=dv, **({} if is_padded else rotation),
     )  # fmt: skip
     if is_padded and cos is not None:
-        launch_packed_rotation(
-            d_qkv, num_heads=num_heads, num_kv_heads=num_kv_heads, **rotation,
-            inverse=True, in_place=True,
-        )  # fmt: skip
+        launch_packed_rotation(d_qkv, **heads, **rotation, inverse=True, in_place=True)
     return d_qkv
 
 
 @_flash_attention_qkv_backward_op.register_fake
-def _(
-    d_out, qkv, out, lse, starts, ends, num_heads, num_kv_heads, causal, scale, cos, sin, positions
-):
+def _(d_out, qkv, out, lse, documents, causal, scale, cos, sin, positions):
     return qkv.new_empty(qkv.shape)
 
 
-def _qkv_setup_context(ctx, inputs, output):
-    qkv, num_heads, num_kv_heads, document_starts, document_ends, causal, scale = inputs
-    out, lse = output
-    ctx.arguments = {
-        "num_heads": num_heads, "num_kv_heads": num_kv_heads, "causal": causal, "scale": scale
-    }  # fmt: skip
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(qkv, out, lse, document_starts, document_ends)
+class _PackedAttention(torch.autograd.Function):
+    """It composes registered ops on packed heads, whose gradient is written as one tensor."""
 
+    @staticmethod
+    def forward(ctx, qkv, num_heads, num_kv_heads, documents, causal, scale):
+        q, k, v = split_qkv(qkv, num_heads, num_kv_heads)
+        ctx.causal, ctx.scale = causal, scale
+        out, lse = _flash_attention_op(q, k, v, documents, causal=causal, scale=scale)
+        ctx.save_for_backward(qkv, out, lse, documents)
+        return out.flatten(-2)
 
-def _qkv_backward(ctx, d_out, _d_lse):
-    qkv, out, lse, document_starts, document_ends = ctx.saved_tensors
-    d_qkv = _flash_attention_qkv_backward_op(
-        d_out, qkv, out, lse, document_starts=document_starts, document_ends=document_ends,
-        **ctx.arguments, cos=None, sin=None, positions=None,
-    )  # fmt: skip
-    return d_qkv, None, None, None, None, None, None
-
-
-_flash_attention_qkv_op.register_autograd(_qkv_backward, setup_context=_qkv_setup_context)
+    @staticmethod
+    def backward(ctx, d_out):
+        d_qkv = _flash_attention_qkv_backward_op(
+            d_out, *ctx.saved_tensors, causal=ctx.causal, scale=ctx.scale,
+            cos=None, sin=None, positions=None,
+        )  # fmt: skip
+        return d_qkv, None, None, None, None, None
 
 
 def _check_tensor(name: str, tensor: Tensor) -> None:
@@ -1094,7 +793,7 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
 
 
 def check_device(name: str, tensor: Tensor) -> None:
-    """Check that the kernels can run where `tensor` is.
+    """The kernels must be able to run where `tensor` is.
 
     Raises:
         TypeError, ValueError: they cannot.
@@ -1123,18 +822,13 @@ def _check_num_heads(num_heads: int, num_kv_heads: int) -> None:
 
 
 def check_packed_width(width: int, num_heads: int, num_kv_heads: int) -> int:
-    """The head size of packed rows (H + 2 KV) hd, checked.
+    """The function checks packed rows (H + 2 KV) hd and gives their head size.
 
     Raises:
         ValueError: no such heads, or of a size that the kernels do not take.
     """
     _check_num_heads(num_heads, num_kv_heads)
-    head_size, rest = divmod(width, num_heads + 2 * num_kv_heads)
-    if rest:
-        raise ValueError(
-            f"qkv has width {width}; it must be a multiple of num_heads + 2 num_kv_heads "
-            f"= {num_heads + 2 * num_kv_heads}"
-        )
+    head_size = packed_head_size(width, num_heads, num_kv_heads)
     _check_head_size("qkv", head_size)
     return head_size
 
@@ -1147,16 +841,15 @@ def _scale(scale: float | None, head_size: int) -> float:
     return float(scale)
 
 
-def optional_document_bounds(
-    document_ids: Tensor | None, tokens: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    """`document_bounds` of ids that are checked against `tokens` (B, T, ...), if there are any.
+def optional_document_bounds(document_ids: Tensor | None, tokens: Tensor) -> Tensor | None:
+    """The function checks ids against `tokens` (B, T, ...), if there are any, and gives their
+    `document_bounds`.
 
     Raises:
         TypeError, ValueError: they do not fit.
     """
     if document_ids is None:
-        return None, None
+        return None
     check_dtype("document_ids", document_ids, (torch.int32,))
     check_shape("document_ids", document_ids.shape, tokens.shape[:2])
     check_same_device("document_ids", document_ids, "the tokens", tokens)
@@ -1207,11 +900,9 @@ def flash_attention(
     if v.shape[2] != k.shape[2]:
         raise ValueError(f"v has {v.shape[2]} heads, k {k.shape[2]}; they must agree")
     _check_num_heads(q.shape[2], k.shape[2])
-    starts, ends = optional_document_bounds(document_ids, q)
-    out, _ = _flash_attention_op(
-        q, k, v, document_starts=starts, document_ends=ends,
-        causal=causal, scale=_scale(scale, q.shape[-1]),
-    )  # fmt: skip
+    documents = optional_document_bounds(document_ids, q)
+    scale = _scale(scale, q.shape[-1])
+    out, _ = _flash_attention_op(q, k, v, documents, causal=causal, scale=scale)
     return out
 
 
@@ -1224,7 +915,7 @@ def flash_attention_qkv(
     document_ids: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """`flash_attention` on packed heads; backward writes one packed gradient, without a copy.
+    """The op is `flash_attention` on packed heads; backward writes one packed gradient, uncopied.
 
     Args:
         qkv: (B, T, (H + 2 KV) hd): the heads of q, then of k, then of v. The last stride is 1.
@@ -1241,12 +932,9 @@ def flash_attention_qkv(
     check_shape("qkv", qkv.shape, ("B", "T", "(H + 2 KV) hd"))
     head_size = check_packed_width(qkv.shape[-1], num_heads, num_kv_heads)
     _check_tensor("qkv", qkv)
-    starts, ends = optional_document_bounds(document_ids, qkv)
-    out, _ = _flash_attention_qkv_op(
-        qkv, num_heads, num_kv_heads, document_starts=starts, document_ends=ends,
-        causal=causal, scale=_scale(scale, head_size),
-    )  # fmt: skip
-    return out
+    documents = optional_document_bounds(document_ids, qkv)
+    scale = _scale(scale, head_size)
+    return _PackedAttention.apply(qkv, num_heads, num_kv_heads, documents, causal, scale)
 
 
 def flash_attention_reference(
@@ -1258,7 +946,7 @@ def flash_attention_reference(
     document_ids: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """`flash_attention` in plain torch, all scores in memory; softmax in float64 for float64."""
+    """This is `flash_attention` in plain torch, all scores in memory; float64 for float64."""
     group = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
     scores = torch.einsum("bihd,bjhd->bhij", q, k)

@@ -1,25 +1,25 @@
-"""Pairs of a cheap op and the matmul that consumes it, which keep the cheap op's input instead.
+"""A cheap op and the matmul that consumes it make a pair, which keeps the cheap op's input.
 
     add_rms_norm_linear       out = rms_norm(x + residual) @ weight^T
     add_rms_norm_qkv_rope     the same, q and k of the packed result rotated
     swiglu_linear             out = swiglu(gate_up) @ weight^T
 
 A matmul needs its operand again for its weight's gradient, so plain autograd keeps both the cheap
-op's input and its result. These ops keep the input alone (rebuild=True) and write the operand a
+op's input and its result. These ops keep the input alone (recompute=True) and write the operand a
 second time in the one pass that backward makes over the input anyway:
 
     d_operand = d_out @ weight                            matmul
     d_input, operand = cheap op's backward(input)         one pass; operand overwrites d_operand
     d_weight = d_out^T @ operand                          matmul
 
-So the rebuild costs one extra write of the operand: no second forward, no extra memory, and the
-same with or without torch.compile. With rebuild=False the operand is kept and that write is saved.
+So it costs one extra write of the operand to recompute it: no second forward, no extra memory, and
+the same with or without torch.compile. With recompute=False it is kept and that write is saved.
 
 Kept and moved, for bf16 at N 24,576 with D 1024 and I 2816 (the floor is bytes / bandwidth beside
 the matmuls, whose FLOPs are the usual 2 N in out forward and 4 N in out backward):
 
-    norm + linear     rebuild=True keeps  2 N D  =  50 MB less, and writes them in backward
-    swiglu + linear   rebuild=True keeps  2 N I  = 138 MB less, and writes them in backward
+    norm + linear     recompute=True keeps  2 N D  =  50 MB less, and writes them in backward
+    swiglu + linear   recompute=True keeps  2 N I  = 138 MB less, and writes them in backward
 
 In `add_rms_norm_qkv_rope` the fresh matmul result is rotated in place, and backward rotates the
 gradient back before its matmuls: no split, copy or concatenation of q, k and v remains. The matmuls
@@ -32,6 +32,7 @@ from torch import Tensor
 from hamner.kernels.checks import check_like, check_shape
 from hamner.kernels.rms_norm import (
     check_norm_arguments,
+    empty_results,
     launch_rms_norm,
     launch_rms_norm_backward,
     rms_norm_reference,
@@ -58,12 +59,12 @@ def _rms_norm_linear_op(
     norm_weight: Tensor,
     weight: Tensor,
     eps: float,
-    rebuild: bool,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    positions: Tensor | None,
-    num_heads: int,
-    num_kv_heads: int,
+    recompute: bool,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    positions: Tensor | None = None,
+    num_heads: int = 0,
+    num_kv_heads: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     normed, new_residual, rstd = launch_rms_norm(x, residual, norm_weight, eps)
     out = torch.nn.functional.linear(normed, weight)
@@ -72,19 +73,14 @@ def _rms_norm_linear_op(
             out, cos, sin, num_heads=num_heads, num_kv_heads=num_kv_heads, positions=positions,
             in_place=True,
         )  # fmt: skip
-    if new_residual is None:
-        new_residual = x.new_empty(0)
-    return out, new_residual, rstd, x.new_empty(0) if rebuild else normed
+    return out, new_residual, rstd, x.new_empty(0) if recompute else normed
 
 
 @_rms_norm_linear_op.register_fake
-def _(x, residual, norm_weight, weight, eps, rebuild, cos, sin, positions, num_heads, num_kv_heads):
-    return (
-        x.new_empty(*x.shape[:-1], weight.shape[0]),
-        x.new_empty(0 if residual is None else x.shape),
-        x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32),
-        x.new_empty(0 if rebuild else x.shape),
-    )
+def _(x, residual, norm_weight, weight, eps, recompute, *_rope):
+    _, new_residual, rstd = empty_results(x, residual)
+    out = x.new_empty(*x.shape[:-1], weight.shape[0])
+    return out, new_residual, rstd, x.new_empty(0 if recompute else x.shape)
 
 
 @torch.library.custom_op("hamner::rms_norm_linear_backward", mutates_args=())
@@ -96,11 +92,11 @@ def _rms_norm_linear_backward_op(
     normed: Tensor | None,
     norm_weight: Tensor,
     weight: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    positions: Tensor | None,
-    num_heads: int,
-    num_kv_heads: int,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    positions: Tensor | None = None,
+    num_heads: int = 0,
+    num_kv_heads: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if cos is not None:
         # Not in place: the gradient may have other readers.
@@ -110,54 +106,38 @@ def _rms_norm_linear_backward_op(
         )  # fmt: skip
     d_out = d_out.reshape(-1, weight.shape[0])
     d_normed = torch.mm(d_out, weight)
-    rebuilt = d_normed if normed is None else None
+    recomputed = d_normed if normed is None else None
     d_x, d_norm_weight = launch_rms_norm_backward(
-        d_normed, d_residual, x, weight=norm_weight, rstd=rstd, y=rebuilt
+        d_normed, d_residual, x, weight=norm_weight, rstd=rstd, y=recomputed
     )
-    operand = rebuilt if normed is None else normed.reshape(-1, weight.shape[1])
+    operand = recomputed if normed is None else normed.reshape(-1, weight.shape[1])
     return d_x, d_norm_weight, torch.mm(d_out.t(), operand)
 
 
 @_rms_norm_linear_backward_op.register_fake
-def _(
-    d_out, d_residual, x, rstd, normed, norm_weight, weight,
-    cos, sin, positions, num_heads, num_kv_heads,
-):  # fmt: skip
-    return (
-        x.new_empty(x.shape),
-        norm_weight.new_empty(norm_weight.shape),
-        weight.new_empty(weight.shape),
-    )
+def _(d_out, d_residual, x, rstd, normed, norm_weight, weight, *_rope):
+    return tuple(like.new_empty(like.shape) for like in (x, norm_weight, weight))
 
 
 def _rms_norm_linear_setup_context(ctx, inputs, output):
-    x, residual, norm_weight, weight, _, rebuild, cos, sin, positions, *ctx.heads = inputs
+    x, residual, norm_weight, weight, _, recompute, *tables, num_heads, num_kv_heads = inputs
     _, new_residual, rstd, normed = output
     ctx.has_residual = residual is not None
+    ctx.heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(rstd, normed, *(() if ctx.has_residual else (new_residual,)))
-    ctx.save_for_backward(
-        new_residual if ctx.has_residual else x,
-        rstd,
-        None if rebuild else normed,
-        norm_weight,
-        weight,
-        cos,
-        sin,
-        positions,
-    )
+    normed_input = new_residual if ctx.has_residual else x
+    kept = None if recompute else normed
+    ctx.save_for_backward(normed_input, rstd, kept, norm_weight, weight, *tables)
 
 
 def _rms_norm_linear_backward(ctx, d_out, d_residual, _d_rstd, _d_normed):
     no_gradients = (None,) * 7
     if d_out is None:
         return d_residual, d_residual, None, None, *no_gradients
-    x, rstd, normed, norm_weight, weight, cos, sin, positions = ctx.saved_tensors
-    num_heads, num_kv_heads = ctx.heads
     d_x, d_norm_weight, d_weight = _rms_norm_linear_backward_op(
-        d_out, d_residual, x, rstd, normed=normed, norm_weight=norm_weight, weight=weight,
-        cos=cos, sin=sin, positions=positions, num_heads=num_heads, num_kv_heads=num_kv_heads,
-    )  # fmt: skip
+        d_out, d_residual, *ctx.saved_tensors, **ctx.heads
+    )
     return d_x, d_x if ctx.has_residual else None, d_norm_weight, d_weight, *no_gradients
 
 
@@ -167,17 +147,17 @@ _rms_norm_linear_op.register_autograd(
 
 
 @torch.library.custom_op("hamner::swiglu_linear", mutates_args=())
-def _swiglu_linear_op(gate_up: Tensor, weight: Tensor, rebuild: bool) -> tuple[Tensor, Tensor]:
+def _swiglu_linear_op(gate_up: Tensor, weight: Tensor, recompute: bool) -> tuple[Tensor, Tensor]:
     h = launch_swiglu(gate_up)
     out = torch.nn.functional.linear(h, weight)
-    return out, h.new_empty(0) if rebuild else h
+    return out, h.new_empty(0) if recompute else h
 
 
 @_swiglu_linear_op.register_fake
-def _(gate_up, weight, rebuild):
+def _(gate_up, weight, recompute):
     out = gate_up.new_empty(*gate_up.shape[:-1], weight.shape[0])
     h_shape = (*gate_up.shape[:-1], weight.shape[1])
-    return out, gate_up.new_empty(0 if rebuild else h_shape)
+    return out, gate_up.new_empty(0 if recompute else h_shape)
 
 
 @torch.library.custom_op("hamner::swiglu_linear_backward", mutates_args=())
@@ -186,9 +166,9 @@ def _swiglu_linear_backward_op(
 ) -> tuple[Tensor, Tensor]:
     d_out = d_out.reshape(-1, weight.shape[0])
     d_h = torch.mm(d_out, weight)
-    rebuilt = d_h if h is None else None
-    d_gate_up = launch_swiglu_backward(d_h, gate_up, h=rebuilt)
-    operand = rebuilt if h is None else h.reshape(-1, weight.shape[1])
+    recomputed = d_h if h is None else None
+    d_gate_up = launch_swiglu_backward(d_h, gate_up, h=recomputed)
+    operand = recomputed if h is None else h.reshape(-1, weight.shape[1])
     return d_gate_up, torch.mm(d_out.t(), operand)
 
 
@@ -198,10 +178,10 @@ def _(d_out, gate_up, h, weight):
 
 
 def _swiglu_linear_setup_context(ctx, inputs, output):
-    gate_up, weight, rebuild = inputs
+    gate_up, weight, recompute = inputs
     _, h = output
     ctx.mark_non_differentiable(h)
-    ctx.save_for_backward(gate_up, None if rebuild else h, weight)
+    ctx.save_for_backward(gate_up, None if recompute else h, weight)
 
 
 def _swiglu_linear_backward(ctx, d_out, _d_h):
@@ -219,41 +199,29 @@ def _check_matmul_weight(name: str, weight: Tensor, x_name: str, x: Tensor, *, w
 
 
 def check_qkv_rope_arguments(
-    x: Tensor,
-    residual: Tensor | None,
-    norm_weight: Tensor,
-    qkv_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    num_heads: int,
-    num_kv_heads: int,
-    positions: Tensor | None,
+    x: Tensor, residual: Tensor | None, norm_weight: Tensor, qkv_weight: Tensor, **rope
 ) -> None:
-    """Check the arguments of `add_rms_norm_qkv_rope`.
+    """The function checks the arguments of `add_rms_norm_qkv_rope`.
 
     Raises:
         TypeError, ValueError: naming the argument.
     """
     check_norm_arguments(x, residual, norm_weight, "norm_weight")
     _check_matmul_weight("qkv_weight", qkv_weight, "x", x, width=x.shape[-1])
-    qkv_shape = (*x.shape[:-1], qkv_weight.shape[0])
-    check_packed_arguments(
-        qkv_shape, cos, sin,
-        num_heads=num_heads, num_kv_heads=num_kv_heads, positions=positions, x=x,
-    )  # fmt: skip
+    check_packed_arguments((*x.shape[:-1], qkv_weight.shape[0]), **rope, x=x)
 
 
 def rms_norm_linear(
-    x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float = 1e-5, *, rebuild: bool = True
+    x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float = 1e-5, *, recompute: bool = True
 ) -> Tensor:
-    """`rms_norm`, then a matmul.
+    """The op is `rms_norm`, then a matmul.
 
     Args:
         x: (..., D) float32, float16 or bfloat16, D up to 8192.
         norm_weight: (D,) float32 or the dtype of x.
         weight: (outputs, D), dtype of x.
         eps: added to the mean of squares.
-        rebuild: keep x only and write the normed x again in backward; else keep both.
+        recompute: keep x only and write the normed x again in backward; else keep both.
 
     Returns:
         (..., outputs) in the dtype of x.
@@ -261,7 +229,7 @@ def rms_norm_linear(
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
     """
-    return add_rms_norm_linear(x, None, norm_weight, weight, eps=eps, rebuild=rebuild)[0]
+    return add_rms_norm_linear(x, None, norm_weight, weight, eps=eps, recompute=recompute)[0]
 
 
 def add_rms_norm_linear(
@@ -271,17 +239,14 @@ def add_rms_norm_linear(
     weight: Tensor,
     eps: float = 1e-5,
     *,
-    rebuild: bool = True,
+    recompute: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """`add_rms_norm`, then a matmul.
+    """The op is `add_rms_norm`, then a matmul.
 
     Args:
-        x: (..., D) float32, float16 or bfloat16, D up to 8192.
+        x, norm_weight, weight, eps: as in `rms_norm_linear`.
         residual: as x, or None where the residual stream begins.
-        norm_weight: (D,) float32 or the dtype of x.
-        weight: (outputs, D), dtype of x.
-        eps: added to the mean of squares.
-        rebuild: keep new_residual only and write the normed one again in backward; else keep both.
+        recompute: keep new_residual only and write the normed one again in backward, or keep both.
 
     Returns:
         (out, new_residual): out (..., outputs), new_residual (..., D) in the dtype of x. Without
@@ -293,9 +258,8 @@ def add_rms_norm_linear(
     check_norm_arguments(x, residual, norm_weight, "norm_weight")
     _check_matmul_weight("weight", weight, "x", x, width=x.shape[-1])
     out, new_residual, _, _ = _rms_norm_linear_op(
-        x, residual, norm_weight, weight, eps=eps, rebuild=rebuild,
-        cos=None, sin=None, positions=None, num_heads=0, num_kv_heads=0,
-    )  # fmt: skip
+        x, residual, norm_weight, weight, eps=eps, recompute=recompute
+    )
     return out, x if residual is None else new_residual
 
 
@@ -311,23 +275,16 @@ def add_rms_norm_qkv_rope(
     positions: Tensor | None = None,
     eps: float = 1e-5,
     *,
-    rebuild: bool = True,
+    recompute: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """`add_rms_norm`, the packed qkv matmul, and the rotation of q and k in its result.
+    """The op is `add_rms_norm`, the packed qkv matmul, and the rotation of q and k in its result.
 
     Args:
         x: (B, T, D) float32, float16 or bfloat16, D up to 8192.
-        residual: as x, or None where the residual stream begins.
-        norm_weight: (D,) float32 or the dtype of x.
+        residual, norm_weight, eps, recompute: as in `add_rms_norm_linear`.
         qkv_weight: ((H + 2 KV) hd, D), dtype of x: query heads, key heads, value heads.
-        cos: (positions, hd / 2), at least T of them; gets no gradient.
-        sin: as cos.
-        num_heads: H.
-        num_kv_heads: KV.
-        positions: (B, T) int32 rows of cos and sin, restarting with each document; None for
-            0..T-1. A position outside the table takes its nearest row.
-        eps: added to the mean of squares.
-        rebuild: keep new_residual only and write the normed one again in backward; else keep both.
+        cos, sin, num_heads, num_kv_heads, positions: as in `rope_packed_`, tables of at least T
+            positions; they get no gradient.
 
     Returns:
         (qkv, new_residual): qkv (B, T, (H + 2 KV) hd) with q and k rotated, new_residual
@@ -336,24 +293,24 @@ def add_rms_norm_qkv_rope(
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
     """
-    check_qkv_rope_arguments(
-        x, residual, norm_weight, qkv_weight, cos=cos, sin=sin,
-        num_heads=num_heads, num_kv_heads=num_kv_heads, positions=positions,
-    )  # fmt: skip
+    rope = {
+        "cos": cos, "sin": sin, "positions": positions,
+        "num_heads": num_heads, "num_kv_heads": num_kv_heads,
+    }  # fmt: skip
+    check_qkv_rope_arguments(x, residual, norm_weight, qkv_weight, **rope)
     qkv, new_residual, _, _ = _rms_norm_linear_op(
-        x, residual, norm_weight, qkv_weight, eps=eps, rebuild=rebuild, cos=cos, sin=sin,
-        positions=positions, num_heads=num_heads, num_kv_heads=num_kv_heads,
-    )  # fmt: skip
+        x, residual, norm_weight, qkv_weight, eps=eps, recompute=recompute, **rope
+    )
     return qkv, x if residual is None else new_residual
 
 
-def swiglu_linear(gate_up: Tensor, weight: Tensor, *, rebuild: bool = True) -> Tensor:
-    """`swiglu`, then a matmul.
+def swiglu_linear(gate_up: Tensor, weight: Tensor, *, recompute: bool = True) -> Tensor:
+    """The op is `swiglu`, then a matmul.
 
     Args:
         gate_up: (..., 2I) float32, float16 or bfloat16, gate first.
         weight: (outputs, I), dtype of gate_up.
-        rebuild: keep gate_up only and write swiglu's result again in backward; else keep both.
+        recompute: keep gate_up only and write swiglu's result again in backward; else keep both.
 
     Returns:
         (..., outputs) in the dtype of gate_up.
@@ -363,24 +320,20 @@ def swiglu_linear(gate_up: Tensor, weight: Tensor, *, rebuild: bool = True) -> T
     """
     check_gate_up(gate_up)
     _check_matmul_weight("weight", weight, "gate_up", gate_up, width=gate_up.shape[-1] // 2)
-    return _swiglu_linear_op(gate_up, weight, rebuild)[0]
+    return _swiglu_linear_op(gate_up, weight, recompute)[0]
 
 
 def rms_norm_linear_reference(
     x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float = 1e-5
 ) -> Tensor:
-    """`rms_norm_linear` in plain torch."""
+    """This is `rms_norm_linear` in plain torch."""
     return torch.nn.functional.linear(rms_norm_reference(x, norm_weight, eps), weight)
 
 
 def add_rms_norm_linear_reference(
-    x: Tensor,
-    residual: Tensor | None,
-    norm_weight: Tensor,
-    weight: Tensor,
-    eps: float = 1e-5,
+    x: Tensor, residual: Tensor | None, norm_weight: Tensor, weight: Tensor, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
-    """`add_rms_norm_linear` in plain torch."""
+    """This is `add_rms_norm_linear` in plain torch."""
     new_residual = x if residual is None else x + residual
     return rms_norm_linear_reference(new_residual, norm_weight, weight, eps), new_residual
 
@@ -390,21 +343,14 @@ def add_rms_norm_qkv_rope_reference(
     residual: Tensor | None,
     norm_weight: Tensor,
     qkv_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    num_heads: int,
-    num_kv_heads: int,
-    positions: Tensor | None = None,
+    *rope: Tensor | int | None,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
-    """`add_rms_norm_qkv_rope` in plain torch."""
+    """This is `add_rms_norm_qkv_rope` in plain torch; `rope` is what `rope_packed_` takes."""
     qkv, new_residual = add_rms_norm_linear_reference(x, residual, norm_weight, qkv_weight, eps=eps)
-    qkv = rope_packed_reference(
-        qkv, cos, sin, num_heads=num_heads, num_kv_heads=num_kv_heads, positions=positions
-    )
-    return qkv, new_residual
+    return rope_packed_reference(qkv, *rope), new_residual
 
 
 def swiglu_linear_reference(gate_up: Tensor, weight: Tensor) -> Tensor:
-    """`swiglu_linear` in plain torch."""
+    """This is `swiglu_linear` in plain torch."""
     return torch.nn.functional.linear(swiglu_reference(gate_up), weight)

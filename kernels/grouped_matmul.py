@@ -27,7 +27,7 @@ and rows in `offsets`, and those beyond the last tile leave.
 Floor: 6 M D I FLOPs forward and 12 M D I backward, those of a dense MLP of intermediate size K * I;
 at N 24,576, K 2, D 768, I 1536 that is 0.35 and 0.70 TFLOP, 4.9 and 9.8 ms at 71 TFLOP/s. Beside
 the matmuls' own operands these elements move: (K + 1) N D to sum the slots, forward and backward,
-and for d_gate_up 6 M I with the rebuild, 5 M I without.
+and for d_gate_up 6 M I with the recomputation, 5 M I without.
 """
 
 from typing import NamedTuple
@@ -218,7 +218,7 @@ def gate_up_kernel(
     tl.store(gate_up_ptrs, gate, mask=mask)
     tl.store(gate_up_ptrs + INTERMEDIATE, up, mask=mask)
 
-    # From the rounded gate and up, so that backward's rebuild gives the same bits.
+    # From the rounded gate and up, so that backward's recomputation gives the same bits.
     routing_weights = tl.load(routing_weights_ptr + pairs, mask=mask_m, other=0.0)
     hidden = _swiglu(gate.to(tl.float32), up.to(tl.float32)) * routing_weights[:, None]
     hidden_ptrs = hidden_ptr + rows[:, None] * INTERMEDIATE + offs_n[None, :]
@@ -344,14 +344,14 @@ def weight_grad_kernel(
 @triton.jit(do_not_specialize=["num_rows"])
 def swiglu_grad_kernel(
     gate_up_ptr,  # (M, 2I)
-    d_hidden_ptr,  # (M, I), becomes w * silu(gate) * up if REBUILD
+    d_hidden_ptr,  # (M, I), becomes w * silu(gate) * up if RECOMPUTE
     routing_weights_ptr,  # (N, K) fp32
     order_ptr,  # (M,) int32
     d_gate_up_ptr,  # (M, 2I)
     d_routing_weights_ptr,  # (N, K) fp32
     num_rows,
     INTERMEDIATE: tl.constexpr,
-    REBUILD: tl.constexpr,
+    RECOMPUTE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -372,7 +372,7 @@ def swiglu_grad_kernel(
 
         hidden = _swiglu(gate, up)
         d_weights += tl.sum(hidden * d_hidden, axis=1)
-        if REBUILD:
+        if RECOMPUTE:
             # Same offsets and dtype as the load: the thread that writes an element has read it.
             tl.store(d_hidden_ptrs, (hidden * weights).to(d_hidden_ptr.dtype.element_ty), mask=mask)
         sigmoid = tl.sigmoid(gate)
@@ -520,16 +520,16 @@ def launch_weight_grad(
 
 
 def launch_swiglu_grad(
-    gate_up: Tensor, d_hidden: Tensor, routing_weights: Tensor, order: Tensor, *, rebuild: bool
+    gate_up: Tensor, d_hidden: Tensor, routing_weights: Tensor, order: Tensor, *, recompute: bool
 ) -> tuple[Tensor, Tensor]:
     """Differentiate the weighted SwiGLU.
 
     Args:
         gate_up: (M, 2I), sorted by expert.
-        d_hidden: (M, I), sorted by expert; overwritten with hidden if `rebuild`.
+        d_hidden: (M, I), sorted by expert; overwritten with hidden if `recompute`.
         routing_weights: (N, K) fp32.
         order: (M,) int32.
-        rebuild: whether to write hidden again.
+        recompute: whether to write hidden again.
 
     Returns:
         (d_gate_up (M, 2I), d_routing_weights (N, K)).
@@ -541,7 +541,7 @@ def launch_swiglu_grad(
     with torch.cuda.device_of(gate_up):
         swiglu_grad_kernel[(triton.cdiv(num_rows, config.BLOCK_M),)](
             gate_up, d_hidden, routing_weights, order, d_gate_up, d_routing_weights, num_rows,
-            INTERMEDIATE=intermediate, REBUILD=rebuild, **config._asdict(),
+            INTERMEDIATE=intermediate, RECOMPUTE=recompute, **config._asdict(),
         )  # fmt: skip
     return d_gate_up, d_routing_weights
 
@@ -567,31 +567,31 @@ def _moe_mlp(
     offsets: Tensor,
     gate_up_weight: Tensor,
     down_weight: Tensor,
-    rebuild: bool,
+    recompute: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, and what backward keeps: gate_up, and hidden unless it is rebuilt (then empty)."""
+    """Output, and what backward keeps: gate_up, and hidden unless it is recomputed (then empty)."""
     top_k = routing_weights.shape[1]
     if x.shape[0] == 0:
-        return torch.empty_like(x), *_empty_kept(x, top_k, gate_up_weight, rebuild)
+        return torch.empty_like(x), *_empty_kept(x, top_k, gate_up_weight, recompute)
     rows = {"order": order, "offsets": offsets}
     gate_up, hidden = launch_gate_up(x, routing_weights, **rows, gate_up_weight=gate_up_weight)
     slots = launch_grouped_matmul(
         hidden, down_weight, **rows, top_k=top_k, gather=False, transposed=True
     )
-    return launch_sum_slots(slots, top_k), gate_up, x.new_empty((0,)) if rebuild else hidden
+    return launch_sum_slots(slots, top_k), gate_up, x.new_empty((0,)) if recompute else hidden
 
 
 def _empty_kept(
-    x: Tensor, top_k: int, gate_up_weight: Tensor, rebuild: bool
+    x: Tensor, top_k: int, gate_up_weight: Tensor, recompute: bool
 ) -> tuple[Tensor, Tensor]:
     num_rows, double_intermediate = x.shape[0] * top_k, gate_up_weight.shape[1]
-    hidden_shape = (0,) if rebuild else (num_rows, double_intermediate // 2)
+    hidden_shape = (0,) if recompute else (num_rows, double_intermediate // 2)
     return x.new_empty((num_rows, double_intermediate)), x.new_empty(hidden_shape)
 
 
 @_moe_mlp.register_fake
-def _(x, routing_weights, order, offsets, gate_up_weight, down_weight, rebuild):
-    kept = _empty_kept(x, routing_weights.shape[1], gate_up_weight, rebuild)
+def _(x, routing_weights, order, offsets, gate_up_weight, down_weight, recompute):
+    kept = _empty_kept(x, routing_weights.shape[1], gate_up_weight, recompute)
     return x.new_empty(x.shape), *kept
 
 
@@ -606,7 +606,7 @@ def _moe_mlp_backward(
     hidden: Tensor,
     gate_up_weight: Tensor,
     down_weight: Tensor,
-    rebuild: bool,
+    recompute: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, the routing weights, gate_up_weight and down_weight."""
     if x.shape[0] == 0:
@@ -621,9 +621,9 @@ def _moe_mlp_backward(
     rows = {"order": order, "offsets": offsets, "top_k": top_k}
     d_hidden = launch_grouped_matmul(d_out, down_weight, **rows, gather=True, transposed=False)
     d_gate_up, d_routing_weights = launch_swiglu_grad(
-        gate_up, d_hidden, routing_weights, order, rebuild=rebuild
+        gate_up, d_hidden, routing_weights, order, recompute=recompute
     )
-    if rebuild:
+    if recompute:
         hidden = d_hidden
     d_down_weight = launch_weight_grad(d_out, hidden, **rows, gather_d_out=True)
     d_gate_up_weight = launch_weight_grad(d_gate_up, x, **rows, gather_d_out=False)
@@ -634,9 +634,7 @@ def _moe_mlp_backward(
 
 
 @_moe_mlp_backward.register_fake
-def _(
-    d_out, x, routing_weights, order, offsets, gate_up, hidden, gate_up_weight, down_weight, rebuild
-):
+def _(d_out, x, routing_weights, order, offsets, gate_up, hidden, gate_up_weight, down_weight, _):
     return (
         x.new_empty(x.shape),
         torch.empty_like(routing_weights),
@@ -646,7 +644,7 @@ def _(
 
 
 def _setup_context(ctx, inputs, output):
-    x, routing_weights, order, offsets, gate_up_weight, down_weight, ctx.rebuild = inputs
+    x, routing_weights, order, offsets, gate_up_weight, down_weight, ctx.recompute = inputs
     _, gate_up, hidden = output
     ctx.save_for_backward(
         x, routing_weights, order, offsets, gate_up, hidden, gate_up_weight, down_weight
@@ -664,7 +662,7 @@ def _backward(ctx, d_out, _d_gate_up, _d_hidden):
     )
     d_x, d_routing_weights, d_gate_up_weight, d_down_weight = _moe_mlp_backward(
         d_out, x, routing_weights, order=order, offsets=offsets, gate_up=gate_up, hidden=hidden,
-        gate_up_weight=gate_up_weight, down_weight=down_weight, rebuild=ctx.rebuild,
+        gate_up_weight=gate_up_weight, down_weight=down_weight, recompute=ctx.recompute,
     )  # fmt: skip
     return d_x, d_routing_weights, None, None, d_gate_up_weight, d_down_weight, None
 
@@ -720,7 +718,7 @@ def moe_mlp(
     gate_up_weight: Tensor,
     down_weight: Tensor,
     *,
-    rebuild: bool = True,
+    recompute: bool = True,
 ) -> Tensor:
     """Run each token through its experts' SwiGLU MLPs and add up what they say, by weight.
 
@@ -732,8 +730,8 @@ def moe_mlp(
         routing: from `moe_route` for the same N tokens and E experts.
         gate_up_weight: (E, 2I, D), contiguous, gate first; dtype of x.
         down_weight: (E, D, I), contiguous; dtype of x.
-        rebuild: keep gate_up (N * K, 2I) for backward and rebuild the SwiGLU's output from it, in
-            the pass that differentiates it; False keeps that output (N * K, I) too. Same bits.
+        recompute: keep gate_up (N * K, 2I) for backward and recompute the SwiGLU's output from it
+            in the pass that differentiates it; False keeps that output (N * K, I) too. Same bits.
 
     Returns:
         (N, D), dtype of x.
@@ -762,7 +760,7 @@ def moe_mlp(
         offsets=routing.offsets,
         gate_up_weight=gate_up_weight,
         down_weight=down_weight,
-        rebuild=rebuild,
+        recompute=recompute,
     )
     return out
 

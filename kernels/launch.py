@@ -1,4 +1,4 @@
-"""Which row of an op's launch table a device uses.
+"""The capability of a device says which row of an op's launch table it uses.
 
 Every op keeps a small table ``{"8.6": ..., "8.0": ..., "9.0": ...}``; tuning is a command, never a
 surprise at step one. Rows must fit the smallest card that uses them:
@@ -14,7 +14,7 @@ CAPABILITIES = ("8.6", "8.0", "9.0")
 
 
 def capability(device: torch.device) -> str:
-    """Name the launch table row for `device`.
+    """The function names the launch table row for `device`.
 
     The CPU (Triton's interpreter) uses the 3090's row, so that the tests run what that card runs.
     """

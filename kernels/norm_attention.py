@@ -1,4 +1,4 @@
-"""What comes before a layer's output projection: norm, qkv matmul, RoPE and FlashAttention.
+"""All before a layer's output projection is one op: norm, qkv matmul, RoPE and FlashAttention.
 
     qkv, new_residual = add_rms_norm_qkv_rope(x, residual, ...)
     out = flash_attention_qkv(qkv, ...)
@@ -29,63 +29,47 @@ from hamner.kernels.fused_linear import add_rms_norm_qkv_rope_reference, check_q
 
 
 class _NormAttention(torch.autograd.Function):
-    """Composes registered ops, so that each is seen by the profiler and by torch.compile."""
+    """It composes registered ops, so that each is seen by the profiler and by torch.compile."""
 
     @staticmethod
     def forward(
-        ctx, x, residual, norm_weight, qkv_weight, cos, sin, positions,
-        document_starts, document_ends, num_heads, num_kv_heads, scale, eps, rebuild,
+        ctx, x, residual, norm_weight, qkv_weight, cos, sin, num_heads, num_kv_heads,
+        positions, documents, eps, recompute,
     ):  # fmt: skip
-        ctx.heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
         qkv, new_residual, rstd, normed = torch.ops.hamner.rms_norm_linear(
-            x, residual, norm_weight, qkv_weight, eps=eps, rebuild=rebuild,
-            cos=cos, sin=sin, positions=positions, **ctx.heads,
+            x, residual, norm_weight, qkv_weight, eps=eps, recompute=recompute, cos=cos, sin=sin,
+            positions=positions, num_heads=num_heads, num_kv_heads=num_kv_heads,
         )  # fmt: skip
-        out, lse = torch.ops.hamner.flash_attention_qkv(
-            qkv, document_starts=document_starts, document_ends=document_ends,
-            causal=True, scale=scale, **ctx.heads,
-        )  # fmt: skip
+        q, k, v = split_qkv(qkv, num_heads, num_kv_heads)
+        ctx.scale = q.shape[-1] ** -0.5
+        out, lse = torch.ops.hamner.flash_attention(
+            q, k, v, documents, causal=True, scale=ctx.scale
+        )
         ctx.has_residual = residual is not None
-        ctx.scale = scale
         ctx.set_materialize_grads(False)
         if not ctx.has_residual:
             # Through here all the same: backward then adds the stream's gradient in its one pass.
             new_residual = x.view_as(x)
         ctx.save_for_backward(
-            new_residual if ctx.has_residual else x,
-            rstd,
-            None if rebuild else normed,
-            norm_weight,
-            qkv_weight,
-            qkv,
-            out,
-            lse,
-            document_starts,
-            document_ends,
-            cos,
-            sin,
-            positions,
-        )
-        return out, new_residual
+            new_residual if ctx.has_residual else x, rstd, None if recompute else normed,
+            norm_weight, qkv_weight, qkv, out, lse, documents, cos, sin, positions,
+        )  # fmt: skip
+        return out.flatten(-2), new_residual
 
     @staticmethod
     def backward(ctx, d_out, d_residual):
-        no_gradients = (None,) * 10
+        no_gradients = (None,) * 8
         if d_out is None:
             d_x = d_residual
             return d_x, d_x if ctx.has_residual else None, None, None, *no_gradients
-        (
-            x, rstd, normed, norm_weight, qkv_weight,
-            qkv, out, lse, document_starts, document_ends, cos, sin, positions,
-        ) = ctx.saved_tensors  # fmt: skip
+        *norm, qkv, out, lse, documents, cos, sin, positions = ctx.saved_tensors
         d_qkv = torch.ops.hamner.flash_attention_qkv_backward(
-            d_out, qkv, out, lse, document_starts=document_starts, document_ends=document_ends,
-            causal=True, scale=ctx.scale, cos=cos, sin=sin, positions=positions, **ctx.heads,
+            d_out, qkv, out, lse, documents=documents, causal=True, scale=ctx.scale,
+            cos=cos, sin=sin, positions=positions,
         )  # fmt: skip
         d_x, d_norm_weight, d_qkv_weight = torch.ops.hamner.rms_norm_linear_backward(
-            d_qkv, d_residual, x, rstd, normed=normed, norm_weight=norm_weight, weight=qkv_weight,
-            cos=None, sin=None, positions=None, **ctx.heads,
-        )  # fmt: skip
+            d_qkv, d_residual, *norm
+        )
         return d_x, d_x if ctx.has_residual else None, d_norm_weight, d_qkv_weight, *no_gradients
 
 
@@ -102,26 +86,16 @@ def add_rms_norm_attention(
     document_ids: Tensor | None = None,
     eps: float = 1e-5,
     *,
-    rebuild: bool = True,
+    recompute: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """`add_rms_norm_qkv_rope`, then causal `flash_attention_qkv` of scale 1 / sqrt(hd).
+    """The op is `add_rms_norm_qkv_rope`, then causal `flash_attention_qkv` of scale 1 / sqrt(hd).
 
     Args:
-        x: (B, T, D) float32, float16 or bfloat16, D up to 8192.
-        residual: as x, or None where the residual stream begins.
-        norm_weight: (D,) float32 or the dtype of x.
-        qkv_weight: ((H + 2 KV) hd, D), dtype of x: query heads, key heads, value heads; hd even, up
-            to 128.
-        cos: (positions, hd / 2), at least T of them; gets no gradient.
-        sin: as cos.
+        x, residual, norm_weight, qkv_weight, cos, sin, positions, eps, recompute: as in
+            `add_rms_norm_qkv_rope`, hd even, up to 128.
         num_heads: H, a multiple of KV.
         num_kv_heads: KV.
-        positions: (B, T) int32 rows of cos and sin, restarting with each document; None for
-            0..T-1. A position outside the table takes its nearest row.
-        document_ids: (B, T) int32, non-decreasing along T: a query sees only keys of its own
-            document.
-        eps: added to the mean of squares.
-        rebuild: keep new_residual only and write the normed one again in backward; else keep both.
+        document_ids: as in `flash_attention`.
 
     Returns:
         (out, new_residual): out (B, T, H hd), new_residual (B, T, D), both in the dtype of x.
@@ -134,12 +108,12 @@ def add_rms_norm_attention(
         x, residual, norm_weight, qkv_weight, cos=cos, sin=sin,
         num_heads=num_heads, num_kv_heads=num_kv_heads, positions=positions,
     )  # fmt: skip
-    head_size = check_packed_width(qkv_weight.shape[0], num_heads, num_kv_heads)
+    check_packed_width(qkv_weight.shape[0], num_heads, num_kv_heads)
     check_device("x", x)
-    document_starts, document_ends = optional_document_bounds(document_ids, x)
+    documents = optional_document_bounds(document_ids, x)
     return _NormAttention.apply(
-        x, residual, norm_weight, qkv_weight, cos, sin, positions,
-        document_starts, document_ends, num_heads, num_kv_heads, head_size**-0.5, eps, rebuild,
+        x, residual, norm_weight, qkv_weight, cos, sin, num_heads, num_kv_heads,
+        positions, documents, eps, recompute,
     )  # fmt: skip
 
 
@@ -156,10 +130,10 @@ def add_rms_norm_attention_reference(
     document_ids: Tensor | None = None,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
-    """`add_rms_norm_attention` in plain torch."""
+    """This is `add_rms_norm_attention` in plain torch."""
     qkv, new_residual = add_rms_norm_qkv_rope_reference(
-        x, residual, norm_weight, qkv_weight, cos=cos, sin=sin,
-        num_heads=num_heads, num_kv_heads=num_kv_heads, positions=positions, eps=eps,
+        x, residual, norm_weight, qkv_weight, *(cos, sin, num_heads, num_kv_heads, positions),
+        eps=eps,
     )  # fmt: skip
     heads = split_qkv(qkv, num_heads, num_kv_heads)
     return flash_attention_reference(*heads, document_ids=document_ids).flatten(-2), new_residual

@@ -1,4 +1,4 @@
-"""RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467), with the residual addition before it.
+"""This is RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467), the residual addition before it.
 
     new_residual = x + residual
     y = new_residual / sqrt(mean(new_residual^2) + eps) * weight
@@ -36,7 +36,7 @@ MAX_WIDTH = 8192  # a row is held in registers
 
 
 class Config(NamedTuple):
-    """Elements a program holds at once, with its warps, for each direction.
+    """A config says how many elements a program holds at once and its warps, by direction.
 
     Rows narrower than the tile share a program; a wider row takes a program with more warps.
     """
@@ -62,7 +62,7 @@ CONFIGS = {
 
 
 def tile_shape(tile: int, warps: int, width: int) -> tuple[int, int, int]:
-    """Rows and columns of a program's tile at this row width, and its warps."""
+    """The function gives rows and columns of a program's tile at this row width, and its warps."""
     block_d = triton.next_power_of_2(width)
     return max(1, tile // block_d), block_d, warps * max(1, block_d // tile)
 
@@ -73,7 +73,7 @@ def rms_norm_forward_kernel(
     residual_ptr,  # (N, D) input dtype, or None
     weight_ptr,  # (D,) fp32 or input dtype
     y_ptr,  # (N, D) input dtype
-    new_residual_ptr,  # (N, D) input dtype, or None
+    new_residual_ptr,  # (N, D) input dtype, written where there is a residual
     rstd_ptr,  # (N,) fp32: 1 / root mean square
     N,
     eps,
@@ -91,7 +91,7 @@ def rms_norm_forward_kernel(
     x = tl.load(x_ptr + offs, mask=mask, other=0.0)
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + offs, mask=mask, other=0.0)
-        # Rounded before it is normed: backward sees only the stored sum, and rebuilds y from it.
+        # Rounded before it is normed: backward sees only the stored sum, and recomputes y from it.
         x = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
         tl.store(new_residual_ptr + offs, x, mask=mask)
     x = x.to(tl.float32)
@@ -152,25 +152,28 @@ def rms_norm_backward_kernel(
     tl.store(d_weight_ptr + pid * D + offs_d, tl.sum(d_weight, axis=0), mask=mask_d)
 
 
+def empty_results(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The function allocates what `launch_rms_norm` returns."""
+    rstd = x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
+    return x.new_empty(x.shape), x.new_empty(0 if residual is None else x.shape), rstd
+
+
 def launch_rms_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Norm x + residual.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The launcher norms x + residual.
 
     Returns:
-        (y, new_residual or None, rstd): y and new_residual shaped as x, rstd (N,) fp32.
+        (y, new_residual, rstd): y shaped as x, new_residual too or empty where there is no
+        residual, rstd (N,) fp32.
     """
     x = x.contiguous()
-    width = x.shape[-1]
-    num_rows = x.numel() // width
-    y = torch.empty_like(x)
-    rstd = x.new_empty(num_rows, dtype=torch.float32)
-    new_residual = None
-    if residual is not None:
-        residual = residual.contiguous()
-        new_residual = torch.empty_like(x)
+    y, new_residual, rstd = empty_results(x, residual)
+    width, num_rows = x.shape[-1], len(rstd)
     if num_rows == 0:
         return y, new_residual, rstd
+    if residual is not None:
+        residual = residual.contiguous()
     config = CONFIGS[capability(x.device)]
     block_m, block_d, warps = tile_shape(config.forward_tile, config.forward_warps, width)
     with torch.cuda.device_of(x):
@@ -190,7 +193,7 @@ def launch_rms_norm_backward(
     *,
     y: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Differentiate the norm.
+    """The launcher differentiates the norm.
 
     Args:
         d_y: gradient of y, shaped as x.
@@ -231,28 +234,12 @@ def launch_rms_norm_backward(
     return d_x, sum_partials(partial_sums, weight)
 
 
-@torch.library.custom_op("hamner::rms_norm", mutates_args=())
-def _rms_norm_op(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    y, _, rstd = launch_rms_norm(x, None, weight, eps)
-    return y, rstd
+_rms_norm_op = torch.library.custom_op("hamner::rms_norm", launch_rms_norm, mutates_args=())
 
 
 @_rms_norm_op.register_fake
-def _(x, weight, eps):
-    return x.new_empty(x.shape), x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
-
-
-@torch.library.custom_op("hamner::add_rms_norm", mutates_args=())
-def _add_rms_norm_op(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return launch_rms_norm(x, residual, weight, eps)
-
-
-@_add_rms_norm_op.register_fake
 def _(x, residual, weight, eps):
-    rstd = x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
-    return x.new_empty(x.shape), x.new_empty(x.shape), rstd
+    return empty_results(x, residual)
 
 
 @torch.library.custom_op("hamner::rms_norm_backward", mutates_args=())
@@ -267,46 +254,29 @@ def _(d_y, d_residual, x, weight, rstd):
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
-def _rms_norm_setup_context(ctx, inputs, output):
-    x, weight, _ = inputs
-    _, rstd = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(rstd)
-    ctx.save_for_backward(x, weight, rstd)
-
-
-def _rms_norm_backward(ctx, d_y, _d_rstd):
-    x, weight, rstd = ctx.saved_tensors
-    d_x, d_weight = _rms_norm_backward_op(d_y, None, x, weight=weight, rstd=rstd)
-    return d_x, d_weight, None
-
-
-def _add_rms_norm_setup_context(ctx, inputs, output):
-    _, _, weight, _ = inputs
+def _setup_context(ctx, inputs, output):
+    x, residual, weight, _ = inputs
     _, new_residual, rstd = output
+    ctx.has_residual = residual is not None
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(rstd)
-    ctx.save_for_backward(new_residual, weight, rstd)
+    ctx.mark_non_differentiable(rstd, *(() if ctx.has_residual else (new_residual,)))
+    ctx.save_for_backward(new_residual if ctx.has_residual else x, weight, rstd)
 
 
-def _add_rms_norm_backward(ctx, d_y, d_residual, _d_rstd):
-    new_residual, weight, rstd = ctx.saved_tensors
+def _backward(ctx, d_y, d_residual, _d_rstd):
     if d_y is None:
         return d_residual, d_residual, None, None
-    d_x, d_weight = _rms_norm_backward_op(d_y, d_residual, x=new_residual, weight=weight, rstd=rstd)
-    return d_x, d_x, d_weight, None
+    d_x, d_weight = _rms_norm_backward_op(d_y, d_residual, *ctx.saved_tensors)
+    return d_x, d_x if ctx.has_residual else None, d_weight, None
 
 
-_rms_norm_op.register_autograd(_rms_norm_backward, setup_context=_rms_norm_setup_context)
-_add_rms_norm_op.register_autograd(
-    _add_rms_norm_backward, setup_context=_add_rms_norm_setup_context
-)
+_rms_norm_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def check_norm_arguments(
     x: Tensor, residual: Tensor | None, weight: Tensor, weight_name: str = "weight"
 ) -> None:
-    """Check what every op that begins with a norm is given.
+    """The function checks what every op that begins with a norm is given.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -323,7 +293,7 @@ def check_norm_arguments(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
-    """Root-mean-square norm over the last axis.
+    """The op norms the last axis by its root mean square.
 
     Args:
         x: (..., D) float32, float16 or bfloat16, D up to 8192.
@@ -337,19 +307,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
         TypeError, ValueError: naming the argument that does not fit.
     """
     check_norm_arguments(x, None, weight)
-    return _rms_norm_op(x, weight, eps)[0]
+    return _rms_norm_op(x, None, weight, eps)[0]
 
 
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
-    """Add to the residual stream and norm the sum.
+    """The op adds to the residual stream and norms the sum.
 
     Args:
-        x: (..., D) float32, float16 or bfloat16, D up to 8192.
+        x, weight, eps: as in `rms_norm`.
         residual: as x.
-        weight: (D,) float32 or the dtype of x.
-        eps: added to the mean of squares.
 
     Returns:
         (y, new_residual), both (..., D) in the dtype of x: new_residual = x + residual rounded to
@@ -359,12 +327,11 @@ def add_rms_norm(
         TypeError, ValueError: naming the argument that does not fit.
     """
     check_norm_arguments(x, residual, weight)
-    y, new_residual, _ = _add_rms_norm_op(x, residual, weight, eps)
-    return y, new_residual
+    return _rms_norm_op(x, residual, weight, eps)[:2]
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
-    """`rms_norm` in plain torch; float64 throughout for float64 x, else float32 inside."""
+    """This is `rms_norm` in plain torch; float64 throughout for float64 x, else float32 inside."""
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     x_compute = x.to(compute)
     rstd = torch.rsqrt(x_compute.square().mean(dim=-1, keepdim=True) + eps)
@@ -374,6 +341,6 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
 def add_rms_norm_reference(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
-    """`add_rms_norm` in plain torch."""
+    """This is `add_rms_norm` in plain torch."""
     new_residual = x + residual
     return rms_norm_reference(new_residual, weight, eps), new_residual

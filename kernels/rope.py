@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864), half-rotation as in Llama.
+"""This is rotary position embedding (Su et al. 2021, arXiv:2104.09864), halves as in Llama.
 
     first, second = x[..., :hd/2], x[..., hd/2:]
     x[..., :hd/2] = first * cos[position] - second * sin[position]
@@ -33,7 +33,7 @@ from hamner.kernels.launch import capability
 
 
 class Config(NamedTuple):
-    """A program's rows (tokens), the most heads that it rotates at once, and its warps."""
+    """A config is a program's rows (tokens), the most heads it rotates at once, and its warps."""
 
     block_m: int
     block_h: int
@@ -123,7 +123,7 @@ def launch_rotation(
     num_heads: int,
     inverse: bool,
 ) -> None:
-    """Rotate the first `num_rotated` of `num_heads` heads of each row of x into out.
+    """The launcher rotates the first `num_rotated` of `num_heads` heads of each row of x into out.
 
     Args:
         x: (B, T, at least num_heads * head_dim), contiguous.
@@ -162,7 +162,7 @@ def launch_packed_rotation(
     inverse: bool = False,
     in_place: bool,
 ) -> Tensor:
-    """Rotate q and k of a packed qkv, in place or into a new tensor, which is returned."""
+    """The launcher rotates q and k of packed qkv, in place or into a new tensor, and returns it."""
     qkv = qkv.contiguous()
     out = qkv if in_place else torch.empty_like(qkv)
     num_rotated = num_heads + num_kv_heads
@@ -234,7 +234,7 @@ def _(qkv, cos, sin, num_heads, num_kv_heads, positions, inverse):
 
 
 def check_tables(cos: Tensor, sin: Tensor, seq_len: int, head_dim: int, x: Tensor) -> None:
-    """Check cos and sin against the x they rotate.
+    """The function checks cos and sin against the x they rotate.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -253,6 +253,23 @@ def check_tables(cos: Tensor, sin: Tensor, seq_len: int, head_dim: int, x: Tenso
         raise ValueError(f"sin has shape {tuple(sin.shape)}, cos {tuple(cos.shape)}")
 
 
+def packed_head_size(width: int, num_heads: int, num_kv_heads: int) -> int:
+    """The function gives the head size of packed rows (H + 2 KV) hd.
+
+    Raises:
+        ValueError: there are no such heads.
+    """
+    check_positive("num_heads", num_heads)
+    check_positive("num_kv_heads", num_kv_heads)
+    packed_heads = num_heads + 2 * num_kv_heads
+    if width % packed_heads:
+        raise ValueError(
+            f"qkv rows have {width} elements, not a multiple of num_heads + 2 * num_kv_heads = "
+            f"{packed_heads}"
+        )
+    return width // packed_heads
+
+
 def check_packed_arguments(
     shape: Sequence[int],
     cos: Tensor,
@@ -262,22 +279,14 @@ def check_packed_arguments(
     positions: Tensor | None,
     x: Tensor,
 ) -> None:
-    """Check the rotation of a packed qkv of this shape, on the device of `x`.
+    """The function checks the rotation of a packed qkv of this shape, on the device of `x`.
 
     Raises:
         TypeError, ValueError: naming the argument.
     """
     check_shape("qkv", shape, ("batch", "time", "heads * head size"))
-    check_positive("num_heads", num_heads)
-    check_positive("num_kv_heads", num_kv_heads)
-    packed_heads = num_heads + 2 * num_kv_heads
-    if shape[2] % packed_heads != 0:
-        raise ValueError(
-            f"qkv rows have {shape[2]} elements, not a multiple of num_heads + 2 * num_kv_heads = "
-            f"{packed_heads}"
-        )
-    seq_len = shape[1] if positions is None else 1
-    check_tables(cos, sin, seq_len=seq_len, head_dim=shape[2] // packed_heads, x=x)
+    head_dim = packed_head_size(shape[2], num_heads, num_kv_heads)
+    check_tables(cos, sin, seq_len=shape[1] if positions is None else 1, head_dim=head_dim, x=x)
     if positions is not None:
         check_dtype("positions", positions, (torch.int32,))
         check_shape("positions", positions.shape, shape[:2])
@@ -285,7 +294,7 @@ def check_packed_arguments(
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotate queries and keys by their positions 0..T-1.
+    """The op rotates queries and keys by their positions 0..T-1.
 
     Args:
         q: (B, T, H, hd) float32, float16 or bfloat16, hd even.
@@ -318,7 +327,7 @@ def rope_packed_(
     *,
     inverse: bool = False,
 ) -> Tensor:
-    """Rotate q and k of a packed qkv in place; not differentiable (`add_rms_norm_qkv_rope` is).
+    """The op rotates q and k of packed qkv in place; `add_rms_norm_qkv_rope` is differentiable.
 
     Args:
         qkv: (B, T, (H + 2 KV) hd) contiguous: query heads, key heads, value heads.
@@ -351,7 +360,7 @@ def rope_packed_(
 
 
 def _rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x (B, T, heads, hd) by cos and sin (B or 1, T, hd / 2)."""
+    """The result is x (B, T, heads, hd) rotated by cos and sin (B or 1, T, hd / 2)."""
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     cos, sin = cos.to(compute).unsqueeze(2), sin.to(compute).unsqueeze(2)
     first, second = x.to(compute).chunk(2, dim=-1)
@@ -360,7 +369,7 @@ def _rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rope_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """`rope` in plain torch; float64 for float64 input, else float32 inside."""
+    """This is `rope` in plain torch; float64 for float64 input, else float32 inside."""
     cos, sin = cos[None, : q.shape[1]], sin[None, : q.shape[1]]
     return _rotate_reference(q, cos, sin), _rotate_reference(k, cos, sin)
 
@@ -373,7 +382,7 @@ def rope_packed_reference(
     num_kv_heads: int,
     positions: Tensor | None = None,
 ) -> Tensor:
-    """`rope_packed_` in plain torch, differentiable: returns a new tensor."""
+    """This is `rope_packed_` in plain torch, differentiable: returns a new tensor."""
     packed_heads = num_heads + 2 * num_kv_heads
     heads = qkv.unflatten(-1, (packed_heads, qkv.shape[-1] // packed_heads))
     q_and_k, v = heads.split((num_heads + num_kv_heads, num_kv_heads), dim=2)

@@ -1,4 +1,4 @@
-"""SwiGLU (Shazeer 2020, arXiv:2002.05202) on one packed projection.
+"""This is SwiGLU (Shazeer 2020, arXiv:2002.05202) on one packed projection.
 
     gate, up = gate_up[..., :I], gate_up[..., I:]
     h = silu(gate) * up
@@ -28,7 +28,7 @@ from hamner.kernels.launch import capability
 
 
 class Config(NamedTuple):
-    """A program's tile of h, and its warps, for each direction."""
+    """A config is a program's tile of h and its warps, for each direction."""
 
     forward_block_m: int
     forward_block_i: int
@@ -50,9 +50,25 @@ CONFIGS = {
 
 
 def tile_shape(block_m: int, block_i: int, intermediate: int) -> tuple[int, int]:
-    """Rows and columns of a program's tile: no wider than h, with as many elements."""
+    """The function gives rows and columns of a tile: no wider than h, with as many elements."""
     columns = min(block_i, triton.next_power_of_2(intermediate))
     return block_m * (block_i // columns), columns
+
+
+@triton.jit
+def _load_gate_and_up(
+    gate_up_ptr, N, INTERMEDIATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr
+):
+    """A program gets its tile of gate and up, the offsets in gate_up and in h, and the mask."""
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_i = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
+    mask = (offs_m < N)[:, None] & (offs_i < INTERMEDIATE)[None, :]
+    offs_gate = offs_m[:, None] * (2 * INTERMEDIATE) + offs_i[None, :]
+    offs_h = offs_m[:, None] * INTERMEDIATE + offs_i[None, :]
+
+    gate = tl.load(gate_up_ptr + offs_gate, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + offs_gate + INTERMEDIATE, mask=mask, other=0.0).to(tl.float32)
+    return gate, up, offs_gate, offs_h, mask
 
 
 @triton.jit
@@ -64,14 +80,9 @@ def swiglu_forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_i = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
-    mask = (offs_m < N)[:, None] & (offs_i < INTERMEDIATE)[None, :]
-    offs_gate = offs_m[:, None] * (2 * INTERMEDIATE) + offs_i[None, :]
-    offs_h = offs_m[:, None] * INTERMEDIATE + offs_i[None, :]
-
-    gate = tl.load(gate_up_ptr + offs_gate, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(gate_up_ptr + offs_gate + INTERMEDIATE, mask=mask, other=0.0).to(tl.float32)
+    gate, up, offs_gate, offs_h, mask = _load_gate_and_up(
+        gate_up_ptr, N, INTERMEDIATE, BLOCK_M, BLOCK_I
+    )
     h = gate * tl.sigmoid(gate) * up
     tl.store(h_ptr + offs_h, h.to(h_ptr.dtype.element_ty), mask=mask)
 
@@ -87,14 +98,9 @@ def swiglu_backward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_i = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
-    mask = (offs_m < N)[:, None] & (offs_i < INTERMEDIATE)[None, :]
-    offs_gate = offs_m[:, None] * (2 * INTERMEDIATE) + offs_i[None, :]
-    offs_h = offs_m[:, None] * INTERMEDIATE + offs_i[None, :]
-
-    gate = tl.load(gate_up_ptr + offs_gate, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(gate_up_ptr + offs_gate + INTERMEDIATE, mask=mask, other=0.0).to(tl.float32)
+    gate, up, offs_gate, offs_h, mask = _load_gate_and_up(
+        gate_up_ptr, N, INTERMEDIATE, BLOCK_M, BLOCK_I
+    )
     d_h = tl.load(d_h_ptr + offs_h, mask=mask, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
@@ -110,7 +116,7 @@ def swiglu_backward_kernel(
 
 
 def launch_swiglu(gate_up: Tensor) -> Tensor:
-    """Compute h, (..., I), from gate_up, (..., 2I)."""
+    """The launcher computes h, (..., I), from gate_up, (..., 2I)."""
     gate_up = gate_up.contiguous()
     intermediate = gate_up.shape[-1] // 2
     h = gate_up.new_empty(*gate_up.shape[:-1], intermediate)
@@ -130,7 +136,7 @@ def launch_swiglu(gate_up: Tensor) -> Tensor:
 
 
 def launch_swiglu_backward(d_h: Tensor, gate_up: Tensor, *, h: Tensor | None = None) -> Tensor:
-    """Compute d_gate_up, (..., 2I).
+    """The launcher computes d_gate_up, (..., 2I).
 
     Args:
         d_h: (..., I).
@@ -186,7 +192,7 @@ _swiglu_op.register_autograd(_swiglu_backward, setup_context=_swiglu_setup_conte
 
 
 def check_gate_up(gate_up: Tensor) -> None:
-    """Check the packed gate and up projection.
+    """The function checks the packed gate and up projection.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -216,7 +222,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def swiglu_reference(gate_up: Tensor) -> Tensor:
-    """`swiglu` in plain torch; float64 for float64 input, else float32 inside."""
+    """This is `swiglu` in plain torch; float64 for float64 input, else float32 inside."""
     compute = torch.float64 if gate_up.dtype == torch.float64 else torch.float32
     gate, up = gate_up.to(compute).chunk(2, dim=-1)
     return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)

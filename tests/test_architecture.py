@@ -25,14 +25,8 @@ FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 NAMELESS = {"apply", "save_for_backward", "mark_non_differentiable", "print", "zip", "chain"}
 NAMELESS |= {"product", "min", "max", "submit", "debug", "info", "warning", "error"}
-NAMELESS |= {
-    "permutation",
-    "check_counts",
-    "grid",
-    "run_block",
-    "_rebuilt",
-    "launch_backward",
-}  # variadic, starred
+NAMELESS |= {"permutation", "check_counts", "grid", "run_block", "_recomputed"}  # variadic
+NAMELESS |= {"launch_backward"}  # starred
 NAMELESS |= {"adamw", "flash_attn_varlen_func", "create_block_mask"}  # of other projects
 """functions whose arguments have no names or are all alike, and those that pass theirs on"""
 

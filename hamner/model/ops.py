@@ -38,7 +38,7 @@ from hamner.kernels.rms_norm import (
 from hamner.kernels.rope import rope_packed_reference
 from hamner.kernels.router_linear import router_linear, router_linear_reference
 from hamner.model.attention import AttentionBackend, differential_attention
-from hamner.model.recompute import rebuilt_in_backward
+from hamner.model.recompute import recomputed_in_backward
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Ops:
 
     Shapes: B batch, T time, D width, N = B T tokens, H query heads, KV key and value heads, V
     vocabulary, E experts, I intermediate size. A `residual` of None means that `x` itself is the
-    residual stream. `rebuild` trades bandwidth for memory: the matmul's operand is computed again
+    residual stream. `recompute` trades bandwidth for memory: the matmul's operand is computed again
     in backward instead of kept.
     """
 
@@ -58,15 +58,15 @@ class Ops:
     add_rms_norm: Callable[..., tuple[Tensor, Tensor]]
     """(x, residual, weight, eps) -> (y, new residual)"""
     norm_linear: Callable[..., tuple[Tensor, Tensor]]
-    """(x, residual, norm_weight, weight, *, eps, rebuild) -> (out, new residual)"""
+    """(x, residual, norm_weight, weight, *, eps, recompute) -> (out, new residual)"""
     norm_qkv_rope: Callable[..., tuple[Tensor, Tensor]]
     """(x, residual, norm_weight, qkv_weight, *, cos, sin, num_heads, num_kv_heads, positions, eps,
-    rebuild) -> (packed qkv (B, T, (H + 2 KV) head_size), new residual)"""
+    recompute) -> (packed qkv (B, T, (H + 2 KV) head_size), new residual)"""
     norm_attention: Callable[..., tuple[Tensor, Tensor]]
     """(x, residual, norm_weight, qkv_weight, *, document_ids, and the same) -> (causal attention of
     what `norm_qkv_rope` gives (B, T, H head_size), new residual)"""
     swiglu_linear: Callable[..., Tensor]
-    """(gate_up (..., 2I), weight (D, I), *, rebuild) -> (..., D)"""
+    """(gate_up (..., 2I), weight (D, I), *, recompute) -> (..., D)"""
     linear_cross_entropy: Callable[..., Tensor]
     """(hidden (N, D), weight (V, D), targets (N,)) -> mean over kept targets, fp32"""
     router_linear: Callable[..., Tensor]
@@ -74,10 +74,10 @@ class Ops:
     moe_route: Callable[..., Routing]
     """(router_logits (N, E), experts per token, *, bias (E,) fp32 or None) -> Routing"""
     moe_mlp: Callable[..., Tensor]
-    """(x (N, D), routing, gate_up_weight (E, 2I, D), down_weight (E, D, I), *, rebuild)
+    """(x (N, D), routing, gate_up_weight (E, 2I, D), down_weight (E, D, I), *, recompute)
     -> (N, D)"""
-    rebuilding: Callable[..., AbstractContextManager]
-    """(tensor, rebuild) -> context in which operations that save `tensor` call `rebuild` in
+    recomputing: Callable[..., AbstractContextManager]
+    """(tensor, recompute) -> context in which operations that save `tensor` call `recompute` in
     backward instead"""
     adamw_: Callable[..., None]
     """see hamner.kernels.adamw.adamw_"""
@@ -126,7 +126,7 @@ def build_ops(kernels: str, attention_backend: AttentionBackend) -> Ops:
             router_linear=router_linear,
             moe_route=moe_route,
             moe_mlp=moe_mlp,
-            rebuilding=rebuilt_in_backward,
+            recomputing=recomputed_in_backward,
             adamw_=adamw_,
             splits_masters=True,
             global_grad_norm=global_grad_norm,
@@ -150,7 +150,7 @@ def build_ops(kernels: str, attention_backend: AttentionBackend) -> Ops:
         moe_route=moe_route_reference,
         moe_mlp=_moe_mlp_torch,
         # Its plain experts are checkpointed, which keeps their input.
-        rebuilding=lambda *_: nullcontext(),
+        recomputing=lambda *_: nullcontext(),
         adamw_=_adamw_torch_,
         splits_masters=False,
         global_grad_norm=global_grad_norm_reference,
@@ -158,28 +158,28 @@ def build_ops(kernels: str, attention_backend: AttentionBackend) -> Ops:
     )
 
 
-def _rebuilt(rebuild: bool, function: Callable, *args):
-    """Run `function`, keeping only its inputs if `rebuild`.
+def _recomputed(recompute: bool, function: Callable, *args):
+    """Run `function`, keeping only its inputs if `recompute`.
 
     Torch's checkpoint stops recomputing as soon as the last saved tensor is back, which is before
     the matmul that ends each pair: the matmul itself is not run twice.
     """
-    if rebuild and torch.is_grad_enabled():
+    if recompute and torch.is_grad_enabled():
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
     return function(*args)
 
 
-def _norm_linear(pair, x, residual, norm_weight, weight, *, eps, rebuild):
+def _norm_linear(pair, x, residual, norm_weight, weight, *, eps, recompute):
     # The sum stays outside the pair because it is kept: it is the next residual.
     stream = x if residual is None else x + residual
-    return _rebuilt(rebuild, pair, stream, norm_weight, weight, eps), stream
+    return _recomputed(recompute, pair, stream, norm_weight, weight, eps), stream
 
 
 def _norm_qkv_rope(
-    pair, rope_packed, x, residual, norm_weight, qkv_weight, *, eps, rebuild, **rope
+    pair, rope_packed, x, residual, norm_weight, qkv_weight, *, eps, recompute, **rope
 ):
     qkv, stream = _norm_linear(
-        pair, x, residual, norm_weight=norm_weight, weight=qkv_weight, eps=eps, rebuild=rebuild
+        pair, x, residual, norm_weight=norm_weight, weight=qkv_weight, eps=eps, recompute=recompute
     )
     return rope_packed(qkv, **rope), stream
 
@@ -192,12 +192,12 @@ def _norm_attention(
     return attend(qkv, num_heads, num_kv_heads, document_ids=document_ids), stream
 
 
-def _swiglu_linear(pair, gate_up, weight, *, rebuild):
-    return _rebuilt(rebuild, pair, gate_up, weight)
+def _swiglu_linear(pair, gate_up, weight, *, recompute):
+    return _recomputed(recompute, pair, gate_up, weight)
 
 
-def _moe_mlp_torch(x, routing, gate_up_weight, down_weight, *, rebuild):
-    return _rebuilt(rebuild, moe_mlp_reference, x, routing, gate_up_weight, down_weight)
+def _moe_mlp_torch(x, routing, gate_up_weight, down_weight, *, recompute):
+    return _recomputed(recompute, moe_mlp_reference, x, routing, gate_up_weight, down_weight)
 
 
 def _linear_cross_entropy_torch(hidden, weight, targets):

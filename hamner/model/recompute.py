@@ -11,24 +11,24 @@ from hamner.plan.memory import FULL, SELECTIVE, Policy
 
 
 def run_block(policy: Policy, block: Callable, x: Tensor, residual: Tensor | None, *args):
-    """The function runs `block(x, residual, *args, rebuild=...)` and returns what that returns.
+    """The function runs `block(x, residual, *args, recompute=...)` and returns what that returns.
 
     Autograd keeps what the policy says; `full` runs under torch's non-reentrant checkpoint.
     """
     if policy != FULL:
-        return block(x, residual, *args, rebuild=policy == SELECTIVE)
+        return block(x, residual, *args, recompute=policy == SELECTIVE)
     # One summed stream is kept instead of the branch and the residual apart.
     stream = x if residual is None else x + residual
     return checkpoint(
-        block, stream, None, *args, rebuild=True, use_reentrant=False, preserve_rng_state=False
+        block, stream, None, *args, recompute=True, use_reentrant=False, preserve_rng_state=False
     )
 
 
-class _Rebuilt:
+class _Recomputed:
     """It stands in for a tensor until backward, whose readers share one recomputed value."""
 
-    def __init__(self, rebuild: Callable[[], Tensor]) -> None:
-        self.rebuild = rebuild
+    def __init__(self, recompute: Callable[[], Tensor]) -> None:
+        self.recompute = recompute
         self.readers = self.left = 0
         self.value: Tensor | None = None
 
@@ -36,7 +36,7 @@ class _Rebuilt:
         """The reader gets the tensor, which is let go of after the last of them."""
         if self.value is None:
             with torch.no_grad():
-                self.value = self.rebuild()
+                self.value = self.recompute()
             self.left = self.readers
         value = self.value
         self.left -= 1
@@ -46,15 +46,15 @@ class _Rebuilt:
 
 
 @contextlib.contextmanager
-def rebuilt_in_backward(tensor: Tensor, rebuild: Callable[[], Tensor]) -> Iterator[None]:
-    """Autograd calls `rebuild` in backward for what it would keep of `tensor` in this context.
+def recomputed_in_backward(tensor: Tensor, recompute: Callable[[], Tensor]) -> Iterator[None]:
+    """Autograd calls `recompute` in backward for what it would keep of `tensor` in this context.
 
     Where saved tensors have hooks already (a block that is checkpointed as a whole keeps nothing of
     it anyway) or the code is being compiled, it keeps the tensor.
 
     Args:
         tensor: contiguous; it, or views of all of it, are saved by operations in the context.
-        rebuild: returns a tensor of the same values, shape and dtype; holds what that takes, and
+        recompute: returns a tensor of the same values, shape and dtype; holds what that takes, and
             not `tensor`.
     """
     # The hooks set last are the only ones that autograd asks. There is no public way to see them.
@@ -62,17 +62,17 @@ def rebuilt_in_backward(tensor: Tensor, rebuild: Callable[[], Tensor]) -> Iterat
     if torch.compiler.is_compiling() or is_hooked or not torch.is_grad_enabled():
         yield
         return
-    rebuilt = _Rebuilt(rebuild)
+    recomputed = _Recomputed(recompute)
     address, size = tensor.data_ptr(), tensor.numel()
 
     def pack(saved: Tensor):
         if saved.data_ptr() != address or saved.numel() != size:
             return saved
-        rebuilt.readers += 1
+        recomputed.readers += 1
         return saved.shape
 
     def unpack(kept: Tensor | torch.Size) -> Tensor:
-        return kept if isinstance(kept, Tensor) else rebuilt.read().view(kept)
+        return kept if isinstance(kept, Tensor) else recomputed.read().view(kept)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield

@@ -107,7 +107,7 @@ class Attention(nn.Module):
                 self.register_parameter(name, nn.Parameter(vector))
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, context: Context, rebuild: bool
+        self, x: Tensor, residual: Tensor | None, context: Context, recompute: bool
     ) -> tuple[Tensor, Tensor]:
         """The module maps (B, T, D) branch and residual in, branch and residual out."""
         config, ops, rotary = self.config, self.ops, context.rotary
@@ -119,7 +119,7 @@ class Attention(nn.Module):
             "num_kv_heads": config.num_kv_heads,
             "positions": rotary.positions,
             "eps": self.norm.eps,
-            "rebuild": rebuild,
+            "recompute": recompute,
         }
         if context.cache is None and not config.use_differential_attention:
             out, residual = ops.norm_attention(
@@ -169,12 +169,12 @@ class DenseMLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, rebuild: bool
+        self, x: Tensor, residual: Tensor | None, recompute: bool
     ) -> tuple[Tensor, Tensor, None]:
         """The module maps (B, T, D) branch and residual in; branch, residual and no routing out."""
         inputs = x, residual, self.norm.weight, self.gate_up_proj.weight
-        gate_up, residual = self.ops.norm_linear(*inputs, eps=self.norm.eps, rebuild=rebuild)
-        out = self.ops.swiglu_linear(gate_up, self.down_proj.weight, rebuild=rebuild)
+        gate_up, residual = self.ops.norm_linear(*inputs, eps=self.norm.eps, recompute=recompute)
+        out = self.ops.swiglu_linear(gate_up, self.down_proj.weight, recompute=recompute)
         return out, residual, None
 
 
@@ -188,10 +188,10 @@ class SharedExpert(nn.Module):
         self.gate_up_proj = nn.Linear(config.hidden_size, 2 * width, bias=False)
         self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
 
-    def forward(self, normed: Tensor, rebuild: bool) -> Tensor:
+    def forward(self, normed: Tensor, recompute: bool) -> Tensor:
         """The module maps (B, T, D) -> (B, T, D)."""
         gate_up = self.gate_up_proj(normed)
-        return self.ops.swiglu_linear(gate_up, self.down_proj.weight, rebuild=rebuild)
+        return self.ops.swiglu_linear(gate_up, self.down_proj.weight, recompute=recompute)
 
 
 class MoEMLP(nn.Module):
@@ -209,19 +209,19 @@ class MoEMLP(nn.Module):
         self.down_weight = nn.Parameter(torch.empty(experts, d, width))
         self.shared = SharedExpert(config, ops) if config.num_shared_experts else None
 
-    def forward(self, x: Tensor, residual: Tensor | None, rebuild: bool):
+    def forward(self, x: Tensor, residual: Tensor | None, recompute: bool):
         """The module maps (B, T, D) branch and residual in; branch, residual and `Routing` out."""
         norm, ops = self.norm, self.ops
         normed, residual = ops.add_rms_norm(x, residual, norm.weight, norm.eps)
         keeping = contextlib.nullcontext()
-        if rebuild:
+        if recompute:
             stream, weight = residual.detach(), norm.weight.detach()
-            keeping = ops.rebuilding(normed, lambda: ops.rms_norm(stream, weight, norm.eps))
+            keeping = ops.recomputing(normed, lambda: ops.rms_norm(stream, weight, norm.eps))
         with keeping:
-            out, routing = self.experts(normed, rebuild)
+            out, routing = self.experts(normed, recompute)
         return out, residual, routing
 
-    def experts(self, normed: Tensor, rebuild: bool) -> tuple[Tensor, Routing]:
+    def experts(self, normed: Tensor, recompute: bool) -> tuple[Tensor, Routing]:
         """The module maps (B, T, D) -> what all experts add, (B, T, D), and the routing."""
         tokens = normed.flatten(0, 1)
         logits = self.ops.router_linear(tokens, self.router.weight)
@@ -229,11 +229,11 @@ class MoEMLP(nn.Module):
             logits, self.config.num_experts_per_token, bias=self.router_bias
         )
         out = self.ops.moe_mlp(
-            tokens, routing, self.gate_up_weight, self.down_weight, rebuild=rebuild
+            tokens, routing, self.gate_up_weight, self.down_weight, recompute=recompute
         )
         out = out.view_as(normed)
         if self.shared is not None:
-            out = out + self.shared(normed, rebuild)
+            out = out + self.shared(normed, recompute)
         return out, routing
 
 
@@ -248,11 +248,11 @@ class Block(nn.Module):
         else:
             self.mlp = DenseMLP(config, config.expert_intermediate_size, ops)
 
-    def forward(self, x: Tensor, residual: Tensor | None, context: Context, *, rebuild: bool):
+    def forward(self, x: Tensor, residual: Tensor | None, context: Context, *, recompute: bool):
         """The module maps (B, T, D) branch and residual in; branch, residual and `Routing` (or
         None) out."""
-        x, residual = self.attention(x, residual, context, rebuild)
-        return self.mlp(x, residual, rebuild)
+        x, residual = self.attention(x, residual, context, recompute)
+        return self.mlp(x, residual, recompute)
 
 
 class Transformer(nn.Module):

@@ -71,37 +71,57 @@ def _moe_matmuls(operation: Range, x: int, down_weight: int) -> Cost:
     )
 
 
-def _attention(
-    operation: Range, q: int, causal: int, documents: int | None = None, heads: int | None = None
-) -> Cost:
-    """Attention's q is (B, H, T, hd) in ATen and (B, T, H, hd) elsewhere; k comes after it.
-
-    With `heads` both are packed with v, (B, T, (H + 2 KV) hd). A causal mask halves the square;
-    with documents it is not known.
-    """
-    if documents is not None and _given(operation, documents):
-        raise ValueError("documents shorten attention by an amount that is not recorded")
+def _attention(operation: Range, q: int, causal: int, *, is_aten: bool = False) -> Cost:
+    """Attention's q is (B, H, T, hd) in ATen and (B, T, H, hd) elsewhere; k comes after it."""
     batch, *middle, size = operation.dims[q]
-    if heads is None:
-        is_aten = operation.name.startswith("aten::")
-        num_heads, length = middle if is_aten else reversed(middle)
-        keys = operation.dims[q + 1][2 if is_aten else 1]
-        key_elements = _count(operation, q + 1)
-    else:
-        num_heads, num_kv_heads = map(int, operation.values[heads : heads + 2])
-        (length,) = middle
-        keys = length
-        size //= num_heads + 2 * num_kv_heads
-        key_elements = batch * length * num_kv_heads * size
+    num_heads, length = middle if is_aten else reversed(middle)
+    keys = operation.dims[q + 1][2 if is_aten else 1]
     square = batch * length * keys
     return costs.attention(
         square / 2 if operation.values[causal] == "True" else square,
-        batch * length * num_heads * size,
-        key_elements,
+        _count(operation, q),
+        _count(operation, q + 1),
         width=num_heads * size,
         element_size=_element_size(operation, q),
         backward=_is_backward(operation),
     )
+
+
+def _own_attention(operation: Range, q: int) -> Cost:
+    """The one boolean of these ops is the causal mask, which halves the square; with int32
+    documents the square is not known."""
+    if "int" in operation.types:
+        raise ValueError("documents shorten attention by an amount that is not recorded")
+    (causal,) = (i for i, value in enumerate(operation.values) if value in ("True", "False"))
+    return _attention(operation, q, causal)
+
+
+def _packed_attention(operation: Range, qkv: int, query_elements: int) -> Cost:
+    """Here q is packed with k and v, (B, T, (H + 2 KV) hd)."""
+    if "int" in operation.types:
+        raise ValueError("documents shorten attention by an amount that is not recorded")
+    batch, length, _ = operation.dims[qkv]
+    square = batch * length**2
+    return costs.attention(
+        square / 2 if "True" in operation.values else square,
+        query_elements,
+        (_count(operation, qkv) - query_elements) // 2,
+        width=query_elements // (batch * length),
+        element_size=_element_size(operation, qkv),
+        backward=_is_backward(operation),
+    )
+
+
+def _packed_attention_forward(operation: Range) -> Cost:
+    """The numbers of heads follow qkv; newer traces have `hamner::flash_attention` in its place."""
+    num_heads, num_kv_heads = map(int, operation.values[1:3])
+    elements = _count(operation, 0) * num_heads // (num_heads + 2 * num_kv_heads)
+    return _packed_attention(operation, qkv=0, query_elements=elements)
+
+
+def _packed_attention_backward(operation: Range) -> Cost:
+    """The output follows qkv."""
+    return _packed_attention(operation, qkv=1, query_elements=_count(operation, 2))
 
 
 def _norm(operation: Range, x: int, residual: int | None = None, kept: int | None = None) -> Cost:
@@ -184,21 +204,28 @@ _FORMULAS: dict[str, dict[str, Formula]] = {
         "hamner::moe_mlp_backward": partial(_moe_matmuls, x=1, down_weight=8),
     },
     "attention": {
-        "aten::_scaled_dot_product_flash_attention": partial(_attention, q=0, causal=4),
-        "aten::_scaled_dot_product_cudnn_attention": partial(_attention, q=0, causal=6),
-        "aten::_scaled_dot_product_flash_attention_backward": partial(_attention, q=1, causal=11),
-        "aten::_scaled_dot_product_cudnn_attention_backward": partial(_attention, q=1, causal=14),
+        "aten::_scaled_dot_product_flash_attention": partial(
+            _attention, q=0, causal=4, is_aten=True
+        ),
+        "aten::_scaled_dot_product_cudnn_attention": partial(
+            _attention, q=0, causal=6, is_aten=True
+        ),
+        "aten::_scaled_dot_product_flash_attention_backward": partial(
+            _attention, q=1, causal=11, is_aten=True
+        ),
+        "aten::_scaled_dot_product_cudnn_attention_backward": partial(
+            _attention, q=1, causal=14, is_aten=True
+        ),
         "flash_attn::_flash_attn_forward": partial(_attention, q=0, causal=5),
         "flash_attn::_flash_attn_backward": partial(_attention, q=1, causal=11),
-        "hamner::flash_attention": partial(_attention, q=0, causal=5, documents=3),
-        "hamner::flash_attention_backward": partial(_attention, q=1, causal=8, documents=6),
-        "hamner::flash_attention_qkv": partial(_attention, q=0, causal=5, documents=3, heads=1),
-        "hamner::flash_attention_qkv_backward": partial(
-            _attention, q=1, causal=8, documents=4, heads=6
-        ),
+        "hamner::flash_attention": partial(_own_attention, q=0),
+        "hamner::flash_attention_backward": partial(_own_attention, q=1),
+        "hamner::flash_attention_qkv": _packed_attention_forward,
+        "hamner::flash_attention_qkv_backward": _packed_attention_backward,
     },
     "norm": {
-        "hamner::rms_norm": partial(_norm, x=0),
+        "hamner::rms_norm": partial(_norm, x=0, residual=1),
+        # As traces have it from before one op did both.
         "hamner::add_rms_norm": partial(_norm, x=0, residual=1),
         "hamner::rms_norm_backward": partial(_norm, x=2, residual=1),
         "hamner::rms_norm_linear": partial(_norm, x=0, residual=1),

@@ -40,8 +40,8 @@ class CompileCase:
     Args:
         name: what is compiled, unique within its op, e.g. "rms_norm_forward/D=1024".
         kernel: the `@triton.jit` function.
-        signature: the type of every parameter that is not constexpr: "*bf16", "*fp32", "i32"...
-            Pointers are taken as 16-byte aligned, as torch's allocations are.
+        signature: the type of every parameter that is not constexpr: "*bf16", "*fp32", "i32"..., or
+            a tuple of types. Pointers are taken as 16-byte aligned, as torch's allocations are.
         constexprs: the value of every constexpr parameter.
         num_warps: warps a block.
         num_stages: software pipelining stages.
@@ -53,7 +53,7 @@ class CompileCase:
 
     name: str
     kernel: JITFunction
-    signature: dict[str, str]
+    signature: dict[str, str | tuple[str, ...]]
     constexprs: dict[str, object]
     num_warps: int
     num_stages: int
@@ -107,9 +107,10 @@ def compile_case(case: CompileCase) -> CompileResult:
         )
     signature = {name: case.signature.get(name, "constexpr") for name in names}
     attrs = {
-        (i,): [["tt.divisibility", 16]]
+        path: [["tt.divisibility", 16]]
         for i, name in enumerate(names)
-        if signature[name].startswith("*") or name in case.divisible_by_16
+        for path, kind in _leaves((i,), signature[name])
+        if kind.startswith("*") or name in case.divisible_by_16
     }
     compiled = triton.compile(
         ASTSource(fn=case.kernel, signature=signature, constexprs=case.constexprs, attrs=attrs),
@@ -130,6 +131,14 @@ def compile_case(case: CompileCase) -> CompileResult:
         # mma.sync or wgmma.mma_async
         uses_tensor_cores="mma" in compiled.asm["ptx"],
     )
+
+
+def _leaves(path: tuple[int, ...], kind: str | tuple) -> Iterator[tuple[tuple[int, ...], str]]:
+    """The function yields the parameter's type, or each type of a tuple, with where it stands."""
+    if isinstance(kind, str):
+        yield path, kind
+    else:
+        yield from (((*path, i), member) for i, member in enumerate(kind))
 
 
 def _registers_and_stack(cubin: bytes) -> tuple[int, int]:

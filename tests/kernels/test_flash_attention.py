@@ -300,15 +300,17 @@ class TestRegistration:
 
     @pytest.mark.parametrize("with_documents", [False, True])
     def test_opcheck(self, with_documents, device):
-        bounds = (None, None)
+        bounds = None
         if with_documents:
             bounds = document_bounds(documents([[3, 9], [12]], device))
+        masking = bounds, True, 0.25
         inputs = make_inputs(device, torch.float32, 12, (2, 1), (16, 16))
-        op = torch.ops.hamner.flash_attention.default
-        torch.library.opcheck(op, (*inputs.values(), *bounds, True, 0.25))
-        qkv = make_qkv(device, torch.float32, 12, (2, 1), head_size=16)
-        op = torch.ops.hamner.flash_attention_qkv.default
-        torch.library.opcheck(op, (qkv, 2, 1, *bounds, True, 0.25))
+        ops = torch.ops.hamner
+        torch.library.opcheck(ops.flash_attention.default, (*inputs.values(), *masking))
+        qkv = make_qkv(device, torch.float32, 12, (2, 1), head_size=16).detach()
+        results = ops.flash_attention(*split_qkv(qkv, 2, 1), *masking)
+        arguments = results[0].flatten(-2), qkv, *results, *masking, None, None, None
+        torch.library.opcheck(ops.flash_attention_qkv_backward.default, arguments)
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 2, 16), (2, 0, 2, 16)])

@@ -60,9 +60,9 @@ def documents(device):
     )
 
 
-def qkv_rope(rebuild=True):
+def qkv_rope(recompute=True):
     return lambda x, residual, norm_weight, weight, cos, sin, positions: add_rms_norm_qkv_rope(
-        x, residual, norm_weight, weight, cos, sin, HEADS, KV_HEADS, positions, rebuild=rebuild
+        x, residual, norm_weight, weight, cos, sin, HEADS, KV_HEADS, positions, recompute=recompute
     )
 
 
@@ -72,48 +72,48 @@ def qkv_rope_reference(x, residual, norm_weight, weight, cos, sin, positions):
     )
 
 
-def with_rebuild(op, rebuild):
-    return lambda *arguments: op(*arguments, rebuild=rebuild)
+def with_recompute(op, recompute):
+    return lambda *arguments: op(*arguments, recompute=recompute)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rebuild", [True, False])
+@pytest.mark.parametrize("recompute", [True, False])
 class TestAccuracy:
     @pytest.mark.parametrize("residual", [True, False])
     @pytest.mark.parametrize(("shape", "outputs"), [((1, 33), 5), ((2, 19, 48), 40)])
-    def test_add_rms_norm_linear(self, shape, outputs, residual, rebuild, dtype, device):
+    def test_add_rms_norm_linear(self, shape, outputs, residual, recompute, dtype, device):
         inputs = norm_inputs(shape, outputs, dtype, device, residual=residual)
-        op = with_rebuild(add_rms_norm_linear, rebuild)
+        op = with_recompute(add_rms_norm_linear, recompute)
         assert_matches_reference(op, add_rms_norm_linear_reference, inputs)
 
-    def test_rms_norm_linear(self, rebuild, dtype, device):
+    def test_rms_norm_linear(self, recompute, dtype, device):
         inputs = norm_inputs((2, 19, 48), 40, dtype, device)
         del inputs["residual"]
-        op = with_rebuild(rms_norm_linear, rebuild)
+        op = with_recompute(rms_norm_linear, recompute)
         assert_matches_reference(op, rms_norm_linear_reference, inputs)
 
     @pytest.mark.parametrize("residual", [True, False])
     @pytest.mark.parametrize("has_positions", [True, False])
-    def test_add_rms_norm_qkv_rope(self, has_positions, residual, rebuild, dtype, device):
+    def test_add_rms_norm_qkv_rope(self, has_positions, residual, recompute, dtype, device):
         positions = documents(device) if has_positions else None
         inputs = qkv_inputs(dtype, device, residual=residual, positions=positions)
-        assert_matches_reference(qkv_rope(rebuild), qkv_rope_reference, inputs)
+        assert_matches_reference(qkv_rope(recompute), qkv_rope_reference, inputs)
 
     @pytest.mark.parametrize(("shape", "outputs"), [((1, 66), 5), ((2, 19, 74), 40)])
-    def test_swiglu_linear(self, shape, outputs, rebuild, dtype, device):
+    def test_swiglu_linear(self, shape, outputs, recompute, dtype, device):
         inputs = swiglu_inputs(shape, outputs, dtype, device)
         assert_matches_reference(
-            with_rebuild(swiglu_linear, rebuild), swiglu_linear_reference, inputs
+            with_recompute(swiglu_linear, recompute), swiglu_linear_reference, inputs
         )
 
 
-def test_rebuilding_gives_the_bits_of_keeping(device):
+def test_recomputing_gives_the_bits_of_keeping(device):
     pairs = [
         (add_rms_norm_linear, norm_inputs((9, 48), 16, torch.float16, device)),
         (swiglu_linear, swiglu_inputs((9, 48), 16, torch.float16, device)),
     ]
     for op, inputs in pairs:
-        assert_same_bits(with_rebuild(op, True), with_rebuild(op, False), inputs)
+        assert_same_bits(with_recompute(op, True), with_recompute(op, False), inputs)
 
 
 def bytes_kept(op, inputs):
@@ -132,16 +132,16 @@ def bytes_kept(op, inputs):
     return sum(kept.values())
 
 
-@pytest.mark.parametrize("rebuild", [True, False])
-def test_what_is_kept_for_backward(rebuild, device):
+@pytest.mark.parametrize("recompute", [True, False])
+def test_what_is_kept_for_backward(recompute, device):
     inputs = norm_inputs((9, 48), 16, torch.float32, device)
     x, rstd = 9 * 48 * 4, 9 * 4
-    expected = rstd + (x if rebuild else 2 * x)
-    assert bytes_kept(with_rebuild(add_rms_norm_linear, rebuild), inputs) == expected
+    expected = rstd + (x if recompute else 2 * x)
+    assert bytes_kept(with_recompute(add_rms_norm_linear, recompute), inputs) == expected
 
     inputs = swiglu_inputs((9, 48), 16, torch.float32, device)
-    expected = 0 if rebuild else 9 * 24 * 4
-    assert bytes_kept(with_rebuild(swiglu_linear, rebuild), inputs) == expected
+    expected = 0 if recompute else 9 * 24 * 4
+    assert bytes_kept(with_recompute(swiglu_linear, recompute), inputs) == expected
 
 
 def test_without_a_residual_x_is_the_residual_stream(device):
@@ -199,12 +199,12 @@ def test_empty(device):
     assert torch.equal(results["gradient of weight"], torch.zeros(4, 8, device=device))
 
 
-@pytest.mark.parametrize("rebuild", [True, False])
-def test_compiled_gives_the_same_bits(rebuild, device):
-    op = qkv_rope(rebuild)
+@pytest.mark.parametrize("recompute", [True, False])
+def test_compiled_gives_the_same_bits(recompute, device):
+    op = qkv_rope(recompute)
     inputs = qkv_inputs(torch.float32, device, positions=documents(device))
     assert_same_bits(op, compiled(op), inputs)
-    op = with_rebuild(swiglu_linear, rebuild)
+    op = with_recompute(swiglu_linear, recompute)
     assert_same_bits(op, compiled(op), swiglu_inputs((3, 5, 20), 8, torch.float32, device))
 
 
@@ -230,16 +230,16 @@ def test_derivative(device):
     assert_derivative(swiglu_linear, swiglu_inputs((3, 20), 8, torch.float32, device))
 
 
-@pytest.mark.parametrize("rebuild", [True, False])
-def test_opcheck(rebuild, device):
+@pytest.mark.parametrize("recompute", [True, False])
+def test_opcheck(recompute, device):
     inputs = qkv_inputs(torch.float32, device)
     x, residual, norm_weight, weight, cos, sin, positions = inputs.values()
     torch.library.opcheck(
         torch.ops.hamner.rms_norm_linear,
-        (x, residual, norm_weight, weight, 1e-5, rebuild, cos, sin, positions, HEADS, KV_HEADS),
+        (x, residual, norm_weight, weight, 1e-5, recompute, cos, sin, positions, HEADS, KV_HEADS),
     )
     inputs = swiglu_inputs((3, 20), 8, torch.float32, device)
-    torch.library.opcheck(torch.ops.hamner.swiglu_linear, (*inputs.values(), rebuild))
+    torch.library.opcheck(torch.ops.hamner.swiglu_linear, (*inputs.values(), recompute))
 
 
 def zeros(*shape, dtype=torch.float32):
@@ -290,16 +290,18 @@ class TestOnGpu:
     def test_training_shape(self):
         inputs = norm_inputs((8, 1024, 1024), 1536, torch.bfloat16, "cuda")
         inputs["cos"], inputs["sin"] = make_tables(1024, 64, "cuda")
-        for rebuild in (True, False):
+        for recompute in (True, False):
             assert_matches_reference(
-                lambda *xs, rebuild=rebuild: add_rms_norm_qkv_rope(*xs, 16, 4, rebuild=rebuild),
+                lambda *xs, recompute=recompute: add_rms_norm_qkv_rope(
+                    *xs, 16, 4, recompute=recompute
+                ),
                 lambda *xs: add_rms_norm_qkv_rope_reference(*xs, 16, 4),
                 inputs,
             )
         inputs = swiglu_inputs((8, 1024, 2 * 2816), 1024, torch.bfloat16, "cuda")
         assert_matches_reference(swiglu_linear, swiglu_linear_reference, inputs)
 
-    def test_rebuild_takes_no_memory_of_its_own(self):
+    def test_recompute_takes_no_memory_of_its_own(self):
         inputs = swiglu_inputs((8192, 2 * 2816), 1024, torch.bfloat16, "cuda")
         for _ in range(2):  # the first call allocates cuBLAS's workspaces
             for x in inputs.values():

@@ -40,20 +40,20 @@ def make_inputs(
     return inputs
 
 
-def fused(heads=HEADS, rebuild=True):
+def fused(heads=HEADS, recompute=True):
     def op(x, residual, norm_weight, weight, cos, sin, positions, document_ids):
         return add_rms_norm_attention(
             x, residual, norm_weight, weight, cos, sin, *heads, positions, document_ids,
-            rebuild=rebuild,
+            recompute=recompute,
         )  # fmt: skip
 
     return op
 
 
-def in_two_ops(heads=HEADS, rebuild=True):
+def in_two_ops(heads=HEADS, recompute=True):
     def op(x, residual, norm_weight, weight, cos, sin, positions, document_ids):
         qkv, new_residual = add_rms_norm_qkv_rope(
-            x, residual, norm_weight, weight, cos, sin, *heads, positions, rebuild=rebuild
+            x, residual, norm_weight, weight, cos, sin, *heads, positions, recompute=recompute
         )
         return flash_attention_qkv(qkv, *heads, document_ids=document_ids), new_residual
 
@@ -75,12 +75,12 @@ LENGTHS = [[1, 9, 20, 6, 1], [37]]
 
 @pytest.mark.parametrize("dtype", DTYPES)
 class TestAccuracy:
-    @pytest.mark.parametrize("rebuild", [True, False])
+    @pytest.mark.parametrize("recompute", [True, False])
     @pytest.mark.parametrize("residual", [True, False])
     @pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["causal", "documents"])
-    def test_masks(self, lengths, residual, rebuild, dtype, device):
+    def test_masks(self, lengths, residual, recompute, dtype, device):
         inputs = make_inputs(dtype, device, residual=residual, lengths=lengths)
-        assert_matches_reference(fused(rebuild=rebuild), reference(), inputs)
+        assert_matches_reference(fused(recompute=recompute), reference(), inputs)
 
     @pytest.mark.parametrize("heads", [(4, 1), (3, 3)], ids=str)
     @pytest.mark.parametrize("head_size", [64, 128, PADDED, 8])
@@ -135,13 +135,13 @@ def test_no_rotation_of_its_own_in_backward(head_size, rotations, device, monkey
     assert launched == [False] + [True] * rotations
 
 
-@pytest.mark.parametrize("rebuild", [True, False])
-def test_keeps_for_backward_what_the_two_ops_keep(rebuild, device):
+@pytest.mark.parametrize("recompute", [True, False])
+def test_keeps_for_backward_what_the_two_ops_keep(recompute, device):
     inputs = make_inputs(torch.float32, device, lengths=LENGTHS)
-    together, apart = (bytes_kept(op(rebuild=rebuild), inputs) for op in (fused, in_two_ops))
+    together, apart = (bytes_kept(op(recompute=recompute), inputs) for op in (fused, in_two_ops))
     assert together == apart
     # The residual stream, its rstd, qkv, the output, lse, the bounds of documents.
-    numbers = 48 + 1 + 8 * FOLDED + 4 * FOLDED + 4 + 2 + (0 if rebuild else 48)
+    numbers = 48 + 1 + 8 * FOLDED + 4 * FOLDED + 4 + 2 + (0 if recompute else 48)
     assert together == 2 * 37 * 4 * numbers
 
 
@@ -152,9 +152,9 @@ def test_two_runs_same_bits(device):
 
 @pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["causal", "documents"])
 @pytest.mark.parametrize("residual", [True, False])
-@pytest.mark.parametrize("rebuild", [True, False])
-def test_compiled_gives_the_same_bits(rebuild, residual, lengths, device):
-    op = fused(rebuild=rebuild)
+@pytest.mark.parametrize("recompute", [True, False])
+def test_compiled_gives_the_same_bits(recompute, residual, lengths, device):
+    op = fused(recompute=recompute)
     inputs = make_inputs(torch.float32, device, residual=residual, lengths=lengths)
     assert_same_bits(op, compiled(op), inputs)
 

@@ -57,8 +57,8 @@ def test_loss_ignores_targets(device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rebuild", [False, True])
-def test_the_whole_model(rebuild):
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_whole_model(recompute):
     """Liger's norms and SwiGLU do not run in Triton's interpreter."""
     pytest.importorskip("liger_kernel", reason=WHY)
     results = {}
@@ -77,7 +77,7 @@ def test_the_whole_model(rebuild):
             micro_batch_size=2,
         )
         attention = get_attention("sdpa", shape)
-        policies = (SELECTIVE,) * DENSE.num_layers if rebuild else None
+        policies = (SELECTIVE,) * DENSE.num_layers if recompute else None
         model = Transformer(DENSE, build_ops(kernels, attention), policies)
         model.initialize(0)
         model.to("cuda", dtype)

@@ -9,7 +9,7 @@ from hamner.config.model import ModelConfig
 from hamner.config.options import OPTIONS
 from hamner.model.attention import AttentionShape, get_attention
 from hamner.model.ops import build_ops
-from hamner.model.recompute import rebuilt_in_backward
+from hamner.model.recompute import recomputed_in_backward
 from hamner.model.transformer import Transformer
 from hamner.plan.memory import FULL, NONE, SELECTIVE
 
@@ -53,9 +53,9 @@ def gradients(config: ModelConfig, policy, device) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kind", MIXTURES)
 def test_a_mixture_has_the_gradients_of_keeping_everything(kind, policy, device):
     config = mixture(**MIXTURES[kind])
-    kept, rebuilt = (gradients(config, p, device) for p in (NONE, policy))
+    kept, recomputed = (gradients(config, p, device) for p in (NONE, policy))
     for name in kept:
-        assert torch.equal(rebuilt[name], kept[name]), name
+        assert torch.equal(recomputed[name], kept[name]), name
 
 
 def square_twice(x: torch.Tensor, calls: list) -> tuple[torch.Tensor, weakref.ref]:
@@ -63,16 +63,16 @@ def square_twice(x: torch.Tensor, calls: list) -> tuple[torch.Tensor, weakref.re
     doubled = 2 * x
     source = x.detach()
 
-    def rebuild() -> torch.Tensor:
+    def recompute() -> torch.Tensor:
         calls.append(None)
         return 2 * source
 
-    with rebuilt_in_backward(doubled, rebuild):
+    with recomputed_in_backward(doubled, recompute):
         out = doubled.square().sum() + doubled.view(-1).square().sum()
     return out, weakref.ref(doubled)
 
 
-def test_what_is_saved_is_freed_and_rebuilt_once_for_all_readers():
+def test_what_is_saved_is_freed_and_recomputed_once_for_all_readers():
     calls = []
     x = torch.arange(6.0).view(2, 3).requires_grad_()
     out, doubled = square_twice(x, calls)
@@ -89,7 +89,7 @@ def test_what_is_saved_is_freed_and_rebuilt_once_for_all_readers():
 
 def test_other_tensors_are_kept_as_ever():
     x, other = torch.ones(3, requires_grad=True), torch.full((3,), 2.0, requires_grad=True)
-    with rebuilt_in_backward(x, lambda: x.detach()):
+    with recomputed_in_backward(x, lambda: x.detach()):
         (other * other).sum().backward()
     assert torch.equal(other.grad, torch.full((3,), 4.0))
 

@@ -78,10 +78,10 @@ def test_peak_is_the_loss_or_the_backward_pass():
     kept = memory.account(A, (SELECTIVE,) * 24, accumulate=False, **arguments)
     assert kept.total == sum(kept.parts().values())
     assert set(kept.parts()) == {"weights", "optimizer", "activations", "loss"}
-    rebuilt = memory.account(A, (FULL,) * 24, accumulate=True, **arguments)
-    assert rebuilt.total == sum(rebuilt.parts().values())
-    assert "activations and gradients in backward" in rebuilt.parts()
-    assert rebuilt.gradient_sums == 4 * A.num_parameters()
+    recomputed = memory.account(A, (FULL,) * 24, accumulate=True, **arguments)
+    assert recomputed.total == sum(recomputed.parts().values())
+    assert "activations and gradients in backward" in recomputed.parts()
+    assert recomputed.gradient_sums == 4 * A.num_parameters()
     # Bytes a parameter: bf16 weights and gradients, two fp32 moments, and of the fp32 masters what
     # the weights lack. Plain torch keeps whole masters.
     plain = memory.account(A, (SELECTIVE,) * 24, accumulate=False, **{**arguments, "fused": False})

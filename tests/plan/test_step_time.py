@@ -70,7 +70,7 @@ def test_step_of_option_a_by_hand():
     assert spent["matmul"] == pytest.approx(matmul / 65e12 * 1e3)
     assert spent["attention"] == pytest.approx(layers * 7 * tokens * 1024 * d / 54e12 * 1e3)
     gb_per_s = 850e9
-    # Two norms, forward and backward over four tensors each, and their inputs rebuilt.
+    # Two norms, forward and backward over four tensors each, and their inputs recomputed.
     norm = 2 * layers * tokens * 2 * (4 + 4 + 2) * d
     assert spent["norm"] == pytest.approx(norm / gb_per_s * 1e3)
     swiglu = 2 * layers * tokens * (3 + 6) * inner
@@ -108,7 +108,7 @@ def test_policies_order_speed_and_memory():
     assert speeds == sorted(speeds, reverse=True)
     sizes = [p.peak_gib for p in (none, selective, half, full)]
     assert sizes == sorted(sizes, reverse=True)
-    # Rebuilding is memory-bound work: a few per cent at most.
+    # Recomputing is memory-bound work: a few per cent at most.
     assert none.tokens_per_second / selective.tokens_per_second < 1.04
 
 
@@ -129,7 +129,7 @@ def test_mixture_counts_active_experts_and_routing():
     matmul = 6 * tokens * ((attention + vocabulary * d) / 65e12 + experts / 55e12)
     assert c["matmul"] == pytest.approx(matmul * 1e3)
     assert c["routing"] > 0
-    # Backward of two experts, with the rebuild; of the shared one forward too.
+    # Backward of two experts, with the recomputation; of the shared one forward too.
     passes = {"c": 2 * 6, "c-shared": 2 * 6 + 3 + 6}
     for name, spent in (("c", c), ("c-shared", shared)):
         swiglu = 2 * layers * tokens * passes[name] * inner / 850e9

@@ -1,8 +1,7 @@
 """FlashAttention at head sizes 64 and 128, and 64 with values of 128 (differential attention).
 
 Option A's heads, T a multiple of the tiles, causal, with and without documents, backward also with
-RoPE's folded in. The names of strides end in the axis: those of heads and tokens are multiples of
-16 elements at these sizes.
+RoPE's folded in. Strides are multiples of 16 elements at these sizes.
 """
 
 from triton.runtime.jit import JITFunction
@@ -22,20 +21,20 @@ KERNELS = {
     "dq": flash_attention_dq_kernel,
     "dk_dv": flash_attention_dk_dv_kernel,
 }
+TENSOR = ("*bf16", "i32", "i32", "i32")  # its pointer and strides
 TYPES = {
+    **dict.fromkeys(("q", "k", "v", "d_out", "dq", "dk", "dv"), TENSOR),
+    "out_ptr": "*bf16",
     "lse_ptr": "*fp32",
     "delta_ptr": "*fp32",
-    "document_start_ptr": "*i32",
-    "document_end_ptr": "*i32",
-    "cos_ptr": "*fp32",
-    "sin_ptr": "*fp32",
+    "documents": ("*i32", "*i32"),
+    "tables": ("*fp32", "*fp32", "i32"),
     "positions_ptr": "*i32",
     "scale": "fp32",
     "scale_log2": "fp32",
     "T": "i32",
     "H": "i32",
     "KV": "i32",
-    "num_positions": "i32",
 }
 
 
@@ -63,26 +62,20 @@ def _case(
     constexprs: dict[str, object] = {
         "GROUP": 4,
         "CAUSAL": True,
-        "HAS_DOCUMENTS": documents,
         "EVEN_T": True,
         "HEAD_SIZE": head_size,
         "V_HEAD_SIZE": v_head_size,
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
-        "BLOCK_D": head_size,
-        "BLOCK_DV": v_head_size,
     }
     if not documents:
-        constexprs |= {"document_start_ptr": None, "document_end_ptr": None}
+        constexprs["documents"] = None
     if name != "forward" and not rotated:
-        constexprs |= {"cos_ptr": None, "sin_ptr": None}
+        constexprs["tables"] = None
     if name != "forward" and not (rotated and documents):
-        constexprs |= {"positions_ptr": None}
-    strides = [argument for argument in kernel.arg_names if argument.startswith("stride_")]
+        constexprs["positions_ptr"] = None
     signature = {
-        argument: TYPES.get(argument, "i32" if argument in strides else "*bf16")
-        for argument in kernel.arg_names
-        if argument not in constexprs
+        argument: TYPES[argument] for argument in kernel.arg_names if argument not in constexprs
     }
     variant = ",documents" * documents + ",rope" * rotated
     return CompileCase(
@@ -93,6 +86,6 @@ def _case(
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         capability=capability,
-        divisible_by_16=("T", *strides),
+        divisible_by_16=("T", *(name for name, kind in TYPES.items() if kind is TENSOR)),
         max_registers=tile.max_registers,
     )

@@ -228,7 +228,7 @@ def _row_passes(capability: str) -> list[CompileCase]:
             },
             constexprs={
                 "INTERMEDIATE": INTERMEDIATE,
-                "REBUILD": True,
+                "RECOMPUTE": True,
                 "BLOCK_M": swiglu_grad.BLOCK_M,
                 "BLOCK_N": swiglu_grad.BLOCK_N,
             },

@@ -9,7 +9,7 @@ import importlib.metadata
 import json
 import os
 import statistics
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +23,6 @@ from hamner.kernels.rope import rope_packed_
 
 DOCUMENT_LENGTH = 350  # tokens: about the mean of web text
 WARM_UP, REPEATS = 3, 7
-
-Functions = dict[str, Callable[..., Tensor]]
 
 
 @dataclass(frozen=True)
@@ -60,31 +58,31 @@ class AttentionShape:
 
 
 def fastest(
-    shape: AttentionShape,
-    functions: Functions,
-    waiting: Collection[str],
-    rotating: Collection[str],
+    shape: AttentionShape, measurements: Mapping[str, Callable[[], float]]
 ) -> tuple[str, str]:
-    """The function names the fastest of `functions` (packed attention) and says why.
+    """The function names the fastest backend and says why.
 
     Args:
         shape: what the attention of the run is asked for.
-        functions: by name.
-        waiting: names of those that wait for the GPU, which no CUDA graph can record.
-        rotating: names of those after which a layer runs RoPE's backward pass by a kernel of its
-            own, whose time is theirs.
+        measurements: by backend, calls of `measure`; not made where their results are remembered.
 
     Raises:
         RuntimeError: none of them ran.
     """
-    cache = cache_file()
-    key = cache_key(shape, list(functions))
-    milliseconds = read_times(cache, key, list(functions))
-    failures: dict[str, str] = {}
-    if milliseconds is None:
-        milliseconds, failures = measure_all(shape, functions, waiting, rotating)
+    cache, key = cache_file(), cache_key(shape, "flash-attn" in measurements)
+    milliseconds, failures = _read(cache).get(key), {}
+    if not _are_times(milliseconds, of=measurements):
+        milliseconds = {}
+        for name, measurement in measurements.items():
+            # Whatever goes wrong in one (out of memory, an extension built for another torch) must
+            # not keep the run from the others.
+            try:
+                milliseconds[name] = measurement()
+            except Exception as error:
+                failures[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+        torch.cuda.empty_cache()
         if not failures:
-            write_times(cache, key, milliseconds)
+            _write(cache, _read(cache) | {key: milliseconds})
     if not milliseconds:
         raise RuntimeError("no attention backend ran: " + "; ".join(failures.values()))
     best = min(milliseconds, key=milliseconds.__getitem__)
@@ -95,34 +93,15 @@ def fastest(
     return best, ", ".join([why, *(f"{name} failed ({why})" for name, why in failures.items())])
 
 
-def measure_all(
-    shape: AttentionShape,
-    functions: Functions,
-    waiting: Collection[str],
-    rotating: Collection[str],
-) -> tuple[dict[str, float], dict[str, str]]:
-    """The function gives milliseconds of each that ran, and the error of each that did not."""
-    milliseconds, failures = {}, {}
-    for name, function in functions.items():
-        # Whatever goes wrong in one (out of memory, an extension built for another torch) must
-        # not keep the run from the others.
-        try:
-            milliseconds[name] = measure(
-                shape, function, graphed=name not in waiting, rotated=name in rotating
-            )
-        except Exception as error:
-            failures[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-    torch.cuda.empty_cache()
-    return milliseconds, failures
-
-
 def measure(
     shape: AttentionShape, function: Callable[..., Tensor], *, graphed: bool, rotated: bool
 ) -> float:
-    """The function gives median milliseconds of forward and backward, and RoPE's if `rotated`.
+    """The function gives median milliseconds of forward and backward on the GPU.
 
     `graphed` replays both as a CUDA graph, as the trainer's step does: launched one by one, the
-    backend of many small kernels would be charged for Python's time between them.
+    backend of many small kernels would be charged for Python's time between them. No graph can
+    record a function that waits for the GPU. `rotated` adds RoPE's backward pass, which a layer
+    runs by a kernel of its own where the function does not fold it in: the time is its.
 
     Raises:
         RuntimeError: the output or its gradient is not finite: a package may hold kernels for some
@@ -181,10 +160,10 @@ def cache_file() -> Path:
     return (Path(folder) if folder else Path.home() / ".cache") / "hamner" / "attention.json"
 
 
-def cache_key(shape: AttentionShape, names: list[str]) -> str:
+def cache_key(shape: AttentionShape, has_flash_attn: bool) -> str:
     """The key names all that the times depend on, in words."""
     packages = ["hamner", "torch", "triton"]
-    if "flash-attn" in names:
+    if has_flash_attn:
         packages.append("flash-attn")
     return ", ".join(
         [
@@ -206,23 +185,13 @@ def _version(package: str) -> str:
         return "unknown"
 
 
-def read_times(file: Path, key: str, names: list[str]) -> dict[str, float] | None:
-    """The function gives the milliseconds remembered of exactly `names`, or None."""
-    times = _read(file).get(key)
-    if not isinstance(times, dict) or sorted(times) != sorted(names):
-        return None
-    if not all(isinstance(time, int | float) and time > 0 for time in times.values()):
-        return None
-    return times
-
-
-def write_times(file: Path, key: str, times: dict[str, float]) -> None:
-    """Times are remembered; a folder that cannot be written to only means measuring again."""
-    entries = _read(file) | {key: times}
-    with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with made_whole(file) as temporary:
-            temporary.write_text(json.dumps(entries, indent=1), encoding="utf-8")
+def _are_times(times: object, of: Mapping) -> bool:
+    """A damaged entry, or one of other backends, holds no times of these."""
+    return (
+        isinstance(times, dict)
+        and times.keys() == of.keys()
+        and all(isinstance(time, int | float) and time > 0 for time in times.values())
+    )
 
 
 def _read(file: Path) -> dict:
@@ -230,3 +199,11 @@ def _read(file: Path) -> dict:
         return read_json(file)
     except UserError:
         return {}
+
+
+def _write(file: Path, entries: dict) -> None:
+    """Times are remembered; a folder that cannot be written to only means measuring again."""
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with made_whole(file) as temporary:
+            temporary.write_text(json.dumps(entries, indent=1), encoding="utf-8")

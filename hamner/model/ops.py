@@ -65,6 +65,9 @@ class Ops:
     norm_attention: Callable[..., tuple[Tensor, Tensor]]
     """(x, residual, norm_weight, qkv_weight, *, document_ids, and the same) -> (causal attention of
     what `norm_qkv_rope` gives (B, T, H head_size), new residual)"""
+    differential_attention: Callable[..., Tensor]
+    """(packed qkv, lambda, H, KV, *, document_ids) -> (B, T, H head_size), the second of two causal
+    maps subtracted lambda times"""
     swiglu_linear: Callable[..., Tensor]
     """(gate_up (..., 2I), weight (D, I), *, rebuild) -> (..., D)"""
     linear_cross_entropy: Callable[..., Tensor]
@@ -85,31 +88,12 @@ class Ops:
     """`adamw_` takes a bf16 parameter's master split: see hamner.kernels.adamw.split_master"""
     global_grad_norm: Callable[..., Tensor]
     """(gradients) -> () fp32"""
-    attention_backend: AttentionBackend
-
-    def differential_attention(
-        self,
-        qkv: Tensor,
-        weight: Tensor,
-        num_heads: int,
-        num_kv_heads: int,
-        document_ids: Tensor | None,
-    ) -> Tensor:
-        """Two causal attention maps on packed qkv, the second subtracted `weight` times:
-        (B, T, (H + 2 KV) head_size) -> (B, T, H head_size)."""
-        return differential_attention(
-            qkv,
-            weight,
-            num_heads,
-            num_kv_heads,
-            document_ids=document_ids,
-            backend=self.attention_backend,
-        )
 
 
 def build_ops(kernels: str, attention_backend: AttentionBackend) -> Ops:
     """The operations of `--kernels {triton,torch,liger}` with the chosen attention."""
     attend = attention_backend.function
+    subtract_maps = partial(differential_attention, backend=attention_backend)
     if kernels == "triton":
         norm_attention = partial(_norm_attention, add_rms_norm_qkv_rope, attend)
         if attention_backend.name == "triton":
@@ -121,6 +105,7 @@ def build_ops(kernels: str, attention_backend: AttentionBackend) -> Ops:
             norm_linear=add_rms_norm_linear,
             norm_qkv_rope=add_rms_norm_qkv_rope,
             norm_attention=norm_attention,
+            differential_attention=subtract_maps,
             swiglu_linear=swiglu_linear,
             linear_cross_entropy=linear_cross_entropy,
             router_linear=router_linear,
@@ -130,7 +115,6 @@ def build_ops(kernels: str, attention_backend: AttentionBackend) -> Ops:
             adamw_=adamw_,
             splits_masters=True,
             global_grad_norm=global_grad_norm,
-            attention_backend=attention_backend,
         )
     if kernels == "liger":
         from hamner.model import liger as source  # optional extra
@@ -144,22 +128,22 @@ def build_ops(kernels: str, attention_backend: AttentionBackend) -> Ops:
         norm_linear=partial(_norm_linear, source.rms_norm_linear),
         norm_qkv_rope=norm_qkv_rope,
         norm_attention=partial(_norm_attention, norm_qkv_rope, attend),
-        swiglu_linear=partial(_swiglu_linear, source.swiglu_linear),
+        differential_attention=subtract_maps,
+        swiglu_linear=partial(_rebuilt, source.swiglu_linear),
         linear_cross_entropy=source.linear_cross_entropy,
         router_linear=router_linear_reference,
         moe_route=moe_route_reference,
-        moe_mlp=_moe_mlp_torch,
+        moe_mlp=partial(_rebuilt, moe_mlp_reference),
         # Its plain experts are checkpointed, which keeps their input.
         rebuilding=lambda *_: nullcontext(),
         adamw_=_adamw_torch_,
         splits_masters=False,
         global_grad_norm=global_grad_norm_reference,
-        attention_backend=attention_backend,
     )
 
 
-def _rebuilt(rebuild: bool, function: Callable, *args):
-    """Run `function`, keeping only its inputs if `rebuild`.
+def _rebuilt(function: Callable, *args, rebuild: bool):
+    """`function` runs, keeping only its inputs if `rebuild`.
 
     Torch's checkpoint stops recomputing as soon as the last saved tensor is back, which is before
     the matmul that ends each pair: the matmul itself is not run twice.
@@ -172,7 +156,7 @@ def _rebuilt(rebuild: bool, function: Callable, *args):
 def _norm_linear(pair, x, residual, norm_weight, weight, *, eps, rebuild):
     # The sum stays outside the pair because it is kept: it is the next residual.
     stream = x if residual is None else x + residual
-    return _rebuilt(rebuild, pair, stream, norm_weight, weight, eps), stream
+    return _rebuilt(pair, stream, norm_weight, weight, eps, rebuild=rebuild), stream
 
 
 def _norm_qkv_rope(
@@ -190,14 +174,6 @@ def _norm_attention(
     heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
     qkv, stream = norm_qkv_rope(*inputs, **heads, **settings)
     return attend(qkv, num_heads, num_kv_heads, document_ids=document_ids), stream
-
-
-def _swiglu_linear(pair, gate_up, weight, *, rebuild):
-    return _rebuilt(rebuild, pair, gate_up, weight)
-
-
-def _moe_mlp_torch(x, routing, gate_up_weight, down_weight, *, rebuild):
-    return _rebuilt(rebuild, moe_mlp_reference, x, routing, gate_up_weight, down_weight)
 
 
 def _linear_cross_entropy_torch(hidden, weight, targets):

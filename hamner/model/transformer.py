@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from hamner.config.model import ModelConfig
 from hamner.kernels.moe_routing import Routing
-from hamner.model.attention import document_positions
+from hamner.model.attention import difference_of_maps, document_positions, sdpa
 from hamner.model.kv_cache import KVCache
 from hamner.model.ops import Ops
 from hamner.model.recompute import run_block
@@ -29,21 +29,15 @@ from hamner.parallel.tensors import fill
 from hamner.plan.memory import NONE, Policy
 
 
-class Rotary(NamedTuple):
-    """RoPE's tables (arXiv:2104.09864), half-rotation as in Llama."""
+class Context(NamedTuple):
+    """A context is what all blocks share in one forward pass."""
 
     cos: Tensor
-    """(T, head_size / 2) fp32"""
+    """(T, head_size / 2) fp32: RoPE (arXiv:2104.09864), half-rotation as in Llama"""
     sin: Tensor
-    """(T, head_size / 2) fp32"""
+    """as cos"""
     positions: Tensor | None
-    """(B, T) int32 rows of the tables, or None for 0, 1, 2 ..."""
-
-
-class Context(NamedTuple):
-    """What every block of one forward pass shares."""
-
-    rotary: Rotary
+    """(B, T) int32 rows of cos and sin, or None for 0, 1, 2 ..."""
     document_ids: Tensor | None
     """(B, T) int32 when documents may not attend to each other"""
     cache: KVCache | None
@@ -110,14 +104,14 @@ class Attention(nn.Module):
         self, x: Tensor, residual: Tensor | None, context: Context, rebuild: bool
     ) -> tuple[Tensor, Tensor]:
         """The module maps (B, T, D) branch and residual in, branch and residual out."""
-        config, ops, rotary = self.config, self.ops, context.rotary
+        config, ops = self.config, self.ops
         inputs = x, residual, self.norm.weight, self.qkv_proj.weight
         settings = {
-            "cos": rotary.cos,
-            "sin": rotary.sin,
+            "cos": context.cos,
+            "sin": context.sin,
             "num_heads": config.num_attention_heads,
             "num_kv_heads": config.num_kv_heads,
-            "positions": rotary.positions,
+            "positions": context.positions,
             "eps": self.norm.eps,
             "rebuild": rebuild,
         }
@@ -130,7 +124,7 @@ class Attention(nn.Module):
         if config.use_differential_attention:
             out = self.subtract_maps(qkv, context)
         else:
-            out = context.cache.attention(self.layer, qkv)
+            out = sdpa(*context.cache.extend(self.layer, qkv)).flatten(-2)
         return self.o_proj(out), residual
 
     def subtract_maps(self, qkv: Tensor, context: Context) -> Tensor:
@@ -141,16 +135,13 @@ class Attention(nn.Module):
             - torch.exp(torch.dot(self.lambda_q2, self.lambda_k2))
             + self.lambda_init
         )
-        heads = config.num_attention_heads
+        heads, kv_heads = config.num_attention_heads, config.num_kv_heads
         if context.cache is not None:
-            out = context.cache.differential_attention(self.layer, qkv, weight)
+            halves = (x.chunk(2, dim=2) for x in context.cache.extend(self.layer, qkv))
+            out = difference_of_maps(sdpa, *halves, weight)
         else:
             out = self.ops.differential_attention(
-                qkv,
-                weight,
-                num_heads=heads,
-                num_kv_heads=config.num_kv_heads,
-                document_ids=context.document_ids,
+                qkv, weight, heads, kv_heads, document_ids=context.document_ids
             )
         # The norm per pair of heads has no weight; (1 - lambda_init) keeps the gradient's scale.
         pairs = out.unflatten(-1, (heads // 2, 2 * config.head_size))
@@ -362,7 +353,7 @@ class Transformer(nn.Module):
             rows = slice(cache.length, cache.length + inputs.shape[1])
             cos, sin = cos[rows], sin[rows]
         positions = None if document_ids is None else document_positions(document_ids)
-        return Context(Rotary(cos, sin, positions), document_ids, cache)
+        return Context(cos, sin, positions, document_ids=document_ids, cache=cache)
 
     @torch.no_grad()
     def balance_routers(self, load: Tensor, is_good: Tensor) -> None:

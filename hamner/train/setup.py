@@ -16,10 +16,9 @@ from hamner.config.train import TrainConfig
 from hamner.errors import UserError
 from hamner.model.attention import (
     AttentionBackend,
-    AttentionChoice,
     AttentionShape,
-    build_attention,
-    choose_attention,
+    get_attention,
+    require_supported,
     waits_for_gpu,
 )
 from hamner.model.ops import Ops, build_ops
@@ -36,12 +35,12 @@ from hamner.train.optimizer import join_masters
 
 
 class Decision(NamedTuple):
-    """A decision is what rank 0 makes out for all ranks, as plain data that can be sent to them."""
+    """A decision is what rank 0 makes out for all ranks; it can be sent to them."""
 
     engine: str
     """see `hamner.parallel.engines.open_engine`"""
     plan: MemoryPlan
-    attention: AttentionChoice
+    attention: AttentionBackend
 
 
 @dataclass(frozen=True)
@@ -86,12 +85,12 @@ def choose(config: TrainConfig, processes: SingleProcess | None = None) -> Setup
     # Everyone has the memory of the one that has least.
     budget = processes.all_reduce_min(compute.budget_bytes)
     decision = processes.from_main(lambda: decide(config, compute, budget, processes.rank))
-    shape = attention_shape(config, compute, decision.plan)
+    require_supported(decision.attention.name, attention_shape(config, compute, decision.plan))
     engine = open_engine(decision.engine, processes, compute, config)
     return Setup(
         compute=compute,
         plan=decision.plan,
-        attention=build_attention(decision.attention, shape),
+        attention=decision.attention,
         engine=engine,
         records_graph=processes.from_main(
             lambda: can_record(
@@ -114,7 +113,7 @@ def decide(config: TrainConfig, compute: Compute, budget: int, rank: Rank) -> De
     policies = memory.parse(config.recompute, config.model.num_layers)
     kind, plan = plan_parallel(config, compute=compute, budget=budget, rank=rank, policies=policies)
     shape = attention_shape(config, compute, plan)
-    return Decision(kind, plan, choose_attention(config.attention, shape))
+    return Decision(kind, plan, get_attention(config.attention, shape))
 
 
 def attention_shape(config: TrainConfig, compute: Compute, plan: MemoryPlan) -> AttentionShape:

@@ -12,7 +12,7 @@ from hamner.config.options import for_option
 from hamner.config.train import TrainConfig
 from hamner.errors import UserError
 from hamner.hardware import GIB
-from hamner.model.attention import AttentionChoice
+from hamner.model.attention import AttentionBackend, sdpa
 from hamner.model.transformer import Transformer
 from hamner.parallel import device, engines
 from hamner.parallel.engines import DataParallel, Engine, FullySharded
@@ -185,11 +185,11 @@ def following(*answers) -> SingleProcess:
 def test_other_ranks_follow_rank_0():
     config = replace(for_option("tiny"), device="cpu")
     plan = replace(setup.choose(config).plan, micro_batch_size=2)
-    choice = AttentionChoice("sdpa", "timed by rank 0")
+    choice = AttentionBackend("sdpa", sdpa, sdpa, "timed by rank 0")
     followed = setup.choose(config, following(setup.Decision("none", plan, choice), True))
     assert followed.plan == plan
-    assert (followed.attention.name, followed.attention.reason) == choice
+    assert followed.attention == choice
     assert followed.records_graph
-    choice = AttentionChoice("flash-attn", "timed by rank 0")
+    choice = choice._replace(name="flash-attn")
     with pytest.raises(UserError, match="--attention flash-attn: it needs a CUDA GPU"):
         setup.choose(config, following(setup.Decision("none", plan, choice), True))

@@ -1,11 +1,14 @@
 """Text from a model, token by token, with a KV cache."""
 
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from hamner.data.chat_template import Message, render_prompt, turn_ends
 from hamner.data.tokenizer import Tokenizer
+from hamner.errors import UserError
 from hamner.model.kv_cache import KVCache
 from hamner.model.sampling import Sampling
 from hamner.model.transformer import Transformer
@@ -14,6 +17,10 @@ PROMPTS = ("The history of", "In order to", "The most important")
 """What every run continues, so that samples over time can be compared."""
 SAMPLE_SAMPLING = Sampling(temperature=0.8, top_k=50, top_p=1.0, repetition_penalty=1.0)
 """How samples over time are drawn."""
+
+
+class ContextError(UserError):
+    """The exception says that the messages do not fit into the context."""
 
 
 def choose(
@@ -112,42 +119,31 @@ class Generator:
         return logits[: self.tokenizer.vocab_size].float().cpu()
 
 
+@dataclass(eq=False)
 class Completion:
-    """A text as it is generated: iterate over its pieces, none of which ends inside a character.
+    """A text is given out as it is generated, in pieces none of which ends inside a character."""
 
-    Args:
-        generator: what continues the prompt.
-        prompt: tokens, at least one and fewer than the context.
-        sampling: settings of the choice.
-        max_new_tokens: most tokens to generate; None is as many as the context holds.
-        stop_ids: tokens that end the text and are not part of it.
-        stop_texts: strings that end the text and are not part of it.
-        seed: of the choice.
-
-    Attributes:
-        text: what was given out so far.
-        num_tokens: how many were generated, the one that ended the text included.
-        finish_reason: "stop" when the model ended the text, "length" when there was no more room;
-            None before the end.
-    """
-
-    def __init__(
-        self,
-        generator: Generator,
-        prompt: Sequence[int],
-        sampling: Sampling,
-        *,
-        max_new_tokens: int | None = None,
-        stop_ids: Collection[int] = (),
-        stop_texts: Sequence[str] = (),
-        seed: int = 0,
-    ) -> None:
-        self.generator, self.prompt, self.sampling = generator, prompt, sampling
-        self.max_new_tokens = max_new_tokens
-        self.stop_ids, self.stop_texts, self.seed = stop_ids, stop_texts, seed
-        self.text = ""
-        self.num_tokens = 0
-        self.finish_reason: str | None = None
+    generator: Generator
+    """what continues the prompt"""
+    prompt: Sequence[int]
+    """tokens, at least one and fewer than the context"""
+    sampling: Sampling
+    """settings of the choice"""
+    max_new_tokens: int | None = None
+    """most tokens to generate; None is as many as the context holds"""
+    stop_ids: Collection[int] = ()
+    """tokens that end the text and are not part of it"""
+    stop_texts: Sequence[str] = ()
+    """strings that end the text and are not part of it"""
+    seed: int = 0
+    """of the choice"""
+    text: str = field(default="", init=False)
+    """what was given out so far"""
+    num_tokens: int = field(default=0, init=False)
+    """how many were generated, the one that ended the text included"""
+    finish_reason: str | None = field(default=None, init=False)
+    """"stop" when the model ended the text, "length" when there was no more room; None before the
+    end"""
 
     def __iter__(self) -> Iterator[str]:
         decoder = self.generator.tokenizer.stream()
@@ -178,10 +174,8 @@ class Completion:
         yield from self._give(held + decoder.finish())
 
     def run(self) -> str:
-        """Generate to the end and return the text."""
-        for _ in self:
-            pass
-        return self.text
+        """The text is generated to its end and returned."""
+        return "".join(self)
 
     def _give(self, piece: str) -> Iterator[str]:
         if piece:
@@ -231,3 +225,35 @@ def generate(
         stop_ids={tokenizer.eot_id},
         seed=seed,
     ).run()
+
+
+def answer(
+    generator: Generator,
+    messages: Sequence[Message],
+    sampling: Sampling,
+    *,
+    max_new_tokens: int,
+    stop_texts: Sequence[str] = (),
+    seed: int,
+) -> Completion:
+    """The function returns the assistant's next turn, not generated yet.
+
+    Raises:
+        ContextError: the messages leave no room for an answer.
+        UserError: the tokenizer lacks the tokens of conversations.
+    """
+    prompt = render_prompt(messages, generator.tokenizer)
+    if len(prompt) >= generator.context:
+        raise ContextError(
+            f"the messages take {len(prompt):,} tokens, the model's context is "
+            f"{generator.context:,}: shorten them"
+        )
+    return Completion(
+        generator,
+        prompt,
+        sampling,
+        max_new_tokens=max_new_tokens,
+        stop_ids=turn_ends(generator.tokenizer),
+        stop_texts=stop_texts,
+        seed=seed,
+    )

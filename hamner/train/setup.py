@@ -140,7 +140,7 @@ def can_record(
         config.cuda_graph
         and compute.device.type == "cuda"
         and compute.kernels == "triton"
-        and engine.can_record(micro_batches)
+        and (micro_batches == 1 or engine.records_parts)
         and not (config.compile or waits_for_gpu(decision.attention.name, config.document_mask))
     )
 

@@ -5,7 +5,7 @@ on separate q, k and v, on which differential attention is built.
 """
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ from hamner.kernels.flash_attention import (
     flash_attention_qkv,
     split_qkv,
 )
-from hamner.model.attention_timing import AttentionShape, fastest, measure
+from hamner.model.attention_timing import AttentionShape, fastest
 
 MAX_MASK_GIB = 2.0
 
@@ -54,64 +54,26 @@ def get_attention(name: str, shape: AttentionShape) -> AttentionBackend:
     Raises:
         UserError: the backend cannot do what is asked; names those that can.
     """
-    if name != "auto":
-        require_supported(name, shape)
-        return AttentionBackend(name, *_FUNCTIONS[name], "as asked")
-    reasons = _unsupported_reasons(shape)
+    reasons = {backend: reason(shape) for backend, reason in _UNSUPPORTED_REASONS.items()}
     able = [backend for backend, reason in reasons.items() if reason is None]
-    if not able or (shape.device.type == "cpu" and "sdpa" not in able):
-        raise UserError(_refusal("auto", reasons["sdpa"], []))
-    if shape.device.type == "cpu":
-        return AttentionBackend("sdpa", *_FUNCTIONS["sdpa"], "runs on the CPU")
-    others = [f"not {backend} ({reason})" for backend, reason in reasons.items() if reason]
-    if len(able) == 1:
-        name, why = able[0], "the only one that can"
-    else:
-        measurements = {
-            name: partial(
-                measure,
-                shape,
-                _FUNCTIONS[name][0],
-                graphed=not waits_for_gpu(name, shape.document_mask),
-                rotated=shape.folds_rope and name != "triton",
-            )
-            for name in able
-        }
-        name, why = fastest(shape, measurements)
-    return AttentionBackend(name, *_FUNCTIONS[name], ", ".join([why, *others]))
-
-
-def require_supported(name: str, shape: AttentionShape) -> None:
-    """A name that is unknown, or cannot do what is asked on this machine, is refused.
-
-    Raises:
-        UserError: names those that can.
-    """
-    reasons = _unsupported_reasons(shape)
-    if name not in reasons:
+    if name not in ("auto", *reasons):
         raise UserError(f"--attention {name} is unknown; choose from auto, {', '.join(reasons)}")
-    if reasons[name] is not None:
-        able = [backend for backend, reason in reasons.items() if reason is None]
-        raise UserError(_refusal(name, reasons[name], able))
-
-
-def _unsupported_reasons(shape: AttentionShape) -> dict[str, str | None]:
-    """Each backend's name comes with why it cannot do what is asked, or None where it can."""
-    return {name: reason(shape) for name, reason in _UNSUPPORTED_REASONS.items()}
-
-
-def waits_for_gpu(name: str, document_mask: bool) -> bool:
-    """A backend that waits stops the host until the GPU has caught up, once a batch."""
-    return name == "flash-attn" and document_mask
-
-
-def _refusal(name: str, reason: str, able: list[str]) -> str:
-    mend = (
-        f"use --attention {' or '.join(able)}"
-        if able
-        else "lower --micro-batch-size or --seq-len, or do without the document mask"
-    )
-    return f"--attention {name}: {reason}; {mend}"
+    on_cpu = shape.device.type == "cpu"
+    required = "sdpa" if name == "auto" and (on_cpu or not able) else name
+    if reasons.get(required) is not None:
+        mend = "lower --micro-batch-size or --seq-len, or do without the document mask"
+        if able and name != "auto":
+            mend = f"use --attention {' or '.join(able)}"
+        raise UserError(f"--attention {name}: {reasons[required]}; {mend}")
+    if name != "auto":
+        return AttentionBackend(name, *_FUNCTIONS[name], "as asked")
+    if on_cpu:
+        return AttentionBackend("sdpa", *_FUNCTIONS["sdpa"], "runs on the CPU")
+    name, why = able[0], "the only one that can"
+    if len(able) > 1:
+        name, why = fastest(shape, {backend: _FUNCTIONS[backend][0] for backend in able})
+    others = [f"not {backend} ({reason})" for backend, reason in reasons.items() if reason]
+    return AttentionBackend(name, *_FUNCTIONS[name], ", ".join([why, *others]))
 
 
 def _triton_unsupported_reason(shape: AttentionShape) -> str | None:
@@ -252,14 +214,25 @@ _FUNCTIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
 }
 
 
+Halves = tuple[Tensor, Tensor]
+"""the first and the second half of the heads"""
+
+
+def split_halves(qkv: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Halves, Halves, Halves]:
+    """Packed qkv (B, T, (H + 2 KV) hd) is split into q, k and v for `differential_attention`."""
+    half, kv_half = num_heads // 2, num_kv_heads // 2
+    heads = qkv.unflatten(-1, (num_heads + 2 * num_kv_heads, -1))
+    # One split, so that its gradient is one concatenation.
+    q1, q2, k1, k2, v1, v2 = heads.split((half, half, *[kv_half] * 4), dim=2)
+    return (q1, q2), (k1, k2), (v1, v2)
+
+
 def differential_attention(
-    qkv: Tensor,
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    q: Halves,
+    k: Halves,
+    v: Halves,
     lambda_full: Tensor,
-    num_heads: int,
-    num_kv_heads: int,
-    *,
-    document_ids: Tensor | None = None,
-    backend: AttentionBackend,
 ) -> Tensor:
     """The second of two attention maps is subtracted lambda times (arXiv:2410.05258).
 
@@ -268,42 +241,15 @@ def differential_attention(
     of pair m the value heads m and m + KV / 2 side by side. The norm that follows is the model's.
 
     Args:
-        qkv: (B, T, (H + 2 KV) hd), packed.
-        lambda_full: one element, any shape.
-        num_heads, num_kv_heads: H and KV, both even.
-        document_ids: as in `hamner.kernels.flash_attention.flash_attention`.
-        backend: what computes the maps.
-
-    Returns:
-        (B, T, H hd): H / 2 heads of 2 hd.
-    """
-    half, kv_half = num_heads // 2, num_kv_heads // 2
-    heads = qkv.unflatten(-1, (num_heads + 2 * num_kv_heads, -1))
-    # One split, so that its gradient is one concatenation.
-    q1, q2, k1, k2, v1, v2 = heads.split((half, half, *[kv_half] * 4), dim=2)
-    attend = partial(backend.unpacked, document_ids=document_ids)
-    return difference_of_maps(attend, q=(q1, q2), k=(k1, k2), v=(v1, v2), lambda_full=lambda_full)
-
-
-def difference_of_maps(
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
-    q: Sequence[Tensor],
-    k: Sequence[Tensor],
-    v: Sequence[Tensor],
-    lambda_full: Tensor,
-) -> Tensor:
-    """The second map of differential attention, on half of the heads, is subtracted from the first.
-
-    Args:
         attend: (q, k, v) -> out, as `AttentionBackend.unpacked`.
         q: two of (B, T, H / 2, hd).
         k, v: two of (B, S, KV / 2, hd) each.
         lambda_full: one element, any shape.
 
     Returns:
-        (B, T, H hd).
+        (B, T, H hd): H / 2 heads of 2 hd.
     """
-    values = torch.cat(tuple(v), dim=-1)
+    values = torch.cat(v, dim=-1)
     map1, map2 = (attend(q_half, k_half, values) for q_half, k_half in zip(q, k, strict=True))
     # A 0-d lambda does not change the dtype, whatever its own.
     return (map1 - lambda_full.reshape(()) * map2).flatten(-2)

@@ -24,6 +24,8 @@ from hamner.kernels.rope import rope_packed_
 DOCUMENT_LENGTH = 350  # tokens: about the mean of web text
 WARM_UP, REPEATS = 3, 7
 
+Function = Callable[..., Tensor]
+
 
 @dataclass(frozen=True)
 class AttentionShape:
@@ -56,28 +58,37 @@ class AttentionShape:
             **settings,
         )
 
+    def rotates_apart(self, backend: str) -> bool:
+        """A layer may run RoPE's backward pass by a kernel of its own, whose time is the
+        backend's."""
+        return self.folds_rope and backend != "triton"
 
-def fastest(
-    shape: AttentionShape, measurements: Mapping[str, Callable[[], float]]
-) -> tuple[str, str]:
+
+def waits_for_gpu(backend: str, document_mask: bool) -> bool:
+    """A backend that waits stops the host until the GPU has caught up, once a batch; no CUDA graph
+    can record it."""
+    return backend == "flash-attn" and document_mask
+
+
+def fastest(shape: AttentionShape, functions: Mapping[str, Function]) -> tuple[str, str]:
     """The function names the fastest backend and says why.
 
     Args:
         shape: what the attention of the run is asked for.
-        measurements: by backend, calls of `measure`; not made where their results are remembered.
+        functions: attention on packed qkv, by backend.
 
     Raises:
         RuntimeError: none of them ran.
     """
-    cache, key = cache_file(), cache_key(shape, "flash-attn" in measurements)
+    cache, key = cache_file(), cache_key(shape, "flash-attn" in functions)
     milliseconds, failures = _read(cache).get(key), {}
-    if not _are_times(milliseconds, of=measurements):
+    if not _are_times(milliseconds, of=functions):
         milliseconds = {}
-        for name, measurement in measurements.items():
+        for name, function in functions.items():
             # Whatever goes wrong in one (out of memory, an extension built for another torch) must
             # not keep the run from the others.
             try:
-                milliseconds[name] = measurement()
+                milliseconds[name] = measure(shape, name, function)
             except Exception as error:
                 failures[name] = f"{type(error).__name__}: {error}".splitlines()[0]
         torch.cuda.empty_cache()
@@ -93,15 +104,11 @@ def fastest(
     return best, ", ".join([why, *(f"{name} failed ({why})" for name, why in failures.items())])
 
 
-def measure(
-    shape: AttentionShape, function: Callable[..., Tensor], *, graphed: bool, rotated: bool
-) -> float:
+def measure(shape: AttentionShape, backend: str, function: Function) -> float:
     """The function gives median milliseconds of forward and backward on the GPU.
 
-    `graphed` replays both as a CUDA graph, as the trainer's step does: launched one by one, the
-    backend of many small kernels would be charged for Python's time between them. No graph can
-    record a function that waits for the GPU. `rotated` adds RoPE's backward pass, which a layer
-    runs by a kernel of its own where the function does not fold it in: the time is its.
+    Where possible both are replayed as a CUDA graph, as the trainer's step does: launched one by
+    one, the backend of many small kernels would be charged for Python's time between them.
 
     Raises:
         RuntimeError: the output or its gradient is not finite: a package may hold kernels for some
@@ -126,7 +133,7 @@ def measure(
     def run() -> tuple[Tensor, Tensor]:
         out = function(qkv, num_heads, num_kv_heads, document_ids=document_ids)
         (d_qkv,) = torch.autograd.grad(out, qkv, d_out)
-        if rotated:
+        if shape.rotates_apart(backend):
             heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
             rope_packed_(d_qkv.contiguous(), table, table, **heads, inverse=True)
         # Detached: a graph kept alive from here would break the recording of the next.
@@ -138,7 +145,7 @@ def measure(
         if not all(result.isfinite().all() for result in results):
             raise RuntimeError("its result is not finite")
         timed = run
-        if graphed:
+        if not waits_for_gpu(backend, shape.document_mask):
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 run()

@@ -1,4 +1,4 @@
-"""Keys and values of past tokens, so that decoding computes each token once."""
+"""The module keeps keys and values of past tokens, so that decoding computes each token once."""
 
 import torch
 from torch import Tensor
@@ -8,12 +8,11 @@ from hamner.kernels.flash_attention import split_qkv
 
 
 class KVCache:
-    """Room for the keys and values of one batch of sequences, in every layer.
+    """A cache has room for the keys and values of one sequence, in every layer.
 
     Args:
         config: of the model.
-        capacity: most tokens a sequence.
-        batch_size: sequences.
+        capacity: most tokens of the sequence.
         device, dtype: those of the activations.
 
     Attributes:
@@ -21,17 +20,11 @@ class KVCache:
     """
 
     def __init__(
-        self,
-        config: ModelConfig,
-        capacity: int,
-        *,
-        batch_size: int = 1,
-        device: torch.device,
-        dtype: torch.dtype,
+        self, config: ModelConfig, capacity: int, *, device: torch.device, dtype: torch.dtype
     ) -> None:
         self.config, self.capacity, self.length = config, capacity, 0
-        # (layers, B, capacity, KV, head size)
-        shape = (config.num_layers, batch_size, capacity, config.num_kv_heads, config.head_size)
+        # (layers, 1, capacity, KV, head size)
+        shape = (config.num_layers, 1, capacity, config.num_kv_heads, config.head_size)
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty(shape, device=device, dtype=dtype)
 
@@ -40,10 +33,10 @@ class KVCache:
 
         Args:
             layer: whose keys and values.
-            qkv: (B, T, (H + 2 KV) head_size), packed and rotated.
+            qkv: (1, T, (H + 2 KV) head_size), packed and rotated.
 
         Returns:
-            The new queries (B, T, H, head_size), and all keys and values (B, S, KV, head_size).
+            The new queries (1, T, H, head_size), and all keys and values (1, S, KV, head_size).
 
         Raises:
             ValueError: the cache has no room for them.

@@ -59,6 +59,5 @@ def rope_packed(
     return torch.cat((q.transpose(1, 2), k.transpose(1, 2), v), dim=2).flatten(-2)
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Mean over kept targets, fp32; the logits of one chunk at a time."""
-    return liger.liger_fused_linear_cross_entropy(hidden, weight, targets)
+linear_cross_entropy = liger.liger_fused_linear_cross_entropy
+"""It computes the mean over kept targets, fp32, with the logits of one chunk at a time."""

@@ -37,7 +37,7 @@ from hamner.kernels.rms_norm import (
 )
 from hamner.kernels.rope import rope_packed_reference
 from hamner.kernels.router_linear import router_linear, router_linear_reference
-from hamner.model.attention import AttentionBackend, differential_attention
+from hamner.model.attention import AttentionBackend
 from hamner.model.recompute import rebuilt_in_backward
 
 
@@ -65,9 +65,8 @@ class Ops:
     norm_attention: Callable[..., tuple[Tensor, Tensor]]
     """(x, residual, norm_weight, qkv_weight, *, document_ids, and the same) -> (causal attention of
     what `norm_qkv_rope` gives (B, T, H head_size), new residual)"""
-    differential_attention: Callable[..., Tensor]
-    """(packed qkv, lambda, H, KV, *, document_ids) -> (B, T, H head_size), the second of two causal
-    maps subtracted lambda times"""
+    attention: Callable[..., Tensor]
+    """see hamner.model.attention.AttentionBackend.unpacked"""
     swiglu_linear: Callable[..., Tensor]
     """(gate_up (..., 2I), weight (D, I), *, rebuild) -> (..., D)"""
     linear_cross_entropy: Callable[..., Tensor]
@@ -93,7 +92,6 @@ class Ops:
 def build_ops(kernels: str, attention_backend: AttentionBackend) -> Ops:
     """The operations of `--kernels {triton,torch,liger}` with the chosen attention."""
     attend = attention_backend.function
-    subtract_maps = partial(differential_attention, backend=attention_backend)
     if kernels == "triton":
         norm_attention = partial(_norm_attention, add_rms_norm_qkv_rope, attend)
         if attention_backend.name == "triton":
@@ -105,7 +103,7 @@ def build_ops(kernels: str, attention_backend: AttentionBackend) -> Ops:
             norm_linear=add_rms_norm_linear,
             norm_qkv_rope=add_rms_norm_qkv_rope,
             norm_attention=norm_attention,
-            differential_attention=subtract_maps,
+            attention=attention_backend.unpacked,
             swiglu_linear=swiglu_linear,
             linear_cross_entropy=linear_cross_entropy,
             router_linear=router_linear,
@@ -128,7 +126,7 @@ def build_ops(kernels: str, attention_backend: AttentionBackend) -> Ops:
         norm_linear=partial(_norm_linear, source.rms_norm_linear),
         norm_qkv_rope=norm_qkv_rope,
         norm_attention=partial(_norm_attention, norm_qkv_rope, attend),
-        differential_attention=subtract_maps,
+        attention=attention_backend.unpacked,
         swiglu_linear=partial(_rebuilt, source.swiglu_linear),
         linear_cross_entropy=source.linear_cross_entropy,
         router_linear=router_linear_reference,

@@ -13,14 +13,20 @@ predict, and only the data loader makes them.
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from hamner.config.model import ModelConfig
 from hamner.kernels.moe_routing import Routing
-from hamner.model.attention import difference_of_maps, document_positions, sdpa
+from hamner.model.attention import (
+    differential_attention,
+    document_positions,
+    sdpa,
+    split_halves,
+)
 from hamner.model.kv_cache import KVCache
 from hamner.model.ops import Ops
 from hamner.model.recompute import run_block
@@ -32,12 +38,10 @@ from hamner.plan.memory import NONE, Policy
 class Context(NamedTuple):
     """A context is what all blocks share in one forward pass."""
 
-    cos: Tensor
-    """(T, head_size / 2) fp32: RoPE (arXiv:2104.09864), half-rotation as in Llama"""
-    sin: Tensor
-    """as cos"""
-    positions: Tensor | None
-    """(B, T) int32 rows of cos and sin, or None for 0, 1, 2 ..."""
+    rope: dict[str, Any]
+    """RoPE (arXiv:2104.09864), half-rotation as in Llama, as `Ops.norm_qkv_rope` takes it: the
+    numbers of heads; cos and sin, (T, head_size / 2) fp32; positions, (B, T) int32 rows of both or
+    None for 0, 1, 2 ..."""
     document_ids: Tensor | None
     """(B, T) int32 when documents may not attend to each other"""
     cache: KVCache | None
@@ -106,15 +110,7 @@ class Attention(nn.Module):
         """The module maps (B, T, D) branch and residual in, branch and residual out."""
         config, ops = self.config, self.ops
         inputs = x, residual, self.norm.weight, self.qkv_proj.weight
-        settings = {
-            "cos": context.cos,
-            "sin": context.sin,
-            "num_heads": config.num_attention_heads,
-            "num_kv_heads": config.num_kv_heads,
-            "positions": context.positions,
-            "eps": self.norm.eps,
-            "rebuild": rebuild,
-        }
+        settings = {**context.rope, "eps": self.norm.eps, "rebuild": rebuild}
         if context.cache is None and not config.use_differential_attention:
             out, residual = ops.norm_attention(
                 *inputs, document_ids=context.document_ids, **settings
@@ -135,14 +131,14 @@ class Attention(nn.Module):
             - torch.exp(torch.dot(self.lambda_q2, self.lambda_k2))
             + self.lambda_init
         )
-        heads, kv_heads = config.num_attention_heads, config.num_kv_heads
+        heads = config.num_attention_heads
         if context.cache is not None:
+            attend = sdpa
             halves = (x.chunk(2, dim=2) for x in context.cache.extend(self.layer, qkv))
-            out = difference_of_maps(sdpa, *halves, weight)
         else:
-            out = self.ops.differential_attention(
-                qkv, weight, heads, kv_heads, document_ids=context.document_ids
-            )
+            attend = partial(self.ops.attention, document_ids=context.document_ids)
+            halves = split_halves(qkv, heads, config.num_kv_heads)
+        out = differential_attention(attend, *halves, weight)
         # The norm per pair of heads has no weight; (1 - lambda_init) keeps the gradient's scale.
         pairs = out.unflatten(-1, (heads // 2, 2 * config.head_size))
         scale = torch.full((2 * config.head_size,), 1 - self.lambda_init, device=out.device)
@@ -152,41 +148,27 @@ class Attention(nn.Module):
 class DenseMLP(nn.Module):
     """SwiGLU (arXiv:2002.05202) on one packed gate_up projection, gate first."""
 
-    def __init__(self, config: ModelConfig, intermediate_size: int, ops: Ops) -> None:
+    def __init__(self, config: ModelConfig, ops: Ops) -> None:
         super().__init__()
         self.ops = ops
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+        d, width = config.hidden_size, config.expert_intermediate_size
+        self.norm = RMSNorm(d, config.rms_norm_eps)
+        self.gate_up_proj = nn.Linear(d, 2 * width, bias=False)
+        self.down_proj = nn.Linear(width, d, bias=False)
 
     def forward(
         self, x: Tensor, residual: Tensor | None, rebuild: bool
     ) -> tuple[Tensor, Tensor, None]:
-        """The module maps (B, T, D) branch and residual in; branch, residual and no routing out."""
         inputs = x, residual, self.norm.weight, self.gate_up_proj.weight
         gate_up, residual = self.ops.norm_linear(*inputs, eps=self.norm.eps, rebuild=rebuild)
         out = self.ops.swiglu_linear(gate_up, self.down_proj.weight, rebuild=rebuild)
         return out, residual, None
 
 
-class SharedExpert(nn.Module):
-    """The experts every token goes through, as one wide SwiGLU (DeepSeekMoE, arXiv:2401.06066)."""
-
-    def __init__(self, config: ModelConfig, ops: Ops) -> None:
-        super().__init__()
-        self.ops = ops
-        width = config.num_shared_experts * config.expert_intermediate_size
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * width, bias=False)
-        self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
-
-    def forward(self, normed: Tensor, rebuild: bool) -> Tensor:
-        """The module maps (B, T, D) -> (B, T, D)."""
-        gate_up = self.gate_up_proj(normed)
-        return self.ops.swiglu_linear(gate_up, self.down_proj.weight, rebuild=rebuild)
-
-
 class MoEMLP(nn.Module):
-    """Top-k routed experts, none dropped, renormalised weights (Mixtral, arXiv:2401.04088)."""
+    """Tokens go to their top-k routed experts, none dropped, with renormalised weights (Mixtral,
+    arXiv:2401.04088), and to all shared ones, as one wide SwiGLU (DeepSeekMoE, arXiv:2401.06066).
+    """
 
     def __init__(self, config: ModelConfig, ops: Ops) -> None:
         super().__init__()
@@ -198,46 +180,44 @@ class MoEMLP(nn.Module):
         self.register_buffer("router_bias", bias if config.router_balance == "bias" else None)
         self.gate_up_weight = nn.Parameter(torch.empty(experts, 2 * width, d))
         self.down_weight = nn.Parameter(torch.empty(experts, d, width))
-        self.shared = SharedExpert(config, ops) if config.num_shared_experts else None
+        self.shared = None
+        if config.num_shared_experts:
+            shared_width = config.num_shared_experts * width
+            up = nn.Linear(d, 2 * shared_width, bias=False)
+            down = nn.Linear(shared_width, d, bias=False)
+            self.shared = nn.ModuleDict({"gate_up_proj": up, "down_proj": down})
 
-    def forward(self, x: Tensor, residual: Tensor | None, rebuild: bool):
-        """The module maps (B, T, D) branch and residual in; branch, residual and `Routing` out."""
+    def forward(
+        self, x: Tensor, residual: Tensor | None, rebuild: bool
+    ) -> tuple[Tensor, Tensor, Routing]:
         norm, ops = self.norm, self.ops
         normed, residual = ops.add_rms_norm(x, residual, norm.weight, norm.eps)
         keeping = contextlib.nullcontext()
         if rebuild:
-            stream, weight = residual.detach(), norm.weight.detach()
-            keeping = ops.rebuilding(normed, lambda: ops.rms_norm(stream, weight, norm.eps))
+            stream, norm_weight = residual.detach(), norm.weight.detach()
+            keeping = ops.rebuilding(normed, lambda: ops.rms_norm(stream, norm_weight, norm.eps))
         with keeping:
-            out, routing = self.experts(normed, rebuild)
+            tokens = normed.flatten(0, 1)
+            logits = ops.router_linear(tokens, self.router.weight)
+            routing = ops.moe_route(
+                logits, self.config.num_experts_per_token, bias=self.router_bias
+            )
+            weights = self.gate_up_weight, self.down_weight
+            out = ops.moe_mlp(tokens, routing, *weights, rebuild=rebuild).view_as(normed)
+            if self.shared is not None:
+                gate_up = self.shared.gate_up_proj(normed)
+                weight = self.shared.down_proj.weight
+                out = out + ops.swiglu_linear(gate_up, weight, rebuild=rebuild)
         return out, residual, routing
-
-    def experts(self, normed: Tensor, rebuild: bool) -> tuple[Tensor, Routing]:
-        """The module maps (B, T, D) -> what all experts add, (B, T, D), and the routing."""
-        tokens = normed.flatten(0, 1)
-        logits = self.ops.router_linear(tokens, self.router.weight)
-        routing = self.ops.moe_route(
-            logits, self.config.num_experts_per_token, bias=self.router_bias
-        )
-        out = self.ops.moe_mlp(
-            tokens, routing, self.gate_up_weight, self.down_weight, rebuild=rebuild
-        )
-        out = out.view_as(normed)
-        if self.shared is not None:
-            out = out + self.shared(normed, rebuild)
-        return out, routing
 
 
 class Block(nn.Module):
-    """Attention, then MLP."""
+    """A block is attention, then the MLP."""
 
     def __init__(self, config: ModelConfig, layer: int, ops: Ops) -> None:
         super().__init__()
         self.attention = Attention(config, layer, ops)
-        if config.is_moe:
-            self.mlp: nn.Module = MoEMLP(config, ops)
-        else:
-            self.mlp = DenseMLP(config, config.expert_intermediate_size, ops)
+        self.mlp = MoEMLP(config, ops) if config.is_moe else DenseMLP(config, ops)
 
     def forward(self, x: Tensor, residual: Tensor | None, context: Context, *, rebuild: bool):
         """The module maps (B, T, D) branch and residual in; branch, residual and `Routing` (or
@@ -352,8 +332,14 @@ class Transformer(nn.Module):
         if cache is not None:
             rows = slice(cache.length, cache.length + inputs.shape[1])
             cos, sin = cos[rows], sin[rows]
-        positions = None if document_ids is None else document_positions(document_ids)
-        return Context(cos, sin, positions, document_ids=document_ids, cache=cache)
+        rope = {
+            "cos": cos,
+            "sin": sin,
+            "positions": None if document_ids is None else document_positions(document_ids),
+            "num_heads": self.config.num_attention_heads,
+            "num_kv_heads": self.config.num_kv_heads,
+        }
+        return Context(rope, document_ids, cache)
 
     @torch.no_grad()
     def balance_routers(self, load: Tensor, is_good: Tensor) -> None:

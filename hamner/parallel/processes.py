@@ -72,11 +72,12 @@ class SingleProcess:
         count = len(items) // self.rank.world_size
         return items[self.rank.global_rank * count : (self.rank.global_rank + 1) * count]
 
-    def open_log(self, folder: Path) -> None:
-        """Each of several processes writes down what it says in rank_N.txt of `folder`."""
+    def open_log(self, folder: Path) -> tuple[Console | None, Console | None]:
+        """Each of several processes writes down what it says in rank_N.txt of `folder`.
 
-    def consoles(self) -> tuple[Console | None, Console | None]:
-        """The two are where a `Display` writes to (None: the terminal), and its log, if any."""
+        Returns:
+            Where a `Display` writes to (None: the terminal), and its log, if any.
+        """
         return None, None
 
     def step_done(self, step: int) -> None:
@@ -143,6 +144,7 @@ class MultipleProcesses(SingleProcess):
         dist.all_reduce(tensor)
 
     def open_log(self, folder):
+        """Rank 0 has the terminal and its log, the others their logs only."""
         path = folder / f"rank_{self.rank.global_rank}.txt"
         try:
             path.parent.mkdir(exist_ok=True)
@@ -156,9 +158,6 @@ class MultipleProcesses(SingleProcess):
         if self.rank.is_main:
             handlers.append(logging.StreamHandler())
         logging.basicConfig(level=logging.WARNING, handlers=handlers, force=True)
-
-    def consoles(self):
-        """Rank 0 has the terminal and its log, the others their logs only."""
         log = Console(file=self.log, highlight=False, width=200)
         return (None, log) if self.rank.is_main else (log, None)
 

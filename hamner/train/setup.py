@@ -14,13 +14,8 @@ from hamner.checkpoint.format import Checkpoint
 from hamner.checkpoint.writer import BackgroundSaver, NoSaver
 from hamner.config.train import TrainConfig
 from hamner.errors import UserError
-from hamner.model.attention import (
-    AttentionBackend,
-    AttentionShape,
-    get_attention,
-    require_supported,
-    waits_for_gpu,
-)
+from hamner.model.attention import AttentionBackend, get_attention
+from hamner.model.attention_timing import AttentionShape, waits_for_gpu
 from hamner.model.ops import Ops, build_ops
 from hamner.model.transformer import Transformer
 from hamner.parallel import device
@@ -85,7 +80,8 @@ def choose(config: TrainConfig, processes: SingleProcess | None = None) -> Setup
     # Everyone has the memory of the one that has least.
     budget = processes.all_reduce_min(compute.budget_bytes)
     decision = processes.from_main(lambda: decide(config, compute, budget, processes.rank))
-    require_supported(decision.attention.name, attention_shape(config, compute, decision.plan))
+    # What rank 0 has chosen must run on this machine too.
+    get_attention(decision.attention.name, attention_shape(config, compute, decision.plan))
     engine = open_engine(decision.engine, processes, compute, config)
     return Setup(
         compute=compute,

@@ -14,9 +14,9 @@ from hamner.model import attention, attention_timing
 from hamner.model.attention import (
     AttentionBackend,
     AttentionShape,
-    differential_attention,
     document_positions,
     get_attention,
+    split_halves,
 )
 from tests.kernels.accuracy import assert_as_accurate_as_torch
 from tests.kernels.gradients import assert_same_bits, compiled, outputs_and_gradients
@@ -165,6 +165,13 @@ def test_compiled(name, device):
         document_ids=make_document_ids(device),
     )
     assert_same_bits(compiled(function), function, {"qkv": make_qkv(device)})
+
+
+def differential_attention(qkv, lambda_full, num_heads, num_kv_heads, *, backend, **documents):
+    """Differential attention as the model calls it in training."""
+    halves = split_halves(qkv, num_heads, num_kv_heads)
+    attend = functools.partial(backend.unpacked, **documents)
+    return attention.differential_attention(attend, *halves, lambda_full)
 
 
 def dense_differential_attention(
@@ -318,13 +325,12 @@ class TestAuto:
     def measured(self, monkeypatch) -> list:
         """Stands in for the GPU's clock, and records what was measured."""
         calls = []
-        triton = attention._FUNCTIONS["triton"][0]
 
-        def measure(shape, function, *, graphed, rotated):
-            calls.append((function, rotated))
-            return 0.93 if function is triton else 1.1
+        def measure(shape, name, function):
+            calls.append((name, shape.rotates_apart(name)))
+            return 0.93 if name == "triton" else 1.1
 
-        monkeypatch.setattr(attention, "measure", measure)
+        monkeypatch.setattr(attention_timing, "measure", measure)
         return calls
 
     def test_cpu(self):
@@ -341,8 +347,7 @@ class TestAuto:
     @pytest.mark.parametrize("folds_rope", [True, False])
     def test_rope_that_triton_folds_is_counted_against_the_others(self, folds_rope, gpu, measured):
         choose("auto", gpu, folds_rope=folds_rope)
-        triton, sdpa = (attention._FUNCTIONS[name][0] for name in ("triton", "sdpa"))
-        assert measured == [(triton, False), (sdpa, folds_rope)]
+        assert measured == [("triton", False), ("sdpa", folds_rope)]
 
     def test_remembers(self, gpu, measured):
         first = choose("auto", gpu)
@@ -399,12 +404,12 @@ class TestAuto:
         assert choose("auto", gpu).name == "triton"
 
     def test_a_backend_that_fails_is_named_and_not_remembered(self, gpu, monkeypatch):
-        def measure(shape, function, *, graphed, rotated):
-            if function is attention._FUNCTIONS["triton"][0]:
+        def measure(shape, name, function):
+            if name == "triton":
                 raise torch.OutOfMemoryError("out of memory\nby a lot")
             return 1.1
 
-        monkeypatch.setattr(attention, "measure", measure)
+        monkeypatch.setattr(attention_timing, "measure", measure)
         backend = choose("auto", gpu)
         assert backend.name == "sdpa"
         assert "triton failed (OutOfMemoryError: out of memory)" in backend.reason
@@ -449,12 +454,6 @@ class TestAuto:
             folds_rope=False,
         )
         functions = {"triton": REFERENCE.function, "flash-attn": nonsense}
-        measurements = {
-            name: functools.partial(
-                attention_timing.measure, shape, function, graphed=True, rotated=False
-            )
-            for name, function in functions.items()
-        }
-        name, why = attention_timing.fastest(shape, measurements)
+        name, why = attention_timing.fastest(shape, functions)
         assert name == "triton"
         assert why.endswith("flash-attn failed (RuntimeError: its result is not finite)")

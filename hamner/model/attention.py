@@ -49,7 +49,6 @@ def get_attention(name: str, shape: AttentionShape) -> AttentionBackend:
     Args:
         name: triton, flash-attn, sdpa, or auto: sdpa on the CPU, on a GPU the fastest of those that
             can, measured forward and backward once per shape and remembered.
-        shape: what is asked of it.
 
     Raises:
         UserError: the backend cannot do what is asked; names those that can.

@@ -32,14 +32,12 @@ class AttentionShape:
     """A shape is what the attention of a run is asked for."""
 
     device: torch.device
-    """of the activations"""
     dtype: torch.dtype
     """of the activations"""
     head_size: int
     num_heads: int
     num_kv_heads: int
     seq_len: int
-    """of one forward pass"""
     micro_batch_size: int
     """of one forward pass"""
     document_mask: bool = False
@@ -74,7 +72,6 @@ def fastest(shape: AttentionShape, functions: Mapping[str, Function]) -> tuple[s
     """The function names the fastest backend and says why.
 
     Args:
-        shape: what the attention of the run is asked for.
         functions: attention on packed qkv, by backend.
 
     Raises:

@@ -33,7 +33,6 @@ def choose(
 
     Args:
         logits: (V,) fp32, on the CPU.
-        sampling: settings.
         generator: CPU source of randomness; not used at temperature 0.
         penalized: tokens to which the repetition penalty applies.
     """
@@ -62,8 +61,6 @@ class Generator:
     a conversation does, only costs its new tokens. One sequence at a time; not for several threads.
 
     Args:
-        model: any option.
-        tokenizer: the model's.
         context: most tokens of a sequence, prompt and continuation; default and at most the
             model's `max_seq_len`.
     """
@@ -84,8 +81,6 @@ class Generator:
 
         Args:
             prompt: at least one token.
-            sampling: settings of the choice.
-            seed: of the choice.
             unpenalized: tokens that may repeat, such as those that end a turn.
 
         Raises:
@@ -128,7 +123,6 @@ class Completion:
     prompt: Sequence[int]
     """tokens, at least one and fewer than the context"""
     sampling: Sampling
-    """settings of the choice"""
     max_new_tokens: int | None = None
     """most tokens to generate; None is as many as the context holds"""
     stop_ids: Collection[int] = ()
@@ -136,7 +130,6 @@ class Completion:
     stop_texts: Sequence[str] = ()
     """strings that end the text and are not part of it"""
     seed: int = 0
-    """of the choice"""
     text: str = field(default="", init=False)
     """what was given out so far"""
     num_tokens: int = field(default=0, init=False)
@@ -203,23 +196,18 @@ def generate(
     """Continue `prompt` until the end of text, the end of the context or `max_new_tokens`.
 
     Args:
-        model: any option.
-        tokenizer: the model's.
         prompt: text; without any token, generation starts from the end-of-text token. Of one too
             long for the context, the end is kept.
         max_new_tokens: most tokens to add.
-        sampling: settings of the choice.
-        seed: of the choice.
 
     Returns:
         The continuation alone.
     """
     tokens = tokenizer.encode(prompt) or [tokenizer.eot_id]
-    context = min(len(tokens) + max_new_tokens, model.config.max_seq_len)
-    generator = Generator(model, tokenizer, context)
+    generator = Generator(model, tokenizer, context=len(tokens) + max_new_tokens)
     return Completion(
         generator,
-        tokens[-(context - 1) :],
+        tokens[-(generator.context - 1) :],
         sampling,
         max_new_tokens=max_new_tokens,
         stop_ids={tokenizer.eot_id},
@@ -228,15 +216,12 @@ def generate(
 
 
 def answer(
-    generator: Generator,
-    messages: Sequence[Message],
-    sampling: Sampling,
-    *,
-    max_new_tokens: int,
-    stop_texts: Sequence[str] = (),
-    seed: int,
+    generator: Generator, messages: Sequence[Message], sampling: Sampling, **settings
 ) -> Completion:
     """The function returns the assistant's next turn, not generated yet.
+
+    Args:
+        settings: further ones of the completion, but for what ends a turn.
 
     Raises:
         ContextError: the messages leave no room for an answer.
@@ -248,12 +233,5 @@ def answer(
             f"the messages take {len(prompt):,} tokens, the model's context is "
             f"{generator.context:,}: shorten them"
         )
-    return Completion(
-        generator,
-        prompt,
-        sampling,
-        max_new_tokens=max_new_tokens,
-        stop_ids=turn_ends(generator.tokenizer),
-        stop_texts=stop_texts,
-        seed=seed,
-    )
+    stop_ids = turn_ends(generator.tokenizer)
+    return Completion(generator, prompt, sampling, stop_ids=stop_ids, **settings)

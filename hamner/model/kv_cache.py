@@ -11,9 +11,7 @@ class KVCache:
     """A cache has room for the keys and values of one sequence, in every layer.
 
     Args:
-        config: of the model.
         capacity: most tokens of the sequence.
-        device, dtype: those of the activations.
 
     Attributes:
         length: tokens held. The model counts it up; set it lower to forget the last tokens.

@@ -230,8 +230,6 @@ class Transformer(nn.Module):
     """The model of every option.
 
     Args:
-        config: shape.
-        ops: implementations of the fused operations.
         policies: one recompute policy per layer; default keeps everything.
 
     Parameters are fp32 as built; `hamner.train.optimizer` casts the matrices to the compute dtype.
@@ -320,14 +318,12 @@ class Transformer(nn.Module):
         self, inputs: Tensor, document_ids: Tensor | None, cache: KVCache | None
     ) -> Context:
         """What the blocks share for `inputs` (B, T)."""
-        length, device = inputs.shape[1], inputs.device
-        if cache is not None:
-            length = cache.capacity
-        key = (length, device)
+        length = inputs.shape[1] if cache is None else cache.capacity
+        key = length, inputs.device
         if key not in self.rotary_tables:
             # One host-to-device copy per length; later steps find the tables here.
             cos, sin = rotary_tables(self.config, length)
-            self.rotary_tables[key] = cos.to(device), sin.to(device)
+            self.rotary_tables[key] = cos.to(inputs.device), sin.to(inputs.device)
         cos, sin = self.rotary_tables[key]
         if cache is not None:
             rows = slice(cache.length, cache.length + inputs.shape[1])

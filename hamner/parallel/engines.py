@@ -84,7 +84,6 @@ class DataParallel(Engine):
     arXiv:2006.15704); once a step, also when it has several micro-batches.
 
     Args:
-        processes: of the job.
         bucket_mib: MiB of gradients that are sent together.
     """
 
@@ -158,8 +157,6 @@ class FullySharded(Engine):
     gradients, or they would not stay divided.
 
     Args:
-        processes: of the job.
-        compute: of this one.
         reshard: free gathered weights after forward and gather them again for backward.
     """
 

@@ -34,8 +34,7 @@ class FailureWatch:
     """A watch looks after the other processes, and ends this one once one of them has failed.
 
     Args:
-        store: shared by all; of this object alone, since its calls may block.
-        rank: of this process.
+        store: shared by all, but of this object only, since its calls may block.
     """
 
     def __init__(self, store: dist.Store, rank: Rank) -> None:
@@ -70,15 +69,11 @@ class FailureWatch:
         except RuntimeError:  # the store is gone with the launcher
             return self.rank.is_main
 
-    def say(self, cause: str) -> None:
-        """The one message of a failed job is printed."""
-        _print(f"rank {self.rank.global_rank} on {socket.gethostname()}: {cause}")
-
     def end(self, cause: str) -> None:
         """The job ends; `cause` is the message, which names the rank that is to blame."""
         # Who claims must speak at once, for the others leave, and the store with them.
         if self.claim():
-            _print(f"{cause}; the job ends; the last checkpoint is whole, --resume goes on")
+            say(f"{cause}; the job ends; the last checkpoint is whole, --resume goes on")
         self.exit(EXIT_FAILED)
 
     def exit(self, code: int) -> None:
@@ -173,5 +168,6 @@ def _where_is(thread: int | None) -> tuple[str, bool]:
     return line, file.startswith(_HERE)
 
 
-def _print(message: str) -> None:
+def say(message: str) -> None:
+    """The one message of a failed job is printed."""
     os.write(2, f"error: {message}\n".encode())

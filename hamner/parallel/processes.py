@@ -8,6 +8,7 @@ import contextlib
 import datetime
 import logging
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ from torch import Tensor
 from hamner.config.train import TrainConfig
 from hamner.errors import EXIT_BAD_INPUT, EXIT_FAILED, UserError
 from hamner.parallel.device import uses_gpu
-from hamner.parallel.failures import FailureWatch
+from hamner.parallel.failures import FailureWatch, say
 from hamner.parallel.ranks import Rank
 
 T = TypeVar("T")
@@ -89,10 +90,6 @@ class SingleProcess:
 
 class MultipleProcesses(SingleProcess):
     """This is one of the processes that torchrun started.
-
-    Args:
-        rank: of this one.
-        config: of the run.
 
     Raises:
         UserError: the machine has fewer GPUs than processes.
@@ -196,7 +193,8 @@ class MultipleProcesses(SingleProcess):
         if self.failures.claim():
             text = str(error) if is_bad_input else f"{type(error).__name__}: {error}"
             where = "" if is_bad_input or self.log is None else f" (traceback in {self.log.name})"
-            self.failures.say(f"{' '.join(text.split())}{where}")
+            rank = f"rank {self.rank.global_rank} on {socket.gethostname()}"
+            say(f"{rank}: {' '.join(text.split())}{where}")
             if self.log is None and not is_bad_input:
                 traceback.print_exception(error)
         return EXIT_BAD_INPUT if is_bad_input else EXIT_FAILED

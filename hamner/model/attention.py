@@ -1,4 +1,4 @@
-"""The trainer's choice of attention: `--attention {auto,triton,flash-attn,sdpa}`.
+"""The module chooses the attention of a run: `--attention {auto,triton,flash-attn,sdpa}`.
 
 Every backend has the same two causal functions: one on packed qkv, as the model calls it, and one
 on separate q, k and v, on which differential attention is built.
@@ -227,11 +227,7 @@ def split_halves(qkv: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Halves
 
 
 def differential_attention(
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
-    q: Halves,
-    k: Halves,
-    v: Halves,
-    lambda_full: Tensor,
+    attend: Callable[..., Tensor], q: Halves, k: Halves, v: Halves, lambda_full: Tensor
 ) -> Tensor:
     """The second of two attention maps is subtracted lambda times (arXiv:2410.05258).
 

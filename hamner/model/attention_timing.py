@@ -147,13 +147,11 @@ def measure(shape: AttentionShape, backend: str, function: Function) -> float:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 run()
             timed = graph.replay
-        events = []
-        for _ in range(REPEATS):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(REPEATS)]
+        for start, end in events:
             start.record()
             timed()
             end.record()
-            events.append((start, end))
         torch.cuda.synchronize()
     return statistics.median(start.elapsed_time(end) for start, end in events)
 

@@ -1,7 +1,8 @@
-"""Text from a model, token by token, with a KV cache."""
+"""The module generates text from a model, token by token, with a KV cache."""
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ def choose(
     generator: torch.Generator,
     penalized: Collection[int] = (),
 ) -> int:
-    """Choose the next token.
+    """`choose` draws the next token.
 
     Args:
         logits: (V,) fp32, on the CPU.
@@ -38,11 +39,9 @@ def choose(
     """
     if penalized and sampling.repetition_penalty != 1:
         seen = torch.tensor(sorted(set(penalized)))
-        values = logits[seen]
-        penalty = sampling.repetition_penalty
-        logits = logits.index_put(
-            (seen,), torch.where(values > 0, values / penalty, values * penalty)
-        )
+        values, penalty = logits[seen], sampling.repetition_penalty
+        values = torch.where(values > 0, values / penalty, values * penalty)
+        logits = logits.index_put((seen,), values)
     if sampling.temperature == 0:
         return int(logits.argmax())
     kept = min(sampling.top_k or len(logits), len(logits))
@@ -55,7 +54,7 @@ def choose(
 
 
 class Generator:
-    """Continues sequences of tokens with one model.
+    """A generator continues sequences of tokens with one model.
 
     The KV cache outlives a call: a prompt that begins like the last sequence, as the next turn of
     a conversation does, only costs its new tokens. One sequence at a time; not for several threads.
@@ -77,7 +76,7 @@ class Generator:
     def tokens(
         self, prompt: Sequence[int], sampling: Sampling, *, seed: int, unpenalized: Collection[int]
     ) -> Iterator[int]:
-        """The tokens after `prompt`, until the context is full.
+        """The iterator gives the tokens after `prompt`, until the context is full.
 
         Args:
             prompt: at least one token.
@@ -142,14 +141,10 @@ class Completion:
         decoder = self.generator.tokenizer.stream()
         held = ""
         """decoded, but perhaps the beginning of a stop text"""
-        limit = self.generator.context if self.max_new_tokens is None else self.max_new_tokens
         tokens = self.generator.tokens(
             self.prompt, self.sampling, seed=self.seed, unpenalized=self.stop_ids
         )
-        while self.num_tokens < limit:
-            token = next(tokens, None)
-            if token is None:
-                break
+        for token in islice(tokens, self.max_new_tokens):
             self.num_tokens += 1
             if token in self.stop_ids:
                 self.finish_reason = "stop"
@@ -176,7 +171,7 @@ class Completion:
             yield piece
 
     def _possible_stop(self, text: str) -> int:
-        """Length of the longest end of `text` that a stop text begins with."""
+        """The result is the length of the longest end of `text` that a stop text begins with."""
         longest = max((len(stop) for stop in self.stop_texts), default=1) - 1
         for size in range(min(longest, len(text)), 0, -1):
             if any(stop.startswith(text[-size:]) for stop in self.stop_texts):
@@ -193,7 +188,7 @@ def generate(
     sampling: Sampling = SAMPLE_SAMPLING,
     seed: int = 0,
 ) -> str:
-    """Continue `prompt` until the end of text, the end of the context or `max_new_tokens`.
+    """The model continues `prompt` up to its end of text, the context's or `max_new_tokens`.
 
     Args:
         prompt: text; without any token, generation starts from the end-of-text token. Of one too
@@ -201,7 +196,7 @@ def generate(
         max_new_tokens: most tokens to add.
 
     Returns:
-        The continuation alone.
+        The continuation only.
     """
     tokens = tokenizer.encode(prompt) or [tokenizer.eot_id]
     generator = Generator(model, tokenizer, context=len(tokens) + max_new_tokens)

@@ -1,4 +1,4 @@
-"""Only this module picks implementations: `--kernels` and `--attention`.
+"""Only this module picks the implementations of operations, by `--kernels` and `--attention`.
 
 `triton` runs the kernels, `torch` their plain references, `liger` liger-kernel's. All have the same
 signatures, so the model and the optimizer never know which runs.
@@ -176,7 +176,7 @@ _TORCH = SimpleNamespace(
 def _adamw_torch_(
     params, masters, grads, exp_avgs, exp_avg_sqs, *, betas, step, clip_coef, **settings
 ):
-    """`hamner.kernels.adamw_` by PyTorch's own fused AdamW, on whole fp32 masters.
+    """PyTorch's own fused AdamW does as `hamner.kernels.adamw_`, on whole fp32 masters.
 
     Its gradient scaling does the clipping, and its overflow flag skips the step on the device. One
     parameter after the other: together, they would need fp32 copies of all gradients at once.

@@ -1,4 +1,4 @@
-"""The transformer, one screen per idea: attention, dense MLP, MoE MLP, block, model.
+"""The transformer has one screen per idea: attention, dense MLP, MoE MLP, block, model.
 
 Llama's layout (arXiv:2302.13971): RMSNorm before each sub-layer and at the end, RoPE, grouped-query
 attention, SwiGLU, no biases. Each sub-layer starts by adding the previous one's output to the
@@ -49,7 +49,7 @@ class Context(NamedTuple):
 
 
 class RouterStatistics(NamedTuple):
-    """What the routers of all layers did, for the loss and for the metrics; all fp32."""
+    """The statistics say what all layers' routers did, for loss and metrics; all are fp32."""
 
     load_balancing_loss: Tensor
     """mean over layers"""
@@ -62,7 +62,7 @@ class RouterStatistics(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What the model computes: logits when no targets are given, losses otherwise."""
+    """The model computes logits when no targets are given, losses otherwise."""
 
     logits: Tensor | None
     """(B, T, vocab_size) in the compute dtype; (B, 1, vocab_size), the last one, with a cache"""
@@ -74,7 +74,7 @@ class Output(NamedTuple):
 
 
 class RMSNorm(nn.Module):
-    """Holds the weight of a norm (arXiv:1910.07467); the ops that fuse it do the work."""
+    """The module holds the weight of a norm (arXiv:1910.07467); ops that fuse it do the work."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (arXiv:2305.13245) on one packed qkv projection.
+    """Attention has grouped queries (arXiv:2305.13245) and one packed qkv projection.
 
     With `use_differential_attention`, two softmax maps are subtracted with a learned lambda and
     each head's output is normalised (DIFF Transformer, arXiv:2410.05258; heads laid out as in
@@ -124,7 +124,7 @@ class Attention(nn.Module):
         return self.o_proj(out), residual
 
     def subtract_maps(self, qkv: Tensor, context: Context) -> Tensor:
-        """Differential attention on packed (B, T, qkv_size): map 1 minus lambda times map 2."""
+        """Map 1 minus lambda times map 2 is the differential attention of (B, T, qkv_size)."""
         config = self.config
         weight = (
             torch.exp(torch.dot(self.lambda_q1, self.lambda_k1))
@@ -146,7 +146,7 @@ class Attention(nn.Module):
 
 
 class DenseMLP(nn.Module):
-    """SwiGLU (arXiv:2002.05202) on one packed gate_up projection, gate first."""
+    """The MLP is SwiGLU (arXiv:2002.05202) on one packed gate_up projection, gate first."""
 
     def __init__(self, config: ModelConfig, ops: Ops) -> None:
         super().__init__()
@@ -212,7 +212,7 @@ class MoEMLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A block is attention, then the MLP."""
+    """A block runs attention, then the MLP."""
 
     def __init__(self, config: ModelConfig, layer: int, ops: Ops) -> None:
         super().__init__()
@@ -227,7 +227,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The model of every option.
+    """A transformer is the model of every option.
 
     Args:
         policies: one recompute policy per layer; default keeps everything.
@@ -252,10 +252,10 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
-        """Matrices from normal(0, 0.02), norm weights 1, lambda vectors from normal(0, 0.1),
-        router biases 0.
+        """Matrices come from normal(0, 0.02), lambda vectors from normal(0, 0.1); norm weights are
+        1, router biases 0.
 
-        Drawn on the CPU in the order of the parameters, so every device starts from equal weights.
+        All are drawn on the CPU in the order of the parameters: devices start from equal weights.
         """
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
@@ -275,7 +275,7 @@ class Transformer(nn.Module):
         document_ids: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Output:
-        """Logits, or the loss against `targets`.
+        """The model gives logits, or the loss against `targets`.
 
         Args:
             inputs: (B, T) int64 tokens.
@@ -317,7 +317,7 @@ class Transformer(nn.Module):
     def context(
         self, inputs: Tensor, document_ids: Tensor | None, cache: KVCache | None
     ) -> Context:
-        """What the blocks share for `inputs` (B, T)."""
+        """The blocks share it for `inputs` (B, T)."""
         length = inputs.shape[1] if cache is None else cache.capacity
         key = length, inputs.device
         if key not in self.rotary_tables:
@@ -339,11 +339,11 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def balance_routers(self, load: Tensor, is_good: Tensor) -> None:
-        """Move every router's biases one step towards even load (arXiv:2408.15664, algorithm 1).
+        """Every router's biases move a step towards even load (arXiv:2408.15664, algorithm 1).
 
             b_e += speed * sign(mean load - load_e)
 
-        In place, because a CUDA graph reads them where they are. Only with `router_balance` bias.
+        They move in place: a CUDA graph reads them where they are. Only with `router_balance` bias.
 
         Args:
             load: (layers, experts) of the whole step.
@@ -355,12 +355,12 @@ class Transformer(nn.Module):
             layer.mlp.router_bias.add_(step)
 
     def matrices(self) -> Iterator[nn.Parameter]:
-        """Parameters that matmuls read: computed in bf16 and decayed, unlike the vectors."""
+        """Matmuls read these parameters: bf16 and decayed, unlike the vectors."""
         return (parameter for parameter in self.parameters() if parameter.ndim >= 2)
 
 
 def summarize_routers(routings: Sequence) -> RouterStatistics:
-    """Combine the layers' `Routing`s."""
+    """The layers' `Routing`s are combined."""
     return RouterStatistics(
         load_balancing_loss=torch.stack([r.load_balancing_loss for r in routings]).mean(),
         z_loss=torch.stack([r.z_loss for r in routings]).mean(),

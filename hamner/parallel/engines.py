@@ -61,7 +61,7 @@ class Engine:
         loss.backward()
 
     def accumulate(self, optimizer: GradientSums, *, is_last: bool) -> None:
-        """After a micro-batch of several, its gradients are kept for the update."""
+        """The gradients of a micro-batch of several are kept for the update."""
         optimizer.accumulate()
 
     def grad_norm(

@@ -41,7 +41,6 @@ class FailureWatch:
         self.store, self.rank = store, rank
         self.step = 0
         """the last one this process has finished"""
-        self._main_thread = threading.main_thread().ident
         self._beats = 0
         self._is_leaving = False
         self._stop = threading.Event()
@@ -126,7 +125,7 @@ class FailureWatch:
 
     def _give_sign(self) -> None:
         self._beats += 1
-        frame, waits = _where_is(self._main_thread)
+        frame, waits = _where_main_thread_is()
         sign = {
             "beats": self._beats,
             "host": socket.gethostname(),
@@ -156,9 +155,9 @@ def _is_dead(sign: dict, silent: float) -> bool:
     return state in "ZX"
 
 
-def _where_is(thread: int | None) -> tuple[str, bool]:
-    """The function finds a thread's innermost line in Hamner, and whether it waits for others."""
-    frame = sys._current_frames().get(thread)
+def _where_main_thread_is() -> tuple[str, bool]:
+    """The function finds its innermost line in Hamner, and whether it waits for others."""
+    frame = sys._current_frames().get(threading.main_thread().ident)
     while frame is not None and not frame.f_code.co_filename.startswith(_PACKAGE):
         frame = frame.f_back
     if frame is None:

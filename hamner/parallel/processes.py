@@ -58,7 +58,7 @@ class SingleProcess:
         return -self.all_reduce_max([-number])[0]
 
     def from_main(self, function: Callable[[], T]) -> T:
-        """The result is what `function` returns in rank 0, which alone calls it."""
+        """The result is what `function` returns in rank 0, the only one to call it."""
         return function()
 
     def sum_(self, tensor: Tensor) -> None:

@@ -58,7 +58,7 @@ def make_document_ids(device, seq_len=37) -> Tensor:
 
 
 def assert_close_to_reference(function, reference, qkv: Tensor) -> None:
-    """Outputs and gradients against fp64 and plain torch, as the kernels are tested."""
+    """Outputs and gradients are held against fp64 and plain torch, as the kernels' are."""
     actual, same_dtype, exact = (
         outputs_and_gradients(f, {"qkv": x})
         for f, x in (
@@ -73,7 +73,7 @@ def assert_close_to_reference(function, reference, qkv: Tensor) -> None:
 
 @pytest.fixture
 def installed_flash_attn(monkeypatch):
-    """A stand-in for the package flash-attn: the functions we call, by their documented meaning."""
+    """The stand-in for flash-attn has the functions we call, by their documented meaning."""
 
     def flash_attn_func(q, k, v, *, causal, deterministic):
         return flash_attention_reference(q, k, v, causal=causal)
@@ -99,7 +99,7 @@ def installed_flash_attn(monkeypatch):
 
 @pytest.fixture
 def backend(request, device, monkeypatch) -> AttentionBackend:
-    """The backend named by the test; flash-attn by its stand-in, which runs on any device."""
+    """The test names the backend; flash-attn is its stand-in, which runs on any device."""
     if request.param == "flash-attn":
         request.getfixturevalue("installed_flash_attn")
         monkeypatch.setitem(attention._UNSUPPORTED_REASONS, "flash-attn", lambda shape: None)
@@ -168,7 +168,7 @@ def test_compiled(name, device):
 
 
 def differential_attention(qkv, lambda_full, num_heads, num_kv_heads, *, backend, **documents):
-    """Differential attention as the model calls it in training."""
+    """The function calls differential attention as the model does in training."""
     halves = split_halves(qkv, num_heads, num_kv_heads)
     attend = functools.partial(backend.unpacked, **documents)
     return attention.differential_attention(attend, *halves, lambda_full)
@@ -181,7 +181,7 @@ def dense_differential_attention(
     num_kv_heads: int,
     document_ids: Tensor | None = None,
 ) -> Tensor:
-    """The definition, head by head, with every score in memory."""
+    """The function is the definition, head by head, with every score in memory."""
     q, k, v = split_qkv(qkv, num_heads, num_kv_heads)
     seq_len, group = q.shape[1], num_heads // num_kv_heads
     visible = torch.ones(seq_len, seq_len, dtype=torch.bool, device=qkv.device).tril()
@@ -202,7 +202,7 @@ def dense_differential_attention(
 
 
 def test_differential_attention_is_that_of_diffllama(device):
-    """Maps, subtraction and norm against transformers, from the same projections."""
+    """Maps, subtraction and norm are those of transformers, from the same projections."""
     modeling = pytest.importorskip("transformers.models.diffllama.modeling_diffllama")
     config = modeling.DiffLlamaConfig(
         hidden_size=HEADS * HEAD_SIZE,
@@ -313,7 +313,7 @@ class TestRefusals:
 class TestAuto:
     @pytest.fixture
     def gpu(self, monkeypatch, tmp_path) -> torch.device:
-        """A GPU as far as the choice is concerned, and an empty cache folder."""
+        """The device is a GPU as far as the choice is concerned; the cache folder is empty."""
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 3090")
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
@@ -323,7 +323,7 @@ class TestAuto:
 
     @pytest.fixture
     def measured(self, monkeypatch) -> list:
-        """Stands in for the GPU's clock, and records what was measured."""
+        """The fixture stands in for the GPU's clock, and records what was measured."""
         calls = []
 
         def measure(shape, name, function):

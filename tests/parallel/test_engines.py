@@ -1,4 +1,4 @@
-"""What engines and plans decide without other processes."""
+"""Engines and plans decide this without other processes."""
 
 import gc
 import weakref
@@ -71,13 +71,13 @@ def test_micro_batches_are_dealt_in_order():
     assert Third().share(range(0, 24, 3)) == range(12, 18, 3)
 
 
-def test_place_is_read_from_the_environment_of_torchrun():
+def test_rank_is_read_from_the_environment_of_torchrun():
     variables = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
     rank = Rank.read(variables)
     assert rank == Rank(global_rank=3, world_size=4, local_rank=1, local_world_size=2)
     assert rank.num_machines == 2
     assert not rank.is_main
-    assert Rank.read({"WORLD_SIZE": "4"}) == Rank()  # other launchers set that one alone
+    assert Rank.read({"WORLD_SIZE": "4"}) == Rank()  # other launchers set only that one
 
 
 def test_a_repeated_command_resumes(tmp_path, monkeypatch):
@@ -176,7 +176,7 @@ def test_passes_without_gradients_leave_nothing_behind(group):
 
 
 def following(*answers) -> SingleProcess:
-    """A process of another rank, to which rank 0 says `answers` one after another."""
+    """The process is of another rank, to which rank 0 says `answers` one after another."""
     processes, answers = SingleProcess(), iter(answers)
     processes.from_main = lambda function: next(answers)
     return processes

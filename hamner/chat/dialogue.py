@@ -3,8 +3,7 @@
 from collections.abc import Iterator
 
 from hamner.data.chat_template import Message, render_prompt
-from hamner.model.answer import answer
-from hamner.model.generate import Generator
+from hamner.model.generate import Generator, answer
 from hamner.model.sampling import Sampling
 
 

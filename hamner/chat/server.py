@@ -37,8 +37,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from hamner.data.chat_template import Message
-from hamner.model.answer import ContextError, answer
-from hamner.model.generate import Completion, Generator
+from hamner.model.generate import Completion, ContextError, Generator, answer
 from hamner.model.sampling import Sampling
 
 HOST = "127.0.0.1"

@@ -14,9 +14,8 @@ from hamner.data.conversations.examples import load_examples
 from hamner.data.conversations.loader import validation_batch
 from hamner.data.loader import DataConfig, TrainLoader
 from hamner.data.tokenizer import Tokenizer
-from hamner.model.answer import answer
 from hamner.model.attention import document_positions
-from hamner.model.generate import PROMPTS, Generator, generate
+from hamner.model.generate import PROMPTS, Generator, answer, generate
 from hamner.model.sampling import Sampling
 from hamner.model.transformer import Transformer
 

@@ -1,1 +1,1 @@
-"""The transformer: its blocks, its operations, what it keeps for backward, how it generates."""
+"""The package has the transformer, its operations, what it keeps for backward, and generation."""

@@ -1,11 +1,11 @@
-"""The trainer's choice of attention: `--attention {auto,triton,flash-attn,sdpa}`.
+"""The module chooses the attention of a run: `--attention {auto,triton,flash-attn,sdpa}`.
 
-Every backend has the same two functions: one on packed qkv, as the model calls it, and one on
-separate q, k and v, on which differential attention is built.
+Every backend has the same two causal functions: one on packed qkv, as the model calls it, and one
+on separate q, k and v, on which differential attention is built.
 """
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -29,110 +29,50 @@ MAX_MASK_GIB = 2.0
 
 
 class AttentionBackend(NamedTuple):
-    """A backend is one implementation of attention, ready to be called."""
+    """A backend is one implementation of attention; it can be sent to other ranks."""
 
     name: str
     """triton, flash-attn or sdpa"""
     function: Callable[..., Tensor]
-    """(qkv (B, T, (H + 2 KV) hd), H, KV, *, causal=True, document_ids=None, scale=None)
-    -> (B, T, H hd)"""
+    """(qkv (B, T, (H + 2 KV) hd), H, KV, *, document_ids=None) -> (B, T, H hd)"""
     unpacked: Callable[..., Tensor]
-    """(q (B, T, H, hd), k (B, T, KV, hd), v (B, T, KV, hd_v), *, the same) -> (B, T, H, hd_v),
-    hd_v a multiple of hd"""
+    """(q (B, T, H, hd), k (B, T, KV, hd), v (B, T, KV, hd_v), *, document_ids=None)
+    -> (B, T, H, hd_v), hd_v a multiple of hd"""
     reason: str
-    """why it was chosen, for the log"""
-
-
-class AttentionChoice(NamedTuple):
-    """A choice says which backend runs and why; as plain data, it can be sent to other ranks."""
-
-    name: str
-    """triton, flash-attn or sdpa"""
-    reason: str
-    """why this one, for the log, e.g. "0.93 ms forward + backward per layer against sdpa 1.10" """
+    """why it was chosen, for the log, e.g. "0.93 ms forward + backward per layer against sdpa
+    1.10" """
 
 
 def get_attention(name: str, shape: AttentionShape) -> AttentionBackend:
-    """The function chooses the attention of a run of one process and builds it.
-
-    Raises:
-        UserError: see `choose_attention`.
-    """
-    return build_attention(choose_attention(name, shape), shape)
-
-
-def choose_attention(name: str, shape: AttentionShape) -> AttentionChoice:
     """The function chooses the attention of a run.
 
     Args:
         name: triton, flash-attn, sdpa, or auto: sdpa on the CPU, on a GPU the fastest of those that
             can, measured forward and backward once per shape and remembered.
-        shape: what is asked of it.
 
     Raises:
         UserError: the backend cannot do what is asked; names those that can.
     """
-    if name != "auto":
-        _require_supported(name, shape)
-        return AttentionChoice(name, "as asked")
-    reasons = _unsupported_reasons(shape)
+    reasons = {backend: reason(shape) for backend, reason in _UNSUPPORTED_REASONS.items()}
     able = [backend for backend, reason in reasons.items() if reason is None]
-    if not able or (shape.device.type == "cpu" and "sdpa" not in able):
-        raise UserError(_refusal("auto", reasons["sdpa"], []))
-    if shape.device.type == "cpu":
-        return AttentionChoice("sdpa", "runs on the CPU")
-    others = [f"not {backend} ({reason})" for backend, reason in reasons.items() if reason]
-    if len(able) == 1:
-        name, why = able[0], "the only one that can"
-    else:
-        waiting = [name for name in able if waits_for_gpu(name, shape.document_mask)]
-        rotating = [name for name in able if shape.folds_rope and name != "triton"]
-        functions = {name: _FUNCTIONS[name][0] for name in able}
-        name, why = fastest(shape, functions, waiting, rotating)
-    return AttentionChoice(name, ", ".join([why, *others]))
-
-
-def build_attention(choice: AttentionChoice, shape: AttentionShape) -> AttentionBackend:
-    """The function builds the backend that was chosen, here or by another rank.
-
-    Raises:
-        UserError: it does not run on this machine.
-    """
-    _require_supported(choice.name, shape)
-    return AttentionBackend(choice.name, *_FUNCTIONS[choice.name], choice.reason)
-
-
-def _require_supported(name: str, shape: AttentionShape) -> None:
-    """A name that is unknown, or cannot do what is asked, is refused.
-
-    Raises:
-        UserError: names those that can.
-    """
-    reasons = _unsupported_reasons(shape)
-    if name not in reasons:
+    if name not in ("auto", *reasons):
         raise UserError(f"--attention {name} is unknown; choose from auto, {', '.join(reasons)}")
-    if reasons[name] is not None:
-        able = [backend for backend, reason in reasons.items() if reason is None]
-        raise UserError(_refusal(name, reasons[name], able))
-
-
-def _unsupported_reasons(shape: AttentionShape) -> dict[str, str | None]:
-    """Each backend's name comes with why it cannot do what is asked, or None where it can."""
-    return {name: reason(shape) for name, reason in _UNSUPPORTED_REASONS.items()}
-
-
-def waits_for_gpu(name: str, document_mask: bool) -> bool:
-    """A backend that waits stops the host until the GPU has caught up, once a batch."""
-    return name == "flash-attn" and document_mask
-
-
-def _refusal(name: str, reason: str, able: list[str]) -> str:
-    mend = (
-        f"use --attention {' or '.join(able)}"
-        if able
-        else "lower --micro-batch-size or --seq-len, or do without the document mask"
-    )
-    return f"--attention {name}: {reason}; {mend}"
+    on_cpu = shape.device.type == "cpu"
+    required = "sdpa" if name == "auto" and (on_cpu or not able) else name
+    if reasons.get(required) is not None:
+        mend = "lower --micro-batch-size or --seq-len, or do without the document mask"
+        if able and name != "auto":
+            mend = f"use --attention {' or '.join(able)}"
+        raise UserError(f"--attention {name}: {reasons[required]}; {mend}")
+    if name != "auto":
+        return AttentionBackend(name, *_FUNCTIONS[name], "as asked")
+    if on_cpu:
+        return AttentionBackend("sdpa", *_FUNCTIONS["sdpa"], "runs on the CPU")
+    name, why = able[0], "the only one that can"
+    if len(able) > 1:
+        name, why = fastest(shape, {backend: _FUNCTIONS[backend][0] for backend in able})
+    others = [f"not {backend} ({reason})" for backend, reason in reasons.items() if reason]
+    return AttentionBackend(name, *_FUNCTIONS[name], ", ".join([why, *others]))
 
 
 def _triton_unsupported_reason(shape: AttentionShape) -> str | None:
@@ -171,53 +111,50 @@ def _sdpa_unsupported_reason(shape: AttentionShape) -> str | None:
 
 
 def _packed(
-    attend: Callable[..., Tensor],
-    qkv: Tensor,
-    num_heads: int,
-    num_kv_heads: int,
-    *,
-    causal: bool = True,
-    document_ids: Tensor | None = None,
-    scale: float | None = None,
+    attend: Callable[..., Tensor], qkv: Tensor, num_heads: int, num_kv_heads: int, **documents
 ) -> Tensor:
     """`attend` is called on the parts of packed qkv."""
-    q, k, v = split_qkv(qkv, num_heads, num_kv_heads)
-    return attend(q, k, v, causal=causal, document_ids=document_ids, scale=scale).flatten(-2)
+    return attend(*split_qkv(qkv, num_heads, num_kv_heads), **documents).flatten(-2)
 
 
 def _by_value_slices(
-    attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, **masking
+    attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, **documents
 ) -> Tensor:
     """`attend`, which takes values as wide as the keys, is called on slices of wider values.
 
     Building the scores again for each slice is cheaper than what torch does for unequal widths:
     leave its fast kernels.
     """
-    return torch.cat([attend(q, k, part, **masking) for part in v.split(q.shape[-1], dim=-1)], -1)
+    slices = v.split(q.shape[-1], dim=-1)
+    return torch.cat([attend(q, k, part, **documents) for part in slices], dim=-1)
 
 
-def _sdpa(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    causal: bool = True,
-    document_ids: Tensor | None = None,
-    scale: float | None = None,
-) -> Tensor:
+def sdpa(q: Tensor, k: Tensor, v: Tensor, *, document_ids: Tensor | None = None) -> Tensor:
+    """The last T of S positions attend causally, by torch's own attention.
+
+    Args:
+        q: (B, T, H, hd), T <= S; fewer than S in decoding only.
+        k: (B, S, KV, hd).
+        v: (B, S, KV, hd_v).
+        document_ids: (B, T) int32 where T is S, or None.
+
+    Returns:
+        (B, T, H, hd_v).
+    """
+    new, total = q.shape[1], k.shape[1]
     mask = None
     if document_ids is not None:
-        mask = document_ids[:, None, :, None] == document_ids[:, None, None, :]
-        if causal:
-            mask = mask.tril()
+        mask = (document_ids[:, None, :, None] == document_ids[:, None, None, :]).tril()
         # Of torch's fused kernels, those that take a mask do not take grouped heads.
         group = q.shape[2] // k.shape[2]
         k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
+    elif 1 < new < total:
+        # Torch's own causal mask is aligned to the first key, ours to the last.
+        mask = torch.ones(new, total, dtype=torch.bool, device=q.device).tril(total - new)
     out = scaled_dot_product_attention(
         *(x.transpose(1, 2) for x in (q, k, v)),
         attn_mask=mask,
-        is_causal=causal and mask is None,
-        scale=scale,
+        is_causal=new > 1 and mask is None,
         enable_gqa=q.shape[2] != k.shape[2],
     )
     return out.transpose(1, 2)
@@ -244,22 +181,10 @@ def _cumulative_lengths(document_ids: Tensor) -> Tensor:
     return lengths
 
 
-def _flash_attn(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    causal: bool = True,
-    document_ids: Tensor | None = None,
-    scale: float | None = None,
-) -> Tensor:
+def _flash_attn(q: Tensor, k: Tensor, v: Tensor, *, document_ids: Tensor | None = None) -> Tensor:
     from flash_attn import flash_attn_func, flash_attn_varlen_func  # optional extra
 
-    options = {
-        "softmax_scale": scale,
-        "causal": causal,
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-    }
+    options = {"causal": True, "deterministic": torch.are_deterministic_algorithms_enabled()}
     if document_ids is None:
         return flash_attn_func(q, k, v, **options)
     lengths = _cumulative_lengths(document_ids)
@@ -284,19 +209,25 @@ _UNSUPPORTED_REASONS: dict[str, Callable[[AttentionShape], str | None]] = {
 _FUNCTIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "triton": (flash_attention_qkv, flash_attention),
     "flash-attn": (partial(_packed, _flash_attn), partial(_by_value_slices, _flash_attn)),
-    "sdpa": (partial(_packed, _sdpa), partial(_by_value_slices, _sdpa)),
+    "sdpa": (partial(_packed, sdpa), partial(_by_value_slices, sdpa)),
 }
 
 
+Halves = tuple[Tensor, Tensor]
+"""the first and the second half of the heads"""
+
+
+def split_halves(qkv: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Halves, Halves, Halves]:
+    """Packed qkv (B, T, (H + 2 KV) hd) is split into q, k and v for `differential_attention`."""
+    half, kv_half = num_heads // 2, num_kv_heads // 2
+    heads = qkv.unflatten(-1, (num_heads + 2 * num_kv_heads, -1))
+    # One split, so that its gradient is one concatenation.
+    q1, q2, k1, k2, v1, v2 = heads.split((half, half, *[kv_half] * 4), dim=2)
+    return (q1, q2), (k1, k2), (v1, v2)
+
+
 def differential_attention(
-    qkv: Tensor,
-    lambda_full: Tensor,
-    num_heads: int,
-    num_kv_heads: int,
-    *,
-    causal: bool = True,
-    document_ids: Tensor | None = None,
-    backend: AttentionBackend,
+    attend: Callable[..., Tensor], q: Halves, k: Halves, v: Halves, lambda_full: Tensor
 ) -> Tensor:
     """The second of two attention maps is subtracted lambda times (arXiv:2410.05258).
 
@@ -305,77 +236,18 @@ def differential_attention(
     of pair m the value heads m and m + KV / 2 side by side. The norm that follows is the model's.
 
     Args:
-        qkv: (B, T, (H + 2 KV) hd), packed.
-        lambda_full: one element, any shape.
-        num_heads, num_kv_heads: H and KV, both even.
-        causal, document_ids: as in `hamner.kernels.flash_attention.flash_attention`.
-        backend: what computes the maps.
-
-    Returns:
-        (B, T, H hd): H / 2 heads of 2 hd.
-
-    Raises:
-        ValueError: an odd number of heads.
-    """
-    if num_heads % 2 or num_kv_heads % 2:
-        raise ValueError(
-            f"num_heads {num_heads} and num_kv_heads {num_kv_heads} must be even: maps are paired"
-        )
-    half, kv_half = num_heads // 2, num_kv_heads // 2
-    heads = qkv.unflatten(-1, (num_heads + 2 * num_kv_heads, -1))
-    # One split, so that its gradient is one concatenation.
-    q1, q2, k1, k2, v1, v2 = heads.split((half, half, *[kv_half] * 4), dim=2)
-    attend = partial(backend.unpacked, causal=causal, document_ids=document_ids)
-    return difference_of_maps(attend, q=(q1, q2), k=(k1, k2), v=(v1, v2), lambda_full=lambda_full)
-
-
-def difference_of_maps(
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
-    q: Sequence[Tensor],
-    k: Sequence[Tensor],
-    v: Sequence[Tensor],
-    lambda_full: Tensor,
-) -> Tensor:
-    """The second map of differential attention, on half of the heads, is subtracted from the first.
-
-    Args:
         attend: (q, k, v) -> out, as `AttentionBackend.unpacked`.
         q: two of (B, T, H / 2, hd).
         k, v: two of (B, S, KV / 2, hd) each.
         lambda_full: one element, any shape.
 
     Returns:
-        (B, T, H hd).
+        (B, T, H hd): H / 2 heads of 2 hd.
     """
-    values = torch.cat(tuple(v), dim=-1)
+    values = torch.cat(v, dim=-1)
     map1, map2 = (attend(q_half, k_half, values) for q_half, k_half in zip(q, k, strict=True))
     # A 0-d lambda does not change the dtype, whatever its own.
     return (map1 - lambda_full.reshape(()) * map2).flatten(-2)
-
-
-def attend_to_past(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The last T of S positions attend causally, for decoding; no gradient is asked of it.
-
-    Args:
-        q: (B, T, H, hd), T <= S.
-        k: (B, S, KV, hd).
-        v: (B, S, KV, hd_v).
-
-    Returns:
-        (B, T, H, hd_v).
-    """
-    new, total = q.shape[1], k.shape[1]
-    mask = None
-    if 1 < new < total:
-        # Torch's own causal mask is aligned to the first key, ours to the last.
-        mask = torch.ones(new, total, dtype=torch.bool, device=q.device).tril(total - new)
-    out = scaled_dot_product_attention(
-        *(x.transpose(1, 2) for x in (q, k, v)),
-        attn_mask=mask,
-        is_causal=1 < new == total,
-        enable_gqa=q.shape[2] != k.shape[2],
-    )
-    return out.transpose(1, 2)
 
 
 def document_positions(document_ids: Tensor) -> Tensor:

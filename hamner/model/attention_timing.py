@@ -9,7 +9,7 @@ import importlib.metadata
 import json
 import os
 import statistics
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from hamner.kernels.rope import rope_packed_
 DOCUMENT_LENGTH = 350  # tokens: about the mean of web text
 WARM_UP, REPEATS = 3, 7
 
-Functions = dict[str, Callable[..., Tensor]]
+Function = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,12 @@ class AttentionShape:
     """A shape is what the attention of a run is asked for."""
 
     device: torch.device
-    """of the activations"""
     dtype: torch.dtype
     """of the activations"""
     head_size: int
     num_heads: int
     num_kv_heads: int
     seq_len: int
-    """of one forward pass"""
     micro_batch_size: int
     """of one forward pass"""
     document_mask: bool = False
@@ -58,33 +56,41 @@ class AttentionShape:
             **settings,
         )
 
+    def rotates_apart(self, backend: str) -> bool:
+        """A layer may run RoPE's backward pass by a kernel of its own, whose time is the
+        backend's."""
+        return self.folds_rope and backend != "triton"
 
-def fastest(
-    shape: AttentionShape,
-    functions: Functions,
-    waiting: Collection[str],
-    rotating: Collection[str],
-) -> tuple[str, str]:
-    """The function names the fastest of `functions` (packed attention) and says why.
+
+def waits_for_gpu(backend: str, document_mask: bool) -> bool:
+    """A backend that waits stops the host until the GPU has caught up, once a batch; no CUDA graph
+    can record it."""
+    return backend == "flash-attn" and document_mask
+
+
+def fastest(shape: AttentionShape, functions: Mapping[str, Function]) -> tuple[str, str]:
+    """The function names the fastest backend and says why.
 
     Args:
-        shape: what the attention of the run is asked for.
-        functions: by name.
-        waiting: names of those that wait for the GPU, which no CUDA graph can record.
-        rotating: names of those after which a layer runs RoPE's backward pass by a kernel of its
-            own, whose time is theirs.
+        functions: attention on packed qkv, by backend.
 
     Raises:
         RuntimeError: none of them ran.
     """
-    cache = cache_file()
-    key = cache_key(shape, list(functions))
-    milliseconds = read_times(cache, key, list(functions))
-    failures: dict[str, str] = {}
-    if milliseconds is None:
-        milliseconds, failures = measure_all(shape, functions, waiting, rotating)
+    cache, key = cache_file(), cache_key(shape, "flash-attn" in functions)
+    milliseconds, failures = _read(cache).get(key), {}
+    if not _are_times(milliseconds, of=functions):
+        milliseconds = {}
+        for name, function in functions.items():
+            # Whatever goes wrong in one (out of memory, an extension built for another torch) must
+            # not keep the run from the others.
+            try:
+                milliseconds[name] = measure(shape, name, function)
+            except Exception as error:
+                failures[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+        torch.cuda.empty_cache()
         if not failures:
-            write_times(cache, key, milliseconds)
+            _write(cache, _read(cache) | {key: milliseconds})
     if not milliseconds:
         raise RuntimeError("no attention backend ran: " + "; ".join(failures.values()))
     best = min(milliseconds, key=milliseconds.__getitem__)
@@ -95,34 +101,11 @@ def fastest(
     return best, ", ".join([why, *(f"{name} failed ({why})" for name, why in failures.items())])
 
 
-def measure_all(
-    shape: AttentionShape,
-    functions: Functions,
-    waiting: Collection[str],
-    rotating: Collection[str],
-) -> tuple[dict[str, float], dict[str, str]]:
-    """The function gives milliseconds of each that ran, and the error of each that did not."""
-    milliseconds, failures = {}, {}
-    for name, function in functions.items():
-        # Whatever goes wrong in one (out of memory, an extension built for another torch) must
-        # not keep the run from the others.
-        try:
-            milliseconds[name] = measure(
-                shape, function, graphed=name not in waiting, rotated=name in rotating
-            )
-        except Exception as error:
-            failures[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-    torch.cuda.empty_cache()
-    return milliseconds, failures
+def measure(shape: AttentionShape, backend: str, function: Function) -> float:
+    """The function gives median milliseconds of forward and backward on the GPU.
 
-
-def measure(
-    shape: AttentionShape, function: Callable[..., Tensor], *, graphed: bool, rotated: bool
-) -> float:
-    """The function gives median milliseconds of forward and backward, and RoPE's if `rotated`.
-
-    `graphed` replays both as a CUDA graph, as the trainer's step does: launched one by one, the
-    backend of many small kernels would be charged for Python's time between them.
+    Where possible both are replayed as a CUDA graph, as the trainer's step does: launched one by
+    one, the backend of many small kernels would be charged for Python's time between them.
 
     Raises:
         RuntimeError: the output or its gradient is not finite: a package may hold kernels for some
@@ -147,7 +130,7 @@ def measure(
     def run() -> tuple[Tensor, Tensor]:
         out = function(qkv, num_heads, num_kv_heads, document_ids=document_ids)
         (d_qkv,) = torch.autograd.grad(out, qkv, d_out)
-        if rotated:
+        if shape.rotates_apart(backend):
             heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
             rope_packed_(d_qkv.contiguous(), table, table, **heads, inverse=True)
         # Detached: a graph kept alive from here would break the recording of the next.
@@ -159,18 +142,16 @@ def measure(
         if not all(result.isfinite().all() for result in results):
             raise RuntimeError("its result is not finite")
         timed = run
-        if graphed:
+        if not waits_for_gpu(backend, shape.document_mask):
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 run()
             timed = graph.replay
-        events = []
-        for _ in range(REPEATS):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(REPEATS)]
+        for start, end in events:
             start.record()
             timed()
             end.record()
-            events.append((start, end))
         torch.cuda.synchronize()
     return statistics.median(start.elapsed_time(end) for start, end in events)
 
@@ -181,10 +162,10 @@ def cache_file() -> Path:
     return (Path(folder) if folder else Path.home() / ".cache") / "hamner" / "attention.json"
 
 
-def cache_key(shape: AttentionShape, names: list[str]) -> str:
+def cache_key(shape: AttentionShape, has_flash_attn: bool) -> str:
     """The key names all that the times depend on, in words."""
     packages = ["hamner", "torch", "triton"]
-    if "flash-attn" in names:
+    if has_flash_attn:
         packages.append("flash-attn")
     return ", ".join(
         [
@@ -206,23 +187,13 @@ def _version(package: str) -> str:
         return "unknown"
 
 
-def read_times(file: Path, key: str, names: list[str]) -> dict[str, float] | None:
-    """The function gives the milliseconds remembered of exactly `names`, or None."""
-    times = _read(file).get(key)
-    if not isinstance(times, dict) or sorted(times) != sorted(names):
-        return None
-    if not all(isinstance(time, int | float) and time > 0 for time in times.values()):
-        return None
-    return times
-
-
-def write_times(file: Path, key: str, times: dict[str, float]) -> None:
-    """Times are remembered; a folder that cannot be written to only means measuring again."""
-    entries = _read(file) | {key: times}
-    with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with made_whole(file) as temporary:
-            temporary.write_text(json.dumps(entries, indent=1), encoding="utf-8")
+def _are_times(times: object, of: Mapping) -> bool:
+    """A damaged entry, or one of other backends, holds no times of these."""
+    return (
+        isinstance(times, dict)
+        and times.keys() == of.keys()
+        and all(isinstance(time, int | float) and time > 0 for time in times.values())
+    )
 
 
 def _read(file: Path) -> dict:
@@ -230,3 +201,11 @@ def _read(file: Path) -> dict:
         return read_json(file)
     except UserError:
         return {}
+
+
+def _write(file: Path, entries: dict) -> None:
+    """Times are remembered; a folder that cannot be written to only means measuring again."""
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with made_whole(file) as temporary:
+            temporary.write_text(json.dumps(entries, indent=1), encoding="utf-8")

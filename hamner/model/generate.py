@@ -1,11 +1,15 @@
-"""Text from a model, token by token, with a KV cache."""
+"""The module generates text from a model, token by token, with a KV cache."""
 
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import Tensor
 
+from hamner.data.chat_template import Message, render_prompt, turn_ends
 from hamner.data.tokenizer import StreamDecoder, Tokenizer
+from hamner.errors import UserError
 from hamner.model.kv_cache import KVCache
 from hamner.model.sampling import Sampling
 from hamner.model.transformer import Transformer
@@ -16,27 +20,28 @@ SAMPLE_SAMPLING = Sampling(temperature=0.8, top_k=50, top_p=1.0, repetition_pena
 """How samples over time are drawn."""
 
 
+class ContextError(UserError):
+    """The exception says that the messages do not fit into the context."""
+
+
 def choose(
     logits: Tensor,
     sampling: Sampling,
     generator: torch.Generator,
     penalized: Collection[int] = (),
 ) -> int:
-    """Choose the next token.
+    """`choose` draws the next token.
 
     Args:
         logits: (V,) fp32, on the CPU.
-        sampling: settings.
         generator: CPU source of randomness; not used at temperature 0.
         penalized: tokens to which the repetition penalty applies.
     """
     if penalized and sampling.repetition_penalty != 1:
         seen = torch.tensor(sorted(set(penalized)))
-        values = logits[seen]
-        penalty = sampling.repetition_penalty
-        logits = logits.index_put(
-            (seen,), torch.where(values > 0, values / penalty, values * penalty)
-        )
+        values, penalty = logits[seen], sampling.repetition_penalty
+        values = torch.where(values > 0, values / penalty, values * penalty)
+        logits = logits.index_put((seen,), values)
     if sampling.temperature == 0:
         return int(logits.argmax())
     kept = min(sampling.top_k or len(logits), len(logits))
@@ -49,14 +54,12 @@ def choose(
 
 
 class Generator:
-    """Continues sequences of tokens with one model.
+    """A generator continues sequences of tokens with one model.
 
     The KV cache outlives a call: a prompt that begins like the last sequence, as the next turn of
     a conversation does, only costs its new tokens. One sequence at a time; not for several threads.
 
     Args:
-        model: any option.
-        tokenizer: the model's.
         context: most tokens of a sequence, prompt and continuation; default and at most the
             model's `max_seq_len`.
     """
@@ -73,12 +76,10 @@ class Generator:
     def tokens(
         self, prompt: Sequence[int], sampling: Sampling, *, seed: int, unpenalized: Collection[int]
     ) -> Iterator[int]:
-        """The tokens after `prompt`, until the context is full.
+        """The iterator gives the tokens after `prompt`, until the context is full.
 
         Args:
             prompt: at least one token.
-            sampling: settings of the choice.
-            seed: of the choice.
             unpenalized: tokens that may repeat, such as those that end a turn.
 
         Raises:
@@ -112,55 +113,38 @@ class Generator:
         return logits[: self.tokenizer.vocab_size].float().cpu()
 
 
+@dataclass(eq=False)
 class Completion:
-    """A text as it is generated: iterate over its pieces, none of which ends inside a character.
+    """A text is given out as it is generated, in pieces none of which ends inside a character."""
 
-    Args:
-        generator: what continues the prompt.
-        prompt: tokens, at least one and fewer than the context.
-        sampling: settings of the choice.
-        max_new_tokens: most tokens to generate; None is as many as the context holds.
-        stop_ids: tokens that end the text and are not part of it.
-        stop_texts: strings that end the text and are not part of it.
-        seed: of the choice.
-
-    Attributes:
-        text: what was given out so far.
-        num_tokens: how many were generated, the one that ended the text included.
-        finish_reason: "stop" when the model ended the text, "length" when there was no more room;
-            None before the end.
-    """
-
-    def __init__(
-        self,
-        generator: Generator,
-        prompt: Sequence[int],
-        sampling: Sampling,
-        *,
-        max_new_tokens: int | None = None,
-        stop_ids: Collection[int] = (),
-        stop_texts: Sequence[str] = (),
-        seed: int = 0,
-    ) -> None:
-        self.generator, self.prompt, self.sampling = generator, prompt, sampling
-        self.max_new_tokens = max_new_tokens
-        self.stop_ids, self.stop_texts, self.seed = stop_ids, stop_texts, seed
-        self.text = ""
-        self.num_tokens = 0
-        self.finish_reason: str | None = None
+    generator: Generator
+    """what continues the prompt"""
+    prompt: Sequence[int]
+    """tokens, at least one and fewer than the context"""
+    sampling: Sampling
+    max_new_tokens: int | None = None
+    """most tokens to generate; None is as many as the context holds"""
+    stop_ids: Collection[int] = ()
+    """tokens that end the text and are not part of it"""
+    stop_texts: Sequence[str] = ()
+    """strings that end the text and are not part of it"""
+    seed: int = 0
+    text: str = field(default="", init=False)
+    """what was given out so far"""
+    num_tokens: int = field(default=0, init=False)
+    """how many were generated, the one that ended the text included"""
+    finish_reason: str | None = field(default=None, init=False)
+    """"stop" when the model ended the text, "length" when there was no more room; None before the
+    end"""
 
     def __iter__(self) -> Iterator[str]:
         decoder = StreamDecoder(self.generator.tokenizer)
         held = ""
         """decoded, but perhaps the beginning of a stop text"""
-        limit = self.generator.context if self.max_new_tokens is None else self.max_new_tokens
         tokens = self.generator.tokens(
             self.prompt, self.sampling, seed=self.seed, unpenalized=self.stop_ids
         )
-        while self.num_tokens < limit:
-            token = next(tokens, None)
-            if token is None:
-                break
+        for token in islice(tokens, self.max_new_tokens):
             self.num_tokens += 1
             if token in self.stop_ids:
                 self.finish_reason = "stop"
@@ -178,10 +162,8 @@ class Completion:
         yield from self._give(held + decoder.finish())
 
     def run(self) -> str:
-        """Generate to the end and return the text."""
-        for _ in self:
-            pass
-        return self.text
+        """The text is generated to its end and returned."""
+        return "".join(self)
 
     def _give(self, piece: str) -> Iterator[str]:
         if piece:
@@ -189,7 +171,7 @@ class Completion:
             yield piece
 
     def _possible_stop(self, text: str) -> int:
-        """Length of the longest end of `text` that a stop text begins with."""
+        """The result is the length of the longest end of `text` that a stop text begins with."""
         longest = max((len(stop) for stop in self.stop_texts), default=1) - 1
         for size in range(min(longest, len(text)), 0, -1):
             if any(stop.startswith(text[-size:]) for stop in self.stop_texts):
@@ -206,28 +188,45 @@ def generate(
     sampling: Sampling = SAMPLE_SAMPLING,
     seed: int = 0,
 ) -> str:
-    """Continue `prompt` until the end of text, the end of the context or `max_new_tokens`.
+    """The model continues `prompt` up to its end of text, the context's or `max_new_tokens`.
 
     Args:
-        model: any option.
-        tokenizer: the model's.
         prompt: text; without any token, generation starts from the end-of-text token. Of one too
             long for the context, the end is kept.
         max_new_tokens: most tokens to add.
-        sampling: settings of the choice.
-        seed: of the choice.
 
     Returns:
-        The continuation alone.
+        The continuation only.
     """
     tokens = tokenizer.encode(prompt) or [tokenizer.eot_id]
-    context = min(len(tokens) + max_new_tokens, model.config.max_seq_len)
-    generator = Generator(model, tokenizer, context)
+    generator = Generator(model, tokenizer, context=len(tokens) + max_new_tokens)
     return Completion(
         generator,
-        tokens[-(context - 1) :],
+        tokens[-(generator.context - 1) :],
         sampling,
         max_new_tokens=max_new_tokens,
         stop_ids={tokenizer.eot_id},
         seed=seed,
     ).run()
+
+
+def answer(
+    generator: Generator, messages: Sequence[Message], sampling: Sampling, **settings
+) -> Completion:
+    """The function returns the assistant's next turn, not generated yet.
+
+    Args:
+        settings: further ones of the completion, but for what ends a turn.
+
+    Raises:
+        ContextError: the messages leave no room for an answer.
+        UserError: the tokenizer lacks the tokens of conversations.
+    """
+    prompt = render_prompt(messages, generator.tokenizer)
+    if len(prompt) >= generator.context:
+        raise ContextError(
+            f"the messages take {len(prompt):,} tokens, the model's context is "
+            f"{generator.context:,}: shorten them"
+        )
+    stop_ids = turn_ends(generator.tokenizer)
+    return Completion(generator, prompt, sampling, stop_ids=stop_ids, **settings)

@@ -1,60 +1,44 @@
-"""Keys and values of past tokens, so that decoding computes each token once."""
+"""The module keeps keys and values of past tokens, so that decoding computes each token once."""
 
 import torch
 from torch import Tensor
 
 from hamner.config.model import ModelConfig
 from hamner.kernels.flash_attention import split_qkv
-from hamner.model.attention import attend_to_past, difference_of_maps
 
 
 class KVCache:
-    """Room for the keys and values of one batch of sequences, in every layer.
+    """A cache has room for the keys and values of one sequence, in every layer.
 
     Args:
-        config: of the model.
-        capacity: most tokens a sequence.
-        batch_size: sequences.
-        device, dtype: those of the activations.
+        capacity: most tokens of the sequence.
 
     Attributes:
         length: tokens held. The model counts it up; set it lower to forget the last tokens.
     """
 
     def __init__(
-        self,
-        config: ModelConfig,
-        capacity: int,
-        *,
-        batch_size: int = 1,
-        device: torch.device,
-        dtype: torch.dtype,
+        self, config: ModelConfig, capacity: int, *, device: torch.device, dtype: torch.dtype
     ) -> None:
         self.config, self.capacity, self.length = config, capacity, 0
-        # (layers, B, capacity, KV, head size)
-        shape = (config.num_layers, batch_size, capacity, config.num_kv_heads, config.head_size)
+        # (layers, 1, capacity, KV, head size)
+        shape = (config.num_layers, 1, capacity, config.num_kv_heads, config.head_size)
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty(shape, device=device, dtype=dtype)
 
-    def attention(self, layer: int, qkv: Tensor) -> Tensor:
-        """Attention of new tokens to the past and to themselves.
+    def extend(self, layer: int, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`extend` puts the keys and values of new tokens behind those that a layer has.
 
         Args:
             layer: whose keys and values.
-            qkv: (B, T, (H + 2 KV) head_size), packed and rotated.
+            qkv: (1, T, (H + 2 KV) head_size), packed and rotated.
 
         Returns:
-            (B, T, H head_size).
+            The new queries (1, T, H, head_size), and all keys and values (1, S, KV, head_size).
+
+        Raises:
+            ValueError: the cache has no room for them.
         """
-        return attend_to_past(*self._extend(layer, qkv)).flatten(-2)
-
-    def differential_attention(self, layer: int, qkv: Tensor, weight: Tensor) -> Tensor:
-        """Two attention maps, the second subtracted `weight` times; shapes as `attention`."""
-        halves = (x.chunk(2, dim=2) for x in self._extend(layer, qkv))
-        return difference_of_maps(attend_to_past, *halves, weight)
-
-    def _extend(self, layer: int, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """New queries, and the keys and values of all tokens with the new ones put behind."""
         q, k, v = split_qkv(qkv, self.config.num_attention_heads, self.config.num_kv_heads)
         end = self.length + qkv.shape[1]
         if end > self.capacity:

@@ -1,7 +1,7 @@
-"""The model's operations on Liger's kernels (arXiv:2410.10989), to compare with: `--kernels liger`.
+"""The module runs the operations on Liger's kernels (arXiv:2410.10989): `--kernels liger`.
 
-Signatures are those of `hamner.model.ops.Ops`. Liger has no kernels for routing, experts and AdamW:
-there the plain torch ones run.
+They are there to compare with. Signatures are those of `hamner.model.ops.Ops`. Liger has no kernels
+for routing, experts and AdamW: there the plain torch ones run.
 """
 
 import torch
@@ -13,26 +13,26 @@ from hamner.kernels.flash_attention import split_qkv
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The result: x (..., D) -> y."""
+    """The function maps x (..., D) -> y."""
     return liger.liger_rms_norm(x, weight, eps, in_place=False)
 
 
 def add_rms_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """The result: y and the new residual; a residual of None stands for zero."""
+    """The function gives y and the new residual; a residual of None stands for zero."""
     if residual is None:
         return rms_norm(x, weight, eps), x
     return liger.liger_fused_add_rms_norm(x, residual, weight, eps, in_place=False)
 
 
 def rms_norm_linear(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The norm and the matmul that reads it."""
+    """The matmul reads what the norm writes."""
     return linear(rms_norm(x, norm_weight, eps), weight)
 
 
 def swiglu_linear(gate_up: Tensor, weight: Tensor) -> Tensor:
-    """The result: gate_up (..., 2I) -> (..., D)."""
+    """The function maps gate_up (..., 2I) -> (..., D)."""
     gate, up = gate_up.chunk(2, dim=-1)
     return linear(liger.liger_swiglu(gate, up), weight)
 
@@ -59,6 +59,5 @@ def rope_packed(
     return torch.cat((q.transpose(1, 2), k.transpose(1, 2), v), dim=2).flatten(-2)
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Mean over kept targets, fp32; the logits of one chunk at a time."""
-    return liger.liger_fused_linear_cross_entropy(hidden, weight, targets)
+linear_cross_entropy = liger.liger_fused_linear_cross_entropy
+"""It computes the mean over kept targets, fp32, with the logits of one chunk at a time."""

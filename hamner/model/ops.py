@@ -1,4 +1,4 @@
-"""The one place where the trainer picks implementations: `--kernels` and `--attention`.
+"""Only this module picks the implementations of operations, by `--kernels` and `--attention`.
 
 `triton` runs the kernels, `torch` their plain references, `liger` liger-kernel's. All have the same
 signatures, so the model and the optimizer never know which runs.
@@ -15,35 +15,23 @@ from torch import Tensor
 from torch.optim import adamw as torch_adamw
 from torch.utils.checkpoint import checkpoint
 
+from hamner import kernels as fused
 from hamner.data.batch import IGNORED_TARGET
-from hamner.kernels.adamw import adamw_, global_grad_norm, global_grad_norm_reference
-from hamner.kernels.cross_entropy import linear_cross_entropy
-from hamner.kernels.embedding import tied_embedding, tied_embedding_reference
-from hamner.kernels.fused_linear import (
-    add_rms_norm_linear,
-    add_rms_norm_qkv_rope,
-    rms_norm_linear_reference,
-    swiglu_linear,
-    swiglu_linear_reference,
-)
-from hamner.kernels.grouped_matmul import moe_mlp, moe_mlp_reference
-from hamner.kernels.moe_routing import Routing, moe_route, moe_route_reference
-from hamner.kernels.norm_attention import add_rms_norm_attention
-from hamner.kernels.rms_norm import (
-    add_rms_norm,
-    add_rms_norm_reference,
-    rms_norm,
-    rms_norm_reference,
-)
+from hamner.kernels.adamw import global_grad_norm_reference
+from hamner.kernels.embedding import tied_embedding_reference
+from hamner.kernels.fused_linear import rms_norm_linear_reference, swiglu_linear_reference
+from hamner.kernels.grouped_matmul import moe_mlp_reference
+from hamner.kernels.moe_routing import moe_route_reference
+from hamner.kernels.rms_norm import add_rms_norm_reference, rms_norm_reference
 from hamner.kernels.rope import rope_packed_reference
-from hamner.kernels.router_linear import router_linear, router_linear_reference
-from hamner.model.attention import AttentionBackend, differential_attention
+from hamner.kernels.router_linear import router_linear_reference
+from hamner.model.attention import AttentionBackend
 from hamner.model.recompute import recomputed_in_backward
 
 
 @dataclass(frozen=True)
 class Ops:
-    """The fused operations of a training step.
+    """`Ops` holds the fused operations of a training step.
 
     Shapes: B batch, T time, D width, N = B T tokens, H query heads, KV key and value heads, V
     vocabulary, E experts, I intermediate size. A `residual` of None means that `x` itself is the
@@ -65,13 +53,15 @@ class Ops:
     norm_attention: Callable[..., tuple[Tensor, Tensor]]
     """(x, residual, norm_weight, qkv_weight, *, document_ids, and the same) -> (causal attention of
     what `norm_qkv_rope` gives (B, T, H head_size), new residual)"""
+    attention: Callable[..., Tensor]
+    """see hamner.model.attention.AttentionBackend.unpacked"""
     swiglu_linear: Callable[..., Tensor]
     """(gate_up (..., 2I), weight (D, I), *, recompute) -> (..., D)"""
     linear_cross_entropy: Callable[..., Tensor]
     """(hidden (N, D), weight (V, D), targets (N,)) -> mean over kept targets, fp32"""
     router_linear: Callable[..., Tensor]
     """(x (N, D), weight (E, D)) -> router logits (N, E), fp32"""
-    moe_route: Callable[..., Routing]
+    moe_route: Callable[..., fused.Routing]
     """(router_logits (N, E), experts per token, *, bias (E,) fp32 or None) -> Routing"""
     moe_mlp: Callable[..., Tensor]
     """(x (N, D), routing, gate_up_weight (E, 2I, D), down_weight (E, D, I), *, recompute)
@@ -85,52 +75,32 @@ class Ops:
     """`adamw_` takes a bf16 parameter's master split: see hamner.kernels.adamw.split_master"""
     global_grad_norm: Callable[..., Tensor]
     """(gradients) -> () fp32"""
-    attention_backend: AttentionBackend
-
-    def differential_attention(
-        self,
-        qkv: Tensor,
-        weight: Tensor,
-        num_heads: int,
-        num_kv_heads: int,
-        document_ids: Tensor | None,
-    ) -> Tensor:
-        """Two causal attention maps on packed qkv, the second subtracted `weight` times:
-        (B, T, (H + 2 KV) head_size) -> (B, T, H head_size)."""
-        return differential_attention(
-            qkv,
-            weight,
-            num_heads,
-            num_kv_heads,
-            document_ids=document_ids,
-            backend=self.attention_backend,
-        )
 
 
 def build_ops(kernels: str, attention_backend: AttentionBackend) -> Ops:
-    """The operations of `--kernels {triton,torch,liger}` with the chosen attention."""
+    """`build_ops` gives those of `--kernels {triton,torch,liger}` with the chosen attention."""
     attend = attention_backend.function
     if kernels == "triton":
-        norm_attention = partial(_norm_attention, add_rms_norm_qkv_rope, attend)
+        norm_attention = partial(_norm_attention, fused.add_rms_norm_qkv_rope, attend)
         if attention_backend.name == "triton":
-            norm_attention = add_rms_norm_attention
+            norm_attention = fused.add_rms_norm_attention
         return Ops(
-            tied_embedding=tied_embedding,
-            rms_norm=rms_norm,
-            add_rms_norm=add_rms_norm,
-            norm_linear=add_rms_norm_linear,
-            norm_qkv_rope=add_rms_norm_qkv_rope,
+            tied_embedding=fused.tied_embedding,
+            rms_norm=fused.rms_norm,
+            add_rms_norm=fused.add_rms_norm,
+            norm_linear=fused.add_rms_norm_linear,
+            norm_qkv_rope=fused.add_rms_norm_qkv_rope,
             norm_attention=norm_attention,
-            swiglu_linear=swiglu_linear,
-            linear_cross_entropy=linear_cross_entropy,
-            router_linear=router_linear,
-            moe_route=moe_route,
-            moe_mlp=moe_mlp,
+            attention=attention_backend.unpacked,
+            swiglu_linear=fused.swiglu_linear,
+            linear_cross_entropy=fused.linear_cross_entropy,
+            router_linear=fused.router_linear,
+            moe_route=fused.moe_route,
+            moe_mlp=fused.moe_mlp,
             recomputing=recomputed_in_backward,
-            adamw_=adamw_,
+            adamw_=fused.adamw_,
             splits_masters=True,
-            global_grad_norm=global_grad_norm,
-            attention_backend=attention_backend,
+            global_grad_norm=fused.global_grad_norm,
         )
     if kernels == "liger":
         from hamner.model import liger as source  # optional extra
@@ -144,22 +114,22 @@ def build_ops(kernels: str, attention_backend: AttentionBackend) -> Ops:
         norm_linear=partial(_norm_linear, source.rms_norm_linear),
         norm_qkv_rope=norm_qkv_rope,
         norm_attention=partial(_norm_attention, norm_qkv_rope, attend),
-        swiglu_linear=partial(_swiglu_linear, source.swiglu_linear),
+        attention=attention_backend.unpacked,
+        swiglu_linear=partial(_recomputed, source.swiglu_linear),
         linear_cross_entropy=source.linear_cross_entropy,
         router_linear=router_linear_reference,
         moe_route=moe_route_reference,
-        moe_mlp=_moe_mlp_torch,
+        moe_mlp=partial(_recomputed, moe_mlp_reference),
         # Its plain experts are checkpointed, which keeps their input.
         recomputing=lambda *_: nullcontext(),
         adamw_=_adamw_torch_,
         splits_masters=False,
         global_grad_norm=global_grad_norm_reference,
-        attention_backend=attention_backend,
     )
 
 
-def _recomputed(recompute: bool, function: Callable, *args):
-    """Run `function`, keeping only its inputs if `recompute`.
+def _recomputed(function: Callable, *args, recompute: bool):
+    """`function` runs, keeping only its inputs if `recompute`.
 
     Torch's checkpoint stops recomputing as soon as the last saved tensor is back, which is before
     the matmul that ends each pair: the matmul itself is not run twice.
@@ -172,32 +142,18 @@ def _recomputed(recompute: bool, function: Callable, *args):
 def _norm_linear(pair, x, residual, norm_weight, weight, *, eps, recompute):
     # The sum stays outside the pair because it is kept: it is the next residual.
     stream = x if residual is None else x + residual
-    return _recomputed(recompute, pair, stream, norm_weight, weight, eps), stream
+    return _recomputed(pair, stream, norm_weight, weight, eps, recompute=recompute), stream
 
 
-def _norm_qkv_rope(
-    pair, rope_packed, x, residual, norm_weight, qkv_weight, *, eps, recompute, **rope
-):
-    qkv, stream = _norm_linear(
-        pair, x, residual, norm_weight=norm_weight, weight=qkv_weight, eps=eps, recompute=recompute
-    )
+def _norm_qkv_rope(pair, rope_packed, *inputs, eps, recompute, **rope):
+    qkv, stream = _norm_linear(pair, *inputs, eps=eps, recompute=recompute)
     return rope_packed(qkv, **rope), stream
 
 
-def _norm_attention(
-    norm_qkv_rope, attend, *inputs, document_ids, num_heads, num_kv_heads, **settings
-):
-    heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
-    qkv, stream = norm_qkv_rope(*inputs, **heads, **settings)
-    return attend(qkv, num_heads, num_kv_heads, document_ids=document_ids), stream
-
-
-def _swiglu_linear(pair, gate_up, weight, *, recompute):
-    return _recomputed(recompute, pair, gate_up, weight)
-
-
-def _moe_mlp_torch(x, routing, gate_up_weight, down_weight, *, recompute):
-    return _recomputed(recompute, moe_mlp_reference, x, routing, gate_up_weight, down_weight)
+def _norm_attention(norm_qkv_rope, attend, *inputs, document_ids, **settings):
+    qkv, stream = norm_qkv_rope(*inputs, **settings)
+    heads = settings["num_heads"], settings["num_kv_heads"]
+    return attend(qkv, *heads, document_ids=document_ids), stream
 
 
 def _linear_cross_entropy_torch(hidden, weight, targets):
@@ -218,9 +174,9 @@ _TORCH = SimpleNamespace(
 
 @torch.no_grad()
 def _adamw_torch_(
-    params, masters, grads, exp_avgs, exp_avg_sqs, *, lr, betas, eps, weight_decay, step, clip_coef
+    params, masters, grads, exp_avgs, exp_avg_sqs, *, betas, step, clip_coef, **settings
 ):
-    """`hamner.kernels.adamw.adamw_` by PyTorch's own fused AdamW, on whole fp32 masters.
+    """PyTorch's own fused AdamW does as `hamner.kernels.adamw_`, on whole fp32 masters.
 
     Its gradient scaling does the clipping, and its overflow flag skips the step on the device. One
     parameter after the other: together, they would need fp32 copies of all gradients at once.
@@ -242,10 +198,8 @@ def _adamw_torch_(
             amsgrad=False,
             beta1=betas[0],
             beta2=betas[1],
-            lr=lr,
-            weight_decay=weight_decay,
-            eps=eps,
             maximize=False,
+            **settings,
         )
         if param.data_ptr() != master.data_ptr():
             param.copy_(master)

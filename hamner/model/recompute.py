@@ -24,33 +24,13 @@ def run_block(policy: Policy, block: Callable, x: Tensor, residual: Tensor | Non
     )
 
 
-class _Recomputed:
-    """It stands in for a tensor until backward, whose readers share one recomputed value."""
-
-    def __init__(self, recompute: Callable[[], Tensor]) -> None:
-        self.recompute = recompute
-        self.readers = self.left = 0
-        self.value: Tensor | None = None
-
-    def read(self) -> Tensor:
-        """The reader gets the tensor, which is let go of after the last of them."""
-        if self.value is None:
-            with torch.no_grad():
-                self.value = self.recompute()
-            self.left = self.readers
-        value = self.value
-        self.left -= 1
-        if not self.left:
-            self.value = None
-        return value
-
-
 @contextlib.contextmanager
 def recomputed_in_backward(tensor: Tensor, recompute: Callable[[], Tensor]) -> Iterator[None]:
     """Autograd calls `recompute` in backward for what it would keep of `tensor` in this context.
 
-    Where saved tensors have hooks already (a block that is checkpointed as a whole keeps nothing of
-    it anyway) or the code is being compiled, it keeps the tensor.
+    All readers share one recomputed value, which is let go of after the last of them. Where saved
+    tensors have hooks already (a block that is checkpointed as a whole keeps nothing of it anyway)
+    or the code is being compiled, it keeps the tensor.
 
     Args:
         tensor: contiguous; it, or views of all of it, are saved by operations in the context.
@@ -62,17 +42,29 @@ def recomputed_in_backward(tensor: Tensor, recompute: Callable[[], Tensor]) -> I
     if torch.compiler.is_compiling() or is_hooked or not torch.is_grad_enabled():
         yield
         return
-    recomputed = _Recomputed(recompute)
     address, size = tensor.data_ptr(), tensor.numel()
+    readers = left = 0
+    value: Tensor | None = None
 
     def pack(saved: Tensor):
+        nonlocal readers
         if saved.data_ptr() != address or saved.numel() != size:
             return saved
-        recomputed.readers += 1
+        readers += 1
         return saved.shape
 
     def unpack(kept: Tensor | torch.Size) -> Tensor:
-        return kept if isinstance(kept, Tensor) else recomputed.read().view(kept)
+        nonlocal left, value
+        if isinstance(kept, Tensor):
+            return kept
+        if not left:
+            with torch.no_grad():
+                left, value = readers, recompute()
+        view = value.view(kept)
+        left -= 1
+        if not left:
+            value = None
+        return view
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield

@@ -1,4 +1,4 @@
-"""RoPE's tables (arXiv:2104.09864), as they are or stretched to sequences longer than trained on.
+"""RoPE's tables (arXiv:2104.09864) are made here, or stretched beyond the lengths trained on.
 
 Pair i of d / 2 turns by theta^(-2 i / d) a position. To use positions up to s times those of
 pre-training, `--rope-scaling`
@@ -25,7 +25,7 @@ YARN_FAST_TURNS, YARN_SLOW_TURNS = 32, 1
 
 
 def rotary_tables(config: ModelConfig, length: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the positions 0 to length - 1.
+    """The tables hold cosines and sines of the positions 0 to length - 1.
 
     Returns:
         cos and sin, (length, head_size / 2) fp32.
@@ -37,7 +37,7 @@ def rotary_tables(config: ModelConfig, length: int) -> tuple[Tensor, Tensor]:
 
 
 def frequencies(config: ModelConfig) -> Tensor:
-    """Radians a position of each pair, (head_size / 2,) fp64."""
+    """Each pair turns by so many radians a position, (head_size / 2,) fp64."""
     size, factor = config.head_size, config.rope_scaling_factor
     exponent = torch.arange(0, size, 2, dtype=torch.float64) / size
     unscaled = scaled_theta(config) ** -exponent
@@ -50,7 +50,7 @@ def frequencies(config: ModelConfig) -> Tensor:
 
 
 def scaled_theta(config: ModelConfig) -> float:
-    """RoPE's base, raised by NTK-aware scaling."""
+    """The result is RoPE's base, raised by NTK-aware scaling."""
     if config.rope_scaling == "ntk":
         size = config.head_size
         return config.rope_theta * config.rope_scaling_factor ** (size / (size - 2))
@@ -58,18 +58,18 @@ def scaled_theta(config: ModelConfig) -> float:
 
 
 def attention_factor(config: ModelConfig) -> float:
-    """What cos and sin are multiplied by; scores grow by its square."""
+    """Cos and sin are multiplied by the factor; scores grow by its square."""
     if config.rope_scaling == "yarn":
         return 0.1 * math.log(config.rope_scaling_factor) + 1
     return 1.0
 
 
 def _yarn_share_kept(config: ModelConfig) -> Tensor:
-    """How far each pair stays as it was: 1 for fast ones, 0 for slow ones, (head_size / 2,)."""
+    """Each pair stays as it was by a share, 1 for fast ones, 0 for slow ones, (head_size / 2,)."""
     size = config.head_size
 
     def pair_of(turns: float) -> float:
-        """The (fractional) pair that turns so often within the trained length."""
+        """The (fractional) pair `pair_of(n)` turns n times within the trained length."""
         period = config.rope_scaling_from / (turns * 2 * math.pi)
         return size * math.log(period) / (2 * math.log(config.rope_theta))
 

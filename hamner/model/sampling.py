@@ -1,4 +1,4 @@
-"""How the next token is chosen: the settings, shared by commands and server. Torch-free."""
+"""Commands and server share the settings by which the next token is chosen. Torch-free."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from hamner.errors import UserError
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of the choice among the model's next tokens, applied in the order of the fields.
+    """The settings choose among the model's next tokens; they apply in the order of the fields.
 
     Raises:
         UserError: a value outside its range.

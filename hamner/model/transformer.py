@@ -1,4 +1,4 @@
-"""The transformer, one screen per idea: attention, dense MLP, MoE MLP, block, model.
+"""The transformer has one screen per idea: attention, dense MLP, MoE MLP, block, model.
 
 Llama's layout (arXiv:2302.13971): RMSNorm before each sub-layer and at the end, RoPE, grouped-query
 attention, SwiGLU, no biases. Each sub-layer starts by adding the previous one's output to the
@@ -13,14 +13,20 @@ predict, and only the data loader makes them.
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from hamner.config.model import ModelConfig
 from hamner.kernels.moe_routing import Routing
-from hamner.model.attention import document_positions
+from hamner.model.attention import (
+    differential_attention,
+    document_positions,
+    sdpa,
+    split_halves,
+)
 from hamner.model.kv_cache import KVCache
 from hamner.model.ops import Ops
 from hamner.model.recompute import run_block
@@ -29,21 +35,13 @@ from hamner.parallel.tensors import fill
 from hamner.plan.memory import NONE, Policy
 
 
-class Rotary(NamedTuple):
-    """RoPE's tables (arXiv:2104.09864), half-rotation as in Llama."""
-
-    cos: Tensor
-    """(T, head_size / 2) fp32"""
-    sin: Tensor
-    """(T, head_size / 2) fp32"""
-    positions: Tensor | None
-    """(B, T) int32 rows of the tables, or None for 0, 1, 2 ..."""
-
-
 class Context(NamedTuple):
-    """What every block of one forward pass shares."""
+    """A context is what all blocks share in one forward pass."""
 
-    rotary: Rotary
+    rope: dict[str, Any]
+    """RoPE (arXiv:2104.09864), half-rotation as in Llama, as `Ops.norm_qkv_rope` takes it: the
+    numbers of heads; cos and sin, (T, head_size / 2) fp32; positions, (B, T) int32 rows of both or
+    None for 0, 1, 2 ..."""
     document_ids: Tensor | None
     """(B, T) int32 when documents may not attend to each other"""
     cache: KVCache | None
@@ -51,7 +49,7 @@ class Context(NamedTuple):
 
 
 class RouterStatistics(NamedTuple):
-    """What the routers of all layers did, for the loss and for the metrics; all fp32."""
+    """The statistics say what all layers' routers did, for loss and metrics; all are fp32."""
 
     load_balancing_loss: Tensor
     """mean over layers"""
@@ -64,7 +62,7 @@ class RouterStatistics(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What the model computes: logits when no targets are given, losses otherwise."""
+    """The model computes logits when no targets are given, losses otherwise."""
 
     logits: Tensor | None
     """(B, T, vocab_size) in the compute dtype; (B, 1, vocab_size), the last one, with a cache"""
@@ -76,7 +74,7 @@ class Output(NamedTuple):
 
 
 class RMSNorm(nn.Module):
-    """Holds the weight of a norm (arXiv:1910.07467); the ops that fuse it do the work."""
+    """The module holds the weight of a norm (arXiv:1910.07467); ops that fuse it do the work."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -85,7 +83,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (arXiv:2305.13245) on one packed qkv projection.
+    """Attention has grouped queries (arXiv:2305.13245) and one packed qkv projection.
 
     With `use_differential_attention`, two softmax maps are subtracted with a learned lambda and
     each head's output is normalised (DIFF Transformer, arXiv:2410.05258; heads laid out as in
@@ -110,17 +108,9 @@ class Attention(nn.Module):
         self, x: Tensor, residual: Tensor | None, context: Context, recompute: bool
     ) -> tuple[Tensor, Tensor]:
         """The module maps (B, T, D) branch and residual in, branch and residual out."""
-        config, ops, rotary = self.config, self.ops, context.rotary
+        config, ops = self.config, self.ops
         inputs = x, residual, self.norm.weight, self.qkv_proj.weight
-        settings = {
-            "cos": rotary.cos,
-            "sin": rotary.sin,
-            "num_heads": config.num_attention_heads,
-            "num_kv_heads": config.num_kv_heads,
-            "positions": rotary.positions,
-            "eps": self.norm.eps,
-            "recompute": recompute,
-        }
+        settings = {**context.rope, "eps": self.norm.eps, "recompute": recompute}
         if context.cache is None and not config.use_differential_attention:
             out, residual = ops.norm_attention(
                 *inputs, document_ids=context.document_ids, **settings
@@ -130,11 +120,11 @@ class Attention(nn.Module):
         if config.use_differential_attention:
             out = self.subtract_maps(qkv, context)
         else:
-            out = context.cache.attention(self.layer, qkv)
+            out = sdpa(*context.cache.extend(self.layer, qkv)).flatten(-2)
         return self.o_proj(out), residual
 
     def subtract_maps(self, qkv: Tensor, context: Context) -> Tensor:
-        """Differential attention on packed (B, T, qkv_size): map 1 minus lambda times map 2."""
+        """Map 1 minus lambda times map 2 is the differential attention of (B, T, qkv_size)."""
         config = self.config
         weight = (
             torch.exp(torch.dot(self.lambda_q1, self.lambda_k1))
@@ -143,15 +133,12 @@ class Attention(nn.Module):
         )
         heads = config.num_attention_heads
         if context.cache is not None:
-            out = context.cache.differential_attention(self.layer, qkv, weight)
+            attend = sdpa
+            halves = (x.chunk(2, dim=2) for x in context.cache.extend(self.layer, qkv))
         else:
-            out = self.ops.differential_attention(
-                qkv,
-                weight,
-                num_heads=heads,
-                num_kv_heads=config.num_kv_heads,
-                document_ids=context.document_ids,
-            )
+            attend = partial(self.ops.attention, document_ids=context.document_ids)
+            halves = split_halves(qkv, heads, config.num_kv_heads)
+        out = differential_attention(attend, *halves, weight)
         # The norm per pair of heads has no weight; (1 - lambda_init) keeps the gradient's scale.
         pairs = out.unflatten(-1, (heads // 2, 2 * config.head_size))
         scale = torch.full((2 * config.head_size,), 1 - self.lambda_init, device=out.device)
@@ -159,43 +146,29 @@ class Attention(nn.Module):
 
 
 class DenseMLP(nn.Module):
-    """SwiGLU (arXiv:2002.05202) on one packed gate_up projection, gate first."""
+    """The MLP is SwiGLU (arXiv:2002.05202) on one packed gate_up projection, gate first."""
 
-    def __init__(self, config: ModelConfig, intermediate_size: int, ops: Ops) -> None:
+    def __init__(self, config: ModelConfig, ops: Ops) -> None:
         super().__init__()
         self.ops = ops
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+        d, width = config.hidden_size, config.expert_intermediate_size
+        self.norm = RMSNorm(d, config.rms_norm_eps)
+        self.gate_up_proj = nn.Linear(d, 2 * width, bias=False)
+        self.down_proj = nn.Linear(width, d, bias=False)
 
     def forward(
         self, x: Tensor, residual: Tensor | None, recompute: bool
     ) -> tuple[Tensor, Tensor, None]:
-        """The module maps (B, T, D) branch and residual in; branch, residual and no routing out."""
         inputs = x, residual, self.norm.weight, self.gate_up_proj.weight
         gate_up, residual = self.ops.norm_linear(*inputs, eps=self.norm.eps, recompute=recompute)
         out = self.ops.swiglu_linear(gate_up, self.down_proj.weight, recompute=recompute)
         return out, residual, None
 
 
-class SharedExpert(nn.Module):
-    """The experts every token goes through, as one wide SwiGLU (DeepSeekMoE, arXiv:2401.06066)."""
-
-    def __init__(self, config: ModelConfig, ops: Ops) -> None:
-        super().__init__()
-        self.ops = ops
-        width = config.num_shared_experts * config.expert_intermediate_size
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * width, bias=False)
-        self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
-
-    def forward(self, normed: Tensor, recompute: bool) -> Tensor:
-        """The module maps (B, T, D) -> (B, T, D)."""
-        gate_up = self.gate_up_proj(normed)
-        return self.ops.swiglu_linear(gate_up, self.down_proj.weight, recompute=recompute)
-
-
 class MoEMLP(nn.Module):
-    """Top-k routed experts, none dropped, renormalised weights (Mixtral, arXiv:2401.04088)."""
+    """Tokens go to their top-k routed experts, none dropped, with renormalised weights (Mixtral,
+    arXiv:2401.04088), and to all shared ones, as one wide SwiGLU (DeepSeekMoE, arXiv:2401.06066).
+    """
 
     def __init__(self, config: ModelConfig, ops: Ops) -> None:
         super().__init__()
@@ -207,46 +180,44 @@ class MoEMLP(nn.Module):
         self.register_buffer("router_bias", bias if config.router_balance == "bias" else None)
         self.gate_up_weight = nn.Parameter(torch.empty(experts, 2 * width, d))
         self.down_weight = nn.Parameter(torch.empty(experts, d, width))
-        self.shared = SharedExpert(config, ops) if config.num_shared_experts else None
+        self.shared = None
+        if config.num_shared_experts:
+            shared_width = config.num_shared_experts * width
+            up = nn.Linear(d, 2 * shared_width, bias=False)
+            down = nn.Linear(shared_width, d, bias=False)
+            self.shared = nn.ModuleDict({"gate_up_proj": up, "down_proj": down})
 
-    def forward(self, x: Tensor, residual: Tensor | None, recompute: bool):
-        """The module maps (B, T, D) branch and residual in; branch, residual and `Routing` out."""
+    def forward(
+        self, x: Tensor, residual: Tensor | None, recompute: bool
+    ) -> tuple[Tensor, Tensor, Routing]:
         norm, ops = self.norm, self.ops
         normed, residual = ops.add_rms_norm(x, residual, norm.weight, norm.eps)
         keeping = contextlib.nullcontext()
         if recompute:
-            stream, weight = residual.detach(), norm.weight.detach()
-            keeping = ops.recomputing(normed, lambda: ops.rms_norm(stream, weight, norm.eps))
+            stream, norm_weight = residual.detach(), norm.weight.detach()
+            keeping = ops.recomputing(normed, lambda: ops.rms_norm(stream, norm_weight, norm.eps))
         with keeping:
-            out, routing = self.experts(normed, recompute)
+            tokens = normed.flatten(0, 1)
+            logits = ops.router_linear(tokens, self.router.weight)
+            routing = ops.moe_route(
+                logits, self.config.num_experts_per_token, bias=self.router_bias
+            )
+            weights = self.gate_up_weight, self.down_weight
+            out = ops.moe_mlp(tokens, routing, *weights, recompute=recompute).view_as(normed)
+            if self.shared is not None:
+                gate_up = self.shared.gate_up_proj(normed)
+                weight = self.shared.down_proj.weight
+                out = out + ops.swiglu_linear(gate_up, weight, recompute=recompute)
         return out, residual, routing
-
-    def experts(self, normed: Tensor, recompute: bool) -> tuple[Tensor, Routing]:
-        """The module maps (B, T, D) -> what all experts add, (B, T, D), and the routing."""
-        tokens = normed.flatten(0, 1)
-        logits = self.ops.router_linear(tokens, self.router.weight)
-        routing = self.ops.moe_route(
-            logits, self.config.num_experts_per_token, bias=self.router_bias
-        )
-        out = self.ops.moe_mlp(
-            tokens, routing, self.gate_up_weight, self.down_weight, recompute=recompute
-        )
-        out = out.view_as(normed)
-        if self.shared is not None:
-            out = out + self.shared(normed, recompute)
-        return out, routing
 
 
 class Block(nn.Module):
-    """Attention, then MLP."""
+    """A block runs attention, then the MLP."""
 
     def __init__(self, config: ModelConfig, layer: int, ops: Ops) -> None:
         super().__init__()
         self.attention = Attention(config, layer, ops)
-        if config.is_moe:
-            self.mlp: nn.Module = MoEMLP(config, ops)
-        else:
-            self.mlp = DenseMLP(config, config.expert_intermediate_size, ops)
+        self.mlp = MoEMLP(config, ops) if config.is_moe else DenseMLP(config, ops)
 
     def forward(self, x: Tensor, residual: Tensor | None, context: Context, *, recompute: bool):
         """The module maps (B, T, D) branch and residual in; branch, residual and `Routing` (or
@@ -256,11 +227,9 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The model of every option.
+    """A transformer is the model of every option.
 
     Args:
-        config: shape.
-        ops: implementations of the fused operations.
         policies: one recompute policy per layer; default keeps everything.
 
     Parameters are fp32 as built; `hamner.train.optimizer` casts the matrices to the compute dtype.
@@ -283,10 +252,10 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
-        """Matrices from normal(0, 0.02), norm weights 1, lambda vectors from normal(0, 0.1),
-        router biases 0.
+        """Matrices come from normal(0, 0.02), lambda vectors from normal(0, 0.1); norm weights are
+        1, router biases 0.
 
-        Drawn on the CPU in the order of the parameters, so every device starts from equal weights.
+        All are drawn on the CPU in the order of the parameters: devices start from equal weights.
         """
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
@@ -306,7 +275,7 @@ class Transformer(nn.Module):
         document_ids: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Output:
-        """Logits, or the loss against `targets`.
+        """The model gives logits, or the loss against `targets`.
 
         Args:
             inputs: (B, T) int64 tokens.
@@ -348,29 +317,33 @@ class Transformer(nn.Module):
     def context(
         self, inputs: Tensor, document_ids: Tensor | None, cache: KVCache | None
     ) -> Context:
-        """What the blocks share for `inputs` (B, T)."""
-        length, device = inputs.shape[1], inputs.device
-        if cache is not None:
-            length = cache.capacity
-        key = (length, device)
+        """The blocks share it for `inputs` (B, T)."""
+        length = inputs.shape[1] if cache is None else cache.capacity
+        key = length, inputs.device
         if key not in self.rotary_tables:
             # One host-to-device copy per length; later steps find the tables here.
             cos, sin = rotary_tables(self.config, length)
-            self.rotary_tables[key] = cos.to(device), sin.to(device)
+            self.rotary_tables[key] = cos.to(inputs.device), sin.to(inputs.device)
         cos, sin = self.rotary_tables[key]
         if cache is not None:
             rows = slice(cache.length, cache.length + inputs.shape[1])
             cos, sin = cos[rows], sin[rows]
-        positions = None if document_ids is None else document_positions(document_ids)
-        return Context(Rotary(cos, sin, positions), document_ids, cache)
+        rope = {
+            "cos": cos,
+            "sin": sin,
+            "positions": None if document_ids is None else document_positions(document_ids),
+            "num_heads": self.config.num_attention_heads,
+            "num_kv_heads": self.config.num_kv_heads,
+        }
+        return Context(rope, document_ids, cache)
 
     @torch.no_grad()
     def balance_routers(self, load: Tensor, is_good: Tensor) -> None:
-        """Move every router's biases one step towards even load (arXiv:2408.15664, algorithm 1).
+        """Every router's biases move a step towards even load (arXiv:2408.15664, algorithm 1).
 
             b_e += speed * sign(mean load - load_e)
 
-        In place, because a CUDA graph reads them where they are. Only with `router_balance` bias.
+        They move in place: a CUDA graph reads them where they are. Only with `router_balance` bias.
 
         Args:
             load: (layers, experts) of the whole step.
@@ -382,12 +355,12 @@ class Transformer(nn.Module):
             layer.mlp.router_bias.add_(step)
 
     def matrices(self) -> Iterator[nn.Parameter]:
-        """Parameters that matmuls read: computed in bf16 and decayed, unlike the vectors."""
+        """Matmuls read these parameters: bf16 and decayed, unlike the vectors."""
         return (parameter for parameter in self.parameters() if parameter.ndim >= 2)
 
 
 def summarize_routers(routings: Sequence) -> RouterStatistics:
-    """Combine the layers' `Routing`s."""
+    """The layers' `Routing`s are combined."""
     return RouterStatistics(
         load_balancing_loss=torch.stack([r.load_balancing_loss for r in routings]).mean(),
         z_loss=torch.stack([r.z_loss for r in routings]).mean(),

@@ -68,12 +68,12 @@ def select(config: TrainConfig) -> Compute:
         raise UserError("--precision bf16 needs a GPU; use --precision fp32 on a CPU")
     if config.kernels in ("triton", "liger"):
         raise UserError(f"--kernels {config.kernels} needs a GPU; use --kernels torch on a CPU")
-    ram = RAM_SHARE * _free_ram() / Rank.read().local_world_size
+    free_ram = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    ram = RAM_SHARE * free_ram / Rank.read().local_world_size
     budget = config.vram_budget * GIB if config.vram_budget else ram
-    name = f"CPU, {torch.get_num_threads()} threads"
     return Compute(
         device=device,
-        name=name,
+        name=f"CPU, {torch.get_num_threads()} threads",
         gpu=None,
         precision="fp32",
         kernels="torch",
@@ -113,14 +113,8 @@ def _select_gpu(config: TrainConfig) -> Compute:
 def cap_memory(compute: Compute, config: TrainConfig) -> None:
     """A `--vram-budget` is a promise to the user's other programs: exceeding it fails from here on.
 
-    Args:
-        compute: of this process.
-        config: of the run; without a budget there is no cap.
+    Without a budget there is no cap.
     """
     if config.vram_budget and compute.device.type == "cuda":
         memory_gib = torch.cuda.get_device_properties(compute.device).total_memory / GIB
         torch.cuda.set_per_process_memory_fraction(config.vram_budget / memory_gib, compute.device)
-
-
-def _free_ram() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

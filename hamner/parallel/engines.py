@@ -1,30 +1,28 @@
-"""How a model is trained by the processes of a job: alone, with DDP or with FSDP2.
+"""The engines train a model with the processes of a job: with one, with DDP or with FSDP2.
 
 Whatever the engine, a step is that of one process: its micro-batches are dealt to the processes,
 each weights its own by their share of the step's kept targets, and gradients are summed.
 """
 
-import contextlib
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from hamner.config.train import TrainConfig
 from hamner.parallel.device import Compute
 from hamner.parallel.processes import SingleProcess
 from hamner.parallel.tensors import is_sharded, local
 
-GlobalNorm = Callable[[Sequence[Tensor]], Tensor]
-"""tensors on a device -> their global 2-norm, () fp32 there"""
-
 
 class GradientSums(Protocol):
-    """What an engine asks of an optimizer: parameters by name, and the sums of their gradients."""
+    """An optimizer gives an engine its parameters by name, and the sums of their gradients."""
 
     parameters: dict[str, nn.Parameter]
     accumulated: dict[str, Tensor]
@@ -34,69 +32,58 @@ class GradientSums(Protocol):
     def drop_last_gradients(self) -> None: ...
 
 
-_NEVER = 2**31 - 1
-"""steps, DDP's largest number of them"""
-
-
 class Engine:
-    """Everything here; what the other engines change."""
+    """An engine does here what one process needs; the others override what they change."""
 
     name = "none"
     warm_up_calls = 2
     """of forward and backward before they can be recorded as a CUDA graph: the first ones compile
     kernels, build tables and load libraries"""
+    records_parts = True
+    """whether a CUDA graph can hold the micro-batches of a step that has several in each process"""
+    parameter_dtype: torch.dtype | None = None
+    """of the matrices as they are held; None is the dtype that they are computed with"""
 
     def shard(self, model: nn.Module) -> None:
-        """Divide the parameters of a model on the meta device, before they have values."""
-
-    def parameter_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """In which matrices are held that are computed with in `dtype`."""
-        return dtype
+        """The parameters of a model on the meta device are divided, before they have values."""
 
     def wrap(self, model: nn.Module, optimizer: GradientSums) -> Callable:
-        """What is called for a forward pass with gradients."""
+        """`wrap` gives what is called for a forward pass with gradients."""
         return model
 
-    @contextlib.contextmanager
-    def micro_batch(self, *, is_last: bool) -> Iterator[None]:
-        """Around forward and backward of one micro-batch of a step."""
-        yield
-
-    def can_record(self, micro_batches: int) -> bool:
-        """Whether forward and backward of every micro-batch can be one CUDA graph.
-
-        Args:
-            micro_batches: of a step, in each process.
-        """
-        return True
+    def micro_batch(self, *, is_last: bool) -> AbstractContextManager:
+        """The context is around forward and backward of one micro-batch of a step."""
+        return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        """Leave the gradients of `loss`, 0-d, in the parameters; here processes wait for others."""
+        """The gradients of `loss`, 0-d, are left in the parameters; here processes wait for
+        others."""
         loss.backward()
 
     def accumulate(self, optimizer: GradientSums, *, is_last: bool) -> None:
-        """After a micro-batch of several: keep its gradients for the update."""
+        """The gradients of a micro-batch of several are kept for the update."""
         optimizer.accumulate()
 
-    def grad_norm(self, global_norm: GlobalNorm, gradients: Mapping[str, Tensor]) -> Tensor:
-        """The global 2-norm of all gradients, () fp32 on the device.
+    def grad_norm(
+        self, global_norm: Callable[[Sequence[Tensor]], Tensor], gradients: Mapping[str, Tensor]
+    ) -> Tensor:
+        """`grad_norm` gives the global 2-norm of all gradients, () fp32 on the device.
 
         Before it reads them it finishes the sums over the processes that backward left open.
         """
         return global_norm(list(gradients.values()))
 
-    @contextlib.contextmanager
-    def inference(self, model: nn.Module) -> Iterator[None]:
-        """Around forward passes without gradients, which every process must make alike."""
-        yield
+    def inference(self, model: nn.Module) -> AbstractContextManager:
+        """The context is around forward passes without gradients, which every process must make
+        alike."""
+        return nullcontext()
 
 
 class DataParallel(Engine):
-    """The whole model in every process, gradients summed while backward runs (DDP,
+    """Every process has the whole model, and gradients are summed while backward runs (DDP,
     arXiv:2006.15704); once a step, also when it has several micro-batches.
 
     Args:
-        processes: of the job.
         bucket_mib: MiB of gradients that are sent together.
     """
 
@@ -104,12 +91,12 @@ class DataParallel(Engine):
     # DDP arranges its buckets anew in the second, and times the first ten of them, for which the
     # eleventh waits for the GPU.
     warm_up_calls = 11
+    records_parts = False  # those before the last send nothing, and the last one sends sums
 
     def __init__(self, processes: SingleProcess, *, bucket_mib: int) -> None:
         self.processes, self.bucket_mib = processes, bucket_mib
 
     def wrap(self, model, optimizer):
-        """The model in DistributedDataParallel."""
         self.names = {parameter: name for name, parameter in optimizer.parameters.items()}
         with warnings.catch_warnings():
             # torch 2.13 has another name for it, torch 2.11 has only this one.
@@ -122,8 +109,8 @@ class DataParallel(Engine):
                 gradient_as_bucket_view=True,
                 bucket_cap_mb=self.bucket_mib,
             )
-        # Never again: a timed step waits for the GPU.
-        wrapped._set_ddp_runtime_logging_sample_rate(_NEVER)
+        # Never again (in DDP's largest number of steps): a timed step waits for the GPU.
+        wrapped._set_ddp_runtime_logging_sample_rate(2**31 - 1)
         wrapped.register_comm_hook(optimizer, self.sum_bucket)
         # It holds its hook, and so this engine, out of the garbage collector's sight.
         self.wrapped = weakref.ref(wrapped)
@@ -132,35 +119,24 @@ class DataParallel(Engine):
     def sum_bucket(
         self, optimizer: GradientSums, bucket: dist.GradBucket
     ) -> torch.futures.Future[torch.Tensor]:
-        """Sum the gradients of a bucket over the processes; called by DDP as they come in.
+        """DDP has the gradients of a bucket summed over the processes as they come in.
 
         Where a step has several micro-batches, the fp32 sums of this process are what is summed,
         this last one added. The bucket itself is then left as it is, and forgotten.
         """
         if not optimizer.accumulated:
             return _sum(bucket.buffer()).then(lambda future: future.value()[0])
-        names = [self.names[parameter] for parameter in bucket.parameters()]
-        parts = [
-            optimizer.accumulated[name].add_(gradient).flatten()
-            for name, gradient in zip(names, bucket.gradients(), strict=True)
-        ]
-        sums = torch.cat(parts)
-        for name, gradient, part in zip(
-            names, bucket.gradients(), sums.split([len(p) for p in parts]), strict=True
-        ):
-            optimizer.accumulated[name] = part.view(gradient.shape)
+        sums = [optimizer.accumulated[self.names[p]] for p in bucket.parameters()]
+        for total, gradient in zip(sums, bucket.gradients(), strict=True):
+            total.add_(gradient)
+        whole = parameters_to_vector(sums)
+        vector_to_parameters(whole, sums)
         buffer = bucket.buffer()
-        return _sum(sums).then(lambda _: buffer)
+        return _sum(whole).then(lambda _: buffer)
 
-    def can_record(self, micro_batches):
-        """One that is the last and the first: others send nothing, or sums."""
-        return micro_batches == 1
-
-    @contextlib.contextmanager
     def micro_batch(self, *, is_last):
-        """Gradients of all but the last micro-batch stay in this process."""
-        with contextlib.nullcontext() if is_last else self.wrapped().no_sync():
-            yield
+        """The gradients of all but the last micro-batch stay in this process."""
+        return nullcontext() if is_last else self.wrapped().no_sync()
 
     def accumulate(self, optimizer, *, is_last):
         """The last micro-batch is in the sums already."""
@@ -171,8 +147,8 @@ class DataParallel(Engine):
 
 
 class FullySharded(Engine):
-    """Parameters, gradients and moments divided over the processes, the weights gathered block by
-    block as they are needed (FSDP2; ZeRO, arXiv:1910.02054).
+    """Parameters, gradients and moments are divided over the processes, and the weights gathered
+    block by block as they are needed (FSDP2; ZeRO, arXiv:1910.02054).
 
     The shards are the fp32 masters: gathered in the compute dtype, their gradients summed in fp32.
     Vectors (norms, lambdas), a ten-thousandth of the model, are whole everywhere and fp32 as ever.
@@ -181,12 +157,12 @@ class FullySharded(Engine):
     gradients, or they would not stay divided.
 
     Args:
-        processes: of the job.
-        compute: of this one.
         reshard: free gathered weights after forward and gather them again for backward.
     """
 
     name = "fsdp"
+    records_parts = False  # gradients add up in tensors that a graph would overwrite
+    parameter_dtype = torch.float32  # shards are masters
 
     def __init__(self, processes: SingleProcess, compute: Compute, *, reshard: bool) -> None:
         self.processes, self.compute, self.reshard = processes, compute, reshard
@@ -200,7 +176,7 @@ class FullySharded(Engine):
         self.mesh = init_device_mesh(compute.device.type, shape, mesh_dim_names=names)
 
     def shard(self, model: nn.Module) -> None:
-        """`fully_shard` every block, then what is left of the model."""
+        """`fully_shard` divides every block, then what is left of the model."""
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         precision = MixedPrecisionPolicy(
@@ -225,27 +201,19 @@ class FullySharded(Engine):
             module.set_force_sum_reduction_for_comms(True)
         self.model = model
 
-    def parameter_dtype(self, dtype):
-        """Shards are masters."""
-        return torch.float32
-
-    def can_record(self, micro_batches):
-        """One: gradients add up in tensors that a graph would overwrite."""
-        return micro_batches == 1
-
-    @contextlib.contextmanager
     def micro_batch(self, *, is_last):
         """Between machines the gradients of all micro-batches are summed once."""
         self.model.set_requires_all_reduce(is_last)
-        yield
+        return nullcontext()
 
     def accumulate(self, optimizer, *, is_last):
         """The parameters' own gradients are fp32 and add up."""
 
     def grad_norm(self, global_norm, gradients):
-        """Of shards and vectors; the vectors' gradients are summed over the processes first."""
+        """The norm is of shards and vectors; vectors' gradients are summed over the processes
+        first."""
         vectors = [gradients[name] for name in gradients if name in self.vectors]
-        flat = torch.cat([vector.flatten() for vector in vectors])
+        flat = parameters_to_vector(vectors)
         self.processes.sum_(flat)
         for vector, part in zip(vectors, flat.split([v.numel() for v in vectors]), strict=True):
             vector.copy_(part.view_as(vector))
@@ -254,7 +222,7 @@ class FullySharded(Engine):
         dist.all_reduce(square, group=self.mesh.get_group("shard"))
         return (square + global_norm([flat]).square()).sqrt()
 
-    @contextlib.contextmanager
+    @contextmanager
     def inference(self, model):
         """All processes run the same passes; what is chosen by the logits follows rank 0's."""
 
@@ -270,27 +238,23 @@ class FullySharded(Engine):
             # Gathered weights that no backward pass frees would be those of this step for ever.
             for module in (*model.layers, model):
                 module.reshard()
-                _forget_passes(module)
+                # Only a backward pass that is not replayed clears FSDP2's list of forward passes:
+                # with a CUDA graph it would grow as long as the run.
+                state = module._get_fsdp_state()
+                state._comm_ctx.post_forward_order.clear()
+                if state._fsdp_param_group is not None:
+                    state._fsdp_param_group._post_forward_indices.clear()
 
 
 def open_engine(
     kind: str, processes: SingleProcess, compute: Compute, config: TrainConfig
 ) -> Engine:
-    """The engine named `kind`: none, ddp or fsdp."""
+    """`open_engine` gives the engine named `kind`: none, ddp or fsdp."""
     if kind == "ddp":
         return DataParallel(processes, bucket_mib=config.ddp_bucket_mib)
     if kind == "fsdp":
         return FullySharded(processes, compute, reshard=config.fsdp_reshard)
     return Engine()
-
-
-def _forget_passes(module: nn.Module) -> None:
-    """Drop FSDP2's list of forward passes, which only a backward pass that is not replayed clears:
-    with a CUDA graph it would grow as long as the run."""
-    state = module._get_fsdp_state()
-    state._comm_ctx.post_forward_order.clear()
-    if state._fsdp_param_group is not None:
-        state._fsdp_param_group._post_forward_indices.clear()
 
 
 def _sum(tensor: Tensor) -> torch.futures.Future:

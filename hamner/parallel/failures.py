@@ -1,8 +1,8 @@
 """Processes of a job give each other signs of life, so that it ends soon and with one message.
 
 A collective whose partner is gone waits, on a GPU even out of Python's reach. So each process has a
-thread that tells the others, through the launcher's store, that it lives and where it is, and that
-ends the process once another is dead or has failed.
+thread that lets the others know, through the launcher's store, that it lives and where it is, and
+that ends the process once another is dead or has failed.
 """
 
 import json
@@ -11,13 +11,12 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
 
 import hamner
+from hamner.errors import EXIT_FAILED
 from hamner.parallel.ranks import Rank
 
 INTERVAL = 1.0
@@ -35,15 +34,13 @@ class FailureWatch:
     """A watch looks after the other processes, and ends this one once one of them has failed.
 
     Args:
-        store: shared by all; of this object alone, since its calls may block.
-        rank: of this process.
+        store: shared by all, but of this object only, since its calls may block.
     """
 
     def __init__(self, store: dist.Store, rank: Rank) -> None:
         self.store, self.rank = store, rank
         self.step = 0
         """the last one this process has finished"""
-        self._main_thread = threading.main_thread().ident
         self._beats = 0
         self._is_leaving = False
         self._stop = threading.Event()
@@ -71,20 +68,12 @@ class FailureWatch:
         except RuntimeError:  # the store is gone with the launcher
             return self.rank.is_main
 
-    def say(self, cause: str) -> None:
-        """The one message of a failed job is printed."""
-        _print(f"rank {self.rank.global_rank} on {socket.gethostname()}: {cause}")
-
-    def end(self, cause: Callable[[], str]) -> None:
-        """The job ends; `cause` gives the message, which names the rank that is to blame."""
-        try:
-            message = cause()
-        except RuntimeError:  # the store is gone with the process that ended the job
-            self.exit(1)
-        # Only now: who claims must speak at once, for the others leave, and the store with them.
+    def end(self, cause: str) -> None:
+        """The job ends; `cause` is the message, which names the rank that is to blame."""
+        # Who claims must speak at once, for the others leave, and the store with them.
         if self.claim():
-            _print(f"{message}; the job ends; the last checkpoint is whole, --resume goes on")
-        self.exit(1)
+            say(f"{cause}; the job ends; the last checkpoint is whole, --resume goes on")
+        self.exit(EXIT_FAILED)
 
     def exit(self, code: int) -> None:
         """This process ends whatever its other threads wait for."""
@@ -108,8 +97,8 @@ class FailureWatch:
 
     def _watch(self) -> None:
         """The thread runs this function."""
-        others = [rank for rank in range(self.rank.world_size) if rank != self.rank.global_rank]
-        seen: dict[int, tuple[int, float]] = {}
+        changes: dict[int, tuple[int, float]] = {}
+        """each rank's last sign that was another than before, and when it was seen"""
         while not self._stop.wait(INTERVAL):
             try:
                 self._give_sign()
@@ -117,31 +106,26 @@ class FailureWatch:
                 has_failed = self.store.check(["failures"])
             except RuntimeError:
                 if not self._stop.wait(INTERVAL):
-                    self.end(lambda: "the launcher of this job does not answer any more")
+                    self.end("the launcher of this job does not answer any more")
                 return
             if has_failed:
                 if not self._stop.wait(GRACE):
-                    self.exit(1)
+                    self.exit(EXIT_FAILED)
                 return
+            del signs[self.rank.global_rank]
             now = time.monotonic()
-            for rank in others:
-                sign = signs[rank]
-                beats, since = seen.get(rank, (-1, now))
-                if sign["beats"] != beats:
-                    seen[rank] = sign["beats"], now
-                silent = now - since if sign["beats"] == beats else 0.0
-                if not sign["leaves"] and _is_dead(sign, silent):
-                    self.end(partial(self._obituary, rank, sign["host"]))
-
-    def _obituary(self, rank: int, host: str) -> str:
-        return (
-            f"rank {rank} on {host} is dead (killed, or its machine is gone); "
-            f"rank {self.rank.global_rank} was in step {self.step + 1:,}"
-        )
+            for rank, sign in signs.items():
+                if rank not in changes or changes[rank][0] != sign["beats"]:
+                    changes[rank] = sign["beats"], now
+                if not sign["leaves"] and _is_dead(sign, silent=now - changes[rank][1]):
+                    self.end(
+                        f"rank {rank} on {sign['host']} is dead (killed, or its machine is gone); "
+                        f"rank {self.rank.global_rank} was in step {self.step + 1:,}"
+                    )
 
     def _give_sign(self) -> None:
         self._beats += 1
-        frame, waits = _where_is(self._main_thread)
+        frame, waits = _where_main_thread_is()
         sign = {
             "beats": self._beats,
             "host": socket.gethostname(),
@@ -171,9 +155,9 @@ def _is_dead(sign: dict, silent: float) -> bool:
     return state in "ZX"
 
 
-def _where_is(thread: int | None) -> tuple[str, bool]:
-    """The function finds a thread's innermost line in Hamner, and whether it waits for others."""
-    frame = sys._current_frames().get(thread)
+def _where_main_thread_is() -> tuple[str, bool]:
+    """The function finds its innermost line in Hamner, and whether it waits for others."""
+    frame = sys._current_frames().get(threading.main_thread().ident)
     while frame is not None and not frame.f_code.co_filename.startswith(_PACKAGE):
         frame = frame.f_back
     if frame is None:
@@ -183,5 +167,6 @@ def _where_is(thread: int | None) -> tuple[str, bool]:
     return line, file.startswith(_HERE)
 
 
-def _print(message: str) -> None:
+def say(message: str) -> None:
+    """The one message of a failed job is printed."""
     os.write(2, f"error: {message}\n".encode())

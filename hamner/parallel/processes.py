@@ -1,4 +1,4 @@
-"""The processes of a job: who they are, what they agree on, how they end.
+"""The processes of a job know who they are, agree on what they do, and end together.
 
 Agreement goes through the CPU (gloo), so it never waits for a GPU. Between steps it costs one
 message of a few bytes.
@@ -8,6 +8,7 @@ import contextlib
 import datetime
 import logging
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -20,14 +21,13 @@ from rich.console import Console
 from torch import Tensor
 
 from hamner.config.train import TrainConfig
-from hamner.errors import EXIT_BAD_INPUT, UserError
+from hamner.errors import EXIT_BAD_INPUT, EXIT_FAILED, UserError
 from hamner.parallel.device import uses_gpu
-from hamner.parallel.failures import FailureWatch
+from hamner.parallel.failures import FailureWatch, say
 from hamner.parallel.ranks import Rank
 
 T = TypeVar("T")
 
-EXIT_FAILED = 1
 COLLECTIVE_TIMEOUT = 1.5
 """times --hang-minutes, after which PyTorch itself gives a collective up: the second net"""
 FOREVER = datetime.timedelta(days=7)
@@ -36,36 +36,36 @@ _LOST_PROCESS = ("gloo", "NCCL", "ProcessGroup", "Connection closed", "Connectio
 
 
 class SingleProcess:
-    """The only process of a run: agrees with itself."""
+    """The only process of a run agrees with itself."""
 
     rank = Rank()
     log: TextIO | None = None
 
     def all_reduce_max(self, numbers: Sequence[int]) -> list[int]:
-        """Each number's largest value over the processes."""
+        """The result is each number's largest value over the processes."""
         return list(numbers)
 
     def any(self, flag: bool) -> bool:
-        """Whether it is true in any process. Every process must ask."""
+        """The answer says whether it is true in any process. Every process must ask."""
         return bool(self.all_reduce_max([flag])[0])
 
     def all(self, flag: bool) -> bool:
-        """Whether it is true in every process. Every process must ask."""
+        """The answer says whether it is true in every process. Every process must ask."""
         return not self.any(not flag)
 
     def all_reduce_min(self, number: int) -> int:
-        """The smallest value over the processes."""
+        """The result is the number's smallest value over the processes."""
         return -self.all_reduce_max([-number])[0]
 
     def from_main(self, function: Callable[[], T]) -> T:
-        """What `function` returns in rank 0, which alone calls it."""
+        """The result is what `function` returns in rank 0, the only one to call it."""
         return function()
 
     def sum_(self, tensor: Tensor) -> None:
-        """Replace a tensor on the device by its sum over the processes, without waiting for it."""
+        """A tensor on the device becomes its sum over the processes, without waiting for it."""
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """This process's part of `items`, one after another; ranks before it have those before.
+        """This process gets its part of `items`, in order; ranks before it have those before.
 
         Args:
             items: as many as a multiple of the processes.
@@ -73,26 +73,23 @@ class SingleProcess:
         count = len(items) // self.rank.world_size
         return items[self.rank.global_rank * count : (self.rank.global_rank + 1) * count]
 
-    def open_log(self, folder: Path) -> None:
-        """Have each process write down what it says in a file of its own in `folder`."""
+    def open_log(self, folder: Path) -> tuple[Console | None, Console | None]:
+        """Each of several processes writes down what it says in rank_N.txt of `folder`.
 
-    def consoles(self) -> tuple[Console | None, Console | None]:
-        """Where a `Display` writes to, and its log; None is the terminal, or no log."""
+        Returns:
+            Where a `Display` writes to (None: the terminal), and its log, if any.
+        """
         return None, None
 
     def step_done(self, step: int) -> None:
-        """Let the others know how far this process is."""
+        """The others learn how far this process is."""
 
     def give_up(self, minutes: float) -> None:
-        """End a job of several processes, because no step has ended for so long."""
+        """A job of several processes ends, because no step has ended for so long."""
 
 
 class MultipleProcesses(SingleProcess):
-    """One of the processes that torchrun started.
-
-    Args:
-        rank: of this one.
-        config: of the run.
+    """This is one of the processes that torchrun started.
 
     Raises:
         UserError: the machine has fewer GPUs than processes.
@@ -131,23 +128,20 @@ class MultipleProcesses(SingleProcess):
         self.failures.watch()
 
     def all_reduce_max(self, numbers):
-        """Each number's largest value over the processes."""
         values = torch.tensor(numbers, dtype=torch.int64)
         dist.all_reduce(values, dist.ReduceOp.MAX)
         return values.tolist()
 
     def from_main(self, function):
-        """What `function` returns in rank 0, which alone calls it."""
         value = [function() if self.rank.is_main else None]
         dist.broadcast_object_list(value, device=torch.device("cpu"))
         return value[0]
 
     def sum_(self, tensor):
-        """Replace a tensor on the device by its sum over the processes, without waiting for it."""
         dist.all_reduce(tensor)
 
     def open_log(self, folder):
-        """Have each process write down what it says in rank_N.txt of `folder`."""
+        """Rank 0 has the terminal and its log, the others their logs only."""
         path = folder / f"rank_{self.rank.global_rank}.txt"
         try:
             path.parent.mkdir(exist_ok=True)
@@ -161,31 +155,28 @@ class MultipleProcesses(SingleProcess):
         if self.rank.is_main:
             handlers.append(logging.StreamHandler())
         logging.basicConfig(level=logging.WARNING, handlers=handlers, force=True)
-
-    def consoles(self):
-        """Rank 0 has the terminal and its log, the others their logs alone."""
         log = Console(file=self.log, highlight=False, width=200)
         return (None, log) if self.rank.is_main else (log, None)
 
     def step_done(self, step):
-        """Let the others know how far this process is."""
         self.failures.step = step
 
     def give_up(self, minutes):
-        """End the job, because no step has ended for so long."""
-        self.failures.end(
-            lambda: f"no step for {minutes:g} minutes: {self.failures.where_it_hangs()}"
-        )
+        try:
+            where = self.failures.where_it_hangs()
+        except RuntimeError:  # the store is gone with the process that ended the job
+            self.failures.exit(EXIT_FAILED)
+        self.failures.end(f"no step for {minutes:g} minutes: {where}")
 
     def leave(self) -> None:
-        """Part in order: nobody before the others."""
+        """The processes part in order: nobody before the others."""
         self.failures.mark_leaving()
         self.any(False)
         self.failures.close()
         dist.destroy_process_group()
 
     def fail(self, error: BaseException) -> int:
-        """End this process of a job that has failed; returns its exit code.
+        """This process of a job that has failed says why; the result is its exit code.
 
         The first to fail says why, in one line with its rank; the traceback is in its log. The
         others fail of its absence, and are silent.
@@ -202,7 +193,8 @@ class MultipleProcesses(SingleProcess):
         if self.failures.claim():
             text = str(error) if is_bad_input else f"{type(error).__name__}: {error}"
             where = "" if is_bad_input or self.log is None else f" (traceback in {self.log.name})"
-            self.failures.say(f"{' '.join(text.split())}{where}")
+            rank = f"rank {self.rank.global_rank} on {socket.gethostname()}"
+            say(f"{rank}: {' '.join(text.split())}{where}")
             if self.log is None and not is_bad_input:
                 traceback.print_exception(error)
         return EXIT_BAD_INPUT if is_bad_input else EXIT_FAILED
@@ -210,7 +202,7 @@ class MultipleProcesses(SingleProcess):
 
 @contextlib.contextmanager
 def open_processes(config: TrainConfig) -> Iterator[SingleProcess]:
-    """The processes of this job: this one alone, or those that torchrun started.
+    """The context gives the processes of this job: a single one, or those that torchrun started.
 
     If one of several fails, the job has one message, and this process ends here.
 

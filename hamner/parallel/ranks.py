@@ -1,4 +1,4 @@
-"""Which of a job's processes this is, as torchrun says in the environment. Torch-free."""
+"""A rank says which of a job's processes this is, as torchrun set it. Torch-free."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -32,17 +32,17 @@ class Rank:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, which prints and writes the run's folder."""
+        """Rank 0 is the main one, which prints and writes the run's folder."""
         return self.global_rank == 0
 
     @property
     def num_machines(self) -> int:
-        """Machines of the job, each with as many processes."""
+        """The job's machines have as many processes each."""
         return self.world_size // self.local_world_size
 
 
 def resume_after_restart(args: Sequence[str], run_dir: Path) -> list[str]:
-    """The command line, with `--resume` if torchrun repeats it after a failure.
+    """The command line gets `--resume` if torchrun repeats it after a failure.
 
     A job that failed before it made `run_dir` starts over.
     """

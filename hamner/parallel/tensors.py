@@ -1,4 +1,4 @@
-"""Tensors of which a process may hold a part only: FSDP2's DTensor, told by its `to_local`.
+"""A process may hold only a part of a tensor: FSDP2's DTensor, known by its `to_local`.
 
 Its type is not imported before one is made: that takes half a second, which most starts can spare.
 """
@@ -8,18 +8,18 @@ from torch import Tensor
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor."""
+    """The function says whether it is a DTensor."""
     return hasattr(tensor, "to_local")
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor: all of an ordinary one, its shard of a DTensor."""
+    """This process holds all of an ordinary tensor, and its shard of a DTensor."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 @torch.no_grad()
 def fill(tensor: Tensor, whole: Tensor) -> None:
-    """Copy `whole`, which every process has, into a tensor or this process's shard of it."""
+    """`whole`, which every process has, is copied into a tensor or this process's shard of it."""
     if is_sharded(tensor):
         from torch.distributed.tensor import distribute_tensor
 

@@ -204,8 +204,7 @@ class TrainingLoop:
     def _start_folder(self) -> None:
         """The run's folder, its logs and the services are there once nothing refuses any more."""
         self.processes.from_main(lambda: self.run.start(self.config))
-        self.processes.open_log(self.run.logs)
-        self.display.connect(*self.processes.consoles())
+        self.display.connect(*self.processes.open_log(self.run.logs))
         if self.is_main:
             self.data.keep()
             self.log.reporters += open_reporters(self.config)

@@ -14,14 +14,8 @@ from hamner.checkpoint.format import Checkpoint
 from hamner.checkpoint.writer import BackgroundSaver, NoSaver
 from hamner.config.train import TrainConfig
 from hamner.errors import UserError
-from hamner.model.attention import (
-    AttentionBackend,
-    AttentionChoice,
-    AttentionShape,
-    build_attention,
-    choose_attention,
-    waits_for_gpu,
-)
+from hamner.model.attention import AttentionBackend, get_attention
+from hamner.model.attention_timing import AttentionShape, waits_for_gpu
 from hamner.model.ops import Ops, build_ops
 from hamner.model.transformer import Transformer
 from hamner.parallel import device
@@ -36,12 +30,12 @@ from hamner.train.optimizer import join_masters
 
 
 class Decision(NamedTuple):
-    """A decision is what rank 0 makes out for all ranks, as plain data that can be sent to them."""
+    """A decision is what rank 0 makes out for all ranks; it can be sent to them."""
 
     engine: str
     """see `hamner.parallel.engines.open_engine`"""
     plan: MemoryPlan
-    attention: AttentionChoice
+    attention: AttentionBackend
 
 
 @dataclass(frozen=True)
@@ -86,12 +80,13 @@ def choose(config: TrainConfig, processes: SingleProcess | None = None) -> Setup
     # Everyone has the memory of the one that has least.
     budget = processes.all_reduce_min(compute.budget_bytes)
     decision = processes.from_main(lambda: decide(config, compute, budget, processes.rank))
-    shape = attention_shape(config, compute, decision.plan)
+    # What rank 0 has chosen must run on this machine too.
+    get_attention(decision.attention.name, attention_shape(config, compute, decision.plan))
     engine = open_engine(decision.engine, processes, compute, config)
     return Setup(
         compute=compute,
         plan=decision.plan,
-        attention=build_attention(decision.attention, shape),
+        attention=decision.attention,
         engine=engine,
         records_graph=processes.from_main(
             lambda: can_record(
@@ -114,7 +109,7 @@ def decide(config: TrainConfig, compute: Compute, budget: int, rank: Rank) -> De
     policies = memory.parse(config.recompute, config.model.num_layers)
     kind, plan = plan_parallel(config, compute=compute, budget=budget, rank=rank, policies=policies)
     shape = attention_shape(config, compute, plan)
-    return Decision(kind, plan, choose_attention(config.attention, shape))
+    return Decision(kind, plan, get_attention(config.attention, shape))
 
 
 def attention_shape(config: TrainConfig, compute: Compute, plan: MemoryPlan) -> AttentionShape:
@@ -141,7 +136,7 @@ def can_record(
         config.cuda_graph
         and compute.device.type == "cuda"
         and compute.kernels == "triton"
-        and engine.can_record(micro_batches)
+        and (micro_batches == 1 or engine.records_parts)
         and not (config.compile or waits_for_gpu(decision.attention.name, config.document_mask))
     )
 

@@ -103,7 +103,7 @@ class TrainStep:
         self.optimizer = AdamW(
             self.model,
             self.model.ops,
-            dtype=self.engine.parameter_dtype(self.compute.dtype),
+            dtype=self.engine.parameter_dtype or self.compute.dtype,
             weight_decay=config.weight_decay,
             grad_clip=config.grad_clip,
             engine=self.engine,

@@ -5,7 +5,7 @@ import pytest
 from hamner.chat.dialogue import Dialogue
 from hamner.data.chat_template import Message, render_prompt, turn_ends
 from hamner.data.tokenizer import load_tokenizer
-from hamner.model.answer import ContextError, answer
+from hamner.model.generate import ContextError, answer
 from hamner.model.sampling import Sampling
 from tests.scripted import Script
 

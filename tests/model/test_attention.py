@@ -14,9 +14,9 @@ from hamner.model import attention, attention_timing
 from hamner.model.attention import (
     AttentionBackend,
     AttentionShape,
-    differential_attention,
     document_positions,
     get_attention,
+    split_halves,
 )
 from tests.kernels.accuracy import assert_as_accurate_as_torch
 from tests.kernels.gradients import assert_same_bits, compiled, outputs_and_gradients
@@ -45,9 +45,9 @@ def choose(name: str, device: torch.device, **changes) -> AttentionBackend:
     return get_attention(name, AttentionShape(**(asked | changes)))
 
 
-def make_qkv(device, seq_len=37, heads=HEADS, kv_heads=KV_HEADS, dtype=torch.float32) -> Tensor:
+def make_qkv(device, dtype=torch.float32) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    qkv = torch.randn(2, seq_len, (heads + 2 * kv_heads) * HEAD_SIZE, generator=generator)
+    qkv = torch.randn(2, 37, (HEADS + 2 * KV_HEADS) * HEAD_SIZE, generator=generator)
     return qkv.to(device, dtype).requires_grad_()
 
 
@@ -58,7 +58,7 @@ def make_document_ids(device, seq_len=37) -> Tensor:
 
 
 def assert_close_to_reference(function, reference, qkv: Tensor) -> None:
-    """Outputs and gradients against fp64 and plain torch, as the kernels are tested."""
+    """Outputs and gradients are held against fp64 and plain torch, as the kernels' are."""
     actual, same_dtype, exact = (
         outputs_and_gradients(f, {"qkv": x})
         for f, x in (
@@ -73,10 +73,10 @@ def assert_close_to_reference(function, reference, qkv: Tensor) -> None:
 
 @pytest.fixture
 def installed_flash_attn(monkeypatch):
-    """A stand-in for the package flash-attn: the functions we call, by their documented meaning."""
+    """The stand-in for flash-attn has the functions we call, by their documented meaning."""
 
-    def flash_attn_func(q, k, v, *, softmax_scale, causal, deterministic):
-        return flash_attention_reference(q, k, v, causal=causal, scale=softmax_scale)
+    def flash_attn_func(q, k, v, *, causal, deterministic):
+        return flash_attention_reference(q, k, v, causal=causal)
 
     def flash_attn_varlen_func(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options
@@ -99,7 +99,7 @@ def installed_flash_attn(monkeypatch):
 
 @pytest.fixture
 def backend(request, device, monkeypatch) -> AttentionBackend:
-    """The backend named by the test; flash-attn by its stand-in, which runs on any device."""
+    """The test names the backend; flash-attn is its stand-in, which runs on any device."""
     if request.param == "flash-attn":
         request.getfixturevalue("installed_flash_attn")
         monkeypatch.setitem(attention._UNSUPPORTED_REASONS, "flash-attn", lambda shape: None)
@@ -111,23 +111,13 @@ every_backend = pytest.mark.parametrize("backend", ["triton", "flash-attn", "sdp
 
 @every_backend
 class TestBackends:
-    @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
     @pytest.mark.parametrize("with_documents", [False, True])
-    def test_packed(self, backend, with_documents, causal, device):
+    def test_packed(self, backend, with_documents, device):
         options = {
             "num_heads": HEADS,
             "num_kv_heads": KV_HEADS,
-            "causal": causal,
             "document_ids": make_document_ids(device) if with_documents else None,
         }
-        assert_close_to_reference(
-            functools.partial(backend.function, **options),
-            functools.partial(REFERENCE.function, **options),
-            make_qkv(device, dtype=torch.float16),
-        )
-
-    def test_scale(self, backend, device):
-        options = {"num_heads": HEADS, "num_kv_heads": KV_HEADS, "scale": 0.7}
         assert_close_to_reference(
             functools.partial(backend.function, **options),
             functools.partial(REFERENCE.function, **options),
@@ -177,6 +167,13 @@ def test_compiled(name, device):
     assert_same_bits(compiled(function), function, {"qkv": make_qkv(device)})
 
 
+def differential_attention(qkv, lambda_full, num_heads, num_kv_heads, *, backend, **documents):
+    """The function calls differential attention as the model does in training."""
+    halves = split_halves(qkv, num_heads, num_kv_heads)
+    attend = functools.partial(backend.unpacked, **documents)
+    return attention.differential_attention(attend, *halves, lambda_full)
+
+
 def dense_differential_attention(
     qkv: Tensor,
     lambda_full: Tensor,
@@ -184,7 +181,7 @@ def dense_differential_attention(
     num_kv_heads: int,
     document_ids: Tensor | None = None,
 ) -> Tensor:
-    """The definition, head by head, with every score in memory."""
+    """The function is the definition, head by head, with every score in memory."""
     q, k, v = split_qkv(qkv, num_heads, num_kv_heads)
     seq_len, group = q.shape[1], num_heads // num_kv_heads
     visible = torch.ones(seq_len, seq_len, dtype=torch.bool, device=qkv.device).tril()
@@ -205,7 +202,7 @@ def dense_differential_attention(
 
 
 def test_differential_attention_is_that_of_diffllama(device):
-    """Maps, subtraction and norm against transformers, from the same projections."""
+    """Maps, subtraction and norm are those of transformers, from the same projections."""
     modeling = pytest.importorskip("transformers.models.diffllama.modeling_diffllama")
     config = modeling.DiffLlamaConfig(
         hidden_size=HEADS * HEAD_SIZE,
@@ -257,12 +254,6 @@ def test_differential_attention_keeps_the_dtype_of_qkv(device):
         qkv, lambda_full, HEADS, KV_HEADS, backend=choose("triton", device)
     )
     assert out.dtype == torch.float16
-
-
-def test_differential_attention_needs_pairs_of_heads(device):
-    qkv = make_qkv(device, heads=3, kv_heads=1)
-    with pytest.raises(ValueError, match="num_kv_heads 1 must be even"):
-        differential_attention(qkv, torch.tensor(0.4), 3, 1, backend=REFERENCE)
 
 
 def test_document_positions(device):
@@ -322,7 +313,7 @@ class TestRefusals:
 class TestAuto:
     @pytest.fixture
     def gpu(self, monkeypatch, tmp_path) -> torch.device:
-        """A GPU as far as the choice is concerned, and an empty cache folder."""
+        """The device is a GPU as far as the choice is concerned; the cache folder is empty."""
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 3090")
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
@@ -332,13 +323,12 @@ class TestAuto:
 
     @pytest.fixture
     def measured(self, monkeypatch) -> list:
-        """Stands in for the GPU's clock, and records what was measured."""
+        """The fixture stands in for the GPU's clock, and records what was measured."""
         calls = []
-        triton = attention._FUNCTIONS["triton"][0]
 
-        def measure(shape, function, *, graphed, rotated):
-            calls.append((function, rotated))
-            return 0.93 if function is triton else 1.1
+        def measure(shape, name, function):
+            calls.append((name, shape.rotates_apart(name)))
+            return 0.93 if name == "triton" else 1.1
 
         monkeypatch.setattr(attention_timing, "measure", measure)
         return calls
@@ -357,8 +347,7 @@ class TestAuto:
     @pytest.mark.parametrize("folds_rope", [True, False])
     def test_rope_that_triton_folds_is_counted_against_the_others(self, folds_rope, gpu, measured):
         choose("auto", gpu, folds_rope=folds_rope)
-        triton, sdpa = (attention._FUNCTIONS[name][0] for name in ("triton", "sdpa"))
-        assert measured == [(triton, False), (sdpa, folds_rope)]
+        assert measured == [("triton", False), ("sdpa", folds_rope)]
 
     def test_remembers(self, gpu, measured):
         first = choose("auto", gpu)
@@ -415,8 +404,8 @@ class TestAuto:
         assert choose("auto", gpu).name == "triton"
 
     def test_a_backend_that_fails_is_named_and_not_remembered(self, gpu, monkeypatch):
-        def measure(shape, function, *, graphed, rotated):
-            if function is attention._FUNCTIONS["triton"][0]:
+        def measure(shape, name, function):
+            if name == "triton":
                 raise torch.OutOfMemoryError("out of memory\nby a lot")
             return 1.1
 
@@ -453,7 +442,6 @@ class TestAuto:
         def nonsense(qkv, num_heads, num_kv_heads, *, document_ids=None):
             return qkv[..., : num_heads * HEAD_SIZE] * float("nan")
 
-        functions = {"triton": REFERENCE.function, "flash-attn": nonsense}
         shape = AttentionShape(
             device=device,
             dtype=torch.bfloat16,
@@ -465,6 +453,7 @@ class TestAuto:
             document_mask=False,
             folds_rope=False,
         )
-        name, why = attention_timing.fastest(shape, functions, waiting=(), rotating=())
+        functions = {"triton": REFERENCE.function, "flash-attn": nonsense}
+        name, why = attention_timing.fastest(shape, functions)
         assert name == "triton"
         assert why.endswith("flash-attn failed (RuntimeError: its result is not finite)")

@@ -1,4 +1,4 @@
-"""Decoding with the cache, the choice of tokens, and text that is whole at every piece."""
+"""Tests hold decoding with the cache, the choice of tokens, and text whole at every piece."""
 
 from collections import Counter
 from dataclasses import replace
@@ -29,7 +29,7 @@ CONFIGS = {
 
 
 def recomputed(model, prompt: list[int], count: int) -> list[int]:
-    """Greedy continuation, the whole sequence through the model for every token."""
+    """The whole sequence goes through the model for every token of a greedy continuation."""
     sequence = list(prompt)
     with torch.no_grad():
         for _ in range(count):
@@ -48,7 +48,7 @@ def tokenizer():
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_greedy_decoding_equals_full_recomputation(config, tokenizer):
-    """Token for token, up to the end of the context."""
+    """They are equal token for token, up to the end of the context."""
     model = sharp(config)
     prompt = torch.randint(config.vocab_size, (9,), generator=torch.Generator().manual_seed(3))
     expected = recomputed(model, prompt.tolist(), config.max_seq_len - 9)
@@ -59,19 +59,19 @@ def test_greedy_decoding_equals_full_recomputation(config, tokenizer):
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_logits_do_not_depend_on_how_the_prompt_is_cut(config):
     model = sharp(config)
-    tokens = torch.randint(config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(4))
+    tokens = torch.randint(config.vocab_size, (1, 40), generator=torch.Generator().manual_seed(4))
     whole = model(tokens).logits
-    cache = KVCache(config, 40, batch_size=2, device=torch.device("cpu"), dtype=torch.float32)
+    cache = KVCache(config, 40, device=torch.device("cpu"), dtype=torch.float32)
     with torch.no_grad():
         for part in tokens.split((7, 1, 1, 20, 11), dim=1):
             last = model(part, cache=cache).logits
-            assert last.shape == (2, 1, config.vocab_size)
+            assert last.shape == (1, 1, config.vocab_size)
             torch.testing.assert_close(last[:, 0], whole[:, cache.length - 1], rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("config", [CONFIGS["dense"], CONFIGS["moe"]], ids=["dense", "moe"])
 def test_the_kernels_decode_too(config):
-    """One token a pass, at an offset of RoPE's tables."""
+    """A pass takes one token, at an offset of RoPE's tables."""
     model = Transformer(config, cpu_ops("triton", "triton"))
     model.initialize(0)
     tokens = torch.randint(config.vocab_size, (1, 8), generator=torch.Generator().manual_seed(4))
@@ -193,7 +193,7 @@ def test_settings_out_of_range_name_their_flag(field, value):
 
 
 def say(tokenizer, text: str, **options) -> tuple[list[str], Completion]:
-    """The pieces in which `text`, one token a byte, is given out."""
+    """`say` gives the pieces in which `text`, one token a byte, is given out."""
     completion = Completion(Script(tokenizer, tokenizer.encode(text)), [1], GREEDY, **options)
     return list(completion), completion
 

@@ -1,4 +1,4 @@
-"""`--kernels liger`: Liger's kernels in the model's place, and refusals without them."""
+"""`--kernels liger`: Liger's kernels run in the model, and refusals without them."""
 
 from dataclasses import replace
 

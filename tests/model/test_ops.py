@@ -1,4 +1,4 @@
-"""The whole model and the optimizer on the kernels, against the same on plain torch."""
+"""The whole model and the optimizer agree on the kernels and on plain torch."""
 
 from dataclasses import replace
 
@@ -22,7 +22,7 @@ CONFIGS = {
 
 
 def run(config, kernels, attention, policies, documents, dtype=torch.float32):
-    """Loss, cross-entropy and every parameter's gradient, by name."""
+    """`run` gives loss, cross-entropy and every parameter's gradient, by name."""
     model = Transformer(config, cpu_ops(kernels, attention), policies)
     model.initialize(0)
     model.to(dtype)

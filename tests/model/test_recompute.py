@@ -59,7 +59,7 @@ def test_a_mixture_has_the_gradients_of_keeping_everything(kind, policy, device)
 
 
 def square_twice(x: torch.Tensor, calls: list) -> tuple[torch.Tensor, weakref.ref]:
-    """x^2 doubled, squared by two operations that save the doubled x; what became of that."""
+    """Two operations that save the doubled x square it; the second result is what became of it."""
     doubled = 2 * x
     source = x.detach()
 

@@ -1,4 +1,4 @@
-"""RoPE scaling: equal to transformers' own, and what each kind promises."""
+"""RoPE's scaling equals that of transformers, and keeps what each kind promises."""
 
 import math
 from dataclasses import replace
@@ -67,7 +67,7 @@ def test_tables_without_scaling_are_plain_rope():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_exported_model_computes_the_same(kind):
-    """transformers' Llama with the exported config.json gives our logits."""
+    """The Llama of transformers with the exported config.json gives our logits."""
     config = replace(DENSE, max_seq_len=64, rope_scaling=kind, rope_scaling_from=16)
     model = build(config)
     values = hugging_face_config(config, dtype=torch.float32, context=64, eos_ids=[0])

@@ -1,4 +1,4 @@
-"""The model's losses and gradients, and the one place where targets are shifted."""
+"""Tests hold the model's losses and gradients, and that targets are shifted only once."""
 
 from dataclasses import replace
 
@@ -30,7 +30,7 @@ def test_loss_is_cross_entropy_of_the_logits(config):
 
 
 def predictable_batch(rows: int, length: int, shift: int) -> Batch:
-    """A Markov chain: the next token is one of two, but two ahead any of four.
+    """In a Markov chain the next token is one of two, but two ahead any of four.
 
     `shift` is 1 for the pipeline's targets; anything else is a mistake.
     """
@@ -101,11 +101,11 @@ def test_documents_do_not_see_their_neighbours():
     ids = (torch.arange(40, dtype=torch.int32) >= 20).int()[None]
     packed = model(torch.cat((first, second), 1), document_ids=ids).logits
     with_other = model(torch.cat((other, second), 1), document_ids=ids).logits
-    alone = model(second).logits
+    by_itself = model(second).logits
     assert torch.equal(packed[:, 20:], with_other[:, 20:])
-    torch.testing.assert_close(packed[:, 20:], alone, rtol=0, atol=1e-5)
+    torch.testing.assert_close(packed[:, 20:], by_itself, rtol=0, atol=1e-5)
     unmasked = model(torch.cat((first, second), 1)).logits
-    assert (unmasked[:, 20:] - alone).abs().max() > 1e-3
+    assert (unmasked[:, 20:] - by_itself).abs().max() > 1e-3
 
 
 def test_later_tokens_do_not_change_earlier_logits():

@@ -1,4 +1,4 @@
-"""Processes that fail at a chosen moment, to be started in place of `hamner.train`.
+"""Processes fail here at a chosen moment; they are started instead of `hamner.train`.
 
 As a module it is a command for torchrun: the first start loses rank 1 in the middle of step 7, the
 second one rank 0 in the middle of the first save from step 12 on.

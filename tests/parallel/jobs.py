@@ -1,4 +1,4 @@
-"""Jobs of several processes on this machine's CPU, with a limit on their time.
+"""Jobs of several processes run on this machine's CPU, with a limit on their time.
 
 The processes come from the fork server of `tests.kills`, which has torch loaded; what torchrun
 would put into their environment is put there.
@@ -21,7 +21,7 @@ dozens: a port of theirs, free when it was chosen, may be taken when a process c
 
 
 def train_together(configs: Sequence[TrainConfig], count: int, output: Path, **options) -> None:
-    """Train one configuration after another with `count` processes; see `run_job`."""
+    """`count` processes train one configuration after another; see `run_job`."""
     codes = run_job(_train_all, count, output, list(configs), **options)
     assert codes == [0] * count, said(output, count)
 
@@ -34,13 +34,13 @@ def run_job(
     machines: int = 1,
     timeout: float = 120,
 ) -> list[int | None]:
-    """Call `function(ports, *args)` in every process of a job.
+    """Every process of a job calls `function(ports, *args)`.
 
     Args:
         function: at the top of a module.
         count: processes.
         output: folder for what each says, rank_N.txt.
-        machines: that the processes are told they are on.
+        machines: that the processes are to believe they are on.
         timeout: seconds, after which the processes are killed.
 
     Returns:
@@ -66,12 +66,12 @@ def run_job(
 
 
 def said(output: Path, count: int) -> str:
-    """What all processes printed."""
+    """`said` gives what all processes printed."""
     return "".join((output / f"rank_{rank}.txt").read_text() for rank in range(count))
 
 
 def enter(ports: list[int]) -> None:
-    """Take the next port: each `train` opens the processes' group anew."""
+    """A process takes the next port: each `train` opens the processes' group anew."""
     os.environ["MASTER_PORT"] = str(ports.pop(0))
 
 
@@ -82,7 +82,7 @@ def _train_all(ports: list[int], configs: list[TrainConfig]) -> None:
 
 
 def _run(function, rank, count, machines, ports, output, args) -> None:
-    """Body of a process."""
+    """The function is the body of a process."""
     with (output / f"rank_{rank}.txt").open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -1,4 +1,4 @@
-"""Which device a command computes on."""
+"""`--device` says which device a command computes on."""
 
 import pytest
 import torch

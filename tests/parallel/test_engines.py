@@ -1,4 +1,4 @@
-"""What engines and plans decide without other processes."""
+"""Engines and plans decide this without other processes."""
 
 import gc
 import weakref
@@ -12,7 +12,7 @@ from hamner.config.options import for_option
 from hamner.config.train import TrainConfig
 from hamner.errors import UserError
 from hamner.hardware import GIB
-from hamner.model.attention import AttentionChoice
+from hamner.model.attention import AttentionBackend, sdpa
 from hamner.model.transformer import Transformer
 from hamner.parallel import device, engines
 from hamner.parallel.engines import DataParallel, Engine, FullySharded
@@ -71,13 +71,13 @@ def test_micro_batches_are_dealt_in_order():
     assert Third().share(range(0, 24, 3)) == range(12, 18, 3)
 
 
-def test_place_is_read_from_the_environment_of_torchrun():
+def test_rank_is_read_from_the_environment_of_torchrun():
     variables = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
     rank = Rank.read(variables)
     assert rank == Rank(global_rank=3, world_size=4, local_rank=1, local_world_size=2)
     assert rank.num_machines == 2
     assert not rank.is_main
-    assert Rank.read({"WORLD_SIZE": "4"}) == Rank()  # other launchers set that one alone
+    assert Rank.read({"WORLD_SIZE": "4"}) == Rank()  # other launchers set only that one
 
 
 def test_a_repeated_command_resumes(tmp_path, monkeypatch):
@@ -140,9 +140,9 @@ def test_ddp_sends_gradients_once_a_step_in_fp32_where_they_add_up(
 def test_with_several_processes_a_graph_holds_the_only_micro_batch_of_a_step(group):
     compute = device.select(replace(for_option("tiny"), device="cpu"))
     sharded = FullySharded(SingleProcess(), compute, reshard=True)
-    for engine in (DataParallel(SingleProcess(), bucket_mib=1), sharded):
-        assert [engine.can_record(count) for count in (1, 2)] == [True, False]
-    assert Engine().can_record(2)
+    assert not DataParallel(SingleProcess(), bucket_mib=1).records_parts
+    assert not sharded.records_parts
+    assert Engine().records_parts
 
 
 def test_the_garbage_collector_finds_a_model_that_ddp_has_wrapped(group):
@@ -176,7 +176,7 @@ def test_passes_without_gradients_leave_nothing_behind(group):
 
 
 def following(*answers) -> SingleProcess:
-    """A process of another rank, to which rank 0 says `answers` one after another."""
+    """The process is of another rank, to which rank 0 says `answers` one after another."""
     processes, answers = SingleProcess(), iter(answers)
     processes.from_main = lambda function: next(answers)
     return processes
@@ -185,11 +185,11 @@ def following(*answers) -> SingleProcess:
 def test_other_ranks_follow_rank_0():
     config = replace(for_option("tiny"), device="cpu")
     plan = replace(setup.choose(config).plan, micro_batch_size=2)
-    choice = AttentionChoice("sdpa", "timed by rank 0")
+    choice = AttentionBackend("sdpa", sdpa, sdpa, "timed by rank 0")
     followed = setup.choose(config, following(setup.Decision("none", plan, choice), True))
     assert followed.plan == plan
-    assert (followed.attention.name, followed.attention.reason) == choice
+    assert followed.attention == choice
     assert followed.records_graph
-    choice = AttentionChoice("flash-attn", "timed by rank 0")
+    choice = choice._replace(name="flash-attn")
     with pytest.raises(UserError, match="--attention flash-attn: it needs a CUDA GPU"):
         setup.choose(config, following(setup.Decision("none", plan, choice), True))

@@ -1,4 +1,4 @@
-"""A job in which one process dies, hangs, raises or is interrupted."""
+"""In a job one process dies, hangs, raises or is interrupted."""
 
 import re
 import sys
@@ -35,7 +35,7 @@ def config(tmp_path) -> TrainConfig:
 
 
 def train_with_fault(ports: list[int], config: TrainConfig, where: str, fault: str) -> None:
-    """Body of a process: rank 1 has the fault."""
+    """The function is the body of a process; rank 1 has the fault."""
     enter(ports)
     on_phase = ignore_phase
     if Rank.read().global_rank == 1:
@@ -123,8 +123,8 @@ def test_torchrun_starts_a_failed_job_again(tmp_path):
 
     from hamner.train.__main__ import parse
 
-    train(parse([*args, "--run-dir", str(tmp_path / "alone")]))
-    alone, together = metrics(tmp_path / "alone"), metrics(folder)
+    train(parse([*args, "--run-dir", str(tmp_path / "single")]))
+    single, together = metrics(tmp_path / "single"), metrics(folder)
     assert [record["step"] for record in together] == list(range(1, 21))
-    for expected, found in zip(alone, together, strict=True):
+    for expected, found in zip(single, together, strict=True):
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)

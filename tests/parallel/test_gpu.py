@@ -1,4 +1,4 @@
-"""Two GPUs: replayed as launched one by one, as one GPU with the same micro-batches, no waits."""
+"""Two GPUs replay what they launch one by one, train as one GPU does, and never wait."""
 
 from dataclasses import replace
 
@@ -45,7 +45,7 @@ def tiny_config(folder, **changes) -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[tuple[str, str], list[dict]]:
-    """Metrics by kind and run: one GPU with two micro-batches a step, two GPUs with one each."""
+    """Metrics are by kind and run: one GPU with two micro-batches a step, two with one each."""
     folder = tmp_path_factory.mktemp("runs")
     one, two = {}, {}
     for kind, changes in KINDS.items():
@@ -74,7 +74,7 @@ def test_a_replayed_step_has_the_bits_of_one_launched_kernel_by_kernel(kind, eng
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_gpus_train_as_one(kind, engine, runs):
-    """Within the noise of bf16: one GPU adds its micro-batches' gradients up in fp32."""
+    """They agree within the noise of bf16: one GPU adds its gradients up in fp32."""
     assert len(runs[kind, engine]) == len(runs[kind, "one"]) == STEPS
     for expected, found in zip(runs[kind, "one"], runs[kind, engine], strict=True):
         assert found["loss"] == pytest.approx(expected["loss"], abs=0.02)
@@ -88,7 +88,7 @@ def test_a_step_never_waits_for_the_gpu(tmp_path):
 
 
 def step_without_waiting(ports: list[int]) -> None:
-    """Body of a process."""
+    """The function is the body of a process."""
     for engine in ENGINES:
         for micro_batches in (1, 2):
             config = tiny_config(None, parallel=engine)

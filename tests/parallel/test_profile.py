@@ -1,4 +1,4 @@
-"""A capture of several processes: all take the same steps, rank 0 writes what it saw."""
+"""In a capture of several processes all take the same steps; rank 0 writes what it saw."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.xdist_group("parallel"), pytest.mark.timeout(300)]
 
 
 def capture_both(ports: list[int], config: TrainConfig) -> None:
-    """Body of a process."""
+    """The function is the body of a process."""
     for engine in ("ddp", "fsdp"):
         enter(ports)
         folder = config.run_dir / engine

@@ -30,7 +30,7 @@ CASES = [
     ("balanced", {**MIXTURE, "num_shared_experts": 1, "router_balance": "bias"}),
 ]
 MICRO_BATCHES = {4: ["dense", "differential", "mixture"], 2: ["dense", "differential", "balanced"]}
-"""by size, of steps of 8 rows: two processes accumulate those of 2 alone"""
+"""by size, of steps of 8 rows: two processes only accumulate those of 2"""
 
 
 def variant(config: TrainConfig, name: str, **changes) -> TrainConfig:
@@ -38,7 +38,7 @@ def variant(config: TrainConfig, name: str, **changes) -> TrainConfig:
 
 
 def assert_same_losses(one: Path, several: Path) -> None:
-    """To rounding: the same micro-batches, whose gradients are added in another order."""
+    """Losses agree to rounding: the same micro-batches' gradients are added in another order."""
     first, second = metrics(one), metrics(several)
     assert [r["step"] for r in first] == [r["step"] for r in second] == list(range(1, STEPS + 1))
     for expected, found in zip(first, second, strict=True):
@@ -77,8 +77,8 @@ def config(tmp_path_factory) -> TrainConfig:
 
 
 @pytest.fixture(scope="module")
-def alone(config) -> dict[tuple[str, int], TrainConfig]:
-    """The runs of one process, by case and micro-batch."""
+def single(config) -> dict[tuple[str, int], TrainConfig]:
+    """The fixture has the runs of one process, by case and micro-batch."""
     shapes: dict[str, ModelConfig] = {n: replace(config.model, **c) for n, c in CASES}
     runs = {
         (name, size): variant(
@@ -97,21 +97,21 @@ def alone(config) -> dict[tuple[str, int], TrainConfig]:
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
-def test_two_processes_train_as_one(engine, config, alone, tmp_path):
+def test_two_processes_train_as_one(engine, config, single, tmp_path):
     runs = {
         key: variant(run, run.run_dir.name.replace("one", engine), parallel=engine)
-        for key, run in alone.items()
+        for key, run in single.items()
     }
     train_together(list(runs.values()), 2, tmp_path)
     for key, run in runs.items():
-        assert_same_losses(alone[key].run_dir, run.run_dir)
+        assert_same_losses(single[key].run_dir, run.run_dir)
 
 
-def test_four_processes_on_two_machines_train_as_one(config, alone, tmp_path):
-    """Hybrid sharding, where each machine has the whole model; and DDP."""
+def test_four_processes_on_two_machines_train_as_one(config, single, tmp_path):
+    """One job shards in a hybrid way, each machine having the whole model; one uses DDP."""
     fsdp, ddp = (
         variant(
-            alone["balanced", 2],
+            single["balanced", 2],
             f"four_{engine}",
             parallel=engine,
             recompute="full:1",
@@ -120,17 +120,17 @@ def test_four_processes_on_two_machines_train_as_one(config, alone, tmp_path):
         for engine in ("fsdp", "ddp")
     )
     # Two micro-batches each: gradients cross between machines once a step.
-    finer = variant(alone["dense", 2], "four_fine", parallel="fsdp", micro_batch_size=1)
+    finer = variant(single["dense", 2], "four_fine", parallel="fsdp", micro_batch_size=1)
     train_together([fsdp, ddp, finer], 4, tmp_path, machines=2)
     for run in (fsdp, ddp):
-        assert_same_losses(alone["balanced", 2].run_dir, run.run_dir)
-    assert_same_losses(alone["dense", 2].run_dir, finer.run_dir)
+        assert_same_losses(single["balanced", 2].run_dir, run.run_dir)
+    assert_same_losses(single["dense", 2].run_dir, finer.run_dir)
 
 
-def test_a_run_moves_between_numbers_of_processes(config, alone, tmp_path):
-    """1 -> 2 -> 4 -> 1, sharded and not, with the batches and losses of a run that stayed."""
+def test_a_run_moves_between_numbers_of_processes(config, single, tmp_path):
+    """It goes 1 -> 2 -> 4 -> 1, sharded and not, with the batches and losses of one that stayed."""
     # The statistics of a mixture's routers are those of a micro-batch, so its size stays.
-    stayed = variant(alone["mixture", 4], "stayed", micro_batch_size=2, save_every=5, keep=0)
+    stayed = variant(single["mixture", 4], "stayed", micro_batch_size=2, save_every=5, keep=0)
     moved = variant(stayed, "moved", stop_after=5, save_every=2, keep=2)
     train(stayed)
     train(moved)
@@ -157,7 +157,7 @@ def test_a_run_moves_between_numbers_of_processes(config, alone, tmp_path):
 
 
 def train_and_tune(ports: list[int], config: TrainConfig, tuned: SftConfig) -> None:
-    """Body of a process: fine-tuning begins with what training saved."""
+    """The function is the body of a process; fine-tuning begins with what training saved."""
     enter(ports)
     train(config)
     enter(ports)
@@ -178,7 +178,7 @@ def last_checkpoint(config: TrainConfig) -> Path:
 
 
 def assert_same_state(one: Path, other: Path) -> None:
-    """Weights and moments to rounding, data position exactly."""
+    """Weights and moments agree to rounding, the data position exactly."""
     assert one.name == other.name
     checkpoint.Checkpoint(one, 0).verify()
     for file in (checkpoint.MODEL_FILE, checkpoint.OPTIMIZER_FILE):

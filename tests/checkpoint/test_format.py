@@ -142,10 +142,10 @@ def test_saving_a_step_again_replaces_it(tmp_path):
 def test_failed_save_leaves_nothing_named_step(tmp_path, monkeypatch):
     save(tmp_path, 1)
 
-    def full_disk(*_):
+    def full_disk(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_write_json", full_disk)
+    monkeypatch.setattr(checkpoint, "flush", full_disk)
     with pytest.raises(OSError, match="No space left"):
         save(tmp_path, 2)
     assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]

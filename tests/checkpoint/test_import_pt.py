@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from hamner.checkpoint.import_pt import ImportConfig, add_chat_tokens, import_checkpoint, main
+from hamner.checkpoint.__main__ import main
+from hamner.checkpoint.import_pt import add_chat_tokens, import_checkpoint
 from hamner.checkpoint.run_folder import RunFolder
 from hamner.checkpoint.saved_model import find_saved_model
 from hamner.config.train import TrainConfig
@@ -134,7 +135,7 @@ def write(path, shape: dict, weights=None, **content):
 
 def imported(tmp_path, shape, **kwargs):
     file = write(tmp_path / "latest.pt", shape, **kwargs)
-    return import_checkpoint(ImportConfig(file, tmp_path / "run", str(small_tokenizer(tmp_path))))
+    return import_checkpoint(file, tmp_path / "run", str(small_tokenizer(tmp_path)))
 
 
 def small_tokenizer(tmp_path):
@@ -155,7 +156,7 @@ def test_the_imported_model_computes_what_the_earlier_one_did(changes, prefix, t
     )
     expected = MOE if "num_experts" in changes else DENSE
     tied = shape["tie_word_embeddings"]
-    assert result.model == replace(expected, vocab_size=300, tie_word_embeddings=tied)
+    assert result.config.model == replace(expected, vocab_size=300, tie_word_embeddings=tied)
     saved = find_saved_model(tmp_path / "run")
     assert (saved.checkpoint.step, saved.is_chat) == (99_000, False)
     assert saved.checkpoint.state()["tokens"] == 2_450_000_000
@@ -225,7 +226,7 @@ def test_nothing_is_unpickled(tmp_path):
     assert not (tmp_path / "exploded").exists()
     (tmp_path / "noise.pt").write_bytes(b"no checkpoint at all")
     with pytest.raises(UserError, match="noise.pt is not a checkpoint"):
-        import_checkpoint(ImportConfig(tmp_path / "noise.pt", tmp_path / "run", "builtin"))
+        import_checkpoint(tmp_path / "noise.pt", tmp_path / "run", "builtin")
 
 
 def foreign_tokenizer(tmp_path, reserved: int):
@@ -262,7 +263,7 @@ def test_reserved_tokens_become_those_of_conversations(tmp_path):
 def test_a_tokenizer_too_large_for_the_model_is_refused(tmp_path):
     file = write(tmp_path / "latest.pt", SHAPE)
     with pytest.raises(UserError, match="--tokenizer builtin has 49,152 entries"):
-        import_checkpoint(ImportConfig(file, tmp_path / "run", "builtin"))
+        import_checkpoint(file, tmp_path / "run", "builtin")
 
 
 def test_command(tmp_path):
@@ -275,4 +276,6 @@ def test_command(tmp_path):
     assert "parameters of step 99,000 (2,450,000,000 tokens) into run/" in result.stdout
     assert "not be fine-tuned to chat" in result.stdout
     with pytest.raises(UserError, match="--run-dir .*run exists already: name another folder"):
-        main([str(file), "--run-dir", str(tmp_path / "run"), "--tokenizer", str(tokenizer)])
+        main(
+            ["import", str(file), "--run-dir", str(tmp_path / "run"), "--tokenizer", str(tokenizer)]
+        )

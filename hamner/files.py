@@ -25,10 +25,8 @@ def write_whole(path: Path, data: bytes | bytearray | str) -> None:
         OSError: the disk does not take it; the old one is as it was.
     """
     temporary = path.with_name(path.name + TEMPORARY)
-    with temporary.open("wb") as file:
-        file.write(data.encode("utf-8") if isinstance(data, str) else data)
-        file.flush()
-        os.fsync(file.fileno())
+    temporary.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
+    flush(temporary)
     temporary.replace(path)
 
 

@@ -18,6 +18,7 @@ import pytest
 import uvicorn
 
 from hamner.chat import server
+from hamner.chat.config import ChatConfig
 from hamner.chat.server import HOST, MAX_BODY_BYTES, ChatServer
 from hamner.data.chat_template import Message, render_prompt
 from hamner.data.tokenizer import load_tokenizer
@@ -54,11 +55,12 @@ class SlowScript(Script):
 
 
 @contextlib.contextmanager
-def running(generator, *, max_requests: int = 8, max_new_tokens: int = 100):
+def running(generator, *, max_new_tokens: int = 100, **config):
     """A client of a server that runs in a thread."""
+    config = ChatConfig(sampling=DEFAULT, max_new_tokens=max_new_tokens, **config)
     listener = socket.socket()
     listener.bind((HOST, 0))
-    chat = ChatServer(generator, "mine", DEFAULT, max_new_tokens, max_requests)
+    chat = ChatServer(generator, "mine", config)
     server = uvicorn.Server(chat.uvicorn_config())
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
@@ -307,7 +309,7 @@ def test_a_port_that_is_taken_is_named(script):
         other.listen()
         port = other.getsockname()[1]
         with pytest.raises(UserError, match=f"--serve {port}: Address already in use"):
-            server.serve(ChatServer(script, "mine", DEFAULT, 9, 1), port, print)
+            ChatServer(script, "mine", ChatConfig(serve=port)).serve(print)
 
 
 def test_a_missing_package_is_named(monkeypatch):

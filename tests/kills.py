@@ -36,7 +36,7 @@ PHASES = {
         "checkpoint/format.py",
         {
             *("save", "_make_anew", "Writer.write", "finish_save", "find", "retain", "flush"),
-            *("_remove", "_sha256"),
+            *("_remove", "_describe"),
         },
     ),
     "resume": ("checkpoint/run_folder.py", {"RunFolder.rewind", "RunFolder.start", "write_whole"}),

@@ -10,6 +10,7 @@ generated at a time, since one saturates the device; the others wait, up to a bo
 import asyncio
 import dataclasses
 import json
+import os
 import random
 import socket
 import time
@@ -80,7 +81,6 @@ class ApiError(Exception):
 
 
 class _TextPart(BaseModel):
-    model_config = ConfigDict(strict=True)
     type: Literal["text"]
     text: str
 
@@ -94,7 +94,6 @@ def _as_list(stop: Any) -> Any:
 
 
 class _Message(BaseModel):
-    model_config = ConfigDict(strict=True)
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[list[_TextPart], BeforeValidator(_as_parts)]
 
@@ -104,7 +103,6 @@ class _Message(BaseModel):
 
 
 class _StreamOptions(BaseModel):
-    model_config = ConfigDict(strict=True)
     include_usage: bool = False
 
 
@@ -118,7 +116,7 @@ class ChatRequest(BaseModel):
     Top-k, min-p and the repetition penalty go beyond the protocol.
     """
 
-    model_config = ConfigDict(strict=True, extra="allow")
+    model_config = ConfigDict(extra="allow")
     messages: Annotated[list[_Message], Field(min_length=1)]
     model: str | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -141,7 +139,7 @@ class ChatRequest(BaseModel):
             ApiError: not JSON, not of this form, or it asks for what is not here.
         """
         try:
-            request = cls.model_validate_json(body)
+            request = cls.model_validate_json(body, strict=True)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             where = ".".join(map(str, first["loc"]))
@@ -172,7 +170,7 @@ class ChatServer:
         self.generator, self.name, self.config = generator, name, config
         self.device_lock = asyncio.Lock()
         self.created = int(time.time())
-        self.app = Starlette(
+        app = Starlette(
             routes=[
                 Route("/v1/models", self.models),
                 Route("/v1/chat/completions", self.chat_completions, methods=["POST"]),
@@ -190,6 +188,13 @@ class ChatServer:
                 Exception: lambda *_: ApiError(500, "internal error").response(),
             },
         )
+        settings = uvicorn.Config(
+            app,
+            log_level="warning",
+            limit_concurrency=MAX_CONNECTIONS,
+            timeout_graceful_shutdown=5,
+        )
+        self.uvicorn = uvicorn.Server(settings)
 
     def serve(self, say: Callable[[str], None]) -> None:
         """The method serves until the process is stopped; `say` shows a line to the user.
@@ -198,26 +203,16 @@ class ChatServer:
             UserError: the port is not free.
         """
         port = self.config.serve
-        listener = socket.socket()
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            listener.bind((HOST, port))
+            listener = socket.create_server((HOST, port))
         except OSError as error:
+            reason = os.strerror(error.errno)
             raise UserError(
-                f"--serve {port}: {error.strerror}; name another port, or 0 for any free one"
+                f"--serve {port}: {reason}; name another port, or 0 for any free one"
             ) from error
         url = f"http://{HOST}:{listener.getsockname()[1]}/v1"
         say(f"serving the model {self.name} at {url}; Ctrl-C stops")
-        uvicorn.Server(self.uvicorn_config()).run(sockets=[listener])
-
-    def uvicorn_config(self) -> uvicorn.Config:
-        """The configuration says how uvicorn runs it."""
-        return uvicorn.Config(
-            self.app,
-            log_level="warning",
-            limit_concurrency=MAX_CONNECTIONS,
-            timeout_graceful_shutdown=5,
-        )
+        self.uvicorn.run(sockets=[listener])
 
     async def models(self, _: Request) -> Response:
         """The method answers GET /v1/models."""

@@ -50,10 +50,11 @@ class Terminal:
 
 
 class Session:
-    """A session has what is common to chatting and completing: commands and settings."""
+    """A session has what is common to chatting and completing: commands and settings.
 
-    help: str
-    prompt: str
+    Each kind has its own `help` and `prompt`, `answer`, to what the user wrote, and `record`, which
+    gives what /save writes.
+    """
 
     def __init__(self, config: ChatConfig, generator: Generator, terminal: Terminal) -> None:
         self.config, self.generator, self.terminal = config, generator, terminal
@@ -75,26 +76,16 @@ class Session:
                 return
             if line == "/quit":
                 return
-            if not line:
-                continue
             try:
                 if line.startswith("/"):
                     name, _, argument = line[1:].partition(" ")
                     if name not in self.commands:
                         raise UserError(f"there is no command /{name}; /help lists them")
                     self.commands[name](argument.strip())
-                else:
+                elif line:
                     self.answer(line)
             except UserError as error:
                 self.terminal.say(f"({error})")
-
-    def answer(self, text: str) -> None:
-        """The session answers what the user wrote."""
-        raise NotImplementedError
-
-    def record(self) -> dict:
-        """The method gives what /save writes."""
-        raise NotImplementedError
 
     def set_temperature(self, argument: str) -> None:
         """/temp sets or shows the temperature."""
@@ -120,14 +111,7 @@ class Session:
 
 
 class Chat(Session):
-    """A chat is a session in which the model answers.
-
-    Its oldest turns are forgotten when the context is full.
-
-    Attributes:
-        turns: what user and assistant said, nothing forgotten.
-        forgotten: how many of the oldest turns the model no longer sees.
-    """
+    """A chat is a session in which the model answers; a full context forgets the oldest turns."""
 
     help, prompt = HELP, "you> "
 
@@ -135,7 +119,9 @@ class Chat(Session):
         super().__init__(config, generator, terminal)
         self.system = config.system
         self.turns: list[Message] = []
+        """what user and assistant said, nothing forgotten"""
         self.forgotten = 0
+        """how many of the oldest turns the model no longer sees"""
         self.commands |= {"clear": self.clear, "system": self.set_system}
 
     def answer(self, text: str) -> None:
@@ -203,10 +189,8 @@ class Complete(Session):
     """A completion is a session in which the model continues each line for itself."""
 
     help, prompt = COMPLETION_HELP, "text> "
-
-    def __init__(self, config: ChatConfig, generator: Generator, terminal: Terminal) -> None:
-        super().__init__(config, generator, terminal)
-        self.text = ""
+    text = ""
+    """the last one"""
 
     def answer(self, text: str) -> None:
         tokenizer = self.generator.tokenizer

@@ -40,7 +40,6 @@ _FORMAT = 1
 _RESUME_WITH_THE_SAME = "resume with the model the run was started with"
 _STEP_FOLDER = re.compile(r"step_(\d{8,})")
 _TEMPORARY_PREFIX = ".saving_"
-_DAMAGED_PREFIX = "damaged_"
 
 
 class CheckpointError(UserError):
@@ -80,15 +79,15 @@ class Checkpoint:
             if not path.is_file():
                 raise CheckpointError(f"{path} is missing")
             try:
-                size, digest = path.stat().st_size, _sha256(path)
+                found = _describe(path)
             except OSError as error:
                 raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
-            if not isinstance(expected, dict) or size != expected.get("bytes"):
+            if not isinstance(expected, dict) or found["bytes"] != expected.get("bytes"):
                 raise CheckpointError(
-                    f"{path} has {size:,} bytes, not those of its manifest: it was cut short or "
-                    "replaced"
+                    f"{path} has {found['bytes']:,} bytes, not those of its manifest: it was cut "
+                    "short or replaced"
                 )
-            if digest != expected.get("sha256"):
+            if found["sha256"] != expected.get("sha256"):
                 raise CheckpointError(
                     f"{path} does not match the SHA-256 of its manifest: it is damaged"
                 )
@@ -106,9 +105,6 @@ class Checkpoint:
 
         `masters` maps every parameter to its fp32 weights. A run that was saved in fp32 has no
         separate masters: there `load_model(masters)` has already filled them.
-
-        Raises:
-            CheckpointError: as `load_model`.
         """
         path = self.path / OPTIMIZER_FILE
         _load(path, exp_avg, "exp_avg.")
@@ -189,8 +185,6 @@ def save(
     The folder must exist: made anew here, it would hide a mount that has vanished.
 
     Args:
-        folder: of the checkpoints.
-        step: names the checkpoint.
         model: the module's parameters and buffers.
         optimizer: moments and whole fp32 masters, each under `KIND.NAME`, so that a run of any
             precision and kernels can resume from them.
@@ -223,10 +217,7 @@ def finish_save(temporary: Path, step: int, state: Mapping) -> Checkpoint:
     """The function makes a checkpoint of a temporary folder that has the two files of tensors."""
     final = temporary.with_name(f"step_{step:08d}")
     (temporary / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-    files = {
-        name: {"bytes": (temporary / name).stat().st_size, "sha256": _sha256(temporary / name)}
-        for name in _FILES
-    }
+    files = {name: _describe(temporary / name) for name in _FILES}
     manifest = json.dumps({"format": _FORMAT, "files": files}, indent=1)
     (temporary / MANIFEST_FILE).write_text(manifest, encoding="utf-8")
     for name in (*_FILES, MANIFEST_FILE):
@@ -267,7 +258,7 @@ def set_aside(folder: Path, newer_than: int) -> None:
     """The function renames checkpoints newer than a step to damaged_step_*: they count as none."""
     for damaged in find(folder):
         if damaged.step > newer_than:
-            aside = damaged.path.with_name(f"{_DAMAGED_PREFIX}{damaged.path.name}")
+            aside = damaged.path.with_name(f"damaged_{damaged.path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             damaged.path.rename(aside)
 
@@ -334,6 +325,8 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _sha256(path: Path) -> str:
+def _describe(path: Path) -> dict:
+    """The function gives what the manifest says of a file."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}

@@ -1,16 +1,8 @@
 """`python -m hamner.checkpoint import` makes a run of a `.pt` checkpoint of the earlier trainer.
 
 What it holds: `config`, a dict of the model's shape; `model_state_dict`, whose keys may carry the
-prefix `_orig_mod.` of a compiled model; `step` and `tokens_total`. Keys and what they become here:
-
-    embed_tokens.weight, final_norm.weight, lm_head.weight      embed, norm, lm_head
-    layers.N.attn_norm.weight, layers.N.mlp_norm.weight         attention.norm, mlp.norm
-    layers.N.attention.{q,k,v}_proj.weight                      attention.qkv_proj, packed
-    layers.N.attention.o_proj.weight                            attention.o_proj
-    layers.N.mlp.mlp.{gate,up}_proj.weight                      mlp.gate_up_proj, packed
-    layers.N.mlp.mlp.down_proj.weight                           mlp.down_proj
-    layers.N.mlp.router.weight                                  mlp.router
-    layers.N.mlp.experts.E.{gate,up,down}_proj.weight           mlp.gate_up_weight, down_weight
+prefix `_orig_mod.` of a compiled model; `step` and `tokens_total`. `convert` says what each of its
+keys becomes here.
 """
 
 import dataclasses
@@ -68,32 +60,22 @@ def import_checkpoint(file: Path, run_dir: Path, tokenizer_name: str) -> SavedMo
         "imported_from": file.name,
         "versions": {"hamner": hamner.__version__, "torch": torch.__version__},
     }
-    return SavedModel(config, _write_run(config, tokenizer, weights, state), tokenizer)
-
-
-def _write_run(
-    config: TrainConfig, tokenizer: Tokenizer, weights: dict[str, Tensor], state: dict
-) -> checkpoint.Checkpoint:
-    run = RunFolder(config.folder)
+    run = RunFolder(run_dir)
     run.start(config)
     try:
         tokenizer.save(config.tokenizer)
         # The other trainer's moments belong to parameters that are packed differently.
-        return checkpoint.save(
+        saved = checkpoint.save(
             run.checkpoints, state["step"], model=weights, optimizer={}, state=state
         )
     except OSError as error:
-        shutil.rmtree(run.path, ignore_errors=True)
-        raise UserError(f"--run-dir {run.path} cannot be written: {error.strerror}") from error
+        shutil.rmtree(run_dir, ignore_errors=True)
+        raise UserError(f"--run-dir {run_dir} cannot be written: {error.strerror}") from error
+    return SavedModel(config, saved, tokenizer)
 
 
 def convert(file: Path, config: ModelConfig, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The function gives the earlier trainer's parameters our names and packing, in fp32.
-
-    Args:
-        file: in messages.
-        config: of the model.
-        state_dict: with or without the prefix `_orig_mod.`.
 
     Raises:
         UserError: a tensor is missing, has another shape or no counterpart.

@@ -30,11 +30,7 @@ from hamner.parallel.tensors import is_sharded, local
 class ShardedSaver(BackgroundSaver):
     """The saver is a `BackgroundSaver` of which every process has one, all with the same outcome.
 
-    Args:
-        folder: of the checkpoints, seen by all processes.
-        processes: of the job.
-        mesh: over which the tensors are divided.
-        settings: as for `BackgroundSaver`.
+    `mesh` is what the tensors are divided over; `settings` are those of `BackgroundSaver`.
     """
 
     def __init__(
@@ -68,11 +64,7 @@ class ShardedSaver(BackgroundSaver):
         )
 
     def write(self, path: Path, tensors: Tensors) -> None:
-        """The method writes a file with all processes; each gets its outcome.
-
-        Raises:
-            OSError: it failed in some process.
-        """
+        """The method writes a file with all processes; if it fails in one, each has an OSError."""
         parts = path.with_name(f"{path.name}.parts")
         writer = dcp.HuggingFaceStorageWriter(
             str(parts), save_distributed=True, enable_consolidation=True
@@ -81,7 +73,13 @@ class ShardedSaver(BackgroundSaver):
             dcp.save(dict(tensors), storage_writer=writer, process_group=self._group)
         except dcp.CheckpointException as failures:
             raise _disk_error(failures) from failures
-        self.on_main(lambda: _keep_joined(parts, path))
+
+        def keep_joined() -> None:
+            # What DCP calls the one file it joins shards to.
+            (parts / "model-00001-of-00001.safetensors").rename(path)
+            shutil.rmtree(parts)
+
+        self.on_main(keep_joined)
 
     def on_main(self, function: Callable) -> Any:
         """The method gives every process what `function` returns in rank 0, or its OSError."""
@@ -95,12 +93,6 @@ class ShardedSaver(BackgroundSaver):
         if isinstance(outcome[0], OSError):
             raise outcome[0]
         return outcome[0]
-
-
-def _keep_joined(parts: Path, path: Path) -> None:
-    # What DCP calls the one file it joins shards to.
-    (parts / "model-00001-of-00001.safetensors").rename(path)
-    shutil.rmtree(parts)
 
 
 def _disk_error(failures: dcp.CheckpointException) -> OSError:

@@ -61,11 +61,7 @@ class BackgroundSaver(Writer):
         self._host: dict[str, Tensor] = {}
 
     def may_begin(self, is_healthy: bool) -> bool:
-        """The method says whether a save is wanted and can be taken now.
-
-        Args:
-            is_healthy: whether the state is one to keep.
-        """
+        """The method says whether to save now, given whether the state is one to keep."""
         ready = self._future is None and monotonic() >= self.retry_at
         return self.wanted and ready and is_healthy
 
@@ -78,17 +74,14 @@ class BackgroundSaver(Writer):
         if self._future is not None:
             raise RuntimeError("a save is under way")
         self.wanted, self.step = False, step
-        copies = {
+        parts: dict = {
             part: {name: self._copy(f"{part}/{name}", tensor) for name, tensor in tensors.items()}
             for part, tensors in (("model", model), ("optimizer", optimizer))
         }
-        copied = None
-        if any(tensor.is_cuda for tensor in model.values()):
-            copied = torch.cuda.Event()
-            copied.record()
-        self._future = self._thread.submit(
-            self._write, step, **copies, state=dict(state), copied=copied
-        )
+        is_cuda = any(tensor.is_cuda for tensor in model.values())
+        copied = torch.cuda.current_stream().record_event() if is_cuda else None
+        parts["state"] = dict(state)
+        self._future = self._thread.submit(self._write, step, parts, copied)
 
     def collect(self) -> Checkpoint | OSError | None:
         """The method gives the outcome of a save that has ended: a checkpoint, or why it failed."""
@@ -117,24 +110,11 @@ class BackgroundSaver(Writer):
         nothing waits on the CPU: 3.9 GB of option a are 0.2 s of PCIe 4, 0.03% of ten minutes.
         """
         if key not in self._host:
-            self._host[key] = torch.empty_like(
-                tensor,
-                device="cpu",
-                memory_format=torch.contiguous_format,
-                pin_memory=tensor.is_cuda,
-                requires_grad=False,
-            )
+            pinned = tensor.is_cuda
+            self._host[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
         return self._host[key].copy_(tensor.detach(), non_blocking=True)
 
-    def _write(
-        self,
-        step: int,
-        *,
-        model: Tensors,
-        optimizer: Tensors,
-        state: dict,
-        copied: "torch.cuda.Event | None",
-    ) -> Checkpoint:
+    def _write(self, step: int, parts: dict, copied: "torch.cuda.Event | None") -> Checkpoint:
         """The method is what the thread runs."""
         if copied is not None:
             copied.synchronize()
@@ -143,10 +123,8 @@ class BackgroundSaver(Writer):
                 flush(path)
         self.on_phase("save", step)
         if self.join_masters is not None:
-            optimizer = self.join_masters(model, optimizer)
-        saved = checkpoint.save(
-            self.folder, step, model=model, optimizer=optimizer, state=state, writer=self
-        )
+            parts["optimizer"] = self.join_masters(parts["model"], parts["optimizer"])
+        saved = checkpoint.save(self.folder, step, **parts, writer=self)
         self.on_phase("saved", step)
         if self.is_main:
             checkpoint.retain(self.folder, self.keep, self.keep_every)

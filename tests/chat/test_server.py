@@ -15,7 +15,6 @@ from dataclasses import replace
 
 import openai
 import pytest
-import uvicorn
 
 from hamner.chat import server
 from hamner.chat.config import ChatConfig
@@ -60,8 +59,7 @@ def running(generator, *, max_new_tokens: int = 100, **config):
     config = ChatConfig(sampling=DEFAULT, max_new_tokens=max_new_tokens, **config)
     listener = socket.socket()
     listener.bind((HOST, 0))
-    chat = ChatServer(generator, "mine", config)
-    server = uvicorn.Server(chat.uvicorn_config())
+    server = ChatServer(generator, "mine", config).uvicorn
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     url = f"http://{HOST}:{listener.getsockname()[1]}/v1"

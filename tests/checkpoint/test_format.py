@@ -117,7 +117,7 @@ def test_a_disk_that_cannot_be_read_is_damage(tmp_path, monkeypatch):
     def fail(_):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(checkpoint, "_sha256", fail)
+    monkeypatch.setattr(checkpoint, "_describe", fail)
     with pytest.raises(CheckpointError, match=r"cannot be read \(Input/output error\)"):
         saved.verify()
 

@@ -1,4 +1,4 @@
-"""A generator whose words are written beforehand."""
+"""The module has a generator whose words are written beforehand."""
 
 from collections.abc import Iterator
 
@@ -6,7 +6,7 @@ from hamner.data.tokenizer import Tokenizer
 
 
 class Script:
-    """Stands in for `hamner.model.generate.Generator`: says the same ids to every prompt.
+    """The script stands in for `hamner.model.generate.Generator`: says the same ids to every prompt.
 
     Args:
         tokenizer: of the ids.

@@ -1,4 +1,4 @@
-"""The terminal: commands, streaming, and `python -m hamner.chat` as a user meets it."""
+"""The tests use the terminal: commands, streaming, and `python -m hamner.chat` as a user meets it."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def tokenizer():
 
 
 class Console:
-    """A terminal on which lines are typed one after the other."""
+    """The console is a terminal on which lines are typed one after the other."""
 
     def __init__(self, *lines: str) -> None:
         self.lines, self.text = list(lines), ""
@@ -47,7 +47,7 @@ class Console:
 
 
 def session(kind, tokenizer, says: str, *lines: str, context: int = 1000, **config):
-    """A finished session, what was shown, and the script that spoke."""
+    """The function gives a finished session, what was shown, and the script that spoke."""
     ids = [*tokenizer.encode(says), END if kind is Chat else tokenizer.eot_id]
     script = Script(tokenizer, ids, context)
     console = Console(*lines)

@@ -1,4 +1,4 @@
-"""The server through the official client, and what it does with requests that are not its."""
+"""The tests ask the server through the official client, and with requests that are not its."""
 
 import contextlib
 import importlib
@@ -39,7 +39,7 @@ def tokenizer():
 
 
 class SlowScript(Script):
-    """Waits at every token until the test lets it go on."""
+    """The script waits at every token until the test lets it go on."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -55,7 +55,7 @@ class SlowScript(Script):
 
 @contextlib.contextmanager
 def running(generator, *, max_new_tokens: int = 100, **config):
-    """A client of a server that runs in a thread."""
+    """The context gives a client of a server that runs in a thread."""
     config = ChatConfig(sampling=DEFAULT, max_new_tokens=max_new_tokens, **config)
     listener = socket.socket()
     listener.bind((HOST, 0))
@@ -182,7 +182,7 @@ def test_messages_too_long_for_the_context(tokenizer):
 
 
 def raw(client, head: str, body: bytes = b"") -> tuple[int, dict]:
-    """Status and JSON of a request written by hand."""
+    """The function gives status and JSON of a request written by hand."""
     with socket.create_connection((HOST, client.base_url.port), timeout=30) as connection:
         connection.sendall(head.replace("\n", "\r\n").encode() + b"\r\n\r\n" + body)
         answer = b"".join(iter(lambda: connection.recv(65536), b""))
@@ -245,7 +245,7 @@ def wait_until(condition) -> None:
 
 @contextlib.contextmanager
 def asking(client, results: list[str]):
-    """A request on its way, whose answer is added to `results`."""
+    """The context has a request on its way, whose answer is added to `results`."""
     thread = threading.Thread(
         target=lambda: results.append(create(client).choices[0].message.content)
     )
@@ -318,7 +318,7 @@ def test_a_missing_package_is_named(monkeypatch):
 
 
 def test_the_command_serves_a_real_model(tmp_path, tokenizer):
-    """The same greedy text as decoding without the server, streamed or not."""
+    """The greedy text is that of decoding without the server, streamed or not."""
     model = sharp(replace(DENSE, vocab_size=261))
     save_run(tmp_path / "runs" / "mine", model, chat=True)
     process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Conversations: what the model is shown, and what is forgotten when the context is full."""
+"""The tests hold what the model is shown, and what is forgotten when the context is full."""
 
 import contextlib
 import itertools
@@ -20,12 +20,12 @@ END = 4
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """One token a byte."""
+    """The tokenizer has one token a byte."""
     return load_tokenizer(vocab_size=261)
 
 
 class Talk(Chat):
-    """A chat without a terminal: `ask` gives what was shown."""
+    """A talk is a chat without a terminal: `ask` gives what was shown."""
 
     def __init__(self, tokenizer, says: str, *, context: int = 1000, **config) -> None:
         self.script = Script(tokenizer, [*tokenizer.encode(says), END], context)
@@ -100,7 +100,7 @@ def test_an_answer_left_early_is_part_of_the_conversation(tokenizer, monkeypatch
 
 
 def test_the_oldest_turns_are_forgotten_when_the_context_is_full(tokenizer):
-    """6 tokens of system prompt, 21 a pair of turns, 13 to ask: two pairs fit with the reserve."""
+    """Of 6 tokens of system prompt, 21 a pair of turns and 13 to ask, two pairs fit the reserve."""
     talk = Talk(tokenizer, "1234567", context=84, system="Sys")
     for number in range(4):
         talk.ask(f"asking {number}")

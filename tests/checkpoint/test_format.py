@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, verified, nothing unpickled."""
+"""Checkpoints are whole or absent, and verified; nothing is unpickled."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Import of the earlier trainer's checkpoints, against that trainer's arithmetic."""
+"""The import of the earlier trainer's checkpoints is held against that trainer's arithmetic."""
 
 import json
 import math
@@ -44,7 +44,7 @@ EXPERTS = {"num_experts": 4, "num_active_experts": 2, "expert_intermediate_size"
 
 
 def earlier_weights(shape: dict) -> dict[str, torch.Tensor]:
-    """A state dict as the earlier trainer saved it."""
+    """The function makes a state dict as the earlier trainer saved it."""
     generator = torch.Generator().manual_seed(5)
     d, width = shape["hidden_size"], shape["expert_intermediate_size"]
     kv = d // shape["num_attention_heads"] * shape["num_kv_heads"]
@@ -74,7 +74,7 @@ def earlier_weights(shape: dict) -> dict[str, torch.Tensor]:
 
 
 def earlier_logits(shape: dict, w: dict[str, torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
-    """The earlier trainer's forward pass, written anew: (B, T) -> (B, T, V)."""
+    """The function is the earlier trainer's forward pass, written anew: (B, T) -> (B, T, V)."""
     heads, kv_heads = shape["num_attention_heads"], shape["num_kv_heads"]
     size, (rows, length) = shape["hidden_size"] // heads, inputs.shape
     frequencies = shape["rope_theta"] ** (-torch.arange(0, size, 2) / size)
@@ -213,7 +213,7 @@ def test_what_cannot_be_imported_is_named_and_nothing_written(content, named, tm
 
 
 class Bomb:
-    """What an evil pickle does when it is opened."""
+    """The bomb is what an evil pickle does when it is opened."""
 
     def __reduce__(self):
         return os.mkdir, (Bomb.target,)
@@ -230,7 +230,7 @@ def test_nothing_is_unpickled(tmp_path):
 
 
 def foreign_tokenizer(tmp_path, reserved: int):
-    """A tokenizer with special tokens of its own, none of ours but the end of text."""
+    """The function makes a tokenizer whose special tokens are none of ours but the end of text."""
     definition = load_tokenizer(vocab_size=300).definition
     names = {name: f"<reserved_{i}>" for i, name in enumerate(SPECIAL_TOKENS) if i}
     vocab = definition["model"]["vocab"]

@@ -1,4 +1,4 @@
-"""Saves beside training, on disks that fail in every way."""
+"""The tests save beside training, on disks that fail in every way."""
 
 import os
 import resource
@@ -19,7 +19,7 @@ NOBODY = 65534
 
 
 class Clock:
-    """Seconds that pass when a test sets them."""
+    """The clock shows the seconds that a test sets."""
 
     now = 0.0
 
@@ -102,7 +102,7 @@ def test_one_save_at_a_time(saver, may_write):
 
 
 def test_a_failed_save_is_wanted_again_later(saver, folder, clock):
-    """As when a mount vanishes and comes back: no folder is made in its place."""
+    """A mount may vanish and come back: no folder is made instead of it."""
     assert begin(saver, 1) is not None
     saver.wait()
     away = folder.rename(folder.with_name("away"))
@@ -135,7 +135,7 @@ def assert_previous_is_whole(folder: Path, error: OSError | Checkpoint, step: in
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A real file system of 256 KiB."""
+    """The disk is a real file system of 256 KiB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
@@ -179,7 +179,7 @@ def test_read_only_disk(small_disk):
 
 @pytest.fixture
 def without_privilege():
-    """Lets go of root's right to write everywhere."""
+    """The fixture lets go of root's right to write everywhere."""
     before = os.geteuid()
     if before == 0:
         os.seteuid(NOBODY)
@@ -224,7 +224,7 @@ def test_files_that_may_not_grow(saver, folder):
 
 @pytest.mark.parametrize("call", ["fsync", "rename", "mkdir"])
 def test_a_file_system_that_fails(saver, folder, monkeypatch, call):
-    """Input/output errors in every kind of call."""
+    """Every kind of call can have an input/output error."""
     begin(saver, 1)
     saver.wait()
 

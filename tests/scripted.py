@@ -6,7 +6,7 @@ from hamner.data.tokenizer import Tokenizer
 
 
 class Script:
-    """The script stands in for `hamner.model.generate.Generator`: says the same ids to every prompt.
+    """The script stands in for a `Generator` of the model: it says the same ids to every prompt.
 
     Args:
         tokenizer: of the ids.

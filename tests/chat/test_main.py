@@ -1,4 +1,4 @@
-"""The tests use the terminal: commands, streaming, and `python -m hamner.chat` as a user meets it."""
+"""The tests use commands, streaming and `python -m hamner.chat` as a user meets it."""
 
 import json
 import os

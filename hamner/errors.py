@@ -1,4 +1,4 @@
-"""The one exception for bad input, and the exit codes of every command."""
+"""The module has the one exception for bad input, and the exit codes of every command."""
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -10,12 +10,12 @@ HEAD, TAIL = 700, 300
 
 
 class UserError(Exception):
-    """Bad input: one clear sentence naming the flag or file and the mend.
+    """The exception is bad input: one clear sentence naming the flag or file and the mend.
 
     Commands print it without a traceback and exit with code 2 (`hamner.cli.run_command`).
     """
 
     def __str__(self) -> str:
-        """The sentence on one line, and short even if it quotes what a file holds."""
+        """The sentence stands on one line, and is short even if it quotes what a file holds."""
         text = " ".join(super().__str__().splitlines())
         return text if len(text) <= HEAD + TAIL else f"{text[:HEAD]} ... {text[-TAIL:]}"

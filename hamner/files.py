@@ -17,18 +17,14 @@ TEMPORARY = ".new"
 def write_whole(path: Path, data: bytes | bytearray | str) -> None:
     """The function writes a file so that readers see the old one or the whole new one.
 
-    Args:
-        path: the file; its folder must exist.
-        data: its content, text in UTF-8.
+    Its folder must exist; text is written in UTF-8.
 
     Raises:
         OSError: the disk does not take it; the old one is as it was.
     """
     temporary = path.with_name(path.name + TEMPORARY)
-    with temporary.open("wb") as file:
-        file.write(data.encode("utf-8") if isinstance(data, str) else data)
-        file.flush()
-        os.fsync(file.fileno())
+    temporary.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
+    flush(temporary)
     temporary.replace(path)
 
 
@@ -36,11 +32,8 @@ def write_whole(path: Path, data: bytes | bytearray | str) -> None:
 def made_whole(path: Path) -> Iterator[Path]:
     """The context gives the path at which to make a file or folder that is to stand at `path`.
 
-    Processes may do so at the same time: the last one wins. After an error `path` is as it was and
-    nothing is left beside it.
-
-    Args:
-        path: what is made, whose folder must exist; a folder must not be there yet.
+    Its parent must exist, and a folder must not be there yet. Processes may do so at the same time:
+    the last one wins. After an error `path` is as it was and nothing is left beside it.
     """
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         temporary = Path(folder) / path.name
@@ -86,12 +79,8 @@ def parse_json(text: str) -> Any:
 def read_json(path: Path, error: type[UserError] = UserError) -> dict:
     """The function reads a file that holds one JSON object.
 
-    Args:
-        path: of the file.
-        error: the exception to raise.
-
     Raises:
-        UserError: the file cannot be read, or holds something else.
+        UserError: or `error`, where one is given: the file cannot be read, or holds something else.
     """
     try:
         value = parse_json(path.read_text(encoding="utf-8"))

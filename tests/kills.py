@@ -35,8 +35,8 @@ PHASES = {
     "writer": (
         "checkpoint/format.py",
         {
-            *("save", "begin_save", "finish_save", "find", "retain", "flush"),
-            *("_remove", "_sha256", "_write_json", "_on_cpu"),
+            *("save", "_make_anew", "Writer.write", "finish_save", "find", "retain", "flush"),
+            *("_remove", "_describe"),
         },
     ),
     "resume": ("checkpoint/run_folder.py", {"RunFolder.rewind", "RunFolder.start", "write_whole"}),

@@ -1,4 +1,4 @@
-"""A generator whose words are written beforehand."""
+"""The module has a generator whose words are written beforehand."""
 
 from collections.abc import Iterator
 
@@ -6,7 +6,7 @@ from hamner.data.tokenizer import Tokenizer
 
 
 class Script:
-    """Stands in for `hamner.model.generate.Generator`: says the same ids to every prompt.
+    """The script stands in for a `Generator` of the model: it says the same ids to every prompt.
 
     Args:
         tokenizer: of the ids.
@@ -15,13 +15,16 @@ class Script:
 
     Attributes:
         prompts: what it was asked.
+        seeds: with which.
     """
 
     def __init__(self, tokenizer: Tokenizer, ids: list[int], context: int = 1000) -> None:
         self.tokenizer, self.ids, self.context = tokenizer, ids, context
         self.prompts: list[list[int]] = []
+        self.seeds: list[int] = []
 
     def tokens(self, prompt, sampling, *, seed, unpenalized) -> Iterator[int]:
         self.prompts.append(list(prompt))
+        self.seeds.append(seed)
         self.sampling = sampling
         yield from self.ids[: self.context - len(prompt)]

@@ -1,4 +1,4 @@
-"""From nothing to a chatbot, as a user types it: train, fine-tune, evaluate, chat, export."""
+"""A user gets from nothing to a chatbot by typing: train, fine-tune, evaluate, chat, export."""
 
 import json
 import re
@@ -21,7 +21,7 @@ SMALL = [
 
 
 def run(module: str, *args: str, cwd: Path, typed: str = "") -> str:
-    """Run a command, which must succeed; gives what it printed."""
+    """The function runs a command, which must succeed, and gives what it printed."""
     command = [sys.executable, "-m", f"hamner.{module}", *args]
     result = subprocess.run(
         command, capture_output=True, text=True, timeout=170, cwd=cwd, input=typed
@@ -32,7 +32,7 @@ def run(module: str, *args: str, cwd: Path, typed: str = "") -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Holds runs/tiny and runs/tiny-sft."""
+    """The folder holds runs/tiny and runs/tiny-sft."""
     folder = tmp_path_factory.mktemp("path")
     run("train", *SMALL, "--steps", "30", "--warmup-steps", "5", "--device", "cpu", cwd=folder)
     # A demo's learning rate: these weights are far from anything worth preserving.

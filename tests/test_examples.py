@@ -1,4 +1,4 @@
-"""The scripts that start a run on several machines: bash reads them, and their flags exist."""
+"""The scripts that start a run on several machines can be read by bash; their flags exist."""
 
 import re
 import shlex

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and JSON that is not what it should be."""
+"""The tests make files that are whole or not there, and read JSON that is damaged."""
 
 import pytest
 

@@ -8,7 +8,9 @@ generated at a time, since one saturates the device; the others wait, up to a bo
 """
 
 import asyncio
+import dataclasses
 import json
+import os
 import random
 import socket
 import time
@@ -36,6 +38,7 @@ except ModuleNotFoundError as error:
         f"--serve needs the package {error.name}: pip install 'hamner[serve]'"
     ) from error
 
+from hamner.chat.config import ChatConfig
 from hamner.data.chat_template import Message
 from hamner.model.generate import Completion, ContextError, Generator, answer
 from hamner.model.sampling import Sampling
@@ -77,7 +80,6 @@ class ApiError(Exception):
 
 
 class _TextPart(BaseModel):
-    model_config = ConfigDict(strict=True)
     type: Literal["text"]
     text: str
 
@@ -91,7 +93,6 @@ def _as_list(stop: Any) -> Any:
 
 
 class _Message(BaseModel):
-    model_config = ConfigDict(strict=True)
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[list[_TextPart], BeforeValidator(_as_parts)]
 
@@ -101,7 +102,6 @@ class _Message(BaseModel):
 
 
 class _StreamOptions(BaseModel):
-    model_config = ConfigDict(strict=True)
     include_usage: bool = False
 
 
@@ -115,7 +115,7 @@ class ChatRequest(BaseModel):
     Top-k, min-p and the repetition penalty go beyond the protocol.
     """
 
-    model_config = ConfigDict(strict=True, extra="allow")
+    model_config = ConfigDict(extra="allow")
     messages: Annotated[list[_Message], Field(min_length=1)]
     model: str | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -138,7 +138,7 @@ class ChatRequest(BaseModel):
             ApiError: not JSON, not of this form, or it asks for what is not here.
         """
         try:
-            request = cls.model_validate_json(body)
+            request = cls.model_validate_json(body, strict=True)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             where = ".".join(map(str, first["loc"]))
@@ -151,12 +151,8 @@ class ChatRequest(BaseModel):
 
     def sampling(self, default: Sampling) -> Sampling:
         """The settings are those of this request, and the server's where it says nothing."""
-        return Sampling(
-            **{
-                name: value if (value := getattr(self, name)) is not None else standard
-                for name, standard in vars(default).items()
-            }
-        )
+        asked = {name: getattr(self, name) for name in vars(default)}
+        return dataclasses.replace(default, **{n: v for n, v in asked.items() if v is not None})
 
 
 class ChatServer:
@@ -165,24 +161,15 @@ class ChatServer:
     Args:
         generator: the model.
         name: of the model, in the protocol.
-        sampling: settings where a request says nothing.
-        max_new_tokens: most tokens of an answer, whatever a request says.
-        max_requests: most chat requests at a time; more get status 429.
+        config: `sampling` where a request says nothing, `max_new_tokens` whatever a request says,
+            `max_requests` at a time, of which more get status 429, and the port, `serve`.
     """
 
-    def __init__(
-        self,
-        generator: Generator,
-        name: str,
-        sampling: Sampling,
-        max_new_tokens: int,
-        max_requests: int,
-    ) -> None:
-        self.generator, self.name, self.sampling = generator, name, sampling
-        self.max_new_tokens = max_new_tokens
+    def __init__(self, generator: Generator, name: str, config: ChatConfig) -> None:
+        self.generator, self.name, self.config = generator, name, config
         self.device_lock = asyncio.Lock()
         self.created = int(time.time())
-        self.app = Starlette(
+        app = Starlette(
             routes=[
                 Route("/v1/models", self.models),
                 Route("/v1/chat/completions", self.chat_completions, methods=["POST"]),
@@ -190,7 +177,7 @@ class ChatServer:
             # A page in a browser must not reach the model through a name that points here.
             middleware=[
                 Middleware(TrustedHostMiddleware, allowed_hosts=["localhost", HOST]),
-                Middleware(_BoundedRequests, limit=max_requests),
+                Middleware(_BoundedRequests, limit=config.max_requests),
             ],
             exception_handlers={
                 ApiError: lambda _, error: error.response(),
@@ -200,15 +187,31 @@ class ChatServer:
                 Exception: lambda *_: ApiError(500, "internal error").response(),
             },
         )
-
-    def uvicorn_config(self) -> uvicorn.Config:
-        """The configuration says how uvicorn runs it."""
-        return uvicorn.Config(
-            self.app,
+        settings = uvicorn.Config(
+            app,
             log_level="warning",
             limit_concurrency=MAX_CONNECTIONS,
             timeout_graceful_shutdown=5,
         )
+        self.uvicorn = uvicorn.Server(settings)
+
+    def serve(self, say: Callable[[str], None]) -> None:
+        """The method serves until the process is stopped; `say` shows a line to the user.
+
+        Raises:
+            UserError: the port is not free.
+        """
+        port = self.config.serve
+        try:
+            listener = socket.create_server((HOST, port))
+        except OSError as error:
+            reason = os.strerror(error.errno)
+            raise UserError(
+                f"--serve {port}: {reason}; name another port, or 0 for any free one"
+            ) from error
+        url = f"http://{HOST}:{listener.getsockname()[1]}/v1"
+        say(f"serving the model {self.name} at {url}; Ctrl-C stops")
+        self.uvicorn.run(sockets=[listener])
 
     async def models(self, _: Request) -> Response:
         """The method answers GET /v1/models."""
@@ -221,13 +224,13 @@ class ChatServer:
         if request.model not in (None, self.name):
             message = f"there is no model {request.model} here, only {self.name}"
             raise ApiError(404, message, param="model", code="model_not_found")
-        asked = request.max_completion_tokens or request.max_tokens or self.max_new_tokens
+        asked = request.max_completion_tokens or request.max_tokens or self.config.max_new_tokens
         try:
             completion = answer(
                 self.generator,
                 [message.message() for message in request.messages],
-                request.sampling(self.sampling),
-                max_new_tokens=min(asked, self.max_new_tokens),
+                request.sampling(self.config.sampling),
+                max_new_tokens=min(asked, self.config.max_new_tokens),
                 stop_texts=request.stop or (),
                 seed=random.getrandbits(32) if request.seed is None else request.seed % 2**63,
             )
@@ -248,9 +251,12 @@ class ChatServer:
             async for _ in pieces:
                 if await http.is_disconnected():
                     raise ApiError(499, "the client left")
-        message = {"role": "assistant", "content": completion.text, "refusal": None}
-        choice = {"index": 0, "message": message, "finish_reason": completion.finish_reason}
-        choice["logprobs"] = None
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": completion.text, "refusal": None},
+            "finish_reason": completion.finish_reason,
+            "logprobs": None,
+        }
         body = {**head, "object": "chat.completion", "choices": [choice]}
         return JSONResponse({**body, "usage": _usage(completion)})
 
@@ -345,27 +351,3 @@ def _usage(completion: Completion) -> dict:
         "completion_tokens": generated,
         "total_tokens": prompt + generated,
     }
-
-
-def serve(server: ChatServer, port: int, say: Callable[[str], None]) -> None:
-    """The function serves until the process is stopped.
-
-    Args:
-        server: the model.
-        port: on the loopback interface; 0 is any free one.
-        say: shows a line to the user.
-
-    Raises:
-        UserError: the port is not free.
-    """
-    listener = socket.socket()
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((HOST, port))
-    except OSError as error:
-        raise UserError(
-            f"--serve {port}: {error.strerror}; name another port, or 0 for any free one"
-        ) from error
-    url = f"http://{HOST}:{listener.getsockname()[1]}/v1"
-    say(f"serving the model {server.name} at {url}; Ctrl-C stops")
-    uvicorn.Server(server.uvicorn_config()).run(sockets=[listener])

@@ -10,15 +10,15 @@ Written to a temporary folder beside it, flushed to disk, then renamed. Nothing 
 """
 
 import base64
-import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,15 +29,17 @@ from hamner.errors import UserError
 from hamner.files import flush, read_json
 from hamner.parallel.tensors import fill
 
+Tensors = Mapping[str, Tensor]
+
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
 MANIFEST_FILE = "manifest.json"
 _FILES = (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE)
 _FORMAT = 1
+_RESUME_WITH_THE_SAME = "resume with the model the run was started with"
 _STEP_FOLDER = re.compile(r"step_(\d{8,})")
 _TEMPORARY_PREFIX = ".saving_"
-_DAMAGED_PREFIX = "damaged_"
 
 
 class CheckpointError(UserError):
@@ -77,121 +79,147 @@ class Checkpoint:
             if not path.is_file():
                 raise CheckpointError(f"{path} is missing")
             try:
-                size, digest = path.stat().st_size, _sha256(path)
+                found = _describe(path)
             except OSError as error:
                 raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
-            if not isinstance(expected, dict) or size != expected.get("bytes"):
+            if not isinstance(expected, dict) or found["bytes"] != expected.get("bytes"):
                 raise CheckpointError(
-                    f"{path} has {size:,} bytes, not those of its manifest: it was cut short or "
-                    "replaced"
+                    f"{path} has {found['bytes']:,} bytes, not those of its manifest: it was cut "
+                    "short or replaced"
                 )
-            if digest != expected.get("sha256"):
+            if found["sha256"] != expected.get("sha256"):
                 raise CheckpointError(
                     f"{path} does not match the SHA-256 of its manifest: it is damaged"
                 )
 
-    @torch.no_grad()
-    def load_model(self, parameters: Mapping[str, Tensor]) -> None:
-        """The method copies the saved weights into `parameters`, tensor by tensor: no second copy.
-
-        Where a process holds shards of them, it takes its part.
+    def load_model(self, parameters: Tensors) -> None:
+        """The method copies the saved weights into `parameters`.
 
         Raises:
             CheckpointError: names or shapes that are not the model's.
         """
-        with _open(self.path / MODEL_FILE) as saved:
-            _require_names(self.path / MODEL_FILE, set(saved.keys()), set(parameters))
-            for name, parameter in parameters.items():
-                fill(parameter, _read_tensor(self.path / MODEL_FILE, saved, name, parameter.shape))
+        _load(self.path / MODEL_FILE, parameters)
 
-    @torch.no_grad()
-    def load_optimizer(
-        self,
-        masters: Mapping[str, Tensor],
-        exp_avg: Mapping[str, Tensor],
-        exp_avg_sq: Mapping[str, Tensor],
-    ) -> None:
-        """The method copies masters and moments, tensor by tensor.
+    def load_optimizer(self, masters: Tensors, exp_avg: Tensors, exp_avg_sq: Tensors) -> None:
+        """The method copies masters and moments.
 
         `masters` maps every parameter to its fp32 weights. A run that was saved in fp32 has no
         separate masters: there `load_model(masters)` has already filled them.
         """
         path = self.path / OPTIMIZER_FILE
-        with _open(path) as saved:
-            names = set(saved.keys())
-            for prefix, tensors in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
-                _require_names(
-                    path,
-                    {n.removeprefix(f"{prefix}.") for n in names if n.startswith(f"{prefix}.")},
-                    set(tensors),
+        _load(path, exp_avg, "exp_avg.")
+        _load(path, exp_avg_sq, "exp_avg_sq.")
+        _load(path, masters, "master.", some_are_saved=True)
+
+
+def _load(path: Path, tensors: Tensors, kind: str = "", *, some_are_saved: bool = False) -> None:
+    """The function copies what `path` has as `kind` + name, tensor by tensor: no second copy.
+
+    Where a process holds shards of them, it takes its part.
+    """
+    try:
+        file = safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
+    with file:
+        names = set(file.keys())
+        saved = {name.removeprefix(kind) for name in names if name.startswith(kind)}
+        different = sorted(saved ^ set(tensors))
+        if different and not some_are_saved:
+            raise CheckpointError(
+                f"{path} holds another model: {len(different)} tensors differ, among them "
+                f"{different[0]}; {_RESUME_WITH_THE_SAME}"
+            )
+        for name, tensor in tensors.items():
+            if name not in saved:
+                continue
+            try:
+                whole = file.get_tensor(kind + name)
+            except SafetensorError as error:
+                raise CheckpointError(f"{path}: {kind}{name} cannot be read: {error}") from error
+            if whole.shape != tensor.shape:
+                raise CheckpointError(
+                    f"{path}: {kind}{name} has shape {tuple(whole.shape)}, this model needs "
+                    f"{tuple(tensor.shape)}; {_RESUME_WITH_THE_SAME}"
                 )
-                for name, tensor in tensors.items():
-                    fill(tensor, _read_tensor(path, saved, f"{prefix}.{name}", tensor.shape))
-            for name, tensor in masters.items():
-                if f"master.{name}" in names:
-                    fill(tensor, _read_tensor(path, saved, f"master.{name}", tensor.shape))
+            fill(tensor, whole)
+
+
+class Writer:
+    """A writer is a process that has all tensors; `ShardedSaver` is one of several that share."""
+
+    is_main = True
+
+    def on_main(self, function: Callable) -> Any:
+        """The method gives every process what `function` returns in rank 0, or its OSError."""
+        return function()
+
+    def write(self, path: Path, tensors: Tensors) -> None:
+        """The method writes a file of tensors, each process its part.
+
+        Raises:
+            OSError: also where safetensors has an error of its own, as for a full disk.
+        """
+        on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        try:
+            save_file(on_cpu, path)
+        except SafetensorError as error:
+            match = re.search(r"os error (\d+)", str(error))
+            if match is None:
+                raise
+            number = int(match[1])
+            raise OSError(number, os.strerror(number)) from error
 
 
 def save(
     folder: Path,
     step: int,
     *,
-    model: Mapping[str, Tensor],
-    optimizer: Mapping[str, Tensor],
+    model: Tensors,
+    optimizer: Tensors,
     state: Mapping,
+    writer: Writer | None = None,
 ) -> Checkpoint:
     """The function writes `folder`/step_NNNNNNNN, whole or not at all.
 
     The folder must exist: made anew here, it would hide a mount that has vanished.
 
     Args:
-        folder: of the checkpoints.
-        step: names the checkpoint.
         model: the module's parameters and buffers.
         optimizer: moments and whole fp32 masters, each under `KIND.NAME`, so that a run of any
             precision and kernels can resume from them.
         state: of state.json.
+        writer: this process's; default one that has all tensors.
 
     Raises:
         OSError: the disk is full, gone or cannot be written; nothing new named step_* is left.
     """
-    temporary = begin_save(folder, step)
+    temporary = folder / f"{_TEMPORARY_PREFIX}{step:08d}"
+    writer = writer or Writer()
+    writer.on_main(lambda: _make_anew(temporary))
     try:
-        with _disk_errors():
-            save_file(_on_cpu(model), temporary / MODEL_FILE)
-            save_file(_on_cpu(optimizer), temporary / OPTIMIZER_FILE)
-        return finish_save(temporary, step, state)
+        writer.write(temporary / MODEL_FILE, model)
+        writer.write(temporary / OPTIMIZER_FILE, optimizer)
+        return writer.on_main(lambda: finish_save(temporary, step, state))
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if writer.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def begin_save(folder: Path, step: int) -> Path:
-    """The function makes the temporary folder of a checkpoint in `folder`.
-
-    Raises:
-        OSError: as `save`.
-    """
-    temporary = folder / f"{_TEMPORARY_PREFIX}{step:08d}"
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    temporary.mkdir()
-    return temporary
+def _make_anew(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir()
 
 
 def finish_save(temporary: Path, step: int, state: Mapping) -> Checkpoint:
-    """The function makes a checkpoint of a temporary folder that has the two files of tensors.
-
-    Raises:
-        OSError: as `save`; the temporary folder is the caller's to remove.
-    """
-    folder, final = temporary.parent, temporary.with_name(f"step_{step:08d}")
-    _write_json(temporary / STATE_FILE, state)
-    files = {
-        name: {"bytes": (temporary / name).stat().st_size, "sha256": _sha256(temporary / name)}
-        for name in _FILES
-    }
-    _write_json(temporary / MANIFEST_FILE, {"format": _FORMAT, "files": files})
+    """The function makes a checkpoint of a temporary folder that has the two files of tensors."""
+    final = temporary.with_name(f"step_{step:08d}")
+    (temporary / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+    files = {name: _describe(temporary / name) for name in _FILES}
+    manifest = json.dumps({"format": _FORMAT, "files": files}, indent=1)
+    (temporary / MANIFEST_FILE).write_text(manifest, encoding="utf-8")
     for name in (*_FILES, MANIFEST_FILE):
         flush(temporary / name)
     flush(temporary)
@@ -199,7 +227,7 @@ def finish_save(temporary: Path, step: int, state: Mapping) -> Checkpoint:
         # Saved already at this step (an interrupt right after a save): the new one replaces it.
         _remove(final)
     temporary.rename(final)
-    flush(folder)
+    flush(temporary.parent)
     return Checkpoint(final, step)
 
 
@@ -230,7 +258,7 @@ def set_aside(folder: Path, newer_than: int) -> None:
     """The function renames checkpoints newer than a step to damaged_step_*: they count as none."""
     for damaged in find(folder):
         if damaged.step > newer_than:
-            aside = damaged.path.with_name(f"{_DAMAGED_PREFIX}{damaged.path.name}")
+            aside = damaged.path.with_name(f"damaged_{damaged.path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             damaged.path.rename(aside)
 
@@ -270,10 +298,7 @@ def rng_state() -> dict[str, str]:
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
-    return {
-        device: base64.b64encode(state.numpy().tobytes()).decode()
-        for device, state in states.items()
-    }
+    return {name: base64.b64encode(state.numpy()).decode() for name, state in states.items()}
 
 
 def set_rng_state(states: Mapping[str, str]) -> None:
@@ -293,19 +318,6 @@ def set_rng_state(states: Mapping[str, str]) -> None:
         raise CheckpointError(f"the saved RNG state is damaged ({type(error).__name__})") from error
 
 
-@contextlib.contextmanager
-def _disk_errors() -> Iterator[None]:
-    """The context gives a full disk, an error of safetensors' own, the type it has elsewhere."""
-    try:
-        yield
-    except SafetensorError as error:
-        match = re.search(r"os error (\d+)", str(error))
-        if match is None:
-            raise
-        number = int(match[1])
-        raise OSError(number, os.strerror(number)) from error
-
-
 def _remove(checkpoint: Path) -> None:
     """The function renames before it deletes, so that a folder named step_* is whole to the end."""
     doomed = checkpoint.with_name(f"{_TEMPORARY_PREFIX}removing_{checkpoint.name}")
@@ -313,43 +325,8 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def _open(path: Path):
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
-
-
-def _read_tensor(path: Path, saved, name: str, shape: torch.Size) -> Tensor:
-    try:
-        tensor = saved.get_tensor(name)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: {name} cannot be read: {error}") from error
-    if tensor.shape != shape:
-        raise CheckpointError(
-            f"{path}: {name} has shape {tuple(tensor.shape)}, this model needs {tuple(shape)}; "
-            "resume with the model the run was started with"
-        )
-    return tensor
-
-
-def _require_names(path: Path, saved: set[str], expected: set[str]) -> None:
-    difference = sorted(saved ^ expected)
-    if difference:
-        raise CheckpointError(
-            f"{path} holds another model: {len(difference)} tensors differ, among them "
-            f"{difference[0]}; resume with the model the run was started with"
-        )
-
-
-def _write_json(path: Path, value: Mapping) -> None:
-    path.write_text(json.dumps(value, indent=1), encoding="utf-8")
-
-
-def _sha256(path: Path) -> str:
+def _describe(path: Path) -> dict:
+    """The function gives what the manifest says of a file."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}

@@ -1,237 +1,149 @@
 """`python -m hamner.checkpoint import` makes a run of a `.pt` checkpoint of the earlier trainer.
 
 What it holds: `config`, a dict of the model's shape; `model_state_dict`, whose keys may carry the
-prefix `_orig_mod.` of a compiled model; `step` and `tokens_total`. Keys and their places here:
-
-    embed_tokens.weight, final_norm.weight, lm_head.weight      embed, norm, lm_head
-    layers.N.attn_norm.weight, layers.N.mlp_norm.weight         attention.norm, mlp.norm
-    layers.N.attention.{q,k,v}_proj.weight                      attention.qkv_proj, packed
-    layers.N.attention.o_proj.weight                            attention.o_proj
-    layers.N.mlp.mlp.{gate,up}_proj.weight                      mlp.gate_up_proj, packed
-    layers.N.mlp.mlp.down_proj.weight                           mlp.down_proj
-    layers.N.mlp.router.weight                                  mlp.router
-    layers.N.mlp.experts.E.{gate,up,down}_proj.weight           mlp.gate_up_weight, down_weight
+prefix `_orig_mod.` of a compiled model; `step` and `tokens_total`. `convert` says what each of its
+keys becomes here.
 """
 
 import dataclasses
 import json
+import pickle
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
 
-import tyro
+import torch
+from torch import Tensor
 
+import hamner
+from hamner.checkpoint import format as checkpoint
+from hamner.checkpoint.run_folder import RunFolder
+from hamner.checkpoint.saved_model import SavedModel
 from hamner.config.model import ModelConfig
 from hamner.config.options import OPTIONS
+from hamner.config.train import TrainConfig
+from hamner.data.tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer
 from hamner.errors import UserError
 
-if TYPE_CHECKING:
-    from torch import Tensor
 
-    from hamner.data.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class ImportConfig:
-    """Turn a .pt checkpoint of the earlier trainer into a run: to chat, fine-tune, evaluate and
-    export. Only tensors and plain values are read from it, nothing is unpickled."""
-
-    file: Annotated[Path, tyro.conf.Positional]
-    """the .pt checkpoint"""
-    run_dir: Path
-    """folder of the run to make; must not exist"""
-    tokenizer: str
-    """the one the model was trained with: builtin, a tokenizer.json, or a Hugging Face name
-    owner/name"""
-
-
-@dataclass(frozen=True)
-class Imported:
-    """The result says what `import_checkpoint` made."""
-
-    checkpoint: Path
-    model: ModelConfig
-    step: int
-    tokens: int
-    can_chat: bool
-    """whether the tokenizer has the tokens that conversations need"""
-
-
-def import_checkpoint(config: ImportConfig) -> Imported:
-    """The function reads the file and writes the run.
+def import_checkpoint(file: Path, run_dir: Path, tokenizer_name: str) -> SavedModel:
+    """The function makes the run `run_dir` of the checkpoint `file`.
 
     Raises:
-        UserError: not such a checkpoint, a model that Hamner has no place for, or another
-            tokenizer; nothing is written then.
+        UserError: not such a checkpoint, a model that Hamner cannot hold, or another tokenizer;
+            nothing is written then.
     """
-    from hamner.data.tokenizer import load_tokenizer
-
-    if config.run_dir.exists():
-        raise UserError(f"--run-dir {config.run_dir} exists already: name another folder")
-    content = _read(config.file)
-    model = _model_config(config.file, content["config"])
-    weights = convert(config.file, model, content["model_state_dict"])
-    tokenizer = load_tokenizer(config.tokenizer)
+    if run_dir.exists():
+        raise UserError(f"--run-dir {run_dir} exists already: name another folder")
+    content = _read(file)
+    model = _model_config(file, content["config"])
+    weights = convert(file, model, content["model_state_dict"])
+    tokenizer = load_tokenizer(tokenizer_name)
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(
-            f"--tokenizer {config.tokenizer} has {tokenizer.vocab_size:,} entries, the model of "
-            f"{config.file} {model.vocab_size:,}: name the tokenizer it was trained with"
+            f"--tokenizer {tokenizer_name} has {tokenizer.vocab_size:,} entries, the model of "
+            f"{file} {model.vocab_size:,}: name the tokenizer it was trained with"
         )
-    for_chat = add_chat_tokens(tokenizer)
-    step, tokens = (int(content.get(name, 0)) for name in ("step", "tokens_total"))
+    tokenizer = add_chat_tokens(tokenizer) or tokenizer
+    config = TrainConfig(
+        model=model,
+        option=next((o.option for o in OPTIONS.values() if o.model == model), "current"),
+        run_dir=run_dir,
+        seq_len=model.max_seq_len,
+        tokenizer=str((run_dir / "tokenizer.json").resolve()),
+    )
+    state = {
+        "step": int(content.get("step", 0)),
+        "tokens": int(content.get("tokens_total", 0)),
+        "model": dataclasses.asdict(model),
+        "tokenizer": tokenizer.fingerprint,
+        "imported_from": file.name,
+        "versions": {"hamner": hamner.__version__, "torch": torch.__version__},
+    }
+    run = RunFolder(run_dir)
+    run.start(config)
     try:
-        path = _write_run(
-            config, model, weights, tokenizer=for_chat or tokenizer, step=step, tokens=tokens
+        tokenizer.save(config.tokenizer)
+        # The other trainer's moments belong to parameters that are packed differently.
+        saved = checkpoint.save(
+            run.checkpoints, state["step"], model=weights, optimizer={}, state=state
         )
     except OSError as error:
-        shutil.rmtree(config.run_dir, ignore_errors=True)
-        raise UserError(
-            f"--run-dir {config.run_dir} cannot be written: {error.strerror}"
-        ) from error
-    return Imported(
-        checkpoint=path, model=model, step=step, tokens=tokens, can_chat=for_chat is not None
-    )
+        shutil.rmtree(run_dir, ignore_errors=True)
+        raise UserError(f"--run-dir {run_dir} cannot be written: {error.strerror}") from error
+    return SavedModel(config, saved, tokenizer)
 
 
-def _write_run(
-    config: ImportConfig,
-    model: ModelConfig,
-    weights: dict[str, "Tensor"],
-    *,
-    tokenizer: "Tokenizer",
-    step: int,
-    tokens: int,
-) -> Path:
-    """The function writes the run's folder and returns its checkpoint."""
-    import torch
-
-    import hamner
-    from hamner.checkpoint import format as checkpoint
-    from hamner.checkpoint.run_folder import RunFolder
-    from hamner.config.train import TrainConfig
-
-    run = RunFolder(config.run_dir)
-    tokenizer_file = (run.path / "tokenizer.json").resolve()
-    run.start(
-        TrainConfig(
-            model=model,
-            option=next((o.option for o in OPTIONS.values() if o.model == model), "current"),
-            run_dir=run.path,
-            seq_len=model.max_seq_len,
-            tokenizer=str(tokenizer_file),
-        )
-    )
-    tokenizer.save(tokenizer_file)
-    run.checkpoints.mkdir(exist_ok=True)
-    saved = checkpoint.save(
-        run.checkpoints,
-        step,
-        model=weights,
-        # The other trainer's moments belong to parameters that are packed differently.
-        optimizer={},
-        state={
-            "step": step,
-            "tokens": tokens,
-            "model": dataclasses.asdict(model),
-            "tokenizer": tokenizer.fingerprint,
-            "imported_from": config.file.name,
-            "versions": {"hamner": hamner.__version__, "torch": torch.__version__},
-        },
-    )
-    return saved.path
-
-
-def convert(
-    file: Path, config: ModelConfig, state_dict: Mapping[str, "Tensor"]
-) -> dict[str, "Tensor"]:
+def convert(file: Path, config: ModelConfig, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The function gives the earlier trainer's parameters our names and packing, in fp32.
 
-    Args:
-        file: in messages.
-        config: of the model.
-        state_dict: with or without the prefix `_orig_mod.`.
-
     Raises:
-        UserError: a tensor is missing, has another shape or has no place.
+        UserError: a tensor is missing, has another shape or no counterpart.
     """
     theirs = {name.replace("_orig_mod.", ""): tensor for name, tensor in state_dict.items()}
-    d, vocab_size = config.hidden_size, config.vocab_size
+    shapes = _shapes(config)
 
-    def take(name: str, *shape: int) -> "Tensor":
-        tensor = theirs.pop(name, None)
-        if tensor is None:
-            raise UserError(f"{file}: its model has no {name}, which its config asks for")
-        if tensor.shape != shape:
-            raise UserError(
-                f"{file}: {name} has shape {tuple(tensor.shape)}, its config asks for {shape}"
-            )
-        return tensor.float()
+    def take(*modules: str) -> Tensor:
+        """The function packs the weights of the earlier trainer's modules into one."""
+        weights = []
+        for name in (f"{module}.weight" for module in modules):
+            tensor, shape = theirs.pop(name, None), shapes[name.split(".")[-2]]
+            if tensor is None:
+                raise UserError(f"{file}: its model has no {name}, which its config asks for")
+            if tensor.shape != shape:
+                raise UserError(
+                    f"{file}: {name} has shape {tuple(tensor.shape)}, its config asks for {shape}"
+                )
+            weights.append(tensor.float())
+        return torch.cat(weights)
 
-    ours = {
-        "embed.weight": take("embed_tokens.weight", vocab_size, d),
-        "norm.weight": take("final_norm.weight", d),
-    }
+    ours = {"embed.weight": take("embed_tokens"), "norm.weight": take("final_norm")}
     if not config.tie_word_embeddings:
-        ours["lm_head.weight"] = take("lm_head.weight", vocab_size, d)
+        ours["lm_head.weight"] = take("lm_head")
     else:
         # The embedding, once more.
         theirs.pop("lm_head.weight", None)
-    for number in range(config.num_layers):
-        ours |= _convert_layer(f"layers.{number}", config, take)
+    for layer in (f"layers.{number}" for number in range(config.num_layers)):
+        attention, mlp = f"{layer}.attention", f"{layer}.mlp"
+        ours[f"{attention}.norm.weight"] = take(f"{layer}.attn_norm")
+        ours[f"{attention}.qkv_proj.weight"] = take(*(f"{attention}.{p}_proj" for p in "qkv"))
+        ours[f"{attention}.o_proj.weight"] = take(f"{attention}.o_proj")
+        ours[f"{mlp}.norm.weight"] = take(f"{layer}.mlp_norm")
+        if config.is_moe:
+            experts = [f"{mlp}.experts.{e}" for e in range(config.num_experts)]
+            gate_up = [take(f"{e}.gate_proj", f"{e}.up_proj") for e in experts]
+            ours[f"{mlp}.router.weight"] = take(f"{mlp}.router")
+            ours[f"{mlp}.gate_up_weight"] = torch.stack(gate_up)
+            ours[f"{mlp}.down_weight"] = torch.stack([take(f"{e}.down_proj") for e in experts])
+        else:
+            ours[f"{mlp}.gate_up_proj.weight"] = take(f"{mlp}.mlp.gate_proj", f"{mlp}.mlp.up_proj")
+            ours[f"{mlp}.down_proj.weight"] = take(f"{mlp}.mlp.down_proj")
     if theirs:
         raise UserError(f"{file}: its model has {sorted(theirs)[0]}, which has no place in ours")
     return ours
 
 
-def _convert_layer(
-    layer: str, config: ModelConfig, take: Callable[..., "Tensor"]
-) -> dict[str, "Tensor"]:
-    """The function converts one layer.
-
-    Args:
-        layer: its name, which is the same in both.
-        config: of the model.
-        take: gives the earlier trainer's tensor of a name and shape.
-    """
-    import torch
-
+def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The function gives the shape of the earlier trainer's weights by the name of their module."""
     d, kv = config.hidden_size, config.num_kv_heads * config.head_size
-    attention, mlp = f"{layer}.attention", f"{layer}.mlp"
-
-    def swiglu(prefix: str) -> tuple["Tensor", "Tensor"]:
-        """The function packs gate_up (2I, D), gate first, and down (D, I)."""
-        width = config.expert_intermediate_size
-        gate, up = (take(f"{prefix}.{part}_proj.weight", width, d) for part in ("gate", "up"))
-        return torch.cat((gate, up)), take(f"{prefix}.down_proj.weight", d, width)
-
-    q = take(f"{attention}.q_proj.weight", d, d)
-    k, v = (take(f"{attention}.{part}_proj.weight", kv, d) for part in "kv")
-    ours = {
-        f"{attention}.norm.weight": take(f"{layer}.attn_norm.weight", d),
-        f"{attention}.qkv_proj.weight": torch.cat((q, k, v)),
-        f"{attention}.o_proj.weight": take(f"{attention}.o_proj.weight", d, d),
-        f"{mlp}.norm.weight": take(f"{layer}.mlp_norm.weight", d),
+    width = config.expert_intermediate_size
+    return {
+        **dict.fromkeys(("embed_tokens", "lm_head"), (config.vocab_size, d)),
+        **dict.fromkeys(("attn_norm", "mlp_norm", "final_norm"), (d,)),
+        **dict.fromkeys(("q_proj", "o_proj"), (d, d)),
+        **dict.fromkeys(("k_proj", "v_proj"), (kv, d)),
+        **dict.fromkeys(("gate_proj", "up_proj"), (width, d)),
+        "down_proj": (d, width),
+        "router": (config.num_experts, d),
     }
-    if config.is_moe:
-        experts = [swiglu(f"{mlp}.experts.{e}") for e in range(config.num_experts)]
-        ours[f"{mlp}.router.weight"] = take(f"{mlp}.router.weight", config.num_experts, d)
-        ours[f"{mlp}.gate_up_weight"] = torch.stack([gate_up for gate_up, _ in experts])
-        ours[f"{mlp}.down_weight"] = torch.stack([down for _, down in experts])
-    else:
-        ours[f"{mlp}.gate_up_proj.weight"], ours[f"{mlp}.down_proj.weight"] = swiglu(f"{mlp}.mlp")
-    return ours
 
 
-def add_chat_tokens(tokenizer: "Tokenizer") -> "Tokenizer | None":
+def add_chat_tokens(tokenizer: Tokenizer) -> Tokenizer | None:
     """The function adds the tokens that conversations need, or returns None without room for them.
 
     A tokenizer of another kind often reserves special tokens that no text contains. The last of
     them are given the names of ours: the vocabulary, and so the model, keeps its size.
     """
-    from hamner.data.tokenizer import SPECIAL_TOKENS, Tokenizer
-
     definition = tokenizer.definition
     added = {token["content"]: token for token in definition.get("added_tokens", [])}
     wanted = [name for name in SPECIAL_TOKENS[1:] if name not in added]
@@ -258,10 +170,6 @@ def add_chat_tokens(tokenizer: "Tokenizer") -> "Tokenizer | None":
 
 def _read(file: Path) -> dict:
     """The function reads the checkpoint; tensors stay on disk until they are used."""
-    import pickle
-
-    import torch
-
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except OSError as error:
@@ -308,24 +216,3 @@ def _model_config(file: Path, config: Mapping) -> ModelConfig:
         return ModelConfig(**values)
     except (UserError, TypeError) as error:
         raise UserError(f"{file}: its config does not describe a model ({error})") from error
-
-
-def parse(args: Sequence[str]) -> ImportConfig:
-    """The function reads the command line."""
-    return tyro.cli(ImportConfig, args=args, prog="python -m hamner.checkpoint import")
-
-
-def main(args: Sequence[str]) -> int:
-    """The command imports as its flags say and returns 0."""
-    config = parse(args)
-    imported = import_checkpoint(config)
-    print(
-        f"imported {imported.model.num_parameters():,} parameters of step {imported.step:,} "
-        f"({imported.tokens:,} tokens) into {imported.checkpoint}"
-    )
-    if not imported.can_chat:
-        print(
-            f"--tokenizer {config.tokenizer} has no room for the tokens of conversations: the "
-            "model can complete text, but not be fine-tuned to chat"
-        )
-    return 0

@@ -19,11 +19,7 @@ from hamner.parallel.ranks import Rank
 
 
 class RunFolder:
-    """The folder is one run's.
-
-    Args:
-        path: the folder, made when `start` is called.
-    """
+    """The folder is one run's; `start` makes it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -62,9 +58,8 @@ class RunFolder:
             UserError: the folder cannot be written.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.plots.mkdir(exist_ok=True)
-            self.checkpoints.mkdir(exist_ok=True)
+            for folder in (self.plots, self.checkpoints):
+                folder.mkdir(parents=True, exist_ok=True)
             write_whole(self.config, json.dumps(config.to_json(), indent=1) + "\n")
         except OSError as error:
             raise UserError(f"--run-dir {self.path} cannot be written: {error.strerror}") from error
@@ -84,11 +79,7 @@ class RunFolder:
 
 
 class RecordLog:
-    """The log appends to a JSON-lines file; what the disk does not take waits for the next append.
-
-    Args:
-        path: of the file.
-    """
+    """The log appends to a JSON-lines file; what the disk refuses waits for the next append."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

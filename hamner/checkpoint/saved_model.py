@@ -72,16 +72,15 @@ def find_saved_model(path: Path | None) -> SavedModel:
     Raises:
         UserError: there is no checkpoint, or it is damaged, or its tokenizer is another one now.
     """
-    if path is None:
-        path = _newest_run()
-    found, run = _find_checkpoint(path)
+    path = path or _newest_run()
+    found = _find_checkpoint(path)
     try:
         found.verify((MODEL_FILE, STATE_FILE))
     except CheckpointError as error:
         raise UserError(
-            f"--checkpoint {path}: {error}; name an older one of {run.checkpoints}"
+            f"--checkpoint {path}: {error}; name an older one of {found.path.parent}"
         ) from error
-    config = TrainConfig.read(run.config)
+    config = TrainConfig.read(found.path.parent.parent / CONFIG_FILE)
     tokenizer = load_tokenizer(config.tokenizer, config.model.vocab_size)
     if found.state().get("tokenizer") != tokenizer.fingerprint:
         raise UserError(
@@ -91,18 +90,17 @@ def find_saved_model(path: Path | None) -> SavedModel:
     return SavedModel(config, found, tokenizer)
 
 
-def _find_checkpoint(path: Path) -> tuple[Checkpoint, RunFolder]:
-    """The function finds the checkpoint that `path` names, and the run it belongs to."""
+def _find_checkpoint(path: Path) -> Checkpoint:
+    """The function finds the checkpoint that `path` names, of a run."""
     if (path / CONFIG_FILE).is_file():
-        run = RunFolder(path)
-        saved = checkpoint.find(run.checkpoints)
+        folder = RunFolder(path).checkpoints
+        saved = checkpoint.find(folder)
         if not saved:
             raise UserError(f"--checkpoint {path}: this run has not saved a checkpoint yet")
-        return checkpoint.best(run.checkpoints) or saved[-1], run
-    run = RunFolder(path.parent.parent)
+        return checkpoint.best(folder) or saved[-1]
     for saved in checkpoint.find(path.parent):
-        if saved.path == path and run.config.is_file():
-            return saved, run
+        if saved.path == path and (path.parent.parent / CONFIG_FILE).is_file():
+            return saved
     raise UserError(
         f"--checkpoint {path} is neither a run's folder nor one of its checkpoints (step_*)"
     )

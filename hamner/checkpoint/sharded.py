@@ -11,8 +11,9 @@ processes see.
 import errno
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -20,31 +21,23 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from hamner.checkpoint import format as checkpoint
-from hamner.checkpoint.format import Checkpoint
+from hamner.checkpoint.format import Tensors
 from hamner.checkpoint.writer import BackgroundSaver
 from hamner.parallel.processes import MultipleProcesses
 from hamner.parallel.tensors import is_sharded, local
-
-CONSOLIDATED_FILE = "model-00001-of-00001.safetensors"
-"""what DCP calls the one file it joins shards to"""
 
 
 class ShardedSaver(BackgroundSaver):
     """The saver is a `BackgroundSaver` of which every process has one, all with the same outcome.
 
-    Args:
-        folder: of the checkpoints, seen by all processes.
-        processes: of the job.
-        mesh: over which the tensors are divided.
-        settings: as for `BackgroundSaver`.
+    `mesh` is what the tensors are divided over; `settings` are those of `BackgroundSaver`.
     """
 
     def __init__(
         self, folder: Path, processes: MultipleProcesses, mesh: DeviceMesh, **settings
     ) -> None:
         super().__init__(folder, **settings)
-        self.processes = processes
+        self.processes, self.is_main = processes, processes.rank.is_main
         # The threads of a save talk among themselves while the steps go on.
         self._group = dist.new_group(backend="gloo", timeout=processes.timeout)
         # Of the host's copies: DCP reads from it which part of a tensor a process has.
@@ -70,39 +63,9 @@ class ShardedSaver(BackgroundSaver):
             stride=tensor.stride(),
         )
 
-    def _save(
-        self,
-        step: int,
-        *,
-        model: Mapping[str, Tensor],
-        optimizer: Mapping[str, Tensor],
-        state: Mapping,
-    ) -> Checkpoint:
-        """The method writes one checkpoint with all processes; each gets its outcome.
-
-        Raises:
-            OSError: it failed in some process; nothing new named step_* is left.
-        """
-        temporary = self._on_main(lambda: checkpoint.begin_save(self.folder, step))
-        try:
-            for name, tensors in (
-                (checkpoint.MODEL_FILE, model),
-                (checkpoint.OPTIMIZER_FILE, optimizer),
-            ):
-                self._write_tensors(temporary, name, tensors)
-            return self._on_main(lambda: checkpoint.finish_save(temporary, step, state))
-        except BaseException:
-            if self.processes.rank.is_main:
-                shutil.rmtree(temporary, ignore_errors=True)
-            raise
-
-    def _retain(self) -> None:
-        if self.processes.rank.is_main:
-            super()._retain()
-
-    def _write_tensors(self, folder: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """The method writes `folder`/`name`, each process its part."""
-        parts = folder / f"{name}.parts"
+    def write(self, path: Path, tensors: Tensors) -> None:
+        """The method writes a file with all processes; if it fails in one, each has an OSError."""
+        parts = path.with_name(f"{path.name}.parts")
         writer = dcp.HuggingFaceStorageWriter(
             str(parts), save_distributed=True, enable_consolidation=True
         )
@@ -110,12 +73,18 @@ class ShardedSaver(BackgroundSaver):
             dcp.save(dict(tensors), storage_writer=writer, process_group=self._group)
         except dcp.CheckpointException as failures:
             raise _disk_error(failures) from failures
-        self._on_main(lambda: _keep_joined(parts, folder / name))
 
-    def _on_main(self, function: Callable):
+        def keep_joined() -> None:
+            # What DCP calls the one file it joins shards to.
+            (parts / "model-00001-of-00001.safetensors").rename(path)
+            shutil.rmtree(parts)
+
+        self.on_main(keep_joined)
+
+    def on_main(self, function: Callable) -> Any:
         """The method gives every process what `function` returns in rank 0, or its OSError."""
         outcome: list = [None]
-        if self.processes.rank.is_main:
+        if self.is_main:
             try:
                 outcome = [function()]
             except OSError as error:
@@ -124,11 +93,6 @@ class ShardedSaver(BackgroundSaver):
         if isinstance(outcome[0], OSError):
             raise outcome[0]
         return outcome[0]
-
-
-def _keep_joined(parts: Path, path: Path) -> None:
-    (parts / CONSOLIDATED_FILE).rename(path)
-    shutil.rmtree(parts)
 
 
 def _disk_error(failures: dcp.CheckpointException) -> OSError:

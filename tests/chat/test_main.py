@@ -1,4 +1,4 @@
-"""The terminal: commands, streaming, and `python -m hamner.chat` as a user meets it."""
+"""The tests use commands, streaming and `python -m hamner.chat` as a user meets it."""
 
 import json
 import os
@@ -9,7 +9,9 @@ from dataclasses import replace
 
 import pytest
 
-from hamner.chat.__main__ import Chat, ChatConfig, Complete, Terminal, main, parse
+from hamner.chat.__main__ import main, parse
+from hamner.chat.config import ChatConfig
+from hamner.chat.session import Chat, Complete, Terminal
 from hamner.data.chat_template import Message, render_prompt
 from hamner.data.tokenizer import load_tokenizer
 from hamner.errors import UserError
@@ -30,7 +32,7 @@ def tokenizer():
 
 
 class Console:
-    """A terminal on which lines are typed one after the other."""
+    """The console is a terminal on which lines are typed one after the other."""
 
     def __init__(self, *lines: str) -> None:
         self.lines, self.text = list(lines), ""
@@ -45,7 +47,7 @@ class Console:
 
 
 def session(kind, tokenizer, says: str, *lines: str, context: int = 1000, **config):
-    """A finished session, what was shown, and the script that spoke."""
+    """The function gives a finished session, what was shown, and the script that spoke."""
     ids = [*tokenizer.encode(says), END if kind is Chat else tokenizer.eot_id]
     script = Script(tokenizer, ids, context)
     console = Console(*lines)
@@ -145,7 +147,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(tokenizer):
     chat = Chat(ChatConfig(), script, Terminal(console.read, console.write))
     chat.run()
     assert console.text.startswith("Hey\n(/save needs")
-    assert chat.dialogue.turns == [Message("user", "Hi"), Message("assistant", "Hey")]
+    assert chat.turns == [Message("user", "Hi"), Message("assistant", "Hey")]
 
 
 def test_completion_continues_each_line_for_itself(tokenizer, tmp_path):
@@ -168,11 +170,10 @@ def test_completion_of_a_text_that_fills_the_context(tokenizer):
 
 def test_every_answer_has_its_own_seed_and_the_flag_repeats_them(tokenizer):
     first, second = (
-        Chat(ChatConfig(seed=3), Script(tokenizer, []), Terminal(input, print)) for _ in range(2)
+        session(Chat, tokenizer, "Hey!", *["Hi"] * 3, seed=3)[2].seeds for _ in range(2)
     )
-    seeds = [first.next_seed() for _ in range(3)]
-    assert seeds == [second.next_seed() for _ in range(3)]
-    assert len(set(seeds)) == 3
+    assert first == second
+    assert len(set(first)) == 3
 
 
 def test_flags():

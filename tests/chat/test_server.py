@@ -1,4 +1,4 @@
-"""The server through the official client, and what it does with requests that are not its."""
+"""The tests ask the server through the official client, and with requests that are not its."""
 
 import contextlib
 import importlib
@@ -15,9 +15,9 @@ from dataclasses import replace
 
 import openai
 import pytest
-import uvicorn
 
 from hamner.chat import server
+from hamner.chat.config import ChatConfig
 from hamner.chat.server import HOST, MAX_BODY_BYTES, ChatServer
 from hamner.data.chat_template import Message, render_prompt
 from hamner.data.tokenizer import load_tokenizer
@@ -39,7 +39,7 @@ def tokenizer():
 
 
 class SlowScript(Script):
-    """Waits at every token until the test lets it go on."""
+    """The script waits at every token until the test lets it go on."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -54,12 +54,12 @@ class SlowScript(Script):
 
 
 @contextlib.contextmanager
-def running(generator, *, max_requests: int = 8, max_new_tokens: int = 100):
-    """A client of a server that runs in a thread."""
+def running(generator, *, max_new_tokens: int = 100, **config):
+    """The context gives a client of a server that runs in a thread."""
+    config = ChatConfig(sampling=DEFAULT, max_new_tokens=max_new_tokens, **config)
     listener = socket.socket()
     listener.bind((HOST, 0))
-    chat = ChatServer(generator, "mine", DEFAULT, max_new_tokens, max_requests)
-    server = uvicorn.Server(chat.uvicorn_config())
+    server = ChatServer(generator, "mine", config).uvicorn
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     url = f"http://{HOST}:{listener.getsockname()[1]}/v1"
@@ -182,7 +182,7 @@ def test_messages_too_long_for_the_context(tokenizer):
 
 
 def raw(client, head: str, body: bytes = b"") -> tuple[int, dict]:
-    """Status and JSON of a request written by hand."""
+    """The function gives status and JSON of a request written by hand."""
     with socket.create_connection((HOST, client.base_url.port), timeout=30) as connection:
         connection.sendall(head.replace("\n", "\r\n").encode() + b"\r\n\r\n" + body)
         answer = b"".join(iter(lambda: connection.recv(65536), b""))
@@ -245,7 +245,7 @@ def wait_until(condition) -> None:
 
 @contextlib.contextmanager
 def asking(client, results: list[str]):
-    """A request on its way, whose answer is added to `results`."""
+    """The context has a request on its way, whose answer is added to `results`."""
     thread = threading.Thread(
         target=lambda: results.append(create(client).choices[0].message.content)
     )
@@ -307,7 +307,7 @@ def test_a_port_that_is_taken_is_named(script):
         other.listen()
         port = other.getsockname()[1]
         with pytest.raises(UserError, match=f"--serve {port}: Address already in use"):
-            server.serve(ChatServer(script, "mine", DEFAULT, 9, 1), port, print)
+            ChatServer(script, "mine", ChatConfig(serve=port)).serve(print)
 
 
 def test_a_missing_package_is_named(monkeypatch):
@@ -318,7 +318,7 @@ def test_a_missing_package_is_named(monkeypatch):
 
 
 def test_the_command_serves_a_real_model(tmp_path, tokenizer):
-    """The same greedy text as decoding without the server, streamed or not."""
+    """The greedy text is that of decoding without the server, streamed or not."""
     model = sharp(replace(DENSE, vocab_size=261))
     save_run(tmp_path / "runs" / "mine", model, chat=True)
     process = subprocess.Popen(

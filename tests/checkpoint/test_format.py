@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, verified, nothing unpickled."""
+"""Checkpoints are whole or absent, and verified; nothing is unpickled."""
 
 import json
 
@@ -117,7 +117,7 @@ def test_a_disk_that_cannot_be_read_is_damage(tmp_path, monkeypatch):
     def fail(_):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(checkpoint, "_sha256", fail)
+    monkeypatch.setattr(checkpoint, "_describe", fail)
     with pytest.raises(CheckpointError, match=r"cannot be read \(Input/output error\)"):
         saved.verify()
 
@@ -142,10 +142,10 @@ def test_saving_a_step_again_replaces_it(tmp_path):
 def test_failed_save_leaves_nothing_named_step(tmp_path, monkeypatch):
     save(tmp_path, 1)
 
-    def full_disk(*_):
+    def full_disk(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_write_json", full_disk)
+    monkeypatch.setattr(checkpoint, "flush", full_disk)
     with pytest.raises(OSError, match="No space left"):
         save(tmp_path, 2)
     assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]

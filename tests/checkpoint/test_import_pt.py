@@ -1,4 +1,4 @@
-"""Import of the earlier trainer's checkpoints, against that trainer's arithmetic."""
+"""The import of the earlier trainer's checkpoints is held against that trainer's arithmetic."""
 
 import json
 import math
@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from hamner.checkpoint.import_pt import ImportConfig, add_chat_tokens, import_checkpoint, main
+from hamner.checkpoint.__main__ import main
+from hamner.checkpoint.import_pt import add_chat_tokens, import_checkpoint
 from hamner.checkpoint.run_folder import RunFolder
 from hamner.checkpoint.saved_model import find_saved_model
 from hamner.config.train import TrainConfig
@@ -43,7 +44,7 @@ EXPERTS = {"num_experts": 4, "num_active_experts": 2, "expert_intermediate_size"
 
 
 def earlier_weights(shape: dict) -> dict[str, torch.Tensor]:
-    """A state dict as the earlier trainer saved it."""
+    """The function makes a state dict as the earlier trainer saved it."""
     generator = torch.Generator().manual_seed(5)
     d, width = shape["hidden_size"], shape["expert_intermediate_size"]
     kv = d // shape["num_attention_heads"] * shape["num_kv_heads"]
@@ -73,7 +74,7 @@ def earlier_weights(shape: dict) -> dict[str, torch.Tensor]:
 
 
 def earlier_logits(shape: dict, w: dict[str, torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
-    """The earlier trainer's forward pass, written anew: (B, T) -> (B, T, V)."""
+    """The function is the earlier trainer's forward pass, written anew: (B, T) -> (B, T, V)."""
     heads, kv_heads = shape["num_attention_heads"], shape["num_kv_heads"]
     size, (rows, length) = shape["hidden_size"] // heads, inputs.shape
     frequencies = shape["rope_theta"] ** (-torch.arange(0, size, 2) / size)
@@ -134,7 +135,7 @@ def write(path, shape: dict, weights=None, **content):
 
 def imported(tmp_path, shape, **kwargs):
     file = write(tmp_path / "latest.pt", shape, **kwargs)
-    return import_checkpoint(ImportConfig(file, tmp_path / "run", str(small_tokenizer(tmp_path))))
+    return import_checkpoint(file, tmp_path / "run", str(small_tokenizer(tmp_path)))
 
 
 def small_tokenizer(tmp_path):
@@ -155,7 +156,7 @@ def test_the_imported_model_computes_what_the_earlier_one_did(changes, prefix, t
     )
     expected = MOE if "num_experts" in changes else DENSE
     tied = shape["tie_word_embeddings"]
-    assert result.model == replace(expected, vocab_size=300, tie_word_embeddings=tied)
+    assert result.config.model == replace(expected, vocab_size=300, tie_word_embeddings=tied)
     saved = find_saved_model(tmp_path / "run")
     assert (saved.checkpoint.step, saved.is_chat) == (99_000, False)
     assert saved.checkpoint.state()["tokens"] == 2_450_000_000
@@ -212,7 +213,7 @@ def test_what_cannot_be_imported_is_named_and_nothing_written(content, named, tm
 
 
 class Bomb:
-    """What an evil pickle does when it is opened."""
+    """The bomb is what an evil pickle does when it is opened."""
 
     def __reduce__(self):
         return os.mkdir, (Bomb.target,)
@@ -225,11 +226,11 @@ def test_nothing_is_unpickled(tmp_path):
     assert not (tmp_path / "exploded").exists()
     (tmp_path / "noise.pt").write_bytes(b"no checkpoint at all")
     with pytest.raises(UserError, match="noise.pt is not a checkpoint"):
-        import_checkpoint(ImportConfig(tmp_path / "noise.pt", tmp_path / "run", "builtin"))
+        import_checkpoint(tmp_path / "noise.pt", tmp_path / "run", "builtin")
 
 
 def foreign_tokenizer(tmp_path, reserved: int):
-    """A tokenizer with special tokens of its own, none of ours but the end of text."""
+    """The function makes a tokenizer whose special tokens are none of ours but the end of text."""
     definition = load_tokenizer(vocab_size=300).definition
     names = {name: f"<reserved_{i}>" for i, name in enumerate(SPECIAL_TOKENS) if i}
     vocab = definition["model"]["vocab"]
@@ -262,7 +263,7 @@ def test_reserved_tokens_become_those_of_conversations(tmp_path):
 def test_a_tokenizer_too_large_for_the_model_is_refused(tmp_path):
     file = write(tmp_path / "latest.pt", SHAPE)
     with pytest.raises(UserError, match="--tokenizer builtin has 49,152 entries"):
-        import_checkpoint(ImportConfig(file, tmp_path / "run", "builtin"))
+        import_checkpoint(file, tmp_path / "run", "builtin")
 
 
 def test_command(tmp_path):
@@ -275,4 +276,6 @@ def test_command(tmp_path):
     assert "parameters of step 99,000 (2,450,000,000 tokens) into run/" in result.stdout
     assert "not be fine-tuned to chat" in result.stdout
     with pytest.raises(UserError, match="--run-dir .*run exists already: name another folder"):
-        main([str(file), "--run-dir", str(tmp_path / "run"), "--tokenizer", str(tokenizer)])
+        main(
+            ["import", str(file), "--run-dir", str(tmp_path / "run"), "--tokenizer", str(tokenizer)]
+        )

@@ -1,4 +1,4 @@
-"""`python -m hamner.checkpoint`: its words, and what it says to others."""
+"""`python -m hamner.checkpoint` knows its words, and says so to others."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The files of a run on disks that fail."""
+"""The tests write the files of a run on disks that fail."""
 
 import json
 import resource
@@ -11,7 +11,7 @@ from hamner.files import read_records
 
 @pytest.fixture
 def file_size_limit():
-    """Sets the largest size a file may have, as a full disk would."""
+    """The fixture sets the largest size a file may have, as a full disk would."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)

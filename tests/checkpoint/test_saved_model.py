@@ -1,4 +1,4 @@
-"""Finding and loading the model of a run."""
+"""The tests find and load the model of a run."""
 
 import os
 from dataclasses import replace

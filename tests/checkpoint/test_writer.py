@@ -1,4 +1,4 @@
-"""Saves beside training, on disks that fail in every way."""
+"""The tests save beside training, on disks that fail in every way."""
 
 import os
 import resource
@@ -19,7 +19,7 @@ NOBODY = 65534
 
 
 class Clock:
-    """Seconds that pass when told."""
+    """The clock shows the seconds that a test sets."""
 
     now = 0.0
 
@@ -27,9 +27,10 @@ class Clock:
         return self.now
 
 
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
+@pytest.fixture(autouse=True)
+def clock(monkeypatch) -> Clock:
+    monkeypatch.setattr(writer, "monotonic", Clock())
+    return writer.monotonic
 
 
 @pytest.fixture
@@ -40,8 +41,8 @@ def folder(tmp_path) -> Path:
 
 
 @pytest.fixture
-def saver(folder, clock):
-    saver = BackgroundSaver(folder, keep=3, keep_every=0, clock=clock)
+def saver(folder):
+    saver = BackgroundSaver(folder, keep=3, keep_every=0)
     yield saver
     saver.close()
 
@@ -92,16 +93,16 @@ def test_what_is_written_is_the_state_of_the_moment(saver, may_write):
 def test_one_save_at_a_time(saver, may_write):
     begin(saver, 1)
     saver.wanted = True
-    assert not saver.ready
+    assert not saver.may_begin(True)
     with pytest.raises(RuntimeError, match="under way"):
         begin(saver, 2)
     may_write.set()
     assert saver.wait().step == 1
-    assert saver.ready
+    assert saver.may_begin(True)
 
 
 def test_a_failed_save_is_wanted_again_later(saver, folder, clock):
-    """As when a mount vanishes and comes back: no folder is made in its place."""
+    """A mount may vanish and come back: no folder is made instead of it."""
     assert begin(saver, 1) is not None
     saver.wait()
     away = folder.rename(folder.with_name("away"))
@@ -110,10 +111,10 @@ def test_a_failed_save_is_wanted_again_later(saver, folder, clock):
     assert isinstance(error, FileNotFoundError)
     assert not folder.exists()
     assert saver.wanted
-    assert not saver.ready
+    assert not saver.may_begin(True)
     away.rename(folder)
     clock.now = RETRY_SECONDS
-    assert saver.ready
+    assert saver.may_begin(True)
     begin(saver, 3)
     assert torch.equal(loaded(saver.wait()), torch.full((50,), 3.0))
     assert [saved.step for saved in checkpoint.find(folder)] == [1, 3]
@@ -134,21 +135,21 @@ def assert_previous_is_whole(folder: Path, error: OSError | Checkpoint, step: in
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A real file system of 256 KiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
+    """The disk is a real file system of 256 KiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)], capture_output=True
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], capture_output=True
     )
     if mounted.returncode:
         pytest.skip("a tmpfs can be mounted by root only; the full disk is tested by file size too")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_full_disk(small_disk, clock):
+def test_full_disk(small_disk):
     """Three files of 60 KB fit once; for more there is no room until some is made."""
-    saver = BackgroundSaver(small_disk, keep=1, keep_every=0, clock=clock)
+    saver = BackgroundSaver(small_disk, keep=1, keep_every=0)
     begin(saver, 1, elements=15_000)
     assert saver.wait().step == 1
     begin(saver, 2, elements=15_000)
@@ -164,8 +165,8 @@ def test_full_disk(small_disk, clock):
     saver.close()
 
 
-def test_read_only_disk(small_disk, clock):
-    saver = BackgroundSaver(small_disk, keep=1, keep_every=0, clock=clock)
+def test_read_only_disk(small_disk):
+    saver = BackgroundSaver(small_disk, keep=1, keep_every=0)
     begin(saver, 1)
     saver.wait()
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
@@ -178,7 +179,7 @@ def test_read_only_disk(small_disk, clock):
 
 @pytest.fixture
 def without_privilege():
-    """Lets go of root's right to write everywhere."""
+    """The fixture lets go of root's right to write everywhere."""
     before = os.geteuid()
     if before == 0:
         os.seteuid(NOBODY)
@@ -186,10 +187,10 @@ def without_privilege():
     os.seteuid(before)
 
 
-def test_folder_without_permission(clock, without_privilege):
+def test_folder_without_permission(without_privilege):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        saver = BackgroundSaver(folder, keep=1, keep_every=0, clock=clock)
+        saver = BackgroundSaver(folder, keep=1, keep_every=0)
         begin(saver, 1)
         saver.wait()
         folder.chmod(0o555)
@@ -223,7 +224,7 @@ def test_files_that_may_not_grow(saver, folder):
 
 @pytest.mark.parametrize("call", ["fsync", "rename", "mkdir"])
 def test_a_file_system_that_fails(saver, folder, monkeypatch, call):
-    """Input/output errors in every kind of call."""
+    """Every kind of call can have an input/output error."""
     begin(saver, 1)
     saver.wait()
 

@@ -11,7 +11,7 @@ backward as it is.
     forward     a program holds whole rows of x and takes their dot product with each expert's row
                 of the weight, which all programs share through the caches
     backward    a program holds a tile of x, and for each expert adds to its tile of d_x and writes
-                a partial sum of d_weight over its rows; a second pass (partial_sums.py) adds those
+                a partial sum of d_weight over its rows; a second pass (launch.py) adds those
                 in a fixed order
 
 Bytes that must move, e = bytes an element of x: forward reads x, N D e; backward reads x and writes
@@ -30,8 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hamner.kernels.checks import check_dtype, check_like
-from hamner.kernels.launch import capability
-from hamner.kernels.partial_sums import sum_partials
+from hamner.kernels.launch import capability, sum_partials
 from hamner.kernels.rms_norm import MAX_WIDTH, tile_shape
 
 

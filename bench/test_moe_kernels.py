@@ -183,7 +183,7 @@ def activations(problem: Problem, routing: Routing) -> tuple[Tensor, Tensor]:
         problem.d_out, weight=problem.down_weight, top_k=K, gather=True, transposed=False, **pairs
     )
     d_gate_up, _ = launch_swiglu_grad(
-        gate_up, d_hidden, routing.weights, routing.order, rebuild=False
+        gate_up, d_hidden, routing.weights, routing.order, recompute=False
     )
     return hidden, d_gate_up
 

@@ -74,7 +74,7 @@ class Ops:
     moe_route: Callable[..., Routing]
     """(router_logits (N, E), experts per token, *, bias (E,) fp32 or None) -> Routing"""
     moe_mlp: Callable[..., Tensor]
-    """(x (N, D), routing, gate_up_weight (E, 2I, D), down_weight (E, D, I), *, rebuild)
+    """(x (N, D), routing, gate_up_weight (E, 2I, D), down_weight (E, D, I), *, recompute)
     -> (N, D)"""
     rebuilding: Callable[..., AbstractContextManager]
     """(tensor, rebuild) -> context in which operations that save `tensor` call `rebuild` in
@@ -196,8 +196,8 @@ def _swiglu_linear(pair, gate_up, weight, *, rebuild):
     return _rebuilt(rebuild, pair, gate_up, weight)
 
 
-def _moe_mlp_torch(x, routing, gate_up_weight, down_weight, *, rebuild):
-    return _rebuilt(rebuild, moe_mlp_reference, x, routing, gate_up_weight, down_weight)
+def _moe_mlp_torch(x, routing, gate_up_weight, down_weight, *, recompute):
+    return _rebuilt(recompute, moe_mlp_reference, x, routing, gate_up_weight, down_weight)
 
 
 def _linear_cross_entropy_torch(hidden, weight, targets):

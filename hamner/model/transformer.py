@@ -229,7 +229,7 @@ class MoEMLP(nn.Module):
             logits, self.config.num_experts_per_token, bias=self.router_bias
         )
         out = self.ops.moe_mlp(
-            tokens, routing, self.gate_up_weight, self.down_weight, rebuild=rebuild
+            tokens, routing, self.gate_up_weight, self.down_weight, recompute=rebuild
         )
         out = out.view_as(normed)
         if self.shared is not None:

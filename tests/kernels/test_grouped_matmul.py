@@ -116,23 +116,23 @@ def test_one_expert_takes_all_and_others_none(top_k, dtype, device):
     assert (actual["d_down_weight"][empty] == 0).all()
 
 
-@pytest.mark.parametrize("rebuild", [True, False])
-def test_no_tokens(rebuild, device):
+@pytest.mark.parametrize("recompute", [True, False])
+def test_no_tokens(recompute, device):
     problem = random_problem((0, 4, 2, 16, 24), torch.float32, device)
-    actual = run(moe_mlp, problem, rebuild=rebuild)
+    actual = run(moe_mlp, problem, recompute=recompute)
     assert_same_bits(actual, run(moe_mlp_reference, problem))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rebuild_gives_the_same_bits(dtype, device):
+def test_recomputing_gives_the_same_bits(dtype, device):
     problem = random_problem((140, 3, 2, 24, 40), dtype, device)
-    assert_same_bits(run(moe_mlp, problem, rebuild=True), run(moe_mlp, problem, rebuild=False))
+    assert_same_bits(run(moe_mlp, problem, recompute=True), run(moe_mlp, problem, recompute=False))
 
 
-def test_rebuild_keeps_less(device):
+def test_recomputing_keeps_less(device):
     problem = random_problem((30, 3, 2, 16, 40), torch.float32, device)
 
-    def kept(rebuild):
+    def kept(recompute):
         sizes = {}
 
         def pack(tensor):
@@ -141,10 +141,10 @@ def test_rebuild_keeps_less(device):
 
         x = problem.x.clone().requires_grad_()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            moe_mlp(x, problem.routing, *problem[2:4], rebuild=rebuild)
+            moe_mlp(x, problem.routing, *problem[2:4], recompute=recompute)
         return sum(sizes.values())
 
-    assert kept(rebuild=False) - kept(rebuild=True) == 30 * 2 * 40
+    assert kept(recompute=False) - kept(recompute=True) == 30 * 2 * 40
 
 
 def test_two_runs_give_the_same_bits(device):
@@ -262,8 +262,8 @@ def test_compiles_without_graph_breaks(device):
         torch.testing.assert_close(actual, eager)
 
 
-@pytest.mark.parametrize("rebuild", [True, False])
-def test_opcheck(rebuild, device):
+@pytest.mark.parametrize("recompute", [True, False])
+def test_opcheck(recompute, device):
     problem = random_problem((20, 4, 2, 16, 24), torch.float32, device)
     routing = problem.routing
     inputs = [
@@ -271,13 +271,13 @@ def test_opcheck(rebuild, device):
         for tensor in (problem.x, routing.weights, problem.gate_up_weight, problem.down_weight)
     ]
     x, routing_weights, *weights = inputs
-    arguments = (x, routing_weights, routing.order, routing.offsets, *weights, rebuild)
+    arguments = (x, routing_weights, routing.order, routing.offsets, *weights, recompute)
     torch.library.opcheck(torch.ops.hamner.moe_mlp.default, arguments)
     with torch.no_grad():
         _, gate_up, hidden = torch.ops.hamner.moe_mlp(*arguments)
     arguments = (
         *(problem.d_out, x.detach(), routing_weights.detach(), routing.order, routing.offsets),
-        *(gate_up, hidden, *(weight.detach() for weight in weights), rebuild),
+        *(gate_up, hidden, *(weight.detach() for weight in weights), recompute),
     )
     torch.library.opcheck(torch.ops.hamner.moe_mlp_backward.default, arguments)
 
@@ -319,23 +319,23 @@ def test_more_than_2_to_the_31_elements(device):
 @pytest.mark.parametrize(
     ("argument", "change", "error", "named"),
     [
-        ("x", lambda x: x[0], ValueError, "x must"),
-        ("x", lambda x: x.double(), TypeError, "gate_up_weight must"),
-        ("x", lambda x: x[:, :7], ValueError, "gate_up_weight must"),
-        ("x", lambda x: x[:5], ValueError, "routing.weights must"),
-        ("gate_up_weight", lambda weight: weight[:, :15], ValueError, "gate_up_weight must"),
-        ("gate_up_weight", lambda weight: weight[0], ValueError, "gate_up_weight must"),
-        ("gate_up_weight", lambda weight: weight.half(), TypeError, "gate_up_weight must"),
-        ("gate_up_weight", lambda w: w.mT.contiguous().mT, ValueError, "gate_up_weight must"),
-        ("down_weight", lambda weight: weight[:3], ValueError, "down_weight must"),
-        ("down_weight", lambda weight: weight.half(), TypeError, "down_weight must"),
-        ("down_weight", lambda w: w.mT.contiguous().mT, ValueError, "down_weight must"),
-        ("down_weight", lambda weight: weight.to("meta"), ValueError, "down_weight is on meta"),
-        ("weights", lambda weights: weights.half(), TypeError, "routing.weights must"),
-        ("weights", lambda weights: weights[:, :1], ValueError, "routing.order must"),
-        ("order", lambda order: order.long(), TypeError, "routing.order must"),
-        ("order", lambda order: order[1:], ValueError, "routing.order must"),
-        ("offsets", lambda offsets: offsets[1:], ValueError, "routing.offsets must"),
+        ("x", lambda x: x[0], ValueError, "x"),
+        ("x", lambda x: x.double(), TypeError, "gate_up_weight"),
+        ("x", lambda x: x[:, :7], ValueError, "gate_up_weight"),
+        ("x", lambda x: x[:5], ValueError, "routing.weights"),
+        ("gate_up_weight", lambda weight: weight[:, :15], ValueError, "gate_up_weight"),
+        ("gate_up_weight", lambda weight: weight[0], ValueError, "gate_up_weight"),
+        ("gate_up_weight", lambda weight: weight.half(), TypeError, "gate_up_weight"),
+        ("gate_up_weight", lambda w: w.mT.contiguous().mT, ValueError, "gate_up_weight"),
+        ("down_weight", lambda weight: weight[:3], ValueError, "down_weight"),
+        ("down_weight", lambda weight: weight.half(), TypeError, "down_weight"),
+        ("down_weight", lambda w: w.mT.contiguous().mT, ValueError, "down_weight"),
+        ("down_weight", lambda weight: weight.to("meta"), ValueError, "down_weight"),
+        ("weights", lambda weights: weights.half(), TypeError, "routing.weights"),
+        ("weights", lambda weights: weights[:, :1], ValueError, "routing.order"),
+        ("order", lambda order: order.long(), TypeError, "routing.order"),
+        ("order", lambda order: order[1:], ValueError, "routing.order"),
+        ("offsets", lambda offsets: offsets[1:], ValueError, "routing.offsets"),
     ],
 )
 def test_wrong_arguments_are_named(argument, change, error, named, device):
@@ -345,11 +345,11 @@ def test_wrong_arguments_are_named(argument, change, error, named, device):
         problem = problem._replace(routing=problem.routing._replace(**{argument: changed}))
     else:
         problem = problem._replace(**{argument: change(getattr(problem, argument))})
-    with pytest.raises(error, match=named):
+    with pytest.raises(error, match=rf"^{named} (is|has) "):
         moe_mlp(problem.x, problem.routing, problem.gate_up_weight, problem.down_weight)
 
 
 def test_unsupported_dtype_is_named(device):
     problem = random_problem((6, 4, 2, 8, 8), torch.float64, device)
-    with pytest.raises(TypeError, match="x must"):
+    with pytest.raises(TypeError, match="x is torch.float64"):
         moe_mlp(problem.x, problem.routing, problem.gate_up_weight, problem.down_weight)

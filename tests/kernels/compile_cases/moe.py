@@ -111,12 +111,7 @@ def _routing(
 
 def _matmuls(capability: str, dtype: str, config: grouped.Config) -> list[CompileCase]:
     pointer = f"*{dtype}"
-    groups = {
-        "NUM_EXPERTS": EXPERTS,
-        "TOP_K": TOP_K,
-        "BLOCK_E": triton.next_power_of_2(EXPERTS),
-        "GROUP_M": grouped.GROUP_M_TILES,
-    }
+    groups = {"NUM_EXPERTS": EXPERTS, "TOP_K": TOP_K}
     found = [
         CompileCase(
             name=f"gate_up/{dtype}",
@@ -130,13 +125,12 @@ def _matmuls(capability: str, dtype: str, config: grouped.Config) -> list[Compil
                 "gate_up_ptr": pointer,
                 "hidden_ptr": pointer,
                 "stride_x": "i32",
-                "num_m_tiles": "i32",
             },
             constexprs={
                 **groups,
                 "WIDTH": WIDTH,
                 "INTERMEDIATE": INTERMEDIATE,
-                **_blocks(config.gate_up),
+                **_blocks(config.gate_up._asdict()),
             },
             num_warps=config.gate_up.num_warps,
             num_stages=config.gate_up.num_stages,
@@ -159,7 +153,6 @@ def _matmuls(capability: str, dtype: str, config: grouped.Config) -> list[Compil
                     "order_ptr": "*i32",
                     "offsets_ptr": "*i32",
                     "out_ptr": pointer,
-                    "num_m_tiles": "i32",
                 },
                 constexprs={
                     **groups,
@@ -167,7 +160,7 @@ def _matmuls(capability: str, dtype: str, config: grouped.Config) -> list[Compil
                     "NUM_INNER": num_inner,
                     "GATHER": gather,
                     "TRANSPOSED": transposed,
-                    **_blocks(config.matmul),
+                    **_blocks(config.matmul._asdict()),
                 },
                 num_warps=config.matmul.num_warps,
                 num_stages=config.matmul.num_stages,
@@ -195,8 +188,7 @@ def _matmuls(capability: str, dtype: str, config: grouped.Config) -> list[Compil
                     "NUM_OUT": num_out,
                     "NUM_IN": num_in,
                     "GATHER_D_OUT": gather_d_out,
-                    "GROUP_M": grouped.GROUP_M_TILES,
-                    **_blocks(config.weight_grad),
+                    **_blocks(config.weight_grad._asdict()),
                 },
                 num_warps=config.weight_grad.num_warps,
                 num_stages=config.weight_grad.num_stages,
@@ -207,12 +199,11 @@ def _matmuls(capability: str, dtype: str, config: grouped.Config) -> list[Compil
     return found
 
 
-def _blocks(config: grouped.MatmulConfig) -> dict[str, object]:
-    return {name: value for name, value in config._asdict().items() if name.startswith("BLOCK_")}
+def _blocks(config: dict[str, int]) -> dict[str, int]:
+    return {name: value for name, value in config.items() if name.startswith("BLOCK_")}
 
 
 def _row_passes(capability: str) -> list[CompileCase]:
-    swiglu_grad, sum_slots = grouped.SWIGLU_GRAD_CONFIG, grouped.SUM_SLOTS_CONFIG
     return [
         CompileCase(
             name="swiglu_grad",
@@ -228,11 +219,10 @@ def _row_passes(capability: str) -> list[CompileCase]:
             },
             constexprs={
                 "INTERMEDIATE": INTERMEDIATE,
-                "REBUILD": True,
-                "BLOCK_M": swiglu_grad.BLOCK_M,
-                "BLOCK_N": swiglu_grad.BLOCK_N,
+                "RECOMPUTE": True,
+                **_blocks(grouped.SWIGLU_GRAD_CONFIG),
             },
-            num_warps=swiglu_grad.num_warps,
+            num_warps=grouped.SWIGLU_GRAD_CONFIG["num_warps"],
             num_stages=TRITON_DEFAULT_STAGES,
             capability=capability,
         ),
@@ -243,10 +233,9 @@ def _row_passes(capability: str) -> list[CompileCase]:
             constexprs={
                 "TOP_K": TOP_K,
                 "WIDTH": WIDTH,
-                "BLOCK_M": sum_slots.BLOCK_M,
-                "BLOCK_N": sum_slots.BLOCK_N,
+                **_blocks(grouped.SUM_SLOTS_CONFIG),
             },
-            num_warps=sum_slots.num_warps,
+            num_warps=grouped.SUM_SLOTS_CONFIG["num_warps"],
             num_stages=TRITON_DEFAULT_STAGES,
             capability=capability,
         ),

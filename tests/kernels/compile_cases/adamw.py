@@ -38,7 +38,7 @@ def cases() -> list[CompileCase]:
                 "bf16, split master",
                 capability,
                 {},
-                {"MASTER": tl.int16, "GRAD": tl.bfloat16, "PARAM": tl.int16},
+                {"MASTER": tl.int16, "GRAD": tl.bfloat16, "PARAM": tl.bfloat16},
             ),
             _case(
                 "fp32", capability, {}, {"MASTER": tl.float32, "GRAD": tl.float32, "PARAM": None}

@@ -26,10 +26,7 @@ def cases() -> list[CompileCase]:
 def _routing(
     capability: str, experts: int, top_k: int, *, renormalize: bool, biased: bool
 ) -> list[CompileCase]:
-    config = moe_routing.CONFIGS[capability]
-    block_n, block_e = moe_routing.block_shape(config, experts)
-    shape = {"NUM_EXPERTS": experts, "TOP_K": top_k}
-    blocks = {"BLOCK_N": block_n, "BLOCK_E": block_e}
+    shape = {"NUM_EXPERTS": experts, "TOP_K": top_k, **moe_routing.block_shape(experts)}
     suffix = f"E={experts}/K={top_k}"
     launch = {"num_stages": TRITON_DEFAULT_STAGES, "capability": capability}
     return [
@@ -47,12 +44,11 @@ def _routing(
             },
             constexprs={
                 **shape,
-                **blocks,
                 **({} if biased else {"bias_ptr": None}),
                 "RENORMALIZE": renormalize,
                 "BLOCK_K": triton.next_power_of_2(top_k),
             },
-            num_warps=config.num_warps,
+            num_warps=moe_routing.NUM_WARPS,
             **launch,
         ),
         CompileCase(
@@ -85,8 +81,8 @@ def _routing(
                 "load_ptr": "*fp32",
                 "num_tokens": "i32",
             },
-            constexprs={**shape, **blocks},
-            num_warps=config.num_warps,
+            constexprs=shape,
+            num_warps=moe_routing.NUM_WARPS,
             **launch,
         ),
         CompileCase(
@@ -102,8 +98,8 @@ def _routing(
                 "d_logits_ptr": "*fp32",
                 "num_tokens": "i32",
             },
-            constexprs={**shape, **blocks, "RENORMALIZE": renormalize},
-            num_warps=config.num_warps,
+            constexprs={**shape, "RENORMALIZE": renormalize},
+            num_warps=moe_routing.NUM_WARPS,
             **launch,
         ),
     ]

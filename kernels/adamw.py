@@ -216,14 +216,10 @@ def sum_squares_kernel(
 class TensorTable(NamedTuple):
     """A kernel finds its operands by this table on their device."""
 
-    addresses: Tensor
-    """(columns, tensors) int64"""
-    numels: Tensor
-    """(tensors,) int64"""
-    chunks: Tensor
-    """(programs, 2) int32: a tensor, and the number of a chunk of it"""
-    is_aligned: bool
-    """whether ALIGNMENT divides all addresses and sizes"""
+    addresses: Tensor  # (columns, tensors) int64
+    numels: Tensor  # (tensors,) int64
+    chunks: Tensor  # (programs, 2) int32: a tensor, and the number of a chunk of it
+    is_aligned: bool  # whether ALIGNMENT divides all addresses and sizes
 
 
 def tensor_table(columns: Sequence[Sequence[Tensor]], chunk_size: int) -> TensorTable:
@@ -263,24 +259,11 @@ def _chunks(numels: tuple[int, ...], chunk_size: int, device: torch.device) -> T
 
 
 def _copied(values: Tensor, device: torch.device) -> Tensor:
-    if device.type != "cuda":
-        return values.to(device)
     # From pageable memory the copy would wait for the GPU.
-    return values.pin_memory().to(device, non_blocking=True)
+    values = values.pin_memory() if device.type == "cuda" else values
+    return values.to(device, non_blocking=True)
 
 
-# Defined by hand: custom_op's handling of mutated arguments costs the host ten times as much as
-# this does.
-torch.library.define(
-    "hamner::adamw_",
-    "(Tensor(a!)[] params, Tensor(b!)[] masters, Tensor[] grads, Tensor(c!)[] exp_avgs,"
-    " Tensor(d!)[] exp_avg_sqs, Tensor clip_coef, Tensor? lr_tensor, float lr,"
-    " Tensor? step_tensor, float step, float beta1, float beta2, float eps, float weight_decay)"
-    " -> ()",
-)
-
-
-@torch.library.impl("hamner::adamw_", "default")
 def _launch_adamw(
     params: list[Tensor],  # empty where they are the masters
     masters: list[Tensor],
@@ -311,6 +294,15 @@ def _launch_adamw(
             ALIGNED=table.is_aligned, CHUNK=config.chunk, BLOCK=config.block,
             num_warps=config.warps,
         )  # fmt: skip
+
+
+# Defined by hand: custom_op's handling of mutated arguments costs the host ten times as much as
+# this does.
+ADAMW_SCHEMA = torch.library.infer_schema(
+    _launch_adamw, mutates_args=("params", "masters", "exp_avgs", "exp_avg_sqs")
+)
+torch.library.define("hamner::adamw_", ADAMW_SCHEMA)
+torch.library.impl("hamner::adamw_", "default", _launch_adamw)
 
 
 @torch.library.register_fake("hamner::adamw_")
@@ -356,10 +348,8 @@ def join_master(param: Tensor, remainder: Tensor) -> Tensor:
     Raises:
         TypeError: param is not bfloat16 or remainder not int16.
     """
-    if (param.dtype, remainder.dtype) != (torch.bfloat16, torch.int16):
-        raise TypeError(
-            f"param is {param.dtype}, remainder {remainder.dtype}; they must be bfloat16 and int16"
-        )
+    check_dtype("param", param, (torch.bfloat16,))
+    check_dtype("remainder", remainder, (torch.int16,))
     bits = (param.detach().view(torch.int16).to(torch.int32) << 16) + remainder
     return bits.view(torch.float32)
 

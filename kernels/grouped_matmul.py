@@ -48,6 +48,14 @@ from hamner.kernels.launch import capability
 from hamner.kernels.moe_routing import MAX_EXPERTS, Routing
 
 
+class Pairs(NamedTuple):
+    """The M pairs of a token and a slot are sorted by expert, as in `Routing`."""
+
+    order: Tensor
+    offsets: Tensor
+    top_k: int
+
+
 class MatmulConfig(NamedTuple):
     """A program has a tile, BLOCK_K of the reduced dimension at a step, warps and stages."""
 
@@ -397,72 +405,54 @@ def _grid(num_rows: int, num_experts: int, num_cols: int, config: MatmulConfig) 
 
 
 def launch_gate_up(
-    x: Tensor, routing_weights: Tensor, order: Tensor, offsets: Tensor, gate_up_weight: Tensor
+    x: Tensor, routing_weights: Tensor, pairs: Pairs, gate_up_weight: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The launcher gives (gate_up, hidden) of `gate_up_kernel`, whose header has the shapes."""
     num_experts, double_intermediate, width = gate_up_weight.shape
-    intermediate = double_intermediate // 2
-    gate_up = x.new_empty((order.numel(), double_intermediate))
-    hidden = x.new_empty((order.numel(), intermediate))
+    num_rows, intermediate = pairs.order.numel(), double_intermediate // 2
+    gate_up = x.new_empty((num_rows, double_intermediate))
+    hidden = x.new_empty((num_rows, intermediate))
     config = _config(x).gate_up
     with torch.cuda.device_of(x):
-        gate_up_kernel[_grid(order.numel(), num_experts, intermediate, config)](
-            x, routing_weights, order, offsets, gate_up_weight, gate_up, hidden, x.stride(0),
-            NUM_EXPERTS=num_experts, TOP_K=routing_weights.shape[1],
+        gate_up_kernel[_grid(num_rows, num_experts, intermediate, config)](
+            x, routing_weights, pairs.order, pairs.offsets, gate_up_weight, gate_up, hidden,
+            x.stride(0), NUM_EXPERTS=num_experts, TOP_K=pairs.top_k,
             WIDTH=width, INTERMEDIATE=intermediate, **config._asdict(),
         )  # fmt: skip
     return gate_up, hidden
 
 
 def launch_grouped_matmul(
-    a: Tensor,
-    weight: Tensor,
-    order: Tensor,
-    offsets: Tensor,
-    top_k: int,
-    *,
-    gather: bool,
-    transposed: bool,
+    a: Tensor, weight: Tensor, pairs: Pairs, *, gather: bool, transposed: bool
 ) -> Tensor:
-    """The launcher gives `out` of `grouped_matmul_kernel`, whose header has the shapes.
-
-    Args:
-        gather: read rows by token and write them sorted by expert. Otherwise read them sorted by
-            expert and write them by pair.
-        transposed: how `weight` lies.
-    """
-    num_experts = weight.shape[0]
+    """The launcher gives `out` of `grouped_matmul_kernel`, whose header has the shapes."""
+    num_rows, num_experts = pairs.order.numel(), weight.shape[0]
     num_cols, num_inner = weight.shape[1:] if transposed else weight.mT.shape[1:]
-    out = a.new_empty((order.numel(), num_cols))
+    out = a.new_empty((num_rows, num_cols))
     config = _config(a).matmul
     with torch.cuda.device_of(a):
-        grouped_matmul_kernel[_grid(order.numel(), num_experts, num_cols, config)](
-            a, weight, order, offsets, out,
-            NUM_EXPERTS=num_experts, TOP_K=top_k, NUM_COLS=num_cols, NUM_INNER=num_inner,
+        grouped_matmul_kernel[_grid(num_rows, num_experts, num_cols, config)](
+            a, weight, pairs.order, pairs.offsets, out,
+            NUM_EXPERTS=num_experts, TOP_K=pairs.top_k, NUM_COLS=num_cols, NUM_INNER=num_inner,
             GATHER=gather, TRANSPOSED=transposed, **config._asdict(),
         )  # fmt: skip
     return out
 
 
 def launch_weight_grad(
-    d_out: Tensor,
-    inputs: Tensor,
-    order: Tensor,
-    offsets: Tensor,
-    top_k: int,
-    *,
-    gather_d_out: bool,
+    d_out: Tensor, inputs: Tensor, pairs: Pairs, *, gather_d_out: bool
 ) -> Tensor:
     """The launcher gives `d_weight` of `weight_grad_kernel`; zeros for an expert without rows."""
-    num_experts = offsets.numel() - 1
+    num_experts = pairs.offsets.numel() - 1
     num_out, num_in = d_out.shape[1], inputs.shape[1]
     d_weight = inputs.new_empty((num_experts, num_out, num_in))
     config = _config(inputs).weight_grad
     num_tiles = triton.cdiv(num_out, config.BLOCK_M) * triton.cdiv(num_in, config.BLOCK_N)
     with torch.cuda.device_of(inputs):
         weight_grad_kernel[(num_tiles, num_experts)](
-            d_out.contiguous(), inputs, order, offsets, d_weight, inputs.stride(0), TOP_K=top_k,
-            NUM_OUT=num_out, NUM_IN=num_in, GATHER_D_OUT=gather_d_out, **config._asdict(),
+            d_out.contiguous(), inputs, pairs.order, pairs.offsets, d_weight, inputs.stride(0),
+            TOP_K=pairs.top_k, NUM_OUT=num_out, NUM_IN=num_in, GATHER_D_OUT=gather_d_out,
+            **config._asdict(),
         )  # fmt: skip
     return d_weight
 
@@ -470,11 +460,7 @@ def launch_weight_grad(
 def launch_swiglu_grad(
     gate_up: Tensor, d_hidden: Tensor, routing_weights: Tensor, order: Tensor, *, recompute: bool
 ) -> tuple[Tensor, Tensor]:
-    """The launcher gives (d_gate_up, d_routing_weights) of `swiglu_grad_kernel`.
-
-    Args:
-        recompute: whether to write hidden again, over `d_hidden`.
-    """
+    """The launcher gives (d_gate_up, d_routing_weights) of `swiglu_grad_kernel`."""
     num_rows, intermediate = d_hidden.shape
     d_gate_up = torch.empty_like(gate_up)
     d_routing_weights = torch.empty_like(routing_weights)
@@ -509,13 +495,10 @@ def _moe_mlp(
     recompute: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op gives out, and what backward keeps: gate_up, and hidden or, to recompute it, none."""
-    rows = {"order": order, "offsets": offsets}
-    top_k = routing_weights.shape[1]
-    gate_up, hidden = launch_gate_up(x, routing_weights, **rows, gate_up_weight=gate_up_weight)
-    slots = launch_grouped_matmul(
-        hidden, down_weight, **rows, top_k=top_k, gather=False, transposed=True
-    )
-    return launch_sum_slots(slots, top_k), gate_up, x.new_empty(0) if recompute else hidden
+    pairs = Pairs(order, offsets, top_k=routing_weights.shape[1])
+    gate_up, hidden = launch_gate_up(x, routing_weights, pairs, gate_up_weight)
+    slots = launch_grouped_matmul(hidden, down_weight, pairs, gather=False, transposed=True)
+    return launch_sum_slots(slots, pairs.top_k), gate_up, x.new_empty(0) if recompute else hidden
 
 
 @_moe_mlp.register_fake
@@ -540,19 +523,19 @@ def _moe_mlp_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op gives gradients of x, the routing weights, gate_up_weight and down_weight."""
     d_out = d_out.contiguous()
-    rows = {"order": order, "offsets": offsets, "top_k": routing_weights.shape[1]}
-    d_hidden = launch_grouped_matmul(d_out, down_weight, **rows, gather=True, transposed=False)
+    pairs = Pairs(order, offsets, top_k=routing_weights.shape[1])
+    d_hidden = launch_grouped_matmul(d_out, down_weight, pairs, gather=True, transposed=False)
     d_gate_up, d_routing_weights = launch_swiglu_grad(
         gate_up, d_hidden, routing_weights, order, recompute=recompute
     )
     if recompute:
         hidden = d_hidden
-    d_down_weight = launch_weight_grad(d_out, hidden, **rows, gather_d_out=True)
-    d_gate_up_weight = launch_weight_grad(d_gate_up, x, **rows, gather_d_out=False)
+    d_down_weight = launch_weight_grad(d_out, hidden, pairs, gather_d_out=True)
+    d_gate_up_weight = launch_weight_grad(d_gate_up, x, pairs, gather_d_out=False)
     d_slots = launch_grouped_matmul(
-        d_gate_up, gate_up_weight, **rows, gather=False, transposed=False
+        d_gate_up, gate_up_weight, pairs, gather=False, transposed=False
     )
-    d_x = launch_sum_slots(d_slots, rows["top_k"])
+    d_x = launch_sum_slots(d_slots, pairs.top_k)
     return d_x, d_routing_weights, d_gate_up_weight, d_down_weight
 
 
@@ -641,15 +624,8 @@ def moe_mlp(
     check_contiguous("down_weight", down_weight)
     if x.stride(1) != 1:
         x = x.contiguous()
-    return _moe_mlp(
-        x,
-        routing_weights=routing.weights.contiguous(),
-        order=routing.order,
-        offsets=routing.offsets,
-        gate_up_weight=gate_up_weight,
-        down_weight=down_weight,
-        recompute=recompute,
-    )[0]
+    routed = (routing.weights.contiguous(), routing.order, routing.offsets)
+    return _moe_mlp(x, *routed, gate_up_weight, down_weight, recompute=recompute)[0]
 
 
 def moe_mlp_reference(

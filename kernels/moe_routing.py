@@ -6,13 +6,8 @@ For each of N tokens a router gives E logits; the token goes to its K best exper
     scan      per expert: prefix sum over the blocks' counts, total of the blocks' sums
     scatter   stable counting sort of the (token, slot) pairs by expert; offsets, losses, load
 
-Index arrays, M = N * K assignments (pairs of a token and one of its K slots):
-
-    experts   (N, K)   expert of each pair, best first
-    order     (M,)     pair token * K + slot held by each row of the sorted order
-    offsets   (E + 1,) expert e owns rows offsets[e] to offsets[e + 1] of the sorted order
-
-A pair's row is its expert's offset, plus the assignments to that expert in earlier blocks, plus
+The assignments are M = N * K pairs of a token and one of its K slots; `Routing` has their arrays. A
+pair's row is its expert's offset, plus the assignments to that expert in earlier blocks, plus
 those earlier in its own block. Partial sums and a second pass, no atomics, nothing read back by the
 host: two runs give the same bits.
 
@@ -393,7 +388,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, *d_routing):
-    router_logits, experts, offsets = ctx.saved_tensors
+    _, experts, _ = ctx.saved_tensors
     d_routing = Routing(*d_routing)
     gradients = (
         experts.new_zeros(shape, dtype=torch.float32) if gradient is None else gradient
@@ -403,7 +398,7 @@ def _backward(ctx, *d_routing):
             (d_routing.z_loss, ()),
         )
     )
-    d_logits = _moe_route_backward(router_logits, experts, offsets, *gradients, ctx.renormalize)
+    d_logits = _moe_route_backward(*ctx.saved_tensors, *gradients, ctx.renormalize)
     return d_logits, None, None, None
 
 

@@ -1,4 +1,4 @@
-"""AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) on mixed-precision parameters, one pass.
+"""AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) updates parameters in one pass.
 
     g = clip_coef * grad
     exp_avg    += (1 - beta1) * (g - exp_avg)
@@ -7,10 +7,10 @@
     master -= lr / (1 - beta1^step) * exp_avg / (sqrt(exp_avg_sq / (1 - beta2^step)) + eps)
     param = master, rounded
 
-Fused: gradient clipping, both moments, the fp32 master's update and its half-precision copy.
-Everything is in place, and one launch updates all parameters of a kind. A clip_coef that is not
-finite leaves all of it unchanged: the decision to skip a bad step is taken on the GPU, so nothing
-waits for it.
+Fused, in mixed precision: gradient clipping, both moments, the fp32 master's update and its
+half-precision copy. Everything is in place, and one launch updates all parameters of a kind. A
+clip_coef that is not finite leaves all of it unchanged: the decision to skip a bad step is taken on
+the GPU, so nothing waits for it.
 
 A bf16 param is the upper half of its master's bits, up to rounding, so of the master only the
 int16 remainder needs to be stored beside it (`split_master`; the param remainders of NVIDIA Apex's
@@ -519,7 +519,7 @@ def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
 
 
 def global_grad_norm_reference(grads: Sequence[Tensor]) -> Tensor:
-    """`global_grad_norm` in plain torch."""
+    """It is `global_grad_norm` in plain torch."""
     _check_grads(grads)
     # `dtype`, or the norms of bf16 gradients would be rounded to bf16 before they are combined.
     norms = torch._foreach_norm(list(grads), 2, dtype=torch.float32)
@@ -541,7 +541,7 @@ def adamw_reference_(
     step: int | Tensor,
     clip_coef: Tensor,
 ) -> None:
-    """`adamw_` in plain torch, in the dtype of master; of a split one in float32."""
+    """It is `adamw_` in plain torch, in the dtype of master; of a split one in float32."""
     beta1, beta2 = betas
     states = zip(*_columns((param, master, grad, exp_avg, exp_avg_sq)), strict=True)
     for param, master, grad, exp_avg, exp_avg_sq in states:

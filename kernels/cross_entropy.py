@@ -1,4 +1,4 @@
-"""The output projection and the cross-entropy after it, without the logits of the whole batch.
+"""The output projection and the cross-entropy need not hold the logits of the whole batch.
 
     logits = hidden @ weight^T
     loss = mean over kept rows of  logsumexp(logits) - logits[target] + z_loss * logsumexp(logits)^2
@@ -183,7 +183,7 @@ def default_chunk_size(num_tokens: int, vocabulary: int, element_size: int) -> i
 
 
 def _add_matmul_(accumulator: Tensor, a: Tensor, b: Tensor, *, is_first: bool) -> None:
-    """It adds a @ b to an fp32 accumulator without rounding the product to the dtype of a and b.
+    """An fp32 accumulator takes a @ b without rounding the product to the dtype of a and b.
 
     The first product is written over what is there, which need not be zeroed and read then.
     """
@@ -335,7 +335,7 @@ def linear_cross_entropy_reference(
     ignore_index: int = -100,
     z_loss: float = 0.0,
 ) -> Tensor:
-    """`linear_cross_entropy` in plain torch, with the logits whole.
+    """It is `linear_cross_entropy` in plain torch, with the logits whole.
 
     The softmax is computed in float64 for float64 input, else in float32. The loss has that dtype.
     """

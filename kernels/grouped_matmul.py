@@ -1,4 +1,4 @@
-"""The experts of a mixture: a SwiGLU MLP per expert over ragged groups of tokens, dropless.
+"""The experts of a mixture are SwiGLU MLPs over ragged groups of tokens, none dropped.
 
 N tokens of width D, each sent to K of E experts of intermediate size I. The M = N * K assignments
 are pairs token * K + slot, which `moe_route` sorted by expert (`order`, `offsets`: moe_routing.py).
@@ -494,7 +494,7 @@ def _moe_mlp(
     down_weight: Tensor,
     recompute: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The op gives out, and what backward keeps: gate_up, and hidden or, to recompute it, none."""
+    """The op gives out, and for backward gate_up and hidden, which is empty if recomputed."""
     pairs = Pairs(order, offsets, top_k=routing_weights.shape[1])
     gate_up, hidden = launch_gate_up(x, routing_weights, pairs, gate_up_weight)
     slots = launch_grouped_matmul(hidden, down_weight, pairs, gather=False, transposed=True)
@@ -631,7 +631,7 @@ def moe_mlp(
 def moe_mlp_reference(
     x: Tensor, routing: Routing, gate_up_weight: Tensor, down_weight: Tensor
 ) -> Tensor:
-    """`moe_mlp` in plain torch, a loop over experts, on any device; also fp64.
+    """It is `moe_mlp` in plain torch, a loop over experts, on any device; also fp64.
 
     Reads `routing.weights` and `routing.experts`. The host waits for each group's size.
     """

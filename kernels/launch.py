@@ -1,4 +1,4 @@
-"""What launches share: the row of an op's table that a device uses, and the sum of partial sums.
+"""Launches share the choice of an op's table row by device, and the sum of partial sums.
 
 Every op keeps a small table ``{"8.6": ..., "8.0": ..., "9.0": ...}``; tuning is a command, never a
 surprise at step one. Rows must fit the smallest card that uses them:

@@ -1,4 +1,4 @@
-"""Mixture-of-experts routing: from router logits to assignments sorted by expert, on the device.
+"""Mixture-of-experts routing makes router logits assignments sorted by expert, on the device.
 
 For each of N tokens a router gives E logits; the token goes to its K best experts.
 
@@ -472,7 +472,7 @@ def moe_route_reference(
     renormalize: bool = True,
     bias: Tensor | None = None,
 ) -> Routing:
-    """`moe_route` in plain torch, on any device; also fp64, which it computes in."""
+    """It is `moe_route` in plain torch, on any device; also fp64, which it computes in."""
     _check(router_logits, num_experts_per_token, bias)
     num_tokens, num_experts = router_logits.shape
     logits = router_logits if router_logits.dtype == torch.float64 else router_logits.float()

@@ -1,4 +1,4 @@
-"""The router's projection of a mixture of experts, in fp32 whatever its operands are.
+"""A mixture's router projects in fp32, whatever its operands are.
 
     logits = x.float() @ weight.float()^T
 
@@ -208,6 +208,6 @@ def router_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def router_linear_reference(x: Tensor, weight: Tensor) -> Tensor:
-    """`router_linear` in plain torch: float64 for float64 input, else float32."""
+    """It is `router_linear` in plain torch: float64 for float64 input, else float32."""
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     return torch.nn.functional.linear(x.to(compute), weight.to(compute))

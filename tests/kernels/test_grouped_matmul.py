@@ -1,4 +1,4 @@
-"""moe_mlp against a loop over experts and against Mixtral: output and every gradient."""
+"""The tests compare moe_mlp with a loop over experts and with Mixtral, every gradient too."""
 
 from typing import NamedTuple
 
@@ -34,7 +34,7 @@ class Problem(NamedTuple):
 
 
 def random_problem(shape, dtype, device, *, favourite=None) -> Problem:
-    """Random inputs; with a `favourite` expert, every token has it as its best."""
+    """The inputs are random; with a `favourite` expert, every token has it as its best."""
     num_tokens, num_experts, top_k, width, intermediate = shape
     generator = torch.Generator().manual_seed(0)
 
@@ -54,7 +54,7 @@ def random_problem(shape, dtype, device, *, favourite=None) -> Problem:
 
 
 def run(mlp, problem: Problem, dtype=None, **options) -> dict[str, Tensor]:
-    """Output and gradients, by NAMES, computed in `dtype` (the routing weights at least fp32)."""
+    """Output and gradients come by NAMES, in `dtype` (the routing weights in fp32 or fp64)."""
     dtype = dtype or problem.x.dtype
     weights_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     inputs = [
@@ -161,7 +161,7 @@ def test_order_of_tokens_does_not_matter(device):
     shuffled = moe_mlp(problem.x[shuffle], moe_route(logits[shuffle], 2), *weights)
     if device.type == "cuda":
         assert torch.equal(shuffled, out[shuffle])
-    else:  # NumPy's matmul, in the interpreter, may round a row by its place in the tile
+    else:  # NumPy's matmul, in the interpreter, may round a row by its position in the tile
         torch.testing.assert_close(shuffled, out[shuffle], rtol=1e-5, atol=1e-6)
 
 
@@ -209,7 +209,7 @@ def test_gradient_is_the_derivative(device):
 
 
 def test_matches_mixtral(device):
-    """The router, the experts and their gradients as in transformers' MixtralSparseMoeBlock."""
+    """The router, the experts and their gradients are as in transformers' MixtralSparseMoeBlock."""
     config = MixtralConfig(
         hidden_size=24, intermediate_size=40, num_local_experts=4, num_experts_per_tok=2
     )
@@ -233,7 +233,7 @@ def test_matches_mixtral(device):
 
 
 def test_compiles_without_graph_breaks(device):
-    """Routing and experts in one graph, as a layer calls them."""
+    """Routing and experts are in one graph, as a layer calls them."""
 
     def layer(x, router_weight, gate_up_weight, down_weight):
         routing = moe_route((x @ router_weight.T).float(), 2)

@@ -1,4 +1,4 @@
-"""Router logits and their gradients against fp64 and plain torch."""
+"""The tests compare router logits and their gradients with fp64 and plain torch."""
 
 import pytest
 import torch

@@ -1,6 +1,6 @@
-"""AdamW on bf16 parameters (scalars on the device) and on fp32 ones (scalars from the host).
+"""AdamW compiles for bf16 parameters (scalars on the device) and fp32 ones (from the host).
 
-Beside bf16 a whole master, or its remainder (scalars from the host, as the trainer has them).
+Beside bf16 stands a whole master, or its remainder (scalars from the host, as in the trainer).
 """
 
 import triton.language as tl

@@ -1,4 +1,4 @@
-"""The softmax over a row of logits, and the scaling in backward, at the options' vocabularies."""
+"""The softmax over a row and the scaling in backward compile at the options' vocabularies."""
 
 from hamner.kernels.cross_entropy import (
     CONFIGS,

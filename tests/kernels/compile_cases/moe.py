@@ -1,4 +1,4 @@
-"""Mixture-of-experts kernels at option c's shape, routing also at its limits."""
+"""Mixture-of-experts kernels compile at option c's shape, routing also at its limits."""
 
 import triton
 

@@ -528,18 +528,7 @@ def global_grad_norm_reference(grads: Sequence[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def adamw_reference_(
-    param: Tensor | Sequence[Tensor],
-    master: Tensor | Sequence[Tensor],
-    grad: Tensor | Sequence[Tensor],
-    exp_avg: Tensor | Sequence[Tensor],
-    exp_avg_sq: Tensor | Sequence[Tensor],
-    *,
-    lr: float | Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    step: int | Tensor,
-    clip_coef: Tensor,
+    param, master, grad, exp_avg, exp_avg_sq, *, lr, betas, eps, weight_decay, step, clip_coef
 ) -> None:
     """It is `adamw_` in plain torch, in the dtype of master; of a split one in float32."""
     beta1, beta2 = betas

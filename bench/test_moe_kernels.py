@@ -20,6 +20,7 @@ from torch.nn.functional import silu
 from bench import scale
 from bench.record import record
 from hamner.kernels.grouped_matmul import (
+    Pairs,
     launch_gate_up,
     launch_grouped_matmul,
     launch_swiglu_grad,
@@ -172,15 +173,10 @@ def in_direction(direction: str, forward: Callable, inputs: tuple[Tensor, ...]) 
 
 def activations(problem: Problem, routing: Routing) -> tuple[Tensor, Tensor]:
     """The stages read beside the problem hidden (M, I) and d_gate_up (M, 2I)."""
-    pairs = {"order": routing.order, "offsets": routing.offsets}
-    gate_up, hidden = launch_gate_up(
-        problem.x,
-        routing_weights=routing.weights,
-        gate_up_weight=problem.gate_up_weight,
-        **pairs,
-    )
+    pairs = Pairs(routing.order, routing.offsets, K)
+    gate_up, hidden = launch_gate_up(problem.x, routing.weights, pairs, problem.gate_up_weight)
     d_hidden = launch_grouped_matmul(
-        problem.d_out, weight=problem.down_weight, top_k=K, gather=True, transposed=False, **pairs
+        problem.d_out, problem.down_weight, pairs, gather=True, transposed=False
     )
     d_gate_up, _ = launch_swiglu_grad(
         gate_up, d_hidden, routing.weights, routing.order, recompute=False
@@ -217,10 +213,10 @@ def stages_of(problem: Problem) -> dict[str, tuple[Callable, Callable, Callable,
     gate_up_weight, down_weight = problem.gate_up_weight, problem.down_weight
     x, d_out = problem.x, problem.d_out
     hidden, d_gate_up = activations(problem, routing)
-    pairs = {"order": routing.order, "offsets": routing.offsets}
-    gate_up = functools.partial(launch_gate_up, routing_weights=routing.weights, **pairs)
-    matmul = functools.partial(launch_grouped_matmul, top_k=K, **pairs)
-    weight_grad = functools.partial(launch_weight_grad, top_k=K, **pairs)
+    pairs = Pairs(routing.order, routing.offsets, K)
+    gate_up = functools.partial(launch_gate_up, routing_weights=routing.weights, pairs=pairs)
+    matmul = functools.partial(launch_grouped_matmul, pairs=pairs)
+    weight_grad = functools.partial(launch_weight_grad, pairs=pairs)
     loop = functools.partial(loop_over_experts, routing)
     loop_weight_grad = functools.partial(loop_over_weight_grads, routing)
 

@@ -132,61 +132,29 @@ class MoeProblem:
 
 def moe_gate_up(m):
     p = MoeProblem()
-    weights = p.routing.weights.detach()
-    return lambda: m.launch_gate_up(
-        p.x,
-        routing_weights=weights,
-        order=p.order,
-        offsets=p.offsets,
-        gate_up_weight=p.gate_up_weight,
-    )
+    weights, pairs = p.routing.weights.detach(), m.Pairs(p.order, p.offsets, TOP_K)
+    return lambda: m.launch_gate_up(p.x, weights, pairs, p.gate_up_weight)
 
 
 def moe_matmul(m):
     p = MoeProblem()
+    pairs = m.Pairs(p.order, p.offsets, TOP_K)
 
     def run():
-        m.launch_grouped_matmul(
-            p.hidden,
-            weight=p.down_weight,
-            order=p.order,
-            offsets=p.offsets,
-            top_k=TOP_K,
-            gather=False,
-            transposed=True,
-        )
-        m.launch_grouped_matmul(
-            p.x,
-            weight=p.down_weight,
-            order=p.order,
-            offsets=p.offsets,
-            top_k=TOP_K,
-            gather=True,
-            transposed=False,
-        )
-        m.launch_grouped_matmul(
-            p.gate_up,
-            weight=p.gate_up_weight,
-            order=p.order,
-            offsets=p.offsets,
-            top_k=TOP_K,
-            gather=False,
-            transposed=False,
-        )
+        m.launch_grouped_matmul(p.hidden, p.down_weight, pairs, gather=False, transposed=True)
+        m.launch_grouped_matmul(p.x, p.down_weight, pairs, gather=True, transposed=False)
+        m.launch_grouped_matmul(p.gate_up, p.gate_up_weight, pairs, gather=False, transposed=False)
 
     return run
 
 
 def moe_weight_grad(m):
     p = MoeProblem()
+    pairs = m.Pairs(p.order, p.offsets, TOP_K)
 
     def run():
-        m.launch_weight_grad(
-            p.x, inputs=p.hidden, order=p.order, offsets=p.offsets, top_k=TOP_K, gather_d_out=True
-        )
-        m.launch_weight_grad(
-            p.gate_up, inputs=p.x, order=p.order, offsets=p.offsets, top_k=TOP_K, gather_d_out=False
-        )
+        m.launch_weight_grad(p.x, p.hidden, pairs, gather_d_out=True)
+        m.launch_weight_grad(p.gate_up, p.x, pairs, gather_d_out=False)
 
     return run
 

@@ -1,4 +1,4 @@
-"""AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) on mixed-precision parameters, one pass.
+"""AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) updates parameters in one pass.
 
     g = clip_coef * grad
     exp_avg    += (1 - beta1) * (g - exp_avg)
@@ -7,10 +7,10 @@
     master -= lr / (1 - beta1^step) * exp_avg / (sqrt(exp_avg_sq / (1 - beta2^step)) + eps)
     param = master, rounded
 
-Fused: gradient clipping, both moments, the fp32 master's update and its half-precision copy.
-Everything is in place, and one launch updates all parameters of a kind. A clip_coef that is not
-finite leaves all of it unchanged: the decision to skip a bad step is taken on the GPU, so nothing
-waits for it.
+Fused, in mixed precision: gradient clipping, both moments, the fp32 master's update and its
+half-precision copy. Everything is in place, and one launch updates all parameters of a kind. A
+clip_coef that is not finite leaves all of it unchanged: the decision to skip a bad step is taken on
+the GPU, so nothing waits for it.
 
 A bf16 param is the upper half of its master's bits, up to rounding, so of the master only the
 int16 remainder needs to be stored beside it (`split_master`; the param remainders of NVIDIA Apex's
@@ -27,6 +27,7 @@ in a table, and the number of their chunk of it in a list.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -47,7 +48,7 @@ from hamner.kernels.launch import capability
 
 
 class Config(NamedTuple):
-    """Elements a program updates, how many of them at a time, and its warps."""
+    """A program updates `chunk` elements, `block` of them at a time, with its warps."""
 
     chunk: int
     block: int
@@ -60,12 +61,7 @@ CONFIGS = {
     "8.0": Config(4096, 1024, 4),
     "9.0": Config(2048, 2048, 8),
 }
-TRITON_DTYPES = {
-    torch.float32: tl.float32,
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-    torch.int16: tl.int16,
-}
+STATE = ("param", "master", "grad", "exp_avg", "exp_avg_sq")
 ALIGNMENT = 16
 """bytes of an address, and elements of a tensor, that let every access be as wide as possible"""
 # Of the norm: 32 elements a thread, so that 321M parameters make 39,000 partial sums.
@@ -83,7 +79,7 @@ def table_entry(
     DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """Pointer to the first element of a tensor."""
+    """The pointer is that of a tensor's first element."""
     pointer = tl.load(addresses_ptr + column * num_tensors + tensor).to(tl.pointer_type(DTYPE))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
@@ -97,7 +93,7 @@ def table_chunk(
     CHUNK: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """Tensor of this program, the first element of its chunk, and the tensor's size."""
+    """A program has a tensor, the first element of its chunk, and the tensor's size."""
     program = tl.program_id(0)
     tensor = tl.load(chunks_ptr + 2 * program)
     start = tl.load(chunks_ptr + 2 * program + 1).to(tl.int64) * CHUNK
@@ -109,19 +105,15 @@ def table_chunk(
 
 @triton.jit
 def bias_correction(step, log_beta):
-    """Compute 1 - beta^step = -expm1(step * log(beta)), to fp32 rounding.
+    """The correction is 1 - beta^step = -expm1(step * log(beta)), to fp32 rounding.
 
     Near 0, where the subtraction would cancel, by expm1's series, which is exact to fp32 after
     eight terms when its argument is within 0.5.
     """
     z = step * log_beta
-    series = 1.0 + z / 8.0
-    series = 1.0 + z / 7.0 * series
-    series = 1.0 + z / 6.0 * series
-    series = 1.0 + z / 5.0 * series
-    series = 1.0 + z / 4.0 * series
-    series = 1.0 + z / 3.0 * series
-    series = 1.0 + z / 2.0 * series
+    series = 1.0
+    for n in tl.static_range(8, 1, -1):
+        series = 1.0 + z / n * series
     return -tl.where(z > -0.5, z * series, tl.exp(z) - 1.0)
 
 
@@ -144,7 +136,7 @@ def adamw_kernel(
     weight_decay,
     MASTER: tl.constexpr,  # fp32, or int16: the remainder beside param
     GRAD: tl.constexpr,  # any dtype
-    PARAM: tl.constexpr,  # of the half precision copy of master, beside a remainder int16; or None
+    PARAM: tl.constexpr,  # of the copy of master, or of what its remainder is beside; or None
     ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -156,7 +148,8 @@ def adamw_kernel(
     exp_avg_ptr = table_entry(addresses_ptr, 2, tensor, num_tensors, tl.float32, ALIGNED)
     exp_avg_sq_ptr = table_entry(addresses_ptr, 3, tensor, num_tensors, tl.float32, ALIGNED)
     if PARAM is not None:
-        param_ptr = table_entry(addresses_ptr, 4, tensor, num_tensors, PARAM, ALIGNED)
+        stored: tl.constexpr = tl.int16 if IS_SPLIT else PARAM
+        param_ptr = table_entry(addresses_ptr, 4, tensor, num_tensors, stored, ALIGNED)
 
     clip_coef = tl.load(clip_coef_ptr).to(tl.float32)
     # Nothing is read or written when clip_coef is not finite; NaN compares as not less.
@@ -221,20 +214,16 @@ def sum_squares_kernel(
 
 
 class TensorTable(NamedTuple):
-    """What a kernel needs to find its operands, on their device."""
+    """A kernel finds its operands by this table on their device."""
 
-    addresses: Tensor
-    """(columns, tensors) int64"""
-    numels: Tensor
-    """(tensors,) int64"""
-    chunks: Tensor
-    """(programs, 2) int32: a tensor, and the number of a chunk of it"""
-    is_aligned: bool
-    """whether ALIGNMENT divides all addresses and sizes"""
+    addresses: Tensor  # (columns, tensors) int64
+    numels: Tensor  # (tensors,) int64
+    chunks: Tensor  # (programs, 2) int32: a tensor, and the number of a chunk of it
+    is_aligned: bool  # whether ALIGNMENT divides all addresses and sizes
 
 
 def tensor_table(columns: Sequence[Sequence[Tensor]], chunk_size: int) -> TensorTable:
-    """The table of tensors that are worked on together: columns[0][i], columns[1][i] and so on.
+    """The table is of tensors worked on together: columns[0][i], columns[1][i] and so on.
 
     Nothing waits for the GPU, and a table that was asked for before is not built again: the first
     time must not be while a CUDA graph is recorded.
@@ -244,30 +233,24 @@ def tensor_table(columns: Sequence[Sequence[Tensor]], chunk_size: int) -> Tensor
             device.
         chunk_size: elements a program works on.
     """
-    first = columns[0]
-    numels = tuple(tensor.numel() for tensor in first)
+    device = columns[0][0].device
+    numels = tuple(tensor.numel() for tensor in columns[0])
     addresses = tuple(tuple(tensor.data_ptr() for tensor in column) for column in columns)
-    device = first[0].device
-    is_aligned = all(n % ALIGNMENT == 0 for n in numels) and all(
-        address % ALIGNMENT == 0 for column in addresses for address in column
-    )
+    is_aligned = math.gcd(*numels, *itertools.chain(*addresses)) % ALIGNMENT == 0
+    chunks = _chunks(numels, chunk_size, device)
     return TensorTable(
-        _on_device(addresses, device),
-        _on_device(numels, device),
-        _chunks(numels, chunk_size, device),
-        is_aligned,
+        _on_device(addresses, device), _on_device(numels, device), chunks, is_aligned
     )
 
 
 @functools.lru_cache(maxsize=32)
 def _on_device(values: tuple, device: torch.device) -> Tensor:
-    """Integers as an int64 tensor."""
     return _copied(torch.tensor(values, dtype=torch.int64), device)
 
 
 @functools.lru_cache(maxsize=32)
 def _chunks(numels: tuple[int, ...], chunk_size: int, device: torch.device) -> Tensor:
-    """See `TensorTable.chunks`: tensor by tensor, the chunks of each in their order."""
+    """The chunks of `TensorTable` come tensor by tensor, those of each in their order."""
     counts = torch.tensor([triton.cdiv(numel, chunk_size) for numel in numels])
     tensor = torch.repeat_interleave(torch.arange(len(numels)), counts)
     first = (counts.cumsum(0) - counts)[tensor]
@@ -276,24 +259,11 @@ def _chunks(numels: tuple[int, ...], chunk_size: int, device: torch.device) -> T
 
 
 def _copied(values: Tensor, device: torch.device) -> Tensor:
-    if device.type != "cuda":
-        return values.to(device)
     # From pageable memory the copy would wait for the GPU.
-    return values.pin_memory().to(device, non_blocking=True)
+    values = values.pin_memory() if device.type == "cuda" else values
+    return values.to(device, non_blocking=True)
 
 
-# Defined by hand: custom_op's handling of mutated arguments costs the host ten times as much as
-# this does.
-torch.library.define(
-    "hamner::adamw_",
-    "(Tensor(a!)[] params, Tensor(b!)[] masters, Tensor[] grads, Tensor(c!)[] exp_avgs,"
-    " Tensor(d!)[] exp_avg_sqs, Tensor clip_coef, Tensor? lr_tensor, float lr,"
-    " Tensor? step_tensor, float step, float beta1, float beta2, float eps, float weight_decay)"
-    " -> ()",
-)
-
-
-@torch.library.impl("hamner::adamw_", "default")
 def _launch_adamw(
     params: list[Tensor],  # empty where they are the masters
     masters: list[Tensor],
@@ -314,23 +284,25 @@ def _launch_adamw(
     config = CONFIGS[capability(clip_coef.device)]
     columns = [masters, grads, exp_avgs, exp_avg_sqs, *([params] if params else [])]
     table = tensor_table(columns, config.chunk)
-    if not len(table.chunks):
-        return
-    master = masters[0].dtype
-    param = params[0].dtype if params else None
-    if master == torch.int16:
-        param = master
     with torch.cuda.device_of(clip_coef):
         adamw_kernel[(len(table.chunks),)](
             table.addresses, table.numels, table.chunks, len(masters), clip_coef,
             lr_tensor, lr, step_tensor, step,
             # On the host in fp64: 1 - 0.999 in fp32 is already off by 1e-5.
             1.0 - beta1, _log(beta1), 1.0 - beta2, _log(beta2), eps, weight_decay,
-            MASTER=TRITON_DTYPES[master], GRAD=TRITON_DTYPES[grads[0].dtype],
-            PARAM=None if param is None else TRITON_DTYPES[param],
+            MASTER=_element_type(masters), GRAD=_element_type(grads), PARAM=_element_type(params),
             ALIGNED=table.is_aligned, CHUNK=config.chunk, BLOCK=config.block,
             num_warps=config.warps,
         )  # fmt: skip
+
+
+# Defined by hand: custom_op's handling of mutated arguments costs the host ten times as much as
+# this does.
+ADAMW_SCHEMA = torch.library.infer_schema(
+    _launch_adamw, mutates_args=("params", "masters", "exp_avgs", "exp_avg_sqs")
+)
+torch.library.define("hamner::adamw_", ADAMW_SCHEMA)
+torch.library.impl("hamner::adamw_", "default", _launch_adamw)
 
 
 @torch.library.register_fake("hamner::adamw_")
@@ -338,12 +310,16 @@ def _(params, masters, grads, exp_avgs, exp_avg_sqs, clip_coef, *scalars):
     return None
 
 
+def _element_type(tensors: list[Tensor]) -> tl.dtype | None:
+    return getattr(tl, str(tensors[0].dtype).removeprefix("torch.")) if tensors else None
+
+
 def _log(beta: float) -> float:
     return math.log(beta) if beta > 0.0 else -math.inf
 
 
 def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
-    """Split fp32 weights into bf16 weights and the int16 remainder that restores them.
+    """The function splits fp32 weights into bf16 ones and the int16 remainder that restores them.
 
     The bits of master are (bits of param << 16) + remainder, so param is master rounded to nearest.
     `Tensor.to(torch.bfloat16)` differs in exact ties alone, which it rounds to even and this away
@@ -367,15 +343,13 @@ def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def join_master(param: Tensor, remainder: Tensor) -> Tensor:
-    """The float32 weights that `split_master` split.
+    """The function restores the float32 weights that `split_master` split.
 
     Raises:
         TypeError: param is not bfloat16 or remainder not int16.
     """
-    if (param.dtype, remainder.dtype) != (torch.bfloat16, torch.int16):
-        raise TypeError(
-            f"param is {param.dtype}, remainder {remainder.dtype}; they must be bfloat16 and int16"
-        )
+    check_dtype("param", param, (torch.bfloat16,))
+    check_dtype("remainder", remainder, (torch.int16,))
     bits = (param.detach().view(torch.int16).to(torch.int32) << 16) + remainder
     return bits.view(torch.float32)
 
@@ -395,7 +369,7 @@ def adamw_(
     step: int | Tensor,
     clip_coef: Tensor,
 ) -> None:
-    """Take one AdamW step in place, as `torch.optim.AdamW` does, on parameters or shards of them.
+    """The op takes one step in place, as `torch.optim.AdamW` does, on parameters or shards of them.
 
     The first five are tensors, or sequences of equally many: parameters of one kind (the same
     dtypes) and of the same scalars, updated by one launch.
@@ -417,19 +391,19 @@ def adamw_(
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
     """
-    states = _parameters((param, master, grad, exp_avg, exp_avg_sq))
-    for state in states:
+    columns = _columns((param, master, grad, exp_avg, exp_avg_sq))
+    params, masters, grads, exp_avgs, exp_avg_sqs = columns
+    for state in zip(*columns, strict=True):
         _check_parameter(state, clip_coef)
-        if [x.dtype for x in state] != [x.dtype for x in states[0]]:
+        if [x.dtype for x in state] != [column[0].dtype for column in columns]:
             raise TypeError("parameters updated together must have the same dtypes")
     _check_scalars(betas, lr, step, clip_coef)
-    if not states:
+    if not params:
         return
     lr_is_tensor, step_is_tensor = isinstance(lr, Tensor), isinstance(step, Tensor)
-    params, masters, grads, exp_avgs, exp_avg_sqs = map(list, zip(*states, strict=True))
     beta1, beta2 = betas
     torch.ops.hamner.adamw_(
-        [] if all(state.param is state.master for state in states) else params,
+        [] if all(x is y for x, y in zip(params, masters, strict=True)) else params,
         masters=masters, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs,
         clip_coef=clip_coef,
         lr_tensor=lr if lr_is_tensor else None, lr=0.0 if lr_is_tensor else lr,
@@ -454,25 +428,18 @@ def _check_scalars(
             )
 
 
-class _Parameter(NamedTuple):
-    param: Tensor
-    master: Tensor
-    grad: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-
-
-def _parameters(columns: Sequence[Tensor | Sequence[Tensor]]) -> list[_Parameter]:
-    listed = [[column] if isinstance(column, Tensor) else column for column in columns]
+def _columns(columns: Sequence[Tensor | Sequence[Tensor]]) -> list[list[Tensor]]:
+    """The columns are of equally many tensors, or an error names them."""
+    listed = [[column] if isinstance(column, Tensor) else list(column) for column in columns]
     if len({len(column) for column in listed}) > 1:
         raise ValueError(
             f"got {[len(column) for column in listed]} tensors; there must be equally many of "
-            "param, master, grad, exp_avg and exp_avg_sq"
+            f"{', '.join(STATE[:-1])} and {STATE[-1]}"
         )
-    return [_Parameter(*state) for state in zip(*listed, strict=True)]
+    return listed
 
 
-def _check_parameter(state: _Parameter, clip_coef: Tensor) -> None:
+def _check_parameter(state: Sequence[Tensor], clip_coef: Tensor) -> None:
     param, master, grad, exp_avg, exp_avg_sq = state
     if master.dtype == torch.int16 and param.dtype != torch.bfloat16:
         raise TypeError(f"param is {param.dtype}; beside an int16 master it must be bfloat16")
@@ -481,7 +448,7 @@ def _check_parameter(state: _Parameter, clip_coef: Tensor) -> None:
     check_dtype("exp_avg_sq", exp_avg_sq, (torch.float32,))
     check_dtype("param", param)
     check_dtype("grad", grad)
-    for name, tensor in zip(state._fields, state, strict=True):
+    for name, tensor in zip(STATE, state, strict=True):
         check_shape(name, tensor.shape, master.shape)
         check_same_device(name, tensor, "clip_coef", clip_coef)
         check_contiguous(name, tensor)
@@ -489,22 +456,18 @@ def _check_parameter(state: _Parameter, clip_coef: Tensor) -> None:
 
 @torch.library.custom_op("hamner::global_grad_norm", mutates_args=())
 def _global_grad_norm_op(grads: list[Tensor]) -> Tensor:
-    grads = [grad.contiguous() for grad in grads]
-    tables = {
-        dtype: tensor_table([[grad for grad in grads if grad.dtype == dtype]], NORM_BLOCK)
-        for dtype in SUPPORTED_DTYPES
-        if any(grad.dtype == dtype for grad in grads)
-    }
-    counts = [len(table.chunks) for table in tables.values()]
+    by_dtype = ([grad for grad in grads if grad.dtype == dtype] for dtype in SUPPORTED_DTYPES)
+    kinds = [[grad.contiguous() for grad in kind] for kind in by_dtype if kind]
+    tables = [tensor_table([kind], NORM_BLOCK) for kind in kinds]
+    counts = [len(table.chunks) for table in tables]
     partials = grads[0].new_empty(sum(counts), dtype=torch.float32)
     with torch.cuda.device_of(partials):
-        for (dtype, table), part in zip(tables.items(), partials.split(counts), strict=True):
-            if len(part):
-                sum_squares_kernel[(len(part),)](
-                    table.addresses, table.numels, table.chunks, part, len(table.numels),
-                    DTYPE=TRITON_DTYPES[dtype], ALIGNED=table.is_aligned,
-                    BLOCK=NORM_BLOCK, num_warps=NORM_WARPS,
-                )  # fmt: skip
+        for kind, table, part in zip(kinds, tables, partials.split(counts), strict=True):
+            sum_squares_kernel[(len(part),)](
+                table.addresses, table.numels, table.chunks, part, len(table.numels),
+                DTYPE=_element_type(kind), ALIGNED=table.is_aligned,
+                BLOCK=NORM_BLOCK, num_warps=NORM_WARPS,
+            )  # fmt: skip
     return partials.sum().sqrt()
 
 
@@ -514,7 +477,7 @@ def _(grads):
 
 
 def global_grad_norm(grads: Sequence[Tensor]) -> Tensor:
-    """The 2-norm of all gradients together, without waiting for the GPU.
+    """The op gives the 2-norm of all gradients together, without waiting for the GPU.
 
     One launch for each dtype, whose partial sums are added in a fixed order: torch's multi-tensor
     norm leaves its fast path when half-precision gradients are to be summed in fp32.
@@ -541,7 +504,7 @@ def _check_grads(grads: Sequence[Tensor]) -> None:
 
 
 def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
-    """What to multiply gradients of this norm by so that it is at most max_norm.
+    """Gradients of this norm, multiplied by the coefficient, have a norm of at most max_norm.
 
     Args:
         norm: () float32, from `global_grad_norm`.
@@ -549,14 +512,14 @@ def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
 
     Returns:
         () float32: min(1, max_norm / (norm + 1e-6)), as `torch.nn.utils.clip_grad_norm_`, but NaN
-        for a norm that is not finite, which tells `adamw_` to skip the step.
+        for a norm that is not finite, at which `adamw_` skips the step.
     """
     coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     return torch.where(norm.isfinite(), coefficient, torch.nan)
 
 
 def global_grad_norm_reference(grads: Sequence[Tensor]) -> Tensor:
-    """`global_grad_norm` in plain torch."""
+    """It is `global_grad_norm` in plain torch."""
     _check_grads(grads)
     # `dtype`, or the norms of bf16 gradients would be rounded to bf16 before they are combined.
     norms = torch._foreach_norm(list(grads), 2, dtype=torch.float32)
@@ -565,50 +528,31 @@ def global_grad_norm_reference(grads: Sequence[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def adamw_reference_(
-    param: Tensor | Sequence[Tensor],
-    master: Tensor | Sequence[Tensor],
-    grad: Tensor | Sequence[Tensor],
-    exp_avg: Tensor | Sequence[Tensor],
-    exp_avg_sq: Tensor | Sequence[Tensor],
-    **scalars,
+    param, master, grad, exp_avg, exp_avg_sq, *, lr, betas, eps, weight_decay, step, clip_coef
 ) -> None:
-    """`adamw_` in plain torch, in the dtype of master; of a split one in float32."""
-    for state in _parameters((param, master, grad, exp_avg, exp_avg_sq)):
-        _adamw_reference_(*state, **scalars)
-
-
-def _adamw_reference_(
-    param: Tensor,
-    master: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    *,
-    lr: float | Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    step: int | Tensor,
-    clip_coef: Tensor,
-) -> None:
-    is_split = master.dtype == torch.int16
-    weight = join_master(param, master) if is_split else master
+    """It is `adamw_` in plain torch, in the dtype of master; of a split one in float32."""
     beta1, beta2 = betas
-    step = torch.as_tensor(step, dtype=torch.float64, device=weight.device)
-    correction1 = (1.0 - beta1**step).to(weight.dtype)
-    correction2 = (1.0 - beta2**step).to(weight.dtype)
-    grad = grad.to(weight.dtype) * clip_coef
-    new_exp_avg = exp_avg.lerp(grad, 1.0 - beta1)
-    new_exp_avg_sq = exp_avg_sq.lerp(grad.square(), 1.0 - beta2)
-    denominator = new_exp_avg_sq.sqrt() / correction2.sqrt() + eps
-    weight = weight - lr * weight_decay * weight
-    weight = weight - lr / correction1 * (new_exp_avg / denominator)
-    new_param, new_master = split_master(weight) if is_split else (weight.to(param.dtype), weight)
-    is_finite = clip_coef.isfinite()
-    for state, new_state in (
-        (exp_avg, new_exp_avg),
-        (exp_avg_sq, new_exp_avg_sq),
-        (master, new_master),
-        (param, new_param),
-    ):
-        state.copy_(torch.where(is_finite, new_state, state))
+    states = zip(*_columns((param, master, grad, exp_avg, exp_avg_sq)), strict=True)
+    for param, master, grad, exp_avg, exp_avg_sq in states:
+        is_split = master.dtype == torch.int16
+        weight = join_master(param, master) if is_split else master
+        step = torch.as_tensor(step, dtype=torch.float64, device=weight.device)
+        correction1 = (1.0 - beta1**step).to(weight.dtype)
+        correction2 = (1.0 - beta2**step).to(weight.dtype)
+        grad = grad.to(weight.dtype) * clip_coef
+        new_exp_avg = exp_avg.lerp(grad, 1.0 - beta1)
+        new_exp_avg_sq = exp_avg_sq.lerp(grad.square(), 1.0 - beta2)
+        denominator = new_exp_avg_sq.sqrt() / correction2.sqrt() + eps
+        weight = weight - lr * weight_decay * weight
+        weight = weight - lr / correction1 * (new_exp_avg / denominator)
+        new_param, new_master = weight.to(param.dtype), weight
+        if is_split:
+            new_param, new_master = split_master(weight)
+        is_finite = clip_coef.isfinite()
+        for state, new_state in (
+            (exp_avg, new_exp_avg),
+            (exp_avg_sq, new_exp_avg_sq),
+            (master, new_master),
+            (param, new_param),
+        ):
+            state.copy_(torch.where(is_finite, new_state, state))

@@ -1,4 +1,4 @@
-"""The output projection and the cross-entropy after it, without the logits of the whole batch.
+"""The output projection and the cross-entropy need not hold the logits of the whole batch.
 
     logits = hidden @ weight^T
     loss = mean over kept rows of  logsumexp(logits) - logits[target] + z_loss * logsumexp(logits)^2
@@ -53,21 +53,20 @@ CHUNK_MULTIPLE = 128  # keeps the matmuls' tiles full
 
 
 class Config(NamedTuple):
-    """Elements of a row of logits, and of a gradient to scale, a program handles at once."""
+    """A program handles `block_v` elements of a row of logits at once."""
 
     block_v: int
     warps: int
-    scale_block: int
-    scale_warps: int
 
 
 # A row is read twice. 9.0 as measured on an H100: more elements a thread leave fewer rows in
 # flight, which stay in L2 until they are read again. The others by reasoning: 16 elements a thread.
 CONFIGS = {
-    "8.6": Config(4096, 8, 2048, 4),
-    "8.0": Config(4096, 8, 2048, 4),
-    "9.0": Config(16384, 8, 2048, 4),
+    "8.6": Config(4096, 8),
+    "8.0": Config(4096, 8),
+    "9.0": Config(16384, 8),
 }
+SCALE_BLOCK, SCALE_WARPS = 2048, 4
 
 
 @triton.jit
@@ -154,7 +153,7 @@ def launch_cross_entropy_(
     *,
     write_gradient: bool,
 ) -> None:
-    """Write the losses of rows of logits; on request turn the logits into their gradient."""
+    """The launcher writes the losses of rows; on request the logits become their gradient."""
     num_rows, vocabulary = logits.shape
     config = CONFIGS[capability(logits.device)]
     with torch.cuda.device_of(logits):
@@ -167,28 +166,24 @@ def launch_cross_entropy_(
 
 
 def launch_scale(x: Tensor, d_loss: Tensor, num_kept: Tensor, dtype: torch.dtype) -> Tensor:
-    """Compute x * d_loss / num_kept in a new tensor of this dtype."""
+    """The launcher gives x * d_loss / num_kept in a new tensor of this dtype."""
     out = torch.empty_like(x, dtype=dtype)
-    if x.numel() == 0:
-        return out
-    config = CONFIGS[capability(x.device)]
     with torch.cuda.device_of(x):
-        scale_kernel[(triton.cdiv(x.numel(), config.scale_block),)](
-            x, out, d_loss, num_kept, x.numel(),
-            BLOCK=config.scale_block, num_warps=config.scale_warps,
-        )  # fmt: skip
+        scale_kernel[(triton.cdiv(x.numel(), SCALE_BLOCK),)](
+            x, out, d_loss, num_kept, x.numel(), BLOCK=SCALE_BLOCK, num_warps=SCALE_WARPS
+        )
     return out
 
 
 def default_chunk_size(num_tokens: int, vocabulary: int, element_size: int) -> int:
-    """Tokens a chunk: equal chunks, each with at most 0.35 GiB of logits (at least 128 tokens)."""
-    most = LOGITS_BYTES // (vocabulary * element_size) // CHUNK_MULTIPLE * CHUNK_MULTIPLE
-    num_chunks = triton.cdiv(num_tokens, max(most, CHUNK_MULTIPLE))
+    """The chunks are equal, each with at most 0.35 GiB of logits (at least 128 tokens)."""
+    limit = LOGITS_BYTES // (vocabulary * element_size) // CHUNK_MULTIPLE * CHUNK_MULTIPLE
+    num_chunks = triton.cdiv(num_tokens, max(limit, CHUNK_MULTIPLE))
     return triton.cdiv(triton.cdiv(num_tokens, max(num_chunks, 1)), CHUNK_MULTIPLE) * CHUNK_MULTIPLE
 
 
 def _add_matmul_(accumulator: Tensor, a: Tensor, b: Tensor, *, is_first: bool) -> None:
-    """Add a @ b to an fp32 accumulator without rounding the product to the dtype of a and b.
+    """An fp32 accumulator takes a @ b without rounding the product to the dtype of a and b.
 
     The first product is written over what is there, which need not be zeroed and read then.
     """
@@ -290,7 +285,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     chunk_size: int | None = None,
 ) -> Tensor:
-    """Mean cross-entropy of hidden @ weight^T over the kept targets.
+    """The loss is the mean cross-entropy of hidden @ weight^T over the kept targets.
 
     Without gradients to form (under `torch.no_grad`, or when nothing requires one) none are.
     Nothing waits for the GPU.
@@ -340,7 +335,7 @@ def linear_cross_entropy_reference(
     ignore_index: int = -100,
     z_loss: float = 0.0,
 ) -> Tensor:
-    """`linear_cross_entropy` in plain torch, with the logits whole.
+    """It is `linear_cross_entropy` in plain torch, with the logits whole.
 
     The softmax is computed in float64 for float64 input, else in float32. The loss has that dtype.
     """

@@ -1,4 +1,4 @@
-"""The experts of a mixture: a SwiGLU MLP per expert over ragged groups of tokens, dropless.
+"""The experts of a mixture are SwiGLU MLPs over ragged groups of tokens, none dropped.
 
 N tokens of width D, each sent to K of E experts of intermediate size I. The M = N * K assignments
 are pairs token * K + slot, which `moe_route` sorted by expert (`order`, `offsets`: moe_routing.py).
@@ -27,7 +27,7 @@ and rows in `offsets`, and those beyond the last tile leave.
 Floor: 6 M D I FLOPs forward and 12 M D I backward, those of a dense MLP of intermediate size K * I;
 at N 24,576, K 2, D 768, I 1536 that is 0.35 and 0.70 TFLOP, 4.9 and 9.8 ms at 71 TFLOP/s. Beside
 the matmuls' own operands these elements move: (K + 1) N D to sum the slots, forward and backward,
-and for d_gate_up 6 M I with the recomputation, 5 M I without.
+and for d_gate_up 6 M I where hidden is recomputed, 5 M I where it was kept.
 """
 
 from typing import NamedTuple
@@ -37,13 +37,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hamner.kernels.checks import SUPPORTED_DTYPES, check_same_device
+from hamner.kernels.checks import (
+    check_contiguous,
+    check_dtype,
+    check_like,
+    check_same_device,
+    check_shape,
+)
 from hamner.kernels.launch import capability
 from hamner.kernels.moe_routing import MAX_EXPERTS, Routing
 
 
+class Pairs(NamedTuple):
+    """The M pairs of a token and a slot are sorted by expert, as in `Routing`."""
+
+    order: Tensor
+    offsets: Tensor
+    top_k: int
+
+
 class MatmulConfig(NamedTuple):
-    """A program's tile, BLOCK_K of the reduced dimension at a step, its warps and stages."""
+    """A program has a tile, BLOCK_K of the reduced dimension at a step, warps and stages."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -65,17 +79,14 @@ class Config(NamedTuple):
 # weight_grad must fill 132 multiprocessors with those of 4 experts. It finds rows through `order`:
 # a step loads its indices first, so that the pipeline needs about twice the stages for as many
 # steps in flight.
+AMPERE_CONFIG = Config(
+    gate_up=MatmulConfig(128, 64, 32, 4, 4),
+    matmul=MatmulConfig(128, 128, 32, 4, 4),
+    weight_grad=MatmulConfig(128, 128, 32, 4, 7),
+)
 CONFIGS = {
-    "8.6": Config(
-        gate_up=MatmulConfig(128, 64, 32, 4, 4),
-        matmul=MatmulConfig(128, 128, 32, 4, 4),
-        weight_grad=MatmulConfig(128, 128, 32, 4, 7),
-    ),
-    "8.0": Config(
-        gate_up=MatmulConfig(128, 64, 32, 4, 4),
-        matmul=MatmulConfig(128, 128, 32, 4, 4),
-        weight_grad=MatmulConfig(128, 128, 32, 4, 7),
-    ),
+    "8.6": AMPERE_CONFIG,
+    "8.0": AMPERE_CONFIG,
     "9.0": Config(
         gate_up=MatmulConfig(128, 128, 64, 8, 4),
         matmul=MatmulConfig(128, 256, 64, 8, 4),
@@ -88,21 +99,11 @@ FLOAT32_CONFIG = Config(
     matmul=MatmulConfig(32, 64, 16, 4, 2),
     weight_grad=MatmulConfig(32, 64, 16, 4, 2),
 )
-# Row tiles that run over the same columns before moving on, so that both stay in the L2 cache.
-GROUP_M_TILES = 8
-
-
-class RowsConfig(NamedTuple):
-    """A program's tile of rows and columns, and its warps."""
-
-    BLOCK_M: int
-    BLOCK_N: int
-    num_warps: int
-
-
 # Eight elements a thread: one 16-byte load of bf16 from each input. The blocks divide 768 and 1536.
-SWIGLU_GRAD_CONFIG = RowsConfig(4, 512, 8)
-SUM_SLOTS_CONFIG = RowsConfig(4, 256, 4)
+SWIGLU_GRAD_CONFIG = {"BLOCK_M": 4, "BLOCK_N": 512, "num_warps": 8}
+SUM_SLOTS_CONFIG = {"BLOCK_M": 4, "BLOCK_N": 256, "num_warps": 4}
+# Row tiles that run over the same columns before moving on, so that both stay in the L2 cache.
+GROUP_M = tl.constexpr(8)
 
 
 def _config(x: Tensor) -> Config:
@@ -110,8 +111,9 @@ def _config(x: Tensor) -> Config:
 
 
 @triton.jit
-def _swizzle(pid, num_m, num_n, GROUP_M: tl.constexpr):
-    """Tile (m, n) of a program: GROUP_M row tiles share their column tiles before moving on."""
+def _swizzle(num_m, num_n):
+    """A program's tile is (m, n): GROUP_M row tiles share their column tiles before moving on."""
+    pid = tl.program_id(0)
     group = pid // (GROUP_M * num_n)
     first_m = group * GROUP_M
     rows = tl.minimum(num_m - first_m, GROUP_M)
@@ -124,11 +126,10 @@ def _find_rows(
     offsets_ptr,  # (E + 1,) int32
     tile,
     NUM_EXPERTS: tl.constexpr,
-    BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """A row tile's expert, its first row, and the end of the expert's rows; expert E if no such."""
-    offs_e = tl.arange(0, BLOCK_E)
+    """A row tile has an expert (E if there is no such tile), a first row, and its expert's end."""
+    offs_e = tl.arange(0, triton.next_power_of_2(NUM_EXPERTS))
     mask_e = offs_e < NUM_EXPERTS
     start = tl.load(offsets_ptr + offs_e, mask=mask_e, other=0)
     end = tl.load(offsets_ptr + 1 + offs_e, mask=mask_e, other=0)
@@ -159,7 +160,7 @@ def _swiglu(gate, up):
     return gate * tl.sigmoid(gate) * up
 
 
-@triton.jit(do_not_specialize=["num_m_tiles"])
+@triton.jit
 def gate_up_kernel(
     x_ptr,  # (N, D)
     routing_weights_ptr,  # (N, K) fp32
@@ -169,20 +170,17 @@ def gate_up_kernel(
     gate_up_ptr,  # (M, 2I)
     hidden_ptr,  # (M, I)
     stride_x,
-    num_m_tiles,
     NUM_EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
     WIDTH: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
-    BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
 ):
-    num_n_tiles: tl.constexpr = (INTERMEDIATE + BLOCK_N - 1) // BLOCK_N
-    m_tile, n_tile = _swizzle(tl.program_id(0), num_m_tiles, num_n_tiles, GROUP_M)
-    expert, row, row_end = _find_rows(offsets_ptr, m_tile, NUM_EXPERTS, BLOCK_E, BLOCK_M)
+    num_n_tiles: tl.constexpr = triton.cdiv(INTERMEDIATE, BLOCK_N)
+    m_tile, n_tile = _swizzle(tl.num_programs(0) // num_n_tiles, num_n_tiles)
+    expert, row, row_end = _find_rows(offsets_ptr, m_tile, NUM_EXPERTS, BLOCK_M)
     if expert >= NUM_EXPERTS:
         return
 
@@ -218,36 +216,33 @@ def gate_up_kernel(
     tl.store(gate_up_ptrs, gate, mask=mask)
     tl.store(gate_up_ptrs + INTERMEDIATE, up, mask=mask)
 
-    # From the rounded gate and up, so that backward's recomputation gives the same bits.
+    # From the rounded gate and up, so that recomputing it in backward gives the same bits.
     routing_weights = tl.load(routing_weights_ptr + pairs, mask=mask_m, other=0.0)
     hidden = _swiglu(gate.to(tl.float32), up.to(tl.float32)) * routing_weights[:, None]
     hidden_ptrs = hidden_ptr + rows[:, None] * INTERMEDIATE + offs_n[None, :]
     tl.store(hidden_ptrs, hidden.to(hidden_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_m_tiles"])
+@triton.jit
 def grouped_matmul_kernel(
     a_ptr,  # GATHER: (N, NUM_INNER), row of token; else (M, NUM_INNER), sorted by expert
     weight_ptr,  # (E, NUM_COLS, NUM_INNER) if TRANSPOSED else (E, NUM_INNER, NUM_COLS)
     order_ptr,  # (M,) int32
     offsets_ptr,  # (E + 1,) int32
     out_ptr,  # (M, NUM_COLS). GATHER: sorted by expert; else row of pair
-    num_m_tiles,
     NUM_EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
     NUM_COLS: tl.constexpr,
     NUM_INNER: tl.constexpr,
     GATHER: tl.constexpr,
     TRANSPOSED: tl.constexpr,
-    BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
 ):
-    num_n_tiles: tl.constexpr = (NUM_COLS + BLOCK_N - 1) // BLOCK_N
-    m_tile, n_tile = _swizzle(tl.program_id(0), num_m_tiles, num_n_tiles, GROUP_M)
-    expert, row, row_end = _find_rows(offsets_ptr, m_tile, NUM_EXPERTS, BLOCK_E, BLOCK_M)
+    num_n_tiles: tl.constexpr = triton.cdiv(NUM_COLS, BLOCK_N)
+    m_tile, n_tile = _swizzle(tl.num_programs(0) // num_n_tiles, num_n_tiles)
+    expert, row, row_end = _find_rows(offsets_ptr, m_tile, NUM_EXPERTS, BLOCK_M)
     if expert >= NUM_EXPERTS:
         return
 
@@ -298,12 +293,9 @@ def weight_grad_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
 ):
-    num_m_tiles: tl.constexpr = (NUM_OUT + BLOCK_M - 1) // BLOCK_M
-    num_n_tiles: tl.constexpr = (NUM_IN + BLOCK_N - 1) // BLOCK_N
     expert = tl.program_id(1).to(tl.int64)
-    m_tile, n_tile = _swizzle(tl.program_id(0), num_m_tiles, num_n_tiles, GROUP_M)
+    m_tile, n_tile = _swizzle(triton.cdiv(NUM_OUT, BLOCK_M), triton.cdiv(NUM_IN, BLOCK_N))
     start = tl.load(offsets_ptr + expert)
     end = tl.load(offsets_ptr + expert + 1)
 
@@ -406,115 +398,61 @@ def sum_slots_kernel(
     tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def _num_row_tiles(num_rows: int, num_experts: int, block_m: int) -> int:
-    """The most row tiles that groups of `num_rows` rows in all can make."""
-    return triton.cdiv(num_rows, block_m) + num_experts - 1
+def _grid(num_rows: int, num_experts: int, num_cols: int, config: MatmulConfig) -> tuple[int]:
+    """The grid has as many row tiles as groups of `num_rows` rows in all can make."""
+    num_m_tiles = triton.cdiv(num_rows, config.BLOCK_M) + num_experts - 1
+    return (num_m_tiles * triton.cdiv(num_cols, config.BLOCK_N),)
 
 
 def launch_gate_up(
-    x: Tensor, routing_weights: Tensor, order: Tensor, offsets: Tensor, gate_up_weight: Tensor
+    x: Tensor, routing_weights: Tensor, pairs: Pairs, gate_up_weight: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Multiply by the gate and up weights, and apply SwiGLU and the routing weights.
-
-    Args:
-        x: (N, D).
-        routing_weights: (N, K) fp32.
-        order: (M,) int32.
-        offsets: (E + 1,) int32.
-        gate_up_weight: (E, 2I, D).
-
-    Returns:
-        (gate_up (M, 2I), hidden (M, I)), sorted by expert.
-    """
+    """The launcher gives (gate_up, hidden) of `gate_up_kernel`, whose header has the shapes."""
     num_experts, double_intermediate, width = gate_up_weight.shape
-    intermediate = double_intermediate // 2
-    gate_up = x.new_empty((order.numel(), double_intermediate))
-    hidden = x.new_empty((order.numel(), intermediate))
+    num_rows, intermediate = pairs.order.numel(), double_intermediate // 2
+    gate_up = x.new_empty((num_rows, double_intermediate))
+    hidden = x.new_empty((num_rows, intermediate))
     config = _config(x).gate_up
-    num_m_tiles = _num_row_tiles(order.numel(), num_experts, config.BLOCK_M)
     with torch.cuda.device_of(x):
-        gate_up_kernel[(num_m_tiles * triton.cdiv(intermediate, config.BLOCK_N),)](
-            x, routing_weights, order, offsets, gate_up_weight, gate_up, hidden,
-            x.stride(0), num_m_tiles,
-            NUM_EXPERTS=num_experts, TOP_K=routing_weights.shape[1],
-            WIDTH=width, INTERMEDIATE=intermediate,
-            BLOCK_E=triton.next_power_of_2(num_experts), GROUP_M=GROUP_M_TILES, **config._asdict(),
+        gate_up_kernel[_grid(num_rows, num_experts, intermediate, config)](
+            x, routing_weights, pairs.order, pairs.offsets, gate_up_weight, gate_up, hidden,
+            x.stride(0), NUM_EXPERTS=num_experts, TOP_K=pairs.top_k,
+            WIDTH=width, INTERMEDIATE=intermediate, **config._asdict(),
         )  # fmt: skip
     return gate_up, hidden
 
 
 def launch_grouped_matmul(
-    a: Tensor,
-    weight: Tensor,
-    order: Tensor,
-    offsets: Tensor,
-    top_k: int,
-    *,
-    gather: bool,
-    transposed: bool,
+    a: Tensor, weight: Tensor, pairs: Pairs, *, gather: bool, transposed: bool
 ) -> Tensor:
-    """Multiply each row by its expert's weight.
-
-    Args:
-        a: (N, inner), a row a token, if `gather`; else (M, inner), sorted by expert.
-        weight: (E, columns, inner) if `transposed`, else (E, inner, columns).
-        order: (M,) int32.
-        offsets: (E + 1,) int32.
-        top_k: K, experts per token.
-        gather: read rows by token and write them sorted by expert. Otherwise read them sorted by
-            expert and write them by pair.
-        transposed: how `weight` lies.
-
-    Returns:
-        (M, columns).
-    """
-    num_experts = weight.shape[0]
+    """The launcher gives `out` of `grouped_matmul_kernel`, whose header has the shapes."""
+    num_rows, num_experts = pairs.order.numel(), weight.shape[0]
     num_cols, num_inner = weight.shape[1:] if transposed else weight.mT.shape[1:]
-    out = a.new_empty((order.numel(), num_cols))
+    out = a.new_empty((num_rows, num_cols))
     config = _config(a).matmul
-    num_m_tiles = _num_row_tiles(order.numel(), num_experts, config.BLOCK_M)
     with torch.cuda.device_of(a):
-        grouped_matmul_kernel[(num_m_tiles * triton.cdiv(num_cols, config.BLOCK_N),)](
-            a, weight, order, offsets, out, num_m_tiles,
-            NUM_EXPERTS=num_experts, TOP_K=top_k, NUM_COLS=num_cols, NUM_INNER=num_inner,
-            GATHER=gather, TRANSPOSED=transposed,
-            BLOCK_E=triton.next_power_of_2(num_experts), GROUP_M=GROUP_M_TILES, **config._asdict(),
+        grouped_matmul_kernel[_grid(num_rows, num_experts, num_cols, config)](
+            a, weight, pairs.order, pairs.offsets, out,
+            NUM_EXPERTS=num_experts, TOP_K=pairs.top_k, NUM_COLS=num_cols, NUM_INNER=num_inner,
+            GATHER=gather, TRANSPOSED=transposed, **config._asdict(),
         )  # fmt: skip
     return out
 
 
 def launch_weight_grad(
-    d_out: Tensor,
-    inputs: Tensor,
-    order: Tensor,
-    offsets: Tensor,
-    top_k: int,
-    *,
-    gather_d_out: bool,
+    d_out: Tensor, inputs: Tensor, pairs: Pairs, *, gather_d_out: bool
 ) -> Tensor:
-    """Sum d_out^T inputs over each expert's rows; zeros for an expert without rows.
-
-    Args:
-        d_out: (N, columns), a row a token, if `gather_d_out`; else (M, columns), sorted by expert.
-        inputs: the other way round: (M, inner), or (N, inner).
-        order: (M,) int32.
-        offsets: (E + 1,) int32.
-        top_k: K, experts per token.
-        gather_d_out: which of the two has a row a token.
-
-    Returns:
-        (E, columns, inner).
-    """
-    num_experts = offsets.numel() - 1
+    """The launcher gives `d_weight` of `weight_grad_kernel`; zeros for an expert without rows."""
+    num_experts = pairs.offsets.numel() - 1
     num_out, num_in = d_out.shape[1], inputs.shape[1]
     d_weight = inputs.new_empty((num_experts, num_out, num_in))
     config = _config(inputs).weight_grad
     num_tiles = triton.cdiv(num_out, config.BLOCK_M) * triton.cdiv(num_in, config.BLOCK_N)
     with torch.cuda.device_of(inputs):
         weight_grad_kernel[(num_tiles, num_experts)](
-            d_out.contiguous(), inputs, order, offsets, d_weight, inputs.stride(0),
-            TOP_K=top_k, NUM_OUT=num_out, NUM_IN=num_in, GATHER_D_OUT=gather_d_out,
-            GROUP_M=GROUP_M_TILES, **config._asdict(),
+            d_out.contiguous(), inputs, pairs.order, pairs.offsets, d_weight, inputs.stride(0),
+            TOP_K=pairs.top_k, NUM_OUT=num_out, NUM_IN=num_in, GATHER_D_OUT=gather_d_out,
+            **config._asdict(),
         )  # fmt: skip
     return d_weight
 
@@ -522,40 +460,27 @@ def launch_weight_grad(
 def launch_swiglu_grad(
     gate_up: Tensor, d_hidden: Tensor, routing_weights: Tensor, order: Tensor, *, recompute: bool
 ) -> tuple[Tensor, Tensor]:
-    """Differentiate the weighted SwiGLU.
-
-    Args:
-        gate_up: (M, 2I), sorted by expert.
-        d_hidden: (M, I), sorted by expert; overwritten with hidden if `recompute`.
-        routing_weights: (N, K) fp32.
-        order: (M,) int32.
-        recompute: whether to write hidden again.
-
-    Returns:
-        (d_gate_up (M, 2I), d_routing_weights (N, K)).
-    """
+    """The launcher gives (d_gate_up, d_routing_weights) of `swiglu_grad_kernel`."""
     num_rows, intermediate = d_hidden.shape
     d_gate_up = torch.empty_like(gate_up)
     d_routing_weights = torch.empty_like(routing_weights)
-    config = SWIGLU_GRAD_CONFIG
     with torch.cuda.device_of(gate_up):
-        swiglu_grad_kernel[(triton.cdiv(num_rows, config.BLOCK_M),)](
+        swiglu_grad_kernel[(triton.cdiv(num_rows, SWIGLU_GRAD_CONFIG["BLOCK_M"]),)](
             gate_up, d_hidden, routing_weights, order, d_gate_up, d_routing_weights, num_rows,
-            INTERMEDIATE=intermediate, RECOMPUTE=recompute, **config._asdict(),
+            INTERMEDIATE=intermediate, RECOMPUTE=recompute, **SWIGLU_GRAD_CONFIG,
         )  # fmt: skip
     return d_gate_up, d_routing_weights
 
 
 def launch_sum_slots(slots: Tensor, top_k: int) -> Tensor:
-    """Add up the K rows of each token: (N * K, D), by pair, to (N, D)."""
+    """The launcher adds up the K rows of each token: (N * K, D), by pair, to (N, D)."""
     num_tokens, width = slots.shape[0] // top_k, slots.shape[1]
     out = slots.new_empty((num_tokens, width))
-    config = SUM_SLOTS_CONFIG
-    grid = (triton.cdiv(num_tokens, config.BLOCK_M), triton.cdiv(width, config.BLOCK_N))
+    block_m, block_n = SUM_SLOTS_CONFIG["BLOCK_M"], SUM_SLOTS_CONFIG["BLOCK_N"]
     with torch.cuda.device_of(slots):
-        sum_slots_kernel[grid](
-            slots, out, num_tokens, TOP_K=top_k, WIDTH=width, **config._asdict()
-        )  # fmt: skip
+        sum_slots_kernel[(triton.cdiv(num_tokens, block_m), triton.cdiv(width, block_n))](
+            slots, out, num_tokens, TOP_K=top_k, WIDTH=width, **SUM_SLOTS_CONFIG
+        )
     return out
 
 
@@ -569,30 +494,18 @@ def _moe_mlp(
     down_weight: Tensor,
     recompute: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, and what backward keeps: gate_up, and hidden unless it is recomputed (then empty)."""
-    top_k = routing_weights.shape[1]
-    if x.shape[0] == 0:
-        return torch.empty_like(x), *_empty_kept(x, top_k, gate_up_weight, recompute)
-    rows = {"order": order, "offsets": offsets}
-    gate_up, hidden = launch_gate_up(x, routing_weights, **rows, gate_up_weight=gate_up_weight)
-    slots = launch_grouped_matmul(
-        hidden, down_weight, **rows, top_k=top_k, gather=False, transposed=True
-    )
-    return launch_sum_slots(slots, top_k), gate_up, x.new_empty((0,)) if recompute else hidden
-
-
-def _empty_kept(
-    x: Tensor, top_k: int, gate_up_weight: Tensor, recompute: bool
-) -> tuple[Tensor, Tensor]:
-    num_rows, double_intermediate = x.shape[0] * top_k, gate_up_weight.shape[1]
-    hidden_shape = (0,) if recompute else (num_rows, double_intermediate // 2)
-    return x.new_empty((num_rows, double_intermediate)), x.new_empty(hidden_shape)
+    """The op gives out, and for backward gate_up and hidden, which is empty if recomputed."""
+    pairs = Pairs(order, offsets, top_k=routing_weights.shape[1])
+    gate_up, hidden = launch_gate_up(x, routing_weights, pairs, gate_up_weight)
+    slots = launch_grouped_matmul(hidden, down_weight, pairs, gather=False, transposed=True)
+    return launch_sum_slots(slots, pairs.top_k), gate_up, x.new_empty(0) if recompute else hidden
 
 
 @_moe_mlp.register_fake
 def _(x, routing_weights, order, offsets, gate_up_weight, down_weight, recompute):
-    kept = _empty_kept(x, routing_weights.shape[1], gate_up_weight, recompute)
-    return x.new_empty(x.shape), *kept
+    num_rows, intermediate = order.shape[0], down_weight.shape[2]
+    hidden = x.new_empty(0 if recompute else (num_rows, intermediate))
+    return x.new_empty(x.shape), x.new_empty((num_rows, 2 * intermediate)), hidden
 
 
 @torch.library.custom_op("hamner::moe_mlp_backward", mutates_args=())
@@ -608,39 +521,28 @@ def _moe_mlp_backward(
     down_weight: Tensor,
     recompute: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, the routing weights, gate_up_weight and down_weight."""
-    if x.shape[0] == 0:
-        return (
-            x.new_empty(x.shape),
-            torch.empty_like(routing_weights),
-            torch.zeros_like(gate_up_weight),
-            torch.zeros_like(down_weight),
-        )
-    top_k = routing_weights.shape[1]
+    """The op gives gradients of x, the routing weights, gate_up_weight and down_weight."""
     d_out = d_out.contiguous()
-    rows = {"order": order, "offsets": offsets, "top_k": top_k}
-    d_hidden = launch_grouped_matmul(d_out, down_weight, **rows, gather=True, transposed=False)
+    pairs = Pairs(order, offsets, top_k=routing_weights.shape[1])
+    d_hidden = launch_grouped_matmul(d_out, down_weight, pairs, gather=True, transposed=False)
     d_gate_up, d_routing_weights = launch_swiglu_grad(
         gate_up, d_hidden, routing_weights, order, recompute=recompute
     )
     if recompute:
         hidden = d_hidden
-    d_down_weight = launch_weight_grad(d_out, hidden, **rows, gather_d_out=True)
-    d_gate_up_weight = launch_weight_grad(d_gate_up, x, **rows, gather_d_out=False)
+    d_down_weight = launch_weight_grad(d_out, hidden, pairs, gather_d_out=True)
+    d_gate_up_weight = launch_weight_grad(d_gate_up, x, pairs, gather_d_out=False)
     d_slots = launch_grouped_matmul(
-        d_gate_up, gate_up_weight, **rows, gather=False, transposed=False
+        d_gate_up, gate_up_weight, pairs, gather=False, transposed=False
     )
-    return launch_sum_slots(d_slots, top_k), d_routing_weights, d_gate_up_weight, d_down_weight
+    d_x = launch_sum_slots(d_slots, pairs.top_k)
+    return d_x, d_routing_weights, d_gate_up_weight, d_down_weight
 
 
 @_moe_mlp_backward.register_fake
-def _(d_out, x, routing_weights, order, offsets, gate_up, hidden, gate_up_weight, down_weight, _):
-    return (
-        x.new_empty(x.shape),
-        torch.empty_like(routing_weights),
-        torch.empty_like(gate_up_weight),
-        torch.empty_like(down_weight),
-    )
+def _(d_out, x, routing_weights, order, offsets, gate_up, hidden, *weights_and_recompute):
+    inputs = (x, routing_weights, *weights_and_recompute[:2])
+    return tuple(tensor.new_empty(tensor.shape) for tensor in inputs)
 
 
 def _setup_context(ctx, inputs, output):
@@ -657,13 +559,8 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, d_out, _d_gate_up, _d_hidden):
     if d_out is None:
         return (None,) * 7
-    x, routing_weights, order, offsets, gate_up, hidden, gate_up_weight, down_weight = (
-        ctx.saved_tensors
-    )
-    d_x, d_routing_weights, d_gate_up_weight, d_down_weight = _moe_mlp_backward(
-        d_out, x, routing_weights, order=order, offsets=offsets, gate_up=gate_up, hidden=hidden,
-        gate_up_weight=gate_up_weight, down_weight=down_weight, recompute=ctx.recompute,
-    )  # fmt: skip
+    gradients = _moe_mlp_backward(d_out, *ctx.saved_tensors, ctx.recompute)
+    d_x, d_routing_weights, d_gate_up_weight, d_down_weight = gradients
     return d_x, d_routing_weights, None, None, d_gate_up_weight, d_down_weight, None
 
 
@@ -671,45 +568,23 @@ _moe_mlp.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _check(x: Tensor, routing: Routing, gate_up_weight: Tensor, down_weight: Tensor) -> None:
-    if x.ndim != 2:
-        raise ValueError(f"x must be (N, D), got a shape of {tuple(x.shape)}")
+    check_shape("x", x.shape, ("N", "D"))
     num_tokens, width = x.shape
-    if gate_up_weight.ndim != 3 or gate_up_weight.shape[1] % 2 or gate_up_weight.shape[2] != width:
-        raise ValueError(
-            f"gate_up_weight must be (E, 2I, {width}), got {tuple(gate_up_weight.shape)}"
-        )
+    check_shape("gate_up_weight", gate_up_weight.shape, ("E", "2I", width))
     num_experts, double_intermediate, _ = gate_up_weight.shape
-    if num_experts > MAX_EXPERTS:
+    if double_intermediate % 2 or num_experts > MAX_EXPERTS:
         raise ValueError(
-            f"gate_up_weight must have at most {MAX_EXPERTS} experts, got {num_experts}"
+            f"gate_up_weight has shape {tuple(gate_up_weight.shape)}; it must be (E, 2I, {width}), "
+            f"E at most {MAX_EXPERTS}"
         )
-    down_shape = (num_experts, width, double_intermediate // 2)
-    if down_weight.shape != down_shape:
-        raise ValueError(f"down_weight must be {down_shape}, got {tuple(down_weight.shape)}")
-    if routing.weights.ndim != 2 or routing.weights.shape[0] != num_tokens:
-        raise ValueError(
-            f"routing.weights must be ({num_tokens}, K), got {tuple(routing.weights.shape)}"
-        )
-    if routing.order.shape != (routing.weights.numel(),):
-        raise ValueError(
-            f"routing.order must be ({routing.weights.numel()},), got {tuple(routing.order.shape)}"
-        )
-    if routing.offsets.shape != (num_experts + 1,):
-        raise ValueError(
-            f"routing.offsets must be ({num_experts + 1},) for {num_experts} experts, "
-            f"got {tuple(routing.offsets.shape)}"
-        )
-    for name, tensor in (
-        ("routing.weights", routing.weights),
-        ("routing.order", routing.order),
-        ("routing.offsets", routing.offsets),
-        ("gate_up_weight", gate_up_weight),
-        ("down_weight", down_weight),
-    ):
-        check_same_device(name, tensor, "x", x)
-    for name, weight in (("gate_up_weight", gate_up_weight), ("down_weight", down_weight)):
-        if weight.dtype != x.dtype:
-            raise TypeError(f"{name} must be {x.dtype} like x, got {weight.dtype}")
+    check_shape("down_weight", down_weight.shape, (num_experts, width, double_intermediate // 2))
+    check_shape("routing.weights", routing.weights.shape, (num_tokens, "K"))
+    check_shape("routing.order", routing.order.shape, (routing.weights.numel(),))
+    check_shape("routing.offsets", routing.offsets.shape, (num_experts + 1,))
+    for name in ("weights", "order", "offsets"):
+        check_same_device(f"routing.{name}", getattr(routing, name), "x", x)
+    check_like("gate_up_weight", gate_up_weight, "x", x)
+    check_like("down_weight", down_weight, "x", x)
 
 
 def moe_mlp(
@@ -720,7 +595,7 @@ def moe_mlp(
     *,
     recompute: bool = True,
 ) -> Tensor:
-    """Run each token through its experts' SwiGLU MLPs and add up what they say, by weight.
+    """Each token goes through its experts' SwiGLU MLPs, and their outputs are added by weight.
 
     `out[n] = sum_k weights[n, k] * down[e] @ (silu(gate[e] @ x[n]) * (up[e] @ x[n]))`, where `e` is
     `experts[n, k]`. No token is dropped. Differentiable in x, both weights and `routing.weights`.
@@ -730,7 +605,7 @@ def moe_mlp(
         routing: from `moe_route` for the same N tokens and E experts.
         gate_up_weight: (E, 2I, D), contiguous, gate first; dtype of x.
         down_weight: (E, D, I), contiguous; dtype of x.
-        recompute: keep gate_up (N * K, 2I) for backward and recompute the SwiGLU's output from it
+        recompute: keep gate_up (N * K, 2I) for backward and recompute the SwiGLU's output from it,
             in the pass that differentiates it; False keeps that output (N * K, I) too. Same bits.
 
     Returns:
@@ -741,34 +616,22 @@ def moe_mlp(
         ValueError: a shape, stride or device that is not supported.
     """
     _check(x, routing, gate_up_weight, down_weight)
-    if x.dtype not in SUPPORTED_DTYPES:
-        raise TypeError(f"x must be float32, bfloat16 or float16, got {x.dtype}")
-    if routing.weights.dtype != torch.float32:
-        raise TypeError(f"routing.weights must be float32, got {routing.weights.dtype}")
-    for name, index in (("routing.order", routing.order), ("routing.offsets", routing.offsets)):
-        if index.dtype != torch.int32:
-            raise TypeError(f"{name} must be int32, got {index.dtype}")
-    for name, weight in (("gate_up_weight", gate_up_weight), ("down_weight", down_weight)):
-        if not weight.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got strides {weight.stride()}")
+    check_dtype("x", x)
+    check_dtype("routing.weights", routing.weights, (torch.float32,))
+    check_dtype("routing.order", routing.order, (torch.int32,))
+    check_dtype("routing.offsets", routing.offsets, (torch.int32,))
+    check_contiguous("gate_up_weight", gate_up_weight)
+    check_contiguous("down_weight", down_weight)
     if x.stride(1) != 1:
         x = x.contiguous()
-    out, _, _ = _moe_mlp(
-        x,
-        routing_weights=routing.weights.contiguous(),
-        order=routing.order,
-        offsets=routing.offsets,
-        gate_up_weight=gate_up_weight,
-        down_weight=down_weight,
-        recompute=recompute,
-    )
-    return out
+    routed = (routing.weights.contiguous(), routing.order, routing.offsets)
+    return _moe_mlp(x, *routed, gate_up_weight, down_weight, recompute=recompute)[0]
 
 
 def moe_mlp_reference(
     x: Tensor, routing: Routing, gate_up_weight: Tensor, down_weight: Tensor
 ) -> Tensor:
-    """`moe_mlp` in plain torch, a loop over experts, on any device; also fp64.
+    """It is `moe_mlp` in plain torch, a loop over experts, on any device; also fp64.
 
     Reads `routing.weights` and `routing.experts`. The host waits for each group's size.
     """

@@ -1,4 +1,4 @@
-"""The capability of a device says which row of an op's launch table it uses.
+"""Launches share the choice of an op's table row by device, and the sum of partial sums.
 
 Every op keeps a small table ``{"8.6": ..., "8.0": ..., "9.0": ...}``; tuning is a command, never a
 surprise at step one. Rows must fit the smallest card that uses them:
@@ -9,8 +9,14 @@ surprise at step one. Rows must fit the smallest card that uses them:
 """
 
 import torch
+import triton
+import triton.language as tl
+from torch import Tensor
 
 CAPABILITIES = ("8.6", "8.0", "9.0")
+# Of sum_partials: narrow columns of all rows at once. What costs is the latency of a load, so there
+# should be one after the other as seldom as possible (profiles/LOG.md: 6 us, where 64 x 32 took 9).
+BLOCK_P, BLOCK_D, NUM_WARPS = tl.constexpr(256), tl.constexpr(8), 16
 
 
 def capability(device: torch.device) -> str:
@@ -24,3 +30,43 @@ def capability(device: torch.device) -> str:
     if major in (9, 10):
         return "9.0"
     return "8.6" if (major, minor) in ((8, 6), (8, 7)) else "8.0"
+
+
+@triton.jit
+def sum_partials_kernel(
+    partial_ptr,  # (P, D) fp32
+    out_ptr,  # (D,) fp32 or input dtype
+    P,
+    D: tl.constexpr,
+):
+    offs_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    total = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
+    for start in range(0, P, BLOCK_P):
+        offs_p = start + tl.arange(0, BLOCK_P)
+        offs = offs_p.to(tl.int64)[:, None] * D + offs_d[None, :]
+        mask = (offs_p < P)[:, None] & mask_d[None, :]
+        total += tl.load(partial_ptr + offs, mask=mask, other=0.0)
+    out = tl.sum(total, axis=0)
+    tl.store(out_ptr + offs_d, out.to(out_ptr.dtype.element_ty), mask=mask_d)
+
+
+def sum_partials(partials: Tensor, like: Tensor) -> Tensor:
+    """The function sums over the first axis, the second pass of a gradient's sum over all rows.
+
+    Each program of the backward sums its own rows and writes a row of partial sums; this adds those
+    in a fixed order. No atomics, so two runs on the same GPU give the same bits.
+
+    Args:
+        partials: (P, *shape) float32, contiguous.
+        like: of that shape, and of the result's dtype.
+
+    Returns:
+        The sum, contiguous.
+    """
+    out = torch.empty_like(like, memory_format=torch.contiguous_format)
+    with torch.cuda.device_of(partials):
+        sum_partials_kernel[(triton.cdiv(out.numel(), BLOCK_D.value),)](
+            partials, out, len(partials), D=out.numel(), num_warps=NUM_WARPS
+        )
+    return out

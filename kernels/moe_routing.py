@@ -1,4 +1,4 @@
-"""Mixture-of-experts routing: from router logits to assignments sorted by expert, on the device.
+"""Mixture-of-experts routing makes router logits assignments sorted by expert, on the device.
 
 For each of N tokens a router gives E logits; the token goes to its K best experts.
 
@@ -6,13 +6,8 @@ For each of N tokens a router gives E logits; the token goes to its K best exper
     scan      per expert: prefix sum over the blocks' counts, total of the blocks' sums
     scatter   stable counting sort of the (token, slot) pairs by expert; offsets, losses, load
 
-Index arrays, M = N * K assignments (pairs of a token and one of its K slots):
-
-    experts   (N, K)   expert of each pair, best first
-    order     (M,)     pair token * K + slot held by each row of the sorted order
-    offsets   (E + 1,) expert e owns rows offsets[e] to offsets[e + 1] of the sorted order
-
-A pair's row is its expert's offset, plus the assignments to that expert in earlier blocks, plus
+The assignments are M = N * K pairs of a token and one of its K slots; `Routing` has their arrays. A
+pair's row is its expert's offset, plus the assignments to that expert in earlier blocks, plus
 those earlier in its own block. Partial sums and a second pass, no atomics, nothing read back by the
 host: two runs give the same bits.
 
@@ -22,6 +17,7 @@ and writes N * E. A few tens of FLOPs a logit. For fp32, N 24,576, E 4, K 2 that
 under 2 microseconds at 850 GB/s: the launches (three, then one) are the cost.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -30,14 +26,13 @@ import triton.language as tl
 from torch import Tensor
 
 from hamner.kernels.checks import check_dtype, check_same_device, check_shape
-from hamner.kernels.launch import capability
 
 MAX_EXPERTS = 64
 MAX_EXPERTS_PER_TOKEN = 8
 
 
 class Routing(NamedTuple):
-    """Where each token goes, and what the router is to be judged by.
+    """A routing says where each token goes, and what the router is to be judged by.
 
     N tokens, K experts per token, E experts, M = N * K assignments. `weights` and the two losses
     carry gradients to the router logits; the rest does not.
@@ -53,45 +48,42 @@ class Routing(NamedTuple):
     load: Tensor  # (E,) fp32: fraction of the assignments each expert got; sums to 1
 
 
-class Config(NamedTuple):
-    """Logits a program holds at once, tokens it takes at most, and its warps."""
-
-    tile: int
-    max_tokens: int
-    num_warps: int
-
-
+# Logits a program holds at once, tokens it takes at most, and its warps; one row for every card.
 # Chosen by reasoning, not yet measured: few tokens a program, so that a batch of 16K fills every
 # multiprocessor, and few values a thread, because each top-k step keeps several tiles live.
-CONFIGS = {
-    "8.6": Config(2048, 64, 4),
-    "8.0": Config(2048, 64, 4),
-    "9.0": Config(2048, 64, 4),
-}
-SCAN_BLOCK = 1024
-SCAN_WARPS = 4
+TILE, MAX_TOKENS, NUM_WARPS = 2048, 64, 4
+SCAN_BLOCK, SCAN_WARPS = 1024, 4
 
 
-def block_shape(config: Config, num_experts: int) -> tuple[int, int]:
-    """Tokens and (padded) experts of a program's tile."""
+def block_shape(num_experts: int) -> dict[str, int]:
+    """A program's tile has this many tokens and (padded) experts."""
     block_e = triton.next_power_of_2(num_experts)
-    return min(config.max_tokens, config.tile // block_e), block_e
+    return {"BLOCK_N": min(MAX_TOKENS, TILE // block_e), "BLOCK_E": block_e}
+
+
+@triton.jit
+def _tile(num_tokens, NUM_EXPERTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr):
+    """A program has a block of tokens and all experts; the masks are of those that there are."""
+    block = tl.program_id(0).to(tl.int64)
+    offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_e = tl.arange(0, BLOCK_E)
+    return block, offs_n, offs_e, offs_n < num_tokens, offs_e < NUM_EXPERTS
 
 
 @triton.jit
 def _load_logits(
     logits_ptr,  # (N, E)
     offs_n,  # (BLOCK_N,) int64
-    num_tokens,
+    offs_e,  # (BLOCK_E,)
+    mask_n,
+    mask_e,
     NUM_EXPERTS: tl.constexpr,
-    BLOCK_E: tl.constexpr,
 ):
-    """Logits as fp32 (-inf beyond expert E), their log-softmax, and each row's log-sum-exp."""
-    offs_e = tl.arange(0, BLOCK_E)
-    mask = (offs_n < num_tokens)[:, None] & (offs_e < NUM_EXPERTS)[None, :]
+    """The logits come as fp32 (-inf beyond expert E), with log-softmax and each row's logsumexp."""
+    mask = mask_n[:, None] & mask_e[None, :]
     ptrs = logits_ptr + offs_n[:, None] * NUM_EXPERTS + offs_e[None, :]
     logits = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
-    logits = tl.where((offs_e < NUM_EXPERTS)[None, :], logits, float("-inf"))
+    logits = tl.where(mask_e[None, :], logits, float("-inf"))
     row_max = tl.max(logits, axis=1)
     shifted = logits - row_max[:, None]
     log_sum = tl.log(tl.sum(tl.exp(shifted), axis=1))
@@ -115,15 +107,11 @@ def route_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    block = tl.program_id(0).to(tl.int64)
+    block, offs_n, offs_e, mask_n, mask_e = _tile(num_tokens, NUM_EXPERTS, BLOCK_N, BLOCK_E)
     num_blocks = tl.num_programs(0)
-    offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_e = tl.arange(0, BLOCK_E)
     offs_k = tl.arange(0, BLOCK_K)
-    mask_n = offs_n < num_tokens
-    mask_e = offs_e < NUM_EXPERTS
 
-    logits, log_probs, lse = _load_logits(logits_ptr, offs_n, num_tokens, NUM_EXPERTS, BLOCK_E)
+    logits, log_probs, lse = _load_logits(logits_ptr, offs_n, offs_e, mask_n, mask_e, NUM_EXPERTS)
     probs = tl.exp(log_probs)
 
     if bias_ptr is not None:
@@ -223,12 +211,8 @@ def scatter_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    block = tl.program_id(0).to(tl.int64)
+    block, offs_n, offs_e, mask_n, mask_e = _tile(num_tokens, NUM_EXPERTS, BLOCK_N, BLOCK_E)
     num_blocks = tl.num_programs(0)
-    offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_e = tl.arange(0, BLOCK_E)
-    mask_n = offs_n < num_tokens
-    mask_e = offs_e < NUM_EXPERTS
 
     totals = tl.load(totals_ptr + offs_e, mask=mask_e, other=0)
     offsets = tl.cumsum(totals, axis=0) - totals
@@ -276,14 +260,10 @@ def route_backward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    block = tl.program_id(0).to(tl.int64)
-    offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_e = tl.arange(0, BLOCK_E)
-    mask_n = offs_n < num_tokens
-    mask_e = offs_e < NUM_EXPERTS
+    _, offs_n, offs_e, mask_n, mask_e = _tile(num_tokens, NUM_EXPERTS, BLOCK_N, BLOCK_E)
     n = num_tokens.to(tl.float32)
 
-    _, log_probs, lse = _load_logits(logits_ptr, offs_n, num_tokens, NUM_EXPERTS, BLOCK_E)
+    _, log_probs, lse = _load_logits(logits_ptr, offs_n, offs_e, mask_n, mask_e, NUM_EXPERTS)
     probs = tl.exp(log_probs)
 
     chosen = tl.zeros((BLOCK_N, BLOCK_E), tl.int32)
@@ -319,17 +299,17 @@ def route_backward_kernel(
 
 def _empty_routing(router_logits: Tensor, num_experts_per_token: int) -> Routing:
     num_tokens, num_experts = router_logits.shape
-    floats = {"dtype": torch.float32, "device": router_logits.device}
-    ints = {"dtype": torch.int32, "device": router_logits.device}
+    floats = functools.partial(router_logits.new_empty, dtype=torch.float32)
+    ints = functools.partial(router_logits.new_empty, dtype=torch.int32)
     return Routing(
-        weights=torch.empty((num_tokens, num_experts_per_token), **floats),
-        experts=torch.empty((num_tokens, num_experts_per_token), **ints),
-        order=torch.empty(num_tokens * num_experts_per_token, **ints),
-        offsets=torch.empty(num_experts + 1, **ints),
-        load_balancing_loss=torch.empty((), **floats),
-        z_loss=torch.empty((), **floats),
-        entropy=torch.empty((), **floats),
-        load=torch.empty(num_experts, **floats),
+        weights=floats((num_tokens, num_experts_per_token)),
+        experts=ints((num_tokens, num_experts_per_token)),
+        order=ints(num_tokens * num_experts_per_token),
+        offsets=ints(num_experts + 1),
+        load_balancing_loss=floats(()),
+        z_loss=floats(()),
+        entropy=floats(()),
+        load=floats(num_experts),
     )
 
 
@@ -341,31 +321,26 @@ def _moe_route(
     routing = _empty_routing(router_logits, num_experts_per_token)
     if num_tokens == 0:
         return tuple(tensor.zero_() for tensor in routing)
-    config = CONFIGS[capability(router_logits.device)]
-    block_n, block_e = block_shape(config, num_experts)
-    num_blocks = triton.cdiv(num_tokens, block_n)
-    ints = {"dtype": torch.int32, "device": router_logits.device}
-    floats = {"dtype": torch.float32, "device": router_logits.device}
-    counts = torch.empty((num_experts, num_blocks), **ints)
-    totals = torch.empty(num_experts, **ints)
-    partials = torch.empty((num_experts + 2, num_blocks), **floats)
-    sums = torch.empty(num_experts + 2, **floats)
+    blocks = block_shape(num_experts)
+    num_blocks = triton.cdiv(num_tokens, blocks["BLOCK_N"])
+    counts = routing.experts.new_empty((num_experts, num_blocks))
+    totals = routing.experts.new_empty(num_experts)
+    partials = routing.weights.new_empty((num_experts + 2, num_blocks))
+    sums = routing.weights.new_empty(num_experts + 2)
+    shape = {"NUM_EXPERTS": num_experts, "TOP_K": num_experts_per_token, **blocks}
     with torch.cuda.device_of(router_logits):
         route_kernel[(num_blocks,)](
             router_logits, bias, routing.weights, routing.experts, counts, partials, num_tokens,
-            NUM_EXPERTS=num_experts, TOP_K=num_experts_per_token, RENORMALIZE=renormalize,
-            BLOCK_N=block_n, BLOCK_E=block_e, BLOCK_K=triton.next_power_of_2(num_experts_per_token),
-            num_warps=config.num_warps,
+            RENORMALIZE=renormalize, BLOCK_K=triton.next_power_of_2(num_experts_per_token),
+            **shape, num_warps=NUM_WARPS,
         )  # fmt: skip
         scan_kernel[(num_experts + 2,)](
             counts, partials, totals, sums, num_blocks,
             NUM_EXPERTS=num_experts, BLOCK=SCAN_BLOCK, num_warps=SCAN_WARPS,
         )  # fmt: skip
         scatter_kernel[(num_blocks,)](
-            routing.experts, counts, totals, sums, routing.order, routing.offsets,
-            routing.load_balancing_loss, routing.z_loss, routing.entropy, routing.load, num_tokens,
-            NUM_EXPERTS=num_experts, TOP_K=num_experts_per_token,
-            BLOCK_N=block_n, BLOCK_E=block_e, num_warps=config.num_warps,
+            routing.experts, counts, totals, sums, *routing[2:], num_tokens,
+            **shape, num_warps=NUM_WARPS,
         )  # fmt: skip
     return tuple(routing)
 
@@ -387,16 +362,12 @@ def _moe_route_backward(
 ) -> Tensor:
     num_tokens, num_experts = router_logits.shape
     d_logits = torch.empty_like(router_logits)
-    if num_tokens == 0:
-        return d_logits
-    config = CONFIGS[capability(router_logits.device)]
-    block_n, block_e = block_shape(config, num_experts)
+    blocks = block_shape(num_experts)
     with torch.cuda.device_of(router_logits):
-        route_backward_kernel[(triton.cdiv(num_tokens, block_n),)](
+        route_backward_kernel[(triton.cdiv(num_tokens, blocks["BLOCK_N"]),)](
             router_logits, experts, offsets, d_weights.contiguous(),
-            d_load_balancing_loss, d_z_loss, d_logits, num_tokens,
-            NUM_EXPERTS=num_experts, TOP_K=experts.shape[1], RENORMALIZE=renormalize,
-            BLOCK_N=block_n, BLOCK_E=block_e, num_warps=config.num_warps,
+            d_load_balancing_loss, d_z_loss, d_logits, num_tokens, NUM_EXPERTS=num_experts,
+            TOP_K=experts.shape[1], RENORMALIZE=renormalize, **blocks, num_warps=NUM_WARPS,
         )  # fmt: skip
     return d_logits
 
@@ -417,19 +388,17 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, *d_routing):
-    router_logits, experts, offsets = ctx.saved_tensors
+    _, experts, _ = ctx.saved_tensors
     d_routing = Routing(*d_routing)
-    d_weights = d_routing.weights
-    if d_weights is None:
-        d_weights = torch.zeros(experts.shape, dtype=torch.float32, device=experts.device)
-    d_load_balancing_loss, d_z_loss = (
-        d_weights.new_zeros(()) if d_loss is None else d_loss
-        for d_loss in (d_routing.load_balancing_loss, d_routing.z_loss)
+    gradients = (
+        experts.new_zeros(shape, dtype=torch.float32) if gradient is None else gradient
+        for gradient, shape in (
+            (d_routing.weights, experts.shape),
+            (d_routing.load_balancing_loss, ()),
+            (d_routing.z_loss, ()),
+        )
     )
-    d_logits = _moe_route_backward(
-        router_logits, experts, offsets, d_weights,
-        d_load_balancing_loss=d_load_balancing_loss, d_z_loss=d_z_loss, renormalize=ctx.renormalize,
-    )  # fmt: skip
+    d_logits = _moe_route_backward(*ctx.saved_tensors, *gradients, ctx.renormalize)
     return d_logits, None, None, None
 
 
@@ -466,7 +435,7 @@ def moe_route(
     renormalize: bool = True,
     bias: Tensor | None = None,
 ) -> Routing:
-    """Send each token to its best experts, and sort the assignments by expert.
+    """The op sends each token to its best experts, and sorts the assignments by expert.
 
     The load-balancing loss is `E * sum_e f_e P_e` for these tokens (Switch Transformer, Fedus et
     al. 2021, eq. 4-6, with Mixtral's top-k counts): `f_e` the tokens that chose expert e over N,
@@ -503,7 +472,7 @@ def moe_route_reference(
     renormalize: bool = True,
     bias: Tensor | None = None,
 ) -> Routing:
-    """`moe_route` in plain torch, on any device; also fp64, which it computes in."""
+    """It is `moe_route` in plain torch, on any device; also fp64, which it computes in."""
     _check(router_logits, num_experts_per_token, bias)
     num_tokens, num_experts = router_logits.shape
     logits = router_logits if router_logits.dtype == torch.float64 else router_logits.float()

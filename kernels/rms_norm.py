@@ -18,7 +18,7 @@ element, never shows. For bf16, N 24,576, D 1024 that is 201 MB: 0.067 ms at 3.0
 850 GB/s.
 
 The weight's gradient sums over all rows: each of a fixed number of programs sums its own rows in
-registers, a second pass (partial_sums.py) adds those in a fixed order.
+registers, a second pass (launch.py) adds those in a fixed order.
 """
 
 from typing import NamedTuple
@@ -29,8 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hamner.kernels.checks import check_dtype, check_like, check_same_device, check_shape
-from hamner.kernels.launch import capability
-from hamner.kernels.partial_sums import sum_partials
+from hamner.kernels.launch import capability, sum_partials
 
 MAX_WIDTH = 8192  # a row is held in registers
 

@@ -1,4 +1,4 @@
-"""The router's projection of a mixture of experts, in fp32 whatever its operands are.
+"""A mixture's router projects in fp32, whatever its operands are.
 
     logits = x.float() @ weight.float()^T
 
@@ -11,7 +11,7 @@ backward as it is.
     forward     a program holds whole rows of x and takes their dot product with each expert's row
                 of the weight, which all programs share through the caches
     backward    a program holds a tile of x, and for each expert adds to its tile of d_x and writes
-                a partial sum of d_weight over its rows; a second pass (partial_sums.py) adds those
+                a partial sum of d_weight over its rows; a second pass (launch.py) adds those
                 in a fixed order
 
 Bytes that must move, e = bytes an element of x: forward reads x, N D e; backward reads x and writes
@@ -29,14 +29,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hamner.kernels.checks import check_dtype, check_like
-from hamner.kernels.launch import capability
-from hamner.kernels.partial_sums import sum_partials
+from hamner.kernels.checks import check_dtype, check_like, check_shape
+from hamner.kernels.launch import capability, sum_partials
 from hamner.kernels.rms_norm import MAX_WIDTH, tile_shape
 
 
 class Config(NamedTuple):
-    """Elements of x that a forward program holds, a backward program's tile, and their warps.
+    """A forward program holds `forward_tile` elements of x, a backward program a tile of it.
 
     Rows narrower than the forward tile share a program; a wider row takes a program with more
     warps.
@@ -123,14 +122,13 @@ def router_linear_backward_kernel(
     tl.store(d_x_ptr + offs, d_x.to(d_x_ptr.dtype.element_ty), mask=mask)
 
 
+@torch.library.custom_op("hamner::router_linear", mutates_args=())
 def launch_router_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Project x (N, D) on each row of weight (E, D): (N, E) fp32."""
+    """The launcher projects x (N, D) on each row of weight (E, D): (N, E) fp32."""
     x = x.contiguous()
     num_tokens, width = x.shape
     num_experts = len(weight)
     logits = x.new_empty(num_tokens, num_experts, dtype=torch.float32)
-    if num_tokens == 0:
-        return logits
     config = CONFIGS[capability(x.device)]
     block_m, block_d, warps = tile_shape(config.forward_tile, config.forward_warps, width)
     with torch.cuda.device_of(x):
@@ -141,25 +139,20 @@ def launch_router_linear(x: Tensor, weight: Tensor) -> Tensor:
     return logits
 
 
+@launch_router_linear.register_fake
+def _(x, weight):
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("hamner::router_linear_backward", mutates_args=())
 def launch_router_linear_backward(
     d_logits: Tensor, x: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Differentiate the projection.
-
-    Args:
-        d_logits: (N, E) fp32.
-        x: (N, D).
-        weight: (E, D), dtype of x.
-
-    Returns:
-        (d_x, d_weight), shaped as x and weight, in their dtype.
-    """
+    """The launcher gives (d_x, d_weight), shaped as x (N, D) and weight (E, D), in their dtype."""
     x = x.contiguous()
     num_tokens, width = x.shape
     num_experts = len(weight)
     d_x = torch.empty_like(x)
-    if num_tokens == 0:
-        return d_x, torch.zeros_like(weight, memory_format=torch.contiguous_format)
     config = CONFIGS[capability(x.device)]
     block_m, block_d = config.backward_block_m, config.backward_block_d
     row_blocks = triton.cdiv(num_tokens, block_m)
@@ -173,22 +166,7 @@ def launch_router_linear_backward(
     return d_x, sum_partials(partial_sums, weight)
 
 
-_router_linear_op = torch.library.custom_op(
-    "hamner::router_linear", launch_router_linear, mutates_args=()
-)
-
-
-@_router_linear_op.register_fake
-def _(x, weight):
-    return x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32)
-
-
-_router_linear_backward_op = torch.library.custom_op(
-    "hamner::router_linear_backward", launch_router_linear_backward, mutates_args=()
-)
-
-
-@_router_linear_backward_op.register_fake
+@launch_router_linear_backward.register_fake
 def _(d_logits, x, weight):
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
@@ -198,14 +176,14 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, d_logits):
-    return _router_linear_backward_op(d_logits, *ctx.saved_tensors)
+    return launch_router_linear_backward(d_logits, *ctx.saved_tensors)
 
 
-_router_linear_op.register_autograd(_backward, setup_context=_setup_context)
+launch_router_linear.register_autograd(_backward, setup_context=_setup_context)
 
 
 def router_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Router logits in fp32.
+    """The op gives the router's logits in fp32.
 
     Args:
         x: (N, D) float32, float16 or bfloat16, D up to 8192.
@@ -219,20 +197,17 @@ def router_linear(x: Tensor, weight: Tensor) -> Tensor:
     """
     check_dtype("x", x)
     check_like("weight", weight, "x", x)
-    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; they must be "
-            "(tokens, width) and (experts, width)"
-        )
+    check_shape("x", x.shape, ("tokens", "width"))
+    check_shape("weight", weight.shape, ("experts", x.shape[1]))
     if not 1 <= x.shape[1] <= MAX_WIDTH or len(weight) == 0:
         raise ValueError(
             f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; width must be 1 to "
             f"{MAX_WIDTH}, with at least one expert"
         )
-    return _router_linear_op(x, weight)
+    return launch_router_linear(x, weight)
 
 
 def router_linear_reference(x: Tensor, weight: Tensor) -> Tensor:
-    """`router_linear` in plain torch: float64 for float64 input, else float32."""
+    """It is `router_linear` in plain torch: float64 for float64 input, else float32."""
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     return torch.nn.functional.linear(x.to(compute), weight.to(compute))

@@ -1,4 +1,4 @@
-"""moe_route against its reference: choices and sort exactly, numbers by the accuracy criterion."""
+"""moe_route chooses and sorts exactly as its reference; the numbers meet the accuracy criterion."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def random_logits(num_tokens, num_experts, dtype, device, *, scale=1.0):
 
 
 def route_and_differentiate(route, logits, num_experts_per_token, **options):
-    """A routing, and the gradient of a sum of all that is differentiable in it."""
+    """The function gives a routing, and the gradient of a sum of all differentiable in it."""
     logits = logits.detach().clone().requires_grad_()
     routing = route(logits, num_experts_per_token, **options)
     generator = torch.Generator().manual_seed(1)

@@ -1,6 +1,6 @@
-"""AdamW on bf16 parameters (scalars on the device) and on fp32 ones (scalars from the host).
+"""AdamW compiles for bf16 parameters (scalars on the device) and fp32 ones (from the host).
 
-Beside bf16 a whole master, or its remainder (scalars from the host, as the trainer has them).
+Beside bf16 stands a whole master, or its remainder (scalars from the host, as in the trainer).
 """
 
 import triton.language as tl
@@ -38,7 +38,7 @@ def cases() -> list[CompileCase]:
                 "bf16, split master",
                 capability,
                 {},
-                {"MASTER": tl.int16, "GRAD": tl.bfloat16, "PARAM": tl.int16},
+                {"MASTER": tl.int16, "GRAD": tl.bfloat16, "PARAM": tl.bfloat16},
             ),
             _case(
                 "fp32", capability, {}, {"MASTER": tl.float32, "GRAD": tl.float32, "PARAM": None}

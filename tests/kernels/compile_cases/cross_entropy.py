@@ -1,6 +1,12 @@
-"""The softmax over a row of logits, and the scaling in backward, at the options' vocabularies."""
+"""The softmax over a row and the scaling in backward compile at the options' vocabularies."""
 
-from hamner.kernels.cross_entropy import CONFIGS, cross_entropy_kernel, scale_kernel
+from hamner.kernels.cross_entropy import (
+    CONFIGS,
+    SCALE_BLOCK,
+    SCALE_WARPS,
+    cross_entropy_kernel,
+    scale_kernel,
+)
 from hamner.kernels.launch import CAPABILITIES
 from tests.kernels.compile_gate import CompileCase
 
@@ -47,7 +53,6 @@ def _softmax(capability: str, vocabulary: int, write_gradient: bool) -> CompileC
 
 
 def _scale(capability: str, x_type: str) -> CompileCase:
-    config = CONFIGS[capability]
     return CompileCase(
         name=f"scale/{x_type}",
         kernel=scale_kernel,
@@ -58,8 +63,8 @@ def _scale(capability: str, x_type: str) -> CompileCase:
             "num_kept_ptr": "*i64",
             "numel": "i32",
         },
-        constexprs={"BLOCK": config.scale_block},
-        num_warps=config.scale_warps,
+        constexprs={"BLOCK": SCALE_BLOCK},
+        num_warps=SCALE_WARPS,
         num_stages=3,
         capability=capability,
         divisible_by_16=("numel",),

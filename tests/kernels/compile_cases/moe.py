@@ -1,4 +1,4 @@
-"""Mixture-of-experts kernels at option c's shape, routing also at its limits."""
+"""Mixture-of-experts kernels compile at option c's shape, routing also at its limits."""
 
 import triton
 
@@ -26,10 +26,7 @@ def cases() -> list[CompileCase]:
 def _routing(
     capability: str, experts: int, top_k: int, *, renormalize: bool, biased: bool
 ) -> list[CompileCase]:
-    config = moe_routing.CONFIGS[capability]
-    block_n, block_e = moe_routing.block_shape(config, experts)
-    shape = {"NUM_EXPERTS": experts, "TOP_K": top_k}
-    blocks = {"BLOCK_N": block_n, "BLOCK_E": block_e}
+    shape = {"NUM_EXPERTS": experts, "TOP_K": top_k, **moe_routing.block_shape(experts)}
     suffix = f"E={experts}/K={top_k}"
     launch = {"num_stages": TRITON_DEFAULT_STAGES, "capability": capability}
     return [
@@ -47,12 +44,11 @@ def _routing(
             },
             constexprs={
                 **shape,
-                **blocks,
                 **({} if biased else {"bias_ptr": None}),
                 "RENORMALIZE": renormalize,
                 "BLOCK_K": triton.next_power_of_2(top_k),
             },
-            num_warps=config.num_warps,
+            num_warps=moe_routing.NUM_WARPS,
             **launch,
         ),
         CompileCase(
@@ -85,8 +81,8 @@ def _routing(
                 "load_ptr": "*fp32",
                 "num_tokens": "i32",
             },
-            constexprs={**shape, **blocks},
-            num_warps=config.num_warps,
+            constexprs=shape,
+            num_warps=moe_routing.NUM_WARPS,
             **launch,
         ),
         CompileCase(
@@ -102,8 +98,8 @@ def _routing(
                 "d_logits_ptr": "*fp32",
                 "num_tokens": "i32",
             },
-            constexprs={**shape, **blocks, "RENORMALIZE": renormalize},
-            num_warps=config.num_warps,
+            constexprs={**shape, "RENORMALIZE": renormalize},
+            num_warps=moe_routing.NUM_WARPS,
             **launch,
         ),
     ]
@@ -111,12 +107,7 @@ def _routing(
 
 def _matmuls(capability: str, dtype: str, config: grouped.Config) -> list[CompileCase]:
     pointer = f"*{dtype}"
-    groups = {
-        "NUM_EXPERTS": EXPERTS,
-        "TOP_K": TOP_K,
-        "BLOCK_E": triton.next_power_of_2(EXPERTS),
-        "GROUP_M": grouped.GROUP_M_TILES,
-    }
+    groups = {"NUM_EXPERTS": EXPERTS, "TOP_K": TOP_K}
     found = [
         CompileCase(
             name=f"gate_up/{dtype}",
@@ -130,13 +121,12 @@ def _matmuls(capability: str, dtype: str, config: grouped.Config) -> list[Compil
                 "gate_up_ptr": pointer,
                 "hidden_ptr": pointer,
                 "stride_x": "i32",
-                "num_m_tiles": "i32",
             },
             constexprs={
                 **groups,
                 "WIDTH": WIDTH,
                 "INTERMEDIATE": INTERMEDIATE,
-                **_blocks(config.gate_up),
+                **_blocks(config.gate_up._asdict()),
             },
             num_warps=config.gate_up.num_warps,
             num_stages=config.gate_up.num_stages,
@@ -159,7 +149,6 @@ def _matmuls(capability: str, dtype: str, config: grouped.Config) -> list[Compil
                     "order_ptr": "*i32",
                     "offsets_ptr": "*i32",
                     "out_ptr": pointer,
-                    "num_m_tiles": "i32",
                 },
                 constexprs={
                     **groups,
@@ -167,7 +156,7 @@ def _matmuls(capability: str, dtype: str, config: grouped.Config) -> list[Compil
                     "NUM_INNER": num_inner,
                     "GATHER": gather,
                     "TRANSPOSED": transposed,
-                    **_blocks(config.matmul),
+                    **_blocks(config.matmul._asdict()),
                 },
                 num_warps=config.matmul.num_warps,
                 num_stages=config.matmul.num_stages,
@@ -195,8 +184,7 @@ def _matmuls(capability: str, dtype: str, config: grouped.Config) -> list[Compil
                     "NUM_OUT": num_out,
                     "NUM_IN": num_in,
                     "GATHER_D_OUT": gather_d_out,
-                    "GROUP_M": grouped.GROUP_M_TILES,
-                    **_blocks(config.weight_grad),
+                    **_blocks(config.weight_grad._asdict()),
                 },
                 num_warps=config.weight_grad.num_warps,
                 num_stages=config.weight_grad.num_stages,
@@ -207,12 +195,11 @@ def _matmuls(capability: str, dtype: str, config: grouped.Config) -> list[Compil
     return found
 
 
-def _blocks(config: grouped.MatmulConfig) -> dict[str, object]:
-    return {name: value for name, value in config._asdict().items() if name.startswith("BLOCK_")}
+def _blocks(config: dict[str, int]) -> dict[str, int]:
+    return {name: value for name, value in config.items() if name.startswith("BLOCK_")}
 
 
 def _row_passes(capability: str) -> list[CompileCase]:
-    swiglu_grad, sum_slots = grouped.SWIGLU_GRAD_CONFIG, grouped.SUM_SLOTS_CONFIG
     return [
         CompileCase(
             name="swiglu_grad",
@@ -229,10 +216,9 @@ def _row_passes(capability: str) -> list[CompileCase]:
             constexprs={
                 "INTERMEDIATE": INTERMEDIATE,
                 "RECOMPUTE": True,
-                "BLOCK_M": swiglu_grad.BLOCK_M,
-                "BLOCK_N": swiglu_grad.BLOCK_N,
+                **_blocks(grouped.SWIGLU_GRAD_CONFIG),
             },
-            num_warps=swiglu_grad.num_warps,
+            num_warps=grouped.SWIGLU_GRAD_CONFIG["num_warps"],
             num_stages=TRITON_DEFAULT_STAGES,
             capability=capability,
         ),
@@ -243,10 +229,9 @@ def _row_passes(capability: str) -> list[CompileCase]:
             constexprs={
                 "TOP_K": TOP_K,
                 "WIDTH": WIDTH,
-                "BLOCK_M": sum_slots.BLOCK_M,
-                "BLOCK_N": sum_slots.BLOCK_N,
+                **_blocks(grouped.SUM_SLOTS_CONFIG),
             },
-            num_warps=sum_slots.num_warps,
+            num_warps=grouped.SUM_SLOTS_CONFIG["num_warps"],
             num_stages=TRITON_DEFAULT_STAGES,
             capability=capability,
         ),

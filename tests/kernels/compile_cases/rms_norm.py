@@ -1,6 +1,6 @@
 """RMSNorm at the widths of the options (256 to 1024) and at the widest that is supported."""
 
-from hamner.kernels import partial_sums
+from hamner.kernels import launch
 from hamner.kernels.launch import CAPABILITIES
 from hamner.kernels.rms_norm import (
     CONFIGS,
@@ -86,14 +86,10 @@ def sum_partials(capability: str, width: int) -> CompileCase:
     """The second pass over partial sums of `width` elements."""
     return CompileCase(
         name=f"sum_partials/D={width}",
-        kernel=partial_sums.sum_partials_kernel,
+        kernel=launch.sum_partials_kernel,
         signature={"partial_ptr": "*fp32", "out_ptr": "*fp32", "P": "i32"},
-        constexprs={
-            "D": width,
-            "BLOCK_P": partial_sums.BLOCK_P,
-            "BLOCK_D": partial_sums.BLOCK_D,
-        },
-        num_warps=partial_sums.NUM_WARPS,
+        constexprs={"D": width},
+        num_warps=launch.NUM_WARPS,
         num_stages=3,
         capability=capability,
     )

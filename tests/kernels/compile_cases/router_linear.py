@@ -1,4 +1,4 @@
-"""The router's projection at option c's shape, at its most experts, and at the widest row."""
+"""The router's projection compiles at option c's shape and at its largest E and width."""
 
 from hamner.kernels.launch import CAPABILITIES
 from hamner.kernels.moe_routing import MAX_EXPERTS

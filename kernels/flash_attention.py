@@ -573,7 +573,7 @@ def _with_strides(x: Tensor) -> tuple[Tensor | int, ...]:
     return x, *x.stride()[:3]
 
 
-def _options(q: Tensor, k: Tensor, v: Tensor, tile: Tile, causal: bool) -> dict[str, object]:
+def _options(q: Tensor, k: Tensor, v: Tensor, tile: Tile, *, causal: bool) -> dict[str, object]:
     """The result is what all three kernels are specialised on, and their launch options."""
     seq_len, num_heads, head_size = q.shape[1:]
     return {
@@ -615,7 +615,7 @@ def launch_forward(
         flash_attention_forward_kernel[grid](
             *map(_with_strides, (q, k, v)), out, lse,
             None if documents is None else documents.unbind(),
-            seq_len, num_heads, scale * LOG2_E, **_options(q, k, v, tile, causal),
+            seq_len, num_heads, scale * LOG2_E, **_options(q, k, v, tile, causal=causal),
         )  # fmt: skip
     return out, lse
 
@@ -660,13 +660,14 @@ def launch_backward(
         grid = (triton.cdiv(seq_len, config.dq.block_m) * num_heads * batch_size,)
         flash_attention_dq_kernel[grid](
             q_, k_, v_, out.contiguous(), d_out_, lse, delta, dq_, bounds, tables, positions,
-            seq_len, num_heads, scale, scale * LOG2_E, **_options(q, k, v, config.dq, causal),
+            seq_len, num_heads, scale, scale * LOG2_E,
+            **_options(q, k, v, config.dq, causal=causal),
         )  # fmt: skip
         grid = (triton.cdiv(seq_len, config.dk_dv.block_n) * num_kv_heads * batch_size,)
         flash_attention_dk_dv_kernel[grid](
             q_, k_, v_, d_out_, lse, delta, dk_, dv_, bounds, tables, positions,
             seq_len, num_kv_heads, scale, scale * LOG2_E,
-            **_options(q, k, v, config.dk_dv, causal),
+            **_options(q, k, v, config.dk_dv, causal=causal),
         )  # fmt: skip
 
 

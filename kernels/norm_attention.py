@@ -131,9 +131,8 @@ def add_rms_norm_attention_reference(
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
     """This is `add_rms_norm_attention` in plain torch."""
-    qkv, new_residual = add_rms_norm_qkv_rope_reference(
-        x, residual, norm_weight, qkv_weight, *(cos, sin, num_heads, num_kv_heads, positions),
-        eps=eps,
-    )  # fmt: skip
+    inputs = x, residual, norm_weight, qkv_weight
+    rope = cos, sin, num_heads, num_kv_heads, positions
+    qkv, new_residual = add_rms_norm_qkv_rope_reference(*inputs, *rope, eps=eps)
     heads = split_qkv(qkv, num_heads, num_kv_heads)
     return flash_attention_reference(*heads, document_ids=document_ids).flatten(-2), new_residual

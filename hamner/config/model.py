@@ -75,9 +75,10 @@ class ModelConfig:
     """weight of the router z-loss (ST-MoE, arXiv:2202.08906)"""
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "num_layers", "num_attention_heads", "num_kv_heads"):
-            _require(getattr(self, name) >= 1, f"--{flag(name)} must be at least 1")
-        for name in ("expert_intermediate_size", "max_seq_len", "vocab_size"):
+        for name in (
+            *("hidden_size", "num_layers", "num_attention_heads", "num_kv_heads"),
+            *("expert_intermediate_size", "max_seq_len", "vocab_size"),
+        ):
             _require(getattr(self, name) >= 1, f"--{flag(name)} must be at least 1")
         for name in ("num_experts", "num_experts_per_token", "num_shared_experts"):
             _require(getattr(self, name) >= 0, f"--{flag(name)} must not be negative")
@@ -129,24 +130,24 @@ class ModelConfig:
 
     @property
     def head_size(self) -> int:
-        """The size of one attention head."""
+        """One attention head has this size."""
         return self.hidden_size // self.num_attention_heads
 
     @property
     def rope_scaling_factor(self) -> float:
-        """The factor by which sequences are longer than those trained before; 1 without scaling."""
+        """Sequences are this much longer than those trained before; 1 without scaling."""
         if self.rope_scaling == "none":
             return 1.0
         return self.max_seq_len / self.rope_scaling_from
 
     @property
     def qkv_size(self) -> int:
-        """The width of the packed query, key and value projection."""
+        """The packed query, key and value projection has this width."""
         return (self.num_attention_heads + 2 * self.num_kv_heads) * self.head_size
 
     @property
     def is_moe(self) -> bool:
-        """This is true where the MLPs are mixtures of experts."""
+        """The value says whether the MLPs are mixtures of experts."""
         return self.num_experts > 0
 
     def matmul_parameters_per_layer(self, *, active: bool) -> int:

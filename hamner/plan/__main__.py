@@ -77,9 +77,6 @@ def find_gpu(name: str, spec: tuple[float, float, float, float] | None) -> Gpu:
             fp32_tflops=fp32,
             bandwidth_gbs=bandwidth,
             memory_gib=memory,
-            l2_mib=0,
-            shared_memory_bytes=0,
-            num_sms=0,
             link=PCIE4,
         )
     if spec is not None:

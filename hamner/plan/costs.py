@@ -156,20 +156,6 @@ def attention(
     return Cost(flops=2 * products * pairs * width, bytes=moved * element_size)
 
 
-def unfused_attention(
-    tokens: int, seq_len: int, heads: int, width: int, *, backward: bool = False
-) -> tuple[Cost, Cost]:
-    """Attention may write its bf16 scores, the whole square: its matmuls and its softmax cost this.
-
-    Forward the scores are written, read and written by the softmax, and read. Backward their
-    gradient is written, three passes are the softmax's, q and k read twice and v once.
-    """
-    scores = tokens * heads * seq_len
-    matmul_passes, softmax_passes, matmuls = (4, 3, 4) if backward else (2, 2, 2)
-    products = Cost(matmuls * 2 * tokens * seq_len * width, BF16 * scores * matmul_passes)
-    return products, Cost(bytes=BF16 * scores * softmax_passes)
-
-
 def differential_combination(elements: int, *, backward: bool = False) -> Cost:
     """The outputs of two attention maps are subtracted and normalised a head, in bf16."""
     return Cost(bytes=BF16 * elements * (5 if backward else 3))

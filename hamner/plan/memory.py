@@ -9,12 +9,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from hamner.config.model import ModelConfig
+from hamner.config.train import TrainConfig
 from hamner.errors import UserError
 from hamner.hardware import GIB
 from hamner.plan import costs
 from hamner.plan.communication import ONE_GPU, Parallelism
-
-_DTYPE_BYTES = {"bf16": costs.BF16, "fp32": costs.FP32}
 
 
 @dataclass(frozen=True)
@@ -71,10 +70,9 @@ def mixed(full_layers: int, num_layers: int) -> tuple[Policy, ...]:
 
 def describe(policies: Sequence[Policy]) -> str:
     """The policies read `selective`, or for a mix what `parse` reads."""
-    names = {policy.name for policy in policies}
-    if len(names) == 1:
+    if len(set(policies)) == 1:
         return policies[0].name
-    return f"full:{sum(policy.name == 'full' for policy in policies)}"
+    return f"full:{policies.count(FULL)}"
 
 
 @dataclass(frozen=True)
@@ -123,27 +121,28 @@ class MemoryAccount:
 
 
 def account(
-    model: ModelConfig,
+    config: TrainConfig,
     policies: Sequence[Policy],
+    micro_batch_size: int,
     *,
-    micro_batch_tokens: int,
-    precision: str,
-    accumulate: bool,
-    fused: bool,
+    precision: str = "bf16",
+    fused: bool = True,
     parallelism: Parallelism = ONE_GPU,
 ) -> MemoryAccount:
     """The account is of the bytes of a training step on each GPU.
 
     Args:
-        model: shape.
+        config: model and batch, over all GPUs; where that is more than one micro-batch of each,
+            gradients are also summed in fp32.
         policies: one per layer.
-        micro_batch_tokens: tokens of one forward and backward pass of a GPU.
+        micro_batch_size: sequences of one forward and backward pass of a GPU.
         precision: "bf16" (fp32 masters, split under `fused`) or "fp32".
-        accumulate: more than one micro-batch a step, so gradients are also summed in fp32.
         fused: the Triton kernels, or their plain references.
         parallelism: `kind` "ddp" or "fsdp" where there is more than one GPU.
     """
-    size = _DTYPE_BYTES[precision]
+    model, tokens = config.model, micro_batch_size * config.seq_len
+    accumulate = micro_batch_size * parallelism.ranks < config.batch_size
+    size = costs.BF16 if precision == "bf16" else costs.FP32
     parameters, shards = model.num_parameters(), parallelism.shards
     # Of a split master only the int16 remainder is held beside the bf16 weight. A shard is fp32, as
     # its gradient is, which adds up by itself.
@@ -163,10 +162,10 @@ def account(
 
     most = held = 0
     for layer, policy in enumerate(policies):
-        held += micro_batch_tokens * policy.kept_bytes(model, size, fused=fused)
+        held += tokens * policy.kept_bytes(model, size, fused=fused)
         formed = head_gradient + (len(policies) - 1 - layer) * layer_gradient
         formed = formed * gradient_size // (size * shards)
-        working = micro_batch_tokens * _backward_bytes(model, policy, size, fused=fused)
+        working = tokens * _backward_bytes(model, policy, size, fused=fused)
         most = max(most, held + formed + working)
     # After the last block: a norm and the head, which in plain torch keeps its operand as well.
     tail = costs.norm_kept(model.hidden_size, size, fused=fused, recompute=False)
@@ -176,8 +175,8 @@ def account(
         optimizer=parameters * (8 + masters) // shards,
         gradient_sums=parameters * 4 if accumulate and shards == 1 else 0,
         gradients=gradients,
-        activations=held + micro_batch_tokens * tail,
-        loss=costs.loss_held(model, micro_batch_tokens, size, fused=fused),
+        activations=held + tokens * tail,
+        loss=costs.loss_held(model, tokens, size, fused=fused),
         backward=most,
         communication=communication,
     )
@@ -223,51 +222,38 @@ class MemoryPlan:
 
 
 def choose(
-    model: ModelConfig,
-    *,
-    batch_size: int,
-    seq_len: int,
-    precision: str,
-    fused: bool,
+    config: TrainConfig,
     budget: int,
+    *,
+    precision: str = "bf16",
+    fused: bool = True,
     policies: tuple[Policy, ...] | None = None,
-    micro_batch_size: int | None = None,
     max_micro_batch_tokens: int | None = None,
     parallelism: Parallelism = ONE_GPU,
 ) -> MemoryPlan:
     """`choose` fits a run into `budget` bytes of each GPU: the fastest that fits by the account.
 
     Selective everywhere; else full on the fewest layers needed; else a smaller micro-batch with
-    accumulation. What is given (`policies`, `micro_batch_size`) stays as given.
+    accumulation. What is given (`policies`, `config.micro_batch_size`) stays as given.
     `max_micro_batch_tokens` bounds what is chosen, as far as one sequence allows.
 
     Raises:
         UserError: not even one sequence with every block recomputed fits, or the GPUs cannot share
-            `batch_size` evenly.
+            the batch evenly.
     """
-    batch_size = parallelism.rows_per_gpu(batch_size)
-    most = max(1, (max_micro_batch_tokens or batch_size * seq_len) // seq_len)
-    micro_batches = (
-        [micro_batch_size]
-        if micro_batch_size
-        else [size for size in range(min(most, batch_size), 0, -1) if batch_size % size == 0]
-    )
-    candidates = [policies] if policies is not None else list(_candidates(model, fused=fused))
-    for size in micro_batches:
+    rows = parallelism.rows_per_gpu(config.batch_size)
+    bound = max(1, (max_micro_batch_tokens or rows * config.seq_len) // config.seq_len)
+    sizes = [size for size in range(min(bound, rows), 0, -1) if rows % size == 0]
+    if config.micro_batch_size:
+        sizes = [config.micro_batch_size]
+    candidates = [policies] if policies else list(_candidates(config.model, fused=fused))
+    how = {"precision": precision, "fused": fused, "parallelism": parallelism}
+    for size in sizes:
         for candidate in candidates:
-            memory = account(
-                model,
-                candidate,
-                micro_batch_tokens=size * seq_len,
-                precision=precision,
-                accumulate=size < batch_size,
-                fused=fused,
-                parallelism=parallelism,
-            )
-            plan = MemoryPlan(candidate, size, memory)
-            if memory.total <= budget:
+            plan = MemoryPlan(candidate, size, account(config, candidate, size, **how))
+            if plan.account.total <= budget:
                 return plan
-    if micro_batch_size and policies is not None:
+    if config.micro_batch_size and policies:
         # Both were given: the user decides, and the account is only shown.
         return plan
     raise UserError(

@@ -25,8 +25,8 @@ from hamner.plan.loss import (
     RunProjection,
     compute_optimal_tokens,
 )
-from hamner.plan.memory import FULL, NONE, SELECTIVE, MemoryAccount, account, describe
-from hamner.plan.step_time import MEASURED_ERRORS, StepPrediction, predict
+from hamner.plan.memory import FULL, NONE, SELECTIVE, MemoryAccount, describe
+from hamner.plan.step_time import MEASURED_ERRORS, efficiency
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -137,43 +137,27 @@ def _kinds(memory: MemoryAccount) -> dict[str, int]:
     return kinds | {"loss, or gradients": memory.total - sum(kinds.values())}
 
 
-def _policies(plan: Plan) -> Iterator[tuple[str, MemoryAccount, StepPrediction]]:
+def _policies(plan: Plan) -> Iterator[tuple[str, Plan]]:
     """The generator gives each policy for the whole batch, and the plan's own choice."""
-    option, model = plan.config, plan.config.model
-    choices = [((p,) * model.num_layers, plan.rows_per_gpu) for p in (NONE, SELECTIVE, FULL)]
+    layers, rows = plan.config.model.num_layers, plan.rows_per_gpu
+    choices = [((policy,) * layers, rows) for policy in (NONE, SELECTIVE, FULL)]
     chosen = plan.memory.policies, plan.memory.micro_batch_size
     for policies, micro_batch in choices if chosen in choices else [*choices, chosen]:
-        split = f", micro-batch {micro_batch}" if micro_batch < plan.rows_per_gpu else ""
+        split = f", micro-batch {micro_batch}" if micro_batch < rows else ""
         mark = " (chosen)" if (policies, micro_batch) == chosen else ""
-        memory = account(
-            model,
-            policies,
-            micro_batch_tokens=micro_batch * option.seq_len,
-            precision="bf16",
-            accumulate=bool(split),
-            fused=True,
-            parallelism=plan.parallelism,
-        )
-        prediction = predict(
-            model,
-            plan.gpu,
-            policies=policies,
-            micro_batch_size=micro_batch,
-            batch_size=option.batch_size,
-            seq_len=option.seq_len,
-            parallelism=plan.parallelism,
-        )
-        yield f"{describe(policies)}{split}{mark}", memory, prediction
+        other = plan.under(policies, micro_batch_size=micro_batch)
+        yield f"{describe(policies)}{split}{mark}", other
 
 
 def memory_table(plan: Plan) -> str:
     """The table has GiB by kind under each recomputation policy, and what each costs in speed."""
     budget = f"within {plan.vram_budget / GIB:.1f} GiB"
     columns = [["GiB", *_kinds(plan.memory.account), "total", budget, "tokens/s (projected)"]]
-    for name, memory, prediction in _policies(plan):
+    for name, other in _policies(plan):
+        memory = other.memory.account
         sizes = (*_kinds(memory).values(), memory.total)
         fits = "yes" if memory.total <= plan.vram_budget else "no"
-        speed = f"{prediction.tokens_per_second:,.0f}"
+        speed = f"{other.prediction.tokens_per_second:,.0f}"
         columns.append([name, *(f"{size / GIB:.2f}" for size in sizes), fits, speed])
     return _table(zip(*columns, strict=True))
 
@@ -246,8 +230,8 @@ def caveats(plan: Plan) -> list[str]:
     on_this_card = f", on this card {' to '.join(ends)}" if here else ""
     parameters, tokens, loss = KNOWN_RUN
     lines = [
-        f"Speed on the {plan.gpu.name} is projected: {prediction.provenance}. Against the "
-        f"{sum(runs)} runs measured so far the model is {min(lowest):+.0%} to "
+        f"Speed on the {plan.gpu.name} is projected: {efficiency(plan.gpu).provenance}. "
+        f"Against the {sum(runs)} runs measured so far the model is {min(lowest):+.0%} to "
         f"{max(highest):+.0%} off{on_this_card}.",
         "MFU = tokens/s x FLOPs per token / bf16 peak; FLOPs per token = 6 x matmul parameters "
         "active per token (tied head once) + 6 x layers x width x sequence, causal attention as "
@@ -481,11 +465,11 @@ def _with_legend(figure: "Figure") -> "Figure":
 
 def _memory_figure(plan: Plan) -> "Figure":
     figure, axes = _axes(f"--recompute, option {plan.config.option}", "GiB")
-    names, accounts, _ = zip(*_policies(plan), strict=True)
+    names, plans = zip(*_policies(plan), strict=True)
     names = [name.replace(" (", "\n(") for name in names]
     base = [0.0] * len(names)
     for kind in _kinds(plan.memory.account):
-        heights = [_kinds(memory)[kind] / GIB for memory in accounts]
+        heights = [_kinds(other.memory.account)[kind] / GIB for other in plans]
         axes.bar(names, heights, bottom=base, label=kind, width=0.6)
         base = [b + h for b, h in zip(base, heights, strict=True)]
     axes.axhline(plan.vram_budget / GIB, color="black", linestyle="--", label="budget")

@@ -12,7 +12,7 @@ from hamner.config.options import OPTIONS
 from hamner.errors import UserError
 from hamner.hardware import GIB, GPUS
 from hamner.plan.__main__ import PlanConfig, analyse, find_gpu, main
-from hamner.plan.analysis import COMPARED, compare, make_plan, recommend
+from hamner.plan.analysis import COMPARED, make_plan, recommend
 from hamner.plan.loss import BESIROGLU, KNOWN_RUN
 
 RTX_3090 = GPUS["rtx-3090"]
@@ -69,14 +69,15 @@ def test_a_smaller_budget_recomputes_more_and_is_slower():
 
 
 def test_compare_lists_what_does_not_fit():
-    plans, misfits = compare(RTX_3090, vram_budget=5)
-    assert {plan.config.option for plan in plans} | set(misfits) == set(COMPARED)
+    analysis = analyse(PlanConfig(option="all", vram_budget=5))
+    misfits = analysis.misfits
+    assert {plan.config.option for plan in analysis.plans} | set(misfits) == set(COMPARED)
     assert "current" not in misfits
     assert "--vram-budget 5.0 GiB is too small" in misfits["a"]
 
 
 def test_recommendation_is_the_lowest_loss_in_the_same_hours():
-    plans, _ = compare(RTX_3090)
+    plans = analyse(PlanConfig(option="all")).plans
     by_name = {plan.config.option: plan for plan in plans}
     best = recommend(plans, by_name["a"].hours)
     losses = {

@@ -19,7 +19,7 @@ from hamner.hardware import GPUS, PCIE4, Gpu
 from hamner.plan import report
 from hamner.plan.analysis import COMPARED, Analysis, Plan, make_plan, recommend
 from hamner.plan.communication import Parallelism
-from hamner.plan.loss import project, read_run
+from hamner.plan.loss import RunProjection, fit_run, read_run
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def analyse(config: PlanConfig) -> Analysis:
     if config.metrics:
         curve = read_run(config.metrics)
         end = max(plan.tokens, float(curve.tokens[-1]))
-        run = project(curve, plan.active_parameters, end)
+        run = RunProjection(curve, fit_run(curve), plan.active_parameters, end)
     return Analysis(
         plan, recommended=recommended, hours=hours, plans=plans, misfits=misfits, run=run
     )

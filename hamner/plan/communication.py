@@ -13,6 +13,7 @@ latency, which an all-reduce of a few MB on many nodes does not forgive.
 from dataclasses import dataclass
 from typing import Literal
 
+from hamner.config.model import ModelConfig
 from hamner.errors import UserError
 from hamner.plan.costs import BF16, FP32
 
@@ -99,11 +100,10 @@ class Communication:
 
 
 def communicate(
+    model: ModelConfig,
     parallelism: Parallelism,
-    *,
-    parameters: int,
-    embedding: int,
     micro_batches: int,
+    *,
     forward_ms: float,
     backward_ms: float,
 ) -> Communication:
@@ -114,9 +114,8 @@ def communicate(
     be needed, its gradient the last to be whole.
 
     Args:
+        model: shape.
         parallelism: `kind` "ddp" or "fsdp".
-        parameters: of the model.
-        embedding: of them, those of the token embedding.
         micro_batches: forward and backward passes of each GPU in a step. DDP sends once a step,
             with several micro-batches their fp32 sums; FSDP with each, across nodes with the last.
         forward_ms: the blocks' forward in one micro-batch.
@@ -124,7 +123,8 @@ def communicate(
     """
     if parallelism.ranks == 1:
         return Communication(0.0, 0.0, 0.0)
-    tail = embedding / parameters
+    parameters = model.num_parameters()
+    tail = model.vocab_size * model.hidden_size / parameters
     gather_ms = reduce_ms = replicate_ms = sent = 0.0
     if parallelism.kind == "ddp":
         size = parameters * (BF16 if micro_batches == 1 else FP32)

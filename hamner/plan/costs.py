@@ -73,13 +73,11 @@ def rope(elements: int, element_size: int = BF16) -> Cost:
     return Cost(bytes=2 * elements * element_size)
 
 
-def matmul(rows: int, k: int, n: int, element_size: int = BF16) -> Cost:
-    """A matmul is (rows, k) x (k, n); its backward is two more of the same size."""
-    return grouped_matmul(rows, k, n, experts=1, element_size=element_size)
+def matmul(rows: int, k: int, n: int, element_size: int = BF16, *, experts: int = 1) -> Cost:
+    """A matmul is (rows, k) x (k, n); its backward is two more of the same size.
 
-
-def grouped_matmul(rows: int, k: int, n: int, *, experts: int, element_size: int = BF16) -> Cost:
-    """A grouped matmul shares its `rows` among experts, each with a (k, n) weight of its own."""
+    A grouped one shares its `rows` among experts, each with a (k, n) weight of its own.
+    """
     moved = rows * (k + n) + experts * k * n
     return Cost(flops=2 * rows * k * n, bytes=moved * element_size)
 

@@ -99,8 +99,7 @@ class MemoryAccount:
     @property
     def total(self) -> int:
         """The peak is that of the loss, of the backward pass, or of the update."""
-        step = max(self.activations + self.loss, self.backward, self.gradients)
-        return self.weights + self.optimizer + self.gradient_sums + self.communication + step
+        return sum(self.parts().values())
 
     def parts(self) -> dict[str, int]:
         """The parts are what is held at the peak, by name; they add up to `total`."""

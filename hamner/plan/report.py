@@ -267,7 +267,7 @@ def run_findings(run: RunProjection) -> list[str]:
     low, high = run.fit.interval(run.end_tokens)
     return [
         f"`{run.curve.path}`: loss {now:.3f} (perplexity {math.exp(now):.1f}) after "
-        f"{_count(run.tokens_seen)} tokens, {run.fit.slope * 1e9:+.3f} per billion tokens.",
+        f"{_count(run.fit.tokens_seen)} tokens, {run.fit.slope * 1e9:+.3f} per billion tokens.",
         f"At {_count(run.end_tokens)} tokens: loss {end:.3f}, 80% interval {low:.3f}-"
         f"{high:.3f}; perplexity {math.exp(end):.1f}, {math.exp(low):.1f}-{math.exp(high):.1f}. "
         "This takes the schedule to go on as so far; a learning rate still to decay ends lower.",
@@ -282,7 +282,7 @@ def screen(analysis: Analysis, *, every_option: bool) -> str:
     if every_option:
         parts += [
             options_table(analysis.plans, analysis.hours),
-            _bullets(_misfits(analysis)),
+            _misfits(analysis),
             f"Recommended: **{best.option}**, {_count(best.model.num_parameters())} parameters",
         ]
     else:
@@ -312,51 +312,37 @@ def _command(plan: Plan) -> str:
 
 def document(analysis: Analysis, files: str) -> str:
     """The document is the whole analysis as Markdown; its plots lie in the folder `files`."""
-    plan = analysis.plan
-    gpus = _gpus(plan, one="one ")
-    problem = f"""\
-# Pre-training plan: option {plan.config.option} on {gpus}
-
-## The problem
-
-Train a language model from scratch on {_count(plan.tokens)} tokens with {gpus}, and know
-before starting whether it fits, how long it takes and how good it will be."""
-    rests = f"## What this rests on\n\n{_bullets(caveats(plan))}\n"
-    return "\n\n".join(
-        (
-            problem,
-            _evidence(analysis, files),
-            _hardware_budget(plan, files),
-            _options(analysis, files),
-            _recommendation(analysis),
-            _training_plan(analysis),
-            rests,
-        )
-    )
+    rests = f"## What this rests on\n\n{_bullets(caveats(analysis.plan))}\n"
+    return "\n\n".join((_situation(analysis, files), _proposal(analysis, files), rests))
 
 
-def _evidence(analysis: Analysis, files: str) -> str:
+def _situation(analysis: Analysis, files: str) -> str:
+    plan, gpu, gpus = analysis.plan, analysis.plan.gpu, _gpus(analysis.plan, one="one ")
     parameters, tokens, loss = KNOWN_RUN
     run = ""
     if analysis.run:
         findings = _bullets(run_findings(analysis.run))
         run = f"\n\nThe run so far:\n\n{findings}\n\n![The run so far]({files}/run.png)"
+    steps = "\n\n".join((step_times(plan), *communication_findings(plan)))
     return f"""\
+# Pre-training plan: option {plan.config.option} on {gpus}
+
+## The problem
+
+Train a language model from scratch on {_count(plan.tokens)} tokens with {gpus}, and know
+before starting whether it fits, how long it takes and how good it will be.
+
 ## Evidence
 
 A {_count(parameters)} model reached a training loss of {loss} (perplexity {math.exp(loss):.0f})
 after {_count(tokens)} tokens, {tokens / compute_optimal_tokens(parameters):.0%} of its
-compute-optimal budget. Above a loss of about {COHERENT_LOSS} its text was incoherent.{run}"""
+compute-optimal budget. Above a loss of about {COHERENT_LOSS} its text was incoherent.{run}
 
-
-def _hardware_budget(plan: Plan, files: str) -> str:
-    gpu, each = plan.gpu, " of each" if plan.parallelism.ranks > 1 else ""
-    steps = "\n\n".join((step_times(plan), *communication_findings(plan)))
-    return f"""\
 ## Hardware budget
 
 {gpu.name}: {gpu.bf16_tflops:g} TFLOP/s dense bf16, {gpu.bandwidth_gbs:g} GB/s,
-{gpu.memory_gib:g} GiB, of which the run may take {plan.vram_budget / GIB:.1f} GiB{each}.
+{gpu.memory_gib:g} GiB, of which the run may take {plan.vram_budget / GIB:.1f} GiB\
+{" of each" if plan.parallelism.ranks > 1 else ""}.
 
 {memory_table(plan)}
 
@@ -365,21 +351,18 @@ def _hardware_budget(plan: Plan, files: str) -> str:
 {steps}"""
 
 
-def _options(analysis: Analysis, files: str) -> str:
-    table = options_table(analysis.plans or [analysis.plan], analysis.hours)
-    parts = ["## Options", table, f"![Expected loss]({files}/loss.png)"]
-    if analysis.misfits:
-        parts.append(_bullets(_misfits(analysis)))
-    return "\n\n".join(parts)
-
-
-def _misfits(analysis: Analysis) -> list[str]:
-    return [f"{name} does not fit: {why}" for name, why in analysis.misfits.items()]
-
-
-def _recommendation(analysis: Analysis) -> str:
-    best = analysis.recommended
+def _proposal(analysis: Analysis, files: str) -> str:
+    plan, best = analysis.plan, analysis.recommended
+    option, model = plan.config, plan.config.model
+    table = options_table(analysis.plans or [plan], analysis.hours)
+    misfits = f"\n\n{_misfits(analysis)}" if analysis.misfits else ""
     return f"""\
+## Options
+
+{table}
+
+![Expected loss]({files}/loss.png){misfits}
+
 ## Recommendation
 
 Train **{best.config.option}** ({_count(best.parameters)} parameters): of the options trained on
@@ -391,16 +374,11 @@ experts counted by its active parameters. It takes {best.prediction.peak_gib:.1f
 Expected loss: {_range(best.loss_range(BESIROGLU), 2)} by {BESIROGLU.source};
 {_range(best.loss_range(HOFFMANN), 2)} by {HOFFMANN.source};
 {_range(best.loss_range(analysis.local_law), 2)} by the former shifted through
-{"the run so far" if analysis.run else "the model under Evidence"}."""
+{"the run so far" if analysis.run else "the model under Evidence"}.
 
-
-def _training_plan(analysis: Analysis) -> str:
-    plan, recommended = analysis.plan, analysis.recommended.config.option
-    option, model = plan.config, plan.config.model
-    return f"""\
 ## Training plan
 
-Of option {option.option}{"" if recommended == option.option else ", as asked"}:
+Of option {option.option}{"" if best.config.option == option.option else ", as asked"}:
 
 - `{_command(plan)}`
 - {plan.steps:,} steps of {option.batch_size} x {option.seq_len} = {option.tokens_per_step:,}
@@ -412,6 +390,10 @@ Of option {option.option}{"" if recommended == option.option else ", as asked"}:
 - After the first hundred steps, compare tokens/s and peak GiB with this page before leaving it.
 
 {coherence_table(analysis)}"""
+
+
+def _misfits(analysis: Analysis) -> str:
+    return _bullets(f"{name} does not fit: {why}" for name, why in analysis.misfits.items())
 
 
 def write_report(path: Path, analysis: Analysis) -> None:
@@ -430,6 +412,7 @@ def write_report(path: Path, analysis: Analysis) -> None:
     try:
         files.mkdir(exist_ok=True)
         for name, figure in _figures(analysis).items():
+            figure.legend(loc="outside right upper", frameon=False)
             image = io.BytesIO()
             figure.savefig(image, format="png", dpi=150)
             write_whole(files / name, image.getvalue())
@@ -458,11 +441,6 @@ def _axes(xlabel: str, ylabel: str) -> tuple["Figure", "Axes"]:
     return figure, axes
 
 
-def _with_legend(figure: "Figure") -> "Figure":
-    figure.legend(loc="outside right upper", frameon=False)
-    return figure
-
-
 def _memory_figure(plan: Plan) -> "Figure":
     figure, axes = _axes(f"--recompute, option {plan.config.option}", "GiB")
     names, plans = zip(*_policies(plan), strict=True)
@@ -473,7 +451,7 @@ def _memory_figure(plan: Plan) -> "Figure":
         axes.bar(names, heights, bottom=base, label=kind, width=0.6)
         base = [b + h for b, h in zip(base, heights, strict=True)]
     axes.axhline(plan.vram_budget / GIB, color="black", linestyle="--", label="budget")
-    return _with_legend(figure)
+    return figure
 
 
 def _loss_figure(plans: Sequence[Plan], law: LossLaw) -> "Figure":
@@ -484,13 +462,13 @@ def _loss_figure(plans: Sequence[Plan], law: LossLaw) -> "Figure":
         losses = [law.loss(plan.active_parameters, plan.tokens_in(24 * day)) for day in days]
         axes.plot(days, losses, label=plan.config.option)
     axes.axhline(COHERENT_LOSS, color="black", linestyle=":", label=f"loss {COHERENT_LOSS}")
-    return _with_legend(figure)
+    return figure
 
 
 def _run_figure(run: RunProjection) -> "Figure":
     figure, axes = _axes("tokens, billions", "loss, nats per token")
     axes.plot(run.curve.tokens / 1e9, run.curve.loss, ".", markersize=2, color="grey", label="run")
-    first, last = 0.1 * run.tokens_seen, run.end_tokens
+    first, last = 0.1 * run.fit.tokens_seen, run.end_tokens
     # Evenly spaced on the logarithmic axis.
     tokens = [first * (last / first) ** (i / 100) for i in range(101)]
     billions = [count / 1e9 for count in tokens]
@@ -501,4 +479,4 @@ def _run_figure(run: RunProjection) -> "Figure":
     axes.set(
         xscale="log", xlim=(first / 2e9, last / 0.9e9), ylim=(0.98 * lowest, 1.05 * bounds[0][1])
     )
-    return _with_legend(figure)
+    return figure

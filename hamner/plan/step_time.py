@@ -28,6 +28,9 @@ CATEGORIES = (
     "communication",
 )
 
+LAUNCH_GAP_US, GRAPH_GAP_US = 4.3, 1.2
+"""the GPU's idle time before each kernel that is launched by itself, and inside a CUDA graph"""
+
 
 @dataclass(frozen=True)
 class Efficiency:
@@ -39,10 +42,6 @@ class Efficiency:
     """smallest of a matmul's M, N and K at which it reaches half of its share"""
     bandwidth: dict[str, float]
     """kind: share of the memory bandwidth; "norm" also stands for kinds that are not listed"""
-    launch_gap_us: float
-    """the GPU's idle time before each kernel that is launched by itself, microseconds"""
-    graph_gap_us: float
-    """the same inside a CUDA graph"""
     provenance: str
 
 
@@ -67,8 +66,6 @@ EFFICIENCIES: dict[str, Efficiency] = {
             "loss": 2899 / 3352,
             "optimizer": 2292 / 3352,
         },
-        launch_gap_us=4.3,
-        graph_gap_us=1.2,
         provenance="kernel efficiencies measured on an H100 SXM (routing assumed as norms)",
     ),
     "RTX 3090": Efficiency(
@@ -80,8 +77,6 @@ EFFICIENCIES: dict[str, Efficiency] = {
         },
         half_dim=0,
         bandwidth={"norm": 850 / 936},
-        launch_gap_us=4.3,
-        graph_gap_us=1.2,
         provenance="kernel efficiencies assumed, not measured: matmuls 65 of 71.2 TFLOP/s, "
         "grouped ones 55, attention 54 TFLOP/s, 850 of 936 GB/s, the H100's gaps between kernels",
     ),
@@ -164,7 +159,7 @@ class MicroBatch:
         if model.is_moe:
             rows, inner = self.tokens * model.num_experts_per_token, model.expert_intermediate_size
             ops += [
-                Op("matmul_grouped", costs.grouped_matmul(rows, k, n, experts=model.num_experts))
+                Op("matmul_grouped", costs.matmul(rows, k, n, experts=model.num_experts))
                 for k, n in ((d, 2 * inner), (inner, d))
             ]
         return ops
@@ -262,20 +257,35 @@ class MicroBatch:
         return Op("optimizer", cost, launches=6 * self.model.num_layers)
 
 
+class _Clock:
+    """A clock adds up the milliseconds of ops by category, launch gaps apart."""
+
+    def __init__(self, gpu: Gpu, gap_ms: float) -> None:
+        self.gpu, self.gap_ms = gpu, gap_ms
+        self.milliseconds = dict.fromkeys(CATEGORIES, 0.0)
+
+    def add(self, ops: Sequence[Op], times: int) -> float:
+        """The clock counts `ops` this many times over; one time takes what is returned."""
+        once = 0.0
+        for op in ops:
+            spent = 1e3 * op.seconds(self.gpu)
+            once += spent
+            self.milliseconds[op.category] += times * spent
+            self.milliseconds["gaps"] += self.gap_ms * times * op.launches
+        return once
+
+
 @dataclass(frozen=True)
 class StepPrediction:
     """A prediction is of one optimizer step, before it was ever run."""
 
+    config: TrainConfig
     gpu: Gpu
+    gpus: int
     milliseconds: dict[str, float]
     """of each GPU, by category, summed over micro-batches; of communication what is not hidden"""
-    tokens_per_step: int
-    """of all GPUs"""
-    flops_per_token: int
-    """model FLOPs: forward and backward, causal, nothing recomputed"""
     peak_gib: float
     """of each GPU, by hamner.plan.memory's account"""
-    gpus: int
     communication: Communication
 
     @property
@@ -286,7 +296,12 @@ class StepPrediction:
     @property
     def tokens_per_second(self) -> float:
         """The step trains on this many tokens a second."""
-        return self.tokens_per_step / self.step_ms * 1e3
+        return self.config.tokens_per_step / self.step_ms * 1e3
+
+    @property
+    def flops_per_token(self) -> int:
+        """Model FLOPs are those of forward and backward, causal, nothing recomputed."""
+        return costs.flops_per_token(self.config.model, self.config.seq_len)
 
     @property
     def mfu(self) -> float:
@@ -325,62 +340,28 @@ def predict(
     if len(policies) != model.num_layers:
         raise ValueError(f"policies has {len(policies)} entries for {model.num_layers} layers")
     micro_batch = kind(model, config.seq_len, tokens=micro_batch_size * config.seq_len)
-    milliseconds, communication = _step_times(
-        micro_batch, gpu, policies, micro_batches, parallelism=parallelism
-    )
-    memory = account(config, policies, micro_batch_size, parallelism=parallelism)
-    return StepPrediction(
-        gpu=gpu,
-        milliseconds=milliseconds,
-        tokens_per_step=config.tokens_per_step,
-        flops_per_token=costs.flops_per_token(model, config.seq_len),
-        peak_gib=memory.total / GIB,
-        gpus=parallelism.ranks,
-        communication=communication,
-    )
-
-
-def _step_times(
-    micro_batch: MicroBatch,
-    gpu: Gpu,
-    policies: Sequence[Policy],
-    micro_batches: int,
-    *,
-    parallelism: Parallelism,
-) -> tuple[dict[str, float], Communication]:
-    """A step takes these milliseconds by category, the exposed communication among them."""
-    model, reached = micro_batch.model, efficiency(gpu)
-    is_graphed = micro_batch.is_graphed and parallelism.ranks == 1
-    gap_ms = 1e-3 * (reached.graph_gap_us if is_graphed else reached.launch_gap_us)
-    milliseconds = dict.fromkeys(CATEGORIES, 0.0)
-
-    def add(ops: Sequence[Op], times: int) -> float:
-        """The ops count this many times over; one time takes what is returned, gaps aside."""
-        once = 0.0
-        for op in ops:
-            spent = 1e3 * op.seconds(gpu)
-            once += spent
-            milliseconds[op.category] += times * spent
-            milliseconds["gaps"] += gap_ms * times * op.launches
-        return once
-
+    is_graphed = kind.is_graphed and parallelism.ranks == 1
+    clock = _Clock(gpu, gap_ms=1e-3 * (GRAPH_GAP_US if is_graphed else LAUNCH_GAP_US))
     forward = backward = 0.0
     for policy, layers in Counter(policies).items():
         times = layers * micro_batches
-        forward += layers * add(micro_batch.forward(), times)
-        backward += layers * add(micro_batch.backward(policy), times)
-    add(micro_batch.loss(), micro_batches)
-    add([micro_batch.optimizer(micro_batches, parallelism.shards)], 1)
+        forward += layers * clock.add(micro_batch.forward(), times)
+        backward += layers * clock.add(micro_batch.backward(policy), times)
+    clock.add(micro_batch.loss(), micro_batches)
+    clock.add([micro_batch.optimizer(micro_batches, parallelism.shards)], 1)
     communication = communicate(
-        parallelism,
-        parameters=model.num_parameters(),
-        embedding=model.vocab_size * model.hidden_size,
-        micro_batches=micro_batches,
-        forward_ms=forward,
-        backward_ms=backward,
+        model, parallelism, micro_batches, forward_ms=forward, backward_ms=backward
     )
-    milliseconds["communication"] = communication.exposed_ms
-    return milliseconds, communication
+    clock.milliseconds["communication"] = communication.exposed_ms
+    memory = account(config, policies, micro_batch_size, parallelism=parallelism)
+    return StepPrediction(
+        config,
+        gpu=gpu,
+        gpus=parallelism.ranks,
+        milliseconds=clock.milliseconds,
+        peak_gib=memory.total / GIB,
+        communication=communication,
+    )
 
 
 def compare_with_reality(

@@ -75,7 +75,7 @@ def _matmul(first: int) -> Formula:
         if len(left) == 2 and len(right) == 2 and left[1] != right[0]:
             raise ValueError("not a matmul's shapes")
         experts = math.prod(right[:-2])
-        return costs.grouped_matmul(
+        return costs.matmul(
             rows, left[-1], right[-1], experts=experts, element_size=a.element(first)
         )
 

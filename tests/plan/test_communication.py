@@ -22,16 +22,18 @@ DDP = Parallelism("ddp", 2, 1, link_gbs=10, network_gbs=1)
 FSDP = Parallelism("fsdp", 2, 1, link_gbs=10, network_gbs=1)
 
 
-def step(parallelism, **changes):
-    """100M parameters, a tenth of them the embedding; bf16: 200 MB."""
-    arguments = {
-        "parameters": 100_000_000,
-        "embedding": 10_000_000,
-        "micro_batches": 1,
-        "forward_ms": 100.0,
-        "backward_ms": 200.0,
-    }
-    return communicate(parallelism, **(arguments | changes))
+class Model:
+    """It has 100M parameters, a tenth of them the embedding; bf16: 200 MB."""
+
+    vocab_size, hidden_size = 10_000, 1_000
+
+    def num_parameters(self):
+        return 100_000_000
+
+
+def step(parallelism, micro_batches=1, **changes):
+    times = {"forward_ms": 100.0, "backward_ms": 200.0}
+    return communicate(Model(), parallelism, micro_batches, **(times | changes))
 
 
 def test_ring_collectives():

@@ -94,7 +94,7 @@ def test_tokens_and_run_shift_the_local_law(metrics):
     analysis = analyse(PlanConfig(option="current", tokens=5e9, metrics=metrics))
     assert analysis.plan.tokens == 5_000_000_000
     assert analysis.run.end_tokens == 5e9
-    seen = analysis.run.tokens_seen
+    seen = analysis.run.fit.tokens_seen
     assert analysis.local_law.loss(163_609_344, seen) == pytest.approx(analysis.run.loss_now)
     without = analyse(PlanConfig(option="current"))
     assert without.local_law.loss(*KNOWN_RUN[:2]) == pytest.approx(KNOWN_RUN[2])
@@ -131,7 +131,7 @@ def test_two_3090s_share_the_options_batch():
 def test_batch_size_is_of_all_gpus():
     one, two = plan_of(batch_size=12), plan_of(gpus=2, batch_size=24)
     assert two.rows_per_gpu == one.rows_per_gpu == 12
-    assert two.prediction.tokens_per_step == 2 * one.prediction.tokens_per_step
+    assert two.config.tokens_per_step == 2 * one.config.tokens_per_step
     assert plan_of(batch_size=48).steps == one.steps // 4
 
 

@@ -160,10 +160,16 @@ class ModelConfig:
         router = self.hidden_size * self.num_experts
         return attention + router + mlp * (routed + self.num_shared_experts)
 
+    def num_parameters_per_layer(self, *, active: bool = False) -> int:
+        """The method counts a block's parameters: matrices, norms and lambdas."""
+        lambdas = 4 * self.head_size if self.use_differential_attention else 0
+        return self.matmul_parameters_per_layer(active=active) + 2 * self.hidden_size + lambdas
+
     def num_parameters(self, *, active: bool = False) -> int:
         """The method counts all parameters, or one token's, the whole embedding among them."""
-        per_layer = self.matmul_parameters_per_layer(active=active) + 2 * self.hidden_size
-        if self.use_differential_attention:
-            per_layer += 4 * self.head_size
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        return self.num_layers * per_layer + embeddings + self.hidden_size
+        return (
+            self.num_layers * self.num_parameters_per_layer(active=active)
+            + embeddings
+            + self.hidden_size
+        )

@@ -116,11 +116,9 @@ class SftConfig:
             UserError: The file is not readable, or not a configuration of this version.
         """
         saved = TrainConfig.read(path)
-        parts = {"compute": _part(ComputeConfig, saved), "run": _part(RunConfig, saved)}
+        parts = {
+            name: part(**{field.name: getattr(saved, field.name) for field in fields(part)})
+            for name, part in (("compute", ComputeConfig), ("run", RunConfig))
+        }
         own = {f.name: getattr(saved, f.name) for f in fields(cls) if f.name not in parts}
         return cls(**own | {"sft": saved.sft or FineTuning()}, **parts)
-
-
-def _part(cls: type, config: TrainConfig):
-    """The function takes one part out of a configuration."""
-    return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})

@@ -97,13 +97,8 @@ def find_parallelism(config: PlanConfig, gpu: Gpu) -> Parallelism:
         raise UserError(
             "--parallel fsdp shards the model over the GPUs of a node: give --gpus 2 or more"
         )
-    return Parallelism(
-        config.parallel,
-        gpus_per_node=config.gpus,
-        nodes=config.nodes,
-        link_gbs=link,
-        network_gbs=config.network,
-    )
+    speeds = {"link_gbs": link, "network_gbs": config.network}
+    return Parallelism(config.parallel, config.gpus, config.nodes, **speeds)
 
 
 def plan_option(name: str, config: PlanConfig, gpu: Gpu, parallelism: Parallelism) -> Plan:

@@ -82,13 +82,8 @@ class Plan:
         Raises:
             UserError: it does not fit, where `changes` leave the micro-batch open.
         """
-        return make_plan(
-            replace(self.config, **changes),
-            self.gpu,
-            self.parallelism,
-            vram_budget=self.vram_budget / GIB,
-            policies=policies,
-        )
+        option, budget = replace(self.config, **changes), self.vram_budget / GIB
+        return make_plan(option, self.gpu, self.parallelism, vram_budget=budget, policies=policies)
 
     def with_quiet_communication(self) -> "Plan | None":
         """The batch is doubled until communication takes less than QUIET of a step.
@@ -182,14 +177,7 @@ def make_plan(
     memory = choose(option, budget, policies=policies, parallelism=parallelism)
     chosen = memory.policies, memory.micro_batch_size
     prediction = predict(option, gpu, *chosen, parallelism=parallelism)
-    return Plan(
-        option,
-        gpu=gpu,
-        parallelism=parallelism,
-        vram_budget=budget,
-        memory=memory,
-        prediction=prediction,
-    )
+    return Plan(option, gpu, parallelism, budget, memory=memory, prediction=prediction)
 
 
 def recommend(plans: Sequence[Plan], hours: float) -> Plan:

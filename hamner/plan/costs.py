@@ -257,7 +257,7 @@ def norm_kept(width: int, element_size: int, *, fused: bool, recompute: bool) ->
     """
     if recompute:
         return width * element_size
-    return width * element_size + (width * element_size if fused else 2 * FP32 * width)
+    return width * (element_size + (element_size if fused else 2 * FP32))
 
 
 def attention_kept(model: ModelConfig, element_size: int, *, fused: bool) -> int:

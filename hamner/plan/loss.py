@@ -210,11 +210,8 @@ def fit_run(curve: RunCurve, replicas: int = 200) -> LossFit:
     The first tenth of the tokens and twice the warm-up are left out: the law does not hold there.
     Each exponent leaves a line in D^-exponent, fitted with Huber's loss (outliers count linearly);
     the best exponent is searched for. The interval is a circular block bootstrap of the residuals
-    (Politis and Romano 1992), which keeps noise that is correlated in time together.
-
-    Args:
-        curve: what `read_run` returned.
-        replicas: bootstrap fits.
+    (Politis and Romano 1992), which keeps noise that is correlated in time together; each of
+    `replicas` is a fit.
 
     Raises:
         UserError: fewer than MIN_POINTS points are left.
@@ -262,17 +259,10 @@ def _block_bootstrap(residuals: np.ndarray, replicas: int) -> np.ndarray:
 
 
 def _huber_fits(position: np.ndarray, losses: np.ndarray, noise: float) -> np.ndarray:
-    """The function fits a robust (floor, scale, exponent) to each curve.
+    """Each of (curves, n) losses gets a robust (floor, scale, exponent): (curves, 3).
 
-    The exponent is searched on a grid that closes in on the best of it, five times.
-
-    Args:
-        position: (n,), tokens over those seen.
-        losses: (curves, n).
-        noise: standard deviation of a point.
-
-    Returns:
-        (curves, 3).
+    The exponent is searched on a grid that closes in on the best of it, five times. `position`,
+    (n,), is tokens over those seen, `noise` the standard deviation of a point.
     """
     curves = np.arange(len(losses))
     low, high = np.full(len(losses), _EXPONENTS[0]), np.full(len(losses), _EXPONENTS[1])

@@ -5,7 +5,7 @@ account alone, so `hamner.plan` can say beforehand what a run will take, without
 `hamner.model.recompute` runs a block by its policy.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hamner.config.model import ModelConfig
@@ -103,11 +103,13 @@ class MemoryAccount:
 
     def parts(self) -> dict[str, int]:
         """The parts are what is held at the peak, by name; they add up to `total`."""
-        parts = {"weights": self.weights, "optimizer": self.optimizer}
-        if self.gradient_sums:
-            parts["gradient sums"] = self.gradient_sums
-        if self.communication:
-            parts["communication"] = self.communication
+        parts = {
+            "weights": self.weights,
+            "optimizer": self.optimizer,
+            "gradient sums": self.gradient_sums,
+            "communication": self.communication,
+        }
+        parts = {name: size for name, size in parts.items() if size}
         if self.activations + self.loss >= max(self.backward, self.gradients):
             return parts | {"activations": self.activations, "loss": self.loss}
         if self.backward >= self.gradients:
@@ -146,7 +148,8 @@ def account(
     # Of a split master only the int16 remainder is held beside the bf16 weight. A shard is fp32, as
     # its gradient is, which adds up by itself.
     masters = (2 if fused or shards > 1 else 4) if precision == "bf16" else 0
-    layer_gradient, head_gradient = _gradient_bytes(model, size)
+    layer_gradient = model.num_parameters_per_layer() * size
+    head_gradient = model.vocab_size * model.hidden_size * size
     gradient_size = costs.FP32 if shards > 1 else size
     communication, gradients = 0, parameters * gradient_size // shards
     if shards > 1:
@@ -179,14 +182,6 @@ def account(
         backward=most,
         communication=communication,
     )
-
-
-def _gradient_bytes(model: ModelConfig, size: int) -> tuple[int, int]:
-    """The gradients of one layer and of the head take this many bytes."""
-    embedding = model.vocab_size * model.hidden_size
-    heads = 1 if model.tie_word_embeddings else 2
-    blocks = model.num_parameters() - heads * embedding - model.hidden_size
-    return blocks // model.num_layers * size, embedding * size
 
 
 def _backward_bytes(model: ModelConfig, policy: Policy, size: int, *, fused: bool) -> int:
@@ -245,7 +240,16 @@ def choose(
     sizes = [size for size in range(min(bound, rows), 0, -1) if rows % size == 0]
     if config.micro_batch_size:
         sizes = [config.micro_batch_size]
-    candidates = [policies] if policies else list(_candidates(config.model, fused=fused))
+    layers = config.model.num_layers
+    candidates = [mixed(full_layers, layers) for full_layers in range(layers + 1)]
+    if not config.model.gradient_checkpointing:
+        candidates = [(NONE,) * layers]
+    elif not fused:
+        # Triton kernels recompute operands inside a pass that backward makes anyway; elsewhere
+        # recomputing costs passes of its own.
+        candidates.insert(0, (NONE,) * layers)
+    if policies:
+        candidates = [policies]
     how = {"precision": precision, "fused": fused, "parallelism": parallelism}
     for size in sizes:
         for candidate in candidates:
@@ -259,17 +263,3 @@ def choose(
         f"--vram-budget {budget / GIB:.1f} GiB is too small: the least this model needs is "
         f"{plan.account.total / GIB:.1f} GiB ({plan})"
     )
-
-
-def _candidates(model: ModelConfig, *, fused: bool) -> Iterator[tuple[Policy, ...]]:
-    """The generator gives the policies to try, the fastest first.
-
-    Without the fused kernels, which recompute operands inside a pass that backward makes anyway,
-    recomputing costs passes of its own: there `none` comes first.
-    """
-    layers = model.num_layers
-    if not fused or not model.gradient_checkpointing:
-        yield (NONE,) * layers
-    if model.gradient_checkpointing:
-        for full_layers in range(layers + 1):
-            yield mixed(full_layers, layers)

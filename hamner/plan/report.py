@@ -127,13 +127,8 @@ def options_table(plans: Sequence[Plan], hours: float | None = None) -> str:
 
 def _kinds(memory: MemoryAccount) -> dict[str, int]:
     """The bytes by kind add up to the total."""
-    kinds = {
-        "weights": memory.weights,
-        "optimizer": memory.optimizer,
-        "activations": memory.activations,
-    }
-    if memory.communication:
-        kinds["communication"] = memory.communication
+    names = ("weights", "optimizer", "activations", "communication")
+    kinds = {name: size for name in names if (size := getattr(memory, name))}
     return kinds | {"loss, or gradients": memory.total - sum(kinds.values())}
 
 

@@ -109,16 +109,11 @@ class Op:
     """An op is one kernel's work, or a few kernels' of the same kind."""
 
     kind: str
-    """the efficiency it is held to; the first word is its category"""
+    """the efficiency it is held to; its first word is one of CATEGORIES"""
     cost: Cost
     launches: int = 1
     smallest_dim: int = 0
     """of a matmul's M, N and K"""
-
-    @property
-    def category(self) -> str:
-        """The op counts under this one of CATEGORIES."""
-        return self.kind.partition("_")[0]
 
     def seconds(self, gpu: Gpu) -> float:
         """The op takes this long on `gpu`, launch gaps aside; arithmetic hides behind traffic or
@@ -167,21 +162,16 @@ class MicroBatch:
     def attention(self, *, backward: bool) -> list[Op]:
         """The scores stay out of memory; differential attention combines its two maps' outputs."""
         d, kv = self.model.hidden_size, self.model.num_kv_heads * self.model.head_size
-        cost = costs.attention(
-            self.tokens * self.seq_len / 2,
-            query_elements=self.tokens * d,
-            key_elements=self.tokens * kv,
-            width=d,
-            value_widths=costs.value_widths(self.model),
-            backward=backward,
-        )
+        pairs, queries, keys = self.tokens * self.seq_len / 2, self.tokens * d, self.tokens * kv
+        shape = {"width": d, "value_widths": costs.value_widths(self.model)}
+        cost = costs.attention(pairs, queries, keys, backward=backward, **shape)
         # Tiles of queries read k and v again, which comes to about once more from memory; in
         # backward as much is written and read again of their gradients.
-        cost += Cost(bytes=costs.BF16 * self.tokens * 2 * kv * (2 if backward else 1))
+        cost += Cost(bytes=costs.BF16 * 2 * keys * (2 if backward else 1))
         kind, launches = ("backward", 3) if backward else ("forward", 1)
         ops = [Op(f"attention_{kind}", cost, launches)]
         if self.model.use_differential_attention:
-            combination = costs.differential_combination(self.tokens * d, backward=backward)
+            combination = costs.differential_combination(queries, backward=backward)
             ops.append(Op("attention", combination))
         return ops
 
@@ -200,7 +190,6 @@ class MicroBatch:
         return Op("norm", cost, launches=4 if backward else 2)
 
     def rope(self) -> Op:
-        """RoPE rotates q and k."""
         rotated = self.model.hidden_size + self.model.num_kv_heads * self.model.head_size
         return Op("rope", costs.rope(self.tokens * rotated))
 
@@ -270,7 +259,7 @@ class _Clock:
         for op in ops:
             spent = 1e3 * op.seconds(self.gpu)
             once += spent
-            self.milliseconds[op.category] += times * spent
+            self.milliseconds[op.kind.partition("_")[0]] += times * spent
             self.milliseconds["gaps"] += self.gap_ms * times * op.launches
         return once
 
@@ -354,14 +343,8 @@ def predict(
     )
     clock.milliseconds["communication"] = communication.exposed_ms
     memory = account(config, policies, micro_batch_size, parallelism=parallelism)
-    return StepPrediction(
-        config,
-        gpu=gpu,
-        gpus=parallelism.ranks,
-        milliseconds=clock.milliseconds,
-        peak_gib=memory.total / GIB,
-        communication=communication,
-    )
+    rest = {"peak_gib": memory.total / GIB, "communication": communication}
+    return StepPrediction(config, gpu, parallelism.ranks, clock.milliseconds, **rest)
 
 
 def compare_with_reality(

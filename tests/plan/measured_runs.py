@@ -57,11 +57,9 @@ class ScoreProducts(Op):
     Their K or N is the head size, one step of a tile's loop, so nothing in a tile overlaps.
     """
 
-    category = "attention"
-
     def seconds(self, gpu: Gpu) -> float:
         apart = Cost(flops=self.cost.flops), Cost(bytes=self.cost.bytes)
-        return sum(Op(self.kind, cost).seconds(gpu) for cost in apart)
+        return sum(Op("matmul", cost).seconds(gpu) for cost in apart)
 
 
 class EarlierTrainer(Compiled):
@@ -78,7 +76,7 @@ class EarlierTrainer(Compiled):
         flops = matmuls * 2 * self.tokens * self.seq_len * self.model.hidden_size
         products = Cost(flops, scores * matmul_passes)
         return [
-            ScoreProducts("matmul", products, launches=matmuls),
+            ScoreProducts("attention_products", products, launches=matmuls),
             Op("attention", Cost(bytes=scores * softmax_passes)),
         ]
 

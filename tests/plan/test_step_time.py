@@ -165,7 +165,7 @@ def test_op_takes_the_longer_of_arithmetic_and_traffic():
     arithmetic, traffic = 65e12, 850e9  # one second each
     cost = Cost(arithmetic, 2 * traffic)
     assert Op("matmul", cost).seconds(RTX_3090) == pytest.approx(2)
-    assert ScoreProducts("matmul", cost).seconds(RTX_3090) == pytest.approx(3)
+    assert ScoreProducts("attention_products", cost).seconds(RTX_3090) == pytest.approx(3)
 
 
 def test_small_matmuls_are_slower_on_an_h100():

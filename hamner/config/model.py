@@ -1,7 +1,6 @@
 """The shape of a model is a dataclass: widths, layers, experts, parameter counts.
 
-The module is torch-free, so that `--help` and `hamner.plan` answer at once. Counts follow from the
-shape alone and are tested against the built model.
+Counts follow from the shape alone and are tested against the built model.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,4 @@
-"""A fine-tuning run is configured by the flags of `hamner.sft`.
-
-The module is torch-free, so that `--help` and every refusal come at once.
-"""
+"""A fine-tuning run is configured by the flags of `hamner.sft`."""
 
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path

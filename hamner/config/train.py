@@ -1,7 +1,4 @@
-"""A run's configuration is the flags of `hamner.train`, and the config.json of every run.
-
-The module is torch-free, so that `--help` and every refusal come at once.
-"""
+"""A run's configuration is the flags of `hamner.train`, and the config.json of every run."""
 
 import math
 from dataclasses import asdict, dataclass

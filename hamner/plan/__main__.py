@@ -115,7 +115,7 @@ def plan_option(name: str, config: PlanConfig, gpu: Gpu, parallelism: Parallelis
             f"--tokens {tokens:g} must be at least one step of option {name}, "
             f"{option.tokens_per_step:,}"
         )
-    option = replace(option, tokens=tokens)
+    option = replace(option, tokens=int(tokens))
     return make_plan(option, gpu, parallelism, vram_budget=config.vram_budget)
 
 
@@ -149,7 +149,7 @@ def analyse(config: PlanConfig) -> Analysis:
     run = None
     if config.metrics:
         curve = read_run(config.metrics)
-        end = max(plan.tokens, float(curve.tokens[-1]))
+        end = max(plan.config.tokens, float(curve.tokens[-1]))
         run = RunProjection(curve, fit_run(curve), plan.active_parameters, end)
     return Analysis(
         plan, recommended=recommended, hours=hours, plans=plans, misfits=misfits, run=run

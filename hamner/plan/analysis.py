@@ -28,11 +28,6 @@ class Plan:
     prediction: StepPrediction
 
     @property
-    def tokens(self) -> int:
-        """The run trains on this many tokens."""
-        return int(self.config.tokens)
-
-    @property
     def parameters(self) -> int:
         """The model has this many parameters in all."""
         return self.config.model.num_parameters()
@@ -45,12 +40,12 @@ class Plan:
     @property
     def steps(self) -> int:
         """The run has this many optimizer steps."""
-        return self.tokens // self.config.tokens_per_step
+        return self.config.tokens // self.config.tokens_per_step
 
     @property
     def hours(self) -> float:
         """The run is projected to take this long, evaluation and saving aside."""
-        return self.tokens / self.prediction.tokens_per_second / 3600
+        return self.config.tokens / self.prediction.tokens_per_second / 3600
 
     @property
     def rows_per_gpu(self) -> int:
@@ -92,7 +87,7 @@ class Plan:
         where even 64 times the batch does not do: within a node FSDP sends with every micro-batch.
         """
         for times in (2, 4, 8, 16, 32, 64):
-            tokens = max(self.tokens, times * self.config.tokens_per_step)
+            tokens = max(self.config.tokens, times * self.config.tokens_per_step)
             batch_size = times * self.config.batch_size
             try:
                 larger = self.under(self.memory.policies, batch_size=batch_size, tokens=tokens)
@@ -109,7 +104,7 @@ class Plan:
         The law is about dense models: a mixture of experts should end between a dense model of all
         its parameters and one of its active ones. For a dense model both are the same.
         """
-        tokens = tokens or self.tokens
+        tokens = tokens or self.config.tokens
         return law.loss(self.parameters, tokens), law.loss(self.active_parameters, tokens)
 
     def tokens_in(self, hours: float) -> float:

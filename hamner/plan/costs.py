@@ -3,7 +3,7 @@
 A cost is what an op needs: every operand is read once, every result written once. The time of a
 step, the memory account, the floors in profiles, the rates in bench/ and the table in
 kernels/README.md all read these functions (tests compare the last); what a kernel moves beyond them
-is said where that kernel is described. The module needs no torch.
+is said where that kernel is described.
 
 In arguments, `elements` counts those of one tensor, `element_size` is bytes an element (bf16 unless
 said otherwise), `tokens` are those of a micro-batch, and `backward` asks for the backward pass.
@@ -293,23 +293,6 @@ def experts_kept(model: ModelConfig, element_size: int, *, fused: bool, recomput
     # Of each expert also the gathered rows and its output, in both dtypes.
     rows = model.num_experts_per_token * d * (FP32 + element_size)
     return 4 * FP32 * width + width * element_size + FP32 * d + rows
-
-
-def block_kept(model: ModelConfig, element_size: int, *, fused: bool, recompute: bool) -> int:
-    """A block keeps this many bytes a token until its backward pass.
-
-    Args:
-        model: shape.
-        element_size: bytes of the compute dtype.
-        fused: whether the Triton kernels run, or their plain references, whose norms and SwiGLU
-            also keep fp32 intermediates.
-        recompute: whether norms and SwiGLU are computed again in backward.
-    """
-    how = {"fused": fused, "recompute": recompute}
-    kept = 2 * norm_kept(model.hidden_size, element_size, **how)
-    kept += attention_kept(model, element_size, fused=fused)
-    kept += swiglu_kept(dense_width(model), element_size, **how)
-    return kept + (experts_kept(model, element_size, **how) if model.is_moe else 0)
 
 
 def loss_held(model: ModelConfig, tokens: int, element_size: int, *, fused: bool) -> int:

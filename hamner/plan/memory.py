@@ -29,11 +29,21 @@ class Policy:
     name: str
 
     def kept_bytes(self, model: ModelConfig, element_size: int, *, fused: bool) -> int:
-        """The block keeps this many bytes a token; the arguments are those of `block_kept`."""
+        """A block keeps this many bytes a token until its backward pass.
+
+        Args:
+            model: shape.
+            element_size: bytes of the compute dtype.
+            fused: whether the Triton kernels run, or their plain references, whose norms and SwiGLU
+                also keep fp32 intermediates.
+        """
         if self == FULL:
             return model.hidden_size * element_size
-        recompute = self == SELECTIVE
-        return costs.block_kept(model, element_size, fused=fused, recompute=recompute)
+        how = {"fused": fused, "recompute": self == SELECTIVE}
+        kept = 2 * costs.norm_kept(model.hidden_size, element_size, **how)
+        kept += costs.attention_kept(model, element_size, fused=fused)
+        kept += costs.swiglu_kept(costs.dense_width(model), element_size, **how)
+        return kept + (costs.experts_kept(model, element_size, **how) if model.is_moe else 0)
 
 
 NONE, SELECTIVE, FULL = Policy("none"), Policy("selective"), Policy("full")

@@ -109,7 +109,7 @@ def _quantities(plan: Plan, hours: float | None) -> dict[str, str]:
         **_scaling(plan),
         "tokens/s (projected)": f"{prediction.tokens_per_second:,.0f}",
         "MFU (projected)": f"{prediction.mfu:.0%}",
-        "tokens": _count(plan.tokens),
+        "tokens": _count(plan.config.tokens),
         "steps": f"{plan.steps:,}",
         "hours (projected)": f"{plan.hours:,.1f}",
         "days (projected)": f"{plan.hours / 24:.1f}",
@@ -209,8 +209,8 @@ def coherence_table(analysis: Analysis) -> str:
         if tokens is None:
             rows.append([plan.config.option, "never", "", "model too small"])
             continue
-        hours = plan.hours * tokens / plan.tokens
-        within = "yes" if tokens <= plan.tokens else "no"
+        hours = plan.hours * tokens / plan.config.tokens
+        within = "yes" if tokens <= plan.config.tokens else "no"
         rows.append([plan.config.option, _count(tokens), f"{hours:,.1f}", within])
     return _table(rows)
 
@@ -300,7 +300,7 @@ def _command(plan: Plan) -> str:
     if option.batch_size != OPTIONS[option.option].batch_size:
         batch = f" --batch-size {option.batch_size}"
     return (
-        f"{launcher} -m hamner.train --option {option.option} --tokens {plan.tokens}{batch} "
+        f"{launcher} -m hamner.train --option {option.option} --tokens {plan.config.tokens}{batch} "
         f"--vram-budget {plan.vram_budget / GIB:g}"
     )
 
@@ -324,7 +324,7 @@ def _situation(analysis: Analysis, files: str) -> str:
 
 ## The problem
 
-Train a language model from scratch on {_count(plan.tokens)} tokens with {gpus}, and know
+Train a language model from scratch on {_count(plan.config.tokens)} tokens with {gpus}, and know
 before starting whether it fits, how long it takes and how good it will be.
 
 ## Evidence
@@ -364,7 +364,7 @@ Train **{best.config.option}** ({_count(best.parameters)} parameters): of the op
 their full context it has the lowest expected loss after {analysis.hours:,.0f} hours, a mixture of
 experts counted by its active parameters. It takes {best.prediction.peak_gib:.1f} GiB with recompute
 {describe(best.memory.policies)} and, projected, {best.hours / 24:.1f} days for
-{_count(best.tokens)} tokens at {best.prediction.tokens_per_second:,.0f} tokens/s.
+{_count(best.config.tokens)} tokens at {best.prediction.tokens_per_second:,.0f} tokens/s.
 
 Expected loss: {_range(best.loss_range(BESIROGLU), 2)} by {BESIROGLU.source};
 {_range(best.loss_range(HOFFMANN), 2)} by {HOFFMANN.source};
@@ -406,7 +406,13 @@ def write_report(path: Path, analysis: Analysis) -> None:
     files = path.with_name(f"{path.stem}_files")
     try:
         files.mkdir(exist_ok=True)
-        for name, figure in _figures(analysis).items():
+        figures = {
+            "memory.png": _memory_figure(analysis.plan),
+            "loss.png": _loss_figure(analysis.plans or [analysis.plan], analysis.local_law),
+        }
+        if analysis.run:
+            figures["run.png"] = _run_figure(analysis.run)
+        for name, figure in figures.items():
             figure.legend(loc="outside right upper", frameon=False)
             image = io.BytesIO()
             figure.savefig(image, format="png", dpi=150)
@@ -414,17 +420,6 @@ def write_report(path: Path, analysis: Analysis) -> None:
         write_whole(path, document(analysis, files.name))
     except OSError as error:
         raise UserError(f"--report {path} cannot be written: {error.strerror}") from None
-
-
-def _figures(analysis: Analysis) -> dict[str, "Figure"]:
-    """The plots go by file name."""
-    figures = {
-        "memory.png": _memory_figure(analysis.plan),
-        "loss.png": _loss_figure(analysis.plans or [analysis.plan], analysis.local_law),
-    }
-    if analysis.run:
-        figures["run.png"] = _run_figure(analysis.run)
-    return figures
 
 
 def _axes(xlabel: str, ylabel: str) -> tuple["Figure", "Axes"]:

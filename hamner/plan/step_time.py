@@ -1,4 +1,4 @@
-"""A step's time on a GPU is predicted by a roofline per op (Williams et al. 2009), torch-free.
+"""A step's time on a GPU is predicted by a roofline per op (Williams et al. 2009).
 
 A step is a list of ops, each with its cost (`hamner.plan.costs`, bf16). An op takes the longer of
 arithmetic and traffic, each at the share of the card's peak that its kind of kernel reaches. Those
@@ -246,24 +246,6 @@ class MicroBatch:
         return Op("optimizer", cost, launches=6 * self.model.num_layers)
 
 
-class _Clock:
-    """A clock adds up the milliseconds of ops by category, launch gaps apart."""
-
-    def __init__(self, gpu: Gpu, gap_ms: float) -> None:
-        self.gpu, self.gap_ms = gpu, gap_ms
-        self.milliseconds = dict.fromkeys(CATEGORIES, 0.0)
-
-    def add(self, ops: Sequence[Op], times: int) -> float:
-        """The clock counts `ops` this many times over; one time takes what is returned."""
-        once = 0.0
-        for op in ops:
-            spent = 1e3 * op.seconds(self.gpu)
-            once += spent
-            self.milliseconds[op.kind.partition("_")[0]] += times * spent
-            self.milliseconds["gaps"] += self.gap_ms * times * op.launches
-        return once
-
-
 @dataclass(frozen=True)
 class StepPrediction:
     """A prediction is of one optimizer step, before it was ever run."""
@@ -330,21 +312,32 @@ def predict(
         raise ValueError(f"policies has {len(policies)} entries for {model.num_layers} layers")
     micro_batch = kind(model, config.seq_len, tokens=micro_batch_size * config.seq_len)
     is_graphed = kind.is_graphed and parallelism.ranks == 1
-    clock = _Clock(gpu, gap_ms=1e-3 * (GRAPH_GAP_US if is_graphed else LAUNCH_GAP_US))
+    gap_ms = 1e-3 * (GRAPH_GAP_US if is_graphed else LAUNCH_GAP_US)
+    milliseconds = dict.fromkeys(CATEGORIES, 0.0)
+
+    def add(ops: Sequence[Op], times: int) -> float:
+        """The ops count this many times over; one time takes what is returned, gaps aside."""
+        once = 0.0
+        for op in ops:
+            spent = 1e3 * op.seconds(gpu)
+            once += spent
+            milliseconds[op.kind.partition("_")[0]] += times * spent
+            milliseconds["gaps"] += gap_ms * times * op.launches
+        return once
+
     forward = backward = 0.0
     for policy, layers in Counter(policies).items():
         times = layers * micro_batches
-        forward += layers * clock.add(micro_batch.forward(), times)
-        backward += layers * clock.add(micro_batch.backward(policy), times)
-    clock.add(micro_batch.loss(), micro_batches)
-    clock.add([micro_batch.optimizer(micro_batches, parallelism.shards)], 1)
-    communication = communicate(
-        model, parallelism, micro_batches, forward_ms=forward, backward_ms=backward
+        forward += layers * add(micro_batch.forward(), times)
+        backward += layers * add(micro_batch.backward(policy), times)
+    add(micro_batch.loss(), micro_batches)
+    add([micro_batch.optimizer(micro_batches, parallelism.shards)], 1)
+    sent = communicate(model, parallelism, micro_batches, forward_ms=forward, backward_ms=backward)
+    milliseconds["communication"] = sent.exposed_ms
+    peak = account(config, policies, micro_batch_size, parallelism=parallelism).total
+    return StepPrediction(
+        config, gpu, parallelism.ranks, milliseconds, peak_gib=peak / GIB, communication=sent
     )
-    clock.milliseconds["communication"] = communication.exposed_ms
-    memory = account(config, policies, micro_batch_size, parallelism=parallelism)
-    rest = {"peak_gib": memory.total / GIB, "communication": communication}
-    return StepPrediction(config, gpu, parallelism.ranks, clock.milliseconds, **rest)
 
 
 def compare_with_reality(

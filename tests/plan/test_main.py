@@ -43,10 +43,10 @@ def metrics(tmp_path):
 def test_option_a_on_a_3090():
     plan = make_plan(OPTIONS["a"], RTX_3090)
     assert plan.parameters == plan.active_parameters == 320_914_432
-    assert plan.tokens == 10_000_000_000
+    assert plan.config.tokens == 10_000_000_000
     assert plan.steps == 406_901
     assert plan.hours == pytest.approx(1e10 / plan.prediction.tokens_per_second / 3600)
-    assert plan.tokens_in(plan.hours) == pytest.approx(plan.tokens)
+    assert plan.tokens_in(plan.hours) == pytest.approx(plan.config.tokens)
     assert plan.vram_budget == 22 * GIB
     assert plan.memory.account.total <= plan.vram_budget
     assert plan.prediction.peak_gib == pytest.approx(plan.memory.account.total / GIB)
@@ -92,7 +92,7 @@ def test_recommendation_is_the_lowest_loss_in_the_same_hours():
 
 def test_tokens_and_run_shift_the_local_law(metrics):
     analysis = analyse(PlanConfig(option="current", tokens=5e9, metrics=metrics))
-    assert analysis.plan.tokens == 5_000_000_000
+    assert analysis.plan.config.tokens == 5_000_000_000
     assert analysis.run.end_tokens == 5e9
     seen = analysis.run.fit.tokens_seen
     assert analysis.local_law.loss(163_609_344, seen) == pytest.approx(analysis.run.loss_now)
@@ -119,7 +119,7 @@ def test_two_3090s_share_the_options_batch():
     """By hand: one bf16 gradient, 641.8 MB, at 10 GB/s; the embedding's 100.7 MB are not hidden."""
     one, two = plan_of(), plan_of(gpus=2)
     assert (two.parallelism.kind, two.rows_per_gpu) == ("ddp", 12)
-    assert (two.steps, two.tokens) == (one.steps, one.tokens)
+    assert (two.steps, two.config.tokens) == (one.steps, one.config.tokens)
     assert two.prediction.communication.ms == pytest.approx(64.18, abs=0.01)
     assert two.prediction.communication.exposed_ms == pytest.approx(10.07, abs=0.01)
     assert two.communication_share == pytest.approx(10.07 / two.prediction.step_ms, abs=1e-4)

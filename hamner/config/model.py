@@ -129,7 +129,6 @@ class ModelConfig:
 
     @property
     def head_size(self) -> int:
-        """One attention head has this size."""
         return self.hidden_size // self.num_attention_heads
 
     @property
@@ -167,8 +166,5 @@ class ModelConfig:
     def num_parameters(self, *, active: bool = False) -> int:
         """The method counts all parameters, or one token's, the whole embedding among them."""
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        return (
-            self.num_layers * self.num_parameters_per_layer(active=active)
-            + embeddings
-            + self.hidden_size
-        )
+        blocks = self.num_layers * self.num_parameters_per_layer(active=active)
+        return blocks + embeddings + self.hidden_size

@@ -207,12 +207,10 @@ class TrainConfig(RunConfig, ComputeConfig, TaskConfig):
 
     @property
     def tokens_per_step(self) -> int:
-        """One optimizer step has this many tokens."""
         return self.batch_size * self.seq_len
 
     @property
     def folder(self) -> Path:
-        """The run lies in this folder."""
         return self.run_dir if self.run_dir is not None else Path("runs") / self.option
 
     def to_json(self) -> dict[str, Any]:

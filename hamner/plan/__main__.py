@@ -97,8 +97,7 @@ def find_parallelism(config: PlanConfig, gpu: Gpu) -> Parallelism:
         raise UserError(
             "--parallel fsdp shards the model over the GPUs of a node: give --gpus 2 or more"
         )
-    speeds = {"link_gbs": link, "network_gbs": config.network}
-    return Parallelism(config.parallel, config.gpus, config.nodes, **speeds)
+    return Parallelism(config.parallel, config.gpus, config.nodes, link, network_gbs=config.network)
 
 
 def plan_option(name: str, config: PlanConfig, gpu: Gpu, parallelism: Parallelism) -> Plan:
@@ -125,10 +124,10 @@ def analyse(config: PlanConfig) -> Analysis:
     Raises:
         UserError: bad input, or nothing that fits.
     """
-    gpu = find_gpu(config.gpu, config.gpu_spec)
-    if config.option != "all" and config.option not in OPTIONS:
+    gpu, is_all = find_gpu(config.gpu, config.gpu_spec), config.option == "all"
+    if not is_all and config.option not in OPTIONS:
         raise UserError(f"--option {config.option} is not one of {', '.join(OPTIONS)}, all")
-    if config.option == "all" and config.metrics:
+    if is_all and config.metrics:
         raise UserError("--metrics needs the --option that the run trains, not all")
     parallelism = find_parallelism(config, gpu)
     plans, misfits = [], {}
@@ -137,9 +136,7 @@ def analyse(config: PlanConfig) -> Analysis:
             plans.append(plan_option(name, config, gpu, parallelism))
         except UserError as error:
             misfits[name] = str(error)
-    asked = None
-    if config.option != "all":
-        asked = plan_option(config.option, config, gpu, parallelism)
+    asked = None if is_all else plan_option(config.option, config, gpu, parallelism)
     if not asked and not plans:
         raise UserError(misfits["a"])
     candidates = plans or [asked]
@@ -151,9 +148,7 @@ def analyse(config: PlanConfig) -> Analysis:
         curve = read_run(config.metrics)
         end = max(plan.config.tokens, float(curve.tokens[-1]))
         run = RunProjection(curve, fit_run(curve), plan.active_parameters, end)
-    return Analysis(
-        plan, recommended=recommended, hours=hours, plans=plans, misfits=misfits, run=run
-    )
+    return Analysis(plan, recommended, hours, plans, misfits=misfits, run=run)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -29,7 +29,6 @@ class Plan:
 
     @property
     def parameters(self) -> int:
-        """The model has this many parameters in all."""
         return self.config.model.num_parameters()
 
     @property
@@ -39,7 +38,6 @@ class Plan:
 
     @property
     def steps(self) -> int:
-        """The run has this many optimizer steps."""
         return self.config.tokens // self.config.tokens_per_step
 
     @property
@@ -59,9 +57,9 @@ class Plan:
 
     @property
     def efficiency(self) -> float | None:
-        """Efficiency is tokens/s over those of as many GPUs, each alone at the option's own batch.
+        """Efficiency is tokens/s over those of as many GPUs, each by itself at the option's batch.
 
-        It is None where one GPU alone has too little memory.
+        It is None where a single GPU has too little memory.
         """
         option = OPTIONS[self.config.option]
         try:
@@ -108,7 +106,6 @@ class Plan:
         return law.loss(self.parameters, tokens), law.loss(self.active_parameters, tokens)
 
     def tokens_in(self, hours: float) -> float:
-        """The run trains on this many tokens in `hours`."""
         return hours * 3600 * self.prediction.tokens_per_second
 
 

@@ -129,17 +129,17 @@ def communicate(
     if parallelism.kind == "ddp":
         size = parameters * (BF16 if micro_batches == 1 else FP32)
         replicated = all_reduce_bytes(size, parallelism.ranks)
-        replicate_ms = _milliseconds(replicated, parallelism.ring_gbs)
+        replicate_ms = replicated / (parallelism.ring_gbs * 1e6)
     else:
-        shards, link_gbs = parallelism.shards, parallelism.link_gbs
+        shards, bytes_per_ms = parallelism.shards, parallelism.link_gbs * 1e6
         gathered = all_gather_bytes(parameters * BF16, shards)
         reduced = all_gather_bytes(parameters * FP32, shards)
         replicated = all_reduce_bytes(parameters * FP32 / shards, parallelism.nodes)
         sent = micro_batches * (2 * gathered + reduced)
-        gather_ms, reduce_ms = _milliseconds(gathered, link_gbs), _milliseconds(reduced, link_gbs)
+        gather_ms, reduce_ms = gathered / bytes_per_ms, reduced / bytes_per_ms
         if parallelism.nodes > 1:
             # The GPUs of a node send their shards side by side through its network.
-            replicate_ms = _milliseconds(replicated * shards, parallelism.network_gbs)
+            replicate_ms = replicated * shards / (parallelism.network_gbs * 1e6)
 
     def exposed_ms(reduce_ms: float) -> float:
         """This shows of one micro-batch whose gradients take `reduce_ms`."""
@@ -154,7 +154,3 @@ def communicate(
         micro_batches * (2 * gather_ms + reduce_ms) + replicate_ms,
         (micro_batches - 1) * exposed_ms(reduce_ms) + exposed_ms(reduce_ms + replicate_ms),
     )
-
-
-def _milliseconds(size: float, gbs: float) -> float:
-    return size / (gbs * 1e6)

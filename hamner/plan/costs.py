@@ -312,6 +312,6 @@ def loss_chunk(vocab_size: int, tokens: int, element_size: int = BF16) -> int:
 
     It is said again here, because that module needs torch; a test keeps the two equal.
     """
-    most = int(0.35 * GIB) // (vocab_size * element_size) // 128 * 128
-    chunks = max(1, math.ceil(tokens / max(128, most)))
+    longest = int(0.35 * GIB) // (vocab_size * element_size) // 128 * 128
+    chunks = max(1, math.ceil(tokens / max(128, longest)))
     return math.ceil(math.ceil(tokens / chunks) / 128) * 128

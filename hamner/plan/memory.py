@@ -158,27 +158,26 @@ def account(
     # Of a split master only the int16 remainder is held beside the bf16 weight. A shard is fp32, as
     # its gradient is, which adds up by itself.
     masters = (2 if fused or shards > 1 else 4) if precision == "bf16" else 0
-    layer_gradient = model.num_parameters_per_layer() * size
-    head_gradient = model.vocab_size * model.hidden_size * size
+    # Of these, gradients are formed from the head to the first block.
+    head, block = model.vocab_size * model.hidden_size, model.num_parameters_per_layer()
     gradient_size = costs.FP32 if shards > 1 else size
     communication, gradients = 0, parameters * gradient_size // shards
     if shards > 1:
         heads = 1 if model.tie_word_embeddings else 2
-        communication = 2 * (heads * head_gradient + 2 * layer_gradient)
+        communication = 2 * (heads * head + 2 * block) * size
         if not parallelism.reshard:
             communication += parameters * size
     elif parallelism.ranks > 1:
         # Every gradient is a view of a bucket, and the buckets stay.
         communication, gradients = gradients, 0
-        layer_gradient = head_gradient = 0
+        head = block = 0
 
-    most = held = 0
+    peak = held = 0
     for layer, policy in enumerate(policies):
         held += tokens * policy.kept_bytes(model, size, fused=fused)
-        formed = head_gradient + (len(policies) - 1 - layer) * layer_gradient
-        formed = formed * gradient_size // (size * shards)
+        formed = (head + (len(policies) - 1 - layer) * block) * gradient_size // shards
         working = tokens * _backward_bytes(model, policy, size, fused=fused)
-        most = max(most, held + formed + working)
+        peak = max(peak, held + formed + working)
     # After the last block: a norm and the head, which in plain torch keeps its operand as well.
     tail = costs.norm_kept(model.hidden_size, size, fused=fused, recompute=False)
     tail += 0 if fused else model.hidden_size * size
@@ -189,7 +188,7 @@ def account(
         gradients=gradients,
         activations=held + tokens * tail,
         loss=costs.loss_held(model, tokens, size, fused=fused),
-        backward=most,
+        backward=peak,
         communication=communication,
     )
 
@@ -219,10 +218,8 @@ class MemoryPlan:
     account: MemoryAccount
 
     def __str__(self) -> str:
-        return (
-            f"recompute {describe(self.policies)}, micro-batch {self.micro_batch_size}: "
-            f"{self.account}"
-        )
+        how = f"recompute {describe(self.policies)}, micro-batch {self.micro_batch_size}"
+        return f"{how}: {self.account}"
 
 
 def choose(

@@ -30,7 +30,6 @@ from hamner.plan.step_time import MEASURED_ERRORS, efficiency
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 
 def _count(count: float) -> str:
@@ -406,33 +405,33 @@ def write_report(path: Path, analysis: Analysis) -> None:
     files = path.with_name(f"{path.stem}_files")
     try:
         files.mkdir(exist_ok=True)
-        figures = {
-            "memory.png": _memory_figure(analysis.plan),
-            "loss.png": _loss_figure(analysis.plans or [analysis.plan], analysis.local_law),
+        drawn = {
+            "memory.png": _draw_memory(analysis.plan),
+            "loss.png": _draw_loss(analysis.plans or [analysis.plan], analysis.local_law),
         }
         if analysis.run:
-            figures["run.png"] = _run_figure(analysis.run)
-        for name, figure in figures.items():
-            figure.legend(loc="outside right upper", frameon=False)
+            drawn["run.png"] = _draw_run(analysis.run)
+        for name, axes in drawn.items():
+            axes.figure.legend(loc="outside right upper", frameon=False)
             image = io.BytesIO()
-            figure.savefig(image, format="png", dpi=150)
+            axes.figure.savefig(image, format="png", dpi=150)
             write_whole(files / name, image.getvalue())
         write_whole(path, document(analysis, files.name))
     except OSError as error:
         raise UserError(f"--report {path} cannot be written: {error.strerror}") from None
 
 
-def _axes(xlabel: str, ylabel: str) -> tuple["Figure", "Axes"]:
+def _axes(xlabel: str, ylabel: str) -> "Axes":
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
     axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    return axes
 
 
-def _memory_figure(plan: Plan) -> "Figure":
-    figure, axes = _axes(f"--recompute, option {plan.config.option}", "GiB")
+def _draw_memory(plan: Plan) -> "Axes":
+    axes = _axes(f"--recompute, option {plan.config.option}", "GiB")
     names, plans = zip(*_policies(plan), strict=True)
     names = [name.replace(" (", "\n(") for name in names]
     base = [0.0] * len(names)
@@ -441,22 +440,22 @@ def _memory_figure(plan: Plan) -> "Figure":
         axes.bar(names, heights, bottom=base, label=kind, width=0.6)
         base = [b + h for b, h in zip(base, heights, strict=True)]
     axes.axhline(plan.vram_budget / GIB, color="black", linestyle="--", label="budget")
-    return figure
+    return axes
 
 
-def _loss_figure(plans: Sequence[Plan], law: LossLaw) -> "Figure":
-    figure, axes = _axes("days (projected)", "expected loss, nats per token")
+def _draw_loss(plans: Sequence[Plan], law: LossLaw) -> "Axes":
+    axes = _axes("days (projected)", "expected loss, nats per token")
     for plan in plans:
         # From a twentieth of the run on: before that the law says little.
         days = [plan.hours / 24 * i / 100 for i in range(5, 101)]
         losses = [law.loss(plan.active_parameters, plan.tokens_in(24 * day)) for day in days]
         axes.plot(days, losses, label=plan.config.option)
     axes.axhline(COHERENT_LOSS, color="black", linestyle=":", label=f"loss {COHERENT_LOSS}")
-    return figure
+    return axes
 
 
-def _run_figure(run: RunProjection) -> "Figure":
-    figure, axes = _axes("tokens, billions", "loss, nats per token")
+def _draw_run(run: RunProjection) -> "Axes":
+    axes = _axes("tokens, billions", "loss, nats per token")
     axes.plot(run.curve.tokens / 1e9, run.curve.loss, ".", markersize=2, color="grey", label="run")
     first, last = 0.1 * run.fit.tokens_seen, run.end_tokens
     # Evenly spaced on the logarithmic axis.
@@ -469,4 +468,4 @@ def _run_figure(run: RunProjection) -> "Figure":
     axes.set(
         xscale="log", xlim=(first / 2e9, last / 0.9e9), ylim=(0.98 * lowest, 1.05 * bounds[0][1])
     )
-    return figure
+    return axes

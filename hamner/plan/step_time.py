@@ -194,7 +194,6 @@ class MicroBatch:
         return Op("rope", costs.rope(self.tokens * rotated))
 
     def forward(self) -> list[Op]:
-        """A block's forward pass has these ops."""
         return [
             self.norms(backward=False),
             self.rope(),
@@ -261,12 +260,10 @@ class StepPrediction:
 
     @property
     def step_ms(self) -> float:
-        """The step takes this many milliseconds."""
         return sum(self.milliseconds.values())
 
     @property
     def tokens_per_second(self) -> float:
-        """The step trains on this many tokens a second."""
         return self.config.tokens_per_step / self.step_ms * 1e3
 
     @property

@@ -78,7 +78,7 @@ def test_step_of_option_a_by_hand():
     assert spent["norm"] == pytest.approx(norm / gb_per_s * 1e3)
     swiglu = 2 * layers * tokens * (3 + 6) * inner
     assert spent["swiglu"] == pytest.approx(swiglu / gb_per_s * 1e3)
-    # Forward alone: attention's backward rotates back what it writes.
+    # Forward only: attention's backward rotates back what it writes.
     assert spent["rope"] == pytest.approx(2 * layers * tokens * 2 * (d + kv) / gb_per_s * 1e3)
     assert spent["loss"] == pytest.approx(2 * 3 * tokens * vocabulary / gb_per_s * 1e3)
     assert spent["optimizer"] == pytest.approx(28 * 320_914_432 / gb_per_s * 1e3)

@@ -223,8 +223,8 @@ def stages_of(problem: Problem) -> dict[str, tuple[Callable, Callable, Callable,
     def by_pair(rows: Tensor) -> Tensor:
         return torch.empty_like(rows).index_copy_(0, order, rows)
 
-    gate_up_flops = costs.grouped_matmul(M, D, 2 * I, experts=E).flops
-    down_flops = costs.grouped_matmul(M, I, D, experts=E).flops
+    gate_up_flops = costs.matmul(M, D, 2 * I, experts=E).flops
+    down_flops = costs.matmul(M, I, D, experts=E).flops
     return {
         "gate_up": (
             lambda: gate_up(x, gate_up_weight=gate_up_weight)[0],

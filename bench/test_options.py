@@ -97,15 +97,8 @@ def capacity_gib(vram_budget: float | None) -> float:
 
 def needed_gib(config: TrainConfig) -> float:
     """The account that the planner uses says what is needed."""
-    account = memory.account(
-        config.model,
-        memory.parse(config.recompute, config.model.num_layers),
-        micro_batch_tokens=config.micro_batch_size * config.seq_len,
-        precision="bf16",
-        accumulate=config.micro_batch_size < config.batch_size,
-        fused=True,
-    )
-    return account.total / GIB
+    policies = memory.parse(config.recompute, config.model.num_layers)
+    return memory.account(config, policies, config.micro_batch_size).total / GIB
 
 
 class SharedStep:
@@ -147,14 +140,7 @@ def projection(config: TrainConfig, plan: MemoryPlan) -> dict[str, float]:
     gpu = None if steps.is_cpu() else identify(torch.cuda.get_device_name())
     if gpu is None or config.option == "tiny":
         return {}
-    prediction = predict(
-        config.model,
-        gpu,
-        policies=plan.policies,
-        micro_batch_size=plan.micro_batch_size,
-        batch_size=config.batch_size,
-        seq_len=config.seq_len,
-    )
+    prediction = predict(config, gpu, plan.policies, plan.micro_batch_size)
     return {
         "projected_tokens_per_second": round(prediction.tokens_per_second),
         "projected_gib": round(prediction.peak_gib, 3),

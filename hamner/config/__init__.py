@@ -1,1 +1,1 @@
-"""This package is the configuration of runs; it is torch-free."""
+"""This package holds runs' configuration, torch-free: `--help` and every refusal come at once."""

@@ -1,7 +1,6 @@
 """The shape of a model is a dataclass: widths, layers, experts, parameter counts.
 
-The module is torch-free, so that `--help` and `hamner.plan` answer at once. Counts follow from the
-shape alone and are tested against the built model.
+Counts follow from the shape alone and are tested against the built model.
 """
 
 from dataclasses import dataclass
@@ -75,9 +74,10 @@ class ModelConfig:
     """weight of the router z-loss (ST-MoE, arXiv:2202.08906)"""
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "num_layers", "num_attention_heads", "num_kv_heads"):
-            _require(getattr(self, name) >= 1, f"--{flag(name)} must be at least 1")
-        for name in ("expert_intermediate_size", "max_seq_len", "vocab_size"):
+        for name in (
+            *("hidden_size", "num_layers", "num_attention_heads", "num_kv_heads"),
+            *("expert_intermediate_size", "max_seq_len", "vocab_size"),
+        ):
             _require(getattr(self, name) >= 1, f"--{flag(name)} must be at least 1")
         for name in ("num_experts", "num_experts_per_token", "num_shared_experts"):
             _require(getattr(self, name) >= 0, f"--{flag(name)} must not be negative")
@@ -129,24 +129,23 @@ class ModelConfig:
 
     @property
     def head_size(self) -> int:
-        """The size of one attention head."""
         return self.hidden_size // self.num_attention_heads
 
     @property
     def rope_scaling_factor(self) -> float:
-        """The factor by which sequences are longer than those trained before; 1 without scaling."""
+        """Sequences are this much longer than those trained before; 1 without scaling."""
         if self.rope_scaling == "none":
             return 1.0
         return self.max_seq_len / self.rope_scaling_from
 
     @property
     def qkv_size(self) -> int:
-        """The width of the packed query, key and value projection."""
+        """The packed query, key and value projection has this width."""
         return (self.num_attention_heads + 2 * self.num_kv_heads) * self.head_size
 
     @property
     def is_moe(self) -> bool:
-        """This is true where the MLPs are mixtures of experts."""
+        """The value says whether the MLPs are mixtures of experts."""
         return self.num_experts > 0
 
     def matmul_parameters_per_layer(self, *, active: bool) -> int:
@@ -159,10 +158,13 @@ class ModelConfig:
         router = self.hidden_size * self.num_experts
         return attention + router + mlp * (routed + self.num_shared_experts)
 
+    def num_parameters_per_layer(self, *, active: bool = False) -> int:
+        """The method counts a block's parameters: matrices, norms and lambdas."""
+        lambdas = 4 * self.head_size if self.use_differential_attention else 0
+        return self.matmul_parameters_per_layer(active=active) + 2 * self.hidden_size + lambdas
+
     def num_parameters(self, *, active: bool = False) -> int:
         """The method counts all parameters, or one token's, the whole embedding among them."""
-        per_layer = self.matmul_parameters_per_layer(active=active) + 2 * self.hidden_size
-        if self.use_differential_attention:
-            per_layer += 4 * self.head_size
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        return self.num_layers * per_layer + embeddings + self.hidden_size
+        blocks = self.num_layers * self.num_parameters_per_layer(active=active)
+        return blocks + embeddings + self.hidden_size

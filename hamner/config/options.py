@@ -7,14 +7,10 @@ from hamner.config.train import TrainConfig
 from hamner.errors import UserError
 
 _A = ModelConfig()
-_C = ModelConfig(
-    hidden_size=768,
-    num_layers=20,
-    num_attention_heads=12,
-    expert_intermediate_size=1536,
-    num_experts=4,
-    num_experts_per_token=2,
+_CURRENT = ModelConfig(
+    hidden_size=768, num_layers=20, num_attention_heads=12, expert_intermediate_size=2048
 )
+_C = replace(_CURRENT, expert_intermediate_size=1536, num_experts=4, num_experts_per_token=2)
 _TINY = ModelConfig(
     hidden_size=256,
     num_layers=4,
@@ -47,34 +43,13 @@ OPTIONS: dict[str, TrainConfig] = {
             val_fraction=0.05,
         ),
         # 164M, the baseline.
-        TrainConfig(
-            model=replace(
-                _A,
-                hidden_size=768,
-                num_layers=20,
-                num_attention_heads=12,
-                expert_intermediate_size=2048,
-            ),
-            option="current",
-            batch_size=48,
-            tokens=_TOKENS,
-        ),
+        TrainConfig(model=_CURRENT, option="current", batch_size=48, tokens=_TOKENS),
         # 321M, recommended.
         TrainConfig(model=_A, option="a", tokens=_TOKENS),
         # a, pre-trained at 512 tokens.
         TrainConfig(model=_A, option="a-short", seq_len=512, batch_size=32, tokens=_TOKENS),
         # 264M, deep.
-        TrainConfig(
-            model=replace(
-                _A,
-                hidden_size=768,
-                num_layers=36,
-                num_attention_heads=12,
-                expert_intermediate_size=2048,
-            ),
-            option="b",
-            tokens=_TOKENS,
-        ),
+        TrainConfig(model=replace(_CURRENT, num_layers=36), option="b", tokens=_TOKENS),
         # 352M mixture of experts, 211M active.
         TrainConfig(model=_C, option="c", tokens=_TOKENS),
         # 352M mixture of experts with a shared one, 282M active.

@@ -1,43 +1,21 @@
-"""Configurations are written to JSON and read back, each value checked against its field's type."""
+"""A configuration is read back from JSON, each value checked against its field's type."""
 
 import contextlib
 import dataclasses
 import types
 import typing
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from hamner.errors import UserError
-from hamner.files import parse_json
-
-Config = TypeVar("Config")
 
 
-def to_json(config: Any) -> dict[str, Any]:
-    """The function gives a dataclass as plain values: parts as objects, paths as strings."""
-    return dataclasses.asdict(
-        config,
-        dict_factory=lambda items: {n: str(v) if isinstance(v, Path) else v for n, v in items},
-    )
-
-
-def read_config(cls: type[Config], path: Path) -> Config:
-    """The function reads a run's configuration, an instance of the dataclass `cls`.
+def build(cls: type, values: dict, path: Path) -> Any:
+    """The function makes an instance of the dataclass `cls` from what the file at `path` holds.
 
     Raises:
-        UserError: The file is not readable, or not a configuration of this version.
+        UserError: It names the field that is unknown or has an unfit value.
     """
-    try:
-        values = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as a run's configuration: {error}") from error
-    if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
-        raise UserError(f"{path} is not a run's configuration")
-    return _build(cls, values, path)
-
-
-def _build(cls: type[Config], values: dict, path: Path) -> Config:
-    """The function makes an instance of `cls`, or raises a UserError naming the unfit field."""
     hints = typing.get_type_hints(cls)
     unknown = sorted(set(values) - set(hints))
     if unknown:
@@ -61,7 +39,7 @@ def _convert(value: Any, hint: Any, name: str, path: Path) -> Any:
     if origin is tuple and isinstance(value, list):
         return tuple(_convert(item, args[0], name, path) for item in value)
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        return _build(hint, value, path)
+        return build(hint, value, path)
     if hint is Path and isinstance(value, str):
         return Path(value)
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):

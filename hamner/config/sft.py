@@ -1,7 +1,4 @@
-"""The configuration of a fine-tuning run: the flags of `hamner.sft`.
-
-The module is torch-free, so that `--help` and every refusal come at once.
-"""
+"""A fine-tuning run is configured by the flags of `hamner.sft`."""
 
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -63,7 +60,7 @@ class SftConfig:
         self.training()
 
     def training(self) -> TrainConfig:
-        """The method gives the run the training loop is told, as long as `steps` says.
+        """The method gives what the training loop trains, as long as `steps` says.
 
         Raises:
             UserError: The values make no sense, alone or together.

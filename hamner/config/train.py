@@ -1,18 +1,16 @@
-"""A run's configuration: the flags of `hamner.train`, and the config.json of every run.
-
-The module is torch-free, so that `--help` and every refusal come at once.
-"""
+"""A run's configuration is the flags of `hamner.train`, and the config.json of every run."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from hamner.config.model import ModelConfig, flag
-from hamner.config.serialization import read_config, to_json
+from hamner.config.serialization import build
 from hamner.errors import UserError
+from hamner.files import parse_json
 
 CONFIG_FILE = "config.json"
 
@@ -209,27 +207,19 @@ class TrainConfig(RunConfig, ComputeConfig, TaskConfig):
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens of one optimizer step."""
         return self.batch_size * self.seq_len
 
     @property
     def folder(self) -> Path:
-        """The run's folder."""
         return self.run_dir if self.run_dir is not None else Path("runs") / self.option
 
-    @property
-    def stage(self) -> str:
-        """The kind of training, as a checkpoint's state calls it."""
-        return "pretrain" if self.sft is None else "sft"
-
-    @property
-    def command(self) -> str:
-        """The module that runs and resumes it."""
-        return "hamner.train" if self.sft is None else "hamner.sft"
-
     def to_json(self) -> dict[str, Any]:
-        """The method gives plain values, as in config.json."""
-        values = {**to_json(self), "run_dir": str(self.folder)}
+        """The method gives plain values, as in config.json: parts as objects, paths as strings."""
+        values = asdict(
+            self,
+            dict_factory=lambda items: {n: str(v) if isinstance(v, Path) else v for n, v in items},
+        )
+        values["run_dir"] = str(self.folder)
         if self.sft is None:
             del values["sft"]
         return values
@@ -241,4 +231,10 @@ class TrainConfig(RunConfig, ComputeConfig, TaskConfig):
         Raises:
             UserError: The file is not readable, or not a configuration of this version.
         """
-        return read_config(cls, path)
+        try:
+            values = parse_json(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read as a run's configuration: {error}") from error
+        if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
+            raise UserError(f"{path} is not a run's configuration")
+        return build(cls, values, path)

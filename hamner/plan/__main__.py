@@ -7,7 +7,7 @@ that run is heading; with `--report` it writes the whole analysis as a document.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,9 +17,9 @@ from hamner.config.options import OPTIONS
 from hamner.errors import UserError
 from hamner.hardware import GPUS, PCIE4, Gpu
 from hamner.plan import report
-from hamner.plan.analysis import Analysis, compare, make_plan, recommend, with_batch
+from hamner.plan.analysis import COMPARED, Analysis, Plan, make_plan, recommend
 from hamner.plan.communication import Parallelism
-from hamner.plan.loss import project, read_run
+from hamner.plan.loss import RunProjection, fit_run, read_run
 
 
 @dataclass(frozen=True)
@@ -70,18 +70,8 @@ def find_gpu(name: str, spec: tuple[float, float, float, float] | None) -> Gpu:
                 "dense bf16 TFLOP/s, GB/s, GiB, fp32 TFLOP/s"
             )
         bf16, bandwidth, memory, fp32 = spec
-        return Gpu(
-            "custom GPU",
-            pattern="(?!)",
-            bf16_tflops=bf16,
-            fp32_tflops=fp32,
-            bandwidth_gbs=bandwidth,
-            memory_gib=memory,
-            l2_mib=0,
-            shared_memory_bytes=0,
-            num_sms=0,
-            link=PCIE4,
-        )
+        rates = {"bf16_tflops": bf16, "fp32_tflops": fp32, "bandwidth_gbs": bandwidth}
+        return Gpu("custom GPU", pattern="(?!)", memory_gib=memory, link=PCIE4, **rates)
     if spec is not None:
         raise UserError(f"--gpu-spec describes a custom card: use it with --gpu custom, not {name}")
     if name not in GPUS:
@@ -107,13 +97,25 @@ def find_parallelism(config: PlanConfig, gpu: Gpu) -> Parallelism:
         raise UserError(
             "--parallel fsdp shards the model over the GPUs of a node: give --gpus 2 or more"
         )
-    return Parallelism(
-        config.parallel,
-        gpus_per_node=config.gpus,
-        nodes=config.nodes,
-        link_gbs=link,
-        network_gbs=config.network,
-    )
+    return Parallelism(config.parallel, config.gpus, config.nodes, link, network_gbs=config.network)
+
+
+def plan_option(name: str, config: PlanConfig, gpu: Gpu, parallelism: Parallelism) -> Plan:
+    """The option is planned with the batch, the tokens and the budget that the flags ask for.
+
+    Raises:
+        UserError: it does not fit, or has fewer tokens than one step.
+    """
+    option = OPTIONS[name]
+    option = replace(option, batch_size=config.batch_size or option.batch_size)
+    tokens = option.tokens if config.tokens is None else config.tokens
+    if not option.tokens_per_step <= tokens < math.inf:
+        raise UserError(
+            f"--tokens {tokens:g} must be at least one step of option {name}, "
+            f"{option.tokens_per_step:,}"
+        )
+    option = replace(option, tokens=int(tokens))
+    return make_plan(option, gpu, parallelism, vram_budget=config.vram_budget)
 
 
 def analyse(config: PlanConfig) -> Analysis:
@@ -122,18 +124,19 @@ def analyse(config: PlanConfig) -> Analysis:
     Raises:
         UserError: bad input, or nothing that fits.
     """
-    gpu = find_gpu(config.gpu, config.gpu_spec)
-    if config.option != "all" and config.option not in OPTIONS:
+    gpu, is_all = find_gpu(config.gpu, config.gpu_spec), config.option == "all"
+    if not is_all and config.option not in OPTIONS:
         raise UserError(f"--option {config.option} is not one of {', '.join(OPTIONS)}, all")
-    if config.option == "all" and config.metrics:
+    if is_all and config.metrics:
         raise UserError("--metrics needs the --option that the run trains, not all")
     parallelism = find_parallelism(config, gpu)
-    wishes = {"tokens": config.tokens, "vram_budget": config.vram_budget}
-    plans, misfits = compare(gpu, parallelism, batch_size=config.batch_size, **wishes)
-    asked = None
-    if config.option != "all":
-        option = with_batch(OPTIONS[config.option], config.batch_size)
-        asked = make_plan(option, gpu, parallelism, **wishes)
+    plans, misfits = [], {}
+    for name in COMPARED:
+        try:
+            plans.append(plan_option(name, config, gpu, parallelism))
+        except UserError as error:
+            misfits[name] = str(error)
+    asked = None if is_all else plan_option(config.option, config, gpu, parallelism)
     if not asked and not plans:
         raise UserError(misfits["a"])
     candidates = plans or [asked]
@@ -143,11 +146,9 @@ def analyse(config: PlanConfig) -> Analysis:
     run = None
     if config.metrics:
         curve = read_run(config.metrics)
-        end = max(plan.tokens, float(curve.tokens[-1]))
-        run = project(curve, plan.active_parameters, end)
-    return Analysis(
-        plan, recommended=recommended, hours=hours, plans=plans, misfits=misfits, run=run
-    )
+        end = max(plan.config.tokens, float(curve.tokens[-1]))
+        run = RunProjection(curve, fit_run(curve), plan.active_parameters, end)
+    return Analysis(plan, recommended, hours, plans, misfits=misfits, run=run)
 
 
 def main(argv: Sequence[str]) -> None:

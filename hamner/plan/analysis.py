@@ -1,6 +1,5 @@
 """A plan is an option on a card, or on several: what it takes and where it leads, by arithmetic."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -23,7 +22,6 @@ class Plan:
     config: TrainConfig
     gpu: Gpu
     parallelism: Parallelism
-    tokens: int
     vram_budget: int
     """bytes of each GPU"""
     memory: MemoryPlan
@@ -31,7 +29,6 @@ class Plan:
 
     @property
     def parameters(self) -> int:
-        """The model has this many parameters in all."""
         return self.config.model.num_parameters()
 
     @property
@@ -41,13 +38,12 @@ class Plan:
 
     @property
     def steps(self) -> int:
-        """The run has this many optimizer steps."""
-        return self.tokens // self.config.tokens_per_step
+        return self.config.tokens // self.config.tokens_per_step
 
     @property
     def hours(self) -> float:
         """The run is projected to take this long, evaluation and saving aside."""
-        return self.tokens / self.prediction.tokens_per_second / 3600
+        return self.config.tokens / self.prediction.tokens_per_second / 3600
 
     @property
     def rows_per_gpu(self) -> int:
@@ -61,17 +57,26 @@ class Plan:
 
     @property
     def efficiency(self) -> float | None:
-        """Efficiency is tokens/s over those of as many GPUs, each alone at the option's own batch.
+        """Efficiency is tokens/s over those of as many GPUs, each by itself at the option's batch.
 
-        It is None where one GPU alone has too little memory.
+        It is None where a single GPU has too little memory.
         """
         option = OPTIONS[self.config.option]
         try:
-            alone = make_plan(option, self.gpu, vram_budget=self.vram_budget / GIB)
+            single = make_plan(option, self.gpu, vram_budget=self.vram_budget / GIB)
         except UserError:
             return None
         speed = self.prediction.tokens_per_second / self.parallelism.ranks
-        return speed / alone.prediction.tokens_per_second
+        return speed / single.prediction.tokens_per_second
+
+    def under(self, policies: tuple[Policy, ...], **changes: int) -> "Plan":
+        """The plan becomes that of other policies, and of a configuration with `changes`.
+
+        Raises:
+            UserError: it does not fit, where `changes` leave the micro-batch open.
+        """
+        option, budget = replace(self.config, **changes), self.vram_budget / GIB
+        return make_plan(option, self.gpu, self.parallelism, vram_budget=budget, policies=policies)
 
     def with_quiet_communication(self) -> "Plan | None":
         """The batch is doubled until communication takes less than QUIET of a step.
@@ -80,16 +85,10 @@ class Plan:
         where even 64 times the batch does not do: within a node FSDP sends with every micro-batch.
         """
         for times in (2, 4, 8, 16, 32, 64):
-            option = replace(self.config, batch_size=times * self.config.batch_size)
+            tokens = max(self.config.tokens, times * self.config.tokens_per_step)
+            batch_size = times * self.config.batch_size
             try:
-                larger = make_plan(
-                    option,
-                    self.gpu,
-                    self.parallelism,
-                    tokens=max(self.tokens, option.tokens_per_step),
-                    vram_budget=self.vram_budget / GIB,
-                    policies=self.memory.policies,
-                )
+                larger = self.under(self.memory.policies, batch_size=batch_size, tokens=tokens)
             except UserError:
                 # No room for the fp32 sums that several micro-batches take.
                 return None
@@ -103,11 +102,10 @@ class Plan:
         The law is about dense models: a mixture of experts should end between a dense model of all
         its parameters and one of its active ones. For a dense model both are the same.
         """
-        tokens = tokens or self.tokens
+        tokens = tokens or self.config.tokens
         return law.loss(self.parameters, tokens), law.loss(self.active_parameters, tokens)
 
     def tokens_in(self, hours: float) -> float:
-        """The run trains on this many tokens in `hours`."""
         return hours * 3600 * self.prediction.tokens_per_second
 
 
@@ -137,109 +135,41 @@ def make_plan(
     gpu: Gpu,
     parallelism: Parallelism = ONE_GPU,
     *,
-    tokens: float | None = None,
     vram_budget: float | None = None,
     policies: tuple[Policy, ...] | None = None,
 ) -> Plan:
     """The function plans a bf16 run of `option`.
 
     Args:
-        option: model, batch (over all GPUs) and schedule.
+        option: model, batch (over all GPUs) and length.
         gpu: the card.
         parallelism: how many of them and what connects them; "auto" is DDP where that fits.
-        tokens: to train on; default: the option's.
         vram_budget: GiB of each GPU; default: the card's memory less RESERVE_GIB.
         policies: recomputation, one per layer; default: the fastest that fits.
 
     Raises:
-        UserError: fewer tokens than one step has, a budget that is beyond the card or too small, or
-            a batch that the GPUs cannot share evenly.
+        UserError: a budget that is beyond the card or too small, or a batch that the GPUs cannot
+            share evenly.
     """
+    wishes = {"vram_budget": vram_budget, "policies": policies}
     if parallelism.kind == "auto":
-        wishes = {"tokens": tokens, "vram_budget": vram_budget, "policies": policies}
         try:
             return make_plan(option, gpu, replace(parallelism, kind="ddp"), **wishes)
         except UserError:
             if parallelism.gpus_per_node == 1:
                 raise
             return make_plan(option, gpu, replace(parallelism, kind="fsdp"), **wishes)
-    tokens, vram_budget = _checked(option, gpu, tokens, vram_budget)
-    memory = choose(
-        option.model,
-        batch_size=option.batch_size,
-        seq_len=option.seq_len,
-        precision="bf16",
-        fused=True,
-        budget=int(vram_budget * GIB),
-        policies=policies,
-        parallelism=parallelism,
-    )
-    prediction = predict(
-        option.model,
-        gpu,
-        policies=memory.policies,
-        micro_batch_size=memory.micro_batch_size,
-        batch_size=option.batch_size,
-        seq_len=option.seq_len,
-        parallelism=parallelism,
-    )
-    return Plan(
-        option,
-        gpu=gpu,
-        parallelism=parallelism,
-        tokens=int(tokens),
-        vram_budget=int(vram_budget * GIB),
-        memory=memory,
-        prediction=prediction,
-    )
-
-
-def _checked(
-    option: TrainConfig, gpu: Gpu, tokens: float | None, vram_budget: float | None
-) -> tuple[float, float]:
-    """The tokens and the GiB of a plan are those asked for, or else the option's and the card's.
-
-    Raises:
-        UserError: either makes no sense.
-    """
-    tokens = option.tokens if tokens is None else tokens
-    if not option.tokens_per_step <= tokens < math.inf:
-        raise UserError(
-            f"--tokens {tokens:g} must be at least one step of option {option.option}, "
-            f"{option.tokens_per_step:,}"
-        )
     vram_budget = gpu.memory_gib - RESERVE_GIB if vram_budget is None else vram_budget
     if not 0 < vram_budget <= gpu.memory_gib:
         raise UserError(
             f"--vram-budget {vram_budget:g} GiB must be above 0 and at most the "
             f"{gpu.memory_gib:g} GiB of the {gpu.name}"
         )
-    return tokens, vram_budget
-
-
-def compare(
-    gpu: Gpu,
-    parallelism: Parallelism = ONE_GPU,
-    *,
-    batch_size: int | None = None,
-    tokens: float | None = None,
-    vram_budget: float | None = None,
-) -> tuple[list[Plan], dict[str, str]]:
-    """The comparison has a plan of every option that fits, and says why the others do not."""
-    plans, misfits = [], {}
-    for name in COMPARED:
-        option = with_batch(OPTIONS[name], batch_size)
-        try:
-            plans.append(
-                make_plan(option, gpu, parallelism, tokens=tokens, vram_budget=vram_budget)
-            )
-        except UserError as error:
-            misfits[name] = str(error)
-    return plans, misfits
-
-
-def with_batch(option: TrainConfig, batch_size: int | None) -> TrainConfig:
-    return option if batch_size is None else replace(option, batch_size=batch_size)
+    budget = int(vram_budget * GIB)
+    memory = choose(option, budget, policies=policies, parallelism=parallelism)
+    chosen = memory.policies, memory.micro_batch_size
+    prediction = predict(option, gpu, *chosen, parallelism=parallelism)
+    return Plan(option, gpu, parallelism, budget, memory=memory, prediction=prediction)
 
 
 def recommend(plans: Sequence[Plan], hours: float) -> Plan:

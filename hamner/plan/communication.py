@@ -13,11 +13,12 @@ latency, which an all-reduce of a few MB on many nodes does not forgive.
 from dataclasses import dataclass
 from typing import Literal
 
+from hamner.config.model import ModelConfig
 from hamner.errors import UserError
+from hamner.plan.costs import BF16, FP32
 
-#: Share of a step below which communication is not worth changing anything for.
 QUIET = 0.05
-_BF16, _FP32 = 2, 4
+"""share of a step below which communication is not worth changing anything for"""
 
 
 def all_reduce_bytes(size: float, ranks: int) -> float:
@@ -99,11 +100,10 @@ class Communication:
 
 
 def communicate(
+    model: ModelConfig,
     parallelism: Parallelism,
-    *,
-    parameters: int,
-    embedding: int,
     micro_batches: int,
+    *,
     forward_ms: float,
     backward_ms: float,
 ) -> Communication:
@@ -114,9 +114,8 @@ def communicate(
     be needed, its gradient the last to be whole.
 
     Args:
+        model: shape.
         parallelism: `kind` "ddp" or "fsdp".
-        parameters: of the model.
-        embedding: of them, those of the token embedding.
         micro_batches: forward and backward passes of each GPU in a step. DDP sends once a step,
             with several micro-batches their fp32 sums; FSDP with each, across nodes with the last.
         forward_ms: the blocks' forward in one micro-batch.
@@ -124,24 +123,23 @@ def communicate(
     """
     if parallelism.ranks == 1:
         return Communication(0.0, 0.0, 0.0)
-    tail = embedding / parameters
+    parameters = model.num_parameters()
+    tail = model.vocab_size * model.hidden_size / parameters
+    gather_ms = reduce_ms = replicate_ms = sent = 0.0
     if parallelism.kind == "ddp":
-        size = parameters * (_BF16 if micro_batches == 1 else _FP32)
-        sent = all_reduce_bytes(size, parallelism.ranks)
-        reduce_ms = _milliseconds(sent, parallelism.ring_gbs)
-        exposed = tail * reduce_ms + max(0.0, (1 - tail) * reduce_ms - backward_ms)
-        return Communication(sent, reduce_ms, exposed)
-
-    gathered = all_gather_bytes(parameters * _BF16, parallelism.shards)
-    reduced = all_gather_bytes(parameters * _FP32, parallelism.shards)
-    replicated = all_reduce_bytes(parameters * _FP32 / parallelism.shards, parallelism.nodes)
-    gather_ms = _milliseconds(gathered, parallelism.link_gbs)
-    reduce_ms = _milliseconds(reduced, parallelism.link_gbs)
-    replicate_ms = 0.0
-    if parallelism.nodes > 1:
-        # The GPUs of a node send their shards side by side through its network.
-        on_network = replicated * parallelism.gpus_per_node
-        replicate_ms = _milliseconds(on_network, parallelism.network_gbs)
+        size = parameters * (BF16 if micro_batches == 1 else FP32)
+        replicated = all_reduce_bytes(size, parallelism.ranks)
+        replicate_ms = replicated / (parallelism.ring_gbs * 1e6)
+    else:
+        shards, bytes_per_ms = parallelism.shards, parallelism.link_gbs * 1e6
+        gathered = all_gather_bytes(parameters * BF16, shards)
+        reduced = all_gather_bytes(parameters * FP32, shards)
+        replicated = all_reduce_bytes(parameters * FP32 / shards, parallelism.nodes)
+        sent = micro_batches * (2 * gathered + reduced)
+        gather_ms, reduce_ms = gathered / bytes_per_ms, reduced / bytes_per_ms
+        if parallelism.nodes > 1:
+            # The GPUs of a node send their shards side by side through its network.
+            replicate_ms = replicated * shards / (parallelism.network_gbs * 1e6)
 
     def exposed_ms(reduce_ms: float) -> float:
         """This shows of one micro-batch whose gradients take `reduce_ms`."""
@@ -152,11 +150,7 @@ def communicate(
         )
 
     return Communication(
-        micro_batches * (2 * gathered + reduced) + replicated,
+        sent + replicated,
         micro_batches * (2 * gather_ms + reduce_ms) + replicate_ms,
         (micro_batches - 1) * exposed_ms(reduce_ms) + exposed_ms(reduce_ms + replicate_ms),
     )
-
-
-def _milliseconds(size: float, gbs: float) -> float:
-    return size / (gbs * 1e6)

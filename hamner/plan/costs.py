@@ -3,7 +3,7 @@
 A cost is what an op needs: every operand is read once, every result written once. The time of a
 step, the memory account, the floors in profiles, the rates in bench/ and the table in
 kernels/README.md all read these functions (tests compare the last); what a kernel moves beyond them
-is said where that kernel is described. The module needs no torch.
+is said where that kernel is described.
 
 In arguments, `elements` counts those of one tensor, `element_size` is bytes an element (bf16 unless
 said otherwise), `tokens` are those of a micro-batch, and `backward` asks for the backward pass.
@@ -73,13 +73,11 @@ def rope(elements: int, element_size: int = BF16) -> Cost:
     return Cost(bytes=2 * elements * element_size)
 
 
-def matmul(rows: int, k: int, n: int, element_size: int = BF16) -> Cost:
-    """A matmul is (rows, k) x (k, n); its backward is two more of the same size."""
-    return grouped_matmul(rows, k, n, experts=1, element_size=element_size)
+def matmul(rows: int, k: int, n: int, element_size: int = BF16, *, experts: int = 1) -> Cost:
+    """A matmul is (rows, k) x (k, n); its backward is two more of the same size.
 
-
-def grouped_matmul(rows: int, k: int, n: int, *, experts: int, element_size: int = BF16) -> Cost:
-    """A grouped matmul shares its `rows` among experts, each with a (k, n) weight of its own."""
+    A grouped one shares its `rows` among experts, each with a (k, n) weight of its own.
+    """
     moved = rows * (k + n) + experts * k * n
     return Cost(flops=2 * rows * k * n, bytes=moved * element_size)
 
@@ -154,20 +152,6 @@ def attention(
     products = (3 + 2 * value_widths) if backward else (1 + value_widths)
     moved = 2 * (query_elements + key_elements) * (2 if backward else 1)
     return Cost(flops=2 * products * pairs * width, bytes=moved * element_size)
-
-
-def unfused_attention(
-    tokens: int, seq_len: int, heads: int, width: int, *, backward: bool = False
-) -> tuple[Cost, Cost]:
-    """Attention may write its bf16 scores, the whole square: its matmuls and its softmax cost this.
-
-    Forward the scores are written, read and written by the softmax, and read. Backward their
-    gradient is written, three passes are the softmax's, q and k read twice and v once.
-    """
-    scores = tokens * heads * seq_len
-    matmul_passes, softmax_passes, matmuls = (4, 3, 4) if backward else (2, 2, 2)
-    products = Cost(matmuls * 2 * tokens * seq_len * width, BF16 * scores * matmul_passes)
-    return products, Cost(bytes=BF16 * scores * softmax_passes)
 
 
 def differential_combination(elements: int, *, backward: bool = False) -> Cost:
@@ -273,7 +257,7 @@ def norm_kept(width: int, element_size: int, *, fused: bool, recompute: bool) ->
     """
     if recompute:
         return width * element_size
-    return width * element_size + (width * element_size if fused else 2 * FP32 * width)
+    return width * (element_size + (element_size if fused else 2 * FP32))
 
 
 def attention_kept(model: ModelConfig, element_size: int, *, fused: bool) -> int:
@@ -311,23 +295,6 @@ def experts_kept(model: ModelConfig, element_size: int, *, fused: bool, recomput
     return 4 * FP32 * width + width * element_size + FP32 * d + rows
 
 
-def block_kept(model: ModelConfig, element_size: int, *, fused: bool, recompute: bool) -> int:
-    """A block keeps this many bytes a token until its backward pass.
-
-    Args:
-        model: shape.
-        element_size: bytes of the compute dtype.
-        fused: whether the Triton kernels run, or their plain references, whose norms and SwiGLU
-            also keep fp32 intermediates.
-        recompute: whether norms and SwiGLU are computed again in backward.
-    """
-    how = {"fused": fused, "recompute": recompute}
-    kept = 2 * norm_kept(model.hidden_size, element_size, **how)
-    kept += attention_kept(model, element_size, fused=fused)
-    kept += swiglu_kept(dense_width(model), element_size, **how)
-    return kept + (experts_kept(model, element_size, **how) if model.is_moe else 0)
-
-
 def loss_held(model: ModelConfig, tokens: int, element_size: int, *, fused: bool) -> int:
     """The loss holds this many bytes beside the activations."""
     if not fused:
@@ -345,6 +312,6 @@ def loss_chunk(vocab_size: int, tokens: int, element_size: int = BF16) -> int:
 
     It is said again here, because that module needs torch; a test keeps the two equal.
     """
-    most = int(0.35 * GIB) // (vocab_size * element_size) // 128 * 128
-    chunks = max(1, math.ceil(tokens / max(128, most)))
+    longest = int(0.35 * GIB) // (vocab_size * element_size) // 128 * 128
+    chunks = max(1, math.ceil(tokens / max(128, longest)))
     return math.ceil(math.ceil(tokens / chunks) / 128) * 128

@@ -102,45 +102,53 @@ def read_run(path: Path) -> RunCurve:
     Raises:
         UserError: no such file, another format, a line that cannot be read, no points.
     """
-    readers = {".jsonl": _json_rows, ".csv": _csv_rows}
-    if path.suffix not in readers:
-        raise UserError(f"--metrics {path} is neither .jsonl nor .csv")
-    tokens: list[float] = []
-    losses: list[float] = []
-    rates: list[float] = []
+    points: list[tuple[float, float, float]] = []
     last_step, last_logged, offset = -math.inf, 0.0, 0.0
-    for step, logged, loss, rate in readers[path.suffix](path):
+    for step, logged, loss, rate in _rows(path):
         # Half: a resume with another batch size may log slightly fewer tokens at a later step.
         if logged < last_logged / 2 and step > last_step:
             offset += last_logged
         last_step, last_logged = step, logged
-        while tokens and tokens[-1] >= logged + offset:
-            for column in (tokens, losses, rates):
-                column.pop()
-        tokens.append(logged + offset)
-        losses.append(loss)
-        rates.append(rate)
-    if not tokens:
+        while points and points[-1][0] >= logged + offset:
+            points.pop()
+        points.append((logged + offset, loss, rate))
+    if not points:
         raise UserError(f"--metrics {path} is empty: no line has tokens and a finite loss")
+    tokens, losses, rates = zip(*points, strict=True)
     settled = (i for i, (rate, following) in enumerate(pairwise(rates)) if following <= rate)
     warmed = next(settled, len(rates) - 1)
     return RunCurve(path, np.array(tokens), np.array(losses), tokens[warmed] if warmed else 0.0)
 
 
-Row = tuple[float, float, float, float]  # step, tokens, loss, learning rate (0 if unknown)
-
-
-def _read_lines(path: Path) -> list[str]:
+def _rows(path: Path) -> Iterator[tuple[float, float, float, float]]:
+    """Lines with a finite loss give step, tokens, loss and learning rate (0 if unknown)."""
+    formats = {".jsonl": (_json_records, "tokens"), ".csv": (_csv_records, "tokens_total")}
+    if path.suffix not in formats:
+        raise UserError(f"--metrics {path} is neither .jsonl nor .csv")
+    records, tokens_field = formats[path.suffix]
     try:
-        return path.read_text(encoding="utf-8-sig").splitlines(keepends=True)
+        lines = path.read_text(encoding="utf-8-sig").splitlines(keepends=True)
     except OSError as error:
         raise UserError(f"--metrics {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(f"--metrics {path} is not text") from None
+    for number, record in records(path, lines):
+        if record.get("loss") in (None, ""):
+            continue
+        try:
+            row = [float(record[name]) for name in ("step", tokens_field, "loss")]
+            row.append(float(record.get("lr") or 0.0))
+        except KeyError as error:
+            raise UserError(f"--metrics {path} line {number} has no field {error}") from None
+        except (OverflowError, TypeError, ValueError):
+            raise UserError(
+                f"--metrics {path} line {number}: step, {tokens_field}, loss and lr must be numbers"
+            ) from None
+        if all(map(math.isfinite, row)) and row[1] > 0:
+            yield tuple(row)
 
 
-def _json_rows(path: Path) -> Iterator[Row]:
-    lines = _read_lines(path)
+def _json_records(path: Path, lines: list[str]) -> Iterator[tuple[int, dict]]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -149,14 +157,13 @@ def _json_rows(path: Path) -> Iterator[Row]:
         except ValueError:
             if number == len(lines) and not line.endswith("\n"):
                 return
-            raise UserError(f"--metrics {path} line {number} is not a JSON object") from None
+            record = None
         if not isinstance(record, dict):
             raise UserError(f"--metrics {path} line {number} is not a JSON object")
-        yield from _row(path, number, record, "tokens")
+        yield number, record
 
 
-def _csv_rows(path: Path) -> Iterator[Row]:
-    lines = _read_lines(path)
+def _csv_records(path: Path, lines: list[str]) -> Iterator[tuple[int, dict]]:
     if len(lines) > 1 and not lines[-1].endswith("\n"):
         lines.pop()  # a number cut short would read as another number
     reader = csv.DictReader(lines)
@@ -166,31 +173,14 @@ def _csv_rows(path: Path) -> Iterator[Row]:
     for record in reader:
         if None in record.values():
             raise UserError(f"--metrics {path} line {reader.line_num} has too few columns")
-        yield from _row(path, reader.line_num, record, "tokens_total")
-
-
-def _row(path: Path, number: int, record: dict, tokens_field: str) -> Iterator[Row]:
-    """The generator gives the record's row, or nothing where it has no finite loss."""
-    if record.get("loss") in (None, ""):
-        return
-    try:
-        step, tokens, loss = (float(record[name]) for name in ("step", tokens_field, "loss"))
-        rate = float(record.get("lr") or 0.0)
-    except KeyError as error:
-        raise UserError(f"--metrics {path} line {number} has no field {error}") from None
-    except (OverflowError, TypeError, ValueError):
-        raise UserError(
-            f"--metrics {path} line {number}: step, {tokens_field}, loss and lr must be numbers"
-        ) from None
-    if all(map(math.isfinite, (step, tokens, loss, rate))) and tokens > 0:
-        yield step, tokens, loss, rate
+        yield reader.line_num, record
 
 
 @dataclass(frozen=True)
 class LossFit:
-    """The fit is L(D) = floor + scale * (D / reference)^-exponent, with bootstrap replicas."""
+    """The fit is L(D) = floor + scale * (D / tokens_seen)^-exponent, with bootstrap replicas."""
 
-    reference: float
+    tokens_seen: float
     """tokens at the last point"""
     floor: float
     scale: float
@@ -199,33 +189,29 @@ class LossFit:
 
     def loss(self, tokens: float) -> float:
         """The fitted loss after `tokens` is in nats."""
-        return self.floor + self.scale * (tokens / self.reference) ** -self.exponent
+        return self.floor + self.scale * (tokens / self.tokens_seen) ** -self.exponent
 
     def interval(self, tokens: float, share: float = 0.8) -> tuple[float, float]:
         """The bounds hold the loss after `tokens` in `share` of the replicas."""
         floor, scale, exponent = self.replicas.T
-        losses = floor + scale * (tokens / self.reference) ** -exponent
+        losses = floor + scale * (tokens / self.tokens_seen) ** -exponent
         low, high = np.quantile(losses, [(1 - share) / 2, (1 + share) / 2])
         return float(low), float(high)
 
     @property
     def slope(self) -> float:
         """The slope is in nats per token at the last point; negative while the loss falls."""
-        return -self.exponent * self.scale / self.reference
+        return -self.exponent * self.scale / self.tokens_seen
 
 
-def fit_run(curve: RunCurve, *, replicas: int = 200, seed: int = 0) -> LossFit:
+def fit_run(curve: RunCurve, replicas: int = 200) -> LossFit:
     """The function fits floor, scale and exponent to a run so far.
 
     The first tenth of the tokens and twice the warm-up are left out: the law does not hold there.
     Each exponent leaves a line in D^-exponent, fitted with Huber's loss (outliers count linearly);
     the best exponent is searched for. The interval is a circular block bootstrap of the residuals
-    (Politis and Romano 1992), which keeps noise that is correlated in time together.
-
-    Args:
-        curve: what `read_run` returned.
-        replicas: bootstrap fits.
-        seed: of the bootstrap.
+    (Politis and Romano 1992), which keeps noise that is correlated in time together; each of
+    `replicas` is a fit.
 
     Raises:
         UserError: fewer than MIN_POINTS points are left.
@@ -239,16 +225,16 @@ def fit_run(curve: RunCurve, *, replicas: int = 200, seed: int = 0) -> LossFit:
             f"after warm-up and the first tenth of the tokens, and a fit needs {MIN_POINTS}"
         )
     tokens, loss = _binned(curve.tokens[settled], curve.loss[settled])
-    reference = float(curve.tokens[-1])
-    position = tokens / reference
+    tokens_seen = float(curve.tokens[-1])
+    position = tokens / tokens_seen
     # Noise from neighbours' differences, so that no fit is needed to measure it.
     noise = np.median(np.abs(np.diff(loss))) / (0.6745 * math.sqrt(2))
     noise = max(float(noise), 1e-9)
 
     best = _huber_fits(position, loss[None], noise)[0]
     fitted = best[0] + best[1] * position ** -best[2]
-    resampled = _block_bootstrap(loss - fitted, replicas, np.random.default_rng(seed))
-    return LossFit(reference, *best.tolist(), _huber_fits(position, fitted + resampled, noise))
+    resampled = _block_bootstrap(loss - fitted, replicas)
+    return LossFit(tokens_seen, *best.tolist(), _huber_fits(position, fitted + resampled, noise))
 
 
 def _binned(tokens: np.ndarray, loss: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -260,14 +246,12 @@ def _binned(tokens: np.ndarray, loss: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return medians[:, 0], medians[:, 1]
 
 
-def _block_bootstrap(
-    residuals: np.ndarray, replicas: int, random: np.random.Generator
-) -> np.ndarray:
+def _block_bootstrap(residuals: np.ndarray, replicas: int) -> np.ndarray:
     """The (replicas, n) residuals are drawn in blocks of about sqrt(n), replaced, on a circle."""
     n = len(residuals)
     length = math.isqrt(n)
     blocks = -(-n // length)
-    starts = random.integers(0, n, (replicas, blocks))
+    starts = np.random.default_rng(0).integers(0, n, (replicas, blocks))
     indices = (starts[:, :, None] + np.arange(length)) % n
     # Three parameters took up part of the noise; blocks, not points, are what is independent.
     centred = (residuals - residuals.mean()) * math.sqrt(blocks / (blocks - 3))
@@ -275,17 +259,10 @@ def _block_bootstrap(
 
 
 def _huber_fits(position: np.ndarray, losses: np.ndarray, noise: float) -> np.ndarray:
-    """The function fits a robust (floor, scale, exponent) to each curve.
+    """Each of (curves, n) losses gets a robust (floor, scale, exponent): (curves, 3).
 
-    The exponent is searched on a grid that closes in on the best of it, five times.
-
-    Args:
-        position: (n,), tokens over the reference.
-        losses: (curves, n).
-        noise: standard deviation of a point.
-
-    Returns:
-        (curves, 3).
+    The exponent is searched on a grid that closes in on the best of it, five times. `position`,
+    (n,), is tokens over those seen, `noise` the standard deviation of a point.
     """
     curves = np.arange(len(losses))
     low, high = np.full(len(losses), _EXPONENTS[0]), np.full(len(losses), _EXPONENTS[1])
@@ -332,19 +309,14 @@ class RunProjection:
     """where the run is to end"""
 
     @property
-    def tokens_seen(self) -> float:
-        """The last point is at this many tokens."""
-        return self.fit.reference
-
-    @property
     def loss_now(self) -> float:
         """The loss at the last point is the fitted one, so free of its noise."""
-        return self.fit.loss(self.tokens_seen)
+        return self.fit.loss(self.fit.tokens_seen)
 
     @property
     def law(self) -> LossLaw:
         """The published law is shifted to pass through the run."""
-        return BESIROGLU.through(self.parameters, self.tokens_seen, self.loss_now)
+        return BESIROGLU.through(self.parameters, self.fit.tokens_seen, self.loss_now)
 
     def diagnosis(self) -> str:
         """The diagnosis says whether the model or the data holds the loss up."""
@@ -353,7 +325,7 @@ class RunProjection:
                 "The loss is not falling: look at the learning rate, the data and the gradient "
                 "norms before any scaling law."
             )
-        law, seen, optimal = self.law, self.tokens_seen, compute_optimal_tokens(self.parameters)
+        law, seen, optimal = self.law, self.fit.tokens_seen, compute_optimal_tokens(self.parameters)
         from_tokens = law.data_term(seen) - law.data_term(2 * seen)
         from_parameters = law.capacity_term(self.parameters)
         from_parameters -= law.capacity_term(2 * self.parameters)
@@ -368,12 +340,3 @@ class RunProjection:
             f"tokens again would take {from_tokens:.2f} off the loss, twice the parameters "
             f"{from_parameters:.2f}."
         )
-
-
-def project(curve: RunCurve, parameters: int, end_tokens: float) -> RunProjection:
-    """The function fits a run of a model with `parameters` active and projects it to `end_tokens`.
-
-    Raises:
-        UserError: the curve is too short to fit.
-    """
-    return RunProjection(curve, fit_run(curve), parameters, end_tokens)

@@ -5,16 +5,15 @@ account alone, so `hamner.plan` can say beforehand what a run will take, without
 `hamner.model.recompute` runs a block by its policy.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hamner.config.model import ModelConfig
+from hamner.config.train import TrainConfig
 from hamner.errors import UserError
 from hamner.hardware import GIB
 from hamner.plan import costs
 from hamner.plan.communication import ONE_GPU, Parallelism
-
-_DTYPE_BYTES = {"bf16": costs.BF16, "fp32": costs.FP32}
 
 
 @dataclass(frozen=True)
@@ -30,11 +29,21 @@ class Policy:
     name: str
 
     def kept_bytes(self, model: ModelConfig, element_size: int, *, fused: bool) -> int:
-        """The block keeps this many bytes a token; the arguments are those of `block_kept`."""
+        """A block keeps this many bytes a token until its backward pass.
+
+        Args:
+            model: shape.
+            element_size: bytes of the compute dtype.
+            fused: whether the Triton kernels run, or their plain references, whose norms and SwiGLU
+                also keep fp32 intermediates.
+        """
         if self == FULL:
             return model.hidden_size * element_size
-        recompute = self == SELECTIVE
-        return costs.block_kept(model, element_size, fused=fused, recompute=recompute)
+        how = {"fused": fused, "recompute": self == SELECTIVE}
+        kept = 2 * costs.norm_kept(model.hidden_size, element_size, **how)
+        kept += costs.attention_kept(model, element_size, fused=fused)
+        kept += costs.swiglu_kept(costs.dense_width(model), element_size, **how)
+        return kept + (costs.experts_kept(model, element_size, **how) if model.is_moe else 0)
 
 
 NONE, SELECTIVE, FULL = Policy("none"), Policy("selective"), Policy("full")
@@ -71,10 +80,9 @@ def mixed(full_layers: int, num_layers: int) -> tuple[Policy, ...]:
 
 def describe(policies: Sequence[Policy]) -> str:
     """The policies read `selective`, or for a mix what `parse` reads."""
-    names = {policy.name for policy in policies}
-    if len(names) == 1:
+    if len(set(policies)) == 1:
         return policies[0].name
-    return f"full:{sum(policy.name == 'full' for policy in policies)}"
+    return f"full:{policies.count(FULL)}"
 
 
 @dataclass(frozen=True)
@@ -101,16 +109,17 @@ class MemoryAccount:
     @property
     def total(self) -> int:
         """The peak is that of the loss, of the backward pass, or of the update."""
-        step = max(self.activations + self.loss, self.backward, self.gradients)
-        return self.weights + self.optimizer + self.gradient_sums + self.communication + step
+        return sum(self.parts().values())
 
     def parts(self) -> dict[str, int]:
         """The parts are what is held at the peak, by name; they add up to `total`."""
-        parts = {"weights": self.weights, "optimizer": self.optimizer}
-        if self.gradient_sums:
-            parts["gradient sums"] = self.gradient_sums
-        if self.communication:
-            parts["communication"] = self.communication
+        parts = {
+            "weights": self.weights,
+            "optimizer": self.optimizer,
+            "gradient sums": self.gradient_sums,
+            "communication": self.communication,
+        }
+        parts = {name: size for name, size in parts.items() if size}
         if self.activations + self.loss >= max(self.backward, self.gradients):
             return parts | {"activations": self.activations, "loss": self.loss}
         if self.backward >= self.gradients:
@@ -123,51 +132,52 @@ class MemoryAccount:
 
 
 def account(
-    model: ModelConfig,
+    config: TrainConfig,
     policies: Sequence[Policy],
+    micro_batch_size: int,
     *,
-    micro_batch_tokens: int,
-    precision: str,
-    accumulate: bool,
-    fused: bool,
+    precision: str = "bf16",
+    fused: bool = True,
     parallelism: Parallelism = ONE_GPU,
 ) -> MemoryAccount:
     """The account is of the bytes of a training step on each GPU.
 
     Args:
-        model: shape.
+        config: model and batch, over all GPUs; where that is more than one micro-batch of each,
+            gradients are also summed in fp32.
         policies: one per layer.
-        micro_batch_tokens: tokens of one forward and backward pass of a GPU.
+        micro_batch_size: sequences of one forward and backward pass of a GPU.
         precision: "bf16" (fp32 masters, split under `fused`) or "fp32".
-        accumulate: more than one micro-batch a step, so gradients are also summed in fp32.
         fused: the Triton kernels, or their plain references.
         parallelism: `kind` "ddp" or "fsdp" where there is more than one GPU.
     """
-    size = _DTYPE_BYTES[precision]
+    model, tokens = config.model, micro_batch_size * config.seq_len
+    accumulate = micro_batch_size * parallelism.ranks < config.batch_size
+    size = costs.BF16 if precision == "bf16" else costs.FP32
     parameters, shards = model.num_parameters(), parallelism.shards
     # Of a split master only the int16 remainder is held beside the bf16 weight. A shard is fp32, as
     # its gradient is, which adds up by itself.
     masters = (2 if fused or shards > 1 else 4) if precision == "bf16" else 0
-    layer_gradient, head_gradient = _gradient_bytes(model, size)
+    # Of these, gradients are formed from the head to the first block.
+    head, block = model.vocab_size * model.hidden_size, model.num_parameters_per_layer()
     gradient_size = costs.FP32 if shards > 1 else size
     communication, gradients = 0, parameters * gradient_size // shards
     if shards > 1:
         heads = 1 if model.tie_word_embeddings else 2
-        communication = 2 * (heads * head_gradient + 2 * layer_gradient)
+        communication = 2 * (heads * head + 2 * block) * size
         if not parallelism.reshard:
             communication += parameters * size
     elif parallelism.ranks > 1:
         # Every gradient is a view of a bucket, and the buckets stay.
         communication, gradients = gradients, 0
-        layer_gradient = head_gradient = 0
+        head = block = 0
 
-    most = held = 0
+    peak = held = 0
     for layer, policy in enumerate(policies):
-        held += micro_batch_tokens * policy.kept_bytes(model, size, fused=fused)
-        formed = head_gradient + (len(policies) - 1 - layer) * layer_gradient
-        formed = formed * gradient_size // (size * shards)
-        working = micro_batch_tokens * _backward_bytes(model, policy, size, fused=fused)
-        most = max(most, held + formed + working)
+        held += tokens * policy.kept_bytes(model, size, fused=fused)
+        formed = (head + (len(policies) - 1 - layer) * block) * gradient_size // shards
+        working = tokens * _backward_bytes(model, policy, size, fused=fused)
+        peak = max(peak, held + formed + working)
     # After the last block: a norm and the head, which in plain torch keeps its operand as well.
     tail = costs.norm_kept(model.hidden_size, size, fused=fused, recompute=False)
     tail += 0 if fused else model.hidden_size * size
@@ -176,19 +186,11 @@ def account(
         optimizer=parameters * (8 + masters) // shards,
         gradient_sums=parameters * 4 if accumulate and shards == 1 else 0,
         gradients=gradients,
-        activations=held + micro_batch_tokens * tail,
-        loss=costs.loss_held(model, micro_batch_tokens, size, fused=fused),
-        backward=most,
+        activations=held + tokens * tail,
+        loss=costs.loss_held(model, tokens, size, fused=fused),
+        backward=peak,
         communication=communication,
     )
-
-
-def _gradient_bytes(model: ModelConfig, size: int) -> tuple[int, int]:
-    """The gradients of one layer and of the head take this many bytes."""
-    embedding = model.vocab_size * model.hidden_size
-    heads = 1 if model.tie_word_embeddings else 2
-    blocks = model.num_parameters() - heads * embedding - model.hidden_size
-    return blocks // model.num_layers * size, embedding * size
 
 
 def _backward_bytes(model: ModelConfig, policy: Policy, size: int, *, fused: bool) -> int:
@@ -216,75 +218,55 @@ class MemoryPlan:
     account: MemoryAccount
 
     def __str__(self) -> str:
-        return (
-            f"recompute {describe(self.policies)}, micro-batch {self.micro_batch_size}: "
-            f"{self.account}"
-        )
+        how = f"recompute {describe(self.policies)}, micro-batch {self.micro_batch_size}"
+        return f"{how}: {self.account}"
 
 
 def choose(
-    model: ModelConfig,
-    *,
-    batch_size: int,
-    seq_len: int,
-    precision: str,
-    fused: bool,
+    config: TrainConfig,
     budget: int,
+    *,
+    precision: str = "bf16",
+    fused: bool = True,
     policies: tuple[Policy, ...] | None = None,
-    micro_batch_size: int | None = None,
     max_micro_batch_tokens: int | None = None,
     parallelism: Parallelism = ONE_GPU,
 ) -> MemoryPlan:
     """`choose` fits a run into `budget` bytes of each GPU: the fastest that fits by the account.
 
     Selective everywhere; else full on the fewest layers needed; else a smaller micro-batch with
-    accumulation. What is given (`policies`, `micro_batch_size`) stays as given.
+    accumulation. What is given (`policies`, `config.micro_batch_size`) stays as given.
     `max_micro_batch_tokens` bounds what is chosen, as far as one sequence allows.
 
     Raises:
         UserError: not even one sequence with every block recomputed fits, or the GPUs cannot share
-            `batch_size` evenly.
+            the batch evenly.
     """
-    batch_size = parallelism.rows_per_gpu(batch_size)
-    most = max(1, (max_micro_batch_tokens or batch_size * seq_len) // seq_len)
-    micro_batches = (
-        [micro_batch_size]
-        if micro_batch_size
-        else [size for size in range(min(most, batch_size), 0, -1) if batch_size % size == 0]
-    )
-    candidates = [policies] if policies is not None else list(_candidates(model, fused=fused))
-    for size in micro_batches:
+    rows = parallelism.rows_per_gpu(config.batch_size)
+    bound = max(1, (max_micro_batch_tokens or rows * config.seq_len) // config.seq_len)
+    sizes = [size for size in range(min(bound, rows), 0, -1) if rows % size == 0]
+    if config.micro_batch_size:
+        sizes = [config.micro_batch_size]
+    layers = config.model.num_layers
+    candidates = [mixed(full_layers, layers) for full_layers in range(layers + 1)]
+    if not config.model.gradient_checkpointing:
+        candidates = [(NONE,) * layers]
+    elif not fused:
+        # Triton kernels recompute operands inside a pass that backward makes anyway; elsewhere
+        # recomputing costs passes of its own.
+        candidates.insert(0, (NONE,) * layers)
+    if policies:
+        candidates = [policies]
+    how = {"precision": precision, "fused": fused, "parallelism": parallelism}
+    for size in sizes:
         for candidate in candidates:
-            memory = account(
-                model,
-                candidate,
-                micro_batch_tokens=size * seq_len,
-                precision=precision,
-                accumulate=size < batch_size,
-                fused=fused,
-                parallelism=parallelism,
-            )
-            plan = MemoryPlan(candidate, size, memory)
-            if memory.total <= budget:
+            plan = MemoryPlan(candidate, size, account(config, candidate, size, **how))
+            if plan.account.total <= budget:
                 return plan
-    if micro_batch_size and policies is not None:
+    if config.micro_batch_size and policies:
         # Both were given: the user decides, and the account is only shown.
         return plan
     raise UserError(
         f"--vram-budget {budget / GIB:.1f} GiB is too small: the least this model needs is "
         f"{plan.account.total / GIB:.1f} GiB ({plan})"
     )
-
-
-def _candidates(model: ModelConfig, *, fused: bool) -> Iterator[tuple[Policy, ...]]:
-    """The generator gives the policies to try, the fastest first.
-
-    Without the fused kernels, which recompute operands inside a pass that backward makes anyway,
-    recomputing costs passes of its own: there `none` comes first.
-    """
-    layers = model.num_layers
-    if not fused or not model.gradient_checkpointing:
-        yield (NONE,) * layers
-    if model.gradient_checkpointing:
-        for full_layers in range(layers + 1):
-            yield mixed(full_layers, layers)

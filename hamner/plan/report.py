@@ -25,12 +25,11 @@ from hamner.plan.loss import (
     RunProjection,
     compute_optimal_tokens,
 )
-from hamner.plan.memory import FULL, NONE, SELECTIVE, MemoryAccount, account, describe
-from hamner.plan.step_time import MEASURED_ERRORS, StepPrediction, predict
+from hamner.plan.memory import FULL, NONE, SELECTIVE, MemoryAccount, describe
+from hamner.plan.step_time import MEASURED_ERRORS, efficiency
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 
 def _count(count: float) -> str:
@@ -109,7 +108,7 @@ def _quantities(plan: Plan, hours: float | None) -> dict[str, str]:
         **_scaling(plan),
         "tokens/s (projected)": f"{prediction.tokens_per_second:,.0f}",
         "MFU (projected)": f"{prediction.mfu:.0%}",
-        "tokens": _count(plan.tokens),
+        "tokens": _count(plan.config.tokens),
         "steps": f"{plan.steps:,}",
         "hours (projected)": f"{plan.hours:,.1f}",
         "days (projected)": f"{plan.hours / 24:.1f}",
@@ -127,53 +126,32 @@ def options_table(plans: Sequence[Plan], hours: float | None = None) -> str:
 
 def _kinds(memory: MemoryAccount) -> dict[str, int]:
     """The bytes by kind add up to the total."""
-    kinds = {
-        "weights": memory.weights,
-        "optimizer": memory.optimizer,
-        "activations": memory.activations,
-    }
-    if memory.communication:
-        kinds["communication"] = memory.communication
+    names = ("weights", "optimizer", "activations", "communication")
+    kinds = {name: size for name in names if (size := getattr(memory, name))}
     return kinds | {"loss, or gradients": memory.total - sum(kinds.values())}
 
 
-def _policies(plan: Plan) -> Iterator[tuple[str, MemoryAccount, StepPrediction]]:
+def _policies(plan: Plan) -> Iterator[tuple[str, Plan]]:
     """The generator gives each policy for the whole batch, and the plan's own choice."""
-    option, model = plan.config, plan.config.model
-    choices = [((p,) * model.num_layers, plan.rows_per_gpu) for p in (NONE, SELECTIVE, FULL)]
+    layers, rows = plan.config.model.num_layers, plan.rows_per_gpu
+    choices = [((policy,) * layers, rows) for policy in (NONE, SELECTIVE, FULL)]
     chosen = plan.memory.policies, plan.memory.micro_batch_size
     for policies, micro_batch in choices if chosen in choices else [*choices, chosen]:
-        split = f", micro-batch {micro_batch}" if micro_batch < plan.rows_per_gpu else ""
+        split = f", micro-batch {micro_batch}" if micro_batch < rows else ""
         mark = " (chosen)" if (policies, micro_batch) == chosen else ""
-        memory = account(
-            model,
-            policies,
-            micro_batch_tokens=micro_batch * option.seq_len,
-            precision="bf16",
-            accumulate=bool(split),
-            fused=True,
-            parallelism=plan.parallelism,
-        )
-        prediction = predict(
-            model,
-            plan.gpu,
-            policies=policies,
-            micro_batch_size=micro_batch,
-            batch_size=option.batch_size,
-            seq_len=option.seq_len,
-            parallelism=plan.parallelism,
-        )
-        yield f"{describe(policies)}{split}{mark}", memory, prediction
+        other = plan.under(policies, micro_batch_size=micro_batch)
+        yield f"{describe(policies)}{split}{mark}", other
 
 
 def memory_table(plan: Plan) -> str:
     """The table has GiB by kind under each recomputation policy, and what each costs in speed."""
     budget = f"within {plan.vram_budget / GIB:.1f} GiB"
     columns = [["GiB", *_kinds(plan.memory.account), "total", budget, "tokens/s (projected)"]]
-    for name, memory, prediction in _policies(plan):
+    for name, other in _policies(plan):
+        memory = other.memory.account
         sizes = (*_kinds(memory).values(), memory.total)
         fits = "yes" if memory.total <= plan.vram_budget else "no"
-        speed = f"{prediction.tokens_per_second:,.0f}"
+        speed = f"{other.prediction.tokens_per_second:,.0f}"
         columns.append([name, *(f"{size / GIB:.2f}" for size in sizes), fits, speed])
     return _table(zip(*columns, strict=True))
 
@@ -230,8 +208,8 @@ def coherence_table(analysis: Analysis) -> str:
         if tokens is None:
             rows.append([plan.config.option, "never", "", "model too small"])
             continue
-        hours = plan.hours * tokens / plan.tokens
-        within = "yes" if tokens <= plan.tokens else "no"
+        hours = plan.hours * tokens / plan.config.tokens
+        within = "yes" if tokens <= plan.config.tokens else "no"
         rows.append([plan.config.option, _count(tokens), f"{hours:,.1f}", within])
     return _table(rows)
 
@@ -246,8 +224,8 @@ def caveats(plan: Plan) -> list[str]:
     on_this_card = f", on this card {' to '.join(ends)}" if here else ""
     parameters, tokens, loss = KNOWN_RUN
     lines = [
-        f"Speed on the {plan.gpu.name} is projected: {prediction.provenance}. Against the "
-        f"{sum(runs)} runs measured so far the model is {min(lowest):+.0%} to "
+        f"Speed on the {plan.gpu.name} is projected: {efficiency(plan.gpu).provenance}. "
+        f"Against the {sum(runs)} runs measured so far the model is {min(lowest):+.0%} to "
         f"{max(highest):+.0%} off{on_this_card}.",
         "MFU = tokens/s x FLOPs per token / bf16 peak; FLOPs per token = 6 x matmul parameters "
         "active per token (tied head once) + 6 x layers x width x sequence, causal attention as "
@@ -283,7 +261,7 @@ def run_findings(run: RunProjection) -> list[str]:
     low, high = run.fit.interval(run.end_tokens)
     return [
         f"`{run.curve.path}`: loss {now:.3f} (perplexity {math.exp(now):.1f}) after "
-        f"{_count(run.tokens_seen)} tokens, {run.fit.slope * 1e9:+.3f} per billion tokens.",
+        f"{_count(run.fit.tokens_seen)} tokens, {run.fit.slope * 1e9:+.3f} per billion tokens.",
         f"At {_count(run.end_tokens)} tokens: loss {end:.3f}, 80% interval {low:.3f}-"
         f"{high:.3f}; perplexity {math.exp(end):.1f}, {math.exp(low):.1f}-{math.exp(high):.1f}. "
         "This takes the schedule to go on as so far; a learning rate still to decay ends lower.",
@@ -298,7 +276,7 @@ def screen(analysis: Analysis, *, every_option: bool) -> str:
     if every_option:
         parts += [
             options_table(analysis.plans, analysis.hours),
-            _bullets(_misfits(analysis)),
+            _misfits(analysis),
             f"Recommended: **{best.option}**, {_count(best.model.num_parameters())} parameters",
         ]
     else:
@@ -321,58 +299,44 @@ def _command(plan: Plan) -> str:
     if option.batch_size != OPTIONS[option.option].batch_size:
         batch = f" --batch-size {option.batch_size}"
     return (
-        f"{launcher} -m hamner.train --option {option.option} --tokens {plan.tokens}{batch} "
+        f"{launcher} -m hamner.train --option {option.option} --tokens {plan.config.tokens}{batch} "
         f"--vram-budget {plan.vram_budget / GIB:g}"
     )
 
 
 def document(analysis: Analysis, files: str) -> str:
     """The document is the whole analysis as Markdown; its plots lie in the folder `files`."""
-    plan = analysis.plan
-    gpus = _gpus(plan, one="one ")
-    problem = f"""\
-# Pre-training plan: option {plan.config.option} on {gpus}
-
-## The problem
-
-Train a language model from scratch on {_count(plan.tokens)} tokens with {gpus}, and know
-before starting whether it fits, how long it takes and how good it will be."""
-    rests = f"## What this rests on\n\n{_bullets(caveats(plan))}\n"
-    return "\n\n".join(
-        (
-            problem,
-            _evidence(analysis, files),
-            _hardware_budget(plan, files),
-            _options(analysis, files),
-            _recommendation(analysis),
-            _training_plan(analysis),
-            rests,
-        )
-    )
+    rests = f"## What this rests on\n\n{_bullets(caveats(analysis.plan))}\n"
+    return "\n\n".join((_situation(analysis, files), _proposal(analysis, files), rests))
 
 
-def _evidence(analysis: Analysis, files: str) -> str:
+def _situation(analysis: Analysis, files: str) -> str:
+    plan, gpu, gpus = analysis.plan, analysis.plan.gpu, _gpus(analysis.plan, one="one ")
     parameters, tokens, loss = KNOWN_RUN
     run = ""
     if analysis.run:
         findings = _bullets(run_findings(analysis.run))
         run = f"\n\nThe run so far:\n\n{findings}\n\n![The run so far]({files}/run.png)"
+    steps = "\n\n".join((step_times(plan), *communication_findings(plan)))
     return f"""\
+# Pre-training plan: option {plan.config.option} on {gpus}
+
+## The problem
+
+Train a language model from scratch on {_count(plan.config.tokens)} tokens with {gpus}, and know
+before starting whether it fits, how long it takes and how good it will be.
+
 ## Evidence
 
 A {_count(parameters)} model reached a training loss of {loss} (perplexity {math.exp(loss):.0f})
 after {_count(tokens)} tokens, {tokens / compute_optimal_tokens(parameters):.0%} of its
-compute-optimal budget. Above a loss of about {COHERENT_LOSS} its text was incoherent.{run}"""
+compute-optimal budget. Above a loss of about {COHERENT_LOSS} its text was incoherent.{run}
 
-
-def _hardware_budget(plan: Plan, files: str) -> str:
-    gpu, each = plan.gpu, " of each" if plan.parallelism.ranks > 1 else ""
-    steps = "\n\n".join((step_times(plan), *communication_findings(plan)))
-    return f"""\
 ## Hardware budget
 
 {gpu.name}: {gpu.bf16_tflops:g} TFLOP/s dense bf16, {gpu.bandwidth_gbs:g} GB/s,
-{gpu.memory_gib:g} GiB, of which the run may take {plan.vram_budget / GIB:.1f} GiB{each}.
+{gpu.memory_gib:g} GiB, of which the run may take {plan.vram_budget / GIB:.1f} GiB\
+{" of each" if plan.parallelism.ranks > 1 else ""}.
 
 {memory_table(plan)}
 
@@ -381,42 +345,34 @@ def _hardware_budget(plan: Plan, files: str) -> str:
 {steps}"""
 
 
-def _options(analysis: Analysis, files: str) -> str:
-    table = options_table(analysis.plans or [analysis.plan], analysis.hours)
-    parts = ["## Options", table, f"![Expected loss]({files}/loss.png)"]
-    if analysis.misfits:
-        parts.append(_bullets(_misfits(analysis)))
-    return "\n\n".join(parts)
-
-
-def _misfits(analysis: Analysis) -> list[str]:
-    return [f"{name} does not fit: {why}" for name, why in analysis.misfits.items()]
-
-
-def _recommendation(analysis: Analysis) -> str:
-    best = analysis.recommended
+def _proposal(analysis: Analysis, files: str) -> str:
+    plan, best = analysis.plan, analysis.recommended
+    option, model = plan.config, plan.config.model
+    table = options_table(analysis.plans or [plan], analysis.hours)
+    misfits = f"\n\n{_misfits(analysis)}" if analysis.misfits else ""
     return f"""\
+## Options
+
+{table}
+
+![Expected loss]({files}/loss.png){misfits}
+
 ## Recommendation
 
 Train **{best.config.option}** ({_count(best.parameters)} parameters): of the options trained on
 their full context it has the lowest expected loss after {analysis.hours:,.0f} hours, a mixture of
 experts counted by its active parameters. It takes {best.prediction.peak_gib:.1f} GiB with recompute
 {describe(best.memory.policies)} and, projected, {best.hours / 24:.1f} days for
-{_count(best.tokens)} tokens at {best.prediction.tokens_per_second:,.0f} tokens/s.
+{_count(best.config.tokens)} tokens at {best.prediction.tokens_per_second:,.0f} tokens/s.
 
 Expected loss: {_range(best.loss_range(BESIROGLU), 2)} by {BESIROGLU.source};
 {_range(best.loss_range(HOFFMANN), 2)} by {HOFFMANN.source};
 {_range(best.loss_range(analysis.local_law), 2)} by the former shifted through
-{"the run so far" if analysis.run else "the model under Evidence"}."""
+{"the run so far" if analysis.run else "the model under Evidence"}.
 
-
-def _training_plan(analysis: Analysis) -> str:
-    plan, recommended = analysis.plan, analysis.recommended.config.option
-    option, model = plan.config, plan.config.model
-    return f"""\
 ## Training plan
 
-Of option {option.option}{"" if recommended == option.option else ", as asked"}:
+Of option {option.option}{"" if best.config.option == option.option else ", as asked"}:
 
 - `{_command(plan)}`
 - {plan.steps:,} steps of {option.batch_size} x {option.seq_len} = {option.tokens_per_step:,}
@@ -428,6 +384,10 @@ Of option {option.option}{"" if recommended == option.option else ", as asked"}:
 - After the first hundred steps, compare tokens/s and peak GiB with this page before leaving it.
 
 {coherence_table(analysis)}"""
+
+
+def _misfits(analysis: Analysis) -> str:
+    return _bullets(f"{name} does not fit: {why}" for name, why in analysis.misfits.items())
 
 
 def write_report(path: Path, analysis: Analysis) -> None:
@@ -445,68 +405,59 @@ def write_report(path: Path, analysis: Analysis) -> None:
     files = path.with_name(f"{path.stem}_files")
     try:
         files.mkdir(exist_ok=True)
-        for name, figure in _figures(analysis).items():
+        drawn = {
+            "memory.png": _draw_memory(analysis.plan),
+            "loss.png": _draw_loss(analysis.plans or [analysis.plan], analysis.local_law),
+        }
+        if analysis.run:
+            drawn["run.png"] = _draw_run(analysis.run)
+        for name, axes in drawn.items():
+            axes.figure.legend(loc="outside right upper", frameon=False)
             image = io.BytesIO()
-            figure.savefig(image, format="png", dpi=150)
+            axes.figure.savefig(image, format="png", dpi=150)
             write_whole(files / name, image.getvalue())
         write_whole(path, document(analysis, files.name))
     except OSError as error:
         raise UserError(f"--report {path} cannot be written: {error.strerror}") from None
 
 
-def _figures(analysis: Analysis) -> dict[str, "Figure"]:
-    """The plots go by file name."""
-    figures = {
-        "memory.png": _memory_figure(analysis.plan),
-        "loss.png": _loss_figure(analysis.plans or [analysis.plan], analysis.local_law),
-    }
-    if analysis.run:
-        figures["run.png"] = _run_figure(analysis.run)
-    return figures
-
-
-def _axes(xlabel: str, ylabel: str) -> tuple["Figure", "Axes"]:
+def _axes(xlabel: str, ylabel: str) -> "Axes":
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
     axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    return axes
 
 
-def _with_legend(figure: "Figure") -> "Figure":
-    figure.legend(loc="outside right upper", frameon=False)
-    return figure
-
-
-def _memory_figure(plan: Plan) -> "Figure":
-    figure, axes = _axes(f"--recompute, option {plan.config.option}", "GiB")
-    names, accounts, _ = zip(*_policies(plan), strict=True)
+def _draw_memory(plan: Plan) -> "Axes":
+    axes = _axes(f"--recompute, option {plan.config.option}", "GiB")
+    names, plans = zip(*_policies(plan), strict=True)
     names = [name.replace(" (", "\n(") for name in names]
     base = [0.0] * len(names)
     for kind in _kinds(plan.memory.account):
-        heights = [_kinds(memory)[kind] / GIB for memory in accounts]
+        heights = [_kinds(other.memory.account)[kind] / GIB for other in plans]
         axes.bar(names, heights, bottom=base, label=kind, width=0.6)
         base = [b + h for b, h in zip(base, heights, strict=True)]
     axes.axhline(plan.vram_budget / GIB, color="black", linestyle="--", label="budget")
-    return _with_legend(figure)
+    return axes
 
 
-def _loss_figure(plans: Sequence[Plan], law: LossLaw) -> "Figure":
-    figure, axes = _axes("days (projected)", "expected loss, nats per token")
+def _draw_loss(plans: Sequence[Plan], law: LossLaw) -> "Axes":
+    axes = _axes("days (projected)", "expected loss, nats per token")
     for plan in plans:
         # From a twentieth of the run on: before that the law says little.
         days = [plan.hours / 24 * i / 100 for i in range(5, 101)]
         losses = [law.loss(plan.active_parameters, plan.tokens_in(24 * day)) for day in days]
         axes.plot(days, losses, label=plan.config.option)
     axes.axhline(COHERENT_LOSS, color="black", linestyle=":", label=f"loss {COHERENT_LOSS}")
-    return _with_legend(figure)
+    return axes
 
 
-def _run_figure(run: RunProjection) -> "Figure":
-    figure, axes = _axes("tokens, billions", "loss, nats per token")
+def _draw_run(run: RunProjection) -> "Axes":
+    axes = _axes("tokens, billions", "loss, nats per token")
     axes.plot(run.curve.tokens / 1e9, run.curve.loss, ".", markersize=2, color="grey", label="run")
-    first, last = 0.1 * run.tokens_seen, run.end_tokens
+    first, last = 0.1 * run.fit.tokens_seen, run.end_tokens
     # Evenly spaced on the logarithmic axis.
     tokens = [first * (last / first) ** (i / 100) for i in range(101)]
     billions = [count / 1e9 for count in tokens]
@@ -517,4 +468,4 @@ def _run_figure(run: RunProjection) -> "Figure":
     axes.set(
         xscale="log", xlim=(first / 2e9, last / 0.9e9), ylim=(0.98 * lowest, 1.05 * bounds[0][1])
     )
-    return _with_legend(figure)
+    return axes

@@ -1,4 +1,4 @@
-"""A step's time on a GPU is predicted by a roofline per op (Williams et al. 2009), torch-free.
+"""A step's time on a GPU is predicted by a roofline per op (Williams et al. 2009).
 
 A step is a list of ops, each with its cost (`hamner.plan.costs`, bf16). An op takes the longer of
 arithmetic and traffic, each at the share of the card's peak that its kind of kernel reaches. Those
@@ -11,9 +11,12 @@ statistics. Not modelled: a data loader that cannot keep up, a card that throttl
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import ClassVar
 
 from hamner.config.model import ModelConfig
+from hamner.config.train import TrainConfig
 from hamner.hardware import GIB, Gpu
 from hamner.plan import costs
 from hamner.plan.communication import ONE_GPU, Communication, Parallelism, communicate
@@ -24,6 +27,9 @@ CATEGORIES = (
     *("matmul", "attention", "norm", "swiglu", "rope", "routing", "loss", "optimizer", "gaps"),
     "communication",
 )
+
+LAUNCH_GAP_US, GRAPH_GAP_US = 4.3, 1.2
+"""the GPU's idle time before each kernel that is launched by itself, and inside a CUDA graph"""
 
 
 @dataclass(frozen=True)
@@ -36,10 +42,6 @@ class Efficiency:
     """smallest of a matmul's M, N and K at which it reaches half of its share"""
     bandwidth: dict[str, float]
     """kind: share of the memory bandwidth; "norm" also stands for kinds that are not listed"""
-    launch_gap_us: float
-    """the GPU's idle time before each kernel that is launched by itself, microseconds"""
-    graph_gap_us: float
-    """the same inside a CUDA graph"""
     provenance: str
 
 
@@ -54,7 +56,7 @@ EFFICIENCIES: dict[str, Efficiency] = {
             "matmul": 792 / 989.4,
             "attention_forward": 328 / 989.4,
             "attention_backward": 211 / 989.4,
-            "grouped_matmul": 430 / 989.4,
+            "matmul_grouped": 430 / 989.4,
         },
         half_dim=176,
         bandwidth={
@@ -64,8 +66,6 @@ EFFICIENCIES: dict[str, Efficiency] = {
             "loss": 2899 / 3352,
             "optimizer": 2292 / 3352,
         },
-        launch_gap_us=4.3,
-        graph_gap_us=1.2,
         provenance="kernel efficiencies measured on an H100 SXM (routing assumed as norms)",
     ),
     "RTX 3090": Efficiency(
@@ -73,12 +73,10 @@ EFFICIENCIES: dict[str, Efficiency] = {
             "matmul": 65 / 71.2,
             "attention_forward": 54 / 71.2,
             "attention_backward": 54 / 71.2,
-            "grouped_matmul": 55 / 71.2,
+            "matmul_grouped": 55 / 71.2,
         },
         half_dim=0,
         bandwidth={"norm": 850 / 936},
-        launch_gap_us=4.3,
-        graph_gap_us=1.2,
         provenance="kernel efficiencies assumed, not measured: matmuls 65 of 71.2 TFLOP/s, "
         "grouped ones 55, attention 54 TFLOP/s, 850 of 936 GB/s, the H100's gaps between kernels",
     ),
@@ -94,6 +92,7 @@ MEASURED_ERRORS: dict[str, tuple[int, float, float]] = {
 the speed predicted for them; a test holds them to the runs"""
 
 
+@cache
 def efficiency(gpu: Gpu) -> Efficiency:
     """A card has its own row, or a related card's shares of peak and a provenance to say so."""
     if gpu.name in EFFICIENCIES:
@@ -106,224 +105,171 @@ def efficiency(gpu: Gpu) -> Efficiency:
 
 
 @dataclass(frozen=True)
-class Implementation:
-    """An implementation is what a trainer's kernels move beyond, or short of, the others'."""
-
-    name: str
-    fused_attention: bool
-    """False writes the T x T scores to memory"""
-    recomputes_operands: bool
-    """selective recomputation inside the backward of each matmul"""
-    chunked_loss: bool
-    """logits of one chunk at a time"""
-    rope_traffic: float
-    """times the least traffic: q and k read once and written once"""
-    folds_rope: bool
-    """standard attention's backward rotates dq and dk before it writes them"""
-    loss_passes: int
-    """over the logits, beyond their matmuls"""
-    optimizer_bytes: float
-    """per parameter: clip norm, AdamW, weight casts"""
-    graphed: bool
-    """one GPU replays forward and backward as a CUDA graph"""
-
-
-TRITON = Implementation(
-    name="triton",
-    fused_attention=True,
-    recomputes_operands=True,
-    chunked_loss=True,
-    rope_traffic=1.0,
-    folds_rope=True,
-    loss_passes=3,
-    optimizer_bytes=(costs.gradient_norm(1) + costs.adamw(1, split_master=True)).bytes,
-    graphed=True,
-)
-
-
-@dataclass(frozen=True)
 class Op:
     """An op is one kernel's work, or a few kernels' of the same kind."""
 
-    category: str
     kind: str
-    """the efficiency it is held to"""
+    """the efficiency it is held to; its first word is one of CATEGORIES"""
     cost: Cost
     launches: int = 1
     smallest_dim: int = 0
     """of a matmul's M, N and K"""
-    overlaps: bool = True
-    """arithmetic hides behind traffic or the other way round; else their times add"""
 
-    def seconds(self, gpu: Gpu, reached: Efficiency) -> float:
-        """The op takes this long on `gpu`, launch gaps aside."""
+    def seconds(self, gpu: Gpu) -> float:
+        """The op takes this long on `gpu`, launch gaps aside; arithmetic hides behind traffic or
+        the other way round."""
+        reached = efficiency(gpu)
         share = reached.flops.get(self.kind, 1.0)
         if self.smallest_dim:
             share *= self.smallest_dim / (self.smallest_dim + reached.half_dim)
         bandwidth = reached.bandwidth.get(self.kind, reached.bandwidth["norm"])
         arithmetic = self.cost.flops / (gpu.bf16_tflops * 1e12 * share)
         traffic = self.cost.bytes / (gpu.bandwidth_gbs * 1e9 * bandwidth)
-        return max(arithmetic, traffic) if self.overlaps else arithmetic + traffic
+        return max(arithmetic, traffic)
 
 
-def _op(kind: str, cost: Cost, launches: int = 1) -> Op:
-    return Op(kind, kind, cost, launches)
+@dataclass(frozen=True)
+class MicroBatch:
+    """A micro-batch has these ops with the Triton kernels; tests derive other trainers' from it."""
 
+    model: ModelConfig
+    seq_len: int
+    tokens: int
+    is_graphed: ClassVar[bool] = True
+    """one GPU replays forward and backward as a CUDA graph"""
+    update: ClassVar[Cost] = costs.gradient_norm(1) + costs.adamw(1, split_master=True)
+    """of one parameter: clip norm, AdamW, weight casts"""
 
-def _matmul(tokens: int, k: int, n: int) -> Op:
-    return Op("matmul", "matmul", costs.matmul(tokens, k, n), smallest_dim=min(tokens, k, n))
+    def matmul(self, k: int, n: int) -> Op:
+        """Every token is a row of this matmul."""
+        cost, smallest = costs.matmul(self.tokens, k, n), min(self.tokens, k, n)
+        return Op("matmul", cost, smallest_dim=smallest)
 
+    def block_matmuls(self) -> list[Op]:
+        """One block's forward has these matmuls; each has two of the same size in backward."""
+        model, d, dense = self.model, self.model.hidden_size, costs.dense_width(self.model)
+        ops = [self.matmul(d, model.qkv_size), self.matmul(d, d)]
+        if dense:
+            ops += [self.matmul(d, 2 * dense), self.matmul(dense, d)]
+        if model.is_moe:
+            rows, inner = self.tokens * model.num_experts_per_token, model.expert_intermediate_size
+            ops += [
+                Op("matmul_grouped", costs.matmul(rows, k, n, experts=model.num_experts))
+                for k, n in ((d, 2 * inner), (inner, d))
+            ]
+        return ops
 
-def _grouped_matmul(rows: int, k: int, n: int, experts: int) -> Op:
-    return Op("matmul", "grouped_matmul", costs.grouped_matmul(rows, k, n, experts=experts))
+    def attention(self, *, backward: bool) -> list[Op]:
+        """The scores stay out of memory; differential attention combines its two maps' outputs."""
+        d, kv = self.model.hidden_size, self.model.num_kv_heads * self.model.head_size
+        pairs, queries, keys = self.tokens * self.seq_len / 2, self.tokens * d, self.tokens * kv
+        shape = {"width": d, "value_widths": costs.value_widths(self.model)}
+        cost = costs.attention(pairs, queries, keys, backward=backward, **shape)
+        # Tiles of queries read k and v again, which comes to about once more from memory; in
+        # backward as much is written and read again of their gradients.
+        cost += Cost(bytes=costs.BF16 * 2 * keys * (2 if backward else 1))
+        kind, launches = ("backward", 3) if backward else ("forward", 1)
+        ops = [Op(f"attention_{kind}", cost, launches)]
+        if self.model.use_differential_attention:
+            combination = costs.differential_combination(queries, backward=backward)
+            ops.append(Op("attention", combination))
+        return ops
 
+    def routing(self) -> list[Op]:
+        """The tokens of a mixture go to their experts and back, in either direction."""
+        if not self.model.is_moe:
+            return []
+        rows = self.tokens * self.model.num_experts_per_token
+        cost = costs.moe_rows(self.tokens, rows, self.model.hidden_size)
+        return [Op("routing", cost, launches=6)]
 
-def _block_matmuls(model: ModelConfig, tokens: int) -> list[Op]:
-    """One block's forward has these matmuls; each has two of the same size in backward."""
-    d, inner, dense = model.hidden_size, model.expert_intermediate_size, costs.dense_width(model)
-    ops = [_matmul(tokens, d, model.qkv_size), _matmul(tokens, d, d)]
-    if dense:
-        ops += [_matmul(tokens, d, 2 * dense), _matmul(tokens, dense, d)]
-    if model.is_moe:
-        rows = tokens * model.num_experts_per_token
-        ops += [
-            _grouped_matmul(rows, d, 2 * inner, model.num_experts),
-            _grouped_matmul(rows, inner, d, model.num_experts),
-        ]
-    return ops
+    def norms(self, *, backward: bool) -> Op:
+        """A block has two norms, which in backward sum their weight's gradient in a second pass."""
+        elements = 2 * self.tokens * self.model.hidden_size
+        cost = costs.rms_norm(elements, adds_residual=True, backward=backward)
+        return Op("norm", cost, launches=4 if backward else 2)
 
+    def rope(self) -> Op:
+        rotated = self.model.hidden_size + self.model.num_kv_heads * self.model.head_size
+        return Op("rope", costs.rope(self.tokens * rotated))
 
-def _attention(
-    model: ModelConfig, tokens: int, seq_len: int, fused: bool, *, backward: bool
-) -> list[Op]:
-    d, kv = model.hidden_size, model.num_kv_heads * model.head_size
-    if not fused:
-        products, softmax = costs.unfused_attention(
-            tokens, seq_len, heads=model.num_attention_heads, width=d, backward=backward
-        )
-        # K or N of these matmuls is the head size, one step of a tile's loop, so nothing in a tile
-        # overlaps.
-        launches = 4 if backward else 2
+    def forward(self) -> list[Op]:
         return [
-            Op("attention", "matmul", products, launches, overlaps=False),
-            _op("attention", softmax),
+            self.norms(backward=False),
+            self.rope(),
+            # Of routed experts it is part of the grouped matmul.
+            Op("swiglu", costs.swiglu(self.tokens * costs.dense_width(self.model))),
+            *self.block_matmuls(),
+            *self.attention(backward=False),
+            *self.routing(),
         ]
-    cost = costs.attention(
-        tokens * seq_len / 2,
-        query_elements=tokens * d,
-        key_elements=tokens * kv,
-        width=d,
-        value_widths=costs.value_widths(model),
-        backward=backward,
-    )
-    # Tiles of queries read k and v again, which comes to about once more from memory; in backward
-    # as much is written and read again of their gradients.
-    cost += Cost(bytes=costs.BF16 * tokens * 2 * kv * (2 if backward else 1))
-    kind, launches = ("backward", 3) if backward else ("forward", 1)
-    ops = [Op("attention", f"attention_{kind}", cost, launches)]
-    if model.use_differential_attention:
-        combination = costs.differential_combination(tokens * d, backward=backward)
-        ops.append(_op("attention", combination))
-    return ops
 
+    def backward(self, policy: Policy) -> list[Op]:
+        """A block's backward pass has these ops, those of forward among them where they rerun."""
+        recompute = policy != NONE
+        width = costs.dense_width(self.model) + costs.routed_width(self.model)
+        ops = [
+            self.norms(backward=True),
+            Op("swiglu", costs.swiglu(self.tokens * width, backward=True, recompute=recompute)),
+            *self.attention(backward=True),
+            *self.routing(),
+        ]
+        if self.model.use_differential_attention:
+            # Standard attention's backward rotates dq and dk before it writes them.
+            ops.append(self.rope())
+        ops += 2 * self.block_matmuls()
+        if recompute:
+            # Counted as passes of their own.
+            norms = costs.rms_norm(2 * self.tokens * self.model.hidden_size)
+            ops.append(Op("norm", norms, launches=2))
+        if policy == FULL:
+            ops += self.forward()
+        return ops
 
-def _routing(model: ModelConfig, tokens: int) -> list[Op]:
-    if not model.is_moe:
-        return []
-    rows = tokens * model.num_experts_per_token
-    return [_op("routing", costs.moe_rows(tokens, rows, model.hidden_size), launches=6)]
+    def loss(self) -> list[Op]:
+        """The loss has three matmuls, and three passes over logits that exist in chunks."""
+        d, vocab_size = self.model.hidden_size, self.model.vocab_size
+        chunk = costs.loss_chunk(vocab_size, self.tokens)
+        chunks = -(-self.tokens // chunk)
+        head = self.matmul(d, vocab_size)
+        head = replace(head, launches=chunks, smallest_dim=min(chunk, head.smallest_dim))
+        loss = costs.linear_cross_entropy(self.tokens, d, vocab_size, logit_passes=3)
+        return [head, head, head, Op("loss", Cost(bytes=loss.bytes), launches=chunks)]
 
-
-def _norms(model: ModelConfig, tokens: int, *, backward: bool) -> Op:
-    """A block has two norms, which in backward sum their weight's gradient in a second pass."""
-    elements = 2 * tokens * model.hidden_size
-    cost = costs.rms_norm(elements, adds_residual=True, backward=backward)
-    return _op("norm", cost, launches=4 if backward else 2)
-
-
-def _rope(model: ModelConfig, tokens: int, how: Implementation) -> Op:
-    rotated = model.hidden_size + model.num_kv_heads * model.head_size
-    return _op("rope", Cost(bytes=costs.rope(tokens * rotated).bytes * how.rope_traffic))
-
-
-def _forward(model: ModelConfig, tokens: int, seq_len: int, how: Implementation) -> list[Op]:
-    return [
-        _norms(model, tokens, backward=False),
-        _rope(model, tokens, how),
-        # Of routed experts it is part of the grouped matmul.
-        _op("swiglu", costs.swiglu(tokens * costs.dense_width(model))),
-        *_block_matmuls(model, tokens),
-        *_attention(model, tokens, seq_len, how.fused_attention, backward=False),
-        *_routing(model, tokens),
-    ]
-
-
-def _backward(
-    model: ModelConfig, tokens: int, seq_len: int, how: Implementation, *, policy: Policy
-) -> list[Op]:
-    recompute = how.recomputes_operands and policy != NONE
-    width = costs.dense_width(model) + costs.routed_width(model)
-    ops = [
-        _norms(model, tokens, backward=True),
-        _op("swiglu", costs.swiglu(tokens * width, backward=True, recompute=recompute)),
-        *_attention(model, tokens, seq_len, how.fused_attention, backward=True),
-        *_routing(model, tokens),
-    ]
-    if not how.folds_rope or model.use_differential_attention:
-        ops.append(_rope(model, tokens, how))
-    ops += 2 * _block_matmuls(model, tokens)
-    if recompute:
-        # Counted as passes of their own.
-        ops.append(_op("norm", costs.rms_norm(2 * tokens * model.hidden_size), launches=2))
-    if policy == FULL:
-        ops += _forward(model, tokens, seq_len, how)
-    return ops
-
-
-def _loss(model: ModelConfig, tokens: int, how: Implementation) -> list[Op]:
-    d, vocab_size = model.hidden_size, model.vocab_size
-    chunk = costs.loss_chunk(vocab_size, tokens) if how.chunked_loss else tokens
-    chunks = -(-tokens // chunk)
-    head = _matmul(tokens, d, vocab_size)
-    head = replace(head, launches=chunks, smallest_dim=min(chunk, head.smallest_dim))
-    loss = costs.linear_cross_entropy(tokens, d, vocab_size, logit_passes=how.loss_passes)
-    return [head, head, head, _op("loss", Cost(bytes=loss.bytes), launches=chunks)]
-
-
-def _optimizer(model: ModelConfig, how: Implementation, micro_batches: int, shards: int) -> Op:
-    per_parameter = how.optimizer_bytes
-    if micro_batches > 1:
-        per_parameter += costs.gradient_sums(1, micro_batches).bytes
-    cost = Cost(bytes=per_parameter * model.num_parameters() / shards)
-    return _op("optimizer", cost, launches=6 * model.num_layers)
+    def optimizer(self, micro_batches: int, shards: int) -> Op:
+        """The update ends a step of so many micro-batches, on one of so many shards."""
+        per_parameter = self.update.bytes
+        if micro_batches > 1:
+            per_parameter += costs.gradient_sums(1, micro_batches).bytes
+        cost = Cost(bytes=per_parameter * self.model.num_parameters() / shards)
+        return Op("optimizer", cost, launches=6 * self.model.num_layers)
 
 
 @dataclass(frozen=True)
 class StepPrediction:
     """A prediction is of one optimizer step, before it was ever run."""
 
+    config: TrainConfig
     gpu: Gpu
+    gpus: int
     milliseconds: dict[str, float]
     """of each GPU, by category, summed over micro-batches; of communication what is not hidden"""
-    tokens_per_step: int
-    """of all GPUs"""
-    flops_per_token: int
-    """model FLOPs: forward and backward, causal, nothing recomputed"""
     peak_gib: float
     """of each GPU, by hamner.plan.memory's account"""
-    provenance: str
-    gpus: int
     communication: Communication
 
     @property
     def step_ms(self) -> float:
-        """The step takes this many milliseconds."""
         return sum(self.milliseconds.values())
 
     @property
     def tokens_per_second(self) -> float:
-        """The step trains on this many tokens a second."""
-        return self.tokens_per_step / self.step_ms * 1e3
+        return self.config.tokens_per_step / self.step_ms * 1e3
+
+    @property
+    def flops_per_token(self) -> int:
+        """Model FLOPs are those of forward and backward, causal, nothing recomputed."""
+        return costs.flops_per_token(self.config.model, self.config.seq_len)
 
     @property
     def mfu(self) -> float:
@@ -332,125 +278,63 @@ class StepPrediction:
         return self.tokens_per_second * self.flops_per_token / peak
 
 
-@dataclass
-class _Clock:
-    """A clock adds up the milliseconds of ops by category, launch gaps apart."""
-
-    gpu: Gpu
-    reached: Efficiency
-    gap_ms: float
-    milliseconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(CATEGORIES, 0.0))
-
-    def add(self, ops: Sequence[Op], times: int) -> float:
-        """The clock counts `ops` this many times over; one time takes what is returned."""
-        once = 0.0
-        for op in ops:
-            spent = 1e3 * op.seconds(self.gpu, self.reached)
-            once += spent
-            self.milliseconds[op.category] += times * spent
-            self.milliseconds["gaps"] += self.gap_ms * times * op.launches
-        return once
-
-
 def predict(
-    model: ModelConfig,
+    config: TrainConfig,
     gpu: Gpu,
-    *,
     policies: Sequence[Policy],
     micro_batch_size: int,
-    batch_size: int,
-    seq_len: int,
-    implementation: Implementation = TRITON,
+    *,
     parallelism: Parallelism = ONE_GPU,
+    kind: type[MicroBatch] = MicroBatch,
 ) -> StepPrediction:
     """The prediction is of a bf16 training step.
 
     Args:
-        model: shape.
+        config: model and batch, over all GPUs: each GPU's share is a multiple of
+            `micro_batch_size`.
         gpu: the card.
         policies: recomputation, one per layer.
         micro_batch_size: sequences of one forward and backward pass of a GPU.
-        batch_size: sequences of one optimizer step, over all GPUs: each GPU's share is a multiple
-            of `micro_batch_size`.
-        seq_len: tokens of a sequence.
-        implementation: whose kernels.
         parallelism: `kind` "ddp" or "fsdp" where there is more than one GPU.
+        kind: whose kernels.
 
     Raises:
         ValueError: micro-batches do not divide a GPU's share, or policies are not one a layer.
     """
+    model, batch_size = config.model, config.batch_size
     micro_batches, rest = divmod(batch_size, parallelism.ranks * micro_batch_size)
     if rest:
         raise ValueError(f"{batch_size=} is not a multiple of {micro_batch_size=} on each GPU")
-    tokens = micro_batch_size * seq_len
-    milliseconds, communication = _step_times(
-        model,
-        gpu,
-        implementation,
-        parallelism,
-        policies=policies,
-        micro_batches=micro_batches,
-        tokens=tokens,
-        seq_len=seq_len,
-    )
-    memory = account(
-        model,
-        policies,
-        micro_batch_tokens=tokens,
-        precision="bf16",
-        accumulate=micro_batches > 1,
-        fused=implementation.chunked_loss,
-        parallelism=parallelism,
-    )
-    return StepPrediction(
-        gpu=gpu,
-        milliseconds=milliseconds,
-        tokens_per_step=batch_size * seq_len,
-        flops_per_token=costs.flops_per_token(model, seq_len),
-        peak_gib=memory.total / GIB,
-        provenance=efficiency(gpu).provenance,
-        gpus=parallelism.ranks,
-        communication=communication,
-    )
-
-
-def _step_times(
-    model: ModelConfig,
-    gpu: Gpu,
-    how: Implementation,
-    parallelism: Parallelism,
-    *,
-    policies: Sequence[Policy],
-    micro_batches: int,
-    tokens: int,
-    seq_len: int,
-) -> tuple[dict[str, float], Communication]:
-    """A step takes these milliseconds by category, the exposed communication among them."""
     if len(policies) != model.num_layers:
         raise ValueError(f"policies has {len(policies)} entries for {model.num_layers} layers")
-    reached = efficiency(gpu)
-    is_graphed = how.graphed and parallelism.ranks == 1
-    clock = _Clock(
-        gpu, reached, 1e-3 * (reached.graph_gap_us if is_graphed else reached.launch_gap_us)
-    )
+    micro_batch = kind(model, config.seq_len, tokens=micro_batch_size * config.seq_len)
+    is_graphed = kind.is_graphed and parallelism.ranks == 1
+    gap_ms = 1e-3 * (GRAPH_GAP_US if is_graphed else LAUNCH_GAP_US)
+    milliseconds = dict.fromkeys(CATEGORIES, 0.0)
+
+    def add(ops: Sequence[Op], times: int) -> float:
+        """The ops count this many times over; one time takes what is returned, gaps aside."""
+        once = 0.0
+        for op in ops:
+            spent = 1e3 * op.seconds(gpu)
+            once += spent
+            milliseconds[op.kind.partition("_")[0]] += times * spent
+            milliseconds["gaps"] += gap_ms * times * op.launches
+        return once
+
     forward = backward = 0.0
     for policy, layers in Counter(policies).items():
         times = layers * micro_batches
-        forward += layers * clock.add(_forward(model, tokens, seq_len, how), times)
-        ops = _backward(model, tokens, seq_len, how, policy=policy)
-        backward += layers * clock.add(ops, times)
-    clock.add(_loss(model, tokens, how), micro_batches)
-    clock.add([_optimizer(model, how, micro_batches, parallelism.shards)], 1)
-    communication = communicate(
-        parallelism,
-        parameters=model.num_parameters(),
-        embedding=model.vocab_size * model.hidden_size,
-        micro_batches=micro_batches,
-        forward_ms=forward,
-        backward_ms=backward,
+        forward += layers * add(micro_batch.forward(), times)
+        backward += layers * add(micro_batch.backward(policy), times)
+    add(micro_batch.loss(), micro_batches)
+    add([micro_batch.optimizer(micro_batches, parallelism.shards)], 1)
+    sent = communicate(model, parallelism, micro_batches, forward_ms=forward, backward_ms=backward)
+    milliseconds["communication"] = sent.exposed_ms
+    peak = account(config, policies, micro_batch_size, parallelism=parallelism).total
+    return StepPrediction(
+        config, gpu, parallelism.ranks, milliseconds, peak_gib=peak / GIB, communication=sent
     )
-    clock.milliseconds["communication"] = communication.exposed_ms
-    return clock.milliseconds, communication
 
 
 def compare_with_reality(

@@ -54,7 +54,7 @@ def _matmul(operation: Range, first: int = 0) -> Cost:
     if len(left) == 2 and len(right) == 2 and left[1] != right[0]:
         raise ValueError("not a matmul's shapes")
     size = _element_size(operation, first)
-    return costs.grouped_matmul(rows, left[-1], right[-1], experts=experts, element_size=size)
+    return costs.matmul(rows, left[-1], right[-1], experts=experts, element_size=size)
 
 
 def _moe_matmuls(operation: Range, x: int, down_weight: int) -> Cost:

@@ -317,14 +317,8 @@ class TrainLog:
         step = self.train_step
         if step.compute.gpu is None or step.compute.kernels != "triton" or step.world_size > 1:
             return
-        prediction = predict(
-            self.config.model,
-            step.compute.gpu,
-            policies=step.plan.policies,
-            micro_batch_size=step.plan.micro_batch_size,
-            batch_size=self.config.batch_size,
-            seq_len=self.config.seq_len,
-        )
+        plan = step.plan
+        prediction = predict(self.config, step.compute.gpu, plan.policies, plan.micro_batch_size)
         speed, peak = record.tokens_per_second, record.peak_vram_gib
         line = compare_with_reality(prediction, speed, peak, total_tokens(self.config))
         self.display.message(f"plan: {line}")

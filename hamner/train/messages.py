@@ -82,9 +82,10 @@ def stopped_before_the_end(
 ) -> list[str]:
     """The line of a run that can go on."""
     word = "interrupted" if interrupted else "stopped"
+    command = "hamner.train" if config.sft is None else "hamner.sft"
     return [
         f"{word} at step {step:,}; saved in {saved.path}; continue with "
-        f"python -m {config.command} --resume --run-dir {run.path}"
+        f"python -m {command} --resume --run-dir {run.path}"
     ]
 
 

@@ -260,7 +260,7 @@ def facts(config: TrainConfig, tokenizer: Tokenizer) -> dict:
     """What state.json says of the run itself, for the next start to compare."""
     return {
         "format": STATE_FORMAT,
-        "stage": config.stage,
+        "stage": "pretrain" if config.sft is None else "sft",
         "model": config.to_json()["model"],
         "tokenizer": tokenizer.fingerprint,
         "versions": {"hamner": hamner.__version__, "torch": torch.__version__},

@@ -223,14 +223,11 @@ def plan_memory(
         UserError: it does not fit.
     """
     return memory.choose(
-        config.model,
-        batch_size=config.batch_size,
-        seq_len=config.seq_len,
+        config,
+        budget,
         precision=compute.precision,
         fused=compute.kernels == "triton",
-        budget=budget,
         policies=policies,
-        micro_batch_size=config.micro_batch_size,
         max_micro_batch_tokens=compute.max_micro_batch_tokens,
         parallelism=parallelism,
     )

@@ -4,41 +4,96 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from hamner.config.options import OPTIONS
-from hamner.hardware import GPUS
+from hamner.hardware import GPUS, Gpu
 from hamner.plan import costs
+from hamner.plan.costs import Cost
 from hamner.plan.memory import FULL, NONE, SELECTIVE, Policy
-from hamner.plan.step_time import TRITON, Implementation, StepPrediction, predict
+from hamner.plan.step_time import MicroBatch, Op, StepPrediction, predict
 
-# A plain model under torch.compile, fp32 weights and bf16 autocast. rope_traffic and loss_passes
-# follow from its measured breakdown on an H100: 7.7 ms of RoPE with its copies, 3.4 ms of loss.
-COMPILED = Implementation(
-    name="torch.compile",
-    fused_attention=True,
-    recomputes_operands=False,
-    chunked_loss=False,
-    rope_traffic=3.35,
-    folds_rope=False,
-    loss_passes=4,
-    optimizer_bytes=2 * 4 + 3 * 4 + 3 * 4 + (4 + 2) + (2 + 4),
-    graphed=False,
-)
-# The trainer this project replaced: COMPILED, but attention writes its scores; blocks recomputed.
-EARLIER = replace(COMPILED, name="earlier trainer", fused_attention=False)
-# TRITON as it was when first measured: whole fp32 masters, the bf16 weights only written;
-# attention cuDNN's, with RoPE's backward in a pass of its own.
-_FIRST_KERNELS = replace(
-    TRITON,
-    optimizer_bytes=(costs.gradient_norm(1) + costs.adamw(1, split_master=False)).bytes,
-    folds_rope=False,
-    graphed=False,
-)
+
+class FirstKernels(MicroBatch):
+    """They are the Triton kernels as they were when first measured.
+
+    Whole fp32 masters, the bf16 weights only written; attention cuDNN's, with RoPE's backward in a
+    pass of its own.
+    """
+
+    is_graphed = False
+    update = costs.gradient_norm(1) + costs.adamw(1, split_master=False)
+
+    def backward(self, policy: Policy) -> list[Op]:
+        return [*super().backward(policy), self.rope()]
+
+
+class Compiled(MicroBatch):
+    """A plain model runs under torch.compile, with fp32 weights and bf16 autocast.
+
+    What RoPE and the loss move follows from its measured breakdown on an H100: 7.7 ms of RoPE with
+    its copies, 3.4 ms of loss.
+    """
+
+    is_graphed = False
+    update = Cost(bytes=2 * 4 + 3 * 4 + 3 * 4 + (4 + 2) + (2 + 4))
+
+    def rope(self) -> Op:
+        op = super().rope()
+        return replace(op, cost=Cost(bytes=3.35 * op.cost.bytes))
+
+    def backward(self, policy: Policy) -> list[Op]:
+        """Only whole blocks are computed again."""
+        ops = [*super().backward(NONE), self.rope()]
+        return ops + self.forward() if policy == FULL else ops
+
+    def loss(self) -> list[Op]:
+        """All logits are there at once, and passed over four times."""
+        d, vocab_size = self.model.hidden_size, self.model.vocab_size
+        loss = costs.linear_cross_entropy(self.tokens, d, vocab_size, logit_passes=4)
+        return [*3 * [self.matmul(d, vocab_size)], Op("loss", Cost(bytes=loss.bytes))]
+
+
+class ScoreProducts(Op):
+    """The matmuls of attention that writes its scores.
+
+    Their K or N is the head size, one step of a tile's loop, so nothing in a tile overlaps.
+    """
+
+    def seconds(self, gpu: Gpu) -> float:
+        apart = Cost(flops=self.cost.flops), Cost(bytes=self.cost.bytes)
+        return sum(Op("matmul", cost).seconds(gpu) for cost in apart)
+
+
+class EarlierTrainer(Compiled):
+    """It is the trainer that this project replaced: attention writes its bf16 scores."""
+
+    def attention(self, *, backward: bool) -> list[Op]:
+        """The whole square is computed, in matmuls and a softmax.
+
+        Forward the scores are written, read and written by the softmax, and read. Backward their
+        gradient is written, three passes are the softmax's, q and k read twice and v once.
+        """
+        scores = costs.BF16 * self.tokens * self.model.num_attention_heads * self.seq_len
+        matmul_passes, softmax_passes, matmuls = (4, 3, 4) if backward else (2, 2, 2)
+        flops = matmuls * 2 * self.tokens * self.seq_len * self.model.hidden_size
+        products = Cost(flops, scores * matmul_passes)
+        return [
+            ScoreProducts("attention_products", products, launches=matmuls),
+            Op("attention", Cost(bytes=scores * softmax_passes)),
+        ]
+
+
+TRAINERS = {
+    MicroBatch: "triton",
+    FirstKernels: "triton",
+    Compiled: "torch.compile",
+    EarlierTrainer: "earlier trainer",
+}
 
 
 @dataclass(frozen=True)
 class MeasuredRun:
     option: str
     gpu: str
-    implementation: Implementation
+    trainer: type[MicroBatch]
     policy: Policy
     batch_size: int
     tokens_per_second: float
@@ -48,60 +103,54 @@ class MeasuredRun:
     """a step"""
 
     def predict(self) -> StepPrediction:
-        option = OPTIONS[self.option]
-        return predict(
-            option.model,
-            GPUS[self.gpu],
-            policies=(self.policy,) * option.model.num_layers,
-            micro_batch_size=self.batch_size // self.micro_batches,
-            batch_size=self.batch_size,
-            seq_len=option.seq_len,
-            implementation=self.implementation,
-        )
+        config = replace(OPTIONS[self.option], batch_size=self.batch_size)
+        policies = (self.policy,) * config.model.num_layers
+        micro_batch_size = self.batch_size // self.micro_batches
+        return predict(config, GPUS[self.gpu], policies, micro_batch_size, kind=self.trainer)
 
     @property
     def error(self) -> float:
-        """Predicted over measured tokens/s, less one."""
+        """The error is predicted over measured tokens/s, less one."""
         return self.predict().tokens_per_second / self.tokens_per_second - 1
 
 
 MEASURED_RUNS = (
-    MeasuredRun("a", "h100", _FIRST_KERNELS, SELECTIVE, 24, 205_896, fitted=True),
-    MeasuredRun("current", "h100", _FIRST_KERNELS, SELECTIVE, 48, 368_743),
-    MeasuredRun("a", "h100", TRITON, SELECTIVE, 24, 216_908),
-    MeasuredRun("current", "h100", TRITON, SELECTIVE, 24, 366_726),
-    MeasuredRun("c", "h100", TRITON, SELECTIVE, 24, 248_893, fitted=True),
-    MeasuredRun("a", "h100", COMPILED, NONE, 24, 197_433, fitted=True),
-    MeasuredRun("a", "h100", COMPILED, FULL, 24, 160_320),
-    MeasuredRun("a", "h100", EARLIER, FULL, 24, 94_873),
-    MeasuredRun("current", "h100", EARLIER, FULL, 24, 156_008),
-    MeasuredRun("current", "rtx-3090", EARLIER, FULL, 24, 26_000),
+    MeasuredRun("a", "h100", FirstKernels, SELECTIVE, 24, 205_896, fitted=True),
+    MeasuredRun("current", "h100", FirstKernels, SELECTIVE, 48, 368_743),
+    MeasuredRun("a", "h100", MicroBatch, SELECTIVE, 24, 216_908),
+    MeasuredRun("current", "h100", MicroBatch, SELECTIVE, 24, 366_726),
+    MeasuredRun("c", "h100", MicroBatch, SELECTIVE, 24, 248_893, fitted=True),
+    MeasuredRun("a", "h100", Compiled, NONE, 24, 197_433, fitted=True),
+    MeasuredRun("a", "h100", Compiled, FULL, 24, 160_320),
+    MeasuredRun("a", "h100", EarlierTrainer, FULL, 24, 94_873),
+    MeasuredRun("current", "h100", EarlierTrainer, FULL, 24, 156_008),
+    MeasuredRun("current", "rtx-3090", EarlierTrainer, FULL, 24, 26_000),
     # On a card that nothing was fitted to, 2026-11-25.
-    MeasuredRun("a", "h200", TRITON, NONE, 24, 231_319),
-    MeasuredRun("a", "h200", TRITON, SELECTIVE, 24, 227_464),
-    MeasuredRun("a", "h200", TRITON, SELECTIVE, 24, 218_794, micro_batches=2),
-    MeasuredRun("a", "h200", TRITON, SELECTIVE, 24, 203_990, micro_batches=4),
-    MeasuredRun("a", "h200", TRITON, FULL, 24, 180_571),
-    MeasuredRun("a-short", "h200", TRITON, SELECTIVE, 32, 241_963),
-    MeasuredRun("a-short", "h200", TRITON, FULL, 32, 188_174),
-    MeasuredRun("b", "h200", TRITON, SELECTIVE, 24, 243_145),
-    MeasuredRun("b", "h200", TRITON, FULL, 24, 186_870),
-    MeasuredRun("current", "h200", TRITON, NONE, 48, 418_521),
-    MeasuredRun("current", "h200", TRITON, SELECTIVE, 48, 415_469),
-    MeasuredRun("current", "h200", TRITON, FULL, 48, 325_765),
-    MeasuredRun("c", "h200", TRITON, NONE, 24, 278_317),
-    MeasuredRun("c", "h200", TRITON, SELECTIVE, 24, 273_022),
-    MeasuredRun("c", "h200", TRITON, SELECTIVE, 24, 255_502, micro_batches=2),
-    MeasuredRun("c", "h200", TRITON, FULL, 24, 215_447),
-    MeasuredRun("c-shared", "h200", TRITON, SELECTIVE, 24, 220_473),
+    MeasuredRun("a", "h200", MicroBatch, NONE, 24, 231_319),
+    MeasuredRun("a", "h200", MicroBatch, SELECTIVE, 24, 227_464),
+    MeasuredRun("a", "h200", MicroBatch, SELECTIVE, 24, 218_794, micro_batches=2),
+    MeasuredRun("a", "h200", MicroBatch, SELECTIVE, 24, 203_990, micro_batches=4),
+    MeasuredRun("a", "h200", MicroBatch, FULL, 24, 180_571),
+    MeasuredRun("a-short", "h200", MicroBatch, SELECTIVE, 32, 241_963),
+    MeasuredRun("a-short", "h200", MicroBatch, FULL, 32, 188_174),
+    MeasuredRun("b", "h200", MicroBatch, SELECTIVE, 24, 243_145),
+    MeasuredRun("b", "h200", MicroBatch, FULL, 24, 186_870),
+    MeasuredRun("current", "h200", MicroBatch, NONE, 48, 418_521),
+    MeasuredRun("current", "h200", MicroBatch, SELECTIVE, 48, 415_469),
+    MeasuredRun("current", "h200", MicroBatch, FULL, 48, 325_765),
+    MeasuredRun("c", "h200", MicroBatch, NONE, 24, 278_317),
+    MeasuredRun("c", "h200", MicroBatch, SELECTIVE, 24, 273_022),
+    MeasuredRun("c", "h200", MicroBatch, SELECTIVE, 24, 255_502, micro_batches=2),
+    MeasuredRun("c", "h200", MicroBatch, FULL, 24, 215_447),
+    MeasuredRun("c-shared", "h200", MicroBatch, SELECTIVE, 24, 220_473),
 )
 
 
 def markdown_rows(runs: Iterable[MeasuredRun]) -> list[str]:
-    """Rows of docs/planning.md's table."""
+    """docs/planning.md's table has these rows."""
     rows = []
     for run in runs:
-        name = f"{run.option}, {run.implementation.name}, recompute {run.policy.name}"
+        name = f"{run.option}, {TRAINERS[run.trainer]}, recompute {run.policy.name}"
         name += f", {run.micro_batches} micro-batches" if run.micro_batches > 1 else ""
         speeds = f"{run.tokens_per_second:,.0f} | {run.predict().tokens_per_second:,.0f}"
         fitted = "yes" if run.fitted else "no"

@@ -1,5 +1,7 @@
 """Bytes, milliseconds and what shows of them, against numbers worked out by hand."""
 
+from dataclasses import replace
+
 import pytest
 
 from hamner.config.options import OPTIONS
@@ -20,16 +22,18 @@ DDP = Parallelism("ddp", 2, 1, link_gbs=10, network_gbs=1)
 FSDP = Parallelism("fsdp", 2, 1, link_gbs=10, network_gbs=1)
 
 
-def step(parallelism, **changes):
-    """100M parameters, a tenth of them the embedding; bf16: 200 MB."""
-    arguments = {
-        "parameters": 100_000_000,
-        "embedding": 10_000_000,
-        "micro_batches": 1,
-        "forward_ms": 100.0,
-        "backward_ms": 200.0,
-    }
-    return communicate(parallelism, **(arguments | changes))
+class Model:
+    """It has 100M parameters, a tenth of them the embedding; bf16: 200 MB."""
+
+    vocab_size, hidden_size = 10_000, 1_000
+
+    def num_parameters(self):
+        return 100_000_000
+
+
+def step(parallelism, micro_batches=1, **changes):
+    times = {"forward_ms": 100.0, "backward_ms": 200.0}
+    return communicate(Model(), parallelism, micro_batches, **(times | changes))
 
 
 def test_ring_collectives():
@@ -72,8 +76,8 @@ def test_ddp_over_nodes_is_as_fast_as_its_slowest_link():
     assert sent.bytes_sent == 2 * 3 / 4 * 200e6
     assert sent.ms == pytest.approx(300)
     assert sent.exposed_ms == pytest.approx(30 + 270 - 200)
-    alone = Parallelism("ddp", 1, 2, link_gbs=0.001, network_gbs=1)
-    assert step(alone).ms == pytest.approx(200)
+    single = Parallelism("ddp", 1, 2, link_gbs=0.001, network_gbs=1)
+    assert step(single).ms == pytest.approx(200)
 
 
 def test_fsdp_on_two_gpus():
@@ -114,16 +118,9 @@ def test_rows_are_shared_evenly():
         Parallelism("ddp", 8, 2).rows_per_gpu(24)
 
 
-def memory(parallelism, tokens=12 * 1024, accumulate=False):
-    return account(
-        A,
-        (SELECTIVE,) * 24,
-        micro_batch_tokens=tokens,
-        precision="bf16",
-        accumulate=accumulate,
-        fused=True,
-        parallelism=parallelism,
-    )
+def memory(parallelism, micro_batches=1):
+    config = replace(OPTIONS["a"], batch_size=12 * micro_batches * parallelism.ranks)
+    return account(config, (SELECTIVE,) * 24, 12, parallelism=parallelism)
 
 
 def test_memory_of_ddp_is_that_of_one_gpu_and_all_gradients_throughout():
@@ -137,7 +134,7 @@ def test_memory_of_ddp_is_that_of_one_gpu_and_all_gradients_throughout():
 
 def test_memory_of_fsdp_is_a_shard_and_what_is_whole():
     eight = Parallelism("fsdp", 8, 1)
-    one, sharded = memory(ONE_GPU, accumulate=True), memory(eight, accumulate=True)
+    one, sharded = memory(ONE_GPU, micro_batches=2), memory(eight, micro_batches=2)
     for kind in ("weights", "optimizer"):
         assert getattr(sharded, kind) == getattr(one, kind) // 8
     # A shard's gradient is fp32, and so the sum of the micro-batches' as well.
@@ -149,41 +146,35 @@ def test_memory_of_fsdp_is_a_shard_and_what_is_whole():
     assert sharded.activations == one.activations
     assert sum(sharded.parts().values()) == sharded.total
     # Replicated over a second node, a GPU holds as much.
-    assert memory(Parallelism("fsdp", 8, 2), accumulate=True) == sharded
+    assert memory(Parallelism("fsdp", 8, 2), micro_batches=2) == sharded
 
 
 def test_shards_make_room():
-    arguments = {"batch_size": 4, "seq_len": 1024, "precision": "bf16", "fused": True}
+    config = replace(OPTIONS["a"], batch_size=4)
     with pytest.raises(UserError, match="too small"):
-        choose(A, budget=4 * GIB, parallelism=Parallelism("ddp", 4, 1), **arguments)
-    plan = choose(A, budget=4 * GIB, parallelism=Parallelism("fsdp", 4, 1), **arguments)
+        choose(config, 4 * GIB, parallelism=Parallelism("ddp", 4, 1))
+    plan = choose(config, 4 * GIB, parallelism=Parallelism("fsdp", 4, 1))
     assert plan.micro_batch_size == 1
 
 
 def test_a_step_on_several_gpus_is_one_gpus_share_and_what_shows():
     def predicted(batch_size, parallelism=ONE_GPU):
-        return predict(
-            A,
-            GPUS["rtx-3090"],
-            policies=(SELECTIVE,) * 24,
-            micro_batch_size=12,
-            batch_size=batch_size,
-            seq_len=1024,
-            parallelism=parallelism,
-        )
+        config = replace(OPTIONS["a"], batch_size=batch_size)
+        policies = (SELECTIVE,) * 24
+        return predict(config, GPUS["rtx-3090"], policies, 12, parallelism=parallelism)
 
-    alone, both, sharded = predicted(12), predicted(24, DDP), predicted(24, FSDP)
+    one, both, sharded = predicted(12), predicted(24, DDP), predicted(24, FSDP)
     sent = both.communication
     assert sent.bytes_sent == 2 * A.num_parameters()
     # The embedding's 50M parameters in bf16 at 10 GB/s; the rest is hidden.
     assert sent.exposed_ms == pytest.approx(2 * 49_152 * 1024 / 10e9 * 1e3)
     # Without a CUDA graph: 4.3 us before each kernel instead of 1.2.
-    gaps = alone.milliseconds["gaps"] * 4.3 / 1.2
+    gaps = one.milliseconds["gaps"] * 4.3 / 1.2
     assert both.milliseconds["gaps"] == pytest.approx(gaps)
-    launched = alone.step_ms - alone.milliseconds["gaps"] + gaps
+    launched = one.step_ms - one.milliseconds["gaps"] + gaps
     assert both.step_ms == pytest.approx(launched + sent.exposed_ms)
     assert both.tokens_per_second == pytest.approx(24 * 1024 / both.step_ms * 1e3)
-    assert both.mfu == pytest.approx(alone.mfu * alone.step_ms / both.step_ms)
-    assert sharded.milliseconds["optimizer"] == pytest.approx(alone.milliseconds["optimizer"] / 2)
+    assert both.mfu == pytest.approx(one.mfu * one.step_ms / both.step_ms)
+    assert sharded.milliseconds["optimizer"] == pytest.approx(one.milliseconds["optimizer"] / 2)
     with pytest.raises(ValueError, match="not a multiple of micro_batch_size=12 on each GPU"):
         predicted(36, DDP)

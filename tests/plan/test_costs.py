@@ -132,8 +132,8 @@ def test_a_models_matmuls_cost_its_parameters():
         costs.matmul(tokens, d, d),
         costs.matmul(tokens, d, 2 * costs.dense_width(model)),
         costs.matmul(tokens, costs.dense_width(model), d),
-        costs.grouped_matmul(rows, d, 2 * inner, experts=model.num_experts),
-        costs.grouped_matmul(rows, inner, d, experts=model.num_experts),
+        costs.matmul(rows, d, 2 * inner, experts=model.num_experts),
+        costs.matmul(rows, inner, d, experts=model.num_experts),
         costs.router_linear(tokens, d, model.num_experts),
     )
     flops = sum(cost.flops for cost in matmuls)

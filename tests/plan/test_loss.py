@@ -12,9 +12,9 @@ from hamner.plan.loss import (
     HOFFMANN,
     KNOWN_RUN,
     RunCurve,
+    RunProjection,
     compute_optimal_tokens,
     fit_run,
-    project,
     read_run,
 )
 
@@ -241,7 +241,7 @@ def test_short_run_says_how_many_points_it_lacks(tmp_path):
 def diagnose(parameters, last, sign=1):
     tokens = np.linspace(last / 200, last, 200)
     curve = RunCurve(None, tokens, 3 + sign * (truth(tokens) - FLOOR), 0.0)
-    return project(curve, parameters, END).diagnosis()
+    return RunProjection(curve, fit_run(curve), parameters, END).diagnosis()
 
 
 def test_diagnosis_follows_tokens_against_compute_optimal():
@@ -253,6 +253,7 @@ def test_diagnosis_follows_tokens_against_compute_optimal():
 
 def test_projection_shifts_the_law_through_the_run():
     tokens = np.linspace(1e7, 2.45e9, 300)
-    projection = project(RunCurve(None, tokens, truth(tokens), 0.0), 163_609_344, END)
+    curve = RunCurve(None, tokens, truth(tokens), 0.0)
+    projection = RunProjection(curve, fit_run(curve), 163_609_344, END)
     assert projection.law.loss(163_609_344, 2.45e9) == pytest.approx(truth(2.45e9), abs=1e-3)
     assert math.isclose(projection.loss_now, projection.fit.loss(2.45e9))

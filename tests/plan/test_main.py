@@ -12,7 +12,7 @@ from hamner.config.options import OPTIONS
 from hamner.errors import UserError
 from hamner.hardware import GIB, GPUS
 from hamner.plan.__main__ import PlanConfig, analyse, find_gpu, main
-from hamner.plan.analysis import COMPARED, compare, make_plan, recommend
+from hamner.plan.analysis import COMPARED, make_plan, recommend
 from hamner.plan.loss import BESIROGLU, KNOWN_RUN
 
 RTX_3090 = GPUS["rtx-3090"]
@@ -43,10 +43,10 @@ def metrics(tmp_path):
 def test_option_a_on_a_3090():
     plan = make_plan(OPTIONS["a"], RTX_3090)
     assert plan.parameters == plan.active_parameters == 320_914_432
-    assert plan.tokens == 10_000_000_000
+    assert plan.config.tokens == 10_000_000_000
     assert plan.steps == 406_901
     assert plan.hours == pytest.approx(1e10 / plan.prediction.tokens_per_second / 3600)
-    assert plan.tokens_in(plan.hours) == pytest.approx(plan.tokens)
+    assert plan.tokens_in(plan.hours) == pytest.approx(plan.config.tokens)
     assert plan.vram_budget == 22 * GIB
     assert plan.memory.account.total <= plan.vram_budget
     assert plan.prediction.peak_gib == pytest.approx(plan.memory.account.total / GIB)
@@ -69,14 +69,15 @@ def test_a_smaller_budget_recomputes_more_and_is_slower():
 
 
 def test_compare_lists_what_does_not_fit():
-    plans, misfits = compare(RTX_3090, vram_budget=5)
-    assert {plan.config.option for plan in plans} | set(misfits) == set(COMPARED)
+    analysis = analyse(PlanConfig(option="all", vram_budget=5))
+    misfits = analysis.misfits
+    assert {plan.config.option for plan in analysis.plans} | set(misfits) == set(COMPARED)
     assert "current" not in misfits
     assert "--vram-budget 5.0 GiB is too small" in misfits["a"]
 
 
 def test_recommendation_is_the_lowest_loss_in_the_same_hours():
-    plans, _ = compare(RTX_3090)
+    plans = analyse(PlanConfig(option="all")).plans
     by_name = {plan.config.option: plan for plan in plans}
     best = recommend(plans, by_name["a"].hours)
     losses = {
@@ -91,9 +92,9 @@ def test_recommendation_is_the_lowest_loss_in_the_same_hours():
 
 def test_tokens_and_run_shift_the_local_law(metrics):
     analysis = analyse(PlanConfig(option="current", tokens=5e9, metrics=metrics))
-    assert analysis.plan.tokens == 5_000_000_000
+    assert analysis.plan.config.tokens == 5_000_000_000
     assert analysis.run.end_tokens == 5e9
-    seen = analysis.run.tokens_seen
+    seen = analysis.run.fit.tokens_seen
     assert analysis.local_law.loss(163_609_344, seen) == pytest.approx(analysis.run.loss_now)
     without = analyse(PlanConfig(option="current"))
     assert without.local_law.loss(*KNOWN_RUN[:2]) == pytest.approx(KNOWN_RUN[2])
@@ -118,7 +119,7 @@ def test_two_3090s_share_the_options_batch():
     """By hand: one bf16 gradient, 641.8 MB, at 10 GB/s; the embedding's 100.7 MB are not hidden."""
     one, two = plan_of(), plan_of(gpus=2)
     assert (two.parallelism.kind, two.rows_per_gpu) == ("ddp", 12)
-    assert (two.steps, two.tokens) == (one.steps, one.tokens)
+    assert (two.steps, two.config.tokens) == (one.steps, one.config.tokens)
     assert two.prediction.communication.ms == pytest.approx(64.18, abs=0.01)
     assert two.prediction.communication.exposed_ms == pytest.approx(10.07, abs=0.01)
     assert two.communication_share == pytest.approx(10.07 / two.prediction.step_ms, abs=1e-4)
@@ -130,7 +131,7 @@ def test_two_3090s_share_the_options_batch():
 def test_batch_size_is_of_all_gpus():
     one, two = plan_of(batch_size=12), plan_of(gpus=2, batch_size=24)
     assert two.rows_per_gpu == one.rows_per_gpu == 12
-    assert two.prediction.tokens_per_step == 2 * one.prediction.tokens_per_step
+    assert two.config.tokens_per_step == 2 * one.config.tokens_per_step
     assert plan_of(batch_size=48).steps == one.steps // 4
 
 

@@ -7,6 +7,7 @@ import torch
 
 from hamner.config.model import ModelConfig
 from hamner.config.options import OPTIONS
+from hamner.config.train import TrainConfig
 from hamner.errors import UserError
 from hamner.hardware import GIB
 from hamner.model.attention import AttentionShape, get_attention
@@ -74,31 +75,23 @@ def test_a_mixture_keeps_what_a_dense_layer_of_its_active_width_does():
 
 
 def test_peak_is_the_loss_or_the_backward_pass():
-    arguments = {"micro_batch_tokens": 24_576, "precision": "bf16", "fused": True}
-    kept = memory.account(A, (SELECTIVE,) * 24, accumulate=False, **arguments)
+    kept = memory.account(OPTIONS["a"], (SELECTIVE,) * 24, 24)
     assert kept.total == sum(kept.parts().values())
     assert set(kept.parts()) == {"weights", "optimizer", "activations", "loss"}
-    recomputed = memory.account(A, (FULL,) * 24, accumulate=True, **arguments)
+    recomputed = memory.account(replace(OPTIONS["a"], batch_size=48), (FULL,) * 24, 24)
     assert recomputed.total == sum(recomputed.parts().values())
     assert "activations and gradients in backward" in recomputed.parts()
     assert recomputed.gradient_sums == 4 * A.num_parameters()
     # Bytes a parameter: bf16 weights and gradients, two fp32 moments, and of the fp32 masters what
     # the weights lack. Plain torch keeps whole masters.
-    plain = memory.account(A, (SELECTIVE,) * 24, accumulate=False, **{**arguments, "fused": False})
+    plain = memory.account(OPTIONS["a"], (SELECTIVE,) * 24, 24, fused=False)
     for account, size in ((kept, 14), (plain, 16)):
         state = account.weights + account.gradients + account.optimizer
         assert state == size * A.num_parameters()
 
 
-def choose(budget_gib: float, **changes):
-    arguments = {
-        "batch_size": 24,
-        "seq_len": 1024,
-        "precision": "bf16",
-        "fused": True,
-        "budget": int(budget_gib * GIB),
-    }
-    return memory.choose(A, **{**arguments, **changes})
+def choose(budget_gib: float, config: TrainConfig = OPTIONS["a"], **how):
+    return memory.choose(config, int(budget_gib * GIB), **how)
 
 
 def test_choice_degrades_step_by_step():
@@ -117,14 +110,7 @@ def test_fewest_full_layers():
     plan = choose(14)
     full = sum(p is FULL for p in plan.policies)
     fewer = memory.mixed(full - 1, 24)
-    account = memory.account(
-        A,
-        fewer,
-        micro_batch_tokens=24_576,
-        precision="bf16",
-        accumulate=False,
-        fused=True,
-    )
+    account = memory.account(OPTIONS["a"], fewer, 24)
     assert account.total > 14 * GIB
 
 
@@ -134,21 +120,14 @@ def test_impossible_budget_says_the_least_that_fits():
 
 
 def test_given_policy_and_micro_batch_are_kept():
-    plan = choose(1, policies=(NONE,) * 24, micro_batch_size=12)
+    plan = choose(1, replace(OPTIONS["a"], micro_batch_size=12), policies=(NONE,) * 24)
     assert plan.policies == (NONE,) * 24
     assert plan.micro_batch_size == 12
 
 
 def test_gradient_checkpointing_off_recomputes_nothing():
     model = replace(A, gradient_checkpointing=False)
-    plan = memory.choose(
-        model,
-        batch_size=24,
-        seq_len=1024,
-        precision="bf16",
-        fused=True,
-        budget=16 * GIB,
-    )
+    plan = choose(16, replace(OPTIONS["a"], model=model))
     assert memory.describe(plan.policies) == "none"
     assert plan.micro_batch_size < 24
 
@@ -186,4 +165,5 @@ def test_plain_torch_keeps_everything_while_it_fits():
 def test_automatic_micro_batch_may_be_bounded():
     assert choose(70, max_micro_batch_tokens=8_192).micro_batch_size == 8
     assert choose(70, max_micro_batch_tokens=100).micro_batch_size == 1
-    assert choose(70, max_micro_batch_tokens=100, micro_batch_size=12).micro_batch_size == 12
+    given = replace(OPTIONS["a"], micro_batch_size=12)
+    assert choose(70, given, max_micro_batch_tokens=100).micro_batch_size == 12

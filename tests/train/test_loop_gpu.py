@@ -221,14 +221,7 @@ def test_memory_of_every_option(name, tmp_path, whole_gpu, record_property):
         for policy in (memory.NONE, memory.SELECTIVE, memory.FULL):
             torch.cuda.empty_cache()
             step.model.policies = (policy,) * layers
-            account = memory.account(
-                option.model,
-                step.model.policies,
-                micro_batch_tokens=step.plan.micro_batch_size * option.seq_len,
-                precision="bf16",
-                accumulate=step.plan.micro_batch_size < option.batch_size,
-                fused=True,
-            )
+            account = memory.account(option, step.model.policies, step.plan.micro_batch_size)
             measured[policy.name] = account, peak_of_steps(step, batch, 2)
     finally:
         loop.close()

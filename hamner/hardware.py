@@ -1,4 +1,4 @@
-"""The table says what GPUs can do: dense peak by dtype, memory, links.
+"""The table says what GPUs can do: dense peak by dtype, memory, shared memory, links.
 
 Vendor figures without sparsity, at boost clock; matrix products accumulate in fp32. A card that is
 not in the table is "unknown", never measured against another card's peak. Torch-free.
@@ -45,6 +45,8 @@ class Gpu:
     """device memory bandwidth, GB/s (10^9 bytes)"""
     memory_gib: float
     """device memory, GiB (2^30 bytes)"""
+    shared_memory_bytes: int
+    """largest shared memory of one thread block"""
     link: Link
     """to the others of its machine, with no bridge added"""
 
@@ -54,15 +56,15 @@ class Gpu:
 
 
 GPUS: dict[str, Gpu] = {
-    "rtx-3090": Gpu("RTX 3090", r"3090(?! Ti)", 71.2, 35.6, 936, 24, PCIE4),
-    "rtx-3090-ti": Gpu("RTX 3090 Ti", r"3090 Ti", 80.0, 40.0, 1008, 24, PCIE4),
-    "rtx-4090": Gpu("RTX 4090", r"RTX 4090(?! D)", 165.2, 82.6, 1008, 24, PCIE4),
-    "rtx-5090": Gpu("RTX 5090", r"RTX 5090(?! D)", 209.5, 104.8, 1792, 32, PCIE5),
-    "a100-40gb": Gpu("A100 40GB", r"A100.*40GB", 312.0, 19.5, 1555, 40, NVLINK3),
-    "a100-80gb": Gpu("A100 80GB", r"A100.*80GB", 312.0, 19.5, 2039, 80, NVLINK3),
-    "h100": Gpu("H100 SXM", r"H100(?! PCIe| NVL).*80GB", 989.4, 66.9, 3352, 80, NVLINK4),
-    "h100-pcie": Gpu("H100 PCIe", r"H100 PCIe", 756.0, 51.2, 2039, 80, PCIE5_PEER),
-    "h200": Gpu("H200", r"H200(?! NVL)", 989.4, 66.9, 4800, 141, NVLINK4),
+    "rtx-3090": Gpu("RTX 3090", r"3090(?! Ti)", 71.2, 35.6, 936, 24, 101_376, PCIE4),
+    "rtx-3090-ti": Gpu("RTX 3090 Ti", r"3090 Ti", 80.0, 40.0, 1008, 24, 101_376, PCIE4),
+    "rtx-4090": Gpu("RTX 4090", r"RTX 4090(?! D)", 165.2, 82.6, 1008, 24, 101_376, PCIE4),
+    "rtx-5090": Gpu("RTX 5090", r"RTX 5090(?! D)", 209.5, 104.8, 1792, 32, 101_376, PCIE5),
+    "a100-40gb": Gpu("A100 40GB", r"A100.*40GB", 312.0, 19.5, 1555, 40, 166_912, NVLINK3),
+    "a100-80gb": Gpu("A100 80GB", r"A100.*80GB", 312.0, 19.5, 2039, 80, 166_912, NVLINK3),
+    "h100": Gpu("H100 SXM", r"H100(?! PCIe| NVL).*80GB", 989.4, 66.9, 3352, 80, 232_448, NVLINK4),
+    "h100-pcie": Gpu("H100 PCIe", r"H100 PCIe", 756.0, 51.2, 2039, 80, 232_448, PCIE5_PEER),
+    "h200": Gpu("H200", r"H200(?! NVL)", 989.4, 66.9, 4800, 141, 232_448, NVLINK4),
 }
 
 

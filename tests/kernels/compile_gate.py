@@ -27,10 +27,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from hamner.hardware import GPUS
 from tests.kernels import compile_cases
 
 # Bytes of shared memory a block may use. The "8.0" row also serves 8.9 (RTX 40), which has 8.6's.
-SHARED_MEMORY_LIMIT = {"8.6": 101_376, "8.0": 101_376, "9.0": 232_448}
+SHARED_MEMORY_LIMIT = {
+    row: GPUS[smallest].shared_memory_bytes
+    for row, smallest in (("8.6", "rtx-3090"), ("8.0", "rtx-4090"), ("9.0", "h200"))
+}
 
 
 @dataclass(frozen=True)

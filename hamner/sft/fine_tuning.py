@@ -15,7 +15,8 @@ from hamner.data.conversations.examples import load_examples
 from hamner.data.conversations.loader import ConversationLoader, validation_batch
 from hamner.data.tokenizer import Tokenizer, load_tokenizer
 from hamner.parallel.ranks import Rank
-from hamner.train.loop import RunData, TrainResult, train
+from hamner.train.data import RunData
+from hamner.train.loop import TrainResult, train
 
 WARMUP_SHARE = 10
 """the warm-up is at most a tenth of the run"""

@@ -1,11 +1,10 @@
-"""What a run says before its first step and after its last."""
+"""A run says this before its first step and after its last."""
 
 from hamner.checkpoint.format import Checkpoint
-from hamner.checkpoint.run_folder import RunFolder
-from hamner.config.train import TrainConfig
 from hamner.train.display import count, duration
 from hamner.train.early_stopping import EarlyStopping
-from hamner.train.metrics import Mfu
+from hamner.train.log import TrainLog
+from hamner.train.saves import Progress
 from hamner.train.step import TrainStep
 
 ENGINES = {
@@ -14,17 +13,9 @@ ENGINES = {
 }
 
 
-def introduction(
-    config: TrainConfig,
-    run: RunFolder,
-    step: TrainStep,
-    *,
-    mfu: Mfu,
-    total_tokens: int,
-    has_validation: bool,
-    saved: Checkpoint | None,
-) -> list[str]:
+def introduction(log: TrainLog, saved: Checkpoint | None, *, has_validation: bool) -> list[str]:
     """The lines say what will run, on what, and where it is kept."""
+    config, step, total_tokens = log.config, log.train_step, log.display.total_tokens
     parameters, active = (config.model.num_parameters(active=active) for active in (False, True))
     size = f"{parameters:,} parameters"
     if active != parameters:
@@ -37,7 +28,7 @@ def introduction(
         f"attention {step.attention.name}: {step.attention.reason}",
         *_processes(step),
         f"memory: {step.plan}",
-        mfu.explain(),
+        log.mfu.explain(),
     ]
     if step.compute.device.type == "cpu":
         lines.append("no GPU found: training on the CPU, which suits --option tiny only")
@@ -45,14 +36,14 @@ def introduction(
         lines.append("the data is too small to hold out validation documents: no evaluation")
     if config.resume:
         where = f"from {saved.path}" if saved else "from the start: it never saved"
-        lines.append(f"resuming {run.path} {where}")
+        lines.append(f"resuming {log.run.path} {where}")
     else:
-        lines.append(f"run folder {run.path}")
+        lines.append(f"run folder {log.run.path}")
     return lines
 
 
 def _processes(step: TrainStep) -> list[str]:
-    """A line on how several processes divide the work; none for one."""
+    """A line says how several processes divide the work; there is none for one."""
     rank = step.processes.rank
     if rank.world_size == 1:
         return []
@@ -72,34 +63,28 @@ def cpu_speed(tokens_per_second: float, total_tokens: int) -> str:
 
 
 def stopped_by_itself(diagnosis: str, step: int, saved: Checkpoint | None) -> list[str]:
-    """The lines of a run that diverged."""
+    """The lines are those of a run that diverged."""
     where = saved.path if saved else "none: the run never saved"
     return [diagnosis, f"stopped at step {step:,}; last good checkpoint: {where}"]
 
 
 def stopped_before_the_end(
-    config: TrainConfig, run: RunFolder, step: int, saved: Checkpoint, *, interrupted: bool
+    log: TrainLog, step: int, saved: Checkpoint, *, interrupted: bool
 ) -> list[str]:
-    """The line of a run that can go on."""
+    """The line of a run that can go on says how."""
     word = "interrupted" if interrupted else "stopped"
     return [
         f"{word} at step {step:,}; saved in {saved.path}; continue with "
-        f"python -m {config.command} --resume --run-dir {run.path}"
+        f"python -m {log.config.command} --resume --run-dir {log.run.path}"
     ]
 
 
 def done(
-    run: RunFolder,
-    saved: Checkpoint,
-    *,
-    tokens: int,
-    seconds: float,
-    val_loss: float | None,
-    stopping: EarlyStopping,
+    log: TrainLog, progress: Progress, saved: Checkpoint, stopping: EarlyStopping
 ) -> list[str]:
-    """The lines of a run that has its length, or that stopped improving."""
+    """The lines are those of a run that has its length, or that stopped improving."""
     lines = []
-    loss = "" if val_loss is None else f", validation loss {val_loss:.4f}"
+    loss = "" if progress.val_loss is None else f", validation loss {progress.val_loss:.4f}"
     if stopping.exhausted:
         lines.append(
             f"stopped early: {stopping.evaluations_since_best} evaluations without a better "
@@ -108,7 +93,7 @@ def done(
     if stopping.best_step is not None:
         loss += f" (best {stopping.best_loss:.4f} at step {stopping.best_step:,}, kept)"
     lines.append(
-        f"done: {count(tokens)} tokens in {duration(seconds)}{loss}; "
-        f"model in {saved.path}, plots in {run.plots}"
+        f"done: {count(progress.tokens)} tokens in {duration(log.watch.read())}{loss}; "
+        f"model in {saved.path}, plots in {log.run.plots}"
     )
     return lines

@@ -25,7 +25,7 @@ EPS = 1e-8
 
 
 class AdamW:
-    """Owns masters and moments of a model's parameters, by name.
+    """The optimizer owns masters and moments of a model's parameters, by name.
 
     Args:
         model: its matrices are cast to `dtype` in place; vectors (norms, lambdas) stay fp32.
@@ -71,15 +71,15 @@ class AdamW:
         self.steps = 0
 
     def master(self, name: str) -> Tensor:
-        """The fp32 weights that updates add up in; a copy where they are split."""
+        """The method gives the fp32 weights that updates add up in; a copy where they are split."""
         weight = self.parameters[name].data
         if name in self.remainders:
             return join_master(weight, self.remainders[name])
         return self.masters.get(name, weight)
 
     @torch.no_grad()
-    def restore(self, saved: Checkpoint, steps: int) -> None:
-        """Load the model, masters and moments of a checkpoint, whatever precision it has."""
+    def restore(self, saved: Checkpoint) -> None:
+        """Model, masters and moments become a checkpoint's, whatever precision it has."""
         # Split masters on the host: the device may have no room for whole ones.
         masters = {
             name: torch.empty(parameter.shape) if name in self.remainders else self.master(name)
@@ -93,11 +93,10 @@ class AdamW:
             remainder.copy_(rest)
         for name, master in self.masters.items():
             self.parameters[name].data.copy_(master)
-        self.steps = steps
 
     @torch.no_grad()
     def accumulate(self) -> None:
-        """Add the gradients of a micro-batch to fp32 sums and drop them."""
+        """The gradients of a micro-batch are added to fp32 sums and dropped."""
         for name, parameter in self.parameters.items():
             if parameter.grad is None:
                 continue
@@ -110,7 +109,7 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, lr: float, loss: Tensor | None = None) -> Tensor:
-        """Update every parameter from its gradient, or from the accumulated sums.
+        """The optimizer updates every parameter from its gradient, or from the accumulated sums.
 
         Args:
             lr: learning rate.
@@ -144,7 +143,7 @@ class AdamW:
         return norm
 
     def _kinds(self, gradients: Mapping[str, Tensor]) -> Iterator[tuple[bool, list[tuple]]]:
-        """What `adamw_` updates at once: whether the weights decay, and each parameter's tensors.
+        """A kind is what `adamw_` updates at once: whether the weights decay, and the tensors.
 
         Of one kind are parameters of the same dtypes that all decay or all do not.
         """
@@ -165,17 +164,17 @@ class AdamW:
             yield decays, states
 
     def drop_gradients(self) -> None:
-        """Forget the gradients, accumulated ones too."""
+        """The gradients are forgotten, accumulated ones too."""
         self.accumulated = {}
         self.drop_last_gradients()
 
     def drop_last_gradients(self) -> None:
-        """Forget the gradients of the last backward pass alone."""
+        """The gradients of the last backward pass are forgotten, not the accumulated ones."""
         for parameter in self.parameters.values():
             parameter.grad = None
 
     def state_dict(self) -> dict:
-        """The number of updates, for state.json; the tensors are `state_tensors`."""
+        """The state in state.json is the number of updates; the tensors are `state_tensors`."""
         return {"optimizer_steps": self.steps}
 
     def load_state_dict(self, state: dict) -> None:
@@ -183,7 +182,7 @@ class AdamW:
         self.steps = state["optimizer_steps"]
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the state by the name it has in a checkpoint.
+        """The method gives every tensor of the state by the name it has in a checkpoint.
 
         `remainder.NAME` is the exception: `join_masters` makes `master.NAME` of it.
         """

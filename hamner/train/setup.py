@@ -3,15 +3,12 @@
 Rank 0 decides and the other ranks follow, so that nothing can differ between them.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from hamner.checkpoint.format import Checkpoint
-from hamner.checkpoint.writer import BackgroundSaver, NoSaver
 from hamner.config.train import TrainConfig
 from hamner.errors import UserError
 from hamner.model.attention import (
@@ -22,17 +19,16 @@ from hamner.model.attention import (
     choose_attention,
     waits_for_gpu,
 )
-from hamner.model.ops import Ops, build_ops
+from hamner.model.ops import build_ops
 from hamner.model.transformer import Transformer
 from hamner.parallel import device
 from hamner.parallel.device import Compute
-from hamner.parallel.engines import DataParallel, Engine, FullySharded, open_engine
+from hamner.parallel.engines import Engine, open_engine
 from hamner.parallel.processes import SingleProcess
 from hamner.parallel.ranks import Rank
 from hamner.plan import memory
 from hamner.plan.communication import ONE_GPU, Parallelism
-from hamner.plan.memory import MemoryPlan, Policy
-from hamner.train.optimizer import join_masters
+from hamner.plan.memory import MemoryPlan
 
 
 class Decision(NamedTuple):
@@ -55,16 +51,12 @@ class Setup:
     records_graph: bool
     """whether forward and backward of a micro-batch are one CUDA graph"""
 
-    @property
-    def ops(self) -> Ops:
-        """The fused operations run with the chosen kernels and attention."""
-        return build_ops(self.compute.kernels, self.attention)
-
     def model(self, config: TrainConfig, initial: Checkpoint | None = None) -> Transformer:
         """The model gets its device, and in fp32 the weights of `initial` or random ones."""
+        ops = build_ops(self.compute.kernels, self.attention)
         # No weight has a value before it gets ours: torch's own, drawn first, would take seconds.
         with torch.device("meta"):
-            model = Transformer(config.model, self.ops, self.plan.policies)
+            model = Transformer(config.model, ops, self.plan.policies)
         self.engine.shard(model)
         model.to_empty(device=self.compute.device)
         if initial is None:
@@ -74,33 +66,27 @@ class Setup:
         return model
 
 
-def choose(config: TrainConfig, processes: SingleProcess | None = None) -> Setup:
+def choose(config: TrainConfig, processes: SingleProcess) -> Setup:
     """`choose` fits a run to its machines: device, recompute policies, micro-batch, attention and,
     with several processes, how they divide the work.
 
     Raises:
         UserError: what is asked for does not fit or is not on this machine.
     """
-    processes = processes or SingleProcess()
     compute = device.select(config)
     # Everyone has the memory of the one that has least.
     budget = processes.all_reduce_min(compute.budget_bytes)
     decision = processes.from_main(lambda: decide(config, compute, budget, processes.rank))
-    shape = attention_shape(config, compute, decision.plan)
+    plan, name = decision.plan, decision.attention.name
     engine = open_engine(decision.engine, processes, compute, config)
+    micro_batches = config.batch_size // (plan.micro_batch_size * processes.rank.world_size)
     return Setup(
         compute=compute,
-        plan=decision.plan,
-        attention=build_attention(decision.attention, shape),
+        plan=plan,
+        attention=build_attention(decision.attention, attention_shape(config, compute, plan)),
         engine=engine,
         records_graph=processes.from_main(
-            lambda: can_record(
-                config,
-                compute=compute,
-                engine=engine,
-                decision=decision,
-                world_size=processes.rank.world_size,
-            )
+            lambda: can_record(config, compute, name) and engine.can_record(micro_batches)
         ),
     )
 
@@ -111,8 +97,7 @@ def decide(config: TrainConfig, compute: Compute, budget: int, rank: Rank) -> De
     Raises:
         UserError: it does not fit, or the attention cannot do what is asked.
     """
-    policies = memory.parse(config.recompute, config.model.num_layers)
-    kind, plan = plan_parallel(config, compute=compute, budget=budget, rank=rank, policies=policies)
+    kind, plan = plan_parallel(config, compute, budget, rank)
     shape = attention_shape(config, compute, plan)
     return Decision(kind, plan, choose_attention(config.attention, shape))
 
@@ -130,60 +115,20 @@ def attention_shape(config: TrainConfig, compute: Compute, plan: MemoryPlan) -> 
     )
 
 
-def can_record(
-    config: TrainConfig, compute: Compute, engine: Engine, decision: Decision, world_size: int
-) -> bool:
+def can_record(config: TrainConfig, compute: Compute, attention: str) -> bool:
     """Forward and backward can be one CUDA graph unless something in them forbids it: the plain ops
     wait for the GPU in places, flash-attn does with documents, compiled code has graphs of its own,
-    and with several processes the micro-batches of a step may differ in what they send."""
-    micro_batches = config.batch_size // (decision.plan.micro_batch_size * world_size)
+    and `Engine.can_record` says where what the processes send does."""
     return (
         config.cuda_graph
         and compute.device.type == "cuda"
         and compute.kernels == "triton"
-        and engine.can_record(micro_batches)
-        and not (config.compile or waits_for_gpu(decision.attention.name, config.document_mask))
+        and not (config.compile or waits_for_gpu(attention, config.document_mask))
     )
 
 
-def open_saver(
-    engine: Engine,
-    folder: Path,
-    *,
-    keep: int,
-    keep_every: int,
-    records: Sequence[Path],
-    on_phase: Callable[[str, int], None],
-) -> BackgroundSaver | NoSaver:
-    """The function opens the writer of checkpoints for the state as `engine` divides it.
-
-    Args:
-        engine: of the run; with DDP rank 0 has everything and saves as one process does, with FSDP2
-            every process writes its shards.
-        folder, keep, keep_every, records, on_phase: see `BackgroundSaver`.
-    """
-    settings = {
-        "keep": keep,
-        "keep_every": keep_every,
-        "records": records,
-        "join_masters": join_masters,
-        "on_phase": on_phase,
-    }
-    if isinstance(engine, FullySharded):
-        from hamner.checkpoint.sharded import ShardedSaver
-
-        return ShardedSaver(folder, engine.processes, engine.mesh, **settings)
-    if isinstance(engine, DataParallel) and not engine.processes.rank.is_main:
-        return NoSaver()
-    return BackgroundSaver(folder, **settings)
-
-
 def plan_parallel(
-    config: TrainConfig,
-    compute: Compute,
-    budget: int,
-    rank: Rank,
-    policies: tuple[Policy, ...] | None,
+    config: TrainConfig, compute: Compute, budget: int, rank: Rank
 ) -> tuple[str, MemoryPlan]:
     """The function finds the kind of engine and the memory plan that `--parallel` comes to.
 
@@ -191,7 +136,7 @@ def plan_parallel(
         UserError: it does not fit, or a step cannot be dealt to the processes.
     """
     if rank.world_size == 1:
-        return "none", plan_memory(config, compute, budget, policies)
+        return "none", plan_memory(config, compute, budget)
     ddp = Parallelism("ddp", rank.local_world_size, rank.num_machines)
     rows, size = ddp.rows_per_gpu(config.batch_size), config.micro_batch_size or 1
     if rows % size:
@@ -201,26 +146,18 @@ def plan_parallel(
         )
     if config.parallel in ("auto", "ddp"):
         try:
-            return "ddp", plan_memory(
-                config, compute=compute, budget=budget, policies=policies, parallelism=ddp
-            )
+            return "ddp", plan_memory(config, compute, budget, ddp)
         except UserError:
             if config.parallel == "ddp":
                 raise
     fsdp = replace(ddp, kind="fsdp", reshard=config.fsdp_reshard)
     if rank.local_world_size == 1:
         fsdp = replace(fsdp, gpus_per_node=rank.world_size, nodes=1)
-    return "fsdp", plan_memory(
-        config, compute=compute, budget=budget, policies=policies, parallelism=fsdp
-    )
+    return "fsdp", plan_memory(config, compute, budget, fsdp)
 
 
 def plan_memory(
-    config: TrainConfig,
-    compute: Compute,
-    budget: int,
-    policies: tuple[Policy, ...] | None = None,
-    parallelism: Parallelism = ONE_GPU,
+    config: TrainConfig, compute: Compute, budget: int, parallelism: Parallelism = ONE_GPU
 ) -> MemoryPlan:
     """The function fits the run into `budget` bytes on this device; `memory.choose` has the rules.
 
@@ -234,7 +171,7 @@ def plan_memory(
         precision=compute.precision,
         fused=compute.kernels == "triton",
         budget=budget,
-        policies=policies,
+        policies=memory.parse(config.recompute, config.model.num_layers),
         micro_batch_size=config.micro_batch_size,
         max_micro_batch_tokens=compute.max_micro_batch_tokens,
         parallelism=parallelism,

@@ -9,7 +9,7 @@ the device, and the number of kept targets is counted on the CPU before a batch 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,12 +34,12 @@ STEP_DOWN = 0.9
 ShouldAbort = Callable[[int, int], bool]
 """(micro-batches done, micro-batches of the step in this process) -> whether to drop the step"""
 OnPhase = Callable[[str, int], None]
-"""(the phase that begins, the step from 1): told before each phase, in the training thread"""
+"""(the phase that begins, the step from 1): called before each phase, in the training thread"""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step came to, on the device; the next step overwrites `router`."""
+    """A result is what a step came to, on the device; the next step overwrites `router`."""
 
     loss: Tensor
     """() fp32, mean cross-entropy over the kept targets of all processes, nats per token"""
@@ -64,11 +64,6 @@ class StepDoesNotFit(UserError):
         self.state_is_whole = state_is_whole
 
 
-def never_abort(done: int, total: int) -> bool:
-    """The answer is no: a step is taken to its end."""
-    return False
-
-
 def ignore_phase(phase: str, step: int) -> None:
     """The default observer does nothing."""
 
@@ -78,10 +73,11 @@ class TrainStep:
 
     Args:
         config: resolved flags.
-        processes: that train together; default this one alone.
+        processes: that train together; default this single one.
         initial: whose weights to start from; default random ones.
-        on_phase: is told when the phases "forward", "backward" (or "graph", where a CUDA graph
-            replays both), "accumulate" and "optimizer" begin, and "" when none is open.
+        on_phase: called when the phases "forward", "backward" (or "graph", where a CUDA graph
+            replays both), "accumulate" and "optimizer" begin, and with "" when none is open.
+        may_step_down: whether a plan that turns out not to fit may be replaced, once.
 
     Raises:
         UserError: what is asked for does not fit or is not on this machine.
@@ -93,6 +89,8 @@ class TrainStep:
         processes: SingleProcess | None = None,
         initial: Checkpoint | None = None,
         on_phase: OnPhase = ignore_phase,
+        *,
+        may_step_down: bool = True,
     ) -> None:
         self.config, self.processes, self.on_phase = config, processes or SingleProcess(), on_phase
         setup = choose(config, self.processes)
@@ -118,27 +116,27 @@ class TrainStep:
             shape = (config.model.num_layers, config.model.num_experts + 1)
             self.router_sum = torch.zeros(shape, device=self.compute.device)
         self.steps_taken = 0
-        self.has_stepped_down = False
+        self.may_step_down = may_step_down
         self.messages: list[str] = []
         """sentences for the user that nobody has shown yet"""
 
     @property
     def world_size(self) -> int:
-        """The number of processes that train together."""
+        """The property is the number of processes that train together."""
         return self.processes.rank.world_size
 
     @property
     def is_graphed(self) -> bool:
-        """Whether forward and backward are, or will be, one CUDA graph."""
+        """The answer is whether forward and backward are, or will be, one CUDA graph."""
         return isinstance(self.forward_backward, GraphedBackward)
 
     @property
     def is_warm(self) -> bool:
-        """Whether a CUDA graph, if there is one, has been recorded."""
+        """The answer is whether a CUDA graph, if there is one, has been recorded."""
         return not self.is_graphed or self.forward_backward.is_recorded
 
     def step(
-        self, batch: Batch, lr: float, should_abort: ShouldAbort = never_abort
+        self, batch: Batch, lr: float, should_abort: ShouldAbort = lambda done, total: False
     ) -> StepResult | None:
         """The step runs forward, backward and update on one global batch, in micro-batches.
 
@@ -197,8 +195,8 @@ class TrainStep:
         self.launch_one_by_one()
 
     def to_device(self, batch: Batch, rows: slice) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The model's arguments of some rows: inputs, targets and, if documents are kept apart,
-        document ids, each (rows, T) on the device."""
+        """The method gives the model's arguments of some rows: inputs, targets and, if documents
+        are kept apart, document ids, each (rows, T) on the device."""
         target = self.compute.device
         documents = batch.document_ids[rows] if self.config.document_mask else None
         return (
@@ -208,7 +206,7 @@ class TrainStep:
         )
 
     def _take(self, batch: Batch, lr: float, should_abort: ShouldAbort) -> StepResult | None:
-        """The step as planned.
+        """The method takes the step as planned.
 
         Each micro-batch's mean loss is weighted by its share of the step's kept targets, so the
         step does not depend on how it is cut, nor on how many processes its micro-batches are
@@ -244,7 +242,7 @@ class TrainStep:
         return self._update(loss, lr, batch.inputs.numel())
 
     def _update(self, loss: Tensor, lr: float, tokens: int) -> StepResult:
-        """The end of a step: sums over the processes, then the optimizer."""
+        """The step ends with sums over the processes, then the optimizer."""
         self.processes.sum_(loss)
         if self.router_sum is not None:
             self.processes.sum_(self.router_sum)
@@ -275,16 +273,16 @@ class TrainStep:
         self.on_phase(phase, self.optimizer.steps + 1)
 
     def _step_down(self, reason: str) -> bool:
-        """The step plans for a tenth less memory, once; whether there is such a plan.
+        """The step plans for a tenth less memory, once, and says whether there is such a plan.
 
         Not with several processes: the others are half-way through the step.
         """
-        if self.has_stepped_down or self.world_size > 1:
+        if not self.may_step_down or self.world_size > 1:
             return False
-        self.has_stepped_down = True
+        self.may_step_down = False
         budget = int(STEP_DOWN * self.plan.account.total)
         try:
-            plan = plan_memory(self.config, self.compute, budget=budget)
+            plan = plan_memory(replace(self.config, recompute="auto"), self.compute, budget)
         except UserError:
             return False
         if plan.account.total > budget:

@@ -28,7 +28,7 @@ FOUR = Rank(global_rank=1, world_size=4, local_rank=1, local_world_size=4)
 
 def plan(config: TrainConfig, rank: Rank, budget: float):
     compute = device.select(replace(config, device="cpu"))
-    return setup.plan_parallel(config, compute, int(budget * GIB), rank, None)
+    return setup.plan_parallel(config, compute, int(budget * GIB), rank)
 
 
 def test_auto_is_ddp_where_the_model_fits_and_fsdp_where_it_does_not():
@@ -184,7 +184,7 @@ def following(*answers) -> SingleProcess:
 
 def test_other_ranks_follow_rank_0():
     config = replace(for_option("tiny"), device="cpu")
-    plan = replace(setup.choose(config).plan, micro_batch_size=2)
+    plan = replace(setup.choose(config, SingleProcess()).plan, micro_batch_size=2)
     choice = AttentionChoice("sdpa", "timed by rank 0")
     followed = setup.choose(config, following(setup.Decision("none", plan, choice), True))
     assert followed.plan == plan

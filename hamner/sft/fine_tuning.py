@@ -16,7 +16,8 @@ from hamner.data.conversations.loader import ConversationLoader, validation_batc
 from hamner.data.tokenizer import Tokenizer, load_tokenizer
 from hamner.parallel.ranks import Rank
 from hamner.train.data import RunData
-from hamner.train.loop import TrainResult, train
+from hamner.train.loop import train
+from hamner.train.messages import TrainResult
 
 WARMUP_SHARE = 10
 """the warm-up is at most a tenth of the run"""
@@ -52,9 +53,8 @@ def fine_tune(config: SftConfig) -> TrainResult:
         loader.pin_memory = pin_memory
         return RunData(loader, validation)
 
-    return train(
-        scheduled(training, config.sft.epochs, loader.rows_in_epoch(0)), open_data, initial
-    )
+    planned = scheduled(training, config.sft.epochs, loader.rows_in_epoch(0))
+    return train(planned, open_data=open_data, initial=initial)
 
 
 def scheduled(config: TrainConfig, epochs: float, rows_per_epoch: int) -> TrainConfig:

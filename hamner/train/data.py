@@ -71,7 +71,6 @@ class DataPosition:
         self.position = self.loader.state_dict()
 
     def state_dict(self) -> dict:
-        """The state is the position, for a checkpoint."""
         return {"data": self.position}
 
     def load_state_dict(self, state: dict) -> None:

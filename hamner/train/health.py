@@ -1,4 +1,4 @@
-"""A long run notices about itself: bad steps, loss spikes, hangs.
+"""A long run notices about itself: bad steps, loss spikes, starved experts, hangs.
 
 A bad step has no finite loss or gradient: the update is skipped on the device, its batch is kept,
 and after `MOST_IN_A_ROW` the run stops with a diagnosis.
@@ -14,14 +14,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hamner.config.model import ModelConfig
 from hamner.data.batch import Batch
 from hamner.errors import UserError
 
@@ -29,7 +31,6 @@ MOST_IN_A_ROW = 5
 """bad steps, after which training stops"""
 MOST_KEPT = 20
 """batches on disk: a run that skips every other step must not fill it"""
-_TENSORS = ("inputs", "targets", "document_ids")
 _FACTS = {"step": int, "tokens": int, "lr": float, "loss": float, "grad_norm": float}
 
 
@@ -98,11 +99,9 @@ class StepHealth:
         return score if score is not None and score > self.THRESHOLD else None
 
     def state_dict(self) -> dict:
-        """The state is the recent losses, oldest first, for a checkpoint."""
         return {"recent_losses": list(self.recent)}
 
     def load_state_dict(self, state: dict) -> None:
-        """The detector goes on where `state_dict` was taken."""
         self.recent.extend(state["recent_losses"])
 
 
@@ -117,7 +116,7 @@ def keep(folder: Path, reading: StepReading) -> str:
     facts = {name: str(getattr(reading, name)) for name in _FACTS}
     try:
         folder.mkdir(exist_ok=True)
-        save_file({name: getattr(reading.batch, name) for name in _TENSORS}, path, metadata=facts)
+        save_file(vars(reading.batch), path, metadata=facts)
     except (OSError, SafetensorError) as error:
         return f"its batch could not be written to {path} ({error})"
     return f"its batch is in {path}, see --replay"
@@ -132,14 +131,14 @@ def read(path: Path) -> StepReading:
     try:
         with safe_open(path, framework="pt", device="cpu") as saved:
             facts = saved.metadata() or {}
-            batch = Batch(**{name: saved.get_tensor(name) for name in _TENSORS})
+            batch = Batch(*(saved.get_tensor(field.name) for field in fields(Batch)))
         numbers = {name: number(facts[name]) for name, number in _FACTS.items()}
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise UserError(
             f"--replay {path} is not the batch of a bad step ({error}); give a file of "
             "RUN/bad_steps"
         ) from error
-    shapes = {getattr(batch, name).shape for name in _TENSORS}
+    shapes = {tensor.shape for tensor in vars(batch).values()}
     if len(shapes) != 1 or batch.inputs.ndim != 2:
         raise UserError(f"--replay {path}: inputs, targets and document_ids differ in shape")
     return StepReading(batch=batch, **numbers)
@@ -172,6 +171,61 @@ def diagnose(last: StepReading, non_finite: list[str]) -> str:
         "in an operation: --replay a file of bad_steps says where, also with --kernels torch or "
         "--precision fp32; --resume goes on behind these batches."
     )
+
+
+class StarvedExpert(NamedTuple):
+    """A starved expert gets too little to learn from."""
+
+    layer: int
+    expert: int
+    load: float
+    """share of the layer's assignments in the latest interval"""
+
+
+class StarvationDetector:
+    """The detector finds experts below a quarter of their fair share, 1 / experts, for 200 steps.
+
+    Each is reported once. An interval counts for an expert when its mean load is that low.
+
+    Args:
+        model: shape of a mixture of experts.
+    """
+
+    LEAST_SHARE = 0.25
+    """of the fair share"""
+    STEPS = 200
+
+    def __init__(self, model: ModelConfig) -> None:
+        self.threshold = self.LEAST_SHARE / model.num_experts
+        self.low_steps = [[0] * model.num_experts for _ in range(model.num_layers)]
+        """by layer and expert: steps in a row with a low load"""
+        self.reported = [[False] * model.num_experts for _ in range(model.num_layers)]
+
+    def starved(self, load: list[list[float]], steps: int) -> list[StarvedExpert]:
+        """The method finds experts that are now low for long enough, each for the first time.
+
+        Args:
+            load: by layer and expert, mean over an interval.
+            steps: of the interval.
+        """
+        found = []
+        for layer, shares in enumerate(load):
+            for expert, share in enumerate(shares):
+                low = self.low_steps[layer]
+                low[expert] = low[expert] + steps if share < self.threshold else 0
+                if low[expert] >= self.STEPS and not self.reported[layer][expert]:
+                    self.reported[layer][expert] = True
+                    found.append(StarvedExpert(layer, expert, share))
+        return found
+
+    def state_dict(self) -> dict:
+        return {
+            "low_steps": [list(row) for row in self.low_steps],
+            "told": [list(row) for row in self.reported],
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.low_steps, self.reported = state["low_steps"], state["told"]
 
 
 class Watchdog:

@@ -18,10 +18,9 @@ from hamner.config.options import total_tokens
 from hamner.plan.step_time import compare_with_reality, predict
 from hamner.train import health
 from hamner.train.display import Display
-from hamner.train.health import StepHealth, StepReading
-from hamner.train.metrics import Mfu, Record, Spike, Stopwatch, peak_vram_gib
+from hamner.train.health import StarvationDetector, StepHealth, StepReading
+from hamner.train.metrics import Mfu, Record, Spike, Stopwatch, describe_routers, peak_vram_gib
 from hamner.train.reporters import Reporter
-from hamner.train.routers import StarvationDetector, describe_routers
 from hamner.train.step import StepResult, TrainStep
 
 MAX_PENDING = 1
@@ -293,12 +292,7 @@ class TrainLog:
         speed, peak = record.tokens_per_second, record.peak_vram_gib
         line = compare_with_reality(prediction, speed, peak, total_tokens(self.config))
         self.display.message(f"plan: {line}")
-        projected = {
-            "tokens_per_second": prediction.tokens_per_second,
-            "peak_gib": prediction.peak_gib,
-        }
         measured = {"tokens_per_second": speed, "peak_gib": peak}
-        self.append(
-            RecordLog(self.run.plan),
-            {"step": record.step, "projected": projected, "measured": measured},
-        )
+        projected = {name: getattr(prediction, name) for name in measured}
+        row = {"step": record.step, "projected": projected, "measured": measured}
+        self.append(RecordLog(self.run.plan), row)

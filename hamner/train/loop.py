@@ -7,9 +7,8 @@ next start takes over. Of several processes each runs this loop in step with the
 
 import contextlib
 import time
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 from hamner.checkpoint.format import Checkpoint
 from hamner.checkpoint.run_folder import RunFolder
@@ -21,11 +20,12 @@ from hamner.parallel.processes import SingleProcess, open_processes
 from hamner.parallel.tensors import local
 from hamner.train import evaluation, health, messages, plots, resume
 from hamner.train.data import DataPosition, OpenData, open_documents
-from hamner.train.display import Display
-from hamner.train.early_stopping import EarlyStopping
+from hamner.train.display import Display, count, duration
+from hamner.train.evaluation import EarlyStopping
 from hamner.train.health import StepReading, Watchdog
 from hamner.train.interrupt import Interrupt
 from hamner.train.log import LogLine, TrainLog
+from hamner.train.messages import TrainResult
 from hamner.train.reporters import open_reporters, require_installed
 from hamner.train.saves import Generators, Progress, Saves
 from hamner.train.schedule import Schedule
@@ -35,39 +35,21 @@ PATIENCE_SECONDS = 10.0
 """longest an interrupted step is finished; a slower one is dropped and comes again on resume"""
 
 
-@dataclass(frozen=True)
-class TrainResult:
-    """A result says how a run ended."""
-
-    step: int
-    tokens: int
-    val_loss: float | None
-    """of the last evaluation, nats per token"""
-    checkpoint: Path | None
-    interrupted: bool
-    diagnosis: str | None = None
-    """why the run stopped itself, or None"""
-
-
-def train(
-    config: TrainConfig,
-    open_data: OpenData = open_documents,
-    initial: Checkpoint | None = None,
-    on_phase: OnPhase = ignore_phase,
-) -> TrainResult:
+def train(config: TrainConfig, **options) -> TrainResult:
     """The function trains as `config` says, from the start or from the newest checkpoint.
 
     Args:
-        config, open_data, initial, on_phase: see `TrainingLoop`.
+        config, options: see `TrainingLoop`.
 
     Raises:
         UserError: the configuration, the data or the run folder does not allow it; nothing is
             written before all three were read.
     """
-    with open_processes(config) as processes:
-        loop = TrainingLoop(config, open_data, initial, on_phase=on_phase, processes=processes)
-        with contextlib.closing(loop):
-            return loop.run_to_end()
+    with (
+        open_processes(config) as processes,
+        contextlib.closing(TrainingLoop(config, processes=processes, **options)) as loop,
+    ):
+        return loop.run_to_end()
 
 
 class TrainingLoop:
@@ -100,7 +82,7 @@ class TrainingLoop:
         self.data = open_data(config, self.tokenizer, compute.device.type == "cuda")
         loader, notes = self.data.loader, self.step.messages
         self.position = DataPosition(loader, config.allow_data_change, notes)
-        self.progress, self.schedule = Progress(), Schedule.of(config)
+        self.progress, self.schedule = Progress(), Schedule(config)
         self.early_stopping = EarlyStopping(config.patience)
         self.display = Display(
             f"hamner {config.option}",
@@ -128,7 +110,6 @@ class TrainingLoop:
         self.watchdog = Watchdog(config.hang_minutes, stacks, self._report_hang)
         self.interrupt = Interrupt(is_single=self.step.world_size == 1)
         self.first_step = self.progress.step
-        self.diagnosis: str | None = None
 
     def _start_folder(self) -> None:
         """The run's folder, its logs and the services are there once nothing refuses any more."""
@@ -165,19 +146,20 @@ class TrainingLoop:
                 if stop_after and progress.step - self.first_step >= stop_after:
                     break
             self.log.pause()
-            self._diagnose()
+            diagnosis = self._diagnose()
             is_interrupted = self.processes.any(self.interrupt.requested)
             self.saves.save_last()
-            self._conclude(is_interrupted)
-        return TrainResult(
-            step=progress.step,
-            tokens=progress.tokens,
-            val_loss=progress.val_loss,
-            checkpoint=self.saves.last.path if self.saves.last else None,
-            # Asked again: it may have come during the last save.
-            interrupted=self.processes.any(self.interrupt.requested),
-            diagnosis=self.diagnosis,
-        )
+            result = TrainResult(
+                step=progress.step,
+                tokens=progress.tokens,
+                val_loss=progress.val_loss,
+                checkpoint=self.saves.last.path if self.saves.last else None,
+                interrupted=is_interrupted,
+                diagnosis=diagnosis,
+            )
+            self._conclude(result)
+        # Asked again: it may have come during the last save.
+        return replace(result, interrupted=self.processes.any(self.interrupt.requested))
 
     @property
     def has_length(self) -> bool:
@@ -241,15 +223,20 @@ class TrainingLoop:
         self.step.on_phase("step done", progress.step)
         return True
 
-    def _should_abort(self, started: float, done: int, total: int) -> bool:
+    def _should_abort(self, started: float, done: int, micro_batches: int) -> bool:
         """The answer is whether the step that `started` is dropped; the method also says how fast a
         CPU is, once the first micro-batch of the run is done."""
         elapsed = time.perf_counter() - started
         if self.progress.step == 0 and self.step.compute.device.type == "cpu" and done == 1:
             rows = self.step.world_size * self.step.plan.micro_batch_size
             speed = rows * self.config.seq_len / elapsed
-            self.display.message(messages.cpu_speed(speed, self.schedule.total_tokens))
-        return self.interrupt.requested and elapsed / done * (total - done) > PATIENCE_SECONDS
+            total = self.schedule.total_tokens
+            self.display.message(
+                f"measured on this CPU: about {speed:,.0f} tokens/s, so the full run of "
+                f"{count(total)} tokens would take {duration(total / speed)}"
+            )
+        left = elapsed / done * (micro_batches - done)
+        return self.interrupt.requested and left > PATIENCE_SECONDS
 
     def _look_after_step(self) -> None:
         """An evaluation, a log line, saves and samples follow a step after which they are due."""
@@ -297,18 +284,18 @@ class TrainingLoop:
             self.display.message(f"sample: {prompt}{text}".replace("\n", " "))
         self.log.watch.start()
 
-    def _diagnose(self) -> None:
+    def _diagnose(self) -> str | None:
         """If step after step was bad, the reason is looked for in the state."""
         last = self.log.health.diverged
         if last is None:
-            return
+            return None
         optimizer = self.step.optimizer
         state = {**optimizer.parameters, **optimizer.state_tensors()}
         found = health.not_finite({name: local(tensor) for name, tensor in state.items()})
         flags = self.processes.all_reduce_max([name in found for name in state])
         non_finite = [name for name, flag in zip(state, flags, strict=True) if flag]
         self.saves.is_state_lost = bool(non_finite)
-        self.diagnosis = health.diagnose(last, non_finite)
+        return health.diagnose(last, non_finite)
 
     def _report_hang(self, between_steps: bool) -> None:
         """A hang is shown and what can be is saved, or a job of several processes is ended; called
@@ -321,21 +308,14 @@ class TrainingLoop:
         if between_steps:  # half a step cannot be saved; a save under way goes on by itself
             self.saves.save_in_hang()
 
-    def _conclude(self, is_interrupted: bool) -> None:
+    def _conclude(self, result: TrainResult) -> None:
         """Rank 0 draws the plots, says where the run is and how to go on."""
         if not self.log.is_main:
             return
-        progress, saved = self.progress, self.saves.last
         try:
             plots.draw(self.run)
         except OSError as error:
             self.display.message(f"WARNING: plots not drawn ({error.strerror})")
-        if self.diagnosis:
-            lines = messages.stopped_by_itself(self.diagnosis, progress.step, saved)
-        elif not self.is_finished:
-            lines = messages.stopped_before_the_end(
-                self.log, progress.step, saved, interrupted=is_interrupted
-            )
-        else:
-            lines = messages.done(self.log, progress, saved, self.early_stopping)
-        self.display.messages(lines)
+        self.display.messages(
+            messages.conclusion(self.log, result, self.early_stopping, is_finished=self.is_finished)
+        )

@@ -1,16 +1,32 @@
 """A run says this before its first step and after its last."""
 
+from dataclasses import dataclass
+from pathlib import Path
+
 from hamner.checkpoint.format import Checkpoint
 from hamner.train.display import count, duration
-from hamner.train.early_stopping import EarlyStopping
+from hamner.train.evaluation import EarlyStopping
 from hamner.train.log import TrainLog
-from hamner.train.saves import Progress
 from hamner.train.step import TrainStep
 
 ENGINES = {
     "ddp": "each with the whole model (DDP)",
     "fsdp": "with weights, gradients and moments divided over them (FSDP2)",
 }
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A result says how a run ended."""
+
+    step: int
+    tokens: int
+    val_loss: float | None
+    """of the last evaluation, nats per token"""
+    checkpoint: Path | None
+    interrupted: bool
+    diagnosis: str | None = None
+    """why the run stopped itself, or None"""
 
 
 def introduction(log: TrainLog, saved: Checkpoint | None, *, has_validation: bool) -> list[str]:
@@ -54,37 +70,22 @@ def _processes(step: TrainStep) -> list[str]:
     ]
 
 
-def cpu_speed(tokens_per_second: float, total_tokens: int) -> str:
-    """The sentence says how fast this CPU is, and what that means for the whole run."""
-    return (
-        f"measured on this CPU: about {tokens_per_second:,.0f} tokens/s, so the full run of "
-        f"{count(total_tokens)} tokens would take {duration(total_tokens / tokens_per_second)}"
-    )
-
-
-def stopped_by_itself(diagnosis: str, step: int, saved: Checkpoint | None) -> list[str]:
-    """The lines are those of a run that diverged."""
-    where = saved.path if saved else "none: the run never saved"
-    return [diagnosis, f"stopped at step {step:,}; last good checkpoint: {where}"]
-
-
-def stopped_before_the_end(
-    log: TrainLog, step: int, saved: Checkpoint, *, interrupted: bool
+def conclusion(
+    log: TrainLog, result: TrainResult, stopping: EarlyStopping, *, is_finished: bool
 ) -> list[str]:
-    """The line of a run that can go on says how."""
-    word = "interrupted" if interrupted else "stopped"
-    return [
-        f"{word} at step {step:,}; saved in {saved.path}; continue with "
-        f"python -m {log.config.command} --resume --run-dir {log.run.path}"
-    ]
-
-
-def done(
-    log: TrainLog, progress: Progress, saved: Checkpoint, stopping: EarlyStopping
-) -> list[str]:
-    """The lines are those of a run that has its length, or that stopped improving."""
+    """The lines say how a run ended, and how to go on."""
+    where = result.checkpoint
+    if result.diagnosis:
+        where = where or "none: the run never saved"
+        return [result.diagnosis, f"stopped at step {result.step:,}; last good checkpoint: {where}"]
+    if not is_finished:
+        word = "interrupted" if result.interrupted else "stopped"
+        return [
+            f"{word} at step {result.step:,}; saved in {where}; continue with "
+            f"python -m {log.config.command} --resume --run-dir {log.run.path}"
+        ]
     lines = []
-    loss = "" if progress.val_loss is None else f", validation loss {progress.val_loss:.4f}"
+    loss = "" if result.val_loss is None else f", validation loss {result.val_loss:.4f}"
     if stopping.exhausted:
         lines.append(
             f"stopped early: {stopping.evaluations_since_best} evaluations without a better "
@@ -93,7 +94,7 @@ def done(
     if stopping.best_step is not None:
         loss += f" (best {stopping.best_loss:.4f} at step {stopping.best_step:,}, kept)"
     lines.append(
-        f"done: {count(progress.tokens)} tokens in {duration(log.watch.read())}{loss}; "
-        f"model in {saved.path}, plots in {log.run.plots}"
+        f"done: {count(result.tokens)} tokens in {duration(log.watch.read())}{loss}; "
+        f"model in {where}, plots in {log.run.plots}"
     )
     return lines

@@ -51,16 +51,15 @@ class AdamW:
         self.engine = engine or Engine()
         self.parameters = dict(model.named_parameters())
         self.buffers = dict(model.named_buffers())
+        self.is_split = ops.splits_masters and dtype == torch.bfloat16
         self.masters: dict[str, Tensor] = {}
-        """fp32, of parameters in another dtype"""
-        self.remainders: dict[str, Tensor] = {}
-        """int16, in place of masters where ops splits them"""
+        """fp32, of parameters in another dtype; where they are split, their int16 remainders"""
         self.accumulated: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
             if parameter.ndim < 2 or dtype == torch.float32:
                 continue
-            if ops.splits_masters and dtype == torch.bfloat16:
-                parameter.data, self.remainders[name] = split_master(parameter.data)
+            if self.is_split:
+                parameter.data, self.masters[name] = split_master(parameter.data)
             else:
                 self.masters[name] = parameter.data
                 parameter.data = parameter.data.to(dtype)
@@ -73,26 +72,27 @@ class AdamW:
     def master(self, name: str) -> Tensor:
         """The method gives the fp32 weights that updates add up in; a copy where they are split."""
         weight = self.parameters[name].data
-        if name in self.remainders:
-            return join_master(weight, self.remainders[name])
+        if self.is_split and name in self.masters:
+            return join_master(weight, self.masters[name])
         return self.masters.get(name, weight)
 
     @torch.no_grad()
     def restore(self, saved: Checkpoint) -> None:
         """Model, masters and moments become a checkpoint's, whatever precision it has."""
         # Split masters on the host: the device may have no room for whole ones.
+        split = self.masters if self.is_split else {}
         masters = {
-            name: torch.empty(parameter.shape) if name in self.remainders else self.master(name)
+            name: torch.empty(parameter.shape) if name in split else self.master(name)
             for name, parameter in self.parameters.items()
         }
         saved.load_model({**masters, **self.buffers})
         saved.load_optimizer(masters, self.exp_avg, self.exp_avg_sq)
-        for name, remainder in self.remainders.items():
-            param, rest = split_master(masters[name])
-            self.parameters[name].data.copy_(param)
-            remainder.copy_(rest)
-        for name, master in self.masters.items():
-            self.parameters[name].data.copy_(master)
+        for name, held in self.masters.items():
+            weight = masters[name]
+            if self.is_split:
+                weight, remainder = split_master(weight)
+                held.copy_(remainder)
+            self.parameters[name].data.copy_(weight)
 
     @torch.no_grad()
     def accumulate(self) -> None:
@@ -147,14 +147,13 @@ class AdamW:
 
         Of one kind are parameters of the same dtypes that all decay or all do not.
         """
-        masters = self.masters | self.remainders
         kinds = defaultdict(list)
         for name, gradient in gradients.items():
             parameter = self.parameters[name]
             weight = local(parameter.data)
             state = (
                 weight,
-                local(masters[name]) if name in masters else weight,
+                local(self.masters[name]) if name in self.masters else weight,
                 local(gradient),
                 local(self.exp_avg[name]),
                 local(self.exp_avg_sq[name]),
@@ -184,10 +183,9 @@ class AdamW:
     def state_tensors(self) -> dict[str, Tensor]:
         """The method gives every tensor of the state by the name it has in a checkpoint.
 
-        `remainder.NAME` is the exception: `join_masters` makes `master.NAME` of it.
+        Where masters are split, `join_masters` makes `master.NAME` whole.
         """
         tensors = {f"master.{name}": tensor for name, tensor in self.masters.items()}
-        tensors |= {f"remainder.{name}": tensor for name, tensor in self.remainders.items()}
         tensors |= {f"exp_avg.{name}": tensor for name, tensor in self.exp_avg.items()}
         return tensors | {f"exp_avg_sq.{name}": t for name, t in self.exp_avg_sq.items()}
 
@@ -199,11 +197,8 @@ def join_masters(model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -
         model: the parameters, which are bf16 where there is a remainder.
         optimizer: as `AdamW.state_tensors`.
     """
-    whole = {}
+    whole = dict(optimizer)
     for key, tensor in optimizer.items():
-        kind, _, name = key.partition(".")
-        if kind == "remainder":
-            whole[f"master.{name}"] = join_master(model[name], tensor)
-        else:
-            whole[key] = tensor
+        if tensor.dtype == torch.int16:
+            whole[key] = join_master(model[key.removeprefix("master.")], tensor)
     return whole

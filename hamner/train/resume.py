@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import hamner
@@ -26,30 +27,19 @@ STATE_FORMAT = 2
 """of state.json"""
 NUMBER, COUNT = (int, float), (int,)
 STATE_FIELDS = {
-    "format": COUNT,
-    "step": COUNT,
-    "tokens": COUNT,
-    "seconds": NUMBER,
-    "optimizer_steps": COUNT,
-    "skipped_steps": COUNT,
-    "loss_sum": NUMBER,
-    "loss_steps": COUNT,
-    "val_loss": (*NUMBER, type(None)),
-    "val_step": (*COUNT, type(None)),
-    "recent_losses": (list,),
-    "schedule": (dict,),
-    "model": (dict,),
-    "tokenizer": (str,),
-    "data": (dict,),
-    "rng": (dict,),
-    "versions": (dict,),
+    COUNT: ("format", "step", "tokens", "optimizer_steps", "skipped_steps", "loss_steps"),
+    NUMBER: ("seconds", "loss_sum"),
+    (*COUNT, type(None)): ("val_step",),
+    (*NUMBER, type(None)): ("val_loss",),
+    (list,): ("recent_losses",),
+    (dict,): ("schedule", "model", "data", "rng", "versions"),
+    (str,): ("tokenizer",),
 }
-"""of state.json, with the types of their values"""
+"""of state.json, by the types of their values"""
 SCHEDULE_FIELDS = {
-    "warmup_steps": COUNT,
-    "warmup_tokens": NUMBER,
-    "length": (list,),
-    "total_tokens": COUNT,
+    COUNT: ("warmup_steps", "total_tokens"),
+    NUMBER: ("warmup_tokens",),
+    (list,): ("length",),
 }
 _ANOTHER = "remove that checkpoint, or start another run with --run-dir FOLDER"
 _NOT_THE_MODEL = {
@@ -96,12 +86,15 @@ def find_checkpoint(folder: Path) -> tuple[Checkpoint | None, dict, list[str]]:
     return found, state, [f"WARNING: passed over a newer checkpoint: {e}" for e in errors]
 
 
-def _require_fields(path: Path, found: dict, fields: dict[str, tuple[type, ...]]) -> None:
-    for name, types in fields.items():
-        value = found.get(name)
-        is_count = types[0] is int and not isinstance(value, float)
-        if name not in found or not _is_a(value, types) or (is_count and value and value < 0):
-            raise CheckpointError(f"{path}: {name} is missing or not what it must be; {_ANOTHER}")
+def _require_fields(path: Path, found: dict, fields: dict[tuple, tuple[str, ...]]) -> None:
+    for types, names in fields.items():
+        for name in names:
+            value = found.get(name)
+            is_count = types[0] is int and not isinstance(value, float)
+            if name not in found or not _is_a(value, types) or (is_count and value and value < 0):
+                raise CheckpointError(
+                    f"{path}: {name} is missing or not what it must be; {_ANOTHER}"
+                )
 
 
 def _is_a(value: object, types: tuple[type, ...]) -> bool:
@@ -169,12 +162,9 @@ def require_router_state(found: Checkpoint, state: dict, model: ModelConfig) -> 
         "starvation: told": (starvation.get("told"), experts, (bool,)),
     }
     for name, (rows, columns, types) in tables.items():
-        is_table = isinstance(rows, list) and len(rows) == model.num_layers
-        if not is_table or not all(
-            isinstance(row, list)
-            and len(row) == columns
-            and all(isinstance(value, types) for value in row)
-            for row in rows
+        values = np.array(rows, dtype=object)
+        if values.shape != (model.num_layers, columns) or not all(
+            isinstance(value, types) for value in values.flat
         ):
             raise CheckpointError(
                 f"{found.path / checkpoint.STATE_FILE}: {name} is not what it must be; {_ANOTHER}"

@@ -14,7 +14,8 @@ from hamner.train.optimizer import join_masters
 
 
 class Stateful(Protocol):
-    """A part of a run whose state belongs into a checkpoint has these methods.
+    """A part of a run whose state belongs into a checkpoint has these methods: it goes on where
+    `state_dict` was taken, as JSON.
 
     The keys of all parts stand side by side in state.json, so no two parts share one.
     """
@@ -36,11 +37,9 @@ class Progress:
     val_step: int | None = None
 
     def state_dict(self) -> dict:
-        """The counts are the state, for a checkpoint."""
         return vars(self).copy()
 
     def load_state_dict(self, state: dict) -> None:
-        """The counts go on where `state_dict` was taken."""
         for name in vars(self):
             setattr(self, name, state[name])
 
@@ -49,11 +48,9 @@ class Generators:
     """Torch's global random generators are a part of a run's state."""
 
     def state_dict(self) -> dict:
-        """Their state is text, for a checkpoint."""
         return {"rng": checkpoint.rng_state()}
 
     def load_state_dict(self, state: dict) -> None:
-        """They go on where `state_dict` was taken."""
         checkpoint.set_rng_state(state["rng"])
 
 

@@ -4,7 +4,6 @@ Rank 0 decides and the other ranks follow, so that nothing can differ between th
 """
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 
@@ -29,15 +28,6 @@ from hamner.parallel.ranks import Rank
 from hamner.plan import memory
 from hamner.plan.communication import ONE_GPU, Parallelism
 from hamner.plan.memory import MemoryPlan
-
-
-class Decision(NamedTuple):
-    """A decision is what rank 0 makes out for all ranks, as plain data that can be sent to them."""
-
-    engine: str
-    """see `hamner.parallel.engines.open_engine`"""
-    plan: MemoryPlan
-    attention: AttentionChoice
 
 
 @dataclass(frozen=True)
@@ -76,30 +66,37 @@ def choose(config: TrainConfig, processes: SingleProcess) -> Setup:
     compute = device.select(config)
     # Everyone has the memory of the one that has least.
     budget = processes.all_reduce_min(compute.budget_bytes)
-    decision = processes.from_main(lambda: decide(config, compute, budget, processes.rank))
-    plan, name = decision.plan, decision.attention.name
-    engine = open_engine(decision.engine, processes, compute, config)
+    kind, plan, choice = processes.from_main(
+        lambda: decide(config, compute, budget, processes.rank)
+    )
+    engine = open_engine(kind, processes, compute, config)
     micro_batches = config.batch_size // (plan.micro_batch_size * processes.rank.world_size)
     return Setup(
         compute=compute,
         plan=plan,
-        attention=build_attention(decision.attention, attention_shape(config, compute, plan)),
+        attention=build_attention(choice, attention_shape(config, compute, plan)),
         engine=engine,
         records_graph=processes.from_main(
-            lambda: can_record(config, compute, name) and engine.can_record(micro_batches)
+            lambda: can_record(config, compute, choice.name) and engine.can_record(micro_batches)
         ),
     )
 
 
-def decide(config: TrainConfig, compute: Compute, budget: int, rank: Rank) -> Decision:
+def decide(
+    config: TrainConfig, compute: Compute, budget: int, rank: Rank
+) -> tuple[str, MemoryPlan, AttentionChoice]:
     """`decide` plans a step within `budget` bytes of each process, and times attention if asked to.
+
+    Returns:
+        The kind of engine (see `open_engine`), the plan and the attention, as plain data that can
+        be sent to the other ranks.
 
     Raises:
         UserError: it does not fit, or the attention cannot do what is asked.
     """
     kind, plan = plan_parallel(config, compute, budget, rank)
     shape = attention_shape(config, compute, plan)
-    return Decision(kind, plan, choose_attention(config.attention, shape))
+    return kind, plan, choose_attention(config.attention, shape)
 
 
 def attention_shape(config: TrainConfig, compute: Compute, plan: MemoryPlan) -> AttentionShape:

@@ -239,10 +239,6 @@ class TrainStep:
             if self.processes.any(should_abort(number + 1, len(starts))):
                 self.optimizer.drop_gradients()
                 return None
-        return self._update(loss, lr, batch.inputs.numel())
-
-    def _update(self, loss: Tensor, lr: float, tokens: int) -> StepResult:
-        """The step ends with sums over the processes, then the optimizer."""
         self.processes.sum_(loss)
         if self.router_sum is not None:
             self.processes.sum_(self.router_sum)
@@ -252,7 +248,7 @@ class TrainStep:
         if self.router_sum is not None and self.config.model.router_balance == "bias":
             self.model.balance_routers(self.router_sum[:, :-1], torch.isfinite(grad_norm))
         self.steps_taken += 1
-        return StepResult(loss, grad_norm, tokens, self.router_sum)
+        return StepResult(loss, grad_norm, batch.inputs.numel(), self.router_sum)
 
     def _forward_backward(
         self, inputs: Tensor, targets: Tensor, document_ids: Tensor | None, share: Tensor

@@ -186,10 +186,10 @@ def test_other_ranks_follow_rank_0():
     config = replace(for_option("tiny"), device="cpu")
     plan = replace(setup.choose(config, SingleProcess()).plan, micro_batch_size=2)
     choice = AttentionChoice("sdpa", "timed by rank 0")
-    followed = setup.choose(config, following(setup.Decision("none", plan, choice), True))
+    followed = setup.choose(config, following(("none", plan, choice), True))
     assert followed.plan == plan
     assert (followed.attention.name, followed.attention.reason) == choice
     assert followed.records_graph
     choice = AttentionChoice("flash-attn", "timed by rank 0")
     with pytest.raises(UserError, match="--attention flash-attn: it needs a CUDA GPU"):
-        setup.choose(config, following(setup.Decision("none", plan, choice), True))
+        setup.choose(config, following(("none", plan, choice), True))

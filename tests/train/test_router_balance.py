@@ -115,7 +115,7 @@ def test_biases_even_out_a_skewed_router_and_nothing_else_does(config, tmp_path)
 
 @pytest.mark.parametrize("balance", ["aux", "bias"])
 def test_a_starved_expert_is_reported_once(config, balance, monkeypatch, capsys):
-    monkeypatch.setattr("hamner.train.routers.StarvationDetector.STEPS", 20)
+    monkeypatch.setattr("hamner.train.health.StarvationDetector.STEPS", 20)
     model = replace(config.model, router_balance=balance, router_bias_update_speed=1e-6)
     train_skewed(replace(config, model=model))
     said = [line for line in capsys.readouterr().out.splitlines() if "of its fair share" in line]

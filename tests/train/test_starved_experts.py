@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from hamner.train.routers import StarvationDetector, StarvedExpert
+from hamner.train.health import StarvationDetector, StarvedExpert
 from tests.models import MOE
 
 ONE_LAYER = replace(MOE, num_layers=1)

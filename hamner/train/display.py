@@ -106,15 +106,12 @@ class Display:
 def duration(seconds: float) -> str:
     """The text has the two largest units: `5 d 18 h`, `3 min 20 s`."""
     units = (("years", 31_557_600), ("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1))
-    seconds = round(seconds)
-    for position, (unit, size) in enumerate(units):
-        if seconds >= size:
-            text = f"{seconds // size:,} {unit}"
-            if position + 1 < len(units):
-                smaller, smaller_size = units[position + 1]
-                text += f" {seconds % size // smaller_size} {smaller}"
-            return text
-    return "0 s"
+    left, parts = round(seconds), []
+    for unit, size in units:
+        if left >= size or parts:
+            number, left = divmod(left, size)
+            parts.append(f"{number:,} {unit}")
+    return " ".join(parts[:2]) or "0 s"
 
 
 def count(number: float) -> str:

@@ -109,17 +109,14 @@ class TrainLog:
         compute = train_step.compute
         self.mfu = Mfu(config.model, config.seq_len, compute.gpu, compute.precision)
         self.metrics, self.samples = RecordLog(run.metrics), RecordLog(run.samples)
-        self.watch = Stopwatch(0.0)
+        self.watch = Stopwatch()
         self.health = StepHealth()
         self.queue: deque[PendingStep] = deque()
         self.last: StepReading | None = None
         self.skipped_steps = 0
-        shape = (0,)
-        self.starvation: StarvationDetector | None = None
-        if config.model.is_moe:
-            shape = (config.model.num_layers, config.model.num_experts + 1)
-            self.starvation = StarvationDetector(config.model)
-        self.interval = Interval(torch.zeros(shape))
+        self.starvation = StarvationDetector(config.model) if config.model.is_moe else None
+        router_sum = train_step.router_sum
+        self.interval = Interval(torch.zeros((0,) if router_sum is None else router_sum.shape))
 
     def start(self, step: int, tokens: int) -> None:
         """The clock and the first interval begin after `step`."""
@@ -187,7 +184,7 @@ class TrainLog:
     def load_state_dict(self, state: dict) -> None:
         """The log goes on where `state_dict` was taken; older checkpoints of a mixture have no
         state of its routers."""
-        self.watch = Stopwatch(state["seconds"])
+        self.watch.seconds = state["seconds"]
         self.skipped_steps = state["skipped_steps"]
         self.interval.loss_sum = torch.tensor(float(state["loss_sum"]))
         self.interval.loss_steps = state["loss_steps"]
@@ -243,21 +240,17 @@ class TrainLog:
             **vars(line),
         )
         self.append(self.metrics, record.to_json())
-        self._report(record)
-        self._warn_of_starved_experts(record, steps)
-        if interval.start_step < PLAN_CHECK_STEP <= record.step:
-            self._compare_with_plan(record)
-        fresh = torch.zeros_like(interval.router_sum)
-        self.interval = Interval(fresh, record.step, record.tokens, seconds)
-
-    def _report(self, record: Record) -> None:
-        """Every service and the display get the record."""
         for reporter in self.reporters:
             try:
                 reporter.report(record)
             except Exception as error:  # whatever ails a service, the run does not end of it
                 self.display.message(f"WARNING: {type(reporter).__name__} failed: {error}")
         self.display.show(record)
+        self._warn_of_starved_experts(record, steps)
+        if interval.start_step < PLAN_CHECK_STEP <= record.step:
+            self._compare_with_plan(record)
+        fresh = torch.zeros_like(interval.router_sum)
+        self.interval = Interval(fresh, record.step, record.tokens, seconds)
 
     def _warn_of_starved_experts(self, record: Record, steps: int) -> None:
         """Experts of a mixture that get next to nothing are named, each once."""

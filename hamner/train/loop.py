@@ -27,7 +27,7 @@ from hamner.train.interrupt import Interrupt
 from hamner.train.log import LogLine, TrainLog
 from hamner.train.messages import TrainResult
 from hamner.train.reporters import open_reporters, require_installed
-from hamner.train.saves import Generators, Progress, Saves
+from hamner.train.saves import Progress, Saves
 from hamner.train.schedule import Schedule
 from hamner.train.step import OnPhase, StepDoesNotFit, TrainStep, ignore_phase
 
@@ -97,7 +97,6 @@ class TrainingLoop:
             self.schedule,
             self.early_stopping,
             self.position,
-            Generators(),
         )
         found = (
             resume.restore(self.run, self.tokenizer, self.step, parts) if config.resume else None

@@ -7,7 +7,6 @@ from hamner.checkpoint.format import Checkpoint
 from hamner.train.display import count, duration
 from hamner.train.evaluation import EarlyStopping
 from hamner.train.log import TrainLog
-from hamner.train.step import TrainStep
 
 ENGINES = {
     "ddp": "each with the whole model (DDP)",
@@ -42,10 +41,15 @@ def introduction(log: TrainLog, saved: Checkpoint | None, *, has_validation: boo
         f"{config.batch_size} x {config.seq_len}",
         f"on {step.compute.name}, {step.compute.precision}, kernels {step.compute.kernels}, "
         f"attention {step.attention.name}: {step.attention.reason}",
-        *_processes(step),
-        f"memory: {step.plan}",
-        log.mfu.explain(),
     ]
+    rank = step.processes.rank
+    if rank.world_size > 1:
+        where = "" if rank.num_machines == 1 else f" on {rank.num_machines} machines"
+        lines.append(
+            f"{rank.world_size} processes{where}, {ENGINES[step.engine.name]}, of which each takes "
+            f"{config.batch_size // rank.world_size} sequences of a step and the memory below"
+        )
+    lines += [f"memory: {step.plan}", log.mfu.explain()]
     if step.compute.device.type == "cpu":
         lines.append("no GPU found: training on the CPU, which suits --option tiny only")
     if not has_validation:
@@ -56,18 +60,6 @@ def introduction(log: TrainLog, saved: Checkpoint | None, *, has_validation: boo
     else:
         lines.append(f"run folder {log.run.path}")
     return lines
-
-
-def _processes(step: TrainStep) -> list[str]:
-    """A line says how several processes divide the work; there is none for one."""
-    rank = step.processes.rank
-    if rank.world_size == 1:
-        return []
-    where = "" if rank.num_machines == 1 else f" on {rank.num_machines} machines"
-    return [
-        f"{rank.world_size} processes{where}, {ENGINES[step.engine.name]}, of which each takes "
-        f"{step.config.batch_size // rank.world_size} sequences of a step and the memory below"
-    ]
 
 
 def conclusion(

@@ -77,14 +77,11 @@ class Record:
 
 
 class Stopwatch:
-    """The watch counts seconds of training, paused for evaluation, sampling and saving.
+    """The watch counts seconds of training, paused for evaluation, sampling and saving."""
 
-    Args:
-        seconds: trained before this start.
-    """
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        """until it was last paused"""
         self.started: float | None = None
 
     def start(self) -> None:

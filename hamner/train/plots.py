@@ -1,6 +1,6 @@
 """The pictures of a run are drawn from its metrics.jsonl."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -89,36 +89,31 @@ def _is_routed(router: object) -> bool:
 def _expert_load(axes, records: list[dict]) -> None:
     """The panel has the most and the least loaded expert of each layer; 1 is the fair share, 1 /
     experts of the assignments."""
-    for layer, color in _layer_colors(records):
+    for _, color, points in _layers(records, "load"):
+        tokens = [x for x, _ in points]
         for least_or_most, style in ((max, "-"), (min, "--")):
-            points = [
-                (r["tokens"], least_or_most(shares[layer]) * len(shares[layer]))
-                for r in records
-                if layer < len(shares := r["router"]["load"])
-            ]
-            axes.plot(*zip(*points, strict=True), style, color=color, linewidth=1)
+            loads = [least_or_most(shares) * len(shares) for _, shares in points]
+            axes.plot(tokens, loads, style, color=color, linewidth=1)
     axes.axhline(1.0, color="black", linewidth=0.8, label="fair share")
     axes.set(ylabel="load / fair share: most (-), least (--)")
     axes.legend()
 
 
 def _router_entropy(axes, records: list[dict]) -> None:
-    for layer, color in _layer_colors(records):
-        points = [
-            (r["tokens"], values[layer])
-            for r in records
-            if layer < len(values := r["router"]["entropy"])
-        ]
+    for layer, color, points in _layers(records, "entropy"):
         axes.plot(*zip(*points, strict=True), color=color, linewidth=1, label=f"layer {layer}")
     axes.set(ylabel="router entropy, nats")
     axes.legend(fontsize="xx-small", ncols=4)
 
 
-def _layer_colors(records: list[dict]) -> list[tuple[int, tuple]]:
-    """The colors are those of each layer, from the first to the last along one scale."""
-    layers = max(len(r["router"]["load"]) for r in records)
+def _layers(records: list[dict], field: str) -> Iterator[tuple[int, tuple, list[tuple]]]:
+    """The iterator gives each layer, its color along one scale, and a router field over tokens."""
+    routers = [(r["tokens"], r["router"][field]) for r in records]
+    layers = max(len(values) for _, values in routers)
     scale = plt.get_cmap("viridis")
-    return [(layer, scale(layer / layers)) for layer in range(layers)]
+    for layer in range(layers):
+        points = [(tokens, values[layer]) for tokens, values in routers if layer < len(values)]
+        yield layer, scale(layer / layers), points
 
 
 def _figure(path: Path, records: list[dict], *plots: Callable) -> Path:

@@ -204,6 +204,7 @@ def restore(
     step.optimizer.restore(found)
     for part in parts:
         part.load_state_dict(state)
+    checkpoint.set_rng_state(state["rng"])
     # Not before every process has taken its part of it.
     step.processes.any(False)
     from_main(lambda: rewind(run, state["step"]))

@@ -44,16 +44,6 @@ class Progress:
             setattr(self, name, state[name])
 
 
-class Generators:
-    """Torch's global random generators are a part of a run's state."""
-
-    def state_dict(self) -> dict:
-        return {"rng": checkpoint.rng_state()}
-
-    def load_state_dict(self, state: dict) -> None:
-        checkpoint.set_rng_state(state["rng"])
-
-
 class Saves:
     """The saves of a run happen in the background while it trains.
 
@@ -83,7 +73,7 @@ class Saves:
         """A checkpoint of the last finished step is begun."""
         # The numbers of the steps under way belong to the state.
         self.log.flush()
-        state = dict(self.facts)
+        state = {**self.facts, "rng": checkpoint.rng_state()}
         for part in self.parts:
             state |= part.state_dict()
         step = self.log.train_step

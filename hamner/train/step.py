@@ -133,7 +133,7 @@ class TrainStep:
     @property
     def is_warm(self) -> bool:
         """The answer is whether a CUDA graph, if there is one, has been recorded."""
-        return not self.is_graphed or self.forward_backward.is_recorded
+        return not self.is_graphed or self.forward_backward.graph is not None
 
     def step(
         self, batch: Batch, lr: float, should_abort: ShouldAbort = lambda done, total: False
@@ -197,12 +197,10 @@ class TrainStep:
     def to_device(self, batch: Batch, rows: slice) -> tuple[Tensor, Tensor, Tensor | None]:
         """The method gives the model's arguments of some rows: inputs, targets and, if documents
         are kept apart, document ids, each (rows, T) on the device."""
-        target = self.compute.device
-        documents = batch.document_ids[rows] if self.config.document_mask else None
-        return (
-            batch.inputs[rows].to(target, non_blocking=True),
-            batch.targets[rows].to(target, non_blocking=True),
-            None if documents is None else documents.to(target, non_blocking=True),
+        documents = batch.document_ids if self.config.document_mask else None
+        return tuple(
+            None if tensor is None else tensor[rows].to(self.compute.device, non_blocking=True)
+            for tensor in (batch.inputs, batch.targets, documents)
         )
 
     def _take(self, batch: Batch, lr: float, should_abort: ShouldAbort) -> StepResult | None:

@@ -30,7 +30,8 @@ def validation_loss(step: TrainStep, validation: Batch) -> float | None:
     size = max(1, size)
     total = torch.zeros((), device=step.compute.device)
     # As many pieces for every process: of those beyond the last row nothing is kept.
-    pieces = math.ceil(math.ceil(rows / size) / step.world_size) * step.world_size
+    world_size = step.processes.rank.world_size
+    pieces = math.ceil(math.ceil(rows / size) / world_size) * world_size
     with step.engine.inference(step.model):
         for start in step.processes.share(range(0, pieces * size, size)):
             part = slice(min(start, rows - 1), start + size)

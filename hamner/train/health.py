@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -173,15 +172,6 @@ def diagnose(last: StepReading, non_finite: list[str]) -> str:
     )
 
 
-class StarvedExpert(NamedTuple):
-    """A starved expert gets too little to learn from."""
-
-    layer: int
-    expert: int
-    load: float
-    """share of the layer's assignments in the latest interval"""
-
-
 class StarvationDetector:
     """The detector finds experts below a quarter of their fair share, 1 / experts, for 200 steps.
 
@@ -201,12 +191,15 @@ class StarvationDetector:
         """by layer and expert: steps in a row with a low load"""
         self.reported = [[False] * model.num_experts for _ in range(model.num_layers)]
 
-    def starved(self, load: list[list[float]], steps: int) -> list[StarvedExpert]:
+    def starved(self, load: list[list[float]], steps: int) -> list[tuple[int, int, float]]:
         """The method finds experts that are now low for long enough, each for the first time.
 
         Args:
             load: by layer and expert, mean over an interval.
             steps: of the interval.
+
+        Returns:
+            Layer, expert and its share of the layer's assignments in the interval.
         """
         found = []
         for layer, shares in enumerate(load):
@@ -215,7 +208,7 @@ class StarvationDetector:
                 low[expert] = low[expert] + steps if share < self.threshold else 0
                 if low[expert] >= self.STEPS and not self.reported[layer][expert]:
                     self.reported[layer][expert] = True
-                    found.append(StarvedExpert(layer, expert, share))
+                    found.append((layer, expert, share))
         return found
 
     def state_dict(self) -> dict:

@@ -231,7 +231,7 @@ class TrainLog:
             lr=last.lr,
             grad_norm=last.grad_norm,
             tokens_per_second=speed,
-            mfu=self.mfu(speed / self.train_step.world_size),
+            mfu=self.mfu(speed / self.train_step.processes.rank.world_size),
             peak_vram_gib=peak_vram_gib(self.train_step.compute.device),
             seconds=seconds,
             skipped_steps=self.skipped_steps,
@@ -262,17 +262,17 @@ class TrainLog:
             if model.router_balance == "bias"
             else "raise --router-aux-loss-coef, or start a run with --router-balance bias"
         )
-        for starved in self.starvation.starved(record.router["load"], steps):
+        for layer, expert, load in self.starvation.starved(record.router["load"], steps):
             self.display.message(
-                f"WARNING: layer {starved.layer}: expert {starved.expert} gets "
-                f"{starved.load:.1%} of the assignments, under a quarter of its fair share "
+                f"WARNING: layer {layer}: expert {expert} gets "
+                f"{load:.1%} of the assignments, under a quarter of its fair share "
                 f"({1 / model.num_experts:.1%}), for {self.starvation.STEPS} steps by now; {advice}"
             )
 
     def _compare_with_plan(self, record: Record) -> None:
         """The projection for this GPU is held against the run, for the Triton kernels only."""
-        step = self.train_step
-        if step.compute.gpu is None or step.compute.kernels != "triton" or step.world_size > 1:
+        step, world_size = self.train_step, self.train_step.processes.rank.world_size
+        if step.compute.gpu is None or step.compute.kernels != "triton" or world_size > 1:
             return
         prediction = predict(
             self.config.model,

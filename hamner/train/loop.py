@@ -58,10 +58,9 @@ class TrainingLoop:
     Args:
         config: resolved flags.
         open_data: what to train on.
-        initial: whose weights to start from; default random ones.
+        initial, processes: see `TrainStep`.
         on_phase: called when a phase begins: those of `TrainStep`, "data", "step done",
             "evaluation", "" where none follows, and by the writer's thread "save" and "saved".
-        processes: that train together; default this single one.
     """
 
     def __init__(
@@ -98,16 +97,14 @@ class TrainingLoop:
             self.early_stopping,
             self.position,
         )
-        found = (
-            resume.restore(self.run, self.tokenizer, self.step, parts) if config.resume else None
-        )
+        self.saves = Saves(self.log, self.progress, parts, self.tokenizer)
+        if config.resume:
+            self.saves.last = resume.restore(self.run, self.tokenizer, self.step, parts)
         self.display.total_tokens = self.schedule.total_tokens
         self._start_folder()
-        self.saves = Saves(self.log, self.progress, parts, resume.facts(config, self.tokenizer))
-        self.saves.last = found
         stacks = self.run.stacks_of(self.processes.rank)
         self.watchdog = Watchdog(config.hang_minutes, stacks, self._report_hang)
-        self.interrupt = Interrupt(is_single=self.step.world_size == 1)
+        self.interrupt = Interrupt(is_single=self.processes.rank.world_size == 1)
         self.first_step = self.progress.step
 
     def _start_folder(self) -> None:
@@ -227,7 +224,7 @@ class TrainingLoop:
         CPU is, once the first micro-batch of the run is done."""
         elapsed = time.perf_counter() - started
         if self.progress.step == 0 and self.step.compute.device.type == "cpu" and done == 1:
-            rows = self.step.world_size * self.step.plan.micro_batch_size
+            rows = self.processes.rank.world_size * self.step.plan.micro_batch_size
             speed = rows * self.config.seq_len / elapsed
             total = self.schedule.total_tokens
             self.display.message(

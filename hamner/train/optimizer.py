@@ -1,4 +1,4 @@
-"""AdamW with fp32 masters and parameter groups.
+"""AdamW has fp32 masters and parameter groups.
 
 The module's parameters are what matmuls read (bf16 on a GPU); the optimizer owns fp32 masters and
 moments and writes the bf16 copy in the same pass (Loshchilov & Hutter 2019, arXiv:1711.05101). With
@@ -9,7 +9,7 @@ device, and a step whose loss or gradient norm is not finite is skipped there.
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -129,24 +129,7 @@ class AdamW:
         if loss is not None:
             norm = norm + (loss - loss)  # 0, or NaN where the loss is infinite or NaN
         clip = clip_coefficient(norm, self.grad_clip or math.inf)
-        for decays, states in self._kinds(gradients):
-            self.ops.adamw_(
-                *zip(*states, strict=True),
-                lr=lr,
-                betas=BETAS,
-                eps=EPS,
-                weight_decay=self.weight_decay if decays else 0.0,
-                step=self.steps,
-                clip_coef=clip,
-            )
-        self.drop_gradients()
-        return norm
-
-    def _kinds(self, gradients: Mapping[str, Tensor]) -> Iterator[tuple[bool, list[tuple]]]:
-        """A kind is what `adamw_` updates at once: whether the weights decay, and the tensors.
-
-        Of one kind are parameters of the same dtypes that all decay or all do not.
-        """
+        # Updated at once are parameters of the same dtypes that all decay or all do not.
         kinds = defaultdict(list)
         for name, gradient in gradients.items():
             parameter = self.parameters[name]
@@ -160,7 +143,17 @@ class AdamW:
             )
             kinds[parameter.ndim >= 2, *(tensor.dtype for tensor in state)].append(state)
         for (decays, *_), states in kinds.items():
-            yield decays, states
+            self.ops.adamw_(
+                *zip(*states, strict=True),
+                lr=lr,
+                betas=BETAS,
+                eps=EPS,
+                weight_decay=self.weight_decay if decays else 0.0,
+                step=self.steps,
+                clip_coef=clip,
+            )
+        self.drop_gradients()
+        return norm
 
     def drop_gradients(self) -> None:
         """The gradients are forgotten, accumulated ones too."""

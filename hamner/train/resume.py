@@ -10,9 +10,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
-import torch
 
-import hamner
 from hamner.checkpoint import format as checkpoint
 from hamner.checkpoint.format import Checkpoint, CheckpointError
 from hamner.checkpoint.run_folder import RunFolder
@@ -20,11 +18,9 @@ from hamner.config.model import ModelConfig, flag
 from hamner.config.train import TrainConfig
 from hamner.data.tokenizer import Tokenizer
 from hamner.errors import UserError
-from hamner.train.saves import Stateful
+from hamner.train.saves import STATE_FORMAT, Stateful
 from hamner.train.step import TrainStep
 
-STATE_FORMAT = 2
-"""of state.json"""
 NUMBER, COUNT = (int, float), (int,)
 STATE_FIELDS = {
     COUNT: ("format", "step", "tokens", "optimizer_steps", "skipped_steps", "loss_steps"),
@@ -169,17 +165,6 @@ def require_router_state(found: Checkpoint, state: dict, model: ModelConfig) -> 
             raise CheckpointError(
                 f"{found.path / checkpoint.STATE_FILE}: {name} is not what it must be; {_ANOTHER}"
             )
-
-
-def facts(config: TrainConfig, tokenizer: Tokenizer) -> dict:
-    """The facts are what state.json says of the run itself, for the next start to compare."""
-    return {
-        "format": STATE_FORMAT,
-        "stage": config.stage,
-        "model": config.to_json()["model"],
-        "tokenizer": tokenizer.fingerprint,
-        "versions": {"hamner": hamner.__version__, "torch": torch.__version__},
-    }
 
 
 def restore(

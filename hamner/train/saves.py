@@ -4,13 +4,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
+
+import hamner
 from hamner.checkpoint import format as checkpoint
 from hamner.checkpoint.format import Checkpoint
 from hamner.checkpoint.writer import RETRY_SECONDS, BackgroundSaver, NoSaver
+from hamner.data.tokenizer import Tokenizer
 from hamner.errors import UserError
 from hamner.parallel.engines import DataParallel, FullySharded
 from hamner.train.log import TrainLog
 from hamner.train.optimizer import join_masters
+
+STATE_FORMAT = 2
+"""of state.json"""
 
 
 class Stateful(Protocol):
@@ -51,14 +58,22 @@ class Saves:
         log: of the run whose model and optimizer are saved; no checkpoint is ahead of its records.
         progress: of the run.
         parts: make up state.json.
-        facts: of the run, which also stand in state.json.
+        tokenizer: of the run.
     """
 
     def __init__(
-        self, log: TrainLog, progress: Progress, parts: Sequence[Stateful], facts: dict
+        self, log: TrainLog, progress: Progress, parts: Sequence[Stateful], tokenizer: Tokenizer
     ) -> None:
-        self.log, self.progress, self.parts, self.facts = log, progress, parts, facts
+        self.log, self.progress, self.parts = log, progress, parts
         self.saver = open_saver(log)
+        self.facts = {
+            "format": STATE_FORMAT,
+            "stage": log.config.stage,
+            "model": log.config.to_json()["model"],
+            "tokenizer": tokenizer.fingerprint,
+            "versions": {"hamner": hamner.__version__, "torch": torch.__version__},
+        }
+        """of state.json, for the next start to compare"""
         self.last: Checkpoint | None = None
         """the newest checkpoint that is known to be whole"""
         self.is_state_lost = False

@@ -1,85 +1,23 @@
-"""The module fits a configuration to its machines: device, memory plan, attention, and the model.
+"""The module fits a configuration to its machines: engine, memory plan, attention, CUDA graph.
 
 Rank 0 decides and the other ranks follow, so that nothing can differ between them.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-import torch
-
-from hamner.checkpoint.format import Checkpoint
 from hamner.config.train import TrainConfig
 from hamner.errors import UserError
 from hamner.model.attention import (
-    AttentionBackend,
     AttentionChoice,
     AttentionShape,
-    build_attention,
     choose_attention,
     waits_for_gpu,
 )
-from hamner.model.ops import build_ops
-from hamner.model.transformer import Transformer
-from hamner.parallel import device
 from hamner.parallel.device import Compute
-from hamner.parallel.engines import Engine, open_engine
-from hamner.parallel.processes import SingleProcess
 from hamner.parallel.ranks import Rank
 from hamner.plan import memory
 from hamner.plan.communication import ONE_GPU, Parallelism
 from hamner.plan.memory import MemoryPlan
-
-
-@dataclass(frozen=True)
-class Setup:
-    """A setup is what a configuration comes to on this machine."""
-
-    compute: Compute
-    plan: MemoryPlan
-    attention: AttentionBackend
-    engine: Engine
-    records_graph: bool
-    """whether forward and backward of a micro-batch are one CUDA graph"""
-
-    def model(self, config: TrainConfig, initial: Checkpoint | None = None) -> Transformer:
-        """The model gets its device, and in fp32 the weights of `initial` or random ones."""
-        ops = build_ops(self.compute.kernels, self.attention)
-        # No weight has a value before it gets ours: torch's own, drawn first, would take seconds.
-        with torch.device("meta"):
-            model = Transformer(config.model, ops, self.plan.policies)
-        self.engine.shard(model)
-        model.to_empty(device=self.compute.device)
-        if initial is None:
-            model.initialize(config.seed)
-        else:
-            initial.load_model(model.state_dict())
-        return model
-
-
-def choose(config: TrainConfig, processes: SingleProcess) -> Setup:
-    """`choose` fits a run to its machines: device, recompute policies, micro-batch, attention and,
-    with several processes, how they divide the work.
-
-    Raises:
-        UserError: what is asked for does not fit or is not on this machine.
-    """
-    compute = device.select(config)
-    # Everyone has the memory of the one that has least.
-    budget = processes.all_reduce_min(compute.budget_bytes)
-    kind, plan, choice = processes.from_main(
-        lambda: decide(config, compute, budget, processes.rank)
-    )
-    engine = open_engine(kind, processes, compute, config)
-    micro_batches = config.batch_size // (plan.micro_batch_size * processes.rank.world_size)
-    return Setup(
-        compute=compute,
-        plan=plan,
-        attention=build_attention(choice, attention_shape(config, compute, plan)),
-        engine=engine,
-        records_graph=processes.from_main(
-            lambda: can_record(config, compute, choice.name) and engine.can_record(micro_batches)
-        ),
-    )
 
 
 def decide(

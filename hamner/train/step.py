@@ -18,13 +18,17 @@ from hamner.checkpoint.format import Checkpoint
 from hamner.config.train import TrainConfig
 from hamner.data.batch import IGNORED_TARGET, Batch
 from hamner.errors import UserError
-from hamner.model.transformer import RouterStatistics
+from hamner.model.attention import build_attention
+from hamner.model.ops import build_ops
+from hamner.model.transformer import RouterStatistics, Transformer
+from hamner.parallel import device
 from hamner.parallel.device import cap_memory
+from hamner.parallel.engines import open_engine
 from hamner.parallel.processes import SingleProcess
 from hamner.plan.memory import MemoryPlan
 from hamner.train.cuda_graph import GraphedBackward
 from hamner.train.optimizer import AdamW
-from hamner.train.setup import choose, plan_memory
+from hamner.train.setup import attention_shape, can_record, decide, plan_memory
 
 FIRST_STEPS = 5
 """steps after the start in which running out of memory changes the plan"""
@@ -93,11 +97,9 @@ class TrainStep:
         may_step_down: bool = True,
     ) -> None:
         self.config, self.processes, self.on_phase = config, processes or SingleProcess(), on_phase
-        setup = choose(config, self.processes)
-        self.compute, self.plan, self.attention = setup.compute, setup.plan, setup.attention
-        self.engine, self.records_graph = setup.engine, setup.records_graph
+        self._fit()
         cap_memory(self.compute, config)
-        self.model = setup.model(config, initial)
+        self.model = self._build_model(initial)
         self.optimizer = AdamW(
             self.model,
             self.model.ops,
@@ -120,10 +122,39 @@ class TrainStep:
         self.messages: list[str] = []
         """sentences for the user that nobody has shown yet"""
 
-    @property
-    def world_size(self) -> int:
-        """The property is the number of processes that train together."""
-        return self.processes.rank.world_size
+    def _fit(self) -> None:
+        """Device, memory plan, attention and engine follow from the configuration and from what
+        this machine, or the least of several, has."""
+        config, processes = self.config, self.processes
+        self.compute = compute = device.select(config)
+        # Everyone has the memory of the one that has least.
+        budget = processes.all_reduce_min(compute.budget_bytes)
+        kind, self.plan, choice = processes.from_main(
+            lambda: decide(config, compute, budget, processes.rank)
+        )
+        self.attention = build_attention(choice, attention_shape(config, compute, self.plan))
+        self.engine = open_engine(kind, processes, compute, config)
+        rows = config.batch_size // processes.rank.world_size
+        micro_batches = rows // self.plan.micro_batch_size
+        self.records_graph = processes.from_main(
+            lambda: (
+                can_record(config, compute, choice.name) and self.engine.can_record(micro_batches)
+            )
+        )
+
+    def _build_model(self, initial: Checkpoint | None) -> Transformer:
+        """The model gets its device, and in fp32 the weights of `initial` or random ones."""
+        ops = build_ops(self.compute.kernels, self.attention)
+        # No weight has a value before it gets ours: torch's own, drawn first, would take seconds.
+        with torch.device("meta"):
+            model = Transformer(self.config.model, ops, self.plan.policies)
+        self.engine.shard(model)
+        model.to_empty(device=self.compute.device)
+        if initial is None:
+            model.initialize(self.config.seed)
+        else:
+            initial.load_model(model.state_dict())
+        return model
 
     @property
     def is_graphed(self) -> bool:
@@ -171,12 +202,15 @@ class TrainStep:
             f"step {updates + 1:,} does not fit ({reason}): free the memory other programs hold, "
             "lower --micro-batch-size or --vram-budget, or recompute more (--recompute full)",
             # Of several processes, the others are half-way through the step.
-            state_is_whole=is_unchanged and self.world_size == 1,
+            state_is_whole=is_unchanged and self.processes.rank.world_size == 1,
         )
 
     def launch_one_by_one(self) -> None:
         """From here on each kernel is launched by itself, without a CUDA graph."""
         self.forward_backward = self._forward_backward
+
+    # NCCL keeps a communicator as long as graphs that were recorded with it.
+    close = launch_one_by_one
 
     def record_graph(self) -> None:
         """From here on forward and backward are one CUDA graph, where that is possible; it is
@@ -188,11 +222,6 @@ class TrainStep:
                 self.model.parameters(),
                 warm_up_calls=self.engine.warm_up_calls,
             )
-
-    def close(self) -> None:
-        """The step lets go of its CUDA graph: NCCL keeps a communicator as long as graphs that were
-        recorded with it."""
-        self.launch_one_by_one()
 
     def to_device(self, batch: Batch, rows: slice) -> tuple[Tensor, Tensor, Tensor | None]:
         """The method gives the model's arguments of some rows: inputs, targets and, if documents
@@ -271,7 +300,7 @@ class TrainStep:
 
         Not with several processes: the others are half-way through the step.
         """
-        if not self.may_step_down or self.world_size > 1:
+        if not self.may_step_down or self.processes.rank.world_size > 1:
             return False
         self.may_step_down = False
         budget = int(STEP_DOWN * self.plan.account.total)

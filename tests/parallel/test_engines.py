@@ -20,6 +20,7 @@ from hamner.parallel.processes import SingleProcess
 from hamner.parallel.ranks import Rank, resume_after_restart
 from hamner.train import setup
 from hamner.train.optimizer import AdamW
+from hamner.train.step import TrainStep
 from tests.models import DENSE, plain_ops
 from tests.models import build as build_model
 
@@ -184,12 +185,12 @@ def following(*answers) -> SingleProcess:
 
 def test_other_ranks_follow_rank_0():
     config = replace(for_option("tiny"), device="cpu")
-    plan = replace(setup.choose(config, SingleProcess()).plan, micro_batch_size=2)
+    plan = replace(TrainStep(config).plan, micro_batch_size=2)
     choice = AttentionChoice("sdpa", "timed by rank 0")
-    followed = setup.choose(config, following(("none", plan, choice), True))
+    followed = TrainStep(config, following(("none", plan, choice), True))
     assert followed.plan == plan
     assert (followed.attention.name, followed.attention.reason) == choice
     assert followed.records_graph
     choice = AttentionChoice("flash-attn", "timed by rank 0")
     with pytest.raises(UserError, match="--attention flash-attn: it needs a CUDA GPU"):
-        setup.choose(config, following(("none", plan, choice), True))
+        TrainStep(config, following(("none", plan, choice), True))

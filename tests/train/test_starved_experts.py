@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from hamner.train.health import StarvationDetector, StarvedExpert
+from hamner.train.health import StarvationDetector
 from tests.models import MOE
 
 ONE_LAYER = replace(MOE, num_layers=1)
@@ -16,7 +16,7 @@ LOW, FAIR = [0.4, 0.3, 0.25, 0.05], [0.25] * 4
 def test_an_expert_is_reported_once_after_200_steps():
     detector = StarvationDetector(ONE_LAYER)
     reported = [detector.starved([LOW], 50) for _ in range(6)]
-    assert reported == [[], [], [], [StarvedExpert(0, 3, 0.05)], [], []]
+    assert reported == [[], [], [], [(0, 3, 0.05)], [], []]
 
 
 @pytest.mark.parametrize("enough", [FAIR, [0.4, 0.3, 0.2375, 0.0625]])

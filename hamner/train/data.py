@@ -1,4 +1,4 @@
-"""What a run trains and is evaluated on, and how far it has come in that."""
+"""The data is what a run trains and is evaluated on; the run has a position in it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ Loader = TrainLoader | ConversationLoader
 
 @dataclass(frozen=True)
 class RunData:
-    """A run trains and is evaluated on this."""
+    """The data of a run is what it trains and is evaluated on."""
 
     loader: Loader
     validation: Batch
@@ -58,12 +58,12 @@ class DataPosition:
 
     Args:
         loader: whose position it is.
-        allow_change: whether other data than the checkpoint's is read from its start.
+        config: says whether other data than the checkpoint's is read from its start.
         messages: get a warning then.
     """
 
-    def __init__(self, loader: Loader, allow_change: bool, messages: list[str]) -> None:
-        self.loader, self.allow_change, self.messages = loader, allow_change, messages
+    def __init__(self, loader: Loader, config: TrainConfig, messages: list[str]) -> None:
+        self.loader, self.config, self.messages = loader, config, messages
         self.advance()
 
     def advance(self) -> None:
@@ -82,7 +82,7 @@ class DataPosition:
         try:
             self.loader.load_state_dict(state["data"])
         except UserError as error:
-            if not self.allow_change:
+            if not self.config.allow_data_change:
                 raise UserError(
                     f"{error}; --allow-data-change goes on with the new data from its start"
                 ) from error

@@ -1,4 +1,4 @@
-"""A long run notices about itself: bad steps, loss spikes, starved experts, hangs.
+"""A long run notices its own bad steps, loss spikes, starved experts and hangs.
 
 A bad step has no finite loss or gradient: the update is skipped on the device, its batch is kept,
 and after `MOST_IN_A_ROW` the run stops with a diagnosis.
@@ -49,7 +49,7 @@ class StepReading:
 
     @property
     def is_bad(self) -> bool:
-        """The update was skipped if loss or gradient was not finite."""
+        """A step is bad if its loss or gradient was not finite: its update was skipped."""
         return not (math.isfinite(self.loss) and math.isfinite(self.grad_norm))
 
 
@@ -262,7 +262,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """In it the training thread waits with its state whole, as between steps."""
+        """In this context the training thread waits with its state whole, as between steps."""
         self._at_work.release()
         try:
             yield

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM, SIGHUP: the first asks the run to stop, the second ends the process at once."""
+"""The first Ctrl-C, SIGTERM or SIGHUP asks a run to stop, the second ends the process at once."""
 
 import contextlib
 import os
@@ -6,7 +6,7 @@ import signal
 
 
 class Interrupt:
-    """It is a context in which the first SIGINT, SIGTERM or SIGHUP only sets `requested`.
+    """An interrupt is a context in which the first SIGINT, SIGTERM or SIGHUP only sets `requested`.
 
     A signal that is ignored stays so: `nohup` keeps a run alive when its terminal closes.
 

@@ -1,4 +1,4 @@
-"""The numbers of a run on their way from the device to the host, and all that follows from them.
+"""The log has the numbers on their way from the device to the host, and all that follows of them.
 
 There is one queue. A step puts its loss, its gradient norm and what its routers did into it, as one
 copy behind the step's own work; the host looks at them once they are there, a step later. From that
@@ -59,7 +59,7 @@ class AsyncCopy:
 
 @dataclass(frozen=True)
 class LogLine:
-    """A log line says this beside the numbers of its steps."""
+    """A log line says this beside what its steps came to."""
 
     val_loss: float | None
     val_step: int | None

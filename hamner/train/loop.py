@@ -79,8 +79,7 @@ class TrainingLoop:
         self.step = TrainStep(config, self.processes, initial, on_phase)
         compute = self.step.compute
         self.data = open_data(config, self.tokenizer, compute.device.type == "cuda")
-        loader, notes = self.data.loader, self.step.messages
-        self.position = DataPosition(loader, config.allow_data_change, notes)
+        self.position = DataPosition(self.data.loader, config, self.step.messages)
         self.progress, self.schedule = Progress(), Schedule(config)
         self.early_stopping = EarlyStopping(config.patience)
         self.display = Display(

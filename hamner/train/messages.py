@@ -1,4 +1,4 @@
-"""A run says this before its first step and after its last."""
+"""The messages are what a run says before its first step and after its last."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A run measures tokens/s, MFU, memory."""
+"""A run measures tokens/s, MFU, memory and how evenly its routers share the work."""
 
 import math
 import time

@@ -1,4 +1,4 @@
-"""AdamW has fp32 masters and parameter groups.
+"""AdamW updates fp32 masters, by groups of parameters.
 
 The module's parameters are what matmuls read (bf16 on a GPU); the optimizer owns fp32 masters and
 moments and writes the bf16 copy in the same pass (Loshchilov & Hutter 2019, arXiv:1711.05101). With

@@ -1,4 +1,4 @@
-"""When a run saves, and what its checkpoints hold."""
+"""The module says when a run saves, and what its checkpoints hold."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,8 +21,8 @@ STATE_FORMAT = 2
 
 
 class Stateful(Protocol):
-    """A part of a run whose state belongs into a checkpoint has these methods: it goes on where
-    `state_dict` was taken, as JSON.
+    """A part of a run whose state, as JSON, belongs into a checkpoint has these methods: after
+    `load_state_dict` it goes on where `state_dict` was taken.
 
     The keys of all parts stand side by side in state.json, so no two parts share one.
     """

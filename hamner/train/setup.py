@@ -7,12 +7,7 @@ from dataclasses import replace
 
 from hamner.config.train import TrainConfig
 from hamner.errors import UserError
-from hamner.model.attention import (
-    AttentionChoice,
-    AttentionShape,
-    choose_attention,
-    waits_for_gpu,
-)
+from hamner.model.attention import AttentionChoice, AttentionShape, choose_attention, waits_for_gpu
 from hamner.parallel.device import Compute
 from hamner.parallel.ranks import Rank
 from hamner.plan import memory

@@ -1,4 +1,4 @@
-"""One optimizer step: forward, backward and update of a global batch, and nothing around it.
+"""A step is forward, backward and update of a global batch, and nothing around it.
 
 `TrainStep` is built from a configuration. It owns the model, the optimizer, the engine that divides
 the work over processes, the memory plan and the CUDA graph. It knows no folder, display, clock or
@@ -123,8 +123,8 @@ class TrainStep:
         """sentences for the user that nobody has shown yet"""
 
     def _fit(self) -> None:
-        """Device, memory plan, attention and engine follow from the configuration and from what
-        this machine, or the least of several, has."""
+        """The step gets device, memory plan, attention and engine: what the configuration comes to
+        on the machines at hand."""
         config, processes = self.config, self.processes
         self.compute = compute = device.select(config)
         # Everyone has the memory of the one that has least.

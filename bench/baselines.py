@@ -31,8 +31,9 @@ from hamner.export.hf import to_hugging_face
 from hamner.model.attention import AttentionShape, get_attention
 from hamner.model.ops import build_ops
 from hamner.model.transformer import RMSNorm, Transformer
-from hamner.profile.steps import LR, build_step
+from hamner.profile.steps import LR
 from hamner.train.optimizer import BETAS, EPS
+from hamner.train.step import TrainStep
 
 WEIGHT_DECAY, GRAD_CLIP = 0.1, 1.0
 MAX_ERROR_RATIO = 2.0
@@ -192,7 +193,7 @@ class Hamner:
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        self.train_step = build_step(config)
+        self.train_step = TrainStep(config, may_step_down=False)
 
     def step(self, batch: Batch) -> object:
         """The step is that of the training loop."""

@@ -54,7 +54,7 @@ def test_load(benchmark, optimizer, tmp_path):
 
     def load() -> None:
         saved.verify()
-        optimizer.restore(saved, 1)
+        optimizer.restore(saved)
 
     benchmark.pedantic(load, rounds=ROUNDS)
     record(benchmark, optimizer, "load")

@@ -116,9 +116,7 @@ class SharedStep:
             self.opened = self.stack.enter_context(open_steps(config))
             self.option = config.option
         step = self.opened[0]
-        policies = memory.parse(config.recompute, config.model.num_layers)
-        compute = step.compute
-        step.follow(setup.plan_memory(config, compute, compute.budget_bytes, policies))
+        step.follow(setup.plan_memory(config, step.compute, step.compute.budget_bytes))
         steps.free_memory()
         return self.opened
 

@@ -30,8 +30,9 @@ from bench.compile_ahead import few_layers
 from bench.test_options import capacity_gib, configure
 from hamner.config.train import TrainConfig
 from hamner.data.batch import Batch
+from hamner.data.tokenizer import load_tokenizer
 from hamner.hardware import GIB
-from hamner.profile.steps import open_loader
+from hamner.train.data import open_loader
 from hamner.train.step import StepDoesNotFit
 
 pytestmark = pytest.mark.needs_gpu
@@ -94,7 +95,9 @@ def comparable(option: str, vram_budget: float | None = None) -> TrainConfig:
 @functools.cache
 def batches_of(option: str) -> tuple[Batch, ...]:
     """The function gives the first batches of the built-in corpus, the same for every trainer."""
-    loader = open_loader(comparable(option), pin_memory=not steps.is_cpu())
+    config = comparable(option)
+    tokenizer = load_tokenizer(config.tokenizer, config.model.vocab_size)
+    loader = open_loader(config, tokenizer, pin_memory=not steps.is_cpu())
     with contextlib.closing(loader):
         return tuple(itertools.islice(loader, BATCHES))
 

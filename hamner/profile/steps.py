@@ -11,50 +11,33 @@ from hamner.data.batch import Batch
 from hamner.data.loader import TrainLoader
 from hamner.data.tokenizer import load_tokenizer
 from hamner.parallel.processes import SingleProcess
+from hamner.train.data import open_loader
 from hamner.train.step import OnPhase, TrainStep, ignore_phase
 
 LR = 1e-5
 """a step's time does not depend on it"""
 
 
-def build_step(
-    config: TrainConfig, processes: SingleProcess | None = None, on_phase: OnPhase = ignore_phase
-) -> TrainStep:
-    """The function builds a run's step; a plan that does not fit is not replaced by another.
-
-    Args:
-        config: the run whose steps are taken.
-        processes: that train together, each with its step, which must take the same ones; default
-            this one alone.
-        on_phase: see `TrainStep`.
-
-    Raises:
-        UserError: the configuration does not allow it.
-    """
-    step = TrainStep(config, processes, on_phase=on_phase)
-    step.has_stepped_down = True
-    return step
-
-
-def open_loader(config: TrainConfig, *, pin_memory: bool) -> TrainLoader:
-    """The function opens the batches that a run trains on.
-
-    Raises:
-        UserError: the data does not allow it.
-    """
-    tokenizer = load_tokenizer(config.tokenizer, config.model.vocab_size)
-    return TrainLoader(config, tokenizer, pin_memory=pin_memory)
-
-
 @contextlib.contextmanager
 def open_steps(
     config: TrainConfig, processes: SingleProcess | None = None, on_phase: OnPhase = ignore_phase
 ) -> Iterator[tuple[TrainStep, TrainLoader]]:
-    """While it is open, a run's steps can be taken on the run's own data; see `build_step`."""
-    step = build_step(config, processes, on_phase)
+    """While it is open, a run's steps can be taken on the run's own data.
+
+    Args:
+        config: the run whose steps are taken; a plan that does not fit is not replaced by another.
+        processes: that train together, each with its step, which must take the same ones; default
+            this single one.
+        on_phase: see `TrainStep`.
+
+    Raises:
+        UserError: the configuration or the data does not allow it.
+    """
+    step = TrainStep(config, processes, on_phase=on_phase, may_step_down=False)
+    tokenizer = load_tokenizer(config.tokenizer, config.model.vocab_size)
     with (
         contextlib.closing(step),
-        contextlib.closing(open_loader(config, pin_memory=is_on_gpu(step))) as loader,
+        contextlib.closing(open_loader(config, tokenizer, is_on_gpu(step))) as loader,
     ):
         yield step, loader
 

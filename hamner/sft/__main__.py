@@ -1,4 +1,4 @@
-"""`python -m hamner.sft`: fine-tune a pre-trained model on conversations, or resume that."""
+"""`python -m hamner.sft` fine-tunes a pre-trained model on conversations, or resumes that."""
 
 from collections.abc import Sequence
 from dataclasses import replace

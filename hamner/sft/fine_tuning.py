@@ -15,7 +15,9 @@ from hamner.data.conversations.examples import load_examples
 from hamner.data.conversations.loader import ConversationLoader, validation_batch
 from hamner.data.tokenizer import Tokenizer, load_tokenizer
 from hamner.parallel.ranks import Rank
-from hamner.train.loop import RunData, TrainResult, train
+from hamner.train.data import RunData
+from hamner.train.loop import train
+from hamner.train.messages import TrainResult
 
 WARMUP_SHARE = 10
 """the warm-up is at most a tenth of the run"""
@@ -45,9 +47,8 @@ def fine_tune(config: SftConfig) -> TrainResult:
         loader.pin_memory = pin_memory
         return RunData(loader, validation)
 
-    return train(
-        scheduled(training, config.sft.epochs, loader.rows_in_epoch(0)), open_data, initial
-    )
+    planned = scheduled(training, config.sft.epochs, loader.rows_in_epoch(0))
+    return train(planned, open_data=open_data, initial=initial)
 
 
 def scheduled(config: TrainConfig, epochs: float, rows_per_epoch: int) -> TrainConfig:

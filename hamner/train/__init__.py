@@ -1,1 +1,1 @@
-"""Pre-training: the step, the loop around it, and what a long run must survive."""
+"""This package has the training step, the loop around it, and what a long run must survive."""

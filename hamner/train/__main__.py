@@ -1,4 +1,4 @@
-"""`python -m hamner.train`: pre-train an option from scratch, resume a run, replay a bad step."""
+"""`python -m hamner.train` pre-trains an option from scratch, resumes a run, replays a bad step."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace

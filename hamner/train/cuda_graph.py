@@ -1,4 +1,4 @@
-"""A training step's forward and backward as one CUDA graph: a single launch instead of a thousand.
+"""A step's forward and backward become one CUDA graph: a single launch instead of a thousand.
 
 Launched one by one, the small kernels of a step leave gaps between them on a fast GPU, and a slow
 CPU cannot keep up at all. A graph has neither. What it records is fixed: shapes, addresses and the
@@ -16,7 +16,7 @@ from hamner.errors import UserError
 
 
 class GraphedBackward:
-    """Records a function that fills the gradients of some parameters, then replays it.
+    """The object records a function that fills the gradients of some parameters, then replays it.
 
     Args:
         function: takes tensors (or None) of the same shapes at every call, leaves gradients in
@@ -38,14 +38,10 @@ class GraphedBackward:
         self.parameters = list(parameters)
         self.warm_up_left = warm_up_calls
         self.graph: torch.cuda.CUDAGraph | None = None
-
-    @property
-    def is_recorded(self) -> bool:
-        """Whether calls are replays by now."""
-        return self.graph is not None
+        """replayed by now"""
 
     def __call__(self, *arguments: Tensor | None):
-        """The function's result; gradients are in the parameters."""
+        """The call gives the function's result; gradients are in the parameters."""
         if self.warm_up_left:
             self.warm_up_left -= 1
             return self.function(*arguments)

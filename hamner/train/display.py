@@ -1,4 +1,4 @@
-"""What a run shows: a live panel on a terminal, plain lines elsewhere."""
+"""A run shows a live panel on a terminal, plain lines elsewhere."""
 
 import contextlib
 
@@ -13,30 +13,22 @@ from hamner.train.metrics import Record
 
 
 class Display:
-    """Shows records as they come, and one-line messages.
+    """The display shows records as they come, and one-line messages.
 
     Args:
         name: of the run, the panel's title.
         total_tokens: length of the run.
         budget_gib: memory the run may take, GiB, or None without a GPU.
-        console: where to; a terminal gets the panel.
-        log: gets plain lines as well.
     """
 
-    def __init__(
-        self,
-        name: str,
-        total_tokens: int,
-        budget_gib: float | None,
-        console: Console | None = None,
-        log: Console | None = None,
-    ) -> None:
+    def __init__(self, name: str, total_tokens: int, budget_gib: float | None) -> None:
         self.name, self.total_tokens, self.budget_gib = name, total_tokens, budget_gib
-        self.console, self.log = console or Console(highlight=False), log
         self.live: Live | None = None
+        self.connect()
 
-    def connect(self, console: Console | None, log: Console | None) -> None:
-        """The display writes to these from now on; None is the terminal, or no log."""
+    def connect(self, console: Console | None = None, log: Console | None = None) -> None:
+        """The display writes to a console, of which a terminal gets the panel, and plain lines to a
+        log as well; None is the terminal, or no log."""
         self.console, self.log = console or Console(highlight=False), log
 
     def __enter__(self) -> "Display":
@@ -51,7 +43,7 @@ class Display:
                 self.live.stop()
 
     def message(self, text: str) -> None:
-        """Print one message above the panel; a terminal or disk that is gone ends no run."""
+        """A message is printed above the panel; a terminal or disk that is gone ends no run."""
         self._print(self.console, text)
         self._print(self.log, text)
 
@@ -62,7 +54,7 @@ class Display:
         texts.clear()
 
     def show(self, record: Record) -> None:
-        """Show a record."""
+        """A record replaces the one in the panel, or is a line."""
         fields = self.fields(record)
         line = " | ".join(f"{name} {value}" for name, value in fields.items())
         if self.live is None:
@@ -87,7 +79,7 @@ class Display:
                 console.print(Text(text), soft_wrap=True)
 
     def fields(self, record: Record) -> dict[str, str]:
-        """Names and values of what is shown."""
+        """The fields are the names and values that are shown."""
         fields = {
             "step": f"{record.step:,}",
             "loss": f"{record.loss:.4f}",
@@ -112,21 +104,18 @@ class Display:
 
 
 def duration(seconds: float) -> str:
-    """Two largest units: `5 d 18 h`, `3 min 20 s`."""
+    """The text has the two largest units: `5 d 18 h`, `3 min 20 s`."""
     units = (("years", 31_557_600), ("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1))
-    seconds = round(seconds)
-    for position, (unit, size) in enumerate(units):
-        if seconds >= size:
-            text = f"{seconds // size:,} {unit}"
-            if position + 1 < len(units):
-                smaller, smaller_size = units[position + 1]
-                text += f" {seconds % size // smaller_size} {smaller}"
-            return text
-    return "0 s"
+    left, parts = round(seconds), []
+    for unit, size in units:
+        if left >= size or parts:
+            number, left = divmod(left, size)
+            parts.append(f"{number:,} {unit}")
+    return " ".join(parts[:2]) or "0 s"
 
 
 def count(number: float) -> str:
-    """`10.00B`, `819.2K`."""
+    """The text is short: `10.00B`, `819.2K`."""
     for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
         if number >= size:
             return f"{number / size:.2f}{unit}"

@@ -1,4 +1,4 @@
-"""What a long run notices about itself: bad steps, loss spikes, hangs.
+"""A long run notices its own bad steps, loss spikes, starved experts and hangs.
 
 A bad step has no finite loss or gradient: the update is skipped on the device, its batch is kept,
 and after `MOST_IN_A_ROW` the run stops with a diagnosis.
@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hamner.config.model import ModelConfig
 from hamner.data.batch import Batch
 from hamner.errors import UserError
 
@@ -29,67 +30,31 @@ MOST_IN_A_ROW = 5
 """bad steps, after which training stops"""
 MOST_KEPT = 20
 """batches on disk: a run that skips every other step must not fill it"""
-_TENSORS = ("inputs", "targets", "document_ids")
+_FACTS = {"step": int, "tokens": int, "lr": float, "loss": float, "grad_norm": float}
 
 
 @dataclass(frozen=True)
 class StepReading:
-    """What one step turned out to be."""
+    """A reading says what one step turned out to be."""
 
     step: int
     tokens: int
     """trained when it was done"""
     lr: float
-    loss: float
-    """cross-entropy, nats per token"""
-    grad_norm: float
-    """global, before clipping"""
     batch: Batch
+    loss: float = math.nan
+    """cross-entropy, nats per token"""
+    grad_norm: float = math.nan
+    """global, before clipping"""
 
     @property
     def is_bad(self) -> bool:
-        """Whether the update was skipped because loss or gradient was not finite."""
+        """A step is bad if its loss or gradient was not finite: its update was skipped."""
         return not (math.isfinite(self.loss) and math.isfinite(self.grad_norm))
 
 
 class StepHealth:
     """The detector counts bad steps in a row and finds loss spikes among the good ones."""
-
-    def __init__(self) -> None:
-        self.spikes = SpikeDetector([])
-        self.bad_in_a_row = 0
-        self.diverged: StepReading | None = None
-        """the bad step after which the run stops"""
-
-    def judge(self, reading: StepReading) -> float | None:
-        """The z-score of a step whose loss is a spike; None for any other step."""
-        if not reading.is_bad:
-            self.bad_in_a_row = 0
-            return self.spikes.score(reading.loss)
-        self.bad_in_a_row += 1
-        if self.bad_in_a_row == MOST_IN_A_ROW:
-            self.diverged = reading
-        return None
-
-    def state_dict(self) -> dict:
-        """The recent losses, for a checkpoint."""
-        return {"recent_losses": list(self.spikes.recent)}
-
-    def load_state_dict(self, state: dict) -> None:
-        """The detector goes on where `state_dict` was taken."""
-        self.spikes = SpikeDetector(state["recent_losses"])
-
-
-class SpikeDetector:
-    """Marks losses far above the recent ones.
-
-    The score is the robust z-score (Iglewicz & Hoaglin 1993): the distance from the median of the
-    last `WINDOW` losses in units of 1.4826 x their median absolute deviation, which equals the
-    standard deviation of a normal distribution and which a few spikes do not move.
-
-    Args:
-        recent: losses before this start, oldest first.
-    """
 
     WINDOW = 128
     LEAST = 32
@@ -98,11 +63,31 @@ class SpikeDetector:
     LEAST_DEVIATION = 1e-3
     """nats per token; a run that has converged does not spike in the last digits"""
 
-    def __init__(self, recent: list[float]) -> None:
-        self.recent: deque[float] = deque(recent, maxlen=self.WINDOW)
+    def __init__(self) -> None:
+        self.recent: deque[float] = deque(maxlen=self.WINDOW)
+        """the last losses that were finite"""
+        self.bad_in_a_row = 0
+        self.diverged: StepReading | None = None
+        """the bad step after which the run stops"""
+
+    def judge(self, reading: StepReading) -> float | None:
+        """The method gives the z-score of a step whose loss is a spike; None for any other step."""
+        if not reading.is_bad:
+            self.bad_in_a_row = 0
+            return self.score(reading.loss)
+        self.bad_in_a_row += 1
+        if self.bad_in_a_row == MOST_IN_A_ROW:
+            self.diverged = reading
+        return None
 
     def score(self, loss: float) -> float | None:
-        """The z-score if this finite loss is a spike, else None; it then counts as recent."""
+        """The method gives the z-score if this finite loss is far above the recent ones, else None;
+        it then counts as recent.
+
+        The score is the robust z-score (Iglewicz & Hoaglin 1993): the distance from the median of
+        the last `WINDOW` losses in units of 1.4826 x their median absolute deviation, which equals
+        the standard deviation of a normal distribution and which a few spikes do not move.
+        """
         score = None
         if len(self.recent) >= self.LEAST:
             losses = torch.tensor(self.recent, dtype=torch.float64)
@@ -112,27 +97,32 @@ class SpikeDetector:
         self.recent.append(loss)
         return score if score is not None and score > self.THRESHOLD else None
 
+    def state_dict(self) -> dict:
+        return {"recent_losses": list(self.recent)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.recent.extend(state["recent_losses"])
+
 
 def keep(folder: Path, reading: StepReading) -> str:
-    """Write the batch of a bad step for `--replay`; returns a clause that says where, or why not.
+    """`keep` writes the batch of a bad step for `--replay`; a clause says where, or why not.
 
     Never raises for what a disk can do: the run goes on.
     """
     path = folder / f"step_{reading.step:08d}.safetensors"
     if folder.is_dir() and sum(1 for _ in folder.glob("step_*.safetensors")) >= MOST_KEPT:
         return f"its batch is not kept, {MOST_KEPT} are in {folder} already"
-    facts = {name: str(getattr(reading, name)) for name in ("step", "tokens", "lr", "loss")}
-    facts["grad_norm"] = str(reading.grad_norm)
+    facts = {name: str(getattr(reading, name)) for name in _FACTS}
     try:
         folder.mkdir(exist_ok=True)
-        save_file({name: getattr(reading.batch, name) for name in _TENSORS}, path, metadata=facts)
+        save_file(vars(reading.batch), path, metadata=facts)
     except (OSError, SafetensorError) as error:
         return f"its batch could not be written to {path} ({error})"
     return f"its batch is in {path}, see --replay"
 
 
 def read(path: Path) -> StepReading:
-    """Read what `keep` wrote.
+    """`read` gives what `keep` wrote.
 
     Raises:
         UserError: not such a file.
@@ -140,33 +130,26 @@ def read(path: Path) -> StepReading:
     try:
         with safe_open(path, framework="pt", device="cpu") as saved:
             facts = saved.metadata() or {}
-            batch = Batch(**{name: saved.get_tensor(name) for name in _TENSORS})
-        reading = StepReading(
-            step=int(facts["step"]),
-            tokens=int(facts["tokens"]),
-            lr=float(facts["lr"]),
-            loss=float(facts["loss"]),
-            grad_norm=float(facts["grad_norm"]),
-            batch=batch,
-        )
+            batch = Batch(*(saved.get_tensor(field.name) for field in fields(Batch)))
+        numbers = {name: number(facts[name]) for name, number in _FACTS.items()}
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise UserError(
             f"--replay {path} is not the batch of a bad step ({error}); give a file of "
             "RUN/bad_steps"
         ) from error
-    shapes = {getattr(batch, name).shape for name in _TENSORS}
+    shapes = {tensor.shape for tensor in vars(batch).values()}
     if len(shapes) != 1 or batch.inputs.ndim != 2:
         raise UserError(f"--replay {path}: inputs, targets and document_ids differ in shape")
-    return reading
+    return StepReading(batch=batch, **numbers)
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names of the tensors with a value that is not finite. Waits for the GPU."""
+    """The function names the tensors with a value that is not finite, and waits for the GPU."""
     return [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
 
 
 def diagnose(last: StepReading, non_finite: list[str]) -> str:
-    """Why a run stopped itself, and what to do.
+    """The sentences say why a run stopped itself, and what to do.
 
     Args:
         last: of the bad steps in a row.
@@ -189,8 +172,57 @@ def diagnose(last: StepReading, non_finite: list[str]) -> str:
     )
 
 
+class StarvationDetector:
+    """The detector finds experts below a quarter of their fair share, 1 / experts, for 200 steps.
+
+    Each is reported once. An interval counts for an expert when its mean load is that low.
+
+    Args:
+        model: shape of a mixture of experts.
+    """
+
+    LEAST_SHARE = 0.25
+    """of the fair share"""
+    STEPS = 200
+
+    def __init__(self, model: ModelConfig) -> None:
+        self.threshold = self.LEAST_SHARE / model.num_experts
+        self.low_steps = [[0] * model.num_experts for _ in range(model.num_layers)]
+        """by layer and expert: steps in a row with a low load"""
+        self.reported = [[False] * model.num_experts for _ in range(model.num_layers)]
+
+    def starved(self, load: list[list[float]], steps: int) -> list[tuple[int, int, float]]:
+        """The method finds experts that are now low for long enough, each for the first time.
+
+        Args:
+            load: by layer and expert, mean over an interval.
+            steps: of the interval.
+
+        Returns:
+            Layer, expert and its share of the layer's assignments in the interval.
+        """
+        found = []
+        for layer, shares in enumerate(load):
+            for expert, share in enumerate(shares):
+                low = self.low_steps[layer]
+                low[expert] = low[expert] + steps if share < self.threshold else 0
+                if low[expert] >= self.STEPS and not self.reported[layer][expert]:
+                    self.reported[layer][expert] = True
+                    found.append((layer, expert, share))
+        return found
+
+    def state_dict(self) -> dict:
+        return {
+            "low_steps": [list(row) for row in self.low_steps],
+            "told": [list(row) for row in self.reported],
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.low_steps, self.reported = state["low_steps"], state["told"]
+
+
 class Watchdog:
-    """Context that expects `beat` at least every `minutes`.
+    """The context expects `beat` at least every `minutes`.
 
     Args:
         minutes: without a beat that count as a hang; 0 never does.
@@ -230,7 +262,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """While the training thread waits for something with its state whole, as between steps."""
+        """In this context the training thread waits with its state whole, as between steps."""
         self._at_work.release()
         try:
             yield
@@ -238,7 +270,7 @@ class Watchdog:
             self._at_work.acquire()
 
     def _watch(self) -> None:
-        """Body of the thread."""
+        """The thread looks for beats until it is stopped."""
         armed_for = reported = None
         # The stacks come first: the call may let the training thread go on.
         patience = self.seconds + min(1.0, self.seconds / 4)

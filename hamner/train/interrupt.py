@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM, SIGHUP: the first asks the run to stop, the second ends the process at once."""
+"""The first Ctrl-C, SIGTERM or SIGHUP asks a run to stop, the second ends the process at once."""
 
 import contextlib
 import os
@@ -6,7 +6,7 @@ import signal
 
 
 class Interrupt:
-    """Context in which the first SIGINT, SIGTERM or SIGHUP only sets `requested`.
+    """An interrupt is a context in which the first SIGINT, SIGTERM or SIGHUP only sets `requested`.
 
     A signal that is ignored stays so: `nohup` keeps a run alive when its terminal closes.
 
@@ -14,15 +14,15 @@ class Interrupt:
     keeps Python's own handlers waiting.
 
     Args:
-        is_alone: false in one of several processes. There the launcher passes signals on, to each
+        is_single: false in one of several processes. There the launcher passes signals on, to each
             process, and ends those that take too long: nothing is said here, later signals count
             for nothing, and none comes before the message of an error that ends the loop.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-    def __init__(self, *, is_alone: bool = True) -> None:
-        self.is_alone = is_alone
+    def __init__(self, *, is_single: bool) -> None:
+        self.is_single = is_single
         self.requested = False
 
     def __enter__(self) -> "Interrupt":
@@ -34,13 +34,13 @@ class Interrupt:
         return self
 
     def __exit__(self, error: type | None, *_) -> None:
-        keeps_quiet = error is not None and not self.is_alone
+        keeps_quiet = error is not None and not self.is_single
         for number, handler in self.previous.items():
             signal.signal(number, signal.SIG_IGN if keeps_quiet else handler)
 
     def _request(self, *_) -> None:
         self.requested = True
-        if not self.is_alone:
+        if not self.is_single:
             return
         for number in self.previous:
             signal.signal(number, signal.SIG_DFL)

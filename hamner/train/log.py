@@ -1,4 +1,4 @@
-"""The numbers of a run on their way from the device to the host, and all that follows from them.
+"""The log has the numbers on their way from the device to the host, and all that follows of them.
 
 There is one queue. A step puts its loss, its gradient norm and what its routers did into it, as one
 copy behind the step's own work; the host looks at them once they are there, a step later. From that
@@ -8,22 +8,19 @@ starved experts, the plan against reality.
 
 import math
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from hamner.checkpoint.run_folder import RecordLog, RunFolder
 from hamner.config.options import total_tokens
-from hamner.config.train import TrainConfig
-from hamner.data.batch import Batch
 from hamner.plan.step_time import compare_with_reality, predict
 from hamner.train import health
 from hamner.train.display import Display
-from hamner.train.health import StepHealth, StepReading
-from hamner.train.metrics import Mfu, Record, Spike, Stopwatch, peak_vram_gib
+from hamner.train.health import StarvationDetector, StepHealth, StepReading
+from hamner.train.metrics import Mfu, Record, Spike, Stopwatch, describe_routers, peak_vram_gib
 from hamner.train.reporters import Reporter
-from hamner.train.routers import StarvationDetector, describe_routers
 from hamner.train.step import StepResult, TrainStep
 
 MAX_PENDING = 1
@@ -34,7 +31,7 @@ PLAN_CHECK_STEP = 100
 
 
 class AsyncCopy:
-    """A copy of a tensor to the host, behind the work that is queued on its device.
+    """A copy of a tensor reaches the host behind the work that is queued on its device.
 
     Args:
         values: any shape and dtype, on any device; may be overwritten afterwards.
@@ -50,11 +47,11 @@ class AsyncCopy:
 
     @property
     def is_done(self) -> bool:
-        """Whether `wait` would return at once."""
+        """The answer is whether `wait` would return at once."""
         return self._event is None or self._event.query()
 
     def wait(self) -> Tensor:
-        """The tensor on the CPU, once it is there."""
+        """The method gives the tensor on the CPU, once it is there."""
         if self._event is not None:
             self._event.synchronize()
         return self._values
@@ -62,7 +59,7 @@ class AsyncCopy:
 
 @dataclass(frozen=True)
 class LogLine:
-    """What a log line says beside the numbers of its steps."""
+    """A log line says this beside what its steps came to."""
 
     val_loss: float | None
     val_step: int | None
@@ -71,14 +68,10 @@ class LogLine:
 
 @dataclass
 class PendingStep:
-    """A step whose numbers are on their way from the device."""
+    """A pending step is one whose numbers are on their way from the device."""
 
-    step: int
-    tokens: int
-    """trained when it was done"""
-    lr: float
-    batch: Batch
-    """kept until then, so that the batch of a bad step can be written down"""
+    reading: StepReading
+    """without loss and gradient norm; its batch is kept so that a bad one can be written down"""
     values: AsyncCopy
     """(2 + layers x (experts + 1),) fp32: loss, gradient norm, `StepResult.router`"""
     line: LogLine | None = None
@@ -87,56 +80,43 @@ class PendingStep:
 
 @dataclass
 class Interval:
-    """The good steps since the last log line, added up in fp32."""
+    """An interval adds up, in fp32, the good steps since the last log line."""
 
+    router_sum: Tensor
+    """(layers, experts + 1), see `StepResult.router`; (0,) without a mixture"""
     start_step: int = 0
     start_tokens: int = 0
     start_seconds: float = 0.0
     loss_sum: Tensor = field(default_factory=lambda: torch.zeros(()))
     loss_steps: int = 0
-    router_sum: Tensor | None = None
-    """(layers, experts + 1), see `StepResult.router`"""
+    spikes: list[Spike] = field(default_factory=list)
 
 
 class TrainLog:
     """The log owns the queue, the clock of training and what is said and written of every step.
 
     Args:
-        config: of the run.
-        run: its folder.
-        train_step: whose steps are recorded; asked for its plan and device.
+        run: the run's folder.
+        train_step: whose steps are recorded; asked for its configuration, plan and device.
         display: for people.
-        reporters: for services.
     """
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        run: RunFolder,
-        train_step: TrainStep,
-        *,
-        display: Display,
-        reporters: list[Reporter],
-    ) -> None:
-        self.config, self.run, self.train_step = config, run, train_step
-        self.display, self.reporters = display, reporters
+    def __init__(self, run: RunFolder, train_step: TrainStep, display: Display) -> None:
+        self.run, self.train_step, self.display = run, train_step, display
+        self.config = config = train_step.config
+        self.reporters: list[Reporter] = []
         self.is_main = train_step.processes.rank.is_main
         compute = train_step.compute
         self.mfu = Mfu(config.model, config.seq_len, compute.gpu, compute.precision)
-        self.metrics = RecordLog(run.metrics)
-        self.watch = Stopwatch(0.0)
+        self.metrics, self.samples = RecordLog(run.metrics), RecordLog(run.samples)
+        self.watch = Stopwatch()
         self.health = StepHealth()
         self.queue: deque[PendingStep] = deque()
-        self.last: PendingStep | None = None
-        """the step whose numbers were read last"""
-        self.interval = Interval()
-        self.spikes: list[Spike] = []
-        """of the interval"""
+        self.last: StepReading | None = None
         self.skipped_steps = 0
         self.starvation = StarvationDetector(config.model) if config.model.is_moe else None
-        if config.model.is_moe:
-            shape = (config.model.num_layers, config.model.num_experts + 1)
-            self.interval.router_sum = torch.zeros(shape)
+        router_sum = train_step.router_sum
+        self.interval = Interval(torch.zeros((0,) if router_sum is None else router_sum.shape))
 
     def start(self, step: int, tokens: int) -> None:
         """The clock and the first interval begin after `step`."""
@@ -144,18 +124,12 @@ class TrainLog:
         self.interval.start_step, self.interval.start_tokens = step, tokens
         self.interval.start_seconds = self.watch.read()
 
-    def record(self, step: int, tokens: int, lr: float, batch: Batch, result: StepResult) -> None:
-        """A step that was launched joins the queue; those that have arrived are judged.
-
-        Args:
-            step, tokens, lr, batch: as in `PendingStep`.
-            result: of the step.
-        """
+    def record(self, launched: StepReading, result: StepResult) -> None:
+        """A step that was launched joins the queue; those that have arrived are judged."""
         values = [result.loss[None], result.grad_norm[None]]
         if result.router is not None:
             values.append(result.router.flatten())
-        copy = AsyncCopy(torch.cat(values))
-        self.queue.append(PendingStep(step, tokens=tokens, lr=lr, batch=batch, values=copy))
+        self.queue.append(PendingStep(launched, AsyncCopy(torch.cat(values))))
         self.drain(max_pending=MAX_PENDING)
 
     def request_line(self, line: LogLine) -> None:
@@ -163,7 +137,7 @@ class TrainLog:
         if self.queue:
             self.queue[-1].line = line
         else:
-            self._write_line(self.last, line)
+            self._write_line(line)
 
     def drain(self, *, max_pending: int = 0) -> None:
         """All steps but the last `max_pending`, and any that have arrived, are read and logged."""
@@ -171,7 +145,13 @@ class TrainLog:
             pending = self.queue.popleft()
             self._read(pending)
             if pending.line is not None:
-                self._write_line(pending, pending.line)
+                self._write_line(pending.line)
+
+    def flush(self) -> None:
+        """All steps are read, and what the disk did not take of their records is tried again."""
+        self.drain()
+        for log in (self.metrics, self.samples):
+            log.flush()
 
     def pause(self) -> None:
         """The clock stops when the steps under way are done: launched is not yet trained."""
@@ -188,7 +168,7 @@ class TrainLog:
             )
 
     def state_dict(self) -> dict:
-        """What the next start goes on with, as JSON; the queue must be empty."""
+        """The next start goes on with this, as JSON; the queue must be empty."""
         state = {
             "seconds": self.watch.read(),
             "skipped_steps": self.skipped_steps,
@@ -204,7 +184,7 @@ class TrainLog:
     def load_state_dict(self, state: dict) -> None:
         """The log goes on where `state_dict` was taken; older checkpoints of a mixture have no
         state of its routers."""
-        self.watch = Stopwatch(state["seconds"])
+        self.watch.seconds = state["seconds"]
         self.skipped_steps = state["skipped_steps"]
         self.interval.loss_sum = torch.tensor(float(state["loss_sum"]))
         self.interval.loss_steps = state["loss_steps"]
@@ -215,85 +195,62 @@ class TrainLog:
 
     def _read(self, pending: PendingStep) -> None:
         """A step's numbers are added up; a spike is marked, the batch of a bad step is kept."""
-        values = pending.values.wait()
-        self.last = pending
+        values, interval = pending.values.wait(), self.interval
         loss, grad_norm = values[:2].tolist()
-        reading = StepReading(
-            step=pending.step,
-            tokens=pending.tokens,
-            lr=pending.lr,
-            loss=loss,
-            grad_norm=grad_norm,
-            batch=pending.batch,
-        )
+        self.last = reading = replace(pending.reading, loss=loss, grad_norm=grad_norm)
         score = self.health.judge(reading)
         if reading.is_bad:
             self.skipped_steps += 1
-            self._keep_bad_step(reading)
+            if self.is_main:
+                kept = health.keep(self.run.bad_steps, reading)
+                self.display.message(
+                    f"WARNING: step {reading.step:,} skipped: loss {loss}, gradient norm "
+                    f"{grad_norm}; {kept}"
+                )
             return
-        self.interval.loss_sum += values[0]
-        self.interval.loss_steps += 1
-        if self.interval.router_sum is not None:
-            self.interval.router_sum += values[2:].view_as(self.interval.router_sum)
+        interval.loss_sum += values[0]
+        interval.loss_steps += 1
+        interval.router_sum += values[2:].view_as(interval.router_sum)
         if score is not None:
-            self.spikes.append(Spike(reading.step, reading.tokens, reading.loss, score))
+            interval.spikes.append(Spike(reading.step, reading.tokens, loss, score))
             self.display.message(
-                f"loss spike at step {reading.step:,}: {reading.loss:.4f}, {score:.1f} robust "
+                f"loss spike at step {reading.step:,}: {loss:.4f}, {score:.1f} robust "
                 "standard deviations above the recent losses"
             )
 
-    def _keep_bad_step(self, reading: StepReading) -> None:
-        if self.is_main:
-            kept = health.keep(self.run.bad_steps, reading)
-            self.display.message(
-                f"WARNING: step {reading.step:,} skipped: loss {reading.loss}, gradient norm "
-                f"{reading.grad_norm}; {kept}"
-            )
-
-    def _write_line(self, pending: PendingStep, line: LogLine) -> None:
+    def _write_line(self, line: LogLine) -> None:
         """The line is written, shown and reported, and the next interval begins."""
-        interval, seconds = self.interval, self.watch.read()
+        last, interval, seconds = self.last, self.interval, self.watch.read()
         elapsed = max(1e-9, seconds - interval.start_seconds)
-        speed = (pending.tokens - interval.start_tokens) / elapsed
+        speed = (last.tokens - interval.start_tokens) / elapsed
         steps = interval.loss_steps
-        router = None
-        if interval.router_sum is not None:
-            router = describe_routers(interval.router_sum, steps)
         record = Record(
-            step=pending.step,
-            tokens=pending.tokens,
+            step=last.step,
+            tokens=last.tokens,
             loss=interval.loss_sum.item() / steps if steps else math.nan,
-            val_loss=line.val_loss,
-            val_step=line.val_step,
-            lr=pending.lr,
-            grad_norm=pending.values.wait()[1].item(),
+            lr=last.lr,
+            grad_norm=last.grad_norm,
             tokens_per_second=speed,
-            mfu=self.mfu(speed / self.train_step.world_size),
+            mfu=self.mfu(speed / self.train_step.processes.rank.world_size),
             peak_vram_gib=peak_vram_gib(self.train_step.compute.device),
             seconds=seconds,
             skipped_steps=self.skipped_steps,
-            sources=line.sources,
-            router=router,
-            spikes=tuple(self.spikes),
+            router=describe_routers(interval.router_sum, steps) if self.starvation else None,
+            spikes=tuple(interval.spikes),
+            **vars(line),
         )
         self.append(self.metrics, record.to_json())
-        self._report(record)
-        self._warn_of_starved_experts(record, steps)
-        if interval.start_step < PLAN_CHECK_STEP <= record.step:
-            self._compare_with_plan(record)
-        self.spikes.clear()
-        router_sum = interval.router_sum
-        if router_sum is not None:
-            router_sum = torch.zeros_like(router_sum)
-        self.interval = Interval(record.step, record.tokens, seconds, router_sum=router_sum)
-
-    def _report(self, record: Record) -> None:
         for reporter in self.reporters:
             try:
                 reporter.report(record)
             except Exception as error:  # whatever ails a service, the run does not end of it
                 self.display.message(f"WARNING: {type(reporter).__name__} failed: {error}")
         self.display.show(record)
+        self._warn_of_starved_experts(record, steps)
+        if interval.start_step < PLAN_CHECK_STEP <= record.step:
+            self._compare_with_plan(record)
+        fresh = torch.zeros_like(interval.router_sum)
+        self.interval = Interval(fresh, record.step, record.tokens, seconds)
 
     def _warn_of_starved_experts(self, record: Record, steps: int) -> None:
         """Experts of a mixture that get next to nothing are named, each once."""
@@ -305,29 +262,24 @@ class TrainLog:
             if model.router_balance == "bias"
             else "raise --router-aux-loss-coef, or start a run with --router-balance bias"
         )
-        for starved in self.starvation.starved(record.router["load"], steps):
+        for layer, expert, load in self.starvation.starved(record.router["load"], steps):
             self.display.message(
-                f"WARNING: layer {starved.layer}: expert {starved.expert} gets "
-                f"{starved.load:.1%} of the assignments, under a quarter of its fair share "
+                f"WARNING: layer {layer}: expert {expert} gets "
+                f"{load:.1%} of the assignments, under a quarter of its fair share "
                 f"({1 / model.num_experts:.1%}), for {self.starvation.STEPS} steps by now; {advice}"
             )
 
     def _compare_with_plan(self, record: Record) -> None:
         """The projection for this GPU is held against the run, for the Triton kernels only."""
-        step = self.train_step
-        if step.compute.gpu is None or step.compute.kernels != "triton" or step.world_size > 1:
+        step, world_size = self.train_step, self.train_step.processes.rank.world_size
+        if step.compute.gpu is None or step.compute.kernels != "triton" or world_size > 1:
             return
         plan = step.plan
         prediction = predict(self.config, step.compute.gpu, plan.policies, plan.micro_batch_size)
         speed, peak = record.tokens_per_second, record.peak_vram_gib
         line = compare_with_reality(prediction, speed, peak, total_tokens(self.config))
         self.display.message(f"plan: {line}")
-        projected = {
-            "tokens_per_second": prediction.tokens_per_second,
-            "peak_gib": prediction.peak_gib,
-        }
         measured = {"tokens_per_second": speed, "peak_gib": peak}
-        self.append(
-            RecordLog(self.run.plan),
-            {"step": record.step, "projected": projected, "measured": measured},
-        )
+        projected = {name: getattr(prediction, name) for name in measured}
+        row = {"step": record.step, "projected": projected, "measured": measured}
+        self.append(RecordLog(self.run.plan), row)

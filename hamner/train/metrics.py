@@ -1,10 +1,11 @@
-"""What a run measures: tokens/s, MFU, memory."""
+"""A run measures tokens/s, MFU, memory and how evenly its routers share the work."""
 
 import math
 import time
 from dataclasses import asdict, dataclass
 
 import torch
+from torch import Tensor
 
 from hamner.config.model import ModelConfig
 from hamner.hardware import GIB, Gpu
@@ -13,19 +14,19 @@ from hamner.plan.costs import flops_per_token
 
 @dataclass(frozen=True)
 class Spike:
-    """A step whose loss was far above those before it."""
+    """A spike is a step whose loss was far above those before it."""
 
     step: int
     tokens: int
     loss: float
     """nats per token"""
     z_score: float
-    """robust: see `hamner.train.health.SpikeDetector`"""
+    """robust: see `hamner.train.health.StepHealth.score`"""
 
 
 @dataclass(frozen=True)
 class Record:
-    """One line of metrics.jsonl."""
+    """A record is one line of metrics.jsonl."""
 
     step: int
     tokens: int
@@ -64,48 +65,39 @@ class Record:
         return math.exp(min(self.loss, 700.0))
 
     def to_json(self) -> dict:
-        """As written to metrics.jsonl: what is not finite, which JSON cannot say, is null."""
+        """In metrics.jsonl what is not finite, which JSON cannot say, is null."""
         values = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in asdict(self).items()
         }
-        if self.router is None:
-            del values["router"]
-        if not self.sources:
-            del values["sources"]
-        if not self.spikes:
-            del values["spikes"]
+        for name in ("router", "sources", "spikes"):
+            if not values[name]:
+                del values[name]
         return values
 
 
 class Stopwatch:
-    """Seconds of training, paused for evaluation, sampling and saving.
+    """The watch counts seconds of training, paused for evaluation, sampling and saving."""
 
-    Args:
-        seconds: trained before this start.
-    """
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        """until it was last paused"""
         self.started: float | None = None
 
     def start(self) -> None:
-        """Run."""
         self.started = time.perf_counter()
 
     def pause(self) -> None:
-        """Stop and add what ran."""
         self.seconds = self.read()
         self.started = None
 
     def read(self) -> float:
-        """Seconds so far."""
         running = 0.0 if self.started is None else time.perf_counter() - self.started
         return self.seconds + running
 
 
 class Mfu:
-    """Model FLOPs utilisation (PaLM, arXiv:2204.02311) by the formula of `flops_per_token`.
+    """MFU is model FLOPs utilisation (PaLM, arXiv:2204.02311), by `flops_per_token`'s formula.
 
     Args:
         model: shape.
@@ -121,11 +113,11 @@ class Mfu:
         self.peak = gpu.peak_tflops(precision) * 1e12 if gpu else None
 
     def __call__(self, tokens_per_second: float) -> float | None:
-        """Share of the peak, or None where it is unknown."""
+        """The result is the share of the peak, or None where it is unknown."""
         return tokens_per_second * self.flops / self.peak if self.peak else None
 
     def explain(self) -> str:
-        """The formula with this run's numbers."""
+        """The text is the formula with this run's numbers."""
         per_token = (
             f"{self.flops / 1e9:.3f} GFLOP per token (6 x active matmul parameters + 6 L d T, "
             f"causal; {self.unhalved / 1e9:.3f} with the full square)"
@@ -139,7 +131,27 @@ class Mfu:
 
 
 def peak_vram_gib(device: torch.device) -> float | None:
-    """Most memory PyTorch had allocated on the GPU, GiB; None on a CPU."""
+    """The result is the most memory PyTorch had allocated on the GPU, GiB; None on a CPU."""
     if device.type != "cuda":
         return None
     return torch.cuda.max_memory_allocated(device) / GIB
+
+
+def describe_routers(interval_sum: Tensor, steps: int) -> dict | None:
+    """The function gives an interval's means for the metrics (see `Record.router`).
+
+    Args:
+        interval_sum: (layers, experts + 1) sums of `StepResult.router`, on the CPU.
+        steps: good ones in the interval; without any there is no mean.
+    """
+    if not steps:
+        return None
+    means = (interval_sum.double() / steps).tolist()
+    load = [layer[:-1] for layer in means]
+    return {
+        "load": load,
+        "entropy": [layer[-1] for layer in means],
+        # Load is counted from what each expert was handed, so what is missing was dropped;
+        # beyond six digits there is only fp32's rounding.
+        "dropped": [abs(round(1.0 - sum(layer), 6)) for layer in load],
+    }

@@ -1,4 +1,4 @@
-"""AdamW with fp32 masters and parameter groups.
+"""AdamW updates fp32 masters, by groups of parameters.
 
 The module's parameters are what matmuls read (bf16 on a GPU); the optimizer owns fp32 masters and
 moments and writes the bf16 copy in the same pass (Loshchilov & Hutter 2019, arXiv:1711.05101). With
@@ -9,7 +9,7 @@ device, and a step whose loss or gradient norm is not finite is skipped there.
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ EPS = 1e-8
 
 
 class AdamW:
-    """Owns masters and moments of a model's parameters, by name.
+    """The optimizer owns masters and moments of a model's parameters, by name.
 
     Args:
         model: its matrices are cast to `dtype` in place; vectors (norms, lambdas) stay fp32.
@@ -51,16 +51,15 @@ class AdamW:
         self.engine = engine or Engine()
         self.parameters = dict(model.named_parameters())
         self.buffers = dict(model.named_buffers())
+        self.is_split = ops.splits_masters and dtype == torch.bfloat16
         self.masters: dict[str, Tensor] = {}
-        """fp32, of parameters in another dtype"""
-        self.remainders: dict[str, Tensor] = {}
-        """int16, in place of masters where ops splits them"""
+        """fp32, of parameters in another dtype; where they are split, their int16 remainders"""
         self.accumulated: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
             if parameter.ndim < 2 or dtype == torch.float32:
                 continue
-            if ops.splits_masters and dtype == torch.bfloat16:
-                parameter.data, self.remainders[name] = split_master(parameter.data)
+            if self.is_split:
+                parameter.data, self.masters[name] = split_master(parameter.data)
             else:
                 self.masters[name] = parameter.data
                 parameter.data = parameter.data.to(dtype)
@@ -71,33 +70,33 @@ class AdamW:
         self.steps = 0
 
     def master(self, name: str) -> Tensor:
-        """The fp32 weights that updates add up in; a copy where they are split."""
+        """The method gives the fp32 weights that updates add up in; a copy where they are split."""
         weight = self.parameters[name].data
-        if name in self.remainders:
-            return join_master(weight, self.remainders[name])
+        if self.is_split and name in self.masters:
+            return join_master(weight, self.masters[name])
         return self.masters.get(name, weight)
 
     @torch.no_grad()
-    def restore(self, saved: Checkpoint, steps: int) -> None:
-        """Load the model, masters and moments of a checkpoint, whatever precision it has."""
+    def restore(self, saved: Checkpoint) -> None:
+        """Model, masters and moments become a checkpoint's, whatever precision it has."""
         # Split masters on the host: the device may have no room for whole ones.
+        split = self.masters if self.is_split else {}
         masters = {
-            name: torch.empty(parameter.shape) if name in self.remainders else self.master(name)
+            name: torch.empty(parameter.shape) if name in split else self.master(name)
             for name, parameter in self.parameters.items()
         }
         saved.load_model({**masters, **self.buffers})
         saved.load_optimizer(masters, self.exp_avg, self.exp_avg_sq)
-        for name, remainder in self.remainders.items():
-            param, rest = split_master(masters[name])
-            self.parameters[name].data.copy_(param)
-            remainder.copy_(rest)
-        for name, master in self.masters.items():
-            self.parameters[name].data.copy_(master)
-        self.steps = steps
+        for name, held in self.masters.items():
+            weight = masters[name]
+            if self.is_split:
+                weight, remainder = split_master(weight)
+                held.copy_(remainder)
+            self.parameters[name].data.copy_(weight)
 
     @torch.no_grad()
     def accumulate(self) -> None:
-        """Add the gradients of a micro-batch to fp32 sums and drop them."""
+        """The gradients of a micro-batch are added to fp32 sums and dropped."""
         for name, parameter in self.parameters.items():
             if parameter.grad is None:
                 continue
@@ -110,7 +109,7 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, lr: float, loss: Tensor | None = None) -> Tensor:
-        """Update every parameter from its gradient, or from the accumulated sums.
+        """The optimizer updates every parameter from its gradient, or from the accumulated sums.
 
         Args:
             lr: learning rate.
@@ -130,7 +129,20 @@ class AdamW:
         if loss is not None:
             norm = norm + (loss - loss)  # 0, or NaN where the loss is infinite or NaN
         clip = clip_coefficient(norm, self.grad_clip or math.inf)
-        for decays, states in self._kinds(gradients):
+        # Updated at once are parameters of the same dtypes that all decay or all do not.
+        kinds = defaultdict(list)
+        for name, gradient in gradients.items():
+            parameter = self.parameters[name]
+            weight = local(parameter.data)
+            state = (
+                weight,
+                local(self.masters[name]) if name in self.masters else weight,
+                local(gradient),
+                local(self.exp_avg[name]),
+                local(self.exp_avg_sq[name]),
+            )
+            kinds[parameter.ndim >= 2, *(tensor.dtype for tensor in state)].append(state)
+        for (decays, *_), states in kinds.items():
             self.ops.adamw_(
                 *zip(*states, strict=True),
                 lr=lr,
@@ -143,39 +155,18 @@ class AdamW:
         self.drop_gradients()
         return norm
 
-    def _kinds(self, gradients: Mapping[str, Tensor]) -> Iterator[tuple[bool, list[tuple]]]:
-        """What `adamw_` updates at once: whether the weights decay, and each parameter's tensors.
-
-        Of one kind are parameters of the same dtypes that all decay or all do not.
-        """
-        masters = self.masters | self.remainders
-        kinds = defaultdict(list)
-        for name, gradient in gradients.items():
-            parameter = self.parameters[name]
-            weight = local(parameter.data)
-            state = (
-                weight,
-                local(masters[name]) if name in masters else weight,
-                local(gradient),
-                local(self.exp_avg[name]),
-                local(self.exp_avg_sq[name]),
-            )
-            kinds[parameter.ndim >= 2, *(tensor.dtype for tensor in state)].append(state)
-        for (decays, *_), states in kinds.items():
-            yield decays, states
-
     def drop_gradients(self) -> None:
-        """Forget the gradients, accumulated ones too."""
+        """The gradients are forgotten, accumulated ones too."""
         self.accumulated = {}
         self.drop_last_gradients()
 
     def drop_last_gradients(self) -> None:
-        """Forget the gradients of the last backward pass alone."""
+        """The gradients of the last backward pass are forgotten, not the accumulated ones."""
         for parameter in self.parameters.values():
             parameter.grad = None
 
     def state_dict(self) -> dict:
-        """The number of updates, for state.json; the tensors are `state_tensors`."""
+        """The state in state.json is the number of updates; the tensors are `state_tensors`."""
         return {"optimizer_steps": self.steps}
 
     def load_state_dict(self, state: dict) -> None:
@@ -183,12 +174,11 @@ class AdamW:
         self.steps = state["optimizer_steps"]
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the state by the name it has in a checkpoint.
+        """The method gives every tensor of the state by the name it has in a checkpoint.
 
-        `remainder.NAME` is the exception: `join_masters` makes `master.NAME` of it.
+        Where masters are split, `join_masters` makes `master.NAME` whole.
         """
         tensors = {f"master.{name}": tensor for name, tensor in self.masters.items()}
-        tensors |= {f"remainder.{name}": tensor for name, tensor in self.remainders.items()}
         tensors |= {f"exp_avg.{name}": tensor for name, tensor in self.exp_avg.items()}
         return tensors | {f"exp_avg_sq.{name}": t for name, t in self.exp_avg_sq.items()}
 
@@ -200,11 +190,8 @@ def join_masters(model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -
         model: the parameters, which are bf16 where there is a remainder.
         optimizer: as `AdamW.state_tensors`.
     """
-    whole = {}
+    whole = dict(optimizer)
     for key, tensor in optimizer.items():
-        kind, _, name = key.partition(".")
-        if kind == "remainder":
-            whole[f"master.{name}"] = join_master(model[name], tensor)
-        else:
-            whole[key] = tensor
+        if tensor.dtype == torch.int16:
+            whole[key] = join_master(model[key.removeprefix("master.")], tensor)
     return whole

@@ -1,6 +1,7 @@
-"""Pictures of a run, drawn from its metrics.jsonl."""
+"""The pictures of a run are drawn from its metrics.jsonl."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -16,39 +17,28 @@ from matplotlib.ticker import EngFormatter  # noqa: E402
 
 
 def draw(run: RunFolder) -> list[Path]:
-    """Write loss, throughput, VRAM (with a GPU) and routers (of a mixture) over tokens.
-
-    Returns the files.
-    """
+    """`draw` draws loss, throughput, VRAM (with a GPU) and routers (of a mixture) over tokens,
+    and returns the files."""
     records = [r for r in read_records(run.metrics) if _is_number(r.get("tokens"))]
     if not records:
         return []
+    speed = partial(_line, field="tokens_per_second", ylabel="tokens/s", label="tokens/s")
     files = [
-        _figure(run.plots / "loss.png", "cross-entropy, nats per token", records, _loss),
-        _figure(
-            run.plots / "throughput.png",
-            "tokens/s",
-            records,
-            lambda axes, records: _line(axes, records, "tokens_per_second", "tokens/s"),
-        ),
+        _figure(run.plots / "loss.png", records, _loss),
+        _figure(run.plots / "throughput.png", records, speed),
     ]
     if any(_is_number(r.get("peak_vram_gib")) for r in records):
-        files.append(
-            _figure(
-                run.plots / "vram.png",
-                "peak allocated, GiB",
-                records,
-                lambda axes, records: _line(axes, records, "peak_vram_gib", "VRAM"),
-            )
-        )
+        peak = partial(_line, field="peak_vram_gib", ylabel="peak allocated, GiB", label="VRAM")
+        files.append(_figure(run.plots / "vram.png", records, peak))
     routed = [r for r in records if _is_routed(r.get("router"))]
     if routed:
-        files.append(_router_figure(run.plots / "router.png", routed))
+        path = run.plots / "router.png"
+        files.append(_figure(path, routed, _expert_load, _router_entropy))
     return files
 
 
 def _loss(axes, records: list[dict]) -> None:
-    _line(axes, records, "loss", "training")
+    _line(axes, records, "loss", ylabel="cross-entropy, nats per token", label="training")
     # Every record repeats the latest evaluation: draw it where it was made.
     validation = [
         r for r in records if r.get("val_step") == r["step"] and _is_number(r.get("val_loss"))
@@ -71,18 +61,19 @@ def _loss(axes, records: list[dict]) -> None:
     axes.legend()
 
 
-def _line(axes, records: list[dict], field: str, label: str) -> None:
+def _line(axes, records: list[dict], field: str, ylabel: str, label: str) -> None:
     points = [(r["tokens"], r[field]) for r in records if _is_number(r.get(field))]
     axes.plot([x for x, _ in points], [y for _, y in points], label=label, linewidth=1)
+    axes.set(ylabel=ylabel)
 
 
 def _is_number(value: object) -> bool:
-    """Whether a value of a file that anyone may have written can be drawn."""
+    """The answer is whether a value, of a file that anyone may have written, can be drawn."""
     return isinstance(value, int | float) and abs(value) < 1e300
 
 
 def _is_routed(router: object) -> bool:
-    """Whether a record's routers can be drawn: loads and an entropy for each of their layers."""
+    """Routers can be drawn if a record has loads and an entropy for each of their layers."""
     if not isinstance(router, dict):
         return False
     load, entropy = router.get("load"), router.get("entropy")
@@ -95,61 +86,53 @@ def _is_routed(router: object) -> bool:
     )
 
 
-def _router_figure(path: Path, records: list[dict]) -> Path:
-    """Above, the most and the least loaded expert of each layer; below, the layers' entropy."""
-    figure, (load, entropy) = plt.subplots(2, figsize=(7, 7), sharex=True, layout="constrained")
-    _expert_load(load, records)
-    _router_entropy(entropy, records)
-    return _finish(figure, path)
-
-
 def _expert_load(axes, records: list[dict]) -> None:
-    """Two lines a layer; 1 is the fair share, 1 / experts of the assignments."""
-    for layer, color in _layer_colors(records):
+    """The panel has the most and the least loaded expert of each layer; 1 is the fair share, 1 /
+    experts of the assignments."""
+    for _, color, points in _layers(records, "load"):
+        tokens = [x for x, _ in points]
         for least_or_most, style in ((max, "-"), (min, "--")):
-            points = [
-                (r["tokens"], least_or_most(shares[layer]) * len(shares[layer]))
-                for r in records
-                if layer < len(shares := r["router"]["load"])
-            ]
-            axes.plot(*zip(*points, strict=True), style, color=color, linewidth=1)
+            loads = [least_or_most(shares) * len(shares) for _, shares in points]
+            axes.plot(tokens, loads, style, color=color, linewidth=1)
     axes.axhline(1.0, color="black", linewidth=0.8, label="fair share")
     axes.set(ylabel="load / fair share: most (-), least (--)")
     axes.legend()
 
 
 def _router_entropy(axes, records: list[dict]) -> None:
-    for layer, color in _layer_colors(records):
-        points = [
-            (r["tokens"], values[layer])
-            for r in records
-            if layer < len(values := r["router"]["entropy"])
-        ]
+    for layer, color, points in _layers(records, "entropy"):
         axes.plot(*zip(*points, strict=True), color=color, linewidth=1, label=f"layer {layer}")
     axes.set(ylabel="router entropy, nats")
     axes.legend(fontsize="xx-small", ncols=4)
 
 
-def _layer_colors(records: list[dict]) -> list[tuple[int, tuple]]:
-    """A color for each layer, from the first to the last along one scale."""
-    layers = max(len(r["router"]["load"]) for r in records)
+def _layers(records: list[dict], field: str) -> Iterator[tuple[int, tuple, list[tuple]]]:
+    """The iterator gives each layer, its color along one scale, and a router field over tokens."""
+    routers = [(r["tokens"], r["router"][field]) for r in records]
+    layers = max(len(values) for _, values in routers)
     scale = plt.get_cmap("viridis")
-    return [(layer, scale(layer / layers)) for layer in range(layers)]
+    for layer in range(layers):
+        points = [(tokens, values[layer]) for tokens, values in routers if layer < len(values)]
+        yield layer, scale(layer / layers), points
 
 
-def _figure(path: Path, ylabel: str, records: list[dict], plot: Callable) -> Path:
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    plot(axes, records)
-    axes.set(ylabel=ylabel)
-    return _finish(figure, path)
+def _figure(path: Path, records: list[dict], *plots: Callable) -> Path:
+    """The function writes a figure of panels, one above the other, that share their axis of tokens.
 
-
-def _finish(figure, path: Path) -> Path:
-    """Give the panels, which share it, their axis of tokens; write and close the figure."""
-    for axes in figure.axes:
+    Args:
+        path: of the figure.
+        records: that are drawn.
+        plots: of (axes, records) draw a panel each.
+    """
+    size = (7, 1 + 3 * len(plots))
+    figure, panels = plt.subplots(
+        len(plots), figsize=size, sharex=True, squeeze=False, layout="constrained"
+    )
+    for axes, plot in zip(panels.flat, plots, strict=True):
+        plot(axes, records)
         axes.grid(alpha=0.3)
-    figure.axes[-1].set(xlabel="tokens")
-    figure.axes[-1].xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set(xlabel="tokens")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return path

@@ -1,4 +1,4 @@
-"""Runs the batch of a bad step again and says where the first value that is not finite comes from.
+"""The batch of a bad step runs again, to say where the first value that is not finite comes from.
 
 The weights are those of the last checkpoint before that step, or, if retention has removed those,
 of the first one after it: the exact ones are gone.
@@ -8,24 +8,23 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hamner.checkpoint.format import find
+from hamner.checkpoint.format import Checkpoint, find
 from hamner.checkpoint.run_folder import RunFolder
 from hamner.config.train import TrainConfig
 from hamner.data.tokenizer import load_tokenizer
 from hamner.errors import UserError
-from hamner.parallel.device import cap_memory
 from hamner.train import health
 from hamner.train.health import StepReading
-from hamner.train.setup import choose
+from hamner.train.step import TrainStep
 
 EXCERPT_CHARACTERS = 200
 
 
 @dataclass(frozen=True)
 class Replay:
-    """What a batch did this time."""
+    """A replay says what a batch did this time."""
 
     reading: StepReading
     """as it was in the run"""
@@ -38,8 +37,10 @@ class Replay:
     """the first module in the order of the forward pass whose output was not finite"""
     gradients: list[str]
     """parameters whose gradient was not finite"""
+    worst_row: int
+    """the first row without a finite loss, else the one with the highest"""
     excerpt: str
-    """text of the row with the highest loss, or the first that is not finite"""
+    """its text"""
 
     def __str__(self) -> str:
         finite = [loss for loss in self.losses if math.isfinite(loss)]
@@ -68,14 +69,9 @@ class Replay:
         lines.append(f"text of row {self.worst_row}: {self.excerpt!r}")
         return "\n".join(lines)
 
-    @property
-    def worst_row(self) -> int:
-        """The first row without a finite loss, else the one with the highest."""
-        return _worst(self.losses)
-
 
 def replay(config: TrainConfig) -> Replay:
-    """Run `config.replay` forward and backward, row by row, without an update.
+    """The function runs `config.replay` forward and backward, row by row, without an update.
 
     Raises:
         UserError: the file or the run's checkpoints cannot be used.
@@ -86,65 +82,56 @@ def replay(config: TrainConfig) -> Replay:
     highest = int(max(reading.batch.inputs.max(), reading.batch.targets.max()))
     if seq_len > config.model.max_seq_len or highest >= config.model.vocab_size:
         raise UserError(f"--replay {config.replay} is of another model than {config.folder}")
+    nearest = _nearest_checkpoint(config, reading.step)
     # One row at a time: it says which row is bad, and fits wherever training did.
-    setup = choose(replace(config, batch_size=rows, seq_len=seq_len, micro_batch_size=1))
-    cap_memory(setup.compute, config)
-    model = setup.model(config)
-    weights = _load_weights(model, config, reading.step)
-    for parameter in model.parameters():
-        if parameter.ndim >= 2:
-            parameter.data = parameter.data.to(setup.compute.dtype)
+    one_row = replace(config, batch_size=rows, seq_len=seq_len, micro_batch_size=1)
+    step = TrainStep(one_row, initial=nearest)
 
     blamed: list[str] = []
     hooks = [
         module.register_forward_hook(
             lambda _, __, output, name=name: blamed.append(name) if _is_bad(output) else None
         )
-        for name, module in model.named_modules()
+        for name, module in step.model.named_modules()
         if name
     ]
     losses = []
     for row in range(rows):
-        part = [
-            tensor[row : row + 1].to(setup.compute.device)
-            for tensor in (reading.batch.inputs, reading.batch.targets, reading.batch.document_ids)
-        ]
-        output = model(*part[:2], part[2] if config.document_mask else None)
+        output = step.model(*step.to_device(reading.batch, slice(row, row + 1)))
         (output.loss / rows).backward()
         losses.append(output.cross_entropy.item())
     for hook in hooks:
         hook.remove()
-    gradients = {n: p.grad.float() for n, p in model.named_parameters() if p.grad is not None}
+    parameters = step.optimizer.parameters
+    gradients = {name: p.grad.float() for name, p in parameters.items() if p.grad is not None}
     norm = torch.stack([gradient.square().sum() for gradient in gradients.values()]).sum().sqrt()
-    text = tokenizer.decode(reading.batch.inputs[_worst(losses)].tolist())
+    worst = max(range(rows), key=lambda row: (not math.isfinite(losses[row]), losses[row]))
     return Replay(
         reading=reading,
-        weights=weights,
+        weights=f"the weights of {nearest.path}"
+        if nearest
+        else "the initial weights, as the run has no checkpoint",
         losses=losses,
         grad_norm=norm.item(),
         first_module=blamed[0] if blamed else None,
         gradients=health.not_finite(gradients),
-        excerpt=text[:EXCERPT_CHARACTERS],
+        worst_row=worst,
+        excerpt=tokenizer.decode(reading.batch.inputs[worst].tolist())[:EXCERPT_CHARACTERS],
     )
 
 
-def _load_weights(model: nn.Module, config: TrainConfig, step: int) -> str:
-    """Load the weights closest to those of `step`; without any checkpoint the initial ones stay."""
+def _nearest_checkpoint(config: TrainConfig, step: int) -> Checkpoint | None:
+    """The function finds the checkpoint closest to `step`, if there is any; without, the initial
+    weights stay."""
     found = find(RunFolder(config.folder).checkpoints)
-    if not found:
-        return "the initial weights, as the run has no checkpoint"
-    nearest = min(found, key=lambda saved: (saved.step >= step, abs(saved.step - step)))
-    nearest.verify()
-    nearest.load_model(model.state_dict())
-    return f"the weights of {nearest.path}"
+    nearest = min(found, key=lambda s: (s.step >= step, abs(s.step - step)), default=None)
+    if nearest is not None:
+        nearest.verify()
+    return nearest
 
 
 def _is_bad(output: Tensor | tuple) -> bool:
-    """Whether a module's output has a tensor that is not finite."""
+    """The answer is whether a module's output has a tensor that is not finite."""
     if isinstance(output, Tensor):
         return output.is_floating_point() and not torch.isfinite(output).all()
     return isinstance(output, tuple) and any(_is_bad(part) for part in output)
-
-
-def _worst(losses: list[float]) -> int:
-    return max(range(len(losses)), key=lambda row: (not math.isfinite(losses[row]), losses[row]))

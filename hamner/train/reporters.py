@@ -1,29 +1,16 @@
-"""Metrics for the services people already use, when installed."""
+"""The services people already use get the metrics, when installed."""
 
 import importlib
 import importlib.metadata
 from collections.abc import Sequence
-from typing import Protocol
 
 from hamner.config.train import TrainConfig
 from hamner.errors import UserError
 from hamner.train.metrics import Record
 
 
-class Reporter(Protocol):
-    """Receives every record of a run."""
-
-    def report(self, record: Record) -> None:
-        """Send one record."""
-        ...
-
-    def close(self) -> None:
-        """Flush and leave."""
-        ...
-
-
 class TensorBoard:
-    """Event files in RUN/tensorboard."""
+    """The records of a run become event files in RUN/tensorboard."""
 
     def __init__(self, config: TrainConfig) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -31,17 +18,15 @@ class TensorBoard:
         self.writer = SummaryWriter(config.folder / "tensorboard")
 
     def report(self, record: Record) -> None:
-        """Write the record's numbers."""
         for name, value in _numbers(record).items():
             self.writer.add_scalar(name, value, record.step)
 
     def close(self) -> None:
-        """Flush the event file."""
         self.writer.close()
 
 
 class Tracker:
-    """A service with wandb's interface: wandb itself, or trackio."""
+    """The service has wandb's interface: it is wandb itself, or trackio."""
 
     def __init__(self, module: str, config: TrainConfig) -> None:
         self.module = importlib.import_module(module)
@@ -50,16 +35,17 @@ class Tracker:
         )
 
     def report(self, record: Record) -> None:
-        """Send the record's numbers."""
         self.module.log(_numbers(record), step=record.step)
 
     def close(self) -> None:
-        """Finish the run."""
         self.module.finish()
 
 
+Reporter = TensorBoard | Tracker
+
+
 def require_installed(names: Sequence[str]) -> None:
-    """Refuse services that are missing, before anything is opened or written.
+    """The function refuses services that are missing, before anything is opened or written.
 
     Raises:
         UserError: says how to install the first that is not there.
@@ -75,7 +61,7 @@ def require_installed(names: Sequence[str]) -> None:
 
 
 def open_reporters(config: TrainConfig) -> list[Reporter]:
-    """The services `--report-to` names, in the run's folder."""
+    """The function opens the services that `--report-to` names, in the run's folder."""
     return [
         TensorBoard(config) if name == "tensorboard" else Tracker(name, config)
         for name in config.report_to

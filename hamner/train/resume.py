@@ -1,17 +1,16 @@
-"""What a resumed run takes over from its checkpoint, and what may have changed in between.
+"""A resumed run takes over its checkpoint's state; the module knows what may have changed since.
 
 Free to change: batch size, micro-batch, sequence length, recompute policy, kernels, compilation,
 precision, device, learning rates. Refused: another model or tokenizer, whose weights would mean
 something else. Other data is refused unless `--allow-data-change` insists.
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 
-import torch
+import numpy as np
 
-import hamner
 from hamner.checkpoint import format as checkpoint
 from hamner.checkpoint.format import Checkpoint, CheckpointError
 from hamner.checkpoint.run_folder import RunFolder
@@ -19,38 +18,24 @@ from hamner.config.model import ModelConfig, flag
 from hamner.config.train import TrainConfig
 from hamner.data.tokenizer import Tokenizer
 from hamner.errors import UserError
-from hamner.parallel.processes import SingleProcess
-from hamner.train.saves import Stateful
+from hamner.train.saves import STATE_FORMAT, Stateful
 from hamner.train.step import TrainStep
 
-STATE_FORMAT = 2
-"""of state.json"""
 NUMBER, COUNT = (int, float), (int,)
 STATE_FIELDS = {
-    "format": COUNT,
-    "step": COUNT,
-    "tokens": COUNT,
-    "seconds": NUMBER,
-    "optimizer_steps": COUNT,
-    "skipped_steps": COUNT,
-    "loss_sum": NUMBER,
-    "loss_steps": COUNT,
-    "val_loss": (*NUMBER, type(None)),
-    "val_step": (*COUNT, type(None)),
-    "recent_losses": (list,),
-    "schedule": (dict,),
-    "model": (dict,),
-    "tokenizer": (str,),
-    "data": (dict,),
-    "rng": (dict,),
-    "versions": (dict,),
+    COUNT: ("format", "step", "tokens", "optimizer_steps", "skipped_steps", "loss_steps"),
+    NUMBER: ("seconds", "loss_sum"),
+    (*COUNT, type(None)): ("val_step",),
+    (*NUMBER, type(None)): ("val_loss",),
+    (list,): ("recent_losses",),
+    (dict,): ("schedule", "model", "data", "rng", "versions"),
+    (str,): ("tokenizer",),
 }
-"""of state.json, with the types of their values"""
+"""of state.json, by the types of their values"""
 SCHEDULE_FIELDS = {
-    "warmup_steps": COUNT,
-    "warmup_tokens": NUMBER,
-    "length": (list,),
-    "total_tokens": COUNT,
+    COUNT: ("warmup_steps", "total_tokens"),
+    NUMBER: ("warmup_tokens",),
+    (list,): ("length",),
 }
 _ANOTHER = "remove that checkpoint, or start another run with --run-dir FOLDER"
 _NOT_THE_MODEL = {
@@ -60,12 +45,12 @@ _NOT_THE_MODEL = {
 """fields of ModelConfig that say how to train, not what the weights are"""
 
 
-def find_checkpoint(folder: Path, notes: list[str]) -> tuple[Checkpoint | None, dict]:
-    """The newest whole checkpoint and its state; (None, {}) if nothing was ever saved.
+def find_checkpoint(folder: Path) -> tuple[Checkpoint | None, dict, list[str]]:
+    """The function finds the newest whole checkpoint of a folder.
 
-    Args:
-        folder: of the checkpoints.
-        notes: gets a sentence for each checkpoint that was passed over.
+    Returns:
+        The checkpoint and its state, or None and {} if nothing was ever saved; and a sentence for
+        each checkpoint that was passed over.
 
     Raises:
         UserError: there are checkpoints and none is whole, or it is of another version.
@@ -77,7 +62,7 @@ def find_checkpoint(folder: Path, notes: list[str]) -> tuple[Checkpoint | None, 
             "put a whole one there or start another run with --run-dir FOLDER"
         )
     if found is None:
-        return None, {}
+        return None, {}, []
     state = found.state()
     if "imported_from" in state:
         raise UserError(
@@ -94,16 +79,18 @@ def find_checkpoint(folder: Path, notes: list[str]) -> tuple[Checkpoint | None, 
     _require_fields(path, state["schedule"], SCHEDULE_FIELDS)
     if not all(_is_a(value, NUMBER) for value in state["recent_losses"]):
         raise CheckpointError(f"{path}: recent_losses must be numbers; {_ANOTHER}")
-    notes += [f"WARNING: passed over a newer checkpoint: {error}" for error in errors]
-    return found, state
+    return found, state, [f"WARNING: passed over a newer checkpoint: {e}" for e in errors]
 
 
-def _require_fields(path: Path, found: dict, fields: dict[str, tuple[type, ...]]) -> None:
-    for name, types in fields.items():
-        value = found.get(name)
-        is_count = types[0] is int and not isinstance(value, float)
-        if name not in found or not _is_a(value, types) or (is_count and value and value < 0):
-            raise CheckpointError(f"{path}: {name} is missing or not what it must be; {_ANOTHER}")
+def _require_fields(path: Path, found: dict, fields: dict[tuple, tuple[str, ...]]) -> None:
+    for types, names in fields.items():
+        for name in names:
+            value = found.get(name)
+            is_count = types[0] is int and not isinstance(value, float)
+            if name not in found or not _is_a(value, types) or (is_count and value and value < 0):
+                raise CheckpointError(
+                    f"{path}: {name} is missing or not what it must be; {_ANOTHER}"
+                )
 
 
 def _is_a(value: object, types: tuple[type, ...]) -> bool:
@@ -112,7 +99,7 @@ def _is_a(value: object, types: tuple[type, ...]) -> bool:
 
 
 def rewind(run: RunFolder, step: int) -> None:
-    """Forget what the run made after `step`: records are cut, damaged checkpoints renamed.
+    """The run forgets what it made after `step`: records are cut, damaged checkpoints renamed.
 
     The last thing of a resume that nothing refuses any more.
 
@@ -129,7 +116,7 @@ def rewind(run: RunFolder, step: int) -> None:
 def require_same_model(
     found: Checkpoint, state: dict, config: TrainConfig, tokenizer: Tokenizer
 ) -> None:
-    """Refuse to load another model's or another tokenizer's state.
+    """The function refuses to load another model's or another tokenizer's state.
 
     Raises:
         UserError: spells out every difference.
@@ -171,134 +158,39 @@ def require_router_state(found: Checkpoint, state: dict, model: ModelConfig) -> 
         "starvation: told": (starvation.get("told"), experts, (bool,)),
     }
     for name, (rows, columns, types) in tables.items():
-        is_table = isinstance(rows, list) and len(rows) == model.num_layers
-        if not is_table or not all(
-            isinstance(row, list)
-            and len(row) == columns
-            and all(isinstance(value, types) for value in row)
-            for row in rows
+        values = np.array(rows, dtype=object)
+        if values.shape != (model.num_layers, columns) or not all(
+            isinstance(value, types) for value in values.flat
         ):
             raise CheckpointError(
                 f"{found.path / checkpoint.STATE_FILE}: {name} is not what it must be; {_ANOTHER}"
             )
 
 
-@dataclass
-class Progress:
-    """How far a run is."""
-
-    step: int = 0
-    tokens: int = 0
-    """trained so far"""
-    val_loss: float | None = None
-    """of the last evaluation, nats per token"""
-    val_step: int | None = None
-
-    def state_dict(self) -> dict:
-        """The counts, for a checkpoint."""
-        return vars(self).copy()
-
-    def load_state_dict(self, state: dict) -> None:
-        """The counts go on where `state_dict` was taken."""
-        self.step, self.tokens = state["step"], state["tokens"]
-        self.val_loss, self.val_step = state["val_loss"], state["val_step"]
-
-
-class DataPosition:
-    """The position in the data after the last finished step.
-
-    Args:
-        loader: whose position it is.
-        allow_change: whether other data than the checkpoint's is read from its start.
-    """
-
-    def __init__(self, loader: Stateful, *, allow_change: bool) -> None:
-        self.loader, self.allow_change = loader, allow_change
-        self.warnings: list[str] = []
-        self.advance()
-
-    def advance(self) -> None:
-        """A step has been finished: the position is the loader's."""
-        self.position = self.loader.state_dict()
-
-    def state_dict(self) -> dict:
-        """The position, for a checkpoint."""
-        return {"data": self.position}
-
-    def load_state_dict(self, state: dict) -> None:
-        """The loader goes on where the checkpoint was.
-
-        Raises:
-            UserError: it was other data, and `--allow-data-change` was not given.
-        """
-        try:
-            self.loader.load_state_dict(state["data"])
-        except UserError as error:
-            if not self.allow_change:
-                raise UserError(
-                    f"{error}; --allow-data-change goes on with the new data from its start"
-                ) from error
-            self.warnings.append(
-                f"WARNING: --allow-data-change: the data is read from its start ({error})"
-            )
-        self.advance()
-
-
-class Generators:
-    """Torch's global random generators as a part of a run's state."""
-
-    def state_dict(self) -> dict:
-        """Their state as text, for a checkpoint."""
-        return {"rng": checkpoint.rng_state()}
-
-    def load_state_dict(self, state: dict) -> None:
-        """They go on where `state_dict` was taken."""
-        checkpoint.set_rng_state(state["rng"])
-
-
-def facts(config: TrainConfig, tokenizer: Tokenizer) -> dict:
-    """What state.json says of the run itself, for the next start to compare."""
-    return {
-        "format": STATE_FORMAT,
-        "stage": "pretrain" if config.sft is None else "sft",
-        "model": config.to_json()["model"],
-        "tokenizer": tokenizer.fingerprint,
-        "versions": {"hamner": hamner.__version__, "torch": torch.__version__},
-    }
-
-
 def restore(
-    run: RunFolder,
-    config: TrainConfig,
-    tokenizer: Tokenizer,
-    step: TrainStep,
-    *,
-    parts: Mapping[str, Stateful],
-    processes: SingleProcess,
-) -> tuple[Checkpoint | None, list[str]]:
+    run: RunFolder, tokenizer: Tokenizer, step: TrainStep, parts: Sequence[Stateful]
+) -> Checkpoint | None:
     """The newest whole checkpoint is loaded into step and parts; without one the run starts over.
 
     Returns:
-        The checkpoint, or None, and what to say of others.
+        The checkpoint, or None; what to say of others is in the step's messages.
 
     Raises:
         UserError: the checkpoint is of another model, tokenizer or data, or none is whole.
     """
-
-    def find() -> tuple[Checkpoint | None, dict, list[str]]:
-        notes: list[str] = []
-        return *find_checkpoint(run.checkpoints, notes), notes
-
-    found, state, notes = processes.from_main(find)
+    from_main = step.processes.from_main
+    found, state, notes = from_main(lambda: find_checkpoint(run.checkpoints))
+    step.messages += notes
     if found is None:
-        processes.from_main(lambda: rewind(run, 0))
-        return None, notes
-    require_same_model(found, state, config, tokenizer)
-    require_router_state(found, state, config.model)
-    step.optimizer.restore(found, state["optimizer_steps"])
-    for part in parts.values():
+        from_main(lambda: rewind(run, 0))
+        return None
+    require_same_model(found, state, step.config, tokenizer)
+    require_router_state(found, state, step.config.model)
+    step.optimizer.restore(found)
+    for part in parts:
         part.load_state_dict(state)
+    checkpoint.set_rng_state(state["rng"])
     # Not before every process has taken its part of it.
-    processes.any(False)
-    processes.from_main(lambda: rewind(run, state["step"]))
-    return found, notes
+    step.processes.any(False)
+    from_main(lambda: rewind(run, state["step"]))
+    return found

@@ -1,18 +1,28 @@
-"""When a run saves, and what its checkpoints hold."""
+"""The module says when a run saves, and what its checkpoints hold."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
+import torch
+
+import hamner
+from hamner.checkpoint import format as checkpoint
 from hamner.checkpoint.format import Checkpoint
-from hamner.checkpoint.run_folder import RecordLog, RunFolder
 from hamner.checkpoint.writer import RETRY_SECONDS, BackgroundSaver, NoSaver
+from hamner.data.tokenizer import Tokenizer
 from hamner.errors import UserError
-from hamner.train.display import Display
-from hamner.train.step import TrainStep
+from hamner.parallel.engines import DataParallel, FullySharded
+from hamner.train.log import TrainLog
+from hamner.train.optimizer import join_masters
+
+STATE_FORMAT = 2
+"""of state.json"""
 
 
 class Stateful(Protocol):
-    """A part of a run whose state belongs into a checkpoint.
+    """A part of a run whose state, as JSON, belongs into a checkpoint has these methods: after
+    `load_state_dict` it goes on where `state_dict` was taken.
 
     The keys of all parts stand side by side in state.json, so no two parts share one.
     """
@@ -22,102 +32,115 @@ class Stateful(Protocol):
     def load_state_dict(self, state: dict) -> None: ...
 
 
+@dataclass
+class Progress:
+    """The progress says how far a run is."""
+
+    step: int = 0
+    tokens: int = 0
+    """trained so far"""
+    val_loss: float | None = None
+    """of the last evaluation, nats per token"""
+    val_step: int | None = None
+
+    def state_dict(self) -> dict:
+        return vars(self).copy()
+
+    def load_state_dict(self, state: dict) -> None:
+        for name in vars(self):
+            setattr(self, name, state[name])
+
+
 class Saves:
-    """The saves of a run, in the background while it trains.
+    """The saves of a run happen in the background while it trains.
 
     Args:
-        run: the run's folder.
-        step: whose model and optimizer are saved.
-        saver: writes the checkpoints.
-        parts: the rest of state.json, by name.
-        facts: of the run, which also stand in state.json.
-        records: files of records that a checkpoint must not be ahead of.
-        drain: waits for the numbers of the steps under way, which belong to the state.
-        display: for people.
+        log: of the run whose model and optimizer are saved; no checkpoint is ahead of its records.
+        progress: of the run.
+        parts: make up state.json.
+        tokenizer: of the run.
     """
 
     def __init__(
-        self,
-        run: RunFolder,
-        step: TrainStep,
-        saver: BackgroundSaver | NoSaver,
-        *,
-        parts: Mapping[str, Stateful],
-        facts: dict,
-        records: tuple[RecordLog, ...],
-        drain: Callable[[], None],
-        display: Display,
+        self, log: TrainLog, progress: Progress, parts: Sequence[Stateful], tokenizer: Tokenizer
     ) -> None:
-        self.run, self.step, self.saver = run, step, saver
-        self.parts, self.facts, self.records = parts, facts, records
-        self.drain, self.display = drain, display
+        self.log, self.progress, self.parts = log, progress, parts
+        self.saver = open_saver(log)
+        self.facts = {
+            "format": STATE_FORMAT,
+            "stage": "pretrain" if log.config.sft is None else "sft",
+            "model": log.config.to_json()["model"],
+            "tokenizer": tokenizer.fingerprint,
+            "versions": {"hamner": hamner.__version__, "torch": torch.__version__},
+        }
+        """of state.json, for the next start to compare"""
         self.last: Checkpoint | None = None
         """the newest checkpoint that is known to be whole"""
         self.is_state_lost = False
         """whether the state is not finite, so that it is not worth a checkpoint"""
 
-    def save(self, step: int) -> None:
-        """A checkpoint of `step`, the last finished one, is begun."""
-        self.drain()
-        for log in self.records:
-            log.flush()
-        state = dict(self.facts)
-        for part in self.parts.values():
+    @property
+    def is_healthy(self) -> bool:
+        """A state is not saved while steps are bad: their cause may be in it."""
+        return not self.log.health.bad_in_a_row
+
+    def save(self) -> None:
+        """A checkpoint of the last finished step is begun."""
+        # The numbers of the steps under way belong to the state.
+        self.log.flush()
+        state = {**self.facts, "rng": checkpoint.rng_state()}
+        for part in self.parts:
             state |= part.state_dict()
+        step = self.log.train_step
         self.saver.begin(
-            step,
-            model=self.step.model.state_dict(),
-            optimizer=self.step.optimizer.state_tensors(),
+            self.progress.step,
+            model=step.model.state_dict(),
+            optimizer=step.optimizer.state_tensors(),
             state=state,
         )
 
-    def save_when_due(self, step: int, *, is_due: bool, is_healthy: bool) -> None:
-        """A save is begun: now, or once the save before is done or the disk takes it.
-
-        Args:
-            step: the last finished one.
-            is_due: whether one is wanted from now on.
-            is_healthy: not while steps are bad: their cause may be in the state.
-        """
+    def save_when_due(self, is_due: bool) -> None:
+        """A save that is wanted from now on begins now, or once the one before is done or the disk
+        takes it."""
         self._note(self.saver.collect())
         self.saver.wanted |= is_due
-        if self.saver.may_begin(is_healthy):
-            self.save(step)
+        if self.saver.may_begin(self.is_healthy):
+            self.save()
 
-    def save_best(self, step: int, *, is_healthy: bool) -> None:
+    def save_best(self) -> None:
         """This step, the best so far, is saved under its own number: `checkpoint.best` needs it."""
         self._note(self.saver.wait())
-        if is_healthy:
-            self.save(step)
+        if self.is_healthy:
+            self.save()
 
-    def save_last(self, step: int) -> None:
+    def save_last(self) -> None:
         """The last finished step is on disk before the run ends, unless its state is lost.
 
         Raises:
             UserError: the disk does not take it.
         """
         self._note(self.saver.wait())
-        if self.is_state_lost or (self.last is not None and self.last.step == step):
+        if self.is_state_lost or (self.last and self.last.step == self.progress.step):
             return
-        self.save(step)
+        self.save()
         error = self._note(self.saver.wait())
         if error:
             raise UserError(
-                f"--run-dir {self.run.path}: the last checkpoint could not be written "
+                f"--run-dir {self.log.run.path}: the last checkpoint could not be written "
                 f"({error.strerror}); make room there and go on with --resume"
             ) from error
 
-    def save_in_hang(self, step: int) -> None:
-        """What can be saved of a run that waits for data is, by the watchdog's thread."""
+    def save_in_hang(self) -> None:
+        """The watchdog's thread saves what can be of a run that waits for data."""
         self._note(self.saver.wait())
-        if step and (self.last is None or self.last.step < step):
-            self.save(step)
+        if self.progress.step and (self.last is None or self.last.step < self.progress.step):
+            self.save()
             self._note(self.saver.wait())
 
     def _note(self, outcome: Checkpoint | OSError | None) -> OSError | None:
-        """How a save ended is said; returns the error, if any."""
+        """The display says how a save ended; the error is returned, if any."""
         if isinstance(outcome, OSError):
-            self.display.message(
+            self.log.display.message(
                 f"WARNING: step {self.saver.step:,} could not be saved ({outcome.strerror}); "
                 "earlier checkpoints are whole, training goes on and tries again in "
                 f"{RETRY_SECONDS:.0f} s"
@@ -125,5 +148,28 @@ class Saves:
             return outcome
         if outcome is not None:
             self.last = outcome
-            self.display.message(f"saved {outcome.path}")
+            self.log.display.message(f"saved {outcome.path}")
         return None
+
+
+def open_saver(log: TrainLog) -> BackgroundSaver | NoSaver:
+    """The function opens the writer of checkpoints for the state as the run's engine divides it.
+
+    With DDP rank 0 has everything and saves as one process does, with FSDP2 every process writes
+    its shards.
+    """
+    config, run, step = log.config, log.run, log.train_step
+    settings = {
+        "keep": config.keep,
+        "keep_every": config.keep_every,
+        "records": (run.metrics, run.samples),
+        "join_masters": join_masters,
+        "on_phase": step.on_phase,
+    }
+    if isinstance(step.engine, FullySharded):
+        from hamner.checkpoint.sharded import ShardedSaver
+
+        return ShardedSaver(run.checkpoints, step.processes, step.engine.mesh, **settings)
+    if isinstance(step.engine, DataParallel) and not log.is_main:
+        return NoSaver()
+    return BackgroundSaver(run.checkpoints, **settings)

@@ -1,52 +1,39 @@
-"""The learning-rate schedule, by tokens, so that batch sizes may change between two starts."""
+"""The learning-rate schedule goes by tokens, so that batch sizes may change between two starts."""
 
 import math
-from dataclasses import dataclass
 
 from hamner.config.options import total_tokens
 from hamner.config.train import TrainConfig
 
 
-@dataclass
 class Schedule:
-    """Linear warm-up, then cosine from `lr` to `min_lr`."""
+    """The learning rate warms up linearly, then follows a cosine from `lr` to `min_lr`.
 
-    lr: float
-    min_lr: float
-    warmup_tokens: int
-    total_tokens: int
-    warmup_steps: int = 0
-    """the flag that `warmup_tokens` was made from"""
-    length: tuple[int | None, float | None] = (None, None)
-    """the flags --steps and --tokens that `total_tokens` was made from"""
+    Args:
+        config: the run, whose flags describe the schedule.
+    """
 
-    @classmethod
-    def of(cls, config: TrainConfig) -> "Schedule":
-        """The schedule that the flags describe."""
-        return cls(
-            lr=config.lr,
-            min_lr=config.min_lr,
-            warmup_tokens=config.warmup_steps * config.tokens_per_step,
-            total_tokens=total_tokens(config),
-            warmup_steps=config.warmup_steps,
-            length=(config.steps, config.tokens),
-        )
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.warmup_tokens = config.warmup_steps * config.tokens_per_step
+        self.total_tokens = total_tokens(config)
 
     def __call__(self, tokens: int) -> float:
-        """The learning rate of the step that ends at `tokens` trained tokens."""
+        """The result is the learning rate of the step that ends at `tokens` trained tokens."""
+        lr, min_lr = self.config.lr, self.config.min_lr
         if tokens < self.warmup_tokens:
-            return self.lr * tokens / self.warmup_tokens
+            return lr * tokens / self.warmup_tokens
         span = max(1, self.total_tokens - self.warmup_tokens)
         progress = min(1.0, (tokens - self.warmup_tokens) / span)
-        return self.min_lr + 0.5 * (self.lr - self.min_lr) * (1 + math.cos(math.pi * progress))
+        return min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * progress))
 
     def state_dict(self) -> dict:
-        """The schedule in tokens, beside the flags it was made from, for a checkpoint."""
+        """The state is the schedule in tokens, beside the flags that the tokens were made from."""
         return {
             "schedule": {
-                "warmup_steps": self.warmup_steps,
+                "warmup_steps": self.config.warmup_steps,
                 "warmup_tokens": self.warmup_tokens,
-                "length": list(self.length),
+                "length": [self.config.steps, self.config.tokens],
                 "total_tokens": self.total_tokens,
             }
         }
@@ -59,7 +46,7 @@ class Schedule:
         anew.
         """
         saved = state["schedule"]
-        if self.warmup_steps == saved["warmup_steps"]:
+        if self.config.warmup_steps == saved["warmup_steps"]:
             self.warmup_tokens = saved["warmup_tokens"]
-        if list(self.length) == saved["length"]:
+        if [self.config.steps, self.config.tokens] == saved["length"]:
             self.total_tokens = saved["total_tokens"]

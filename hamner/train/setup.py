@@ -1,115 +1,36 @@
-"""The module fits a configuration to its machines: device, memory plan, attention, and the model.
+"""The module fits a configuration to its machines: engine, memory plan, attention, CUDA graph.
 
 Rank 0 decides and the other ranks follow, so that nothing can differ between them.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import NamedTuple
+from dataclasses import replace
 
-import torch
-
-from hamner.checkpoint.format import Checkpoint
-from hamner.checkpoint.writer import BackgroundSaver, NoSaver
 from hamner.config.train import TrainConfig
 from hamner.errors import UserError
 from hamner.model.attention import AttentionBackend, get_attention
 from hamner.model.attention_timing import AttentionShape, waits_for_gpu
-from hamner.model.ops import Ops, build_ops
-from hamner.model.transformer import Transformer
-from hamner.parallel import device
 from hamner.parallel.device import Compute
-from hamner.parallel.engines import DataParallel, Engine, FullySharded, open_engine
-from hamner.parallel.processes import SingleProcess
 from hamner.parallel.ranks import Rank
 from hamner.plan import memory
 from hamner.plan.communication import ONE_GPU, Parallelism
-from hamner.plan.memory import MemoryPlan, Policy
-from hamner.train.optimizer import join_masters
+from hamner.plan.memory import MemoryPlan
 
 
-class Decision(NamedTuple):
-    """A decision is what rank 0 makes out for all ranks; it can be sent to them."""
-
-    engine: str
-    """see `hamner.parallel.engines.open_engine`"""
-    plan: MemoryPlan
-    attention: AttentionBackend
-
-
-@dataclass(frozen=True)
-class Setup:
-    """A setup is what a configuration comes to on this machine."""
-
-    compute: Compute
-    plan: MemoryPlan
-    attention: AttentionBackend
-    engine: Engine
-    records_graph: bool
-    """whether forward and backward of a micro-batch are one CUDA graph"""
-
-    @property
-    def ops(self) -> Ops:
-        """The fused operations run with the chosen kernels and attention."""
-        return build_ops(self.compute.kernels, self.attention)
-
-    def model(self, config: TrainConfig, initial: Checkpoint | None = None) -> Transformer:
-        """The model gets its device, and in fp32 the weights of `initial` or random ones."""
-        # No weight has a value before it gets ours: torch's own, drawn first, would take seconds.
-        with torch.device("meta"):
-            model = Transformer(config.model, self.ops, self.plan.policies)
-        self.engine.shard(model)
-        model.to_empty(device=self.compute.device)
-        if initial is None:
-            model.initialize(config.seed)
-        else:
-            initial.load_model(model.state_dict())
-        return model
-
-
-def choose(config: TrainConfig, processes: SingleProcess | None = None) -> Setup:
-    """`choose` fits a run to its machines: device, recompute policies, micro-batch, attention and,
-    with several processes, how they divide the work.
-
-    Raises:
-        UserError: what is asked for does not fit or is not on this machine.
-    """
-    processes = processes or SingleProcess()
-    compute = device.select(config)
-    # Everyone has the memory of the one that has least.
-    budget = processes.all_reduce_min(compute.budget_bytes)
-    decision = processes.from_main(lambda: decide(config, compute, budget, processes.rank))
-    # What rank 0 has chosen must run on this machine too.
-    get_attention(decision.attention.name, attention_shape(config, compute, decision.plan))
-    engine = open_engine(decision.engine, processes, compute, config)
-    return Setup(
-        compute=compute,
-        plan=decision.plan,
-        attention=decision.attention,
-        engine=engine,
-        records_graph=processes.from_main(
-            lambda: can_record(
-                config,
-                compute=compute,
-                engine=engine,
-                decision=decision,
-                world_size=processes.rank.world_size,
-            )
-        ),
-    )
-
-
-def decide(config: TrainConfig, compute: Compute, budget: int, rank: Rank) -> Decision:
+def decide(
+    config: TrainConfig, compute: Compute, budget: int, rank: Rank
+) -> tuple[str, MemoryPlan, AttentionBackend]:
     """`decide` plans a step within `budget` bytes of each process, and times attention if asked to.
+
+    Returns:
+        The kind of engine (see `open_engine`), the plan and the attention, as plain data that can
+        be sent to the other ranks.
 
     Raises:
         UserError: it does not fit, or the attention cannot do what is asked.
     """
-    policies = memory.parse(config.recompute, config.model.num_layers)
-    kind, plan = plan_parallel(config, compute=compute, budget=budget, rank=rank, policies=policies)
+    kind, plan = plan_parallel(config, compute, budget, rank)
     shape = attention_shape(config, compute, plan)
-    return Decision(kind, plan, get_attention(config.attention, shape))
+    return kind, plan, get_attention(config.attention, shape)
 
 
 def attention_shape(config: TrainConfig, compute: Compute, plan: MemoryPlan) -> AttentionShape:
@@ -125,60 +46,20 @@ def attention_shape(config: TrainConfig, compute: Compute, plan: MemoryPlan) -> 
     )
 
 
-def can_record(
-    config: TrainConfig, compute: Compute, engine: Engine, decision: Decision, world_size: int
-) -> bool:
+def can_record(config: TrainConfig, compute: Compute, attention: str) -> bool:
     """Forward and backward can be one CUDA graph unless something in them forbids it: the plain ops
     wait for the GPU in places, flash-attn does with documents, compiled code has graphs of its own,
-    and with several processes the micro-batches of a step may differ in what they send."""
-    micro_batches = config.batch_size // (decision.plan.micro_batch_size * world_size)
+    and `Engine.records_parts` says where what the processes send does."""
     return (
         config.cuda_graph
         and compute.device.type == "cuda"
         and compute.kernels == "triton"
-        and (micro_batches == 1 or engine.records_parts)
-        and not (config.compile or waits_for_gpu(decision.attention.name, config.document_mask))
+        and not (config.compile or waits_for_gpu(attention, config.document_mask))
     )
 
 
-def open_saver(
-    engine: Engine,
-    folder: Path,
-    *,
-    keep: int,
-    keep_every: int,
-    records: Sequence[Path],
-    on_phase: Callable[[str, int], None],
-) -> BackgroundSaver | NoSaver:
-    """The function opens the writer of checkpoints for the state as `engine` divides it.
-
-    Args:
-        engine: of the run; with DDP rank 0 has everything and saves as one process does, with FSDP2
-            every process writes its shards.
-        folder, keep, keep_every, records, on_phase: see `BackgroundSaver`.
-    """
-    settings = {
-        "keep": keep,
-        "keep_every": keep_every,
-        "records": records,
-        "join_masters": join_masters,
-        "on_phase": on_phase,
-    }
-    if isinstance(engine, FullySharded):
-        from hamner.checkpoint.sharded import ShardedSaver
-
-        return ShardedSaver(folder, engine.processes, engine.mesh, **settings)
-    if isinstance(engine, DataParallel) and not engine.processes.rank.is_main:
-        return NoSaver()
-    return BackgroundSaver(folder, **settings)
-
-
 def plan_parallel(
-    config: TrainConfig,
-    compute: Compute,
-    budget: int,
-    rank: Rank,
-    policies: tuple[Policy, ...] | None,
+    config: TrainConfig, compute: Compute, budget: int, rank: Rank
 ) -> tuple[str, MemoryPlan]:
     """The function finds the kind of engine and the memory plan that `--parallel` comes to.
 
@@ -186,7 +67,7 @@ def plan_parallel(
         UserError: it does not fit, or a step cannot be dealt to the processes.
     """
     if rank.world_size == 1:
-        return "none", plan_memory(config, compute, budget, policies)
+        return "none", plan_memory(config, compute, budget)
     ddp = Parallelism("ddp", rank.local_world_size, rank.num_machines)
     rows, size = ddp.rows_per_gpu(config.batch_size), config.micro_batch_size or 1
     if rows % size:
@@ -196,26 +77,18 @@ def plan_parallel(
         )
     if config.parallel in ("auto", "ddp"):
         try:
-            return "ddp", plan_memory(
-                config, compute=compute, budget=budget, policies=policies, parallelism=ddp
-            )
+            return "ddp", plan_memory(config, compute, budget, ddp)
         except UserError:
             if config.parallel == "ddp":
                 raise
     fsdp = replace(ddp, kind="fsdp", reshard=config.fsdp_reshard)
     if rank.local_world_size == 1:
         fsdp = replace(fsdp, gpus_per_node=rank.world_size, nodes=1)
-    return "fsdp", plan_memory(
-        config, compute=compute, budget=budget, policies=policies, parallelism=fsdp
-    )
+    return "fsdp", plan_memory(config, compute, budget, fsdp)
 
 
 def plan_memory(
-    config: TrainConfig,
-    compute: Compute,
-    budget: int,
-    policies: tuple[Policy, ...] | None = None,
-    parallelism: Parallelism = ONE_GPU,
+    config: TrainConfig, compute: Compute, budget: int, parallelism: Parallelism = ONE_GPU
 ) -> MemoryPlan:
     """The function fits the run into `budget` bytes on this device; `memory.choose` has the rules.
 
@@ -227,7 +100,7 @@ def plan_memory(
         budget,
         precision=compute.precision,
         fused=compute.kernels == "triton",
-        policies=policies,
+        policies=memory.parse(config.recompute, config.model.num_layers),
         max_micro_batch_tokens=compute.max_micro_batch_tokens,
         parallelism=parallelism,
     )

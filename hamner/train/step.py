@@ -1,4 +1,4 @@
-"""One optimizer step: forward, backward and update of a global batch, and nothing around it.
+"""A step is forward, backward and update of a global batch, and nothing around it.
 
 `TrainStep` is built from a configuration. It owns the model, the optimizer, the engine that divides
 the work over processes, the memory plan and the CUDA graph. It knows no folder, display, clock or
@@ -9,7 +9,7 @@ the device, and the number of kept targets is counted on the CPU before a batch 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,13 +18,17 @@ from hamner.checkpoint.format import Checkpoint
 from hamner.config.train import TrainConfig
 from hamner.data.batch import IGNORED_TARGET, Batch
 from hamner.errors import UserError
-from hamner.model.transformer import RouterStatistics
+from hamner.model.attention import get_attention
+from hamner.model.ops import build_ops
+from hamner.model.transformer import RouterStatistics, Transformer
+from hamner.parallel import device
 from hamner.parallel.device import cap_memory
+from hamner.parallel.engines import open_engine
 from hamner.parallel.processes import SingleProcess
 from hamner.plan.memory import MemoryPlan
 from hamner.train.cuda_graph import GraphedBackward
 from hamner.train.optimizer import AdamW
-from hamner.train.setup import choose, plan_memory
+from hamner.train.setup import attention_shape, can_record, decide, plan_memory
 
 FIRST_STEPS = 5
 """steps after the start in which running out of memory changes the plan"""
@@ -34,12 +38,12 @@ STEP_DOWN = 0.9
 ShouldAbort = Callable[[int, int], bool]
 """(micro-batches done, micro-batches of the step in this process) -> whether to drop the step"""
 OnPhase = Callable[[str, int], None]
-"""(the phase that begins, the step from 1): told before each phase, in the training thread"""
+"""(the phase that begins, the step from 1): called before each phase, in the training thread"""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step came to, on the device; the next step overwrites `router`."""
+    """A result is what a step came to, on the device; the next step overwrites `router`."""
 
     loss: Tensor
     """() fp32, mean cross-entropy over the kept targets of all processes, nats per token"""
@@ -64,11 +68,6 @@ class StepDoesNotFit(UserError):
         self.state_is_whole = state_is_whole
 
 
-def never_abort(done: int, total: int) -> bool:
-    """The answer is no: a step is taken to its end."""
-    return False
-
-
 def ignore_phase(phase: str, step: int) -> None:
     """The default observer does nothing."""
 
@@ -78,10 +77,11 @@ class TrainStep:
 
     Args:
         config: resolved flags.
-        processes: that train together; default this one alone.
+        processes: that train together; default this single one.
         initial: whose weights to start from; default random ones.
-        on_phase: is told when the phases "forward", "backward" (or "graph", where a CUDA graph
-            replays both), "accumulate" and "optimizer" begin, and "" when none is open.
+        on_phase: called when the phases "forward", "backward" (or "graph", where a CUDA graph
+            replays both), "accumulate" and "optimizer" begin, and with "" when none is open.
+        may_step_down: whether a plan that turns out not to fit may be replaced, once.
 
     Raises:
         UserError: what is asked for does not fit or is not on this machine.
@@ -93,13 +93,13 @@ class TrainStep:
         processes: SingleProcess | None = None,
         initial: Checkpoint | None = None,
         on_phase: OnPhase = ignore_phase,
+        *,
+        may_step_down: bool = True,
     ) -> None:
         self.config, self.processes, self.on_phase = config, processes or SingleProcess(), on_phase
-        setup = choose(config, self.processes)
-        self.compute, self.plan, self.attention = setup.compute, setup.plan, setup.attention
-        self.engine, self.records_graph = setup.engine, setup.records_graph
+        self._fit()
         cap_memory(self.compute, config)
-        self.model = setup.model(config, initial)
+        self.model = self._build_model(initial)
         self.optimizer = AdamW(
             self.model,
             self.model.ops,
@@ -118,27 +118,58 @@ class TrainStep:
             shape = (config.model.num_layers, config.model.num_experts + 1)
             self.router_sum = torch.zeros(shape, device=self.compute.device)
         self.steps_taken = 0
-        self.has_stepped_down = False
+        self.may_step_down = may_step_down
         self.messages: list[str] = []
         """sentences for the user that nobody has shown yet"""
 
-    @property
-    def world_size(self) -> int:
-        """The number of processes that train together."""
-        return self.processes.rank.world_size
+    def _fit(self) -> None:
+        """The step gets device, memory plan, attention and engine: what the configuration comes to
+        on the machines at hand."""
+        config, processes = self.config, self.processes
+        self.compute = compute = device.select(config)
+        # Everyone has the memory of the one that has least.
+        budget = processes.all_reduce_min(compute.budget_bytes)
+        kind, self.plan, self.attention = processes.from_main(
+            lambda: decide(config, compute, budget, processes.rank)
+        )
+        # What rank 0 has chosen must run on this machine too.
+        get_attention(self.attention.name, attention_shape(config, compute, self.plan))
+        self.engine = open_engine(kind, processes, compute, config)
+        rows = config.batch_size // processes.rank.world_size
+        micro_batches = rows // self.plan.micro_batch_size
+        self.records_graph = processes.from_main(
+            lambda: (
+                can_record(config, compute, self.attention.name)
+                and (micro_batches == 1 or self.engine.records_parts)
+            )
+        )
+
+    def _build_model(self, initial: Checkpoint | None) -> Transformer:
+        """The model gets its device, and in fp32 the weights of `initial` or random ones."""
+        ops = build_ops(self.compute.kernels, self.attention)
+        # No weight has a value before it gets ours: torch's own, drawn first, would take seconds.
+        with torch.device("meta"):
+            model = Transformer(self.config.model, ops, self.plan.policies)
+        self.engine.shard(model)
+        model.to_empty(device=self.compute.device)
+        if initial is None:
+            model.initialize(self.config.seed)
+        else:
+            initial.load_model(model.state_dict())
+        return model
 
     @property
     def is_graphed(self) -> bool:
-        """Whether forward and backward are, or will be, one CUDA graph."""
+        """The answer is whether forward and backward are, or will be, one CUDA graph."""
         return isinstance(self.forward_backward, GraphedBackward)
 
     @property
     def is_warm(self) -> bool:
-        """Whether a CUDA graph, if there is one, has been recorded."""
-        return not self.is_graphed or self.forward_backward.is_recorded
+        """The answer is whether a CUDA graph, if there is one, has been recorded."""
+        return not self.is_graphed or self.forward_backward.graph is not None
 
     def step(
-        self, batch: Batch, lr: float, should_abort: ShouldAbort = never_abort
+        self, batch: Batch, lr: float, should_abort: ShouldAbort = lambda done, total: False
     ) -> StepResult | None:
         """The step runs forward, backward and update on one global batch, in micro-batches.
 
@@ -173,12 +204,15 @@ class TrainStep:
             f"step {updates + 1:,} does not fit ({reason}): free the memory other programs hold, "
             "lower --micro-batch-size or --vram-budget, or recompute more (--recompute full)",
             # Of several processes, the others are half-way through the step.
-            state_is_whole=is_unchanged and self.world_size == 1,
+            state_is_whole=is_unchanged and self.processes.rank.world_size == 1,
         )
 
     def launch_one_by_one(self) -> None:
         """From here on each kernel is launched by itself, without a CUDA graph."""
         self.forward_backward = self._forward_backward
+
+    # NCCL keeps a communicator as long as graphs that were recorded with it.
+    close = launch_one_by_one
 
     def record_graph(self) -> None:
         """From here on forward and backward are one CUDA graph, where that is possible; it is
@@ -191,24 +225,17 @@ class TrainStep:
                 warm_up_calls=self.engine.warm_up_calls,
             )
 
-    def close(self) -> None:
-        """The step lets go of its CUDA graph: NCCL keeps a communicator as long as graphs that were
-        recorded with it."""
-        self.launch_one_by_one()
-
     def to_device(self, batch: Batch, rows: slice) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The model's arguments of some rows: inputs, targets and, if documents are kept apart,
-        document ids, each (rows, T) on the device."""
-        target = self.compute.device
-        documents = batch.document_ids[rows] if self.config.document_mask else None
-        return (
-            batch.inputs[rows].to(target, non_blocking=True),
-            batch.targets[rows].to(target, non_blocking=True),
-            None if documents is None else documents.to(target, non_blocking=True),
+        """The method gives the model's arguments of some rows: inputs, targets and, if documents
+        are kept apart, document ids, each (rows, T) on the device."""
+        documents = batch.document_ids if self.config.document_mask else None
+        return tuple(
+            None if tensor is None else tensor[rows].to(self.compute.device, non_blocking=True)
+            for tensor in (batch.inputs, batch.targets, documents)
         )
 
     def _take(self, batch: Batch, lr: float, should_abort: ShouldAbort) -> StepResult | None:
-        """The step as planned.
+        """The method takes the step as planned.
 
         Each micro-batch's mean loss is weighted by its share of the step's kept targets, so the
         step does not depend on how it is cut, nor on how many processes its micro-batches are
@@ -241,10 +268,6 @@ class TrainStep:
             if self.processes.any(should_abort(number + 1, len(starts))):
                 self.optimizer.drop_gradients()
                 return None
-        return self._update(loss, lr, batch.inputs.numel())
-
-    def _update(self, loss: Tensor, lr: float, tokens: int) -> StepResult:
-        """The end of a step: sums over the processes, then the optimizer."""
         self.processes.sum_(loss)
         if self.router_sum is not None:
             self.processes.sum_(self.router_sum)
@@ -254,7 +277,7 @@ class TrainStep:
         if self.router_sum is not None and self.config.model.router_balance == "bias":
             self.model.balance_routers(self.router_sum[:, :-1], torch.isfinite(grad_norm))
         self.steps_taken += 1
-        return StepResult(loss, grad_norm, tokens, self.router_sum)
+        return StepResult(loss, grad_norm, batch.inputs.numel(), self.router_sum)
 
     def _forward_backward(
         self, inputs: Tensor, targets: Tensor, document_ids: Tensor | None, share: Tensor
@@ -275,16 +298,16 @@ class TrainStep:
         self.on_phase(phase, self.optimizer.steps + 1)
 
     def _step_down(self, reason: str) -> bool:
-        """The step plans for a tenth less memory, once; whether there is such a plan.
+        """The step plans for a tenth less memory, once, and says whether there is such a plan.
 
         Not with several processes: the others are half-way through the step.
         """
-        if self.has_stepped_down or self.world_size > 1:
+        if not self.may_step_down or self.processes.rank.world_size > 1:
             return False
-        self.has_stepped_down = True
+        self.may_step_down = False
         budget = int(STEP_DOWN * self.plan.account.total)
         try:
-            plan = plan_memory(self.config, self.compute, budget=budget)
+            plan = plan_memory(replace(self.config, recompute="auto"), self.compute, budget)
         except UserError:
             return False
         if plan.account.total > budget:

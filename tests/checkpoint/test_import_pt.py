@@ -13,7 +13,6 @@ from torch.nn import functional
 
 from hamner.checkpoint.__main__ import main
 from hamner.checkpoint.import_pt import add_chat_tokens, import_checkpoint
-from hamner.checkpoint.run_folder import RunFolder
 from hamner.checkpoint.saved_model import find_saved_model
 from hamner.config.train import TrainConfig
 from hamner.data.tokenizer import SPECIAL_TOKENS, load_tokenizer
@@ -179,7 +178,7 @@ def test_training_does_not_go_on_from_it(tmp_path):
     imported(tmp_path, SHAPE)
     config = TrainConfig.read(tmp_path / "run" / "config.json")
     with pytest.raises(UserError, match="imported without its optimizer's state"):
-        TrainingLoop(replace(config, resume=True, device="cpu"), RunFolder(tmp_path / "run"))
+        TrainingLoop(replace(config, resume=True, device="cpu"))
 
 
 def damaged(name):

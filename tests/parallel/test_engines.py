@@ -20,6 +20,7 @@ from hamner.parallel.processes import SingleProcess
 from hamner.parallel.ranks import Rank, resume_after_restart
 from hamner.train import setup
 from hamner.train.optimizer import AdamW
+from hamner.train.step import TrainStep
 from tests.models import DENSE, plain_ops
 from tests.models import build as build_model
 
@@ -28,7 +29,7 @@ FOUR = Rank(global_rank=1, world_size=4, local_rank=1, local_world_size=4)
 
 def plan(config: TrainConfig, rank: Rank, budget: float):
     compute = device.select(replace(config, device="cpu"))
-    return setup.plan_parallel(config, compute, int(budget * GIB), rank, None)
+    return setup.plan_parallel(config, compute, int(budget * GIB), rank)
 
 
 def test_auto_is_ddp_where_the_model_fits_and_fsdp_where_it_does_not():
@@ -184,12 +185,12 @@ def following(*answers) -> SingleProcess:
 
 def test_other_ranks_follow_rank_0():
     config = replace(for_option("tiny"), device="cpu")
-    plan = replace(setup.choose(config).plan, micro_batch_size=2)
+    plan = replace(TrainStep(config).plan, micro_batch_size=2)
     choice = AttentionBackend("sdpa", sdpa, sdpa, "timed by rank 0")
-    followed = setup.choose(config, following(setup.Decision("none", plan, choice), True))
+    followed = TrainStep(config, following(("none", plan, choice), True))
     assert followed.plan == plan
     assert followed.attention == choice
     assert followed.records_graph
     choice = choice._replace(name="flash-attn")
     with pytest.raises(UserError, match="--attention flash-attn: it needs a CUDA GPU"):
-        setup.choose(config, following(setup.Decision("none", plan, choice), True))
+        TrainStep(config, following(("none", plan, choice), True))

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from hamner.train.loop import RunData, open_documents
+from hamner.train.data import RunData, open_documents
 
 
 class Wrapped:

@@ -39,7 +39,7 @@ def test_a_recording_that_fails_says_why_and_what_to_do(broken_recording):
     assert [graphed(1), graphed(2)] == [1, 2]
     with pytest.raises(UserError, match=r"\(CUDA error: not permitted .*ing\).* --no-cuda-graph$"):
         graphed(3)
-    assert not graphed.is_recorded
+    assert graphed.graph is None
 
 
 def test_running_out_of_memory_is_left_to_the_step(monkeypatch):

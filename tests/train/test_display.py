@@ -30,7 +30,9 @@ RECORD = Record(
 def shown(terminal: bool) -> str:
     output = io.StringIO()
     console = Console(file=output, force_terminal=terminal, width=120, highlight=False)
-    with Display("hamner a", 10_000_000_000, 22.0, console) as display:
+    display = Display("hamner a", 10_000_000_000, 22.0)
+    display.connect(console)
+    with display:
         display.message("resuming")
         display.show(RECORD)
     return output.getvalue()
@@ -53,7 +55,7 @@ def test_elsewhere_a_record_is_one_plain_line():
 
 
 def test_without_a_gpu_no_mfu_and_no_vram_are_shown():
-    display = Display("x", 10, None, Console(file=io.StringIO()))
+    display = Display("x", 10, None)
     record = Record(**{**vars(RECORD), "mfu": None, "peak_vram_gib": None, "skipped_steps": 0})
     assert not {"MFU", "VRAM", "skipped"} & set(display.fields(record))
 

@@ -11,14 +11,14 @@ MINUTES = 0.2 / 60
 
 
 def test_a_hang_dumps_the_stacks_and_calls_once(tmp_path):
-    calls, told = [], threading.Event()
+    calls, called = [], threading.Event()
 
     def on_hang(is_waiting: bool) -> None:
         calls.append(is_waiting)
-        told.set()
+        called.set()
 
     with Watchdog(MINUTES, tmp_path / "stacks.txt", on_hang):
-        a_function_that_hangs(told)
+        a_function_that_hangs(called)
         time.sleep(0.3)
     assert calls == [False]
     assert "a_function_that_hangs" in (tmp_path / "stacks.txt").read_text()
@@ -30,17 +30,17 @@ def a_function_that_hangs(until: threading.Event) -> None:
 
 def test_a_wait_with_the_state_whole_can_be_saved(tmp_path):
     """The training thread does not go on before the save is done."""
-    order, told = [], threading.Event()
+    order, called = [], threading.Event()
 
     def on_hang(is_waiting: bool) -> None:
         order.append(is_waiting)
-        told.set()
+        called.set()
         time.sleep(0.1)
         order.append("saved")
 
     with Watchdog(MINUTES, tmp_path / "stacks.txt", on_hang) as watchdog:
         with watchdog.waiting():
-            assert told.wait(30)
+            assert called.wait(30)
         order.append("trains")
     assert order == [True, "saved", "trains"]
 

@@ -57,7 +57,7 @@ def test_other_files_are_refused(tmp_path, content):
         health.read(path)
 
 
-def test_diagnosis_tells_a_poisoned_state_from_bad_batches():
+def test_diagnosis_tells_a_non_finite_state_from_bad_batches():
     state = {"good": torch.ones(3), "bad": torch.tensor([1.0, math.nan])}
     assert health.not_finite(state) == ["bad"]
     assert "among them bad" in health.diagnose(reading(), ["bad"])
@@ -70,8 +70,14 @@ def noisy(count: int) -> list[float]:
     return (3.0 + 0.05 * torch.randn(count, generator=generator)).tolist()
 
 
+def resumed(losses: list[float]) -> health.StepHealth:
+    detector = health.StepHealth()
+    detector.load_state_dict({"recent_losses": losses})
+    return detector
+
+
 def test_a_spike_is_marked_and_noise_is_not():
-    detector = health.SpikeDetector([])
+    detector = health.StepHealth()
     assert [detector.score(loss) for loss in noisy(500)] == [None] * 500
     score = detector.score(4.0)
     assert 15 < score < 25  # 1.0 above the median at a deviation of 0.05
@@ -80,29 +86,29 @@ def test_a_spike_is_marked_and_noise_is_not():
 
 
 def test_spikes_do_not_hide_those_after_them():
-    detector = health.SpikeDetector(noisy(128))
+    detector = resumed(noisy(128))
     assert all(detector.score(5.0) is not None for _ in range(20))
 
 
 def test_nothing_is_judged_by_a_handful_of_losses():
-    detector = health.SpikeDetector([])
+    detector = health.StepHealth()
     assert [detector.score(loss) for loss in (3.0, 3.0, 9.0, 3.0)] == [None] * 4
 
 
 def test_last_digits_are_no_spike():
-    detector = health.SpikeDetector([1.0] * 128)
+    detector = resumed([1.0] * 128)
     assert detector.score(1.001) is None
     assert detector.score(1.1) is not None
 
 
 def test_a_resumed_detector_goes_on():
-    whole, half = health.SpikeDetector([]), health.SpikeDetector([])
+    whole, half = health.StepHealth(), health.StepHealth()
     losses = noisy(100)
     for loss in losses:
         whole.score(loss)
     for loss in losses[:60]:
         half.score(loss)
-    resumed = health.SpikeDetector(list(half.recent))
+    other = resumed(half.state_dict()["recent_losses"])
     for loss in losses[60:]:
-        resumed.score(loss)
-    assert resumed.score(4.0) == whole.score(4.0)
+        other.score(loss)
+    assert other.score(4.0) == whole.score(4.0)

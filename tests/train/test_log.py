@@ -9,6 +9,7 @@ import torch
 from hamner.checkpoint.run_folder import RunFolder
 from hamner.data.batch import Batch
 from hamner.train.display import Display
+from hamner.train.health import StepReading
 from hamner.train.log import LogLine, TrainLog
 from hamner.train.step import StepResult, TrainStep
 from tests.models import MOE
@@ -29,7 +30,7 @@ def step(tmp_path_factory, request) -> TrainStep:
 @pytest.fixture
 def log(step, tmp_path) -> TrainLog:
     run = RunFolder(tmp_path)
-    made = TrainLog(step.config, run, step, display=Display("test", 100, None), reporters=[])
+    made = TrainLog(run, step, Display("test", 100, None))
     made.start(0, 0)
     return made
 
@@ -45,7 +46,11 @@ def result(
 def record(log: TrainLog, *results: StepResult) -> None:
     first = log.last.step if log.last else 0
     for step, made in enumerate(results, first + 1):
-        log.record(step, 6 * step, 1e-3, BATCH, made)
+        log.record(launched(step), made)
+
+
+def launched(step: int) -> StepReading:
+    return StepReading(step, tokens=6 * step, lr=1e-3, batch=BATCH)
 
 
 def test_an_interval_is_the_mean_of_its_good_steps(log, tmp_path):
@@ -83,13 +88,11 @@ def test_an_interval_without_a_good_step_has_no_loss(log, tmp_path):
 def test_a_resumed_log_finishes_the_interval(log, step, tmp_path):
     results = [result(3.1), result(2.2, load=(0.5, 0.5, 0.0, 0.0)), result(1.3)]
     record(log, *results[:2])
-    resumed = TrainLog(
-        step.config, RunFolder(tmp_path), step, display=Display("", 100, None), reporters=[]
-    )
+    resumed = TrainLog(RunFolder(tmp_path), step, Display("", 100, None))
     resumed.load_state_dict(log.state_dict())
     resumed.start(2, 12)
     record(log, results[2])
-    resumed.record(3, 18, 1e-3, BATCH, results[2])
+    resumed.record(launched(3), results[2])
     for each in (log, resumed):
         each.request_line(LINE)
     whole, half = metrics(tmp_path)
@@ -107,7 +110,7 @@ def test_a_step_is_recorded_without_waiting_for_the_gpu(log):
     torch.cuda.set_sync_debug_mode("error")
     try:
         torch.cuda._sleep(1_000_000_000)
-        log.record(2, 12, 1e-3, BATCH, made)
+        log.record(launched(2), made)
         assert log.last.step == 1
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -120,6 +123,6 @@ def test_the_host_stays_a_step_ahead_at_most(log):
     for step in (1, 2, 3):
         made = result(3.0, device="cuda")
         torch.cuda._sleep(300_000_000)
-        log.record(step, 6 * step, 1e-3, BATCH, made)
+        log.record(launched(step), made)
     assert log.last.step == 2
     assert len(log.queue) == 1

@@ -124,7 +124,7 @@ def test_numbers_that_come_in_late_change_no_record(config, monkeypatch):
         elif phase == "data":  # a save that is slow would delay the next one by a step
             assert on_disk.wait(30)
 
-    trainer = TrainingLoop(saving, RunFolder(saving.folder), on_phase=on_phase)
+    trainer = TrainingLoop(saving, on_phase=on_phase)
     begin = trainer.saves.saver.begin
 
     def begin_save(*args, **kwargs):
@@ -187,8 +187,7 @@ def test_micro_batches_do_not_change_the_step(config, micro_batch_size, tmp_path
     for size in (8, micro_batch_size):
         run_dir = tmp_path / f"micro_{size}"
         trainer = TrainingLoop(
-            replace(config, micro_batch_size=size, run_dir=run_dir, grad_clip=0.0),
-            RunFolder(run_dir),
+            replace(config, micro_batch_size=size, run_dir=run_dir, grad_clip=0.0)
         )
         try:
             batch = next(trainer.data.loader)
@@ -213,9 +212,8 @@ def test_interrupted_slow_step_is_dropped_and_comes_again(config, monkeypatch):
 
     monkeypatch.setattr(hamner.train.loop, "PATIENCE_SECONDS", 0.0)
     whole = train(config)
-    run = RunFolder(config.run_dir.with_name("dropped"))
-    settings = replace(config, run_dir=run.path, micro_batch_size=4)
-    trainer = TrainingLoop(replace(settings, stop_after=5), run)
+    settings = replace(config, run_dir=config.run_dir.with_name("dropped"), micro_batch_size=4)
+    trainer = TrainingLoop(replace(settings, stop_after=5))
     trainer.run_to_end()
     batch = next(trainer.data.loader)
     before = {n: p.clone() for n, p in trainer.step.optimizer.parameters.items()}
@@ -224,7 +222,7 @@ def test_interrupted_slow_step_is_dropped_and_comes_again(config, monkeypatch):
         assert torch.equal(parameter, before[name])
         assert parameter.grad is None
     trainer.close()
-    resumed = train(replace(config, run_dir=run.path, micro_batch_size=4, resume=True))
+    resumed = train(replace(settings, resume=True))
     assert resumed.step == whole.step
     # Not bit for bit: the whole run was not cut into micro-batches.
     assert abs(resumed.val_loss - whole.val_loss) < 1e-3
@@ -368,8 +366,7 @@ def out_of_memory_at(trainer: TrainingLoop, step: int, times: int = 1) -> None:
 
 
 def test_out_of_memory_at_first_changes_the_plan(config, capsys):
-    run = RunFolder(config.folder)
-    trainer = TrainingLoop(replace(config, micro_batch_size=8), run)
+    trainer = TrainingLoop(replace(config, micro_batch_size=8))
     before = trainer.step.plan.account.total
     out_of_memory_at(trainer, 1)
     result = trainer.run_to_end()
@@ -384,7 +381,7 @@ def test_out_of_memory_at_first_changes_the_plan(config, capsys):
 
 @pytest.mark.parametrize(("step", "times"), [(1, 2), (12, 1)])
 def test_out_of_memory_later_saves_and_says_what_to_lower(config, step, times):
-    trainer = TrainingLoop(replace(config, micro_batch_size=8), RunFolder(config.folder))
+    trainer = TrainingLoop(replace(config, micro_batch_size=8))
     out_of_memory_at(trainer, step, times)
     with pytest.raises(UserError, match=rf"step {step + 1} does not fit \(CUDA out of memory\)"):
         trainer.run_to_end()
@@ -394,7 +391,7 @@ def test_out_of_memory_later_saves_and_says_what_to_lower(config, step, times):
 
 def test_plan_is_compared_with_reality_at_step_100(config, capsys, monkeypatch):
     monkeypatch.setattr("hamner.train.log.PLAN_CHECK_STEP", 10)
-    trainer = TrainingLoop(config, RunFolder(config.folder))
+    trainer = TrainingLoop(config)
     # What is measured is this CPU; only the plan's line is of interest.
     trainer.step.compute = replace(trainer.step.compute, gpu=GPUS["rtx-3090"], kernels="triton")
     trainer.display.budget_gib = 24.0

@@ -115,10 +115,10 @@ def test_validation_rows_are_gathered_once(config, monkeypatch):
     gathered = []
     real = TrainLoader.validation_rows
     monkeypatch.setattr(TrainLoader, "validation_rows", lambda *a: gathered.append(1) or real(*a))
-    trainer = TrainingLoop(replace(config, resume=True), RunFolder(config.run_dir))
+    trainer = TrainingLoop(replace(config, resume=True))
     trainer.close()
     assert not gathered
-    trainer = TrainingLoop(replace(config, resume=True, seq_len=16), RunFolder(config.run_dir))
+    trainer = TrainingLoop(replace(config, resume=True, seq_len=16))
     trainer.close()
     assert gathered
     assert trainer.data.validation.inputs.shape == (32, 16)

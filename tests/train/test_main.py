@@ -152,7 +152,7 @@ def test_second_interrupt_leaves_at_once(long_run, tmp_path):
         saved.verify()
 
 
-def test_cpu_is_told_plainly(long_run):
+def test_training_on_a_cpu_is_said_plainly(long_run):
     args = command(*long_run, "--stop-after", "2")
     result = subprocess.run(args, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0

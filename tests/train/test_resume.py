@@ -137,12 +137,12 @@ def test_a_new_length_counts_anew(stopped):
 
 
 def test_schedule_flags_that_changed_count_anew(config):
-    saved = Schedule.of(config)
+    saved = Schedule(config)
     saved.warmup_tokens, saved.total_tokens = 500, 9_000
     state = saved.state_dict()
 
     def resumed(changed) -> tuple[int, int]:
-        schedule = Schedule.of(changed)
+        schedule = Schedule(changed)
         schedule.warmup_tokens, schedule.total_tokens = 1_000, 18_000
         schedule.load_state_dict(state)
         return schedule.warmup_tokens, schedule.total_tokens
@@ -162,7 +162,7 @@ def tokens_seen(config, steps: int) -> list[int]:
             seen.extend(batch.inputs.flatten().tolist())
             return batch
 
-    train(replace(config, stop_after=steps), opened_by(Watched))
+    train(replace(config, stop_after=steps), open_data=opened_by(Watched))
     return seen
 
 

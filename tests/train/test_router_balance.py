@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from hamner.checkpoint.format import Checkpoint
-from hamner.checkpoint.run_folder import RunFolder
 from hamner.checkpoint.saved_model import find_saved_model
 from hamner.config.model import ModelConfig
 from hamner.config.train import TrainConfig
@@ -88,7 +87,7 @@ def train_skewed(config: TrainConfig) -> list[dict]:
     config = replace(
         config, lr=1e-9, min_lr=1e-9, weight_decay=0.0, log_every=10, eval_every=0, steps=80
     )
-    trainer = TrainingLoop(config, RunFolder(config.folder))
+    trainer = TrainingLoop(config)
     skew(trainer)
     trainer.run_to_end()
     trainer.close()
@@ -115,8 +114,8 @@ def test_biases_even_out_a_skewed_router_and_nothing_else_does(config, tmp_path)
 
 
 @pytest.mark.parametrize("balance", ["aux", "bias"])
-def test_a_starved_expert_is_told_once(config, balance, monkeypatch, capsys):
-    monkeypatch.setattr("hamner.train.routers.StarvationDetector.STEPS", 20)
+def test_a_starved_expert_is_reported_once(config, balance, monkeypatch, capsys):
+    monkeypatch.setattr("hamner.train.health.StarvationDetector.STEPS", 20)
     model = replace(config.model, router_balance=balance, router_bias_update_speed=1e-6)
     train_skewed(replace(config, model=model))
     said = [line for line in capsys.readouterr().out.splitlines() if "of its fair share" in line]
@@ -131,9 +130,7 @@ def test_the_load_of_all_micro_batches_counts(config, tmp_path):
     loads, steps = [], []
     for size in (8, 2):
         run_dir = tmp_path / f"micro_{size}"
-        trainer = TrainingLoop(
-            replace(config, micro_batch_size=size, run_dir=run_dir), RunFolder(run_dir)
-        )
+        trainer = TrainingLoop(replace(config, micro_batch_size=size, run_dir=run_dir))
         try:
             skew(trainer)
             trainer.step.step(next(trainer.data.loader), 1e-3)

@@ -12,7 +12,6 @@ import pytest
 
 from hamner.checkpoint import format as checkpoint
 from hamner.checkpoint import writer
-from hamner.checkpoint.run_folder import RunFolder
 from hamner.config.train import TrainConfig
 from hamner.errors import EXIT_BAD_STEPS, UserError
 from hamner.train import health, loop
@@ -22,7 +21,7 @@ from tests.corpus import write_predictable
 from tests.train.loaders import Wrapped, opened_by
 from tests.train.test_loop import assert_equal_weights, metrics, small_config
 
-POISON = "z"
+OVERFLOW = "z"
 """a character whose embedding is infinite"""
 
 
@@ -31,21 +30,21 @@ def config(tmp_path) -> TrainConfig:
     return small_config(tmp_path)
 
 
-def write_poisoned(path: Path, share: int) -> Path:
-    """The predictable text, with POISON in every `share`-th document."""
+def write_overflowing(path: Path, share: int) -> Path:
+    """The predictable text, with OVERFLOW in every `share`-th document."""
     lines = write_predictable(path).read_text().splitlines()
     with path.open("w") as file:
         for number, line in enumerate(lines):
             text = json.loads(line)["text"]
             if number % share == 0:
-                text = text[:50] + POISON + text[51:]
+                text = text[:50] + OVERFLOW + text[51:]
             file.write(json.dumps({"text": text}) + "\n")
     return path
 
 
-def poisoned_trainer(config: TrainConfig, share: int) -> TrainingLoop:
-    """A run in which batches with POISON have no finite loss."""
-    data = write_poisoned(config.run_dir.parent / "poisoned.jsonl", share)
+def overflowing_trainer(config: TrainConfig, share: int) -> TrainingLoop:
+    """A run in which batches with OVERFLOW have no finite loss."""
+    data = write_overflowing(config.run_dir.parent / "overflowing.jsonl", share)
     settings = replace(
         config,
         data=(str(data),),
@@ -57,8 +56,8 @@ def poisoned_trainer(config: TrainConfig, share: int) -> TrainingLoop:
         # Apart from the head, or every logit would be infinite.
         model=replace(config.model, tie_word_embeddings=False),
     )
-    made = TrainingLoop(settings, RunFolder(settings.folder))
-    (token,) = made.tokenizer.encode(POISON)
+    made = TrainingLoop(settings)
+    (token,) = made.tokenizer.encode(OVERFLOW)
     made.step.model.embed.weight.data[token] = math.inf
     return made
 
@@ -71,7 +70,7 @@ def run_to_end(made: TrainingLoop):
 
 
 def test_bad_steps_are_skipped_counted_shown_and_kept(config, capsys):
-    made = poisoned_trainer(config, share=8)
+    made = overflowing_trainer(config, share=8)
     result = run_to_end(made)
     assert result.step == 20
     assert result.diagnosis is None
@@ -89,15 +88,15 @@ def test_bad_steps_are_skipped_counted_shown_and_kept(config, capsys):
     shown = capsys.readouterr().out
     assert f"WARNING: step {bad[0]} skipped: loss nan" in shown
     assert f"skipped {len(bad)}" in shown
-    (token,) = made.tokenizer.encode(POISON)
+    (token,) = made.tokenizer.encode(OVERFLOW)
     for path in kept:
         assert (health.read(path).batch.inputs == token).any()
 
 
 def test_replay_names_the_first_module_and_row(config):
-    made = poisoned_trainer(config, share=8)
+    made = overflowing_trainer(config, share=8)
     run_to_end(made)
-    (token,) = made.tokenizer.encode(POISON)
+    (token,) = made.tokenizer.encode(OVERFLOW)
     path = max((config.run_dir / "bad_steps").iterdir())
     settings = replace(TrainConfig.read(config.run_dir / "config.json"), replay=path)
     found = replay(settings)
@@ -106,7 +105,7 @@ def test_replay_names_the_first_module_and_row(config):
     assert found.worst_row == rows[0]
     assert found.first_module == "embed"
     assert found.gradients
-    assert POISON in found.excerpt
+    assert OVERFLOW in found.excerpt
     saves = checkpoint.find(made.run.checkpoints)
     older = [saved for saved in saves if saved.step < found.reading.step]
     assert found.weights == f"the weights of {older[-1].path}"
@@ -118,7 +117,7 @@ def test_replay_names_the_first_module_and_row(config):
 
 def test_five_bad_steps_in_a_row_stop_the_run(config, capsys):
     """The weights are those of before the first bad step, and are saved."""
-    made = TrainingLoop(replace(config, log_every=0, eval_every=0), RunFolder(config.run_dir))
+    made = TrainingLoop(replace(config, log_every=0, eval_every=0))
     real_forward, calls = made.step.forward, []
 
     def overflow(*args):
@@ -139,10 +138,10 @@ def test_five_bad_steps_in_a_row_stop_the_run(config, capsys):
     assert health.not_finite(made.step.optimizer.state_tensors()) == []
 
 
-def test_a_poisoned_state_is_not_saved(config):
+def test_a_non_finite_state_is_not_saved(config):
     settings = replace(config, save_every=4, steps=12)
     train(replace(settings, stop_after=6))
-    made = TrainingLoop(replace(settings, resume=True), RunFolder(config.run_dir))
+    made = TrainingLoop(replace(settings, resume=True))
     made.step.model.norm.weight.data[0] = math.nan
     result = run_to_end(made)
     assert result.step == 11
@@ -154,7 +153,7 @@ def test_a_poisoned_state_is_not_saved(config):
 def test_the_command_ends_with_its_own_code(config, monkeypatch, capsys):
     import hamner.train.__main__
 
-    made = poisoned_trainer(config, share=1)
+    made = overflowing_trainer(config, share=1)
     monkeypatch.setattr(loop, "train", lambda _: run_to_end(made))
     assert hamner.train.__main__.main([]) == EXIT_BAD_STEPS
     # Nothing was saved, so the replay has the first weights, in which all is well.
@@ -176,7 +175,7 @@ def test_spikes_are_in_the_metrics_and_the_plot(config, capsys):
                 batch = replace(batch, targets=(batch.targets + 100) % 200)
             return batch
 
-    made = TrainingLoop(settings, RunFolder(config.run_dir), opened_by(Spoiling))
+    made = TrainingLoop(settings, opened_by(Spoiling))
     run_to_end(made)
     records = metrics(config.run_dir)
     assert [r["step"] for r in records if "spikes" in r] == [60]
@@ -195,7 +194,7 @@ def test_data_that_fails_saves_first(config):
                 raise UserError("the source is gone")
             return self.loader.next_batch(is_stopped)
 
-    made = TrainingLoop(config, RunFolder(config.run_dir), opened_by(Failing))
+    made = TrainingLoop(config, opened_by(Failing))
     with pytest.raises(UserError, match="the source is gone"):
         run_to_end(made)
     assert [saved.step for saved in checkpoint.find(made.run.checkpoints)] == [7]
@@ -248,7 +247,7 @@ def test_a_tracker_that_fails_ends_no_run(config, capsys):
         def close(self):
             pass
 
-    made = TrainingLoop(config, RunFolder(config.run_dir))
+    made = TrainingLoop(config)
     made.log.reporters.append(Tracker())
     assert run_to_end(made).step == 20
     assert "WARNING: Tracker failed: no route to host" in capsys.readouterr().out
@@ -271,7 +270,7 @@ def test_a_stalled_source_is_noticed_and_the_run_saved(config, capsys):
             return self.loader.next_batch(is_stopped)
 
     stalled = replace(config, hang_minutes=0.3 / 60)
-    made = TrainingLoop(stalled, RunFolder(config.run_dir), opened_by(Stalling), on_phase=on_phase)
+    made = TrainingLoop(stalled, opened_by(Stalling), on_phase=on_phase)
     result = run_to_end(made)
     assert [found.step for found in checkpoint.find(made.run.checkpoints)] == [7, 20]
     assert "no step for 0.005 minutes" in capsys.readouterr().out

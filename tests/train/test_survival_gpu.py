@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hamner.checkpoint.run_folder import RunFolder
 from hamner.checkpoint.writer import BackgroundSaver
 from hamner.config.train import TrainConfig
 from hamner.train.loop import TrainingLoop, train
@@ -131,7 +130,7 @@ def test_a_bad_step_is_skipped_counted_and_kept(config):
             loop.step.model.norm.weight.data[0] = math.inf
 
     settings = replace(config, steps=4, eval_every=0)
-    loop = TrainingLoop(settings, RunFolder(settings.folder), on_phase=on_phase)
+    loop = TrainingLoop(settings, on_phase=on_phase)
     try:
         loop.run_to_end()
     finally:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from hamner.train.routers import StarvationDetector, StarvedExpert
+from hamner.train.health import StarvationDetector
 from tests.models import MOE
 
 ONE_LAYER = replace(MOE, num_layers=1)
@@ -13,10 +13,10 @@ LOW, FAIR = [0.4, 0.3, 0.25, 0.05], [0.25] * 4
 """1/16 is a quarter of the fair share of four experts"""
 
 
-def test_an_expert_is_told_once_after_200_steps():
+def test_an_expert_is_reported_once_after_200_steps():
     detector = StarvationDetector(ONE_LAYER)
-    told = [detector.starved([LOW], 50) for _ in range(6)]
-    assert told == [[], [], [], [StarvedExpert(0, 3, 0.05)], [], []]
+    reported = [detector.starved([LOW], 50) for _ in range(6)]
+    assert reported == [[], [], [], [(0, 3, 0.05)], [], []]
 
 
 @pytest.mark.parametrize("enough", [FAIR, [0.4, 0.3, 0.2375, 0.0625]])
@@ -25,8 +25,8 @@ def test_one_interval_with_enough_starts_the_count_anew(enough):
     for _ in range(3):
         assert detector.starved([LOW], 50) == []
     assert detector.starved([enough], 50) == []
-    told = [detector.starved([LOW], 50) for _ in range(4)]
-    assert [len(found) for found in told] == [0, 0, 0, 1]
+    reported = [detector.starved([LOW], 50) for _ in range(4)]
+    assert [len(found) for found in reported] == [0, 0, 0, 1]
 
 
 def test_layers_and_experts_are_judged_apart():
@@ -36,7 +36,7 @@ def test_layers_and_experts_are_judged_apart():
     assert [starved[:2] for starved in found] == [(0, 2), (0, 3), (1, 0)]
 
 
-def test_counts_and_what_was_told_survive_a_resume():
+def test_counts_and_what_was_reported_survive_a_resume():
     detector = StarvationDetector(MOE)
     detector.starved([[0.0, 0.3, 0.3, 0.4], FAIR], 200)
     detector.starved([FAIR, LOW], 150)

@@ -3,7 +3,7 @@
 import json
 import math
 
-from hamner.train.early_stopping import EarlyStopping
+from hamner.train.evaluation import EarlyStopping
 
 
 def test_stops_after_so_many_evaluations_without_a_better_loss():

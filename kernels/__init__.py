@@ -24,6 +24,7 @@ from hamner.kernels.fused_linear import (
 )
 from hamner.kernels.grouped_matmul import moe_mlp
 from hamner.kernels.moe_routing import Routing, moe_route
+from hamner.kernels.muon import muon_apply_, muon_momentum_, orthogonalize_, symmetric_product
 from hamner.kernels.norm_attention import add_rms_norm_attention
 from hamner.kernels.rms_norm import add_rms_norm, rms_norm
 from hamner.kernels.rope import rope, rope_packed_
@@ -45,6 +46,9 @@ __all__ = [
     "linear_cross_entropy",
     "moe_mlp",
     "moe_route",
+    "muon_apply_",
+    "muon_momentum_",
+    "orthogonalize_",
     "rms_norm",
     "rms_norm_linear",
     "rope",
@@ -53,5 +57,6 @@ __all__ = [
     "split_master",
     "swiglu",
     "swiglu_linear",
+    "symmetric_product",
     "tied_embedding",
 ]

@@ -44,7 +44,7 @@ from hamner.kernels.checks import (
     check_same_device,
     check_shape,
 )
-from hamner.kernels.launch import capability
+from hamner.kernels.launch import capability, define_in_place
 
 
 class Config(NamedTuple):
@@ -118,6 +118,46 @@ def bias_correction(step, log_beta):
 
 
 @triton.jit
+def load_master(
+    master_ptr,  # fp32, or int16: the remainder beside param
+    param_ptr,  # int16 beside a remainder: the bits of bf16
+    offs,
+    mask,
+):
+    """A master is fp32, joined on the bits as in join_master where it is split."""
+    if master_ptr.dtype.element_ty == tl.int16:
+        # No sum here leaves int32.
+        upper = tl.load(param_ptr + offs, mask=mask, other=0).to(tl.int32) << 16
+        bits = upper + tl.load(master_ptr + offs, mask=mask, other=0).to(tl.int32)
+        master = bits.to(tl.float32, bitcast=True)
+    else:
+        master = tl.load(master_ptr + offs, mask=mask, other=0.0)
+    return master
+
+
+@triton.jit
+def store_master(
+    master,  # fp32
+    master_ptr,  # as in load_master
+    param_ptr,  # the same, or of the copy of master, or None
+    offs,
+    mask,
+    PARAM: tl.constexpr,  # of the copy of master
+):
+    """The master is stored whole, with its copy if any, or split as in split_master."""
+    if master_ptr.dtype.element_ty == tl.int16:
+        bits = tl.where(master == master, master.to(tl.int32, bitcast=True), QUIET_NAN)
+        remainder = bits.to(tl.int16)
+        tl.store(master_ptr + offs, remainder, mask=mask)
+        upper = bits - remainder.to(tl.int32)
+        tl.store(param_ptr + offs, (upper >> 16).to(tl.int16), mask=mask)
+    else:
+        tl.store(master_ptr + offs, master, mask=mask)
+        if PARAM is not None:
+            tl.store(param_ptr + offs, master.to(PARAM), mask=mask)
+
+
+@triton.jit
 def adamw_kernel(
     addresses_ptr,  # (5, num_tensors) int64: masters, grads, exp_avgs, exp_avg_sqs, params if any
     numels_ptr,  # (num_tensors,) int64
@@ -141,14 +181,14 @@ def adamw_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    IS_SPLIT: tl.constexpr = tl.int16 == MASTER
     tensor, start, numel = table_chunk(numels_ptr, chunks_ptr, CHUNK, ALIGNED)
     master_ptr = table_entry(addresses_ptr, 0, tensor, num_tensors, MASTER, ALIGNED)
     grad_ptr = table_entry(addresses_ptr, 1, tensor, num_tensors, GRAD, ALIGNED)
     exp_avg_ptr = table_entry(addresses_ptr, 2, tensor, num_tensors, tl.float32, ALIGNED)
     exp_avg_sq_ptr = table_entry(addresses_ptr, 3, tensor, num_tensors, tl.float32, ALIGNED)
+    param_ptr = None
     if PARAM is not None:
-        stored: tl.constexpr = tl.int16 if IS_SPLIT else PARAM
+        stored: tl.constexpr = tl.int16 if tl.int16 == MASTER else PARAM
         param_ptr = table_entry(addresses_ptr, 4, tensor, num_tensors, stored, ALIGNED)
 
     clip_coef = tl.load(clip_coef_ptr).to(tl.float32)
@@ -167,13 +207,7 @@ def adamw_kernel(
         grad = tl.load(grad_ptr + offs, mask=mask, other=0.0).to(tl.float32) * clip_coef
         exp_avg = tl.load(exp_avg_ptr + offs, mask=mask, other=0.0)
         exp_avg_sq = tl.load(exp_avg_sq_ptr + offs, mask=mask, other=0.0)
-        if IS_SPLIT:
-            # On the bits, as split_master and join_master. No sum here leaves int32.
-            upper = tl.load(param_ptr + offs, mask=mask, other=0).to(tl.int32) << 16
-            bits = upper + tl.load(master_ptr + offs, mask=mask, other=0).to(tl.int32)
-            master = bits.to(tl.float32, bitcast=True)
-        else:
-            master = tl.load(master_ptr + offs, mask=mask, other=0.0)
+        master = load_master(master_ptr, param_ptr, offs, mask)
 
         exp_avg += one_minus_beta1 * (grad - exp_avg)
         exp_avg_sq += one_minus_beta2 * (grad * grad - exp_avg_sq)
@@ -183,16 +217,7 @@ def adamw_kernel(
 
         tl.store(exp_avg_ptr + offs, exp_avg, mask=mask)
         tl.store(exp_avg_sq_ptr + offs, exp_avg_sq, mask=mask)
-        if IS_SPLIT:
-            bits = tl.where(master == master, master.to(tl.int32, bitcast=True), QUIET_NAN)
-            remainder = bits.to(tl.int16)
-            tl.store(master_ptr + offs, remainder, mask=mask)
-            upper = bits - remainder.to(tl.int32)
-            tl.store(param_ptr + offs, (upper >> 16).to(tl.int16), mask=mask)
-        else:
-            tl.store(master_ptr + offs, master, mask=mask)
-            if PARAM is not None:
-                tl.store(param_ptr + offs, master.to(PARAM), mask=mask)
+        store_master(master, master_ptr, param_ptr, offs, mask, PARAM)
 
 
 @triton.jit
@@ -290,27 +315,19 @@ def _launch_adamw(
             lr_tensor, lr, step_tensor, step,
             # On the host in fp64: 1 - 0.999 in fp32 is already off by 1e-5.
             1.0 - beta1, _log(beta1), 1.0 - beta2, _log(beta2), eps, weight_decay,
-            MASTER=_element_type(masters), GRAD=_element_type(grads), PARAM=_element_type(params),
+            MASTER=element_type(masters), GRAD=element_type(grads), PARAM=element_type(params),
             ALIGNED=table.is_aligned, CHUNK=config.chunk, BLOCK=config.block,
             num_warps=config.warps,
         )  # fmt: skip
 
 
-# Defined by hand: custom_op's handling of mutated arguments costs the host ten times as much as
-# this does.
-ADAMW_SCHEMA = torch.library.infer_schema(
-    _launch_adamw, mutates_args=("params", "masters", "exp_avgs", "exp_avg_sqs")
+define_in_place(
+    "hamner::adamw_", _launch_adamw, mutates=("params", "masters", "exp_avgs", "exp_avg_sqs")
 )
-torch.library.define("hamner::adamw_", ADAMW_SCHEMA)
-torch.library.impl("hamner::adamw_", "default", _launch_adamw)
 
 
-@torch.library.register_fake("hamner::adamw_")
-def _(params, masters, grads, exp_avgs, exp_avg_sqs, clip_coef, *scalars):
-    return None
-
-
-def _element_type(tensors: list[Tensor]) -> tl.dtype | None:
+def element_type(tensors: Sequence[Tensor]) -> tl.dtype | None:
+    """The tensors, if there are any, have this dtype in Triton."""
     return getattr(tl, str(tensors[0].dtype).removeprefix("torch.")) if tensors else None
 
 
@@ -465,7 +482,7 @@ def _global_grad_norm_op(grads: list[Tensor]) -> Tensor:
         for kind, table, part in zip(kinds, tables, partials.split(counts), strict=True):
             sum_squares_kernel[(len(part),)](
                 table.addresses, table.numels, table.chunks, part, len(table.numels),
-                DTYPE=_element_type(kind), ALIGNED=table.is_aligned,
+                DTYPE=element_type(kind), ALIGNED=table.is_aligned,
                 BLOCK=NORM_BLOCK, num_warps=NORM_WARPS,
             )  # fmt: skip
     return partials.sum().sqrt()

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from hamner.config.model import ModelConfig
+from hamner.config.recipe import RECIPES
 from hamner.config.train import TrainConfig
 from hamner.errors import UserError
 
@@ -73,13 +74,15 @@ def find_option(name: str) -> TrainConfig:
     return OPTIONS[name]
 
 
-def for_option(name: str) -> TrainConfig:
+def for_option(name: str, recipe: str = "plan") -> TrainConfig:
     """The function gives an option as the defaults of a run, whose length `--steps` may still set.
 
     Raises:
-        UserError: There is no such option.
+        UserError: There is no such option or recipe.
     """
-    return replace(find_option(name), tokens=None)
+    if recipe not in RECIPES:
+        raise UserError(f"--recipe {recipe} is not one of {', '.join(RECIPES)}")
+    return replace(find_option(name), tokens=None, recipe=recipe, **RECIPES[recipe])
 
 
 def total_tokens(config: TrainConfig) -> int:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from hamner.config.model import ModelConfig, flag
+from hamner.config.recipe import RecipeConfig
 from hamner.config.serialization import build
 from hamner.errors import UserError
 from hamner.files import parse_json
@@ -19,13 +20,16 @@ COUNTS = (
     *("eval_tokens", "ddp_bucket_mib"),
 )
 """flags that must be 1 or more, where they are given"""
-POSITIVE = ("lr", "vram_budget")
+POSITIVE = ("lr", "vram_budget", "embedding_lr", "vector_lr", "decay_fraction")
 """flags that must be above 0, where they are given"""
 NOT_NEGATIVE = (
     *("min_lr", "warmup_steps", "weight_decay", "grad_clip", "keep", "seed", "patience"),
+    *("embedding_weight_decay", "beta1", "beta2", "momentum", "val_fraction"),
     *("hang_minutes", "log_every", "eval_every", "save_every", "sample_every", "keep_every"),
 )
-"""flags that must be 0 or more"""
+"""flags that must be 0 or more, where they are given"""
+BELOW_ONE = ("beta1", "beta2", "momentum", "val_fraction")
+"""of those, flags that must be below 1"""
 
 
 def require_finite(config: Any) -> None:
@@ -59,12 +63,6 @@ class TaskConfig:
     """sequences per optimizer step"""
     seq_len: int = 1024
     """tokens per sequence"""
-    lr: float = 2e-4
-    """peak learning rate"""
-    min_lr: float = 2e-5
-    """learning rate at the end of the cosine"""
-    warmup_steps: int = 2_000
-    """steps of linear warm-up"""
     document_mask: bool = False
     """keep the documents of a sequence from attending to each other"""
     eval_every: int = 500
@@ -169,7 +167,7 @@ class FineTuning:
 
 
 @dataclass(frozen=True)
-class TrainConfig(RunConfig, ComputeConfig, TaskConfig):
+class TrainConfig(RunConfig, ComputeConfig, RecipeConfig, TaskConfig):
     """Pre-train a language model from scratch.
 
     Defaults are those of the option: `--option b --help` shows b's.
@@ -180,13 +178,7 @@ class TrainConfig(RunConfig, ComputeConfig, TaskConfig):
 
     def __post_init__(self) -> None:
         require_finite(self)
-        for name in (*COUNTS, *POSITIVE):
-            value = getattr(self, name)
-            if value is not None and (value < 1 if name in COUNTS else value <= 0):
-                raise UserError(f"--{flag(name)} {value} must be above 0")
-        for name in NOT_NEGATIVE:
-            if getattr(self, name) < 0:
-                raise UserError(f"--{flag(name)} {getattr(self, name)} must not be negative")
+        self._require_ranges()
         if self.steps is not None and self.tokens is not None:
             raise UserError("--steps and --tokens both set the length of the run: give one of them")
         if self.seq_len > self.model.max_seq_len:
@@ -200,10 +192,42 @@ class TrainConfig(RunConfig, ComputeConfig, TaskConfig):
             )
         if self.min_lr > self.lr:
             raise UserError(f"--min-lr {self.min_lr} is above --lr {self.lr}")
-        if not 0 <= self.val_fraction < 1:
-            raise UserError(f"--val-fraction {self.val_fraction} must be at least 0 and below 1")
         if not self.data:
             raise UserError("--data needs at least one SPEC")
+
+    def _require_ranges(self) -> None:
+        """Numbers outside the ranges above are refused."""
+        ranges = (
+            (COUNTS, lambda value: value >= 1, "must be above 0"),
+            (POSITIVE, lambda value: value > 0, "must be above 0"),
+            (NOT_NEGATIVE, lambda value: value >= 0, "must not be negative"),
+            (BELOW_ONE, lambda value: value < 1, "must be below 1"),
+            (("decay_fraction",), lambda value: value <= 1, "must be at most 1"),
+        )
+        for names, allows, sentence in ranges:
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not allows(value):
+                    raise UserError(f"--{flag(name)} {value} {sentence}")
+
+    @property
+    def group_lrs(self) -> dict[str, float]:
+        """Each group of parameters (see `RecipeConfig`) has this peak learning rate."""
+        return {
+            "hidden": self.lr,
+            "embedding": self.lr if self.embedding_lr is None else self.embedding_lr,
+            "vector": self.lr if self.vector_lr is None else self.vector_lr,
+        }
+
+    @property
+    def group_decays(self) -> dict[str, float]:
+        """Each group of parameters has this weight decay."""
+        own = self.embedding_weight_decay
+        return {
+            "hidden": self.weight_decay,
+            "embedding": self.weight_decay if own is None else own,
+            "vector": 0.0,
+        }
 
     @property
     def tokens_per_step(self) -> int:

@@ -22,6 +22,11 @@ from hamner.kernels.embedding import tied_embedding_reference
 from hamner.kernels.fused_linear import rms_norm_linear_reference, swiglu_linear_reference
 from hamner.kernels.grouped_matmul import moe_mlp_reference
 from hamner.kernels.moe_routing import moe_route_reference
+from hamner.kernels.muon import (
+    muon_apply_reference_,
+    muon_momentum_reference_,
+    symmetric_product_reference,
+)
 from hamner.kernels.rms_norm import add_rms_norm_reference, rms_norm_reference
 from hamner.kernels.rope import rope_packed_reference
 from hamner.kernels.router_linear import router_linear_reference
@@ -75,6 +80,12 @@ class Ops:
     """`adamw_` takes a bf16 parameter's master split: see hamner.kernels.adamw.split_master"""
     global_grad_norm: Callable[..., Tensor]
     """(gradients) -> () fp32"""
+    muon_momentum_: Callable[..., None]
+    """see hamner.kernels.muon.muon_momentum_"""
+    orthogonalize_: Callable[..., None]
+    """(updates (B, R, C), rows of the logical matrices): see hamner.kernels.muon.orthogonalize_"""
+    muon_apply_: Callable[..., None]
+    """see hamner.kernels.muon.muon_apply_"""
 
 
 def build_ops(kernels: str, attention_backend: AttentionBackend) -> Ops:
@@ -101,6 +112,9 @@ def build_ops(kernels: str, attention_backend: AttentionBackend) -> Ops:
             adamw_=fused.adamw_,
             splits_masters=True,
             global_grad_norm=fused.global_grad_norm,
+            muon_momentum_=fused.muon_momentum_,
+            orthogonalize_=fused.orthogonalize_,
+            muon_apply_=fused.muon_apply_,
         )
     if kernels == "liger":
         from hamner.model import liger as source  # optional extra
@@ -125,6 +139,9 @@ def build_ops(kernels: str, attention_backend: AttentionBackend) -> Ops:
         adamw_=_adamw_torch_,
         splits_masters=False,
         global_grad_norm=global_grad_norm_reference,
+        muon_momentum_=muon_momentum_reference_,
+        orthogonalize_=partial(fused.orthogonalize_, product=symmetric_product_reference),
+        muon_apply_=muon_apply_reference_,
     )
 
 

@@ -17,6 +17,11 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """Every process gets all of a tensor, gathered where it is divided."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
 @torch.no_grad()
 def fill(tensor: Tensor, whole: Tensor) -> None:
     """`whole`, which every process has, is copied into a tensor or this process's shard of it."""

@@ -10,6 +10,7 @@ import tyro
 from hamner.cli import flag_value, gather_data, run_command
 from hamner.config.options import for_option
 from hamner.config.sft import part
+from hamner.config.recipe import RecipeConfig
 from hamner.config.train import ComputeConfig, RunConfig, TaskConfig, TrainConfig
 from hamner.errors import UserError
 from hamner.files import writing
@@ -36,6 +37,7 @@ class ProfileConfig:
     """
 
     task: TracedTask
+    recipe: RecipeConfig
     compute: ComputeConfig
     run: RunConfig
     warmup: int = 10
@@ -56,7 +58,8 @@ class ProfileConfig:
         Raises:
             UserError: The values make no sense, alone or together.
         """
-        config = TrainConfig(**vars(self.task), **vars(self.compute), **vars(self.run))
+        parts = (self.task, self.recipe, self.compute, self.run)
+        config = TrainConfig(**{key: value for part in parts for key, value in vars(part).items()})
         return replace(config, steps=None, tokens=None, resume=False, replay=None)
 
 
@@ -125,8 +128,12 @@ def parse(args: Sequence[str]) -> ProfileConfig:
         SystemExit: code 2 on unknown flags, 0 after --help.
     """
     args = gather_data(args)
-    option = for_option(flag_value(args, "--option") or TrainConfig.option)
-    default = ProfileConfig(*(part(cls, option) for cls in (TracedTask, ComputeConfig, RunConfig)))
+    option = for_option(
+        flag_value(args, "--option") or TrainConfig.option,
+        flag_value(args, "--recipe") or TrainConfig.recipe,
+    )
+    parts = (TracedTask, RecipeConfig, ComputeConfig, RunConfig)
+    default = ProfileConfig(*(part(cls, option) for cls in parts))
     return tyro.cli(
         tyro.conf.OmitArgPrefixes[ProfileConfig],
         default=default,

@@ -25,7 +25,10 @@ def parse(args: Sequence[str]) -> TrainConfig:
         SystemExit: code 2 on unknown flags, 0 after --help.
     """
     args = gather_data(args)
-    default = for_option(flag_value(args, "--option") or TrainConfig.option)
+    default = for_option(
+        flag_value(args, "--option") or TrainConfig.option,
+        flag_value(args, "--recipe") or TrainConfig.recipe,
+    )
     run_dir, replay = flag_value(args, "--run-dir"), flag_value(args, "--replay")
     folder = Path(run_dir) if run_dir else default.folder
     args, saved = resume_after_restart(args, folder), folder / CONFIG_FILE
@@ -40,13 +43,19 @@ def parse(args: Sequence[str]) -> TrainConfig:
             TrainConfig.read(saved), resume=True, stop_after=None, allow_data_change=False, sft=None
         )
     find_option(default.option)
-    return tyro.cli(
+    config = tyro.cli(
         tyro.conf.OmitArgPrefixes[TrainConfig],
         default=default,
         args=args,
         prog="python -m hamner.train",
         config=(tyro.conf.HelptextFromCommentsOff,),
     )
+    if config.recipe != default.recipe:
+        raise UserError(
+            f"--recipe {config.recipe} is not the {default.recipe} that the run was started with; "
+            "leave it out and give the flags that are to change"
+        )
+    return config
 
 
 def main(args: Sequence[str], on_phase: Callable[[str, int], None] | None = None) -> int:

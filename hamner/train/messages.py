@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hamner.checkpoint.format import Checkpoint
+from hamner.config.train import TrainConfig
 from hamner.train.display import count, duration
 from hamner.train.evaluation import EarlyStopping
 from hamner.train.log import TrainLog
@@ -49,7 +50,7 @@ def introduction(log: TrainLog, saved: Checkpoint | None, *, has_validation: boo
             f"{rank.world_size} processes{where}, {ENGINES[step.engine.name]}, of which each takes "
             f"{config.batch_size // rank.world_size} sequences of a step and the memory below"
         )
-    lines += [f"memory: {step.plan}", log.mfu.explain()]
+    lines += [f"memory: {step.plan}", recipe(config), log.mfu.explain()]
     if step.compute.device.type == "cpu":
         lines.append("no GPU found: training on the CPU, which suits --option tiny only")
     if not has_validation:
@@ -60,6 +61,23 @@ def introduction(log: TrainLog, saved: Checkpoint | None, *, has_validation: boo
     else:
         lines.append(f"run folder {log.run.path}")
     return lines
+
+
+def recipe(config: TrainConfig) -> str:
+    """The line says how each group of parameters learns, and on what schedule."""
+    names = {"hidden": config.optimizer, "embedding": "adamw", "vector": "adamw"}
+    groups = ", ".join(
+        f"{group} {names[group]} {config.group_lrs[group]:g} decay {config.group_decays[group]:g}"
+        for group in names
+    )
+    decay = config.decay
+    if decay == "wsd":
+        decay = f"constant, then linear over the last {config.decay_fraction:.0%},"
+    return (
+        f"recipe {config.recipe}: {groups}; warm-up {config.warmup_steps:,} steps, {decay} to "
+        f"{config.min_lr:g}; betas {config.beta1:g} {config.beta2:g}"
+        + (f", momentum {config.momentum:g}" if config.optimizer == "muon" else "")
+    )
 
 
 def conclusion(

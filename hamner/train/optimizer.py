@@ -1,10 +1,14 @@
-"""AdamW updates fp32 masters, by groups of parameters.
+"""AdamW and Muon update fp32 masters, by groups of parameters.
+
+AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) has the embedding, the head, the router and all
+vectors; the hidden matrices have it too, or with `--optimizer muon` Muon (hamner.kernels.muon), on
+each logical matrix by itself: q, k, v, gate, up and every expert.
 
 The module's parameters are what matmuls read (bf16 on a GPU); the optimizer owns fp32 masters and
-moments and writes the bf16 copy in the same pass (Loshchilov & Hutter 2019, arXiv:1711.05101). With
-the Triton kernels it keeps of each master only what the bf16 copy lacks (`split_master`): the same
-updates in 2 bytes less a parameter. Nothing waits for the GPU: the clip coefficient stays on the
-device, and a step whose loss or gradient norm is not finite is skipped there.
+moments and writes the bf16 copy in the same pass. With the Triton kernels it keeps of each master
+only what the bf16 copy lacks (`split_master`): the same updates in 2 bytes less a parameter.
+Nothing waits for the GPU: the clip coefficient stays on the device, and a step whose loss or
+gradient norm is not finite is skipped there.
 """
 
 import math
@@ -15,24 +19,24 @@ import torch
 from torch import Tensor, nn
 
 from hamner.checkpoint.format import Checkpoint
+from hamner.config.model import ModelConfig
+from hamner.config.train import TrainConfig
 from hamner.kernels.adamw import clip_coefficient, join_master, split_master
 from hamner.model.ops import Ops
 from hamner.parallel.engines import Engine
-from hamner.parallel.tensors import local
+from hamner.parallel.tensors import fill, is_sharded, local, whole
 
-BETAS = (0.9, 0.95)
 EPS = 1e-8
 
 
-class AdamW:
+class Optimizer:
     """The optimizer owns masters and moments of a model's parameters, by name.
 
     Args:
         model: its matrices are cast to `dtype` in place; vectors (norms, lambdas) stay fp32.
-        ops: whose `adamw_` and `global_grad_norm` run.
-        dtype: compute dtype of the matrices; fp32 needs no masters.
-        weight_decay: of the matrices, none on vectors.
-        grad_clip: largest global gradient norm; 0 does not clip.
+        ops: whose optimizer functions run.
+        config: the run, whose recipe says how each group of parameters is updated.
+        dtype: compute dtype of the matrices, and of Muon's updates; fp32 needs no masters.
         engine: which finishes the sums of gradients over processes. With FSDP2 all tensors here are
             DTensors, and each process updates its shards.
     """
@@ -41,14 +45,14 @@ class AdamW:
         self,
         model: nn.Module,
         ops: Ops,
+        config: TrainConfig,
         *,
         dtype: torch.dtype,
-        weight_decay: float,
-        grad_clip: float,
         engine: Engine | None = None,
     ) -> None:
-        self.ops, self.weight_decay, self.grad_clip = ops, weight_decay, grad_clip
+        self.ops, self.config, self.update_dtype = ops, config, dtype
         self.engine = engine or Engine()
+        dtype = self.engine.parameter_dtype or dtype
         self.parameters = dict(model.named_parameters())
         self.buffers = dict(model.named_buffers())
         self.is_split = ops.splits_masters and dtype == torch.bfloat16
@@ -63,11 +67,24 @@ class AdamW:
             else:
                 self.masters[name] = parameter.data
                 parameter.data = parameter.data.to(dtype)
-        self.exp_avg, self.exp_avg_sq = (
-            {n: torch.zeros_like(p, dtype=torch.float32) for n, p in self.parameters.items()}
-            for _ in range(2)
-        )
+        self.exp_avg = {
+            name: torch.zeros_like(parameter, dtype=torch.float32)
+            for name, parameter in self.parameters.items()
+        }
+        """first moments, of Muon's matrices the momenta"""
+        self.exp_avg_sq = {
+            name: torch.zeros_like(moment)
+            for name, moment in self.exp_avg.items()
+            if self._group(name) != "hidden" or config.optimizer == "adamw"
+        }
+        """second moments, which Muon has none of"""
         self.steps = 0
+
+    def _group(self, name: str) -> str:
+        """A parameter is one of "hidden", "embedding" and "vector"; see `RecipeConfig`."""
+        if self.parameters[name].ndim < 2:
+            return "vector"
+        return "embedding" if name.split(".")[-2] in ("embed", "lm_head", "router") else "hidden"
 
     def master(self, name: str) -> Tensor:
         """The method gives the fp32 weights that updates add up in; a copy where they are split."""
@@ -112,7 +129,7 @@ class AdamW:
         """The optimizer updates every parameter from its gradient, or from the accumulated sums.
 
         Args:
-            lr: learning rate.
+            lr: learning rate of the hidden matrices; the other groups' are in proportion.
             loss: 0-d fp32 on the device; the step is skipped if it is not finite.
 
         Returns:
@@ -128,12 +145,17 @@ class AdamW:
         norm = self.engine.grad_norm(self.ops.global_grad_norm, gradients)
         if loss is not None:
             norm = norm + (loss - loss)  # 0, or NaN where the loss is infinite or NaN
-        clip = clip_coefficient(norm, self.grad_clip or math.inf)
-        # Updated at once are parameters of the same dtypes that all decay or all do not.
+        clip = clip_coefficient(norm, self.config.grad_clip or math.inf)
+        self._step_adamw({n: g for n, g in gradients.items() if n in self.exp_avg_sq}, lr, clip)
+        self._step_muon({n: g for n, g in gradients.items() if n not in self.exp_avg_sq}, lr, clip)
+        self.drop_gradients()
+        return norm
+
+    def _step_adamw(self, gradients: Mapping[str, Tensor], lr: float, clip: Tensor) -> None:
+        """AdamW updates at once parameters of one group and of the same dtypes."""
         kinds = defaultdict(list)
         for name, gradient in gradients.items():
-            parameter = self.parameters[name]
-            weight = local(parameter.data)
+            weight = local(self.parameters[name].data)
             state = (
                 weight,
                 local(self.masters[name]) if name in self.masters else weight,
@@ -141,19 +163,59 @@ class AdamW:
                 local(self.exp_avg[name]),
                 local(self.exp_avg_sq[name]),
             )
-            kinds[parameter.ndim >= 2, *(tensor.dtype for tensor in state)].append(state)
-        for (decays, *_), states in kinds.items():
+            kinds[self._group(name), *(tensor.dtype for tensor in state)].append(state)
+        config = self.config
+        for (group, *_), states in kinds.items():
             self.ops.adamw_(
                 *zip(*states, strict=True),
-                lr=lr,
-                betas=BETAS,
+                lr=lr * config.group_lrs[group] / config.lr,
+                betas=(config.beta1, config.beta2),
                 eps=EPS,
-                weight_decay=self.weight_decay if decays else 0.0,
+                weight_decay=config.group_decays[group],
                 step=self.steps,
                 clip_coef=clip,
             )
-        self.drop_gradients()
-        return norm
+
+    def _step_muon(self, gradients: Mapping[str, Tensor], lr: float, clip: Tensor) -> None:
+        """Muon updates at once the matrices of one kind, of all layers.
+
+        Where processes hold shards, each takes its own into the momentum, gathers the updates,
+        makes them orthogonal as the others do, and applies its part.
+        """
+        kinds = defaultdict(list)
+        for name, gradient in gradients.items():
+            kinds[name.split(".", 2)[2], gradient.dtype].append(name)
+        for names in kinds.values():
+            weights = [self.parameters[name].data for name in names]
+            shape, splits = weights[0].shape, logical_rows(names[0], self.config.model)
+            if is_sharded(weights[0]):
+                shards = [torch.empty_like(weight, dtype=self.update_dtype) for weight in weights]
+            else:
+                updates = weights[0].new_empty((len(names), *shape), dtype=self.update_dtype)
+                shards = list(updates)
+            parts = [local(shard) for shard in shards]
+            self.ops.muon_momentum_(
+                [local(gradients[name]) for name in names],
+                [local(self.exp_avg[name]) for name in names],
+                parts,
+                beta=self.config.momentum,
+                clip_coef=clip,
+            )
+            if is_sharded(weights[0]):
+                updates = torch.stack([whole(shard) for shard in shards])
+            self.ops.orthogonalize_(updates.view(-1, *shape[-2:]), splits)
+            if is_sharded(weights[0]):
+                for shard, update in zip(shards, updates, strict=True):
+                    fill(shard, update)
+            params = [local(weight) for weight in weights]
+            self.ops.muon_apply_(
+                params,
+                [local(self.masters[n]) for n in names] if names[0] in self.masters else params,
+                parts,
+                lr=lr,
+                weight_decay=self.config.weight_decay,
+                clip_coef=clip,
+            )
 
     def drop_gradients(self) -> None:
         """The gradients are forgotten, accumulated ones too."""
@@ -183,12 +245,30 @@ class AdamW:
         return tensors | {f"exp_avg_sq.{name}": t for name, t in self.exp_avg_sq.items()}
 
 
+def logical_rows(name: str, model: ModelConfig) -> tuple[int, ...]:
+    """The logical matrices that one hidden parameter packs have this many rows."""
+    d, inner = model.hidden_size, model.expert_intermediate_size
+    kv = model.num_kv_heads * model.head_size
+    rows = {
+        "qkv_proj.weight": (model.qkv_size - 2 * kv, kv, kv),
+        "o_proj.weight": (d,),
+        "gate_up_proj.weight": (inner, inner),
+        "gate_up_weight": (inner, inner),
+        "down_proj.weight": (d,),
+        "down_weight": (d,),
+    }
+    found = next(rows for ending, rows in rows.items() if name.endswith(ending))
+    if ".shared." in name and len(found) == 2:
+        return tuple(model.num_shared_experts * size for size in found)
+    return found
+
+
 def join_masters(model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The function replaces each remainder by the fp32 master, as checkpoints have it.
 
     Args:
         model: the parameters, which are bf16 where there is a remainder.
-        optimizer: as `AdamW.state_tensors`.
+        optimizer: as `Optimizer.state_tensors`.
     """
     whole = dict(optimizer)
     for key, tensor in optimizer.items():

@@ -141,6 +141,22 @@ def require_same_model(
         )
 
 
+def require_same_optimizer(found: Checkpoint, state: dict, config: TrainConfig) -> None:
+    """The function refuses to go on with another optimizer; older checkpoints have AdamW's state.
+
+    Raises:
+        UserError: says what would be lost.
+    """
+    saved = state.get("optimizer", "adamw")
+    if config.optimizer != saved:
+        lost = "both moments" if saved == "adamw" else "the momentum"
+        raise UserError(
+            f"--optimizer {config.optimizer} is not the {saved} that {found.path} was trained "
+            f"with: {lost} of every hidden matrix would be lost; leave the flag out, or start "
+            "another run with --run-dir"
+        )
+
+
 def require_router_state(found: Checkpoint, state: dict, model: ModelConfig) -> None:
     """The state of a mixture's routers is refused if it is damaged; older checkpoints have none.
 
@@ -185,6 +201,7 @@ def restore(
         from_main(lambda: rewind(run, 0))
         return None
     require_same_model(found, state, step.config, tokenizer)
+    require_same_optimizer(found, state, step.config)
     require_router_state(found, state, step.config.model)
     step.optimizer.restore(found)
     for part in parts:

@@ -71,6 +71,7 @@ class Saves:
             "stage": "pretrain" if log.config.sft is None else "sft",
             "model": log.config.to_json()["model"],
             "tokenizer": tokenizer.fingerprint,
+            "optimizer": log.config.optimizer,
             "versions": {"hamner": hamner.__version__, "torch": torch.__version__},
         }
         """of state.json, for the next start to compare"""

@@ -7,7 +7,7 @@ from hamner.config.train import TrainConfig
 
 
 class Schedule:
-    """The learning rate warms up linearly, then follows a cosine from `lr` to `min_lr`.
+    """The learning rate warms up linearly to `lr`, then falls to `min_lr` as `--decay` says.
 
     Args:
         config: the run, whose flags describe the schedule.
@@ -23,9 +23,14 @@ class Schedule:
         lr, min_lr = self.config.lr, self.config.min_lr
         if tokens < self.warmup_tokens:
             return lr * tokens / self.warmup_tokens
-        span = max(1, self.total_tokens - self.warmup_tokens)
-        progress = min(1.0, (tokens - self.warmup_tokens) / span)
-        return min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * progress))
+        decay, first = self.config.decay, self.warmup_tokens
+        if decay == "wsd":
+            first = max(first, self.total_tokens * (1 - self.config.decay_fraction))
+        span = max(1, self.total_tokens - first)
+        progress = min(1.0, max(0.0, (tokens - first) / span))
+        if decay == "cosine":
+            return min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * progress))
+        return lr + (min_lr - lr) * progress
 
     def state_dict(self) -> dict:
         """The state is the schedule in tokens, beside the flags that the tokens were made from."""

@@ -27,7 +27,7 @@ from hamner.parallel.engines import open_engine
 from hamner.parallel.processes import SingleProcess
 from hamner.plan.memory import MemoryPlan
 from hamner.train.cuda_graph import GraphedBackward
-from hamner.train.optimizer import AdamW
+from hamner.train.optimizer import Optimizer
 from hamner.train.setup import attention_shape, can_record, decide, plan_memory
 
 FIRST_STEPS = 5
@@ -100,12 +100,11 @@ class TrainStep:
         self._fit()
         cap_memory(self.compute, config)
         self.model = self._build_model(initial)
-        self.optimizer = AdamW(
+        self.optimizer = Optimizer(
             self.model,
             self.model.ops,
-            dtype=self.engine.parameter_dtype or self.compute.dtype,
-            weight_decay=config.weight_decay,
-            grad_clip=config.grad_clip,
+            config,
+            dtype=self.compute.dtype,
             engine=self.engine,
         )
         self.forward = self.engine.wrap(self.model, self.optimizer)

@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from hamner.config.options import OPTIONS
 from hamner.kernels.norm_attention import add_rms_norm_attention
 from hamner.model.transformer import Transformer
 from hamner.plan.memory import FULL, NONE, SELECTIVE
-from hamner.train.optimizer import AdamW
+from hamner.train.optimizer import Optimizer
 from tests.kernels.accuracy import assert_as_accurate_as_torch
 from tests.models import DENSE, MOE, cpu_ops
 
@@ -77,7 +78,7 @@ def test_optimizers_agree():
         ops = cpu_ops(kernels, "sdpa")
         model = Transformer(CONFIGS["dense"], cpu_ops("torch", "sdpa"))
         model.initialize(0)
-        optimizer = AdamW(model, ops, dtype=torch.float32, weight_decay=0.1, grad_clip=1.0)
+        optimizer = Optimizer(model, ops, OPTIONS["tiny"], dtype=torch.float32)
         for step in range(4):
             generator = torch.Generator().manual_seed(step)
             for parameter in model.parameters():

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hamner.config.options import for_option
+from hamner.config.options import OPTIONS, for_option
 from hamner.config.train import TrainConfig
 from hamner.errors import UserError
 from hamner.hardware import GIB
@@ -19,7 +19,7 @@ from hamner.parallel.engines import DataParallel, Engine, FullySharded
 from hamner.parallel.processes import SingleProcess
 from hamner.parallel.ranks import Rank, resume_after_restart
 from hamner.train import setup
-from hamner.train.optimizer import AdamW
+from hamner.train.optimizer import Optimizer
 from hamner.train.step import TrainStep
 from tests.models import DENSE, plain_ops
 from tests.models import build as build_model
@@ -112,7 +112,7 @@ def test_ddp_sends_gradients_once_a_step_in_fp32_where_they_add_up(
     real = engines._sum
     monkeypatch.setattr(engines, "_sum", lambda tensor: sent.append(tensor.dtype) or real(tensor))
     model = build_model(DENSE)
-    optimizer = AdamW(model, plain_ops(), dtype=torch.bfloat16, weight_decay=0.0, grad_clip=1.0)
+    optimizer = Optimizer(model, plain_ops(), OPTIONS["tiny"], dtype=torch.bfloat16)
     engine = DataParallel(SingleProcess(), bucket_mib=1)
     forward = engine.wrap(model, optimizer)
     inputs = torch.randint(DENSE.vocab_size, (micro_batches, 1, 17))
@@ -149,7 +149,7 @@ def test_with_several_processes_a_graph_holds_the_only_micro_batch_of_a_step(gro
 def test_the_garbage_collector_finds_a_model_that_ddp_has_wrapped(group):
     """The hook that DDP holds must not hold DDP: a bench builds one trainer after another."""
     model = build_model(DENSE)
-    optimizer = AdamW(model, plain_ops(), dtype=torch.float32, weight_decay=0.0, grad_clip=1.0)
+    optimizer = Optimizer(model, plain_ops(), OPTIONS["tiny"], dtype=torch.float32)
     engine = DataParallel(SingleProcess(), bucket_mib=1)
     forward = engine.wrap(model, optimizer)
     found = weakref.ref(forward)

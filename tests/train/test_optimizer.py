@@ -8,9 +8,10 @@ import torch
 
 from hamner.checkpoint.format import Checkpoint
 from hamner.checkpoint.writer import BackgroundSaver
+from hamner.config.options import OPTIONS
 from hamner.config.train import TrainConfig
 from hamner.kernels.adamw import split_master
-from hamner.train.optimizer import AdamW, join_masters
+from hamner.train.optimizer import Optimizer, join_masters
 from hamner.train.schedule import Schedule
 from tests.models import DENSE, build, cpu_ops, plain_ops
 
@@ -31,14 +32,12 @@ def test_schedule_without_warmup_starts_at_the_peak():
     assert Schedule(replace(BY_TOKENS, warmup_steps=0, steps=10))(0) == 1.0
 
 
+TINY = OPTIONS["tiny"]
+
+
 def make(model, **changes):
-    arguments = {
-        "ops": plain_ops(),
-        "dtype": torch.float32,
-        "weight_decay": 0.1,
-        "grad_clip": 1.0,
-    }
-    return AdamW(model, **{**arguments, **changes})
+    arguments = {"ops": plain_ops(), "config": TINY, "dtype": torch.float32}
+    return Optimizer(model, **{**arguments, **changes})
 
 
 def set_gradients(model, seed: int, scale: float = 1.0) -> None:
@@ -78,7 +77,7 @@ def test_same_updates_as_torch(scale):
 def test_masters_keep_what_bf16_loses():
     model = build(DENSE)
     start = model.embed.weight.detach().clone()
-    optimizer = make(model, dtype=torch.bfloat16, weight_decay=0.0)
+    optimizer = make(model, config=replace(TINY, weight_decay=0.0), dtype=torch.bfloat16)
     assert model.embed.weight.dtype == torch.bfloat16
     assert model.norm.weight.dtype == torch.float32
     for step in range(20):
@@ -90,7 +89,7 @@ def test_masters_keep_what_bf16_loses():
     assert torch.equal(model.embed.weight, master.to(torch.bfloat16))
 
 
-def run(optimizer: AdamW, model, steps: range) -> None:
+def run(optimizer: Optimizer, model, steps: range) -> None:
     """Steps on fp32 sums of gradients, which the kernels take on every machine."""
     for step in steps:
         set_gradients(model, step)
@@ -140,7 +139,7 @@ def make_holder(name: str, device, seed: int):
     return model, make(model, ops=cpu_ops(kernels, "sdpa"), dtype=dtype)
 
 
-def save(folder, step: int, model, optimizer: AdamW) -> Checkpoint:
+def save(folder, step: int, model, optimizer: Optimizer) -> Checkpoint:
     saver = BackgroundSaver(folder, keep=0, keep_every=0, join_masters=join_masters)
     saver.begin(
         step,
@@ -223,9 +222,9 @@ def test_no_clipping_when_grad_clip_is_zero():
     clipped, free = build(DENSE), build(DENSE)
     for model, clip in ((clipped, 1e-3), (free, 0.0)):
         set_gradients(model, 0)
-        make(model, grad_clip=clip).step(1e-2)
+        make(model, config=replace(TINY, grad_clip=clip)).step(1e-2)
     # AdamW's first step is the gradient's sign, whatever its scale: only eps sees the clipping.
-    free_step = make(free, grad_clip=0.0)
+    free_step = make(free, config=replace(TINY, grad_clip=0.0))
     set_gradients(free, 1)
     free_step.step(1e-2)
     moments = free_step.exp_avg["embed.weight"]

@@ -1,0 +1,538 @@
+"""Muon (Jordan et al. 2024): momentum, each matrix's update made orthogonal, decoupled decay.
+
+    momentum += (1 - beta) * (clip_coef * grad - momentum)
+    update    = (1 - beta) * clip_coef * grad + beta * momentum           Nesterov
+    update    = 0.2 sqrt(max(m, n)) * U V^T,  where update = U S V^T      of each logical matrix
+    master   -= lr * weight_decay * master + lr * update
+    param     = master, rounded
+
+U V^T comes from an iteration that drives every singular value towards 1 (Newton-Schulz; here with
+the coefficients of Polar Express, Amsel et al. 2025, arXiv:2505.16932, each step's the best for
+what the one before it leaves). With X the wide side of a matrix, m <= n, one step is
+
+    A = X X^T,   Q = a I + b A + c A A,   X <- Q X                        2 m^2 n + 2 m^3 + 2 m^2 n
+
+FLOPs, of which A and Q, being symmetric, need half: `symmetric_product` computes the tiles on and
+below the diagonal and stores each of the others mirrored. The factor 0.2 sqrt(max(m, n)) gives the
+update the root mean square that AdamW's has (Liu et al. 2025, arXiv:2502.16982), so that one
+learning rate and one weight decay serve both.
+
+A model keeps several logical matrices in one parameter (q, k and v; gate and up; the experts):
+`splits` says where they part, and matrices of one shape go through the iteration together, over all
+layers. Nothing is copied for that: the updates of all layers are written into one tensor, of which
+each kind of logical matrix is a strided view, read transposed where it is tall.
+
+Bytes that must move, an element, beside the matmuls, for bf16 with a split master (adamw.py): grad
+read (2), momentum read and written (8), update written (2) and read (2), param and remainder read
+and written (8): 22, four fewer than AdamW's, whose second moment is not there. For the 270M hidden
+weights of option A the iteration's five steps are 4.7 TFLOP, 7 ms at 690 TFLOP/s and 65 ms at 71.2.
+
+A clip_coef that is not finite changes nothing, as in adamw.py. The first product's trace is the
+square of X's Frobenius norm, so dividing by the norm takes no pass of its own.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hamner.kernels.adamw import (
+    element_type,
+    join_master,
+    load_master,
+    split_master,
+    store_master,
+    table_chunk,
+    table_entry,
+    tensor_table,
+)
+from hamner.kernels.checks import (
+    check_contiguous,
+    check_dtype,
+    check_like,
+    check_same_device,
+    check_shape,
+)
+from hamner.kernels.launch import capability, define_in_place
+
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+"""(a, b, c) of each step, for singular values in [0.001, 1] (arXiv:2505.16932, algorithm 1)"""
+SAFETY = 1.02
+"""X is divided by so many Frobenius norms: rounding must not lift a singular value above 1, from
+where the first step's polynomial would carry it away"""
+RMS = 0.2
+"""root mean square of AdamW's updates, which Muon's are scaled to"""
+SMALLEST_SQUARE = 1e-30
+"""of a Frobenius norm, below which an update counts as zero"""
+
+
+class ProductConfig(NamedTuple):
+    """Rows and columns of an output tile, the step along K, warps, pipeline stages."""
+
+    block: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+PRODUCT_CONFIGS = {
+    "8.6": ProductConfig(128, 32, 8, 4),
+    "8.0": ProductConfig(128, 32, 8, 4),
+    "9.0": ProductConfig(128, 64, 8, 4),
+}
+FLOAT32_PRODUCT = ProductConfig(32, 32, 4, 1)
+
+
+class ElementwiseConfig(NamedTuple):
+    """Elements a program updates, how many of them at a time, and its warps."""
+
+    chunk: int
+    block: int
+    num_warps: int
+
+
+ELEMENTWISE_CONFIGS = {
+    "8.6": ElementwiseConfig(4096, 1024, 4),
+    "8.0": ElementwiseConfig(4096, 1024, 4),
+    "9.0": ElementwiseConfig(2048, 2048, 8),
+}
+
+
+@triton.jit
+def symmetric_product_kernel(
+    x_ptr,  # (B, M, K) input dtype
+    addend_ptr,  # (B, M, M) input dtype, symmetric, or None
+    out_ptr,  # (B, M, M) input dtype
+    stride_xb,
+    stride_xm,
+    stride_xk,
+    M,
+    K,
+    product_factor,
+    addend_factor,
+    identity_factor,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """product_factor * x x^T + addend_factor * addend + identity_factor * I."""
+    blocks = tl.cdiv(M, BLOCK)
+    tiles = blocks * (blocks + 1) // 2
+    pid = tl.program_id(0)
+    batch = (pid // tiles).to(tl.int64)
+    # Tiles on and below the diagonal, row by row: row r begins at r (r + 1) / 2.
+    tile = pid % tiles
+    row = ((tl.sqrt_rn((8 * tile + 1).to(tl.float32)) - 1.0) * 0.5).to(tl.int32)
+    column = tile - row * (row + 1) // 2
+
+    offs_row = row * BLOCK + tl.arange(0, BLOCK)
+    offs_column = column * BLOCK + tl.arange(0, BLOCK)
+    offs_k = tl.arange(0, BLOCK_K)
+    x_ptr += batch * stride_xb
+    offs_left = offs_row[:, None].to(tl.int64) * stride_xm + offs_k[None, :] * stride_xk
+    offs_right = offs_column[:, None].to(tl.int64) * stride_xm + offs_k[None, :] * stride_xk
+    step = tl.cast(BLOCK_K, tl.int64) * stride_xk
+    acc = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        mask_k = offs_k[None, :] < K - start
+        left = tl.load(x_ptr + offs_left, mask=(offs_row[:, None] < M) & mask_k, other=0.0)
+        right = tl.load(x_ptr + offs_right, mask=(offs_column[:, None] < M) & mask_k, other=0.0)
+        acc = tl.dot(left, tl.trans(right), acc, input_precision="ieee")
+        x_ptr += step
+
+    out = acc * product_factor
+    offs = offs_row[:, None].to(tl.int64) * M + offs_column[None, :]
+    mask = (offs_row[:, None] < M) & (offs_column[None, :] < M)
+    if addend_ptr is not None:
+        addend = tl.load(addend_ptr + batch * M * M + offs, mask=mask, other=0.0)
+        out += addend.to(tl.float32) * addend_factor
+    out += tl.where(offs_row[:, None] == offs_column[None, :], identity_factor, 0.0)
+    out = out.to(out_ptr.dtype.element_ty)
+    out_ptr += batch * M * M
+    tl.store(out_ptr + offs, out, mask=mask)
+    if row != column:
+        offs = offs_column[:, None].to(tl.int64) * M + offs_row[None, :]
+        tl.store(out_ptr + offs, tl.trans(out), mask=tl.trans(mask))
+
+
+@triton.jit
+def momentum_kernel(
+    addresses_ptr,  # (3, num_tensors) int64: grads, momenta, updates
+    numels_ptr,  # (num_tensors,) int64
+    chunks_ptr,  # (programs, 2) int32
+    num_tensors,
+    clip_coef_ptr,  # () fp32
+    beta,
+    one_minus_beta,
+    GRAD: tl.constexpr,
+    UPDATE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    tensor, start, numel = table_chunk(numels_ptr, chunks_ptr, CHUNK, ALIGNED)
+    grad_ptr = table_entry(addresses_ptr, 0, tensor, num_tensors, GRAD, ALIGNED)
+    momentum_ptr = table_entry(addresses_ptr, 1, tensor, num_tensors, tl.float32, ALIGNED)
+    update_ptr = table_entry(addresses_ptr, 2, tensor, num_tensors, UPDATE, ALIGNED)
+    clip_coef = tl.load(clip_coef_ptr).to(tl.float32)
+    # A skipped step's update is zero, not what memory held: nothing else is iterated on.
+    is_finite = tl.abs(clip_coef) < float("inf")
+    end = tl.where(is_finite, numel, 0)
+    clip_coef = tl.where(is_finite, clip_coef, 0.0)
+    for first in range(0, CHUNK, BLOCK):
+        offs = start + first + tl.arange(0, BLOCK)
+        mask = offs < end
+        grad = tl.load(grad_ptr + offs, mask=mask, other=0.0).to(tl.float32) * clip_coef
+        momentum = tl.load(momentum_ptr + offs, mask=mask, other=0.0)
+        momentum += one_minus_beta * (grad - momentum)
+        update = one_minus_beta * grad + beta * momentum
+        tl.store(momentum_ptr + offs, momentum, mask=mask)
+        tl.store(update_ptr + offs, update.to(UPDATE), mask=offs < numel)
+
+
+@triton.jit
+def apply_kernel(
+    addresses_ptr,  # (3, num_tensors) int64: masters, updates, params if any
+    numels_ptr,  # (num_tensors,) int64
+    chunks_ptr,  # (programs, 2) int32
+    num_tensors,
+    clip_coef_ptr,  # () fp32
+    lr,
+    decay,
+    MASTER: tl.constexpr,  # fp32, or int16: the remainder beside param
+    UPDATE: tl.constexpr,
+    PARAM: tl.constexpr,  # of the copy of master, or of what its remainder is beside; or None
+    ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """master -= decay * master + lr * update."""
+    tensor, start, numel = table_chunk(numels_ptr, chunks_ptr, CHUNK, ALIGNED)
+    master_ptr = table_entry(addresses_ptr, 0, tensor, num_tensors, MASTER, ALIGNED)
+    update_ptr = table_entry(addresses_ptr, 1, tensor, num_tensors, UPDATE, ALIGNED)
+    param_ptr = None
+    if PARAM is not None:
+        stored: tl.constexpr = tl.int16 if tl.int16 == MASTER else PARAM
+        param_ptr = table_entry(addresses_ptr, 2, tensor, num_tensors, stored, ALIGNED)
+    clip_coef = tl.load(clip_coef_ptr).to(tl.float32)
+    end = tl.where(tl.abs(clip_coef) < float("inf"), numel, 0)
+    for first in range(0, CHUNK, BLOCK):
+        offs = start + first + tl.arange(0, BLOCK)
+        mask = offs < end
+        update = tl.load(update_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        master = load_master(master_ptr, param_ptr, offs, mask)
+        master -= decay * master
+        master -= lr * update
+        store_master(master, master_ptr, param_ptr, offs, mask, PARAM)
+
+
+@torch.library.custom_op("hamner::symmetric_product", mutates_args=())
+def _symmetric_product_op(
+    x: Tensor,
+    addend: Tensor | None,
+    product_factor: float,
+    addend_factor: float,
+    identity_factor: float,
+) -> Tensor:
+    batch, rows, _ = x.shape
+    out = x.new_empty(batch, rows, rows)
+    config = FLOAT32_PRODUCT
+    if x.dtype != torch.float32:
+        config = PRODUCT_CONFIGS[capability(x.device)]
+    blocks = triton.cdiv(rows, config.block)
+    programs = batch * blocks * (blocks + 1) // 2
+    if programs:
+        with torch.cuda.device_of(x):
+            symmetric_product_kernel[(programs,)](
+                x, addend, out, *x.stride(), rows, x.shape[2],
+                product_factor, addend_factor, identity_factor,
+                BLOCK=config.block, BLOCK_K=config.block_k,
+                num_warps=config.num_warps, num_stages=config.num_stages,
+            )  # fmt: skip
+    return out
+
+
+@_symmetric_product_op.register_fake
+def _(x, addend, product_factor, addend_factor, identity_factor):
+    return x.new_empty(x.shape[0], x.shape[1], x.shape[1])
+
+
+def symmetric_product(
+    x: Tensor,
+    *,
+    product_factor: float = 1.0,
+    addend: Tensor | None = None,
+    addend_factor: float = 0.0,
+    identity_factor: float = 0.0,
+) -> Tensor:
+    """The op computes product_factor x x^T + addend_factor addend + identity_factor I.
+
+    It computes half of the product and mirrors it, so the result is symmetric to the bit.
+
+    Args:
+        x: (B, M, K) float32, float16 or bfloat16, any strides.
+        product_factor: of x x^T, summed in float32.
+        addend: (B, M, M) in the dtype of x, contiguous; its upper triangle is not read.
+        addend_factor: of addend.
+        identity_factor: of the identity.
+
+    Returns:
+        (B, M, M) in the dtype of x, contiguous.
+
+    Raises:
+        TypeError, ValueError: naming the argument that does not fit.
+    """
+    check_shape("x", x.shape, ("B", "M", "K"))
+    check_dtype("x", x)
+    if addend is not None:
+        check_shape("addend", addend.shape, (x.shape[0], x.shape[1], x.shape[1]))
+        check_like("addend", addend, "x", x)
+        check_contiguous("addend", addend)
+    return _symmetric_product_op(
+        x, addend, product_factor=product_factor, addend_factor=addend_factor,
+        identity_factor=identity_factor,
+    )  # fmt: skip
+
+
+def symmetric_product_reference(
+    x: Tensor,
+    *,
+    product_factor: float = 1.0,
+    addend: Tensor | None = None,
+    addend_factor: float = 0.0,
+    identity_factor: float = 0.0,
+) -> Tensor:
+    """The function is `symmetric_product` in plain torch."""
+    out = product_factor * (x @ x.mT).to(torch.promote_types(x.dtype, torch.float32))
+    if addend is not None:
+        out = out + addend_factor * addend
+    return (out + identity_factor * torch.eye(x.shape[1], device=x.device)).to(x.dtype)
+
+
+Coefficients = Sequence[tuple[float, float, float]]
+Product = Callable[..., Tensor]
+
+
+def orthogonalize_(
+    updates: Tensor,
+    splits: Sequence[int],
+    coefficients: Coefficients = POLAR_EXPRESS,
+    safety: float = SAFETY,
+    product: Product = symmetric_product,
+) -> None:
+    """The function replaces each logical matrix by 0.2 sqrt(max(m, n)) times its U V^T, in place.
+
+    Args:
+        updates: (B, R, C), contiguous, float32, float16 or bfloat16.
+        splits: rows of the logical matrices, R in all; those of one size are iterated on together.
+        coefficients: (a, b, c) of each step of the iteration.
+        safety: what the Frobenius norm is multiplied by before X is divided by it.
+        product: `symmetric_product` or its reference.
+
+    Raises:
+        ValueError: the splits are not R rows.
+    """
+    check_contiguous("updates", updates)
+    if sum(splits) != updates.shape[1]:
+        raise ValueError(f"splits {tuple(splits)} are not the {updates.shape[1]} rows of updates")
+    if updates.numel() == 0:
+        return
+    for matrices in updates.split(list(splits), dim=1):
+        rows, columns = matrices.shape[1:]
+        x = matrices if rows <= columns else matrices.mT
+        scale = RMS * math.sqrt(max(rows, columns))
+        for number, (a, b, c) in enumerate(coefficients):
+            gram = product(x)
+            norm = None
+            if number == 0:
+                square = gram.diagonal(dim1=1, dim2=2).sum(1, dtype=torch.float32)
+                norm = square.clamp(min=SMALLEST_SQUARE).sqrt()[:, None, None] * safety
+                gram = (gram / norm / norm).to(x.dtype)
+            factor = scale if number == len(coefficients) - 1 else 1.0
+            polynomial = product(
+                gram,
+                product_factor=c * factor,
+                addend=gram,
+                addend_factor=b * factor,
+                identity_factor=a * factor,
+            )
+            if norm is not None:
+                polynomial = (polynomial / norm).to(x.dtype)
+            x = torch.bmm(polynomial, x)
+        matrices.copy_(x if rows <= columns else x.mT)
+
+
+def _launch_momentum(
+    grads: list[Tensor],
+    momenta: list[Tensor],
+    updates: list[Tensor],
+    clip_coef: Tensor,
+    beta: float,
+) -> None:
+    torch.autograd.graph.increment_version((*momenta, *updates))
+    config = ELEMENTWISE_CONFIGS[capability(clip_coef.device)]
+    table = tensor_table([grads, momenta, updates], config.chunk)
+    with torch.cuda.device_of(clip_coef):
+        momentum_kernel[(len(table.chunks),)](
+            table.addresses, table.numels, table.chunks, len(grads), clip_coef, beta, 1.0 - beta,
+            GRAD=element_type(grads), UPDATE=element_type(updates),
+            ALIGNED=table.is_aligned, CHUNK=config.chunk, BLOCK=config.block,
+            num_warps=config.num_warps,
+        )  # fmt: skip
+
+
+define_in_place("hamner::muon_momentum_", _launch_momentum, mutates=("momenta", "updates"))
+
+
+def _launch_apply(
+    params: list[Tensor],  # empty where they are the masters
+    masters: list[Tensor],
+    updates: list[Tensor],
+    clip_coef: Tensor,
+    lr: float,
+    decay: float,
+) -> None:
+    torch.autograd.graph.increment_version((*params, *masters))
+    config = ELEMENTWISE_CONFIGS[capability(clip_coef.device)]
+    table = tensor_table([masters, updates, *([params] if params else [])], config.chunk)
+    with torch.cuda.device_of(clip_coef):
+        apply_kernel[(len(table.chunks),)](
+            table.addresses, table.numels, table.chunks, len(masters), clip_coef, lr, decay,
+            MASTER=element_type(masters), UPDATE=element_type(updates),
+            PARAM=element_type(params),
+            ALIGNED=table.is_aligned, CHUNK=config.chunk, BLOCK=config.block,
+            num_warps=config.num_warps,
+        )  # fmt: skip
+
+
+define_in_place("hamner::muon_apply_", _launch_apply, mutates=("params", "masters"))
+
+
+@torch.no_grad()
+def muon_momentum_(
+    grads: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    updates: Sequence[Tensor],
+    *,
+    beta: float,
+    clip_coef: Tensor,
+) -> None:
+    """The op takes gradients into momenta, in place, and writes Nesterov's updates.
+
+    Args:
+        grads: float32, float16 or bfloat16, contiguous, any shapes.
+        momenta: float32, of the same shapes.
+        updates: float32, float16 or bfloat16, of the same shapes; written, with zeros where
+            clip_coef is not finite.
+        beta: decay of the momenta, in [0, 1).
+        clip_coef: () float32 on the device, multiplies the gradients; where it is not finite the
+            momenta stay as they are.
+
+    Raises:
+        TypeError, ValueError: naming the argument that does not fit.
+    """
+    if not 0.0 <= beta < 1.0:
+        raise ValueError(f"beta is {beta}; it must be in [0, 1)")
+    for grad, momentum, update in zip(grads, momenta, updates, strict=True):
+        check_dtype("grad", grad)
+        check_dtype("momentum", momentum, (torch.float32,))
+        check_dtype("update", update)
+        for name, tensor in (("grad", grad), ("momentum", momentum), ("update", update)):
+            check_shape(name, tensor.shape, grad.shape)
+            check_same_device(name, tensor, "clip_coef", clip_coef)
+            check_contiguous(name, tensor)
+    if grads:
+        torch.ops.hamner.muon_momentum_(
+            list(grads), list(momenta), list(updates), clip_coef=clip_coef, beta=beta
+        )
+
+
+@torch.no_grad()
+def muon_apply_(
+    params: Sequence[Tensor],
+    masters: Sequence[Tensor],
+    updates: Sequence[Tensor],
+    *,
+    lr: float,
+    weight_decay: float,
+    clip_coef: Tensor,
+) -> None:
+    """The op takes master -= lr (weight_decay master + update), in place, and rounds it to param.
+
+    Args:
+        params: what the model computes with; or `masters` themselves, when those are float32.
+        masters: float32, or the int16 remainders beside bfloat16 params (adamw.py).
+        updates: float32, float16 or bfloat16. All three have the same shapes and are contiguous.
+        lr: learning rate.
+        weight_decay: decoupled; times lr.
+        clip_coef: () float32 on the device; nothing changes where it is not finite.
+
+    Raises:
+        TypeError, ValueError: naming the argument that does not fit.
+    """
+    for param, master, update in zip(params, masters, updates, strict=True):
+        check_dtype("master", master, (torch.float32, torch.int16))
+        check_dtype("update", update)
+        check_dtype(
+            "param", param, (torch.bfloat16,) if master.dtype == torch.int16 else (param.dtype,)
+        )
+        for name, tensor in (("param", param), ("master", master), ("update", update)):
+            check_shape(name, tensor.shape, master.shape)
+            check_same_device(name, tensor, "clip_coef", clip_coef)
+            check_contiguous(name, tensor)
+    if params:
+        is_whole = all(param is master for param, master in zip(params, masters, strict=True))
+        torch.ops.hamner.muon_apply_(
+            [] if is_whole else list(params), list(masters), list(updates),
+            clip_coef=clip_coef, lr=lr, decay=lr * weight_decay,
+        )  # fmt: skip
+
+
+@torch.no_grad()
+def muon_momentum_reference_(
+    grads: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    updates: Sequence[Tensor],
+    *,
+    beta: float,
+    clip_coef: Tensor,
+) -> None:
+    """The function is `muon_momentum_` in plain torch, in the dtype of the momenta."""
+    is_finite = clip_coef.isfinite()
+    for grad, momentum, update in zip(grads, momenta, updates, strict=True):
+        grad = torch.where(is_finite, grad.to(momentum.dtype) * clip_coef, 0.0)
+        new_momentum = momentum.lerp(grad, 1.0 - beta)
+        update.copy_(torch.where(is_finite, grad.lerp(new_momentum, beta), 0.0))
+        momentum.copy_(torch.where(is_finite, new_momentum, momentum))
+
+
+@torch.no_grad()
+def muon_apply_reference_(
+    params: Sequence[Tensor],
+    masters: Sequence[Tensor],
+    updates: Sequence[Tensor],
+    *,
+    lr: float,
+    weight_decay: float,
+    clip_coef: Tensor,
+) -> None:
+    """The function is `muon_apply_` in plain torch, in the dtype of master; split ones' float32."""
+    is_finite = clip_coef.isfinite()
+    for param, master, update in zip(params, masters, updates, strict=True):
+        is_split = master.dtype == torch.int16
+        weight = join_master(param, master) if is_split else master
+        weight = weight - lr * weight_decay * weight - lr * update.to(weight.dtype)
+        new_param, new_master = (
+            split_master(weight) if is_split else (weight.to(param.dtype), weight)
+        )
+        master.copy_(torch.where(is_finite, new_master, master))
+        param.copy_(torch.where(is_finite, new_param, param))

@@ -161,6 +161,8 @@ class FineTuning:
     """stretch RoPE's positions from the length trained before to --seq-len"""
     trained_seq_len: tyro.conf.Fixed[int] = 1024
     """sequence length of the model's training before"""
+    system: tyro.conf.Fixed[str] = ""
+    """system prompt that the conversations used most, with which a chat begins; none: empty"""
 
     def __post_init__(self) -> None:
         if self.epochs <= 0:

@@ -241,6 +241,12 @@ def chat(config: ChatConfig, terminal: Terminal) -> None:
         )
     model = saved.build(device)
     generator = Generator(model, saved.tokenizer, config.seq_len or saved.config.seq_len)
+    shortest = len(render_prompt([Message("user", "?")], saved.tokenizer)) if saved.is_chat else 1
+    if shortest >= generator.context:
+        raise UserError(
+            f"--seq-len {generator.context} has no room for a question and an answer: give "
+            f"{shortest + 1} or more"
+        )
     size = f"{saved.config.model.num_parameters():,} parameters"
     terminal.say(f"{saved.checkpoint.path}: {size}, on {device}, context {generator.context:,}")
     if config.system is None and saved.is_chat and saved.config.sft is not None:

@@ -289,6 +289,14 @@ def test_a_base_model_completes(tmp_path, tokenizer):
         main(["--checkpoint", str(run), "--serve", "0"])
 
 
+def test_a_context_without_room_for_a_conversation_is_refused(tmp_path, tokenizer):
+    run = save_run(tmp_path / "mine", sharp(SHAPE), chat=True)
+    needed = len(render_prompt([Message("user", "?")], tokenizer)) + 1
+    for length in (1, needed - 1):
+        with pytest.raises(UserError, match=f"--seq-len .* give {needed} or more"):
+            main(["--checkpoint", str(run), "--seq-len", str(length), "--device", "cpu"])
+
+
 @pytest.mark.parametrize(
     ("args", "named"),
     [

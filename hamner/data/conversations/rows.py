@@ -30,7 +30,7 @@ ROLES: dict[str, Role] = {
 }
 #: The template has no role for tools: the assistant says a call, the user says what came of it.
 TOOL_CALLS = ("tool_call", "function_call")
-TOOL_RESULTS = ("tool", "function", "tool_response", "observation")
+TOOL_RESULTS = ("tool", "function", "tool_response", "observation", "ipython")
 
 LISTS = ("messages", "conversations", "conversation")
 #: A question and its answer in fields of their own; the first pair that a row has is taken.

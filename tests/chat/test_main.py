@@ -120,13 +120,14 @@ def test_a_mistake_is_one_line_and_the_conversation_goes_on(tokenizer, line, sho
 
 def test_a_file_that_cannot_be_written_is_named(tokenizer, tmp_path):
     _, text, _ = session(
-        Chat, tokenizer, "Hey!", "Hi", f"/save {tmp_path}", "/save ~nosuchuser/x", "/save"
+        Chat, tokenizer, "Hey!", "Hi", f"/save {tmp_path}", "/save", "/save ~nosuchuser/x"
     )
-    assert text.splitlines()[1:] == [
+    *shown, unknown = text.splitlines()[1:]
+    assert shown == [
         f"(/save {tmp_path}: Is a directory)",
-        "(/save ~nosuchuser/x: there is no such folder)",
         "(/save needs the name of a file, such as /save talk.jsonl)",
     ]
+    assert unknown.startswith("(/save ~nosuchuser/x: ")
 
 
 def test_a_pasted_block_is_one_turn_even_if_it_begins_like_a_command(tokenizer):

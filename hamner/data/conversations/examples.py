@@ -21,7 +21,7 @@ GIVE_UP_ROWS = 10_000
 """rows of which not one can be used say enough about a source, which may be endless"""
 NAMED_KINDS, NAMED_RANGES = 8, 8
 """kinds of unusable rows that are named, and ranges of lines of each; the rest are counted"""
-SYSTEM_SHARE = 0.1
+SYSTEM_SHARE = 0.25
 """share of the conversations that must have a system prompt for one to be the data's"""
 
 
@@ -173,7 +173,7 @@ def _places(rows: Sequence[Unusable]) -> str:
 def most_used_system(sources: Sequence[ConversationSource]) -> str:
     """The system prompt is the one most conversations have, each as often as it is trained on.
 
-    It is empty where hardly any has one: then the model has learned to answer without.
+    It is empty where few have one: then the model has learned to answer without.
     """
     counts: Counter[str] = Counter()
     for source in sources:

@@ -45,6 +45,8 @@ class Message:
 
     role: Role
     content: str
+    learned: bool = True
+    """whether fine-tuning learns it, if it is the assistant's"""
 
 
 class Rendered(NamedTuple):

@@ -54,17 +54,22 @@ def open_dataset(name: str, config: str | None, split: str) -> Any:
         ) from error
 
 
-class HubSource:
-    """A hub source gives the documents of a streamed dataset, `owner/name[:config[:split]]`.
+def open_location(location: str) -> Any:
+    """The function opens `owner/name[:config[:split]]`; the split is "train" unless given.
 
-    The split is "train" unless given.
+    Raises:
+        UserError: as `open_dataset` does.
     """
+    name, _, rest = location.partition(":")
+    config, _, split = rest.partition(":")
+    return open_dataset(name, config or None, split or "train")
+
+
+class HubSource:
+    """A hub source gives the documents of a streamed dataset, `owner/name[:config[:split]]`."""
 
     def __init__(self, location: str) -> None:
-        name, _, rest = location.partition(":")
-        config, _, split = rest.partition(":")
-        self._location = location
-        self._dataset = open_dataset(name, config or None, split or "train")
+        self._location, self._dataset = location, open_location(location)
 
     def identity(self) -> State:
         return {"name": self._location, "files": self._dataset.num_shards}

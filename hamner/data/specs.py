@@ -28,20 +28,23 @@ class Spec:
     text: str
 
 
-def parse_specs(arguments: Sequence[str]) -> list[Spec]:
+def parse_specs(arguments: Sequence[str], bare_weight: float | None = None) -> list[Spec]:
     """The function parses the values of all `--data` flags; without any, the built-in corpus.
+
+    Args:
+        bare_weight: of specs without a weight where others have one; None refuses them.
 
     Raises:
         UserError: a malformed spec or weight, or weights on some specs only.
     """
     split = [_split_weight(argument) for argument in arguments] or [("builtin", None)]
     given = [text for text, weight in split if weight is not None]
-    if given and len(given) < len(split):
+    if bare_weight is None and given and len(given) < len(split):
         bare = next(text for text, weight in split if weight is None)
         raise UserError(
             f"--data {bare}: no weight, while {given[0]} has one; give =WEIGHT to all or to none"
         )
-    specs = [_parse(text, weight or 1.0) for text, weight in split]
+    specs = [_parse(text, weight or bare_weight or 1.0) for text, weight in split]
     for spec in specs:
         if sum(other.text == spec.text for other in specs) > 1:
             raise UserError(f"--data {spec.text}: given twice; give it once with a larger =WEIGHT")

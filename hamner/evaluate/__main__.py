@@ -35,8 +35,8 @@ class EvaluateConfig:
     """SPEC ... of text: builtin; a file, folder or glob; hf:...; shards:DIR. Default what the
     models were pre-trained on"""
     conversations: tuple[str, ...] = ()
-    """SPEC ... of conversations: builtin; a .jsonl file, folder or glob. Default what the models
-    were fine-tuned on"""
+    """SPEC ... of conversations: builtin; a .jsonl or .parquet file, folder or glob; hf:... Default
+    what the models were fine-tuned on"""
     val_fraction: float | None = None
     """share of the documents, chosen by their hash; default what every model held out. 1 is
     everything, for data that none has seen"""
@@ -135,7 +135,7 @@ def _open_held_out(
 ) -> "list[HeldOut]":
     """The function opens what the models trained on this kind of data held out of it."""
     from hamner.data.specs import parse_specs
-    from hamner.evaluate.evaluation import open_held_out
+    from hamner.evaluate.evaluation import MAX_UNUSABLE, open_held_out
 
     every = [saved.config for saved in models]
     trained = [saved.config for saved in models if saved.is_chat == (kind == "conversations")]
@@ -143,7 +143,7 @@ def _open_held_out(
     specs = config.data if kind == "text" else config.conversations
     if not specs:
         # Each once and without weights.
-        parsed = (spec.text for run in trained for spec in parse_specs(run.data))
+        parsed = (spec.text for run in trained for spec in parse_specs(run.data, 1.0))
         specs = tuple(dict.fromkeys(parsed))
     return open_held_out(
         kind,
@@ -153,6 +153,7 @@ def _open_held_out(
         max_tokens=config.eval_tokens or max(run.eval_tokens for run in runs),
         val_fraction=config.val_fraction or min(run.val_fraction for run in runs),
         document_mask=kind == "conversations" or any(run.document_mask for run in trained),
+        max_unusable=max([MAX_UNUSABLE, *(run.sft.max_unusable for run in runs if run.sft)]),
     )
 
 

@@ -1,5 +1,6 @@
 """The module measures how good a model is: loss by source and by position, and samples."""
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from hamner.data.batch import IGNORED_TARGET, Batch
 from hamner.data.chat_template import Message, turn_ends
-from hamner.data.conversations.examples import load_examples
+from hamner.data.conversations.examples import MAX_UNUSABLE, load_examples
 from hamner.data.conversations.loader import validation_batch
 from hamner.data.loader import DataConfig, TrainLoader
 from hamner.data.tokenizer import Tokenizer
@@ -18,6 +19,8 @@ from hamner.model.attention import document_positions
 from hamner.model.generate import PROMPTS, Generator, answer, generate
 from hamner.model.sampling import Sampling
 from hamner.model.transformer import Transformer
+
+logger = logging.getLogger(__name__)
 
 Kind = Literal["text", "conversations"]
 
@@ -84,6 +87,7 @@ def open_held_out(
     max_tokens: int,
     val_fraction: float,
     document_mask: bool,
+    max_unusable: float = MAX_UNUSABLE,
 ) -> list[HeldOut]:
     """The function packs what is held out of every source as training does.
 
@@ -95,6 +99,7 @@ def open_held_out(
         max_tokens: most tokens of a source.
         val_fraction: share held out; that of the training, so that nothing trained on is met.
         document_mask: whether the documents of a row are kept apart, as conversations always are.
+        max_unusable: largest share of a source's rows that may be no conversation.
 
     Raises:
         UserError: a source that cannot be read.
@@ -105,7 +110,9 @@ def open_held_out(
         if kind == "text":
             batch = TrainLoader(config, tokenizer).validation_rows(max_tokens)
         else:
-            examples = load_examples(config, tokenizer)
+            examples = load_examples(config, tokenizer, max_unusable)
+            for text in examples[0].describe_unusable():
+                logger.warning("%s: left out, %s", spec, text)
             batch = validation_batch(examples, tokenizer, seq_len, max_tokens)
         sources.append(HeldOut(spec, kind, batch, document_mask))
     return sources

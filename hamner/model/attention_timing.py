@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import statistics
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,9 +158,16 @@ def measure(shape: AttentionShape, backend: str, function: Function) -> float:
 
 
 def cache_file() -> Path:
-    """Times are kept in $XDG_CACHE_HOME or ~/.cache, hamner/attention.json."""
+    """Times are kept in $XDG_CACHE_HOME or ~/.cache, hamner/attention.json.
+
+    An account without a home folder keeps them among temporary files.
+    """
     folder = os.environ.get("XDG_CACHE_HOME")
-    return (Path(folder) if folder else Path.home() / ".cache") / "hamner" / "attention.json"
+    try:
+        cache = Path(folder) if folder else Path.home() / ".cache"
+    except RuntimeError:
+        cache = Path(tempfile.gettempdir())
+    return cache / "hamner" / "attention.json"
 
 
 def cache_key(shape: AttentionShape, has_flash_attn: bool) -> str:

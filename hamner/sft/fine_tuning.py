@@ -11,7 +11,7 @@ from hamner.checkpoint.saved_model import find_saved_model
 from hamner.config.sft import SftConfig
 from hamner.config.train import TrainConfig
 from hamner.data.conversations import lint
-from hamner.data.conversations.examples import load_examples
+from hamner.data.conversations.examples import load_examples, most_used_system
 from hamner.data.conversations.loader import ConversationLoader, validation_batch
 from hamner.data.tokenizer import Tokenizer, load_tokenizer
 from hamner.parallel.ranks import Rank
@@ -37,7 +37,8 @@ def fine_tune(config: SftConfig) -> TrainResult:
     initial = None if goes_on else find_saved_model(config.sft.checkpoint).checkpoint
 
     tokenizer = load_tokenizer(training.tokenizer, training.model.vocab_size)
-    sources = load_examples(training, tokenizer)
+    sources = load_examples(training, tokenizer, config.sft.max_unusable)
+    training = replace(training, sft=replace(config.sft, system=most_used_system(sources)))
     if Rank.read().is_main:
         lint.show(sources, tokenizer, Console(highlight=False))
     loader = ConversationLoader(sources, tokenizer, training)

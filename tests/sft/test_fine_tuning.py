@@ -120,6 +120,16 @@ def test_resume_is_exact(config):
     )
 
 
+def test_the_run_keeps_the_system_prompt_of_its_data(config, tmp_path):
+    path = tmp_path / "al.jsonl"
+    row = {"system": "You are Al.", "prompt": "Hi", "completion": "Yo"}
+    path.write_text(f"{json.dumps(row)}\n" * 20)
+    data = replace(config, data=(str(path),), steps=2, val_fraction=0.0)
+    fine_tune(with_run(data, stop_after=1))
+    assert fine_tune(with_run(data, resume=True)).step == 2
+    assert find_saved_model(config.run_dir).config.sft.system == "You are Al."
+
+
 def test_resume_does_not_need_the_base(config, base):
     fine_tune(with_run(config, stop_after=2))
     base.rename(base.with_name("elsewhere"))

@@ -48,6 +48,12 @@ def test_every_case_is_counted_and_named(tmp_path):
     assert duplicates == "  7 repeat an earlier conversation and are kept"
 
 
+def test_rows_left_out_are_named(tmp_path):
+    rows = [conversation("Hi", "Hey!")] * 20
+    _, unusable, _ = describe(load(tmp_path, *rows, {"messages": []}, {"messages": []}))
+    assert unusable == "  cannot be used and left out: 2 holds no message: a.jsonl:21-22"
+
+
 def test_clean_data_is_one_line(tmp_path):
     assert len(describe(load(tmp_path, conversation("Hi", "Hey!")))) == 1
 

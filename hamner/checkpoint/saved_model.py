@@ -81,7 +81,9 @@ def find_saved_model(path: Path | None) -> SavedModel:
             f"--checkpoint {path}: {error}; name an older one of {found.path.parent}"
         ) from error
     config = TrainConfig.read(found.path.parent.parent / CONFIG_FILE)
-    tokenizer = load_tokenizer(config.tokenizer, config.model.vocab_size)
+    tokenizer = load_tokenizer(
+        config.tokenizer, config.model.vocab_size, text_tags=config.text_tags
+    )
     if found.state().get("tokenizer") != tokenizer.fingerprint:
         raise UserError(
             f"--checkpoint {path}: it was trained with another content of the tokenizer "

@@ -25,6 +25,7 @@ class SftConfig:
     model: tyro.conf.Fixed[ModelConfig]
     option: tyro.conf.Fixed[str] = "a"
     tokenizer: tyro.conf.Fixed[str] = "builtin"
+    text_tags: tyro.conf.Fixed[bool] = False
 
     sft: FineTuning = field(default_factory=FineTuning)
     data: tuple[str, ...] = ("builtin",)
@@ -100,6 +101,7 @@ class SftConfig:
             model=base.model,
             option=base.option,
             tokenizer=base.tokenizer,
+            text_tags=base.text_tags,
             sft=FineTuning(checkpoint=path, trained_seq_len=base.seq_len),
             seq_len=min(SEQ_LEN, base.model.max_seq_len),
             run_dir=run.with_name(f"{run.name}-sft"),

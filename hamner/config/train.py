@@ -177,6 +177,8 @@ class TrainConfig(RunConfig, ComputeConfig, TaskConfig):
 
     sft: Annotated[FineTuning | None, tyro.conf.Fixed, tyro.conf.Suppress] = None
     """what makes it a fine-tuning run; None: it pre-trains"""
+    text_tags: Annotated[bool, tyro.conf.Fixed, tyro.conf.Suppress] = False
+    """whether conversations have their tags in ordinary text, as the model's trainer before did"""
 
     def __post_init__(self) -> None:
         require_finite(self)

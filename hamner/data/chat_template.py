@@ -12,9 +12,20 @@ break, what the assistant says with the special token `<|end|>`, right after whi
 comes. Contents are stripped. Text that looks like a special token is ordinary text here: no
 content can open another's turn.
 
+A model that comes from elsewhere may have read the tags as ordinary text (`Tokenizer.text_tags`).
+There every turn is its tag, a line break, its content and a line break; the end of the text comes
+after the last answer alone, so that an answer also ends where the text of a tag begins
+(`turn_end_texts`). Content that spells a tag cannot be told from a tag there.
+
+    <|user|>
+    What is 2 + 2?
+    <|assistant|>
+    4.
+    <|endoftext|>
+
 Fine-tuning, chat and evaluation render with the functions below, which raise a `UserError` where a
-tokenizer lacks these special tokens; exported tokenizers render with `JINJA_TEMPLATE`. A test holds
-the two together.
+tokenizer lacks the special tokens it should have; exported tokenizers render with `jinja_template`.
+A test holds the two together.
 """
 
 from collections.abc import Iterable, Sequence
@@ -37,6 +48,13 @@ JINJA_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
 """the same template for Hugging Face tokenizers (`tokenizer.chat_template`)"""
+TEXT_TAGS_JINJA_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\n' + message['content'] | trim + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+"""that of tags in ordinary text"""
 
 
 @dataclass(frozen=True)
@@ -58,6 +76,8 @@ class Rendered(NamedTuple):
 def render_message(message: Message, tokenizer: Tokenizer) -> Rendered:
     """An answer without a word is not learned: it would teach to say nothing."""
     content = message.content.strip()
+    if tokenizer.text_tags:
+        return _render_text_tags(message.role, content, tokenizer)
     head = [tokenizer.special_id(ROLE_TOKENS[message.role])]
     if message.role != "assistant":
         ids = [*head, *tokenizer.encode(f"\n{content}\n")]
@@ -66,6 +86,19 @@ def render_message(message: Message, tokenizer: Tokenizer) -> Rendered:
     head += tokenizer.encode("\n")
     answer = [*tokenizer.encode(content), tokenizer.special_id(END_TOKEN)]
     return Rendered(head + answer, [False] * len(head) + [bool(content)] * len(answer))
+
+
+def _render_text_tags(role: Role, content: str, tokenizer: Tokenizer) -> Rendered:
+    head, body = f"{ROLE_TOKENS[role]}\n", f"{content}\n"
+    if not content:  # two line breaks may be one token
+        head, body = head + body, ""
+    head, body = tokenizer.encode(head), tokenizer.encode(body)
+    return Rendered(head + body, [False] * len(head) + [role == "assistant"] * len(body))
+
+
+def render_end(tokenizer: Tokenizer) -> Rendered:
+    """The end is what fine-tuning has after the last answer of a conversation."""
+    return Rendered([tokenizer.eot_id], [True]) if tokenizer.text_tags else Rendered([], [])
 
 
 def render(messages: Iterable[Message], tokenizer: Tokenizer) -> Rendered:
@@ -79,11 +112,25 @@ def render(messages: Iterable[Message], tokenizer: Tokenizer) -> Rendered:
 
 def render_prompt(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
     """The prompt is the conversation so far and the opening of the assistant's next turn."""
-    opening = [tokenizer.special_id(ROLE_TOKENS["assistant"]), *tokenizer.encode("\n")]
+    if tokenizer.text_tags:
+        opening = tokenizer.encode(f"{ROLE_TOKENS['assistant']}\n")
+    else:
+        opening = [tokenizer.special_id(ROLE_TOKENS["assistant"]), *tokenizer.encode("\n")]
     return render(messages, tokenizer).ids + opening
 
 
 def turn_ends(tokenizer: Tokenizer) -> frozenset[int]:
     """An answer ends at its end marker, the end of the text, or anyone's next turn."""
-    names = (END_TOKEN, *ROLE_TOKENS.values())
+    names = () if tokenizer.text_tags else (END_TOKEN, *ROLE_TOKENS.values())
     return frozenset({tokenizer.eot_id, *(tokenizer.special_id(name) for name in names)})
+
+
+def turn_end_texts(tokenizer: Tokenizer) -> tuple[str, ...]:
+    """The texts end an answer as the tokens of `turn_ends` do, and the line break before them."""
+    tags = ROLE_TOKENS.values() if tokenizer.text_tags else ()
+    return tuple(f"{line_break}{tag}" for tag in tags for line_break in ("\n", ""))
+
+
+def jinja_template(tokenizer: Tokenizer) -> str:
+    """The template renders as `render` and `render_prompt` do, for Hugging Face tokenizers."""
+    return TEXT_TAGS_JINJA_TEMPLATE if tokenizer.text_tags else JINJA_TEMPLATE

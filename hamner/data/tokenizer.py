@@ -6,6 +6,7 @@ were learnt. So the first n ids are themselves a byte-level BPE, the one that tr
 """
 
 import contextlib
+import copy
 import functools
 import hashlib
 import json
@@ -57,7 +58,11 @@ class Tokenizer:
         vocab_size: the largest id plus one.
         eot_id: id of the token that ends a document.
         definition: content of the `tokenizer.json`, parsed.
+        text_tags: whether a conversation's tags, such as `<|user|>`, are spelled in ordinary text;
+            see `hamner.data.chat_template`.
     """
+
+    text_tags = False
 
     def __init__(self, definition: str, name: str) -> None:
         with _refused(f"--tokenizer {name}: not a tokenizer.json"):
@@ -114,6 +119,12 @@ class Tokenizer:
         if token_id is None:
             raise UserError(f"--tokenizer {self._name}: it has no special token {name}")
         return token_id
+
+    def with_text_tags(self) -> "Tokenizer":
+        """The tokenizer is this one for a model that read its conversations' tags as text."""
+        tokenizer = copy.copy(self)
+        tokenizer.text_tags = True
+        return tokenizer
 
     def save(self, path: str | Path) -> None:
         """The definition is written as a `tokenizer.json`."""
@@ -191,7 +202,9 @@ def _refused(what: str) -> Iterator[None]:
         raise UserError(f"{what} ({reason})") from error
 
 
-def load_tokenizer(name: str = "builtin", vocab_size: int | None = None) -> Tokenizer:
+def load_tokenizer(
+    name: str = "builtin", vocab_size: int | None = None, *, text_tags: bool = False
+) -> Tokenizer:
     """`load_tokenizer` finds a tokenizer by name.
 
     Args:
@@ -199,13 +212,16 @@ def load_tokenizer(name: str = "builtin", vocab_size: int | None = None) -> Toke
             a Hugging Face repository, `owner/name`.
         vocab_size: size of the model's vocabulary. Ours is cut when it is larger than that; one
             that is smaller leaves the last rows of the embedding unused.
+        text_tags: whether the model read the tags of conversations as ordinary text.
 
     Raises:
         UserError: no such tokenizer, not a tokenizer, or one that does not fit `vocab_size`.
     """
     if name == "builtin":
-        return _builtin(vocab_size)
-    return Tokenizer(_read_definition(name), name).cut(vocab_size)
+        tokenizer = _builtin(vocab_size)
+    else:
+        tokenizer = Tokenizer(_read_definition(name), name).cut(vocab_size)
+    return tokenizer.with_text_tags() if text_tags else tokenizer
 
 
 @functools.cache

@@ -36,7 +36,9 @@ def fine_tune(config: SftConfig) -> TrainResult:
     goes_on = training.resume and checkpoint.find(run.checkpoints)
     initial = None if goes_on else find_saved_model(config.sft.checkpoint).checkpoint
 
-    tokenizer = load_tokenizer(training.tokenizer, training.model.vocab_size)
+    tokenizer = load_tokenizer(
+        training.tokenizer, training.model.vocab_size, text_tags=training.text_tags
+    )
     sources = load_examples(training, tokenizer)
     if Rank.read().is_main:
         lint.show(sources, tokenizer, Console(highlight=False))

@@ -75,7 +75,9 @@ class TrainingLoop:
         self.processes = processes or SingleProcess()
         self.processes.from_main(lambda: self.run.check(resume=config.resume))
         require_installed(config.report_to)
-        self.tokenizer = load_tokenizer(config.tokenizer, config.model.vocab_size)
+        self.tokenizer = load_tokenizer(
+            config.tokenizer, config.model.vocab_size, text_tags=config.text_tags
+        )
         self.step = TrainStep(config, self.processes, initial, on_phase)
         compute = self.step.compute
         self.data = open_data(config, self.tokenizer, compute.device.type == "cuda")

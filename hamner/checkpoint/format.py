@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hamner.errors import UserError
-from hamner.files import flush, read_json
+from hamner.files import flush, read_json, usual_permissions
 from hamner.parallel.tensors import fill
 
 Tensors = Mapping[str, Tensor]
@@ -162,7 +162,8 @@ class Writer:
         """
         on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         try:
-            save_file(on_cpu, path)
+            with usual_permissions(path):
+                save_file(on_cpu, path)
         except SafetensorError as error:
             match = re.search(r"os error (\d+)", str(error))
             if match is None:

@@ -21,6 +21,7 @@ from hamner.config.model import ModelConfig
 from hamner.data.chat_template import END_TOKEN, jinja_template
 from hamner.data.tokenizer import SPECIAL_TOKENS
 from hamner.errors import UserError
+from hamner.files import usual_permissions
 from hamner.model.rotary import scaled_theta
 
 _CAN_BE_EXPORTED = (
@@ -55,7 +56,8 @@ def write_hugging_face(folder: Path, saved: SavedModel) -> None:
     model_config = hugging_face_config(shape, dtype=dtype, context=context, eos_ids=eos_ids)
     folder.mkdir()
     tensors = {name: t.contiguous() for name, t in to_hugging_face(shape, weights).items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with usual_permissions(folder / "model.safetensors"):
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save(folder / "tokenizer.json")
     generation_config = {"eos_token_id": model_config["eos_token_id"], "pad_token_id": eos_ids[0]}
     for name, values in (

@@ -371,6 +371,7 @@ def test_a_chat_model_is_fine_tuned_and_exported_as_it_was_trained(tmp_path):
     )
     assert tokenizer.decode(learned) == "Hey!\n<|endoftext|>"
     write_hugging_face(tmp_path / "hf", find_saved_model(tmp_path / "run"))
+    assert len({path.stat().st_mode for path in (tmp_path / "hf").iterdir()}) == 1
     written = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
     assert written["chat_template"] == jinja_template(tokenizer) != JINJA_TEMPLATE
     model = json.loads((tmp_path / "hf" / "config.json").read_text())

@@ -61,9 +61,8 @@ def import_checkpoint(file: Path, run_dir: Path, tokenizer_name: str) -> SavedMo
         "versions": {"hamner": hamner.__version__, "torch": torch.__version__},
     }
     run = RunFolder(run_dir)
-    run.start(config)
+    run.start(config, tokenizer)
     try:
-        tokenizer.save(config.tokenizer)
         # The other trainer's moments belong to parameters that are packed differently.
         saved = checkpoint.save(
             run.checkpoints, state["step"], model=weights, optimizer={}, state=state

@@ -57,15 +57,33 @@ class Rendered(NamedTuple):
 
 def render_message(message: Message, tokenizer: Tokenizer) -> Rendered:
     """An answer without a word is not learned: it would teach to say nothing."""
-    content = message.content.strip()
-    head = [tokenizer.special_id(ROLE_TOKENS[message.role])]
+    head, text, end = _spelled(message)
+    ids = [tokenizer.special_id(head)]
     if message.role != "assistant":
-        ids = [*head, *tokenizer.encode(f"\n{content}\n")]
+        ids += tokenizer.encode_inside(text)
         return Rendered(ids, [False] * len(ids))
-    # The line break is encoded alone, since in a prompt it comes before the answer is known.
-    head += tokenizer.encode("\n")
-    answer = [*tokenizer.encode(content), tokenizer.special_id(END_TOKEN)]
-    return Rendered(head + answer, [False] * len(head) + [bool(content)] * len(answer))
+    opening, whole = tokenizer.encode_inside("\n"), tokenizer.encode_inside(text)
+    ids += opening
+    # In a prompt the line break comes before the answer is known, so it keeps its tokens here even
+    # if the tokenizer would join it with the answer.
+    is_joined = whole[: len(opening)] != opening
+    answer = tokenizer.encode_inside(text[1:]) if is_joined else whole[len(opening) :]
+    answer.append(tokenizer.special_id(end))
+    is_learned = bool(message.content.strip())
+    return Rendered(ids + answer, [False] * len(ids) + [is_learned] * len(answer))
+
+
+def _spelled(message: Message) -> tuple[str, str, str]:
+    """The message is a special token, text, and the special token that ends it or nothing."""
+    content = message.content.strip()
+    if message.role == "assistant":
+        return ROLE_TOKENS[message.role], f"\n{content}", END_TOKEN
+    return ROLE_TOKENS[message.role], f"\n{content}\n", ""
+
+
+def spell(messages: Iterable[Message]) -> str:
+    """The text is what `JINJA_TEMPLATE` makes of a conversation."""
+    return "".join(part for message in messages for part in _spelled(message))
 
 
 def render(messages: Iterable[Message], tokenizer: Tokenizer) -> Rendered:
@@ -79,7 +97,7 @@ def render(messages: Iterable[Message], tokenizer: Tokenizer) -> Rendered:
 
 def render_prompt(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
     """The prompt is the conversation so far and the opening of the assistant's next turn."""
-    opening = [tokenizer.special_id(ROLE_TOKENS["assistant"]), *tokenizer.encode("\n")]
+    opening = [tokenizer.special_id(ROLE_TOKENS["assistant"]), *tokenizer.encode_inside("\n")]
     return render(messages, tokenizer).ids + opening
 
 

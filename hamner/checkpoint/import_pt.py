@@ -87,8 +87,7 @@ def import_checkpoint(file: Path, run_dir: Path, tokenizer_name: str) -> SavedMo
     }
     run = RunFolder(run_dir)
     try:
-        run.start(config)
-        tokenizer.save(config.tokenizer)
+        run.start(config, tokenizer)
         # The other trainer's moments belong to parameters that are packed differently.
         saved = checkpoint.save(
             run.checkpoints, state["step"], model=weights, optimizer={}, state=state

@@ -6,7 +6,14 @@ from pathlib import Path
 import tyro
 
 from hamner.config.model import ModelConfig
-from hamner.config.train import CONFIG_FILE, ComputeConfig, FineTuning, RunConfig, TrainConfig
+from hamner.config.train import (
+    CONFIG_FILE,
+    ComputeConfig,
+    FineTuning,
+    RunConfig,
+    TrainConfig,
+    run_of,
+)
 from hamner.errors import UserError
 
 SEQ_LEN = 1024
@@ -91,7 +98,7 @@ class SftConfig:
         Raises:
             UserError: `path` is neither.
         """
-        run = path if (path / CONFIG_FILE).is_file() else path.parent.parent
+        run = run_of(path)
         if not (run / CONFIG_FILE).is_file():
             raise UserError(
                 f"--checkpoint {path} is neither a run's folder nor one of its checkpoints (step_*)"

@@ -75,25 +75,49 @@ class Rendered(NamedTuple):
 
 def render_message(message: Message, tokenizer: Tokenizer) -> Rendered:
     """An answer without a word is not learned: it would teach to say nothing."""
-    content = message.content.strip()
     if tokenizer.text_tags:
-        return _render_text_tags(message.role, content, tokenizer)
-    head = [tokenizer.special_id(ROLE_TOKENS[message.role])]
+        return _render_text_tags(message, tokenizer)
+    head, text, end = _spelled(message)
+    ids = [tokenizer.special_id(head)]
     if message.role != "assistant":
-        ids = [*head, *tokenizer.encode(f"\n{content}\n")]
+        ids += tokenizer.encode_inside(text)
         return Rendered(ids, [False] * len(ids))
-    # The line break is encoded alone, since in a prompt it comes before the answer is known.
-    head += tokenizer.encode("\n")
-    answer = [*tokenizer.encode(content), tokenizer.special_id(END_TOKEN)]
-    return Rendered(head + answer, [False] * len(head) + [bool(content)] * len(answer))
+    opening, whole = tokenizer.encode_inside("\n"), tokenizer.encode_inside(text)
+    ids += opening
+    # In a prompt the line break comes before the answer is known, so it keeps its tokens here even
+    # if the tokenizer would join it with the answer.
+    is_joined = whole[: len(opening)] != opening
+    answer = tokenizer.encode_inside(text[1:]) if is_joined else whole[len(opening) :]
+    answer.append(tokenizer.special_id(end))
+    is_learned = bool(message.content.strip())
+    return Rendered(ids + answer, [False] * len(ids) + [is_learned] * len(answer))
 
 
-def _render_text_tags(role: Role, content: str, tokenizer: Tokenizer) -> Rendered:
-    head, body = f"{ROLE_TOKENS[role]}\n", f"{content}\n"
-    if not content:  # two line breaks may be one token
-        head, body = head + body, ""
-    head, body = tokenizer.encode(head), tokenizer.encode(body)
-    return Rendered(head + body, [False] * len(head) + [role == "assistant"] * len(body))
+def _spelled(message: Message) -> tuple[str, str, str]:
+    """The message is a special token, text, and the special token that ends it or nothing."""
+    content = message.content.strip()
+    if message.role == "assistant":
+        return ROLE_TOKENS[message.role], f"\n{content}", END_TOKEN
+    return ROLE_TOKENS[message.role], f"\n{content}\n", ""
+
+
+def spell(messages: Iterable[Message], *, text_tags: bool = False) -> str:
+    """The text is what the Jinja template makes of a conversation."""
+    spelled = _spelled_with_text_tags if text_tags else _spelled
+    return "".join(part for message in messages for part in spelled(message))
+
+
+def _render_text_tags(message: Message, tokenizer: Tokenizer) -> Rendered:
+    head, body = map(tokenizer.encode, _spelled_with_text_tags(message))
+    is_learned = message.role == "assistant"
+    return Rendered(head + body, [False] * len(head) + [is_learned] * len(body))
+
+
+def _spelled_with_text_tags(message: Message) -> tuple[str, str]:
+    """The message is the text of its tag, and that of its content if it has any."""
+    head, content = f"{ROLE_TOKENS[message.role]}\n", message.content.strip()
+    # Two line breaks may be one token.
+    return (head, f"{content}\n") if content else (f"{head}\n", "")
 
 
 def render_end(tokenizer: Tokenizer) -> Rendered:
@@ -115,7 +139,8 @@ def render_prompt(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int
     if tokenizer.text_tags:
         opening = tokenizer.encode(f"{ROLE_TOKENS['assistant']}\n")
     else:
-        opening = [tokenizer.special_id(ROLE_TOKENS["assistant"]), *tokenizer.encode("\n")]
+        head = tokenizer.special_id(ROLE_TOKENS["assistant"])
+        opening = [head, *tokenizer.encode_inside("\n")]
     return render(messages, tokenizer).ids + opening
 
 

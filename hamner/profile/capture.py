@@ -123,7 +123,7 @@ class _TracedRun:
         self.metadata = {
             "option": config.option,
             "tokens_per_step": config.tokens_per_step,
-            "gpus": step.world_size,
+            "gpus": step.processes.rank.world_size,
             "flops_per_token": flops_per_token(config.model, config.seq_len),
             "precision": step.compute.precision,
             "weight_bytes": sum(local(w).nbytes for w in weights),

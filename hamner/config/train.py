@@ -185,10 +185,17 @@ class FineTuning:
 
 @dataclass(frozen=True)
 class TrainConfig(RunConfig, ComputeConfig, TaskConfig):
-    """Pre-train a language model from scratch.
+    """Pre-train a language model, from scratch or with `--init-from` from another run's weights.
 
     Defaults are those of the option: `--option b --help` shows b's.
     """
+
+    init_from: Path | None = None
+    """start a new run from the weights of this run or checkpoint, with a fresh optimizer, schedule
+    and data; option, model and tokenizer are its by default"""
+    reserve_chat_tokens: bool = False
+    """give the tokens of conversations (<|user|> ...) unused ids of a --tokenizer that lacks them,
+    as hamner.sft needs them"""
 
     sft: Annotated[FineTuning | None, tyro.conf.Fixed, tyro.conf.Suppress] = None
     """what makes it a fine-tuning run; None: it pre-trains"""

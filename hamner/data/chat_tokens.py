@@ -5,12 +5,12 @@ import json
 import tokenizers
 
 from hamner.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from hamner.errors import UserError
 
 
 def missing_chat_tokens(tokenizer: Tokenizer) -> list[str]:
     """The list names the tokens of conversations that the tokenizer does not have."""
-    added = {token["content"] for token in tokenizer.definition.get("added_tokens") or []}
-    return [name for name in SPECIAL_TOKENS[1:] if name not in added]
+    return [name for name in SPECIAL_TOKENS[1:] if name not in tokenizer.reserved]
 
 
 def add_chat_tokens(tokenizer: Tokenizer, vocab_size: int | None = None) -> Tokenizer | None:
@@ -36,18 +36,38 @@ def add_chat_tokens(tokenizer: Tokenizer, vocab_size: int | None = None) -> Toke
     return None
 
 
+def reserve_chat_tokens(tokenizer: Tokenizer, vocab_size: int | None) -> Tokenizer:
+    """The function does what `--reserve-chat-tokens` asks for; see `add_chat_tokens`.
+
+    Raises:
+        UserError: there are no unused ids.
+    """
+    reserved = add_chat_tokens(tokenizer, vocab_size)
+    if reserved is None:
+        raise UserError(
+            f"--reserve-chat-tokens: --tokenizer {tokenizer.name} has no unused ids; give the "
+            f"model more with --vocab-size {vocab_size_with_chat_tokens(tokenizer)} or above"
+        )
+    return reserved
+
+
+def vocab_size_with_chat_tokens(tokenizer: Tokenizer) -> int:
+    """The size is that of a vocabulary with the missing tokens behind the last entry."""
+    return tokenizer.vocab_size + len(missing_chat_tokens(tokenizer))
+
+
 def _reserved(tokenizer: Tokenizer) -> list[str]:
     """The list names the special tokens that neither text nor the tokenizer itself uses."""
     definition = tokenizer.definition
     parts = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
     used = json.dumps([definition.get(part) for part in parts])
-    unknown = definition["model"].get("unk_token")
+    model = definition["model"]
+    kept = {*SPECIAL_TOKENS, model.get("unk_token"), tokenizer.text_of(tokenizer.eot_id)}
+    if model.get("unk_id") is not None:
+        kept.add(model["vocab"][model["unk_id"]][0])
+    names = [token["content"] for token in definition.get("added_tokens") or []]
     return [
-        token["content"]
-        for token in definition.get("added_tokens") or []
-        if token["special"] and token["content"] not in SPECIAL_TOKENS
-        if token["id"] != tokenizer.eot_id
-        if token["content"] != unknown and json.dumps(token["content"]) not in used
+        name for name in names if name in tokenizer.reserved - kept and json.dumps(name) not in used
     ]
 
 
@@ -77,4 +97,4 @@ def _appended(tokenizer: Tokenizer, names: list[str]) -> Tokenizer | None:
 
 def _with(tokenizer: Tokenizer, **parts) -> Tokenizer:
     """The function makes a tokenizer of another's definition with some parts replaced."""
-    return Tokenizer(json.dumps(tokenizer.definition | parts), "with chat tokens")
+    return Tokenizer(json.dumps(tokenizer.definition | parts), tokenizer.name)

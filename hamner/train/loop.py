@@ -22,6 +22,7 @@ from hamner.train.data import DataPosition, OpenData, open_documents
 from hamner.train.display import Display, count, duration
 from hamner.train.evaluation import EarlyStopping
 from hamner.train.health import StepReading, Watchdog
+from hamner.train.initial import find_initial, warn_of_missing_chat_tokens, with_chat_tokens
 from hamner.train.interrupt import Interrupt
 from hamner.train.log import LogLine, TrainLog
 from hamner.train.messages import TrainResult
@@ -57,7 +58,7 @@ class TrainingLoop:
     Args:
         config: resolved flags.
         open_data: what to train on.
-        initial: whose weights and tokenizer to start from; default random weights.
+        initial: whose weights and tokenizer to start from; default those that `--init-from` names.
         processes: see `TrainStep`.
         on_phase: called when a phase begins: those of `TrainStep`, "data", "step done",
             "evaluation", "" where none follows, and by the writer's thread "save" and "saved".
@@ -75,9 +76,12 @@ class TrainingLoop:
         self.processes = processes or SingleProcess()
         self.processes.from_main(lambda: self.run.check(resume=config.resume))
         require_installed(config.report_to)
-        self.tokenizer = initial.tokenizer if initial else self.run.open_tokenizer(config)
+        initial = initial or find_initial(config)
+        tokenizer = initial.tokenizer if initial else self.run.open_tokenizer(config)
+        self.tokenizer = with_chat_tokens(tokenizer, config)
         weights = initial.checkpoint if initial else None
         self.step = TrainStep(config, self.processes, weights, on_phase)
+        self.step.messages += warn_of_missing_chat_tokens(self.tokenizer, config)
         compute = self.step.compute
         self.data = open_data(config, self.tokenizer, compute.device.type == "cuda")
         self.position = DataPosition(self.data.loader, config, self.step.messages)

@@ -83,7 +83,7 @@ class Config(NamedTuple):
 #                 forward                  dq                       dk_dv
 #     64, 64      32%  222  2 of 4 warps   48%  242  2 of 4 warps   33%  193  2 of 4 warps
 #     64, 128     65%  246  1 of 8         48%  168  2 of 4         61%  250  1 of 8
-#     128, 128    97%  253  1 of 8         81%  189  1 of 8         81%  228  1 of 8
+#     128, 128    97%  253  1 of 8         81%  189  1 of 8         81%  223  1 of 8
 _SM86 = {
     (64, 64): Config(
         forward=Tile(128, 32, 4, 3),

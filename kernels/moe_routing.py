@@ -388,7 +388,9 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, *d_routing):
-    _, experts, _ = ctx.saved_tensors
+    # Read once: where a block is recomputed, a second reading is an error.
+    saved = ctx.saved_tensors
+    _, experts, _ = saved
     d_routing = Routing(*d_routing)
     gradients = (
         experts.new_zeros(shape, dtype=torch.float32) if gradient is None else gradient
@@ -398,7 +400,7 @@ def _backward(ctx, *d_routing):
             (d_routing.z_loss, ()),
         )
     )
-    d_logits = _moe_route_backward(*ctx.saved_tensors, *gradients, ctx.renormalize)
+    d_logits = _moe_route_backward(*saved, *gradients, ctx.renormalize)
     return d_logits, None, None, None
 
 

@@ -43,6 +43,24 @@ def made_whole(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def usual_permissions(path: Path) -> Iterator[None]:
+    """The context gives the file that is made at `path` in it the permissions of any new file.
+
+    A library that makes its own temporary file, as safetensors does, lets nobody but the owner read
+    it. After an error there is no file.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        yield
+        with contextlib.suppress(OSError):  # of a file system that has no permissions
+            path.chmod(mode)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
 def writing(what: str) -> Iterator[None]:
     """The context names what could not be written in it, such as a flag and its path.
 

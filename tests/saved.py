@@ -39,7 +39,7 @@ def save_run(
         seq_len=model.config.max_seq_len,
         tokenizer=tokenizer,
     )
-    RunFolder(folder).start(config)
+    RunFolder(folder).start(config, load_tokenizer(tokenizer, model.config.vocab_size))
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(exist_ok=True)
     matrices = {name for name, p in model.named_parameters() if p.ndim >= 2}

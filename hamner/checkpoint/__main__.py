@@ -40,7 +40,8 @@ def main(args: Sequence[str]) -> int:
         )
     config = tyro.cli(ImportConfig, args=args[1:], prog="python -m hamner.checkpoint import")
     # Torch takes a second or more to load.
-    from hamner.checkpoint.import_pt import add_chat_tokens, import_checkpoint
+    from hamner.checkpoint.english import GUESSING_SHARE, english_loss, loss_of_guessing
+    from hamner.checkpoint.import_pt import describe, import_checkpoint
 
     imported = import_checkpoint(config.file, config.run_dir, config.tokenizer)
     state = imported.checkpoint.state()
@@ -48,10 +49,18 @@ def main(args: Sequence[str]) -> int:
         f"imported {imported.config.model.num_parameters():,} parameters of step "
         f"{state['step']:,} ({state['tokens']:,} tokens) into {imported.checkpoint.path}"
     )
-    if add_chat_tokens(imported.tokenizer) is None:
+    print(describe(imported))
+    guessing = loss_of_guessing(imported.config.model)
+    try:
+        loss = english_loss(imported)
+    except UserError as error:
+        print(f"WARNING: the tokenizer was not tried on English ({error})")
+        return 0
+    print(f"loss on built-in English: {loss:.2f} nats a token (guessing: {guessing:.2f})")
+    if not loss < GUESSING_SHARE * guessing:
         print(
-            f"--tokenizer {config.tokenizer} has no room for the tokens of conversations: the "
-            "model can complete text, but not be fine-tuned to chat"
+            f"WARNING: that is little better than guessing: --tokenizer {config.tokenizer} is not "
+            "the one the model was trained with, or it was trained on no English or hardly at all"
         )
     return 0
 

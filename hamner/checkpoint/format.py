@@ -5,6 +5,8 @@
         optimizer.safetensors   fp32 masters and moments
         state.json              counters, data position, RNG state, versions
         manifest.json           size and SHA-256 of each of the three
+        config.json             } of the run, so that a checkpoint copied elsewhere can be used
+        tokenizer.json          }
 
 Written to a temporary folder beside it, flushed to disk, then renamed. Nothing is ever unpickled.
 """
@@ -25,8 +27,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hamner.config.train import CONFIG_FILE, TOKENIZER_FILE
 from hamner.errors import UserError
-from hamner.files import flush, read_json
+from hamner.files import flush, read_json, usual_permissions
 from hamner.parallel.tensors import fill
 
 Tensors = Mapping[str, Tensor]
@@ -52,6 +55,11 @@ class Checkpoint:
 
     path: Path
     step: int
+
+    @classmethod
+    def at(cls, path: Path) -> "Checkpoint":
+        """The method gives the checkpoint at a path, under whatever name it was copied there."""
+        return cls(path, read_json(path / STATE_FILE, CheckpointError).get("step", 0))
 
     def state(self) -> dict:
         """The method reads `state.json`."""
@@ -162,7 +170,8 @@ class Writer:
         """
         on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         try:
-            save_file(on_cpu, path)
+            with usual_permissions(path):
+                save_file(on_cpu, path)
         except SafetensorError as error:
             match = re.search(r"os error (\d+)", str(error))
             if match is None:
@@ -217,11 +226,14 @@ def finish_save(temporary: Path, step: int, state: Mapping) -> Checkpoint:
     """The function makes a checkpoint of a temporary folder that has the two files of tensors."""
     final = temporary.with_name(f"step_{step:08d}")
     (temporary / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+    for name in (CONFIG_FILE, TOKENIZER_FILE):
+        if (of_run := temporary.parent.parent / name).is_file():
+            shutil.copyfile(of_run, temporary / name)
     files = {name: _describe(temporary / name) for name in _FILES}
     manifest = json.dumps({"format": _FORMAT, "files": files}, indent=1)
     (temporary / MANIFEST_FILE).write_text(manifest, encoding="utf-8")
-    for name in (*_FILES, MANIFEST_FILE):
-        flush(temporary / name)
+    for path in temporary.iterdir():
+        flush(path)
     flush(temporary)
     if final.exists():
         # Saved already at this step (an interrupt right after a save): the new one replaces it.

@@ -1,7 +1,8 @@
 """The module knows the files of a run.
 
-They are config.json, metrics.jsonl, samples.jsonl, plots/, checkpoints/, and plan.jsonl, what was
-projected beside what was measured.
+They are config.json, tokenizer.json, metrics.jsonl, samples.jsonl, plots/, checkpoints/, and
+plan.jsonl, what was projected beside what was measured. Every command finds in them what it needs:
+paths in config.json say where things came from, and may be gone.
 
 And, when something went wrong: bad_steps/ (batches for `--replay`) and stacks.txt (of a hang). With
 several processes: logs/rank_N.txt, what each said.
@@ -12,7 +13,8 @@ import json
 import os
 from pathlib import Path
 
-from hamner.config.train import CONFIG_FILE, TrainConfig
+from hamner.config.train import CHECKPOINTS, CONFIG_FILE, TOKENIZER_FILE, TrainConfig
+from hamner.data.tokenizer import Tokenizer, load_tokenizer
 from hamner.errors import UserError
 from hamner.files import read_records, write_whole
 from hamner.parallel.ranks import Rank
@@ -24,10 +26,11 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = path / CONFIG_FILE
+        self.tokenizer = path / TOKENIZER_FILE
         self.metrics = path / "metrics.jsonl"
         self.samples = path / "samples.jsonl"
         self.plots = path / "plots"
-        self.checkpoints = path / "checkpoints"
+        self.checkpoints = path / CHECKPOINTS
         self.bad_steps = path / "bad_steps"
         self.stacks = path / "stacks.txt"
         self.plan = path / "plan.jsonl"
@@ -51,8 +54,23 @@ class RunFolder:
                 "or name the run's folder with --run-dir FOLDER"
             )
 
-    def start(self, config: TrainConfig) -> None:
-        """The method makes the folder and writes config.json.
+    def open_tokenizer(self, config: TrainConfig) -> Tokenizer:
+        """The method loads the run's own tokenizer, or the one that `config` names.
+
+        That is for runs that have not started, earlier versions' runs, which had none of their
+        own, and a resume with another `--tokenizer`.
+
+        Raises:
+            UserError: there is no such tokenizer.
+        """
+        name = config.tokenizer
+        if self.config.is_file() and self.tokenizer.is_file():
+            is_same = TrainConfig.read(self.config).tokenizer == name
+            name = str(self.tokenizer) if is_same else name
+        return load_tokenizer(name, config.model.vocab_size, text_tags=config.text_tags)
+
+    def start(self, config: TrainConfig, tokenizer: Tokenizer) -> None:
+        """The method makes the folder and writes tokenizer.json and config.json.
 
         Raises:
             UserError: the folder cannot be written.
@@ -60,6 +78,7 @@ class RunFolder:
         try:
             for folder in (self.plots, self.checkpoints):
                 folder.mkdir(parents=True, exist_ok=True)
+            tokenizer.save(self.tokenizer)
             write_whole(self.config, json.dumps(config.to_json(), indent=1) + "\n")
         except OSError as error:
             raise UserError(f"--run-dir {self.path} cannot be written: {error.strerror}") from error

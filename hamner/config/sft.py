@@ -6,7 +6,14 @@ from pathlib import Path
 import tyro
 
 from hamner.config.model import ModelConfig
-from hamner.config.train import CONFIG_FILE, ComputeConfig, FineTuning, RunConfig, TrainConfig
+from hamner.config.train import (
+    CONFIG_FILE,
+    ComputeConfig,
+    FineTuning,
+    RunConfig,
+    TrainConfig,
+    run_of,
+)
 from hamner.errors import UserError
 
 SEQ_LEN = 1024
@@ -25,6 +32,7 @@ class SftConfig:
     model: tyro.conf.Fixed[ModelConfig]
     option: tyro.conf.Fixed[str] = "a"
     tokenizer: tyro.conf.Fixed[str] = "builtin"
+    text_tags: tyro.conf.Fixed[bool] = False
 
     sft: FineTuning = field(default_factory=FineTuning)
     data: tuple[str, ...] = ("builtin",)
@@ -91,7 +99,7 @@ class SftConfig:
         Raises:
             UserError: `path` is neither.
         """
-        run = path if (path / CONFIG_FILE).is_file() else path.parent.parent
+        run = run_of(path)
         if not (run / CONFIG_FILE).is_file():
             raise UserError(
                 f"--checkpoint {path} is neither a run's folder nor one of its checkpoints (step_*)"
@@ -101,6 +109,7 @@ class SftConfig:
             model=base.model,
             option=base.option,
             tokenizer=base.tokenizer,
+            text_tags=base.text_tags,
             sft=FineTuning(checkpoint=path, trained_seq_len=base.seq_len),
             seq_len=min(SEQ_LEN, base.model.max_seq_len),
             run_dir=run.with_name(f"{run.name}-sft"),

@@ -12,7 +12,10 @@ from hamner.config.serialization import build
 from hamner.errors import UserError
 from hamner.files import parse_json
 
-CONFIG_FILE = "config.json"
+CONFIG_FILE, TOKENIZER_FILE = "config.json", "tokenizer.json"
+"""of a run, and copied into each of its checkpoints"""
+CHECKPOINTS = "checkpoints"
+"""the folder of a run's checkpoints, in the run's"""
 
 COUNTS = (
     *("batch_size", "seq_len", "steps", "tokens", "micro_batch_size", "stop_after"),
@@ -26,6 +29,18 @@ NOT_NEGATIVE = (
     *("hang_minutes", "log_every", "eval_every", "save_every", "sample_every", "keep_every"),
 )
 """flags that must be 0 or more"""
+
+
+def run_of(path: Path) -> Path:
+    """The function gives the run's folder that `path` is, or is a checkpoint in.
+
+    A checkpoint that was copied elsewhere has its own config.json and is its own run here.
+    """
+    for checkpoint in (path, path.resolve()):
+        run = checkpoint.parent.parent
+        if checkpoint.parent.name == CHECKPOINTS and (run / CONFIG_FILE).is_file():
+            return run
+    return path
 
 
 def require_finite(config: Any) -> None:
@@ -177,13 +192,22 @@ class FineTuning:
 
 @dataclass(frozen=True)
 class TrainConfig(RunConfig, ComputeConfig, TaskConfig):
-    """Pre-train a language model from scratch.
+    """Pre-train a language model, from scratch or with `--init-from` from another run's weights.
 
     Defaults are those of the option: `--option b --help` shows b's.
     """
 
+    init_from: Path | None = None
+    """start a new run from the weights of this run or checkpoint, with a fresh optimizer, schedule
+    and data; option, model and tokenizer are its by default"""
+    reserve_chat_tokens: bool = False
+    """give the tokens of conversations (<|user|> ...) unused ids of a --tokenizer that lacks them,
+    as hamner.sft needs them"""
+
     sft: Annotated[FineTuning | None, tyro.conf.Fixed, tyro.conf.Suppress] = None
     """what makes it a fine-tuning run; None: it pre-trains"""
+    text_tags: Annotated[bool, tyro.conf.Fixed, tyro.conf.Suppress] = False
+    """whether conversations have their tags in ordinary text, as the model's trainer before did"""
 
     def __post_init__(self) -> None:
         require_finite(self)

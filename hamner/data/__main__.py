@@ -7,6 +7,7 @@ from pathlib import Path
 import tyro
 
 from hamner.cli import gather_data, run_command
+from hamner.data.chat_tokens import reserve_chat_tokens
 from hamner.data.documents import split_of
 from hamner.data.prepare import prepare
 from hamner.data.sources import open_text_source
@@ -28,6 +29,8 @@ class Prepare:
     """builtin, the path of a tokenizer.json, or a Hugging Face name owner/name."""
     vocab_size: int | None = None
     """Vocabulary of the model (entries), to cut the built-in tokenizer; None keeps it whole."""
+    reserve_chat_tokens: bool = False
+    """As --reserve-chat-tokens of hamner.train, for a run that has it."""
     shard_tokens: int = 100_000_000
     """Size of a shard (tokens); one is held in memory at 2 bytes a token."""
     val_fraction: float = 0.01
@@ -39,13 +42,16 @@ class Prepare:
             raise UserError(f"--shard-tokens {self.shard_tokens}: must be at least 1")
         from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+        tokenizer = load_tokenizer(self.tokenizer, self.vocab_size)
+        if self.reserve_chat_tokens:
+            tokenizer = reserve_chat_tokens(tokenizer, self.vocab_size)
         columns = [SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()]
         with Progress(*columns) as progress:
             task = progress.add_task("opening the sources")
             index = prepare(
                 self.data,
                 self.output,
-                load_tokenizer(self.tokenizer, self.vocab_size),
+                tokenizer,
                 shard_tokens=self.shard_tokens,
                 val_fraction=self.val_fraction,
                 on_progress=lambda spec, tokens, documents: progress.update(

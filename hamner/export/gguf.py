@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hamner.checkpoint.saved_model import SavedModel
 from hamner.config.model import ModelConfig
-from hamner.data.chat_template import END_TOKEN, JINJA_TEMPLATE
+from hamner.data.chat_template import END_TOKEN, jinja_template
 from hamner.data.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN
 from hamner.errors import UserError
 from hamner.export.hf import architecture, to_hugging_face
@@ -129,5 +129,6 @@ def _add_tokenizer(writer: gguf.GGUFWriter, saved: SavedModel) -> None:
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)
     if saved.is_chat:
-        writer.add_eot_token_id(tokenizer.special_id(END_TOKEN))
-        writer.add_chat_template(JINJA_TEMPLATE)
+        end = tokenizer.eot_id if tokenizer.text_tags else tokenizer.special_id(END_TOKEN)
+        writer.add_eot_token_id(end)
+        writer.add_chat_template(jinja_template(tokenizer))

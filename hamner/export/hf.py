@@ -18,9 +18,10 @@ from torch import Tensor
 
 from hamner.checkpoint.saved_model import SavedModel
 from hamner.config.model import ModelConfig
-from hamner.data.chat_template import END_TOKEN, JINJA_TEMPLATE
+from hamner.data.chat_template import END_TOKEN, jinja_template
 from hamner.data.tokenizer import SPECIAL_TOKENS
 from hamner.errors import UserError
+from hamner.files import usual_permissions
 from hamner.model.rotary import scaled_theta
 
 _CAN_BE_EXPORTED = (
@@ -48,13 +49,15 @@ def write_hugging_face(folder: Path, saved: SavedModel) -> None:
         "clean_up_tokenization_spaces": False,
     }
     if saved.is_chat:
-        eos_ids.append(tokenizer.special_id(END_TOKEN))
-        tokenizer_config["additional_special_tokens"] = list(SPECIAL_TOKENS[1:])
-        tokenizer_config["chat_template"] = JINJA_TEMPLATE
+        tokenizer_config["chat_template"] = jinja_template(tokenizer)
+        if not tokenizer.text_tags:
+            eos_ids.append(tokenizer.special_id(END_TOKEN))
+            tokenizer_config["additional_special_tokens"] = list(SPECIAL_TOKENS[1:])
     model_config = hugging_face_config(shape, dtype=dtype, context=context, eos_ids=eos_ids)
     folder.mkdir()
     tensors = {name: t.contiguous() for name, t in to_hugging_face(shape, weights).items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with usual_permissions(folder / "model.safetensors"):
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save(folder / "tokenizer.json")
     generation_config = {"eos_token_id": model_config["eos_token_id"], "pad_token_id": eos_ids[0]}
     for name, values in (

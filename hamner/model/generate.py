@@ -8,7 +8,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from hamner.data.chat_template import Message, render_prompt, turn_ends
+from hamner.data.chat_template import Message, render_prompt, turn_end_texts, turn_ends
 from hamner.data.tokenizer import StreamDecoder, Tokenizer
 from hamner.errors import UserError
 from hamner.model.kv_cache import KVCache
@@ -231,12 +231,18 @@ def generate(
 
 
 def answer(
-    generator: Generator, messages: Sequence[Message], sampling: Sampling, **settings
+    generator: Generator,
+    messages: Sequence[Message],
+    sampling: Sampling,
+    *,
+    stop_texts: Sequence[str] = (),
+    **settings,
 ) -> Completion:
     """The function returns the assistant's next turn, not generated yet.
 
     Args:
-        settings: further ones of the completion, but for what ends a turn.
+        stop_texts: strings that end it, beside those that end a turn.
+        settings: further ones of the completion.
 
     Raises:
         ContextError: the messages leave no room for an answer.
@@ -248,5 +254,6 @@ def answer(
             f"the messages take {len(prompt):,} tokens, the model's context is "
             f"{generator.context:,}: shorten them"
         )
-    stop_ids = turn_ends(generator.tokenizer)
-    return Completion(generator, prompt, sampling, stop_ids=stop_ids, **settings)
+    settings["stop_ids"] = turn_ends(generator.tokenizer)
+    settings["stop_texts"] = (*stop_texts, *turn_end_texts(generator.tokenizer))
+    return Completion(generator, prompt, sampling, **settings)

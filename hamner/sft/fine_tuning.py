@@ -13,7 +13,7 @@ from hamner.config.train import TrainConfig
 from hamner.data.conversations import lint
 from hamner.data.conversations.examples import load_examples, most_used_system
 from hamner.data.conversations.loader import ConversationLoader, validation_batch
-from hamner.data.tokenizer import Tokenizer, load_tokenizer
+from hamner.data.tokenizer import Tokenizer
 from hamner.parallel.ranks import Rank
 from hamner.train.data import RunData
 from hamner.train.loop import train
@@ -34,9 +34,9 @@ def fine_tune(config: SftConfig) -> TrainResult:
     run = RunFolder(training.folder)
     run.check(resume=training.resume)
     goes_on = training.resume and checkpoint.find(run.checkpoints)
-    initial = None if goes_on else find_saved_model(config.sft.checkpoint).checkpoint
+    initial = None if goes_on else find_saved_model(config.sft.checkpoint)
 
-    tokenizer = load_tokenizer(training.tokenizer, training.model.vocab_size)
+    tokenizer = initial.tokenizer if initial else run.open_tokenizer(training)
     sources = load_examples(training, tokenizer, config.sft.max_unusable)
     training = replace(training, sft=replace(config.sft, system=most_used_system(sources)))
     if Rank.read().is_main:

@@ -8,7 +8,7 @@ import tyro
 
 from hamner.cli import flag_value, gather_data, run_command
 from hamner.config.options import find_option, for_option
-from hamner.config.train import CONFIG_FILE, TrainConfig
+from hamner.config.train import CONFIG_FILE, TrainConfig, run_of
 from hamner.errors import EXIT_BAD_STEPS, EXIT_INTERRUPTED, UserError
 from hamner.parallel.ranks import resume_after_restart
 
@@ -18,14 +18,15 @@ def parse(args: Sequence[str]) -> TrainConfig:
 
     The defaults are those of `--option`, or with `--resume` and `--replay` those the run was
     started with, so that `--resume --run-dir runs/a` alone continues a run and any other flag
-    changes it.
+    changes it. With `--init-from` model and tokenizer are those of the run that it names.
 
     Raises:
         UserError: values that make no sense, alone or together.
         SystemExit: code 2 on unknown flags, 0 after --help.
     """
     args = gather_data(args)
-    default = for_option(flag_value(args, "--option") or TrainConfig.option)
+    option, init_from = flag_value(args, "--option"), flag_value(args, "--init-from")
+    default = for_option(option or TrainConfig.option)
     run_dir, replay = flag_value(args, "--run-dir"), flag_value(args, "--replay")
     folder = Path(run_dir) if run_dir else default.folder
     args, saved = resume_after_restart(args, folder), folder / CONFIG_FILE
@@ -39,13 +40,43 @@ def parse(args: Sequence[str]) -> TrainConfig:
         default = replace(
             TrainConfig.read(saved), resume=True, stop_after=None, allow_data_change=False, sft=None
         )
+    elif init_from is not None:
+        default = for_initial(Path(init_from), option)
     find_option(default.option)
-    return tyro.cli(
+    config = tyro.cli(
         tyro.conf.OmitArgPrefixes[TrainConfig],
         default=default,
         args=args,
         prog="python -m hamner.train",
         config=(tyro.conf.HelptextFromCommentsOff,),
+    )
+    if config.resume and saved.is_file() and config.init_from != default.init_from:
+        raise UserError(
+            f"--init-from {config.init_from} starts a new run, and --resume goes on with one that "
+            f"started from {default.init_from or 'random weights'}: leave one of the two out"
+        )
+    return config
+
+
+def for_initial(path: Path, option: str | None) -> TrainConfig:
+    """The function gives the defaults of a run from the weights of another run or checkpoint.
+
+    Raises:
+        UserError: `path` is neither.
+    """
+    if not (run_of(path) / CONFIG_FILE).is_file():
+        raise UserError(
+            f"--init-from {path} is neither a run's folder nor one of its checkpoints (step_*)"
+        )
+    base = TrainConfig.read(run_of(path) / CONFIG_FILE)
+    default = for_option(option or base.option)
+    model = default.model if option else base.model
+    return replace(
+        default,
+        model=model,
+        tokenizer=base.tokenizer,
+        text_tags=base.text_tags,
+        seq_len=min(default.seq_len, model.max_seq_len),
     )
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from hamner.config.model import ModelConfig
 from hamner.data.batch import Batch
 from hamner.errors import UserError
+from hamner.files import usual_permissions
 
 MOST_IN_A_ROW = 5
 """bad steps, after which training stops"""
@@ -115,7 +116,8 @@ def keep(folder: Path, reading: StepReading) -> str:
     facts = {name: str(getattr(reading, name)) for name in _FACTS}
     try:
         folder.mkdir(exist_ok=True)
-        save_file(vars(reading.batch), path, metadata=facts)
+        with usual_permissions(path):
+            save_file(vars(reading.batch), path, metadata=facts)
     except (OSError, SafetensorError) as error:
         return f"its batch could not be written to {path} ({error})"
     return f"its batch is in {path}, see --replay"

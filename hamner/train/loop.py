@@ -10,11 +10,10 @@ import time
 from dataclasses import replace
 from functools import partial
 
-from hamner.checkpoint.format import Checkpoint
 from hamner.checkpoint.run_folder import RunFolder
+from hamner.checkpoint.saved_model import SavedModel
 from hamner.config.train import TrainConfig
 from hamner.data.batch import Batch
-from hamner.data.tokenizer import load_tokenizer
 from hamner.hardware import GIB
 from hamner.parallel.processes import SingleProcess, open_processes
 from hamner.parallel.tensors import local
@@ -23,6 +22,7 @@ from hamner.train.data import DataPosition, OpenData, open_documents
 from hamner.train.display import Display, count, duration
 from hamner.train.evaluation import EarlyStopping
 from hamner.train.health import StepReading, Watchdog
+from hamner.train.initial import find_initial, warn_of_missing_chat_tokens, with_chat_tokens
 from hamner.train.interrupt import Interrupt
 from hamner.train.log import LogLine, TrainLog
 from hamner.train.messages import TrainResult
@@ -58,7 +58,8 @@ class TrainingLoop:
     Args:
         config: resolved flags.
         open_data: what to train on.
-        initial, processes: see `TrainStep`.
+        initial: whose weights and tokenizer to start from; default those that `--init-from` names.
+        processes: see `TrainStep`.
         on_phase: called when a phase begins: those of `TrainStep`, "data", "step done",
             "evaluation", "" where none follows, and by the writer's thread "save" and "saved".
     """
@@ -67,7 +68,7 @@ class TrainingLoop:
         self,
         config: TrainConfig,
         open_data: OpenData = open_documents,
-        initial: Checkpoint | None = None,
+        initial: SavedModel | None = None,
         on_phase: OnPhase = ignore_phase,
         processes: SingleProcess | None = None,
     ) -> None:
@@ -75,8 +76,12 @@ class TrainingLoop:
         self.processes = processes or SingleProcess()
         self.processes.from_main(lambda: self.run.check(resume=config.resume))
         require_installed(config.report_to)
-        self.tokenizer = load_tokenizer(config.tokenizer, config.model.vocab_size)
-        self.step = TrainStep(config, self.processes, initial, on_phase)
+        initial = initial or find_initial(config)
+        tokenizer = initial.tokenizer if initial else self.run.open_tokenizer(config)
+        self.tokenizer = with_chat_tokens(tokenizer, config)
+        weights = initial.checkpoint if initial else None
+        self.step = TrainStep(config, self.processes, weights, on_phase)
+        self.step.messages += warn_of_missing_chat_tokens(self.tokenizer, config)
         compute = self.step.compute
         self.data = open_data(config, self.tokenizer, compute.device.type == "cuda")
         self.position = DataPosition(self.data.loader, config, self.step.messages)
@@ -108,7 +113,7 @@ class TrainingLoop:
 
     def _start_folder(self) -> None:
         """The run's folder, its logs and the services are there once nothing refuses any more."""
-        self.processes.from_main(lambda: self.run.start(self.config))
+        self.processes.from_main(lambda: self.run.start(self.config, self.tokenizer))
         self.display.connect(*self.processes.open_log(self.run.logs))
         if self.log.is_main:
             self.data.keep()

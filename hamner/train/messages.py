@@ -59,6 +59,8 @@ def introduction(log: TrainLog, saved: Checkpoint | None, *, has_validation: boo
         lines.append(f"resuming {log.run.path} {where}")
     else:
         lines.append(f"run folder {log.run.path}")
+        if config.init_from is not None:
+            lines.append(f"starting from the weights of {config.init_from}")
     return lines
 
 

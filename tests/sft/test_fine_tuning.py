@@ -1,6 +1,7 @@
 """Fine-tuning end to end, on the CPU in fp32, from a minute pre-trained model."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,6 +87,18 @@ def test_starts_from_the_checkpoint_and_learns_the_answers(config, base):
     before, after = model_weights(find_saved_model(base).checkpoint.path), unmoved.checkpoint
     for name, weight in model_weights(after).items():
         torch.testing.assert_close(weight, before[name], rtol=0, atol=1e-8)
+
+
+def test_starts_from_a_run_whose_tokenizer_was_elsewhere(data, tmp_path):
+    path = tmp_path / "mine.json"
+    load_tokenizer(vocab_size=BYTES_ONLY).save(path)
+    base = save_run(tmp_path / "base", build(SHAPE), tokenizer=str(path))
+    path.unlink()
+    config = replace(SftConfig.for_checkpoint(base), data=(data,), steps=2, eval_every=0)
+    config = with_run(replace(config, compute=ComputeConfig(device="cpu")), stop_after=1)
+    assert fine_tune(config).step == 1
+    shutil.rmtree(base)
+    assert fine_tune(with_run(config, resume=True)).step == 2
 
 
 def test_validation_loss_is_of_the_learned_tokens_alone(config):

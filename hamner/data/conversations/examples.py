@@ -8,7 +8,7 @@ from itertools import groupby
 import numpy as np
 
 from hamner.config.train import FineTuning, TrainConfig
-from hamner.data.chat_template import render_message
+from hamner.data.chat_template import render_end, render_message
 from hamner.data.conversations.reading import Conversation, Unusable, read_conversations
 from hamner.data.documents import split_of
 from hamner.data.loader import DataConfig
@@ -209,7 +209,8 @@ def _tokenize(
     if not answers_end:
         source.nothing_learned.append(conversation.origin)
         return None
-    fitting = [end for end in answers_end if end - 1 <= seq_len]
+    closing = render_end(tokenizer)
+    fitting = [end for end in answers_end if end + len(closing.ids) - 1 <= seq_len]
     if not fitting:
         source.too_long.append(conversation.origin)
         return None
@@ -217,4 +218,7 @@ def _tokenize(
         source.cut.append(conversation.origin)
         source.tokens_cut += answers_end[-1] - fitting[-1]
     end = fitting[-1]
-    return Example(np.array(ids[:end], np.int32), np.array(learned[:end], bool))
+    return Example(
+        np.array(ids[:end] + closing.ids, np.int32),
+        np.array(learned[:end] + closing.learned, bool),
+    )

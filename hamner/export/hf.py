@@ -18,9 +18,11 @@ from torch import Tensor
 
 from hamner.checkpoint.saved_model import SavedModel
 from hamner.config.model import ModelConfig
+from hamner.config.train import TOKENIZER_FILE
 from hamner.data.chat_template import END_TOKEN, JINJA_TEMPLATE
-from hamner.data.tokenizer import SPECIAL_TOKENS
+from hamner.data.tokenizer import SPECIAL_TOKENS, write_definition
 from hamner.errors import UserError
+from hamner.export.tokenizer import exported_definition, require_same_ids
 from hamner.model.rotary import scaled_theta
 
 _CAN_BE_EXPORTED = (
@@ -33,7 +35,8 @@ def write_hugging_face(folder: Path, saved: SavedModel) -> None:
     """The function makes a folder that AutoModelForCausalLM and AutoTokenizer load.
 
     Raises:
-        UserError: transformers has no model of this shape; nothing is written then.
+        UserError: transformers has no model of this shape, or its tokenizer would give other ids
+            than training; nothing is written then.
     """
     tokenizer, shape = saved.tokenizer, saved.config.model
     weights = saved.weights()
@@ -52,10 +55,12 @@ def write_hugging_face(folder: Path, saved: SavedModel) -> None:
         tokenizer_config["additional_special_tokens"] = list(SPECIAL_TOKENS[1:])
         tokenizer_config["chat_template"] = JINJA_TEMPLATE
     model_config = hugging_face_config(shape, dtype=dtype, context=context, eos_ids=eos_ids)
+    definition = exported_definition(tokenizer)
+    require_same_ids(tokenizer, definition, is_chat=saved.is_chat)
     folder.mkdir()
     tensors = {name: t.contiguous() for name, t in to_hugging_face(shape, weights).items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    tokenizer.save(folder / "tokenizer.json")
+    write_definition(folder / TOKENIZER_FILE, definition)
     generation_config = {"eos_token_id": model_config["eos_token_id"], "pad_token_id": eos_ids[0]}
     for name, values in (
         ("config.json", model_config),
@@ -121,8 +126,9 @@ def hugging_face_config(
         scaling = {
             "rope_type": config.rope_scaling,
             "factor": config.rope_scaling_factor,
-            "original_max_position_embeddings": config.rope_scaling_from,
         }
+        if config.rope_scaling == "yarn":
+            scaling["original_max_position_embeddings"] = config.rope_scaling_from
         rope = {"rope_theta": config.rope_theta, "rope_scaling": scaling}
     values = {
         "architectures": [f"{kind}ForCausalLM"],

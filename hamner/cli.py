@@ -5,11 +5,15 @@ Training also ends with 3: it stopped itself, because step after step had no fin
 Importing this module must stay cheap: `--help` answers before torch is loaded.
 """
 
+import contextlib
+import io
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any, TextIO
 
-from hamner.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, UserError
+from hamner.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, UserError
 
 
 def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
@@ -18,19 +22,115 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
     `main` returns an exit code, or None for 0. A `UserError` is printed as one sentence without a
     traceback; anything else unexpected is a bug and keeps its traceback. Of several processes with
     the same command line, the first one speaks.
+
+    What a terminal cannot encode is replaced, and a reader that has seen enough, such as `head`,
+    ends the command without a word.
     """
     is_main = os.environ.get("RANK", "0") == "0"
+    _prepare_process()
     try:
         code = main(sys.argv[1:]) or 0
     except UserError as error:
-        if is_main:
-            print(f"error: {error}", file=sys.stderr)
         code = EXIT_BAD_INPUT
-    except KeyboardInterrupt:
         if is_main:
-            print("interrupted", file=sys.stderr)
+            _complain(f"error: {error}")
+    except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
-    sys.exit(code)
+        if is_main:
+            _complain("interrupted")
+    except BrokenPipeError:
+        if not _has_lost_reader(sys.stdout):
+            raise
+        code = 0
+    except SystemExit as exit_:
+        # Rich leaves so, when it finds that nobody reads.
+        code = 0 if isinstance(exit_.__context__, BrokenPipeError) else exit_.code
+    failure = _flush_output()
+    sys.exit(code or failure)
+
+
+class UnfailingStream:
+    """The stream writes to another one, and what that refuses is lost.
+
+    So a terminal that is closed, a pipe without a reader, a log on a full disk end nothing.
+
+    Args:
+        stream: to write to. What it cannot encode is replaced.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            try:
+                self.stream.write(text)
+            except UnicodeEncodeError:
+                encoding = self.stream.encoding
+                self.stream.write(text.encode(encoding, "replace").decode(encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.flush()
+
+    def give_up_rest(self) -> None:
+        """What could not be written so far is given up, so that the process's end does not stumble
+        over it."""
+        try:
+            self.stream.flush()
+        except OSError:
+            _give_up(self.stream)
+        except ValueError:  # closed
+            pass
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def _prepare_process() -> None:
+    """Nothing in the process's surroundings is to end a command that does not need it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    # A notebook leaves its own drawing backend to the commands it starts, and where that is not
+    # installed the import of matplotlib fails. Figures here are files only.
+    os.environ.pop("MPLBACKEND", None)
+
+
+def _complain(sentence: str) -> None:
+    with contextlib.suppress(OSError):
+        print(sentence, file=sys.stderr)
+
+
+def _flush_output() -> int:
+    """The function writes what is left of the output, and returns an exit code if a disk does not
+    take it."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        _give_up(sys.stdout)
+    except OSError as error:
+        _give_up(sys.stdout)
+        _complain(f"error: the output cannot be written: {error.strerror}")
+        return EXIT_FAILED
+    return 0
+
+
+def _has_lost_reader(stream: TextIO) -> bool:
+    """The answer is whether a pipe has no reader any more."""
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _give_up(stream: TextIO) -> None:
+    """What the stream still holds, and all that follows, goes nowhere."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def gather_data(args: Sequence[str]) -> list[str]:

@@ -12,6 +12,7 @@ Written to a temporary folder beside it, flushed to disk, then renamed. Nothing 
 """
 
 import base64
+import errno
 import hashlib
 import json
 import os
@@ -175,7 +176,7 @@ class Writer:
         except SafetensorError as error:
             match = re.search(r"os error (\d+)", str(error))
             if match is None:
-                raise
+                raise OSError(errno.EIO, str(error)) from error
             number = int(match[1])
             raise OSError(number, os.strerror(number)) from error
 

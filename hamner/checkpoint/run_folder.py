@@ -96,6 +96,13 @@ class RunFolder:
                 kept = [json.dumps(r) for r in read_records(path) if r["step"] <= step]
                 write_whole(path, "".join(f"{line}\n" for line in kept))
 
+    def amend(self, step: int, values: dict) -> None:
+        """The last record of metrics.jsonl gets what was measured later, if it is of `step`."""
+        records = list(read_records(self.metrics))
+        if records and records[-1]["step"] == step:
+            records[-1] |= values
+            write_whole(self.metrics, "".join(f"{json.dumps(r)}\n" for r in records))
+
 
 class RecordLog:
     """The log appends to a JSON-lines file; what the disk refuses waits for the next append."""

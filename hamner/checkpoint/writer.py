@@ -8,6 +8,7 @@ that fails is tried again later with the state of that time: a full disk or a va
 checkpoints, never the run.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +19,10 @@ from torch import Tensor
 
 from hamner.checkpoint import format as checkpoint
 from hamner.checkpoint.format import Checkpoint, Tensors, Writer
+from hamner.errors import UserError
 from hamner.files import flush
+
+logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = 60.0
 """between a save that failed and the next try"""
@@ -52,7 +56,7 @@ class BackgroundSaver(Writer):
         self.folder, self.keep, self.keep_every = folder, keep, keep_every
         self.records, self.join_masters = tuple(records), join_masters
         self.on_phase = on_phase
-        self.wanted = False
+        self.wanted = self.cannot_remove = False
         self.retry_at = -float("inf")
         self.step: int | None = None
         """of the save under way or the last one"""
@@ -127,8 +131,17 @@ class BackgroundSaver(Writer):
         saved = checkpoint.save(self.folder, step, **parts, writer=self)
         self.on_phase("saved", step)
         if self.is_main:
-            checkpoint.retain(self.folder, self.keep, self.keep_every)
+            self._remove_old()
         return saved
+
+    def _remove_old(self) -> None:
+        """What cannot be removed stays: the new checkpoint is whole."""
+        try:
+            checkpoint.retain(self.folder, self.keep, self.keep_every)
+        except (OSError, UserError) as error:
+            if not self.cannot_remove:
+                logger.warning("old checkpoints stay in %s: %s", self.folder, error)
+            self.cannot_remove = True
 
 
 class NoSaver:

@@ -9,7 +9,6 @@ import importlib.metadata
 import json
 import os
 import statistics
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,17 +156,13 @@ def measure(shape: AttentionShape, backend: str, function: Function) -> float:
     return statistics.median(start.elapsed_time(end) for start, end in events)
 
 
-def cache_file() -> Path:
-    """Times are kept in $XDG_CACHE_HOME or ~/.cache, hamner/attention.json.
-
-    An account without a home folder keeps them among temporary files.
-    """
+def cache_file() -> Path | None:
+    """Times are kept in $XDG_CACHE_HOME or ~/.cache, hamner/attention.json; None without a home."""
     folder = os.environ.get("XDG_CACHE_HOME")
     try:
-        cache = Path(folder) if folder else Path.home() / ".cache"
+        return (Path(folder) if folder else Path.home() / ".cache") / "hamner" / "attention.json"
     except RuntimeError:
-        cache = Path(tempfile.gettempdir())
-    return cache / "hamner" / "attention.json"
+        return None
 
 
 def cache_key(shape: AttentionShape, has_flash_attn: bool) -> str:
@@ -204,15 +199,17 @@ def _are_times(times: object, of: Mapping) -> bool:
     )
 
 
-def _read(file: Path) -> dict:
+def _read(file: Path | None) -> dict:
     try:
-        return read_json(file)
+        return read_json(file) if file else {}
     except UserError:
         return {}
 
 
-def _write(file: Path, entries: dict) -> None:
+def _write(file: Path | None, entries: dict) -> None:
     """Times are remembered; a folder that cannot be written to only means measuring again."""
+    if file is None:
+        return
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         with made_whole(file) as temporary:

@@ -1,7 +1,7 @@
 """The module generates text from a model, token by token, with a KV cache."""
 
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -147,6 +147,8 @@ class Completion:
     stop_texts: Sequence[str] = ()
     """strings that end the text and are not part of it"""
     seed: int = 0
+    is_stopped: Callable[[], bool] = lambda: False
+    """asked after each token; yes ends the text before it"""
     text: str = field(default="", init=False)
     """what was given out so far"""
     num_tokens: int = field(default=0, init=False)
@@ -165,6 +167,8 @@ class Completion:
         # A number that `islice` does not take is more than any context holds.
         limit = None if self.max_new_tokens is None else min(self.max_new_tokens, sys.maxsize)
         for token in islice(tokens, limit):
+            if self.is_stopped():
+                break
             self.num_tokens += 1
             if token in self.stop_ids:
                 self.finish_reason = "stop"
@@ -207,8 +211,10 @@ def generate(
     max_new_tokens: int = 64,
     sampling: Sampling = SAMPLE_SAMPLING,
     seed: int = 0,
+    is_stopped: Callable[[], bool] = lambda: False,
 ) -> str:
-    """The model continues `prompt` up to its end of text, the context's or `max_new_tokens`.
+    """The model continues `prompt` up to its end of text, the context's or `max_new_tokens`, or
+    until it is stopped.
 
     Args:
         prompt: text; without any token, generation starts from the end-of-text token. Of one too
@@ -227,6 +233,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         stop_ids={tokenizer.eot_id},
         seed=seed,
+        is_stopped=is_stopped,
     ).run()
 
 

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
 
+from hamner.cli import UnfailingStream
 from hamner.config.train import TrainConfig
 from hamner.errors import EXIT_BAD_INPUT, EXIT_FAILED, UserError
 from hamner.parallel.device import uses_gpu
@@ -155,7 +156,7 @@ class MultipleProcesses(SingleProcess):
         if self.rank.is_main:
             handlers.append(logging.StreamHandler())
         logging.basicConfig(level=logging.WARNING, handlers=handlers, force=True)
-        log = Console(file=self.log, highlight=False, width=200)
+        log = Console(file=UnfailingStream(self.log), highlight=False, width=200)
         return (None, log) if self.rank.is_main else (log, None)
 
     def step_done(self, step):

@@ -3,8 +3,6 @@
 import math
 from dataclasses import replace
 
-from rich.console import Console
-
 from hamner.checkpoint import format as checkpoint
 from hamner.checkpoint.run_folder import RunFolder
 from hamner.checkpoint.saved_model import find_saved_model
@@ -16,6 +14,7 @@ from hamner.data.conversations.loader import ConversationLoader, validation_batc
 from hamner.data.tokenizer import Tokenizer
 from hamner.parallel.ranks import Rank
 from hamner.train.data import RunData
+from hamner.train.display import open_console
 from hamner.train.loop import train
 from hamner.train.messages import TrainResult
 
@@ -40,7 +39,7 @@ def fine_tune(config: SftConfig) -> TrainResult:
     sources = load_examples(training, tokenizer, config.sft.max_unusable)
     training = replace(training, sft=replace(config.sft, system=most_used_system(sources)))
     if Rank.read().is_main:
-        lint.show(sources, tokenizer, Console(highlight=False))
+        lint.show(sources, tokenizer, open_console())
     loader = ConversationLoader(sources, tokenizer, training)
     validation = validation_batch(sources, tokenizer, training.seq_len, training.eval_tokens)
 

@@ -10,6 +10,7 @@ and after `MOST_IN_A_ROW` the run stops with a diagnosis.
 import contextlib
 import faulthandler
 import math
+import os
 import threading
 import time
 from collections import deque
@@ -243,7 +244,10 @@ class Watchdog:
     def __enter__(self) -> "Watchdog":
         self._at_work.acquire()
         if self.seconds:
-            self._file = self.stacks.open("a", encoding="utf-8")
+            try:
+                self._file = self.stacks.open("a", encoding="utf-8")
+            except OSError:  # then the stacks go where Python's own errors do
+                self._file = os.fdopen(os.dup(2), "w")
             self.beat()
             self._thread.start()
         return self
@@ -253,9 +257,10 @@ class Watchdog:
             self._stop.set()
             self._thread.join()
             faulthandler.cancel_dump_traceback_later()
-            self._file.close()
-            if self.stacks.exists() and not self.stacks.stat().st_size:
-                self.stacks.unlink()
+            with contextlib.suppress(OSError):
+                self._file.close()
+                if not self.stacks.stat().st_size:
+                    self.stacks.unlink()
         self._at_work.release()
 
     def beat(self) -> None:

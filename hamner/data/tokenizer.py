@@ -17,6 +17,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from hamner.data.runs import encode_in_parts, parts_of
 from hamner.errors import UserError
 from hamner.files import parse_json
 
@@ -86,13 +87,15 @@ class Tokenizer:
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        with _refused(f"--tokenizer {self._name}: it cannot encode"):
-            return self._backend.encode(text, add_special_tokens=False).ids
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The texts are encoded on all cores and without the GIL."""
         with _refused(f"--tokenizer {self._name}: it cannot encode"):
-            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            return encode_in_parts(self._encode_parts, texts)
+
+    def _encode_parts(self, texts: list[str]) -> list[list[int]]:
+        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -270,7 +273,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> Token
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=True,
     )
-    backend.train_from_iterator(texts, trainer)
+    backend.train_from_iterator((part for text in texts for part in parts_of(text)), trainer)
     tokenizer = Tokenizer(backend.to_str(), "trained")
     if tokenizer.vocab_size < vocab_size:
         raise UserError(

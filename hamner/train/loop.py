@@ -14,6 +14,7 @@ from typing import Protocol
 from hamner.checkpoint.format import Checkpoint
 from hamner.checkpoint.run_folder import RecordLog, RunFolder
 from hamner.config.train import TrainConfig
+from hamner.data.bad_rows import lines_of
 from hamner.data.batch import Batch
 from hamner.data.loader import TrainLoader
 from hamner.data.tokenizer import Tokenizer, load_tokenizer
@@ -89,8 +90,9 @@ OpenData = Callable[[TrainConfig, Tokenizer, bool], RunData]
 
 def open_documents(config: TrainConfig, tokenizer: Tokenizer, pin_memory: bool) -> RunData:
     """The data of pre-training; see `OpenData`."""
-    loader = TrainLoader(config, tokenizer, pin_memory=pin_memory)
-    validation = ValidationSet(RunFolder(config.folder).validation, loader, config.eval_tokens)
+    run = RunFolder(config.folder)
+    loader = TrainLoader(config, tokenizer, pin_memory=pin_memory, bad_rows_file=run.bad_rows)
+    validation = ValidationSet(run.validation, loader, config.eval_tokens)
     return RunData(loader, validation.rows, validation.keep)
 
 
@@ -405,6 +407,8 @@ class TrainingLoop:
                 val_loss=progress.val_loss,
                 stopping=self.early_stopping,
             )
+        sources = self.data.loader.progress().values()
+        lines += lines_of((counts.get("bad_rows", {}) for counts in sources), run.bad_rows)
         self.display.messages(lines)
 
 

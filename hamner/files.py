@@ -82,6 +82,23 @@ def writing(what: str) -> Iterator[None]:
         raise UserError(f"{what} cannot be written: {error.strerror}") from error
 
 
+def expand_home(path: str | Path, flag: str) -> Path:
+    """The function expands a `~` that begins a path, as a shell would have.
+
+    Raises:
+        UserError: there is no such user, or none has a home folder here.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        if os.path.lexists(path):  # a file of that very name
+            return Path(path)
+        raise UserError(
+            f"{flag} {path}: no home folder is known for {Path(path).parts[0]}; write the whole "
+            "path, or ./ before a name that begins with ~"
+        ) from error
+
+
 def flush(path: Path) -> None:
     """The function has the operating system put a file or folder on disk.
 

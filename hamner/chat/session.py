@@ -7,12 +7,12 @@ import random
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from hamner.chat.config import ChatConfig
 from hamner.checkpoint.saved_model import find_saved_model
 from hamner.data.chat_template import Message, render_prompt
 from hamner.errors import UserError
+from hamner.files import expand_home
 from hamner.model.generate import Completion, Generator, answer
 from hamner.parallel.device import select_device
 
@@ -105,7 +105,7 @@ class Session:
         if not argument:
             raise UserError("/save needs the name of a file, such as /save talk.jsonl")
         try:
-            with Path(argument).expanduser().open("a", encoding="utf-8") as file:
+            with expand_home(argument, "/save").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
         except OSError as error:
             raise UserError(f"/save {argument}: {error.strerror}") from error

@@ -5,7 +5,8 @@ plan.jsonl, what was projected beside what was measured. Every command finds in 
 paths in config.json say where things came from, and may be gone.
 
 And, when something went wrong: bad_steps/ (batches for `--replay`) and stacks.txt (of a hang). With
-several processes: logs/rank_N.txt, what each said.
+several processes: logs/rank_N.txt, what each said. bad_rows.json lists the rows of the data that
+were passed over.
 """
 
 import errno
@@ -36,6 +37,7 @@ class RunFolder:
         self.plan = path / "plan.jsonl"
         self.validation = path / "validation.safetensors"
         self.logs = path / "logs"
+        self.bad_rows = path / "bad_rows.json"
 
     def check(self, *, resume: bool) -> None:
         """The method refuses to overwrite a run, or to resume one that is not there.

@@ -93,6 +93,8 @@ class TaskConfig:
     """builtin, a tokenizer.json, or a Hugging Face name owner/name"""
     val_fraction: float = 0.01
     """share of the documents held out for validation, chosen by their hash"""
+    bad_rows: float = 0.001
+    """share of a source's rows that may hold no document and are passed over; more stop the run"""
 
 
 @dataclass(frozen=True)
@@ -233,6 +235,8 @@ class TrainConfig(RunConfig, ComputeConfig, TaskConfig):
             raise UserError(f"--min-lr {self.min_lr} is above --lr {self.lr}")
         if not 0 <= self.val_fraction < 1:
             raise UserError(f"--val-fraction {self.val_fraction} must be at least 0 and below 1")
+        if not 0 <= self.bad_rows <= 1:
+            raise UserError(f"--bad-rows {self.bad_rows} must be at least 0 and at most 1")
         if not self.data:
             raise UserError("--data needs at least one SPEC")
 

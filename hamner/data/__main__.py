@@ -7,9 +7,10 @@ from pathlib import Path
 import tyro
 
 from hamner.cli import gather_data, run_command
+from hamner.data.bad_rows import DEFAULT_SHARE, BadRows, lines_of
 from hamner.data.chat_tokens import reserve_chat_tokens
 from hamner.data.documents import split_of
-from hamner.data.prepare import prepare
+from hamner.data.prepare import BAD_ROWS, prepare
 from hamner.data.sources import open_text_source
 from hamner.data.specs import parse_specs
 from hamner.data.tokenizer import VOCAB_SIZE, load_tokenizer, train_tokenizer
@@ -35,9 +36,11 @@ class Prepare:
     """Size of a shard (tokens); one is held in memory at 2 bytes a token."""
     val_fraction: float = 0.01
     """Share of documents held out for validation (0 to 1)."""
+    bad_rows: float = DEFAULT_SHARE
+    """Share of a source's rows that may hold no document and are passed over (0 to 1)."""
 
     def run(self) -> None:
-        _check_fraction(self.val_fraction)
+        _check_shares(self.val_fraction, self.bad_rows)
         if self.shard_tokens < 1:
             raise UserError(f"--shard-tokens {self.shard_tokens}: must be at least 1")
         from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -54,6 +57,7 @@ class Prepare:
                 tokenizer,
                 shard_tokens=self.shard_tokens,
                 val_fraction=self.val_fraction,
+                bad_rows=self.bad_rows,
                 on_progress=lambda spec, tokens, documents: progress.update(
                     task, description=f"{spec}: {tokens:,} tokens of {documents:,} documents"
                 ),
@@ -63,6 +67,8 @@ class Prepare:
             tokens = sum(shard["tokens"] for shard in shards)
             documents = sum(shard["documents"] for shard in shards)
             print(f"{split}: {tokens:,} tokens, {documents:,} documents, {len(shards)} shards")
+        for line in lines_of(index.get("bad_rows", {}).values(), self.output / BAD_ROWS):
+            print(line)
         print(
             f"{index['skipped']:,} empty documents skipped; train with --data shards:{self.output}"
         )
@@ -83,9 +89,11 @@ class TrainTokenizer:
     """Text to read from each SPEC at most (MiB)."""
     val_fraction: float = 0.01
     """Share of documents held out for validation (0 to 1)."""
+    bad_rows: float = DEFAULT_SHARE
+    """Share of a source's rows that may hold no document and are passed over (0 to 1)."""
 
     def run(self) -> None:
-        _check_fraction(self.val_fraction)
+        _check_shares(self.val_fraction, self.bad_rows)
         if not self.output.parent.is_dir() or self.output.is_dir():
             raise UserError(f"--output {self.output}: must be a file in an existing folder")
         tokenizer = train_tokenizer(self._texts(), self.vocab_size)
@@ -95,7 +103,8 @@ class TrainTokenizer:
     def _texts(self) -> Iterator[str]:
         for spec in parse_specs(self.data):
             size = 0
-            for text, _ in open_text_source(spec).documents(seed=0, epoch=0, state=None):
+            source = open_text_source(spec, BadRows(spec.text, self.bad_rows))
+            for text, _ in source.documents(seed=0, epoch=0, state=None):
                 if split_of(text, self.val_fraction) == "train":
                     yield text
                     size += len(text.encode())
@@ -103,9 +112,11 @@ class TrainTokenizer:
                     break
 
 
-def _check_fraction(val_fraction: float) -> None:
+def _check_shares(val_fraction: float, bad_rows: float) -> None:
     if not 0 <= val_fraction < 1:
         raise UserError(f"--val-fraction {val_fraction}: must be at least 0 and less than 1")
+    if not 0 <= bad_rows <= 1:
+        raise UserError(f"--bad-rows {bad_rows}: must be at least 0 and at most 1")
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -19,6 +19,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from hamner.data.reserved import inside_definition, reserved_tokens, text_definition
+from hamner.data.runs import encode_in_parts, parts_of
 from hamner.errors import UserError
 from hamner.files import parse_json, write_whole
 
@@ -107,19 +108,23 @@ class Tokenizer:
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        with _refused(f"--tokenizer {self.name}: it cannot encode"):
-            return self._encoder.encode(text, add_special_tokens=False).ids
+        return self.encode_batch([text])[0]
 
     def encode_inside(self, text: str) -> list[int]:
         """The text follows a reserved token, as in a conversation: it does not begin a text."""
-        with _refused(f"--tokenizer {self.name}: it cannot encode"):
-            return self._inside_encoder.encode(text, add_special_tokens=False).ids
+        return self._encode(self._inside_encoder, [text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The texts are encoded on all cores and without the GIL."""
+        return self._encode(self._encoder, texts)
+
+    def _encode(self, encoder: tokenizers.Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+        def encode_parts(parts: list[str]) -> list[list[int]]:
+            encodings = encoder.encode_batch_fast(parts, add_special_tokens=False)
+            return [encoding.ids for encoding in encodings]
+
         with _refused(f"--tokenizer {self.name}: it cannot encode"):
-            encodings = self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+            return encode_in_parts(encode_parts, texts)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The ids are given as text, special tokens spelled out."""
@@ -322,7 +327,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> Token
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=True,
     )
-    backend.train_from_iterator(texts, trainer)
+    backend.train_from_iterator((part for text in texts for part in parts_of(text)), trainer)
     tokenizer = Tokenizer(backend.to_str(), "trained")
     if tokenizer.vocab_size < vocab_size:
         raise UserError(

@@ -152,6 +152,7 @@ def _open_held_out(
         seq_len=config.seq_len or max(run.seq_len for run in every),
         max_tokens=config.eval_tokens or max(run.eval_tokens for run in runs),
         val_fraction=config.val_fraction or min(run.val_fraction for run in runs),
+        bad_rows=max(run.bad_rows for run in runs),
         document_mask=kind == "conversations" or any(run.document_mask for run in trained),
         max_unusable=max([MAX_UNUSABLE, *(run.sft.max_unusable for run in runs if run.sft)]),
     )

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hamner.data.bad_rows import DEFAULT_SHARE
 from hamner.data.batch import IGNORED_TARGET, Batch
 from hamner.data.chat_template import Message, turn_ends
 from hamner.data.conversations.examples import MAX_UNUSABLE, load_examples
@@ -88,6 +89,7 @@ def open_held_out(
     val_fraction: float,
     document_mask: bool,
     max_unusable: float = MAX_UNUSABLE,
+    bad_rows: float = DEFAULT_SHARE,
 ) -> list[HeldOut]:
     """The function packs what is held out of every source as training does.
 
@@ -100,13 +102,21 @@ def open_held_out(
         val_fraction: share held out; that of the training, so that nothing trained on is met.
         document_mask: whether the documents of a row are kept apart, as conversations always are.
         max_unusable: largest share of a source's rows that may be no conversation.
+        bad_rows: share of a source's rows that may hold no document, as in the training.
 
     Raises:
         UserError: a source that cannot be read.
     """
     sources = []
     for spec in specs:
-        config = DataConfig((spec,), seq_len, batch_size=1, seed=0, val_fraction=val_fraction)
+        config = DataConfig(
+            (spec,),
+            seq_len,
+            batch_size=1,
+            seed=0,
+            val_fraction=val_fraction,
+            bad_rows=bad_rows,
+        )
         if kind == "text":
             batch = TrainLoader(config, tokenizer).validation_rows(max_tokens)
         else:

@@ -13,6 +13,7 @@ from functools import partial
 from hamner.checkpoint.run_folder import RunFolder
 from hamner.checkpoint.saved_model import SavedModel
 from hamner.config.train import TrainConfig
+from hamner.data.bad_rows import lines_of
 from hamner.data.batch import Batch
 from hamner.hardware import GIB
 from hamner.parallel.processes import SingleProcess, open_processes
@@ -329,3 +330,6 @@ class TrainingLoop:
         self.display.messages(
             messages.conclusion(self.log, result, self.early_stopping, is_finished=is_finished)
         )
+        sources = self.data.loader.progress().values()
+        bad_rows = (counts.get("bad_rows", {}) for counts in sources)
+        self.display.messages(lines_of(bad_rows, self.run.bad_rows))

@@ -56,16 +56,18 @@ def byte_level(
     special: list[str] = SPECIAL,
     steps: pre_tokenizers.PreTokenizer | None = None,
     *,
+    use_regex: bool = True,
     add_prefix_space: bool = False,
 ) -> dict:
     """GPT-2's kind.
 
     Args:
         special: its special tokens.
-        steps: split the text before it becomes bytes; default GPT-2's pattern.
+        steps: split the text before.
+        use_regex: whether GPT-2's pattern splits it.
         add_prefix_space: whether a text gets a space before it.
     """
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, use_regex=not steps)
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, use_regex=use_regex)
     trainer = trainers.BpeTrainer(
         vocab_size=420,
         special_tokens=special,
@@ -76,6 +78,20 @@ def byte_level(
     backend = _trained(models.BPE(), whole, trainer)
     backend.decoder = decoders.ByteLevel()
     return json.loads(backend.to_str())
+
+
+LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def llama3(pattern: str = LLAMA_3, *, ignore_merges: bool = True) -> dict:
+    """Llama 3's kind, or one with another pattern."""
+    split = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+    definition = byte_level(SPECIAL, split, use_regex=False)
+    definition["model"]["ignore_merges"] = ignore_merges
+    return definition
 
 
 def smollm() -> dict:
@@ -113,7 +129,7 @@ def unmarked() -> dict:
 
 def whole_words() -> dict:
     """It looks whole words up before it merges."""
-    definition = byte_level(SPECIAL, pre_tokenizers.Split(" ", "isolated"))
+    definition = byte_level(SPECIAL, pre_tokenizers.Split(" ", "isolated"), use_regex=False)
     definition["model"]["ignore_merges"] = True
     return definition
 

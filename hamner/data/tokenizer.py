@@ -147,10 +147,9 @@ class Tokenizer:
         tokenizer.text_tags = True
         return tokenizer
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: Path) -> None:
         """The definition is written as a `tokenizer.json`."""
-        definition = json.dumps(self.definition, ensure_ascii=False, separators=(",", ":"))
-        write_whole(Path(path), definition)
+        write_definition(path, self.definition)
 
     def cut(self, vocab_size: int | None) -> "Tokenizer":
         """The tokenizer is that of the first `vocab_size` ids, this one if it has no more.
@@ -186,6 +185,11 @@ class Tokenizer:
         vocab = {token: i for token, i in vocab.items() if i < vocab_size}
         model = model | {"vocab": vocab, "merges": merges[:kept]}
         return Tokenizer(json.dumps(self.definition | {"model": model}), self.name)
+
+
+def write_definition(path: Path, definition: dict) -> None:
+    """The function writes a `tokenizer.json`."""
+    write_whole(path, json.dumps(definition, ensure_ascii=False, separators=(",", ":")))
 
 
 class StreamDecoder:

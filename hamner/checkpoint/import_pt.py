@@ -27,7 +27,7 @@ from hamner.checkpoint.saved_model import SavedModel
 from hamner.config.model import ModelConfig
 from hamner.config.options import OPTIONS
 from hamner.config.serialization import build
-from hamner.config.train import TrainConfig
+from hamner.config.train import TOKENIZER_FILE, TrainConfig
 from hamner.data.chat_template import ROLE_TOKENS
 from hamner.data.chat_tokens import add_chat_tokens, missing_chat_tokens
 from hamner.data.tokenizer import Tokenizer, load_tokenizer
@@ -72,7 +72,7 @@ def import_checkpoint(file: Path, run_dir: Path, tokenizer_name: str) -> SavedMo
         option=next((o.option for o in OPTIONS.values() if o.model == model), "current"),
         run_dir=run_dir,
         seq_len=model.max_seq_len,
-        tokenizer=str((run_dir / "tokenizer.json").resolve()),
+        tokenizer=str((run_dir / TOKENIZER_FILE).resolve()),
         text_tags=tokenizer.text_tags,
     )
     state = {

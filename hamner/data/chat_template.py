@@ -14,8 +14,8 @@ content can open another's turn.
 
 A model that comes from elsewhere may have read the tags as ordinary text (`Tokenizer.text_tags`).
 There every turn is its tag, a line break, its content and a line break; the end of the text comes
-after the last answer alone, so that an answer also ends where the text of a tag begins
-(`turn_end_texts`). Content that spells a tag cannot be told from a tag there.
+only after the last answer, so that an answer also ends where the text of a tag begins
+(`turn_end_texts`). Content that spells a tag opens a turn there.
 
     <|user|>
     What is 2 + 2?

@@ -272,7 +272,7 @@ def test_nothing_is_unpickled(tmp_path):
         import_checkpoint(tmp_path / "noise.pt", tmp_path / "run", "builtin")
 
 
-def test_a_damaged_file_is_told_from_a_whole_one(tmp_path):
+def test_a_damaged_file_is_refused(tmp_path):
     weights = earlier_weights(SHAPE)
     file = write(tmp_path / "latest.pt", SHAPE, weights)
     whole = file.read_bytes()
@@ -409,7 +409,7 @@ def unigram_weights(tokenizer) -> dict[str, torch.Tensor]:
     return weights
 
 
-def test_a_wrong_tokenizer_is_told_from_a_right_one(tmp_path, capsys):
+def test_a_wrong_tokenizer_is_noticed(tmp_path, capsys):
     right = small_tokenizer(tmp_path)
     definition = json.loads(right.read_text())
     vocab = definition["model"]["vocab"]

@@ -13,6 +13,7 @@ from hamner.checkpoint import format as checkpoint
 from hamner.checkpoint.run_folder import RunFolder
 from hamner.config.options import OPTIONS
 from hamner.config.train import TrainConfig
+from hamner.data.tokenizer import load_tokenizer
 from hamner.errors import UserError
 from hamner.hardware import GPUS
 from hamner.train.log import AsyncCopy
@@ -176,7 +177,7 @@ def test_resume_forgets_what_came_after_the_checkpoint(config):
 def test_resume_before_the_first_save_starts_over(config):
     whole = train(config)
     empty = replace(config, run_dir=config.run_dir.with_name("empty"))
-    RunFolder(empty.folder).start(empty)
+    RunFolder(empty.folder).start(empty, load_tokenizer(vocab_size=empty.model.vocab_size))
     assert_equal_weights(whole, train(replace(empty, resume=True)))
 
 

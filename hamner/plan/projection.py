@@ -26,6 +26,8 @@ MIN_POINTS = 20
 NOT_FALLING = "the loss is not falling"
 FAR_ABOVE = 0.8
 """nats above what its size reaches, where a run is more likely wrong than small"""
+FAR_BELOW = 0.3
+"""share of what its size reaches, where it is more likely given the answers than good"""
 
 _EXPONENTS = np.geomspace(0.08, 1.2, 60)
 _PUBLISHED_EXPONENT = 0.37, 0.5
@@ -292,14 +294,21 @@ class RunProjection:
         """The sentence says that the run is wrong rather than small, where its loss shows it."""
         seen, loss = self.tokens_seen, self.loss_now
         reached = reached_loss(self.parameters, seen)
-        if seen <= self.curve.warmup_tokens or reached is None or loss < reached + FAR_ABOVE:
+        if seen <= self.curve.warmup_tokens or reached is None:
+            return None
+        size = f"{self.parameters / 1e6:.1f}M parameters reach after {seen / 1e9:.2f}B tokens"
+        if loss < FAR_BELOW * reached:
+            return (
+                f"Check labels and data: the loss is far below the {reached:.2f} that {size}. Does "
+                "the model see its targets, or the same text over and over?"
+            )
+        if loss < reached + FAR_ABOVE:
             return None
         return (
             "Check labels and data before you buy a larger model: the loss is "
-            f"{loss - reached:.1f} nats above the {reached:.2f} that "
-            f"{self.parameters / 1e6:.1f}M parameters reach after {seen / 1e9:.2f}B tokens. Is "
-            "each target the next token, shifted once and not twice? Is the text whole, in "
-            "order, and made with this tokenizer?"
+            f"{loss - reached:.1f} nats above the {reached:.2f} that {size}. Is each target the "
+            "next token, shifted once and not twice? Is the text whole, in order, and made with "
+            "this tokenizer?"
         )
 
     def diagnosis(self) -> list[str]:

@@ -17,8 +17,8 @@ UNTRAINED_LOSS = math.log(49_152)
 """nats per token of a guess among the vocabulary of every option but `tiny`"""
 
 _RATES = ("lr", "learning_rate")
-_NEAR = 0.75
-"""share of the untrained loss from which a reading counts as near it"""
+_NEAR = 0.75, 1.1
+"""shares of the untrained loss between which a reading counts as near it"""
 _NEIGHBOURS = 5
 """readings on each side of a jump that say where the loss stood"""
 
@@ -43,7 +43,7 @@ class Jump:
     def __str__(self) -> str:
         where = f"at step {self.step:,} ({self.tokens / 1e9:.2f}B tokens)"
         rise = f"from {self.before:.2f} to {self.after:.2f}"
-        if self.after >= _NEAR * self.untrained_loss:
+        if _is_near(self.after, self.untrained_loss):
             return (
                 f"Weights were lost {where}: the loss goes back {rise}, near the "
                 f"{self.untrained_loss:.2f} (ln V) of an untrained model; the restart there did "
@@ -146,6 +146,11 @@ def _joined(readings: Iterator[_Reading]) -> list[_Reading]:
     return kept
 
 
+def _is_near(loss: float, untrained_loss: float) -> bool:
+    low, high = _NEAR
+    return low * untrained_loss <= loss <= high * untrained_loss
+
+
 def _is_jump(kept: Sequence[_Reading], i: int, untrained_loss: float) -> bool:
     """The function tells a loss that is back near an untrained model's from a spike.
 
@@ -157,7 +162,7 @@ def _is_jump(kept: Sequence[_Reading], i: int, untrained_loss: float) -> bool:
         return False
     following = [reading.loss for reading in kept[i + 1 : i + 1 + _NEIGHBOURS]]
     if not following:
-        return kept[i].loss >= _NEAR * untrained_loss
+        return _is_near(kept[i].loss, untrained_loss)
     return median(following) > kept[i].before + fallen / 8
 
 

@@ -156,6 +156,14 @@ def test_few_points_are_enough_to_doubt_the_labels():
     assert "too short for a law" in run.diagnosis()[1]
 
 
+def test_a_loss_near_zero_is_no_capacity_wall_either():
+    """Targets that are not shifted at all are among the inputs."""
+    tokens = np.linspace(1e7, 8e9, 300)
+    found = project(tokens, 1e6 / tokens).diagnosis()
+    assert found[0].startswith("Check labels and data: the loss is far below the 3.")
+    assert "wall" not in " ".join(found)
+
+
 def test_a_run_in_warm_up_is_not_doubted():
     tokens = np.linspace(1e6, 6e7, 100)
     assert project(tokens, np.full(100, 7.0)).suspicion

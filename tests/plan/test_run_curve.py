@@ -152,11 +152,12 @@ def test_lost_weights_are_named_by_step(tmp_path):
     assert curve.trained_loss[0] == jump.after
 
 
-def test_a_jump_that_is_not_near_ln_v_is_named_for_what_it_is(tmp_path):
+@pytest.mark.parametrize("level", [7.5, 100])
+def test_a_jump_that_is_not_near_ln_v_is_named_for_what_it_is(tmp_path, level):
     tokens = np.arange(1, 101) * 2.4576e7
-    loss = np.where(tokens > 1e9, 7.5, truth(tokens))
+    loss = np.where(tokens > 1e9, level, truth(tokens))
     curve = read_run(write_jsonl(tmp_path / "metrics.jsonl", rows_of(tokens, loss)))
-    assert "jumps from 3.69 to 7.50 at step 41,000" in str(curve.jumps[0])
+    assert f"jumps from 3.69 to {level:.2f} at step 41,000" in str(curve.jumps[0])
     assert "diverged, or restarted without its weights" in str(curve.jumps[0])
 
 

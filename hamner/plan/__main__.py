@@ -19,7 +19,8 @@ from hamner.hardware import GPUS, PCIE4, Gpu
 from hamner.plan import report
 from hamner.plan.analysis import COMPARED, Analysis, Plan, make_plan, recommend
 from hamner.plan.communication import Parallelism
-from hamner.plan.loss import RunProjection, fit_run, read_run
+from hamner.plan.projection import RunProjection
+from hamner.plan.run_curve import read_run
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ class PlanConfig:
     vram_budget: float | None = None
     """GiB the run may take of each GPU; None: the card's memory less 2 GiB"""
     metrics: Path | None = None
-    """metrics.jsonl of a run of --option, or a CSV with columns step, loss, tokens_total"""
+    """metrics.jsonl of a run of --option, or a CSV with columns step, loss, tokens_total and,
+    where known, learning_rate"""
     report: Path | None = None
     """also write the analysis here as Markdown, with its plots in a folder beside it"""
 
@@ -145,9 +147,9 @@ def analyse(config: PlanConfig) -> Analysis:
     plan = asked or recommended
     run = None
     if config.metrics:
-        curve = read_run(config.metrics)
+        curve = read_run(config.metrics, math.log(plan.config.model.vocab_size))
         end = max(plan.config.tokens, float(curve.tokens[-1]))
-        run = RunProjection(curve, fit_run(curve), plan.active_parameters, end)
+        run = RunProjection(curve, plan.active_parameters, end)
     return Analysis(plan, recommended, hours, plans, misfits=misfits, run=run)
 
 

@@ -29,7 +29,7 @@ from hamner.data.shards import ShardSource
 from hamner.data.tokenizer import load_tokenizer
 from hamner.data.validation import ValidationSet
 from hamner.errors import UserError
-from hamner.plan.loss import read_run
+from hamner.plan.run_curve import read_run
 from hamner.train import plots
 from tests.fuzz.mutations import damaged, damaged_json, replaced
 

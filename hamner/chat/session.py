@@ -199,6 +199,8 @@ class Complete(Session):
     def answer(self, text: str) -> None:
         tokenizer = self.generator.tokenizer
         tokens = tokenizer.encode(text)
+        if not tokens:
+            raise UserError("the model's tokenizer has no token for anything in this text")
         kept = tokens[-(self.generator.context * 3 // 4) :]
         completion = Completion(
             self.generator,

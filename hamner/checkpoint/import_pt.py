@@ -90,7 +90,12 @@ def import_checkpoint(file: Path, run_dir: Path, tokenizer_name: str) -> SavedMo
         run.start(config, tokenizer)
         # The other trainer's moments belong to parameters that are packed differently.
         saved = checkpoint.save(
-            run.checkpoints, state["step"], model=weights, optimizer={}, state=state
+            run.checkpoints,
+            state["step"],
+            model=weights,
+            optimizer={},
+            state=state,
+            run_files=(run.config, run.tokenizer),
         )
     except BaseException as error:
         shutil.rmtree(run_dir, ignore_errors=True)

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hamner.checkpoint import format as checkpoint
-from hamner.checkpoint.format import MODEL_FILE, STATE_FILE, Checkpoint, CheckpointError
+from hamner.checkpoint.format import MODEL_FILE, OPTIMIZER_FILE, Checkpoint, CheckpointError
 from hamner.checkpoint.run_folder import RunFolder
 from hamner.config.train import CONFIG_FILE, TrainConfig, run_of
 from hamner.data.tokenizer import Tokenizer
@@ -76,7 +76,7 @@ def find_saved_model(path: Path | None, *, flag: str = "--checkpoint") -> SavedM
     path = path or _newest_run()
     found = _find_checkpoint(path, flag)
     try:
-        found.verify((MODEL_FILE, STATE_FILE))
+        found.verify(except_for=(OPTIMIZER_FILE,))
     except CheckpointError as error:
         raise UserError(
             f"{flag} {path}: {error}; name an older one of {found.path.parent}"

@@ -37,6 +37,7 @@ class BackgroundSaver(Writer):
         keep_every: the first checkpoint at or after each multiple of so many steps stays too.
         records: files flushed to disk before a checkpoint counts, so that a power cut cannot keep
             the checkpoint and lose the records that led to it.
+        run_files: copied into each checkpoint, see `checkpoint.save`.
         join_masters: makes of the host's copies of model and optimizer the optimizer's tensors as
             they are written, for an optimizer that holds of its masters only a part. The writer's
             thread calls it, so that the whole masters take no memory of the GPU.
@@ -50,11 +51,13 @@ class BackgroundSaver(Writer):
         keep: int,
         keep_every: int,
         records: Sequence[Path] = (),
+        run_files: Sequence[Path] = (),
         join_masters: Callable[[Tensors, Tensors], Tensors] | None = None,
         on_phase: Callable[[str, int], None] = lambda phase, step: None,
     ) -> None:
         self.folder, self.keep, self.keep_every = folder, keep, keep_every
-        self.records, self.join_masters = tuple(records), join_masters
+        self.records, self.run_files = tuple(records), tuple(run_files)
+        self.join_masters = join_masters
         self.on_phase = on_phase
         self.wanted = self.cannot_remove = False
         self.retry_at = -float("inf")
@@ -128,7 +131,7 @@ class BackgroundSaver(Writer):
         self.on_phase("save", step)
         if self.join_masters is not None:
             parts["optimizer"] = self.join_masters(parts["model"], parts["optimizer"])
-        saved = checkpoint.save(self.folder, step, **parts, writer=self)
+        saved = checkpoint.save(self.folder, step, **parts, run_files=self.run_files, writer=self)
         self.on_phase("saved", step)
         if self.is_main:
             self._remove_old()

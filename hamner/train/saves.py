@@ -167,6 +167,7 @@ def open_saver(log: TrainLog) -> BackgroundSaver | NoSaver:
         "keep": config.keep,
         "keep_every": config.keep_every,
         "records": (run.metrics, run.samples),
+        "run_files": (run.config, run.tokenizer),
         "join_masters": join_masters,
         "on_phase": step.on_phase,
     }

@@ -6,10 +6,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import tyro
-
 from hamner.chat.config import ChatConfig
-from hamner.cli import run_command
+from hamner.cli import read_flags, run_command
 
 HISTORY_FILE = Path.home() / ".hamner_history"
 
@@ -39,12 +37,7 @@ def parse(args: Sequence[str]) -> ChatConfig:
         UserError: values that make no sense.
         SystemExit: code 2 on unknown flags, 0 after --help.
     """
-    return tyro.cli(
-        tyro.conf.OmitArgPrefixes[ChatConfig],
-        args=args,
-        prog="python -m hamner.chat",
-        config=(tyro.conf.HelptextFromCommentsOff,),
-    )
+    return read_flags(ChatConfig, args, "hamner.chat")
 
 
 def main(args: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from hamner.cli import run_command
+from hamner.cli import read_flags, run_command
 from hamner.errors import UserError
 from hamner.files import made_whole, writing
 
@@ -57,7 +57,7 @@ def export(config: ExportConfig) -> Path:
 
 
 def main(args: Sequence[str]) -> None:
-    config = tyro.cli(ExportConfig, args=args, prog="python -m hamner.export")
+    config = read_flags(ExportConfig, args, "hamner.export")
     print(f"wrote {export(config)}")
 
 

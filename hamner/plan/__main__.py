@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from hamner.cli import run_command
+from hamner.cli import read_flags, run_command
 from hamner.config.model import flag
 from hamner.config.options import OPTIONS
 from hamner.errors import UserError
@@ -153,11 +153,10 @@ def analyse(config: PlanConfig) -> Analysis:
 
 def main(argv: Sequence[str]) -> None:
     """The command prints the plan, and writes the report where one is asked for."""
-    import tyro
     from rich.console import Console
     from rich.markdown import Markdown
 
-    config = tyro.cli(PlanConfig, args=list(argv), prog="python -m hamner.plan")
+    config = read_flags(PlanConfig, argv, "hamner.plan")
     analysis = analyse(config)
     console = Console()
     if not console.is_terminal:

@@ -2,15 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
-import tyro
-
-from hamner.cli import flag_value, gather_data, run_command
-from hamner.config.options import find_option, for_option
-from hamner.config.train import CONFIG_FILE, TrainConfig
+from hamner.cli import read_ahead, read_flags, run_command
+from hamner.config.train import TrainConfig
 from hamner.errors import EXIT_BAD_STEPS, EXIT_INTERRUPTED, UserError
-from hamner.parallel.ranks import resume_after_restart
+from hamner.parallel.ranks import is_restart
+from hamner.train.flags import Origin
+
+COMMAND = "hamner.train"
 
 
 def parse(args: Sequence[str]) -> TrainConfig:
@@ -24,29 +23,17 @@ def parse(args: Sequence[str]) -> TrainConfig:
         UserError: values that make no sense, alone or together.
         SystemExit: code 2 on unknown flags, 0 after --help.
     """
-    args = gather_data(args)
-    default = for_option(flag_value(args, "--option") or TrainConfig.option)
-    run_dir, replay = flag_value(args, "--run-dir"), flag_value(args, "--replay")
-    folder = Path(run_dir) if run_dir else default.folder
-    args, saved = resume_after_restart(args, folder), folder / CONFIG_FILE
-    if replay:
-        if not Path(replay).is_file():
-            raise UserError(f"--replay {replay}: no such file; RUN/bad_steps/ has those of a run")
-        # RUN/bad_steps/FILE
-        saved = Path(replay).parent.parent / CONFIG_FILE
-        default = replace(TrainConfig.read(saved), run_dir=saved.parent)
-    elif "--resume" in args and saved.is_file():
-        default = replace(
-            TrainConfig.read(saved), resume=True, stop_after=None, allow_data_change=False, sft=None
+    origin = read_ahead(Origin, args, COMMAND)
+    if is_restart(origin.folder):
+        origin = replace(origin, resume=True)
+    default = origin.defaults()
+    config = read_flags(TrainConfig, args, COMMAND, default=default)
+    if config.option != default.option:
+        raise UserError(
+            f"--option {config.option} is not the {default.option} that {default.folder} was "
+            "started with; leave the flag out, or start another run with --run-dir FOLDER"
         )
-    find_option(default.option)
-    return tyro.cli(
-        tyro.conf.OmitArgPrefixes[TrainConfig],
-        default=default,
-        args=args,
-        prog="python -m hamner.train",
-        config=(tyro.conf.HelptextFromCommentsOff,),
-    )
+    return config
 
 
 def main(args: Sequence[str], on_phase: Callable[[str, int], None] | None = None) -> int:

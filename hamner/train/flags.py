@@ -1,0 +1,56 @@
+"""The flags of a start have the defaults of its option, or of the run that it goes on with.
+
+Torch-free, so that `--help` is quick.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from hamner.config.options import find_option, for_option
+from hamner.config.train import CONFIG_FILE, TrainConfig
+from hamner.errors import UserError
+
+
+@dataclass(frozen=True)
+class Origin:
+    """These flags of `TrainConfig` decide what the others are by default."""
+
+    option: str = TrainConfig.option
+    run_dir: Path | None = TrainConfig.run_dir
+    resume: bool = TrainConfig.resume
+    replay: Path | None = TrainConfig.replay
+
+    @property
+    def folder(self) -> Path:
+        """The folder is the run's, which may not be there yet."""
+        return find_option(self.option).folder if self.run_dir is None else self.run_dir
+
+    def defaults(self) -> TrainConfig:
+        """The method gives the configuration of a start without any other flag.
+
+        Raises:
+            UserError: there is no such option, or what should go on cannot be read.
+        """
+        if self.replay is not None:
+            if not self.replay.is_file():
+                raise UserError(
+                    f"--replay {self.replay}: no such file; RUN/bad_steps/ has those of a run"
+                )
+            # RUN/bad_steps/FILE
+            return _read_run(self.replay.parent.parent)
+        if not (self.resume and (self.folder / CONFIG_FILE).is_file()):
+            return replace(for_option(self.option), resume=self.resume)
+        run = _read_run(self.folder)
+        if run.sft is not None:
+            raise UserError(
+                f"--resume: {self.folder} is a fine-tuning run; continue it with "
+                f"python -m hamner.sft --resume --run-dir {self.folder}"
+            )
+        return replace(run, resume=True, stop_after=None, allow_data_change=False)
+
+
+def _read_run(folder: Path) -> TrainConfig:
+    """The function reads a run's configuration; the run may have been moved."""
+    config = replace(TrainConfig.read(folder / CONFIG_FILE), run_dir=folder)
+    find_option(config.option)
+    return config

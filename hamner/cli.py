@@ -15,7 +15,14 @@ from typing import Annotated, Any
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+import hamner
 from hamner.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, UserError
+
+PARTS = (
+    *("chat", "checkpoint", "config", "data", "evaluate", "export", "kernels", "model"),
+    *("parallel", "plan", "profile", "sft", "train"),
+)
+"""packages that hamner is made of"""
 
 
 def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
@@ -27,6 +34,7 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
     """
     is_main = os.environ.get("RANK", "0") == "0"
     try:
+        require_whole_package(Path(__file__).resolve().parent)
         code = main(sys.argv[1:]) or 0
     except UserError as error:
         if is_main:
@@ -37,6 +45,31 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
             print("interrupted", file=sys.stderr)
         code = EXIT_INTERRUPTED
     sys.exit(code)
+
+
+def require_whole_package(folder: Path) -> None:
+    """The function refuses to mix two folders named hamner, which Python does from some folders.
+
+    What lies in `folder` is not importable without `hamner.` before it: its `profile` would be
+    taken for Python's where a command is started in there.
+
+    Raises:
+        UserError: it says which folder is in the way, or what is missing.
+    """
+    inside = {path for path in sys.path if path and Path(path).resolve().is_relative_to(folder)}
+    sys.path[:] = [path for path in sys.path if path not in inside]
+    imported = Path(next(iter(hamner.__path__))).resolve()
+    if imported != folder or hamner.__file__ is None:
+        raise UserError(
+            f"the folder {imported} has the name of the package in {folder}, and Python takes it "
+            "for that: start the command in another folder"
+        )
+    missing = [name for name in PARTS if not (folder / name / "__init__.py").is_file()]
+    if missing:
+        raise UserError(
+            f"{folder} has no {missing[0]}, so it is not the whole package: start the command in "
+            "another folder, or install Hamner again"
+        )
 
 
 def read_flags(

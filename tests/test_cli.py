@@ -1,15 +1,21 @@
 """Every command reads its command line in one way."""
 
+import runpy
+import shutil
+import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
 
-from hamner.cli import read_ahead, read_flags
+import hamner
+from hamner.cli import PARTS, read_ahead, read_flags, require_whole_package
 from hamner.config.train import TrainConfig
 from hamner.errors import UserError
 from hamner.sft.__main__ import Origin as SftOrigin
 from hamner.train.flags import Origin
+
+FOLDER = Path(hamner.__file__).parent
 
 
 @dataclass(frozen=True)
@@ -85,3 +91,42 @@ def test_a_path_that_means_nothing_is_a_sentence(args, sentence):
 def test_lists_are_joined():
     args = ["--data", "a", "b", "--steps", "1", "--data", "c", "--data=d=0.5", "e"]
     assert read_flags(Flags, args, "x").data == ("a", "b", "c", "d=0.5", "e")
+
+
+@pytest.mark.parametrize("file", sorted(FOLDER.glob("*/__main__.py")), ids=lambda f: f.parent.name)
+def test_a_file_of_a_command_is_not_the_command(file, capsys):
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_path(str(file), run_name="__main__")
+    assert exit.value.code == 2
+    command = f"python -m hamner.{file.parent.name}"
+    assert capsys.readouterr().err == f"error: start this with {command}\n"
+
+
+def test_the_package_is_whole():
+    require_whole_package(FOLDER)
+    assert set(PARTS) == {path.parent.name for path in FOLDER.glob("*/__init__.py")}
+
+
+def test_a_folder_of_the_name_is_not_the_package(tmp_path, monkeypatch):
+    """As Python finds it: first the folder it was started in, then what is installed."""
+    other = tmp_path / "hamner"
+    monkeypatch.setattr(hamner, "__path__", [str(other)])
+    with pytest.raises(UserError, match=f"the folder {other} has the name of the package"):
+        require_whole_package(FOLDER)
+    for name in PARTS:
+        (other / name).mkdir(parents=True)
+        (other / name / "__init__.py").touch()
+    require_whole_package(other)
+    shutil.rmtree(other / "model")
+    with pytest.raises(UserError, match=f"{other} has no model"):
+        require_whole_package(other)
+    monkeypatch.setattr(hamner, "__file__", None)
+    with pytest.raises(UserError, match="start the command in another"):
+        require_whole_package(other)
+
+
+def test_parts_of_the_package_are_not_taken_for_pythons(monkeypatch):
+    monkeypatch.setattr(sys, "path", ["", str(FOLDER), str(FOLDER / "profile"), "/elsewhere"])
+    monkeypatch.chdir(FOLDER.parent)
+    require_whole_package(FOLDER)
+    assert sys.path == ["", "/elsewhere"]

@@ -1,8 +1,13 @@
 """`python -m hamner.chat` lets one talk to a run's model in the terminal, or serves it."""
 
+import sys
+
+if __package__ != "hamner.chat":
+    print("error: start this with python -m hamner.chat", file=sys.stderr)
+    raise SystemExit(2)
+
 import contextlib
 import functools
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 

@@ -1,5 +1,11 @@
 """`python -m hamner.checkpoint import OLD.pt` works on checkpoints from the command line."""
 
+import sys
+
+if __package__ != "hamner.checkpoint":
+    print("error: start this with python -m hamner.checkpoint", file=sys.stderr)
+    raise SystemExit(2)
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

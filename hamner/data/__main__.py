@@ -1,5 +1,11 @@
 """`python -m hamner.data` prepares shards and trains a tokenizer."""
 
+import sys
+
+if __package__ != "hamner.data":
+    print("error: start this with python -m hamner.data", file=sys.stderr)
+    raise SystemExit(2)
+
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,5 +1,11 @@
 """`python -m hamner.evaluate` says how good a model is, or several side by side."""
 
+import sys
+
+if __package__ != "hamner.evaluate":
+    print("error: start this with python -m hamner.evaluate", file=sys.stderr)
+    raise SystemExit(2)
+
 import importlib.util
 import json
 from collections.abc import Sequence

@@ -1,5 +1,11 @@
 """`python -m hamner.export` writes a run's model in the formats that others read."""
 
+import sys
+
+if __package__ != "hamner.export":
+    print("error: start this with python -m hamner.export", file=sys.stderr)
+    raise SystemExit(2)
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

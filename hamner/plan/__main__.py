@@ -5,6 +5,12 @@ alone: no GPU and no torch, so the answer comes at once. With a run's metrics it
 that run is heading; with `--report` it writes the whole analysis as a document.
 """
 
+import sys
+
+if __package__ != "hamner.plan":
+    print("error: start this with python -m hamner.plan", file=sys.stderr)
+    raise SystemExit(2)
+
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

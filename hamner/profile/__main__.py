@@ -1,5 +1,11 @@
 """`python -m hamner.profile` traces warm steps, or reads any trace; see profiles/README.md."""
 
+import sys
+
+if __package__ != "hamner.profile":
+    print("error: start this with python -m hamner.profile", file=sys.stderr)
+    raise SystemExit(2)
+
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -1,5 +1,11 @@
 """`python -m hamner.sft` fine-tunes a pre-trained model on conversations, or resumes that."""
 
+import sys
+
+if __package__ != "hamner.sft":
+    print("error: start this with python -m hamner.sft", file=sys.stderr)
+    raise SystemExit(2)
+
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

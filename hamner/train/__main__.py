@@ -1,5 +1,11 @@
 """`python -m hamner.train` pre-trains an option from scratch, resumes a run, replays a bad step."""
 
+import sys
+
+if __package__ != "hamner.train":
+    print("error: start this with python -m hamner.train", file=sys.stderr)
+    raise SystemExit(2)
+
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 

@@ -88,15 +88,14 @@ def expand_home(path: str | Path, flag: str) -> Path:
     Raises:
         UserError: there is no such user, or none has a home folder here.
     """
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        if os.path.lexists(path):  # a file of that very name
-            return Path(path)
+    # A Path forgets the `./` by which a file named `~` is meant.
+    expanded = os.path.expanduser(path)  # noqa: PTH111
+    if str(expanded).startswith("~") and not os.path.lexists(path):
         raise UserError(
             f"{flag} {path}: no home folder is known for {Path(path).parts[0]}; write the whole "
             "path, or ./ before a name that begins with ~"
-        ) from error
+        )
+    return Path(expanded)
 
 
 def flush(path: Path) -> None:

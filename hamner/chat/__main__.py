@@ -1,14 +1,17 @@
 """`python -m hamner.chat` lets one talk to a run's model in the terminal, or serves it."""
 
-import functools
 import sys
-from collections.abc import Sequence
 
-import tyro
+if __package__ != "hamner.chat":
+    print("error: start this with python -m hamner.chat", file=sys.stderr)
+    raise SystemExit(2)
+
+import functools
+from collections.abc import Sequence
 
 from hamner.chat.config import ChatConfig
 from hamner.chat.keyboard import Keyboard, line_editing
-from hamner.cli import run_command
+from hamner.cli import read_flags, run_command
 
 
 def parse(args: Sequence[str]) -> ChatConfig:
@@ -18,12 +21,7 @@ def parse(args: Sequence[str]) -> ChatConfig:
         UserError: values that make no sense.
         SystemExit: code 2 on unknown flags, 0 after --help.
     """
-    return tyro.cli(
-        tyro.conf.OmitArgPrefixes[ChatConfig],
-        args=args,
-        prog="python -m hamner.chat",
-        config=(tyro.conf.HelptextFromCommentsOff,),
-    )
+    return read_flags(ChatConfig, args, "hamner.chat")
 
 
 def main(args: Sequence[str]) -> None:

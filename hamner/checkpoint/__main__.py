@@ -1,5 +1,11 @@
 """`python -m hamner.checkpoint import OLD.pt` works on checkpoints from the command line."""
 
+import sys
+
+if __package__ != "hamner.checkpoint":
+    print("error: start this with python -m hamner.checkpoint", file=sys.stderr)
+    raise SystemExit(2)
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +13,7 @@ from typing import Annotated
 
 import tyro
 
-from hamner.cli import run_command
+from hamner.cli import NameOrPath, read_flags, run_command
 from hamner.errors import UserError
 
 
@@ -20,7 +26,7 @@ class ImportConfig:
     """the .pt checkpoint"""
     run_dir: Path
     """folder of the run to make; must not exist"""
-    tokenizer: str
+    tokenizer: NameOrPath
     """the one the model was trained with: builtin, a tokenizer.json, or a Hugging Face name
     owner/name"""
 
@@ -38,7 +44,7 @@ def main(args: Sequence[str]) -> int:
         raise UserError(
             "python -m hamner.checkpoint takes `import`: python -m hamner.checkpoint import OLD.pt"
         )
-    config = tyro.cli(ImportConfig, args=args[1:], prog="python -m hamner.checkpoint import")
+    config = read_flags(ImportConfig, args[1:], "hamner.checkpoint import")
     # Torch takes a second or more to load.
     from hamner.checkpoint.english import GUESSING_SHARE, english_loss, loss_of_guessing
     from hamner.checkpoint.import_pt import describe, import_checkpoint

@@ -120,12 +120,18 @@ class SftConfig:
         """The method reads a fine-tuning run's config.json, as the defaults of its resume.
 
         Raises:
-            UserError: The file is not readable, or not a configuration of this version.
+            UserError: The file is not readable, not a configuration of this version, or of a run
+                that pre-trains.
         """
         saved = TrainConfig.read(path)
+        if saved.sft is None:
+            raise UserError(
+                f"--resume: {path.parent} is a pre-training run; continue it with "
+                f"python -m hamner.train --resume --run-dir {path.parent}"
+            )
         parts = {"compute": part(ComputeConfig, saved), "run": part(RunConfig, saved)}
         own = {f.name: getattr(saved, f.name) for f in fields(cls) if f.name not in parts}
-        return cls(**own | {"sft": saved.sft or FineTuning()}, **parts)
+        return cls(**own, **parts)
 
 
 def part(cls: type, config: TrainConfig):

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from hamner.cli import NameOrPath
 from hamner.config.model import ModelConfig, flag
 from hamner.config.serialization import build
 from hamner.errors import UserError
@@ -89,7 +90,7 @@ class TaskConfig:
     patience: int = 0
     """evaluations without a better validation loss after which the run stops, its best checkpoint
     kept; 0 trains to the end"""
-    tokenizer: str = "builtin"
+    tokenizer: NameOrPath = "builtin"
     """builtin, a tokenizer.json, or a Hugging Face name owner/name"""
     val_fraction: float = 0.01
     """share of the documents held out for validation, chosen by their hash"""

@@ -1,12 +1,16 @@
 """`python -m hamner.data` prepares shards and trains a tokenizer."""
 
+import sys
+
+if __package__ != "hamner.data":
+    print("error: start this with python -m hamner.data", file=sys.stderr)
+    raise SystemExit(2)
+
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
-from hamner.cli import gather_data, run_command
+from hamner.cli import NameOrPath, read_flags, run_command
 from hamner.data.bad_rows import DEFAULT_SHARE, BadRows, lines_of
 from hamner.data.chat_tokens import reserve_chat_tokens
 from hamner.data.documents import split_of
@@ -26,7 +30,7 @@ class Prepare:
     data: tuple[str, ...] = ()
     """SPEC to read, repeatable: builtin, a file, folder or glob of .txt, .jsonl or .parquet, or
     hf:owner/name[:config[:split]]; none means builtin."""
-    tokenizer: str = "builtin"
+    tokenizer: NameOrPath = "builtin"
     """builtin, the path of a tokenizer.json, or a Hugging Face name owner/name."""
     vocab_size: int | None = None
     """Vocabulary of the model (entries), to cut the built-in tokenizer; None keeps it whole."""
@@ -121,11 +125,7 @@ def _check_shares(val_fraction: float, bad_rows: float) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     """The function parses the arguments and runs the subcommand."""
-    tyro.extras.subcommand_cli_from_dict(
-        {"prepare": Prepare, "train-tokenizer": TrainTokenizer},
-        args=gather_data(arguments),
-        prog="python -m hamner.data",
-    ).run()
+    read_flags(Prepare | TrainTokenizer, arguments, "hamner.data").run()
 
 
 if __name__ == "__main__":

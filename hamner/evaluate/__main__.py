@@ -1,5 +1,11 @@
 """`python -m hamner.evaluate` says how good a model is, or several side by side."""
 
+import sys
+
+if __package__ != "hamner.evaluate":
+    print("error: start this with python -m hamner.evaluate", file=sys.stderr)
+    raise SystemExit(2)
+
 import importlib.util
 import json
 from collections.abc import Sequence
@@ -7,9 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import tyro
-
-from hamner.cli import gather_data, run_command
+from hamner.cli import read_flags, run_command
 from hamner.errors import UserError
 from hamner.files import writing
 
@@ -19,6 +23,8 @@ if TYPE_CHECKING:
     from hamner.checkpoint.saved_model import SavedModel
     from hamner.data.tokenizer import Tokenizer
     from hamner.evaluate.evaluation import HeldOut, Kind, Sample, SourceResult
+
+LISTS = ("--checkpoint", "--data", "--conversations", "--tasks")
 
 
 @dataclass(frozen=True)
@@ -201,7 +207,7 @@ def _sections(result: ModelResult) -> dict[str, dict[str, str]]:
 
 
 def main(args: Sequence[str]) -> None:
-    config = tyro.cli(EvaluateConfig, args=gather_data(args), prog="python -m hamner.evaluate")
+    config = read_flags(EvaluateConfig, args, "hamner.evaluate", lists=LISTS)
     from rich.console import Console
 
     results = evaluate(config)

@@ -5,13 +5,19 @@ alone: no GPU and no torch, so the answer comes at once. With a run's metrics it
 that run is heading; with `--report` it writes the whole analysis as a document.
 """
 
+import sys
+
+if __package__ != "hamner.plan":
+    print("error: start this with python -m hamner.plan", file=sys.stderr)
+    raise SystemExit(2)
+
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from hamner.cli import run_command
+from hamner.cli import read_flags, run_command
 from hamner.config.model import flag
 from hamner.config.options import OPTIONS
 from hamner.errors import UserError
@@ -155,11 +161,10 @@ def analyse(config: PlanConfig) -> Analysis:
 
 def main(argv: Sequence[str]) -> None:
     """The command prints the plan, and writes the report where one is asked for."""
-    import tyro
     from rich.console import Console
     from rich.markdown import Markdown
 
-    config = tyro.cli(PlanConfig, args=list(argv), prog="python -m hamner.plan")
+    config = read_flags(PlanConfig, argv, "hamner.plan")
     analysis = analyse(config)
     console = Console()
     if not console.is_terminal:

@@ -1,16 +1,21 @@
 """`python -m hamner.train` pre-trains an option from scratch, resumes a run, replays a bad step."""
 
+import sys
+
+if __package__ != "hamner.train":
+    print("error: start this with python -m hamner.train", file=sys.stderr)
+    raise SystemExit(2)
+
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
-import tyro
-
-from hamner.cli import flag_value, gather_data, run_command
-from hamner.config.options import find_option, for_option
-from hamner.config.train import CONFIG_FILE, TrainConfig, run_of
+from hamner.cli import read_ahead, read_flags, run_command
+from hamner.config.train import TrainConfig
 from hamner.errors import EXIT_BAD_STEPS, EXIT_INTERRUPTED, UserError
-from hamner.parallel.ranks import resume_after_restart
+from hamner.parallel.ranks import is_restart
+from hamner.train.flags import Origin
+
+COMMAND = "hamner.train"
 
 
 def parse(args: Sequence[str]) -> TrainConfig:
@@ -24,60 +29,22 @@ def parse(args: Sequence[str]) -> TrainConfig:
         UserError: values that make no sense, alone or together.
         SystemExit: code 2 on unknown flags, 0 after --help.
     """
-    args = gather_data(args)
-    option, init_from = flag_value(args, "--option"), flag_value(args, "--init-from")
-    default = for_option(option or TrainConfig.option)
-    run_dir, replay = flag_value(args, "--run-dir"), flag_value(args, "--replay")
-    folder = Path(run_dir) if run_dir else default.folder
-    args, saved = resume_after_restart(args, folder), folder / CONFIG_FILE
-    if replay:
-        if not Path(replay).is_file():
-            raise UserError(f"--replay {replay}: no such file; RUN/bad_steps/ has those of a run")
-        # RUN/bad_steps/FILE
-        saved = Path(replay).parent.parent / CONFIG_FILE
-        default = replace(TrainConfig.read(saved), run_dir=saved.parent)
-    elif "--resume" in args and saved.is_file():
-        default = replace(
-            TrainConfig.read(saved), resume=True, stop_after=None, allow_data_change=False, sft=None
+    origin = read_ahead(Origin, args, COMMAND)
+    if is_restart(origin.folder):
+        origin = replace(origin, resume=True)
+    default = origin.defaults()
+    config = read_flags(TrainConfig, args, COMMAND, default=default)
+    if config.option != default.option:
+        raise UserError(
+            f"--option {config.option} is not the {default.option} that {default.folder} was "
+            "started with; leave the flag out, or start another run with --run-dir FOLDER"
         )
-    elif init_from is not None:
-        default = for_initial(Path(init_from), option)
-    find_option(default.option)
-    config = tyro.cli(
-        tyro.conf.OmitArgPrefixes[TrainConfig],
-        default=default,
-        args=args,
-        prog="python -m hamner.train",
-        config=(tyro.conf.HelptextFromCommentsOff,),
-    )
-    if config.resume and saved.is_file() and config.init_from != default.init_from:
+    if origin.has_run and config.init_from != default.init_from:
         raise UserError(
             f"--init-from {config.init_from} starts a new run, and --resume goes on with one that "
             f"started from {default.init_from or 'random weights'}: leave one of the two out"
         )
     return config
-
-
-def for_initial(path: Path, option: str | None) -> TrainConfig:
-    """The function gives the defaults of a run from the weights of another run or checkpoint.
-
-    Raises:
-        UserError: `path` is neither.
-    """
-    if not (run_of(path) / CONFIG_FILE).is_file():
-        raise UserError(
-            f"--init-from {path} is neither a run's folder nor one of its checkpoints (step_*)"
-        )
-    base = TrainConfig.read(run_of(path) / CONFIG_FILE)
-    default = for_option(option or base.option)
-    model = default.model if option else base.model
-    return replace(
-        default,
-        model=model,
-        tokenizer=base.tokenizer,
-        text_tags=base.text_tags,
-        seq_len=min(default.seq_len, model.max_seq_len),
-    )
 
 
 def main(args: Sequence[str], on_phase: Callable[[str, int], None] | None = None) -> int:

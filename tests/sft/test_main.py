@@ -14,6 +14,7 @@ from hamner.config.sft import SftConfig
 from hamner.config.train import TrainConfig
 from hamner.errors import UserError
 from hamner.sft.__main__ import parse
+from hamner.train.__main__ import parse as parse_training
 from tests import forked
 from tests.models import DENSE, build
 from tests.saved import save_run
@@ -73,6 +74,33 @@ def test_config_json_reads_back_what_was_written(base, tmp_path):
     path.write_text(json.dumps(config.training().to_json()))
     assert SftConfig.read(path).training() == config.training()
     assert TrainConfig.read(path) == config.training()
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--resume", "--run-dir", "base-sft"],
+        ["--run_dir", "other", "--run_dir=base-sft", "--resume"],
+        ["--checkpoint=gone", "--resume", "--checkpoint", "base"],
+    ],
+)
+def test_a_resume_changes_no_flag_that_was_not_given(base, monkeypatch, args):
+    monkeypatch.chdir(base.parent)
+    started = parse(["--checkpoint", "base", "--lr", "3e-5", "--keep=1", "--allow-data-change"])
+    run = base.parent / "base-sft"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps(started.training().to_json()))
+    again = replace(started.run, resume=True, allow_data_change=False)
+    assert parse(args) == replace(started, run=again)
+
+
+def test_each_kind_of_run_is_resumed_by_its_command(base, tmp_path):
+    with pytest.raises(UserError, match="is a pre-training run; continue it with .*hamner.train"):
+        parse(["--resume", "--run-dir", str(base)])
+    training = parse(["--checkpoint", str(base)]).training()
+    (tmp_path / "config.json").write_text(json.dumps(training.to_json()))
+    with pytest.raises(UserError, match="is a fine-tuning run; continue it with .*hamner.sft"):
+        parse_training(["--resume", "--run-dir", str(tmp_path)])
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def test_the_home_folder_is_meant_in_every_path(monkeypatch):
     [
         (["--run-dir=~nobody-here/x"], "~nobody-here/x: no home folder is known for ~nobody-here"),
         (["--run-dir="], "a path is empty"),
-        (["--files", "a", "~nobody-here"], "./~nobody-here for a file of that name"),
+        (["--files", "a", "~nobody-here"], "no home folder is known for ~nobody-here"),
         (["--data", "a", "--data", "--steps", "1"], "--data has no value"),
         (["--data", "a", "--data=--steps=1"], "--data=--steps=1 names a flag"),
     ],

@@ -7,7 +7,7 @@ import torch
 from hamner.checkpoint import format as checkpoint
 from hamner.checkpoint.run_folder import RunFolder
 from hamner.config.model import ModelConfig
-from hamner.config.train import TrainConfig
+from hamner.config.train import CONFIG_FILE, TrainConfig
 from hamner.data.tokenizer import load_tokenizer
 from tests.models import build
 
@@ -39,7 +39,8 @@ def save_run(
         seq_len=model.config.max_seq_len,
         tokenizer=tokenizer,
     )
-    RunFolder(folder).start(config)
+    if not (folder / CONFIG_FILE).exists():
+        RunFolder(folder).start(config)
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(exist_ok=True)
     matrices = {name for name, p in model.named_parameters() if p.ndim >= 2}

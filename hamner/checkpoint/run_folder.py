@@ -1,7 +1,7 @@
 """The module knows the files of a run.
 
 They are config.json, metrics.jsonl, samples.jsonl, plots/, checkpoints/, and plan.jsonl, what was
-projected beside what was measured.
+projected beside what was measured. run.lock says who writes them (owner.py).
 
 And, when something went wrong: bad_steps/ (batches for `--replay`) and stacks.txt (of a hang). With
 several processes: logs/rank_N.txt, what each said.
@@ -12,6 +12,7 @@ import json
 import os
 from pathlib import Path
 
+from hamner.checkpoint.owner import Owner
 from hamner.config.train import CONFIG_FILE, TrainConfig
 from hamner.errors import UserError
 from hamner.files import read_records, write_whole
@@ -19,10 +20,14 @@ from hamner.parallel.ranks import Rank
 
 
 class RunFolder:
-    """The folder is one run's; `start` makes it."""
+    """The folder is one run's; `start` makes it.
+
+    As a context it belongs to no process any more after its end.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.owner = Owner(path)
         self.config = path / CONFIG_FILE
         self.metrics = path / "metrics.jsonl"
         self.samples = path / "samples.jsonl"
@@ -34,6 +39,22 @@ class RunFolder:
         self.validation = path / "validation.safetensors"
         self.logs = path / "logs"
 
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.owner.release()
+
+    def open(self, *, resume: bool) -> None:
+        """The method takes the folder of a run that goes on, for this process.
+
+        Raises:
+            UserError: see `check`, or another process has it.
+        """
+        self.check(resume=resume)
+        if resume:
+            self.owner.take()
+
     def check(self, *, resume: bool) -> None:
         """The method refuses to overwrite a run, or to resume one that is not there.
 
@@ -41,6 +62,7 @@ class RunFolder:
             UserError: says which flag decides.
         """
         if self.config.exists() and not resume:
+            self.owner.require_free()
             raise UserError(
                 f"{self.path} already holds a run: continue it with --resume, "
                 "or start another with --run-dir FOLDER"
@@ -52,14 +74,16 @@ class RunFolder:
             )
 
     def start(self, config: TrainConfig) -> None:
-        """The method makes the folder and writes config.json.
+        """The method makes the folder, takes it and writes config.json.
 
         Raises:
-            UserError: the folder cannot be written.
+            UserError: the folder cannot be written, or another process came first.
         """
         try:
             for folder in (self.plots, self.checkpoints):
                 folder.mkdir(parents=True, exist_ok=True)
+            self.owner.take()
+            self.check(resume=config.resume)
             write_whole(self.config, json.dumps(config.to_json(), indent=1) + "\n")
         except OSError as error:
             raise UserError(f"--run-dir {self.path} cannot be written: {error.strerror}") from error

@@ -40,7 +40,9 @@ def save_run(
         tokenizer=tokenizer,
     )
     run = RunFolder(folder)
-    run.start(config, load_tokenizer(tokenizer, model.config.vocab_size))
+    if not run.config.exists():
+        run.start(config, load_tokenizer(tokenizer, model.config.vocab_size))
+        run.owner.release()
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(exist_ok=True)
     matrices = {name for name, p in model.named_parameters() if p.ndim >= 2}

@@ -2,7 +2,8 @@
 
 They are config.json, tokenizer.json, metrics.jsonl, samples.jsonl, plots/, checkpoints/, and
 plan.jsonl, what was projected beside what was measured. Every command finds in them what it needs:
-paths in config.json say where things came from, and may be gone.
+paths in config.json say where things came from, and may be gone. run.lock says who writes them
+(owner.py).
 
 And, when something went wrong: bad_steps/ (batches for `--replay`) and stacks.txt (of a hang). With
 several processes: logs/rank_N.txt, what each said. bad_rows.json lists the rows of the data that
@@ -14,6 +15,7 @@ import json
 import os
 from pathlib import Path
 
+from hamner.checkpoint.owner import Owner
 from hamner.config.train import CHECKPOINTS, CONFIG_FILE, TOKENIZER_FILE, TrainConfig
 from hamner.data.tokenizer import Tokenizer, load_tokenizer
 from hamner.errors import UserError
@@ -22,10 +24,14 @@ from hamner.parallel.ranks import Rank
 
 
 class RunFolder:
-    """The folder is one run's; `start` makes it."""
+    """The folder is one run's; `start` makes it.
+
+    As a context it belongs to no process any more after its end.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.owner = Owner(path)
         self.config = path / CONFIG_FILE
         self.tokenizer = path / TOKENIZER_FILE
         self.metrics = path / "metrics.jsonl"
@@ -39,6 +45,22 @@ class RunFolder:
         self.logs = path / "logs"
         self.bad_rows = path / "bad_rows.json"
 
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.owner.release()
+
+    def open(self, *, resume: bool) -> None:
+        """The method takes the folder of a run that goes on, for this process.
+
+        Raises:
+            UserError: see `check`, or another process has it.
+        """
+        self.check(resume=resume)
+        if resume:
+            self.owner.take()
+
     def check(self, *, resume: bool) -> None:
         """The method refuses to overwrite a run, or to resume one that is not there.
 
@@ -46,6 +68,7 @@ class RunFolder:
             UserError: says which flag decides.
         """
         if self.config.exists() and not resume:
+            self.owner.require_free()
             raise UserError(
                 f"{self.path} already holds a run: continue it with --resume, "
                 "or start another with --run-dir FOLDER"
@@ -72,14 +95,16 @@ class RunFolder:
         return load_tokenizer(name, config.model.vocab_size, text_tags=config.text_tags)
 
     def start(self, config: TrainConfig, tokenizer: Tokenizer) -> None:
-        """The method makes the folder and writes tokenizer.json and config.json.
+        """The method makes the folder, takes it and writes tokenizer.json and config.json.
 
         Raises:
-            UserError: the folder cannot be written.
+            UserError: the folder cannot be written, or another process came first.
         """
         try:
             for folder in (self.plots, self.checkpoints):
                 folder.mkdir(parents=True, exist_ok=True)
+            self.owner.take()
+            self.check(resume=config.resume)
             tokenizer.save(self.tokenizer)
             write_whole(self.config, json.dumps(config.to_json(), indent=1) + "\n")
         except OSError as error:

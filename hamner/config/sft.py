@@ -105,6 +105,7 @@ class SftConfig:
                 f"--checkpoint {path} is neither a run's folder nor one of its checkpoints (step_*)"
             )
         base = TrainConfig.read(run / CONFIG_FILE)
+        named = run if run.name not in ("", "..") else run.resolve()
         return cls(
             model=base.model,
             option=base.option,
@@ -112,7 +113,7 @@ class SftConfig:
             text_tags=base.text_tags,
             sft=FineTuning(checkpoint=path, trained_seq_len=base.seq_len),
             seq_len=min(SEQ_LEN, base.model.max_seq_len),
-            run_dir=run.with_name(f"{run.name}-sft"),
+            run_dir=named.with_name(f"{named.name}-sft"),
         )
 
     @classmethod

@@ -79,7 +79,8 @@ def find_gpu(name: str, spec: tuple[float, float, float, float] | None) -> Gpu:
             )
         bf16, bandwidth, memory, fp32 = spec
         rates = {"bf16_tflops": bf16, "fp32_tflops": fp32, "bandwidth_gbs": bandwidth}
-        return Gpu("custom GPU", pattern="(?!)", memory_gib=memory, link=PCIE4, **rates)
+        card = {"shared_memory_bytes": GPUS["rtx-3090"].shared_memory_bytes, "link": PCIE4}
+        return Gpu("custom GPU", pattern="(?!)", memory_gib=memory, **card, **rates)
     if spec is not None:
         raise UserError(f"--gpu-spec describes a custom card: use it with --gpu custom, not {name}")
     if name not in GPUS:

@@ -20,6 +20,8 @@ class Origin:
     resume: bool = TrainConfig.resume
     replay: Path | None = TrainConfig.replay
     init_from: Path | None = TrainConfig.init_from
+    steps: int | None = TrainConfig.steps
+    tokens: float | None = TrainConfig.tokens
 
     @property
     def folder(self) -> Path:
@@ -57,6 +59,9 @@ class Origin:
                 f"--resume: {self.folder} is a fine-tuning run; continue it with "
                 f"python -m hamner.sft --resume --run-dir {self.folder}"
             )
+        if (self.steps, self.tokens) != (None, None):
+            # Either of them takes the place of what the run was started with.
+            run = replace(run, steps=None, tokens=None)
         return replace(run, resume=True, stop_after=None, allow_data_change=False)
 
     def _initial(self) -> TrainConfig:

@@ -48,7 +48,8 @@ def train(config: TrainConfig, **options) -> TrainResult:
     """
     with (
         open_processes(config) as processes,
-        contextlib.closing(TrainingLoop(config, processes=processes, **options)) as loop,
+        RunFolder(config.folder) as run,
+        contextlib.closing(TrainingLoop(config, run=run, processes=processes, **options)) as loop,
     ):
         return loop.run_to_end()
 
@@ -61,6 +62,7 @@ class TrainingLoop:
         open_data: what to train on.
         initial: whose weights and tokenizer to start from; default those that `--init-from` names.
         processes: see `TrainStep`.
+        run: the run's folder; default that of `config`.
         on_phase: called when a phase begins: those of `TrainStep`, "data", "step done",
             "evaluation", "" where none follows, and by the writer's thread "save" and "saved".
     """
@@ -72,10 +74,11 @@ class TrainingLoop:
         initial: SavedModel | None = None,
         on_phase: OnPhase = ignore_phase,
         processes: SingleProcess | None = None,
+        run: RunFolder | None = None,
     ) -> None:
-        self.config, self.run = config, RunFolder(config.folder)
+        self.config, self.run = config, run or RunFolder(config.folder)
         self.processes = processes or SingleProcess()
-        self.processes.from_main(lambda: self.run.check(resume=config.resume))
+        self.processes.from_main(lambda: self.run.open(resume=config.resume))
         require_installed(config.report_to)
         initial = initial or find_initial(config)
         tokenizer = initial.tokenizer if initial else self.run.open_tokenizer(config)
@@ -129,13 +132,14 @@ class TrainingLoop:
             self.log.reporters += open_reporters(self.config, self.log.beside)
 
     def close(self) -> None:
-        """What runs beside the loop stops."""
+        """What runs beside the loop stops, and the folder is free."""
         self.step.close()
         self.saves.saver.close()
         self.data.loader.close()
         for reporter in self.log.reporters:
             with self.log.beside(f"closing {type(reporter).__name__}", then="the run is whole"):
                 reporter.close()
+        self.run.owner.release()
 
     def run_to_end(self) -> TrainResult:
         """The loop trains until the run's length, `--stop-after`, an interrupt or a diagnosis; then
@@ -143,7 +147,7 @@ class TrainingLoop:
         progress, stop_after = self.progress, self.config.stop_after
         with self.display, self.interrupt, self.watchdog:
             has_validation = bool(len(self.data.validation.inputs))
-            lines = messages.introduction(self.log, self.saves.last, has_validation=has_validation)
+            lines = messages.introduction(self.log, self.saves, has_validation=has_validation)
             self.display.messages(lines)
             self.display.messages(self.step.messages)
             self.log.start(progress.step, progress.tokens)

@@ -1,12 +1,13 @@
 """The messages are what a run says before its first step and after its last."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from hamner.checkpoint.format import Checkpoint
 from hamner.train.display import count, duration
 from hamner.train.evaluation import EarlyStopping
 from hamner.train.log import TrainLog
+from hamner.train.saves import Saves
 
 ENGINES = {
     "ddp": "each with the whole model (DDP)",
@@ -28,16 +29,19 @@ class TrainResult:
     """why the run stopped itself, or None"""
 
 
-def introduction(log: TrainLog, saved: Checkpoint | None, *, has_validation: bool) -> list[str]:
+def introduction(log: TrainLog, saves: Saves, *, has_validation: bool) -> list[str]:
     """The lines say what will run, on what, and where it is kept."""
     config, step, total_tokens = log.config, log.train_step, log.display.total_tokens
+    done, saved = saves.progress, saves.last
+    # Steps before this start may have had another size.
+    left = max(0, math.ceil((total_tokens - done.tokens) / config.tokens_per_step))
+    steps = f"{done.step + left:,} steps" + (f", the {left:,} to come" if done.step else "")
     parameters, active = (config.model.num_parameters(active=active) for active in (False, True))
     size = f"{parameters:,} parameters"
     if active != parameters:
         size += f", {active:,} active per token"
     lines = [
-        f"option {config.option}: {size}; {count(total_tokens)} tokens in "
-        f"{total_tokens // config.tokens_per_step:,} steps of "
+        f"option {config.option}: {size}; {count(total_tokens)} tokens in {steps} of "
         f"{config.batch_size} x {config.seq_len}",
         f"on {step.compute.name}, {step.compute.precision}, kernels {step.compute.kernels}, "
         f"attention {step.attention.name}: {step.attention.reason}",

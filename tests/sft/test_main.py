@@ -48,7 +48,7 @@ def test_help_explains_every_flag_without_loading_torch():
     assert not re.search(r"\| +torch$", result.stderr, re.MULTILINE)
 
 
-def test_defaults_follow_from_the_checkpoint(base):
+def test_defaults_follow_from_the_checkpoint(base, monkeypatch):
     config = parse(["--checkpoint", str(base)])
     assert config == SftConfig.for_checkpoint(base)
     assert (config.lr, config.seq_len, config.batch_size) == (1e-5, 64, 8)
@@ -56,6 +56,8 @@ def test_defaults_follow_from_the_checkpoint(base):
     assert config.model == SHAPE
     step = next((base / "checkpoints").iterdir())
     assert parse(["--checkpoint", str(step)]).run_dir == base.with_name("base-sft")
+    monkeypatch.chdir(base)
+    assert parse(["--checkpoint", "."]).run_dir == base.with_name("base-sft")
 
 
 def test_a_longer_row_extends_the_model(base):

@@ -94,6 +94,11 @@ def test_a_resume_changes_no_flag_that_was_not_given(stopped, args, monkeypatch)
     assert (profiled.lr, profiled.batch_size, profiled.steps) == (1e-5, 2, None)
 
 
+def test_a_resume_may_change_the_length_either_way(stopped):
+    config = parse(["--resume", "--run-dir", str(stopped.run_dir), "--tokens", "1e6"])
+    assert config == replace(stopped, steps=None, tokens=1e6)
+
+
 def test_a_resume_with_another_option_is_refused(stopped):
     args = ["--resume", "--run-dir", str(stopped.run_dir), "--option", "b"]
     with pytest.raises(UserError, match="--option b is not the tiny that .* was started with"):

@@ -38,8 +38,8 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
         code = EXIT_INTERRUPTED
         if is_main:
             _complain("interrupted")
-    except BrokenPipeError:
-        if not _has_lost_reader(sys.stdout):
+    except OSError as error:
+        if not _is_of_output(error):
             raise
         code = 0
     except SystemExit as exit_:
@@ -118,10 +118,16 @@ def _flush_output() -> int:
     return 0
 
 
-def _has_lost_reader(stream: TextIO) -> bool:
-    """The answer is whether a pipe has no reader any more."""
+def _is_of_output(error: OSError) -> bool:
+    """The answer is whether an error came from the standard output."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        return True
+    if not isinstance(error, BrokenPipeError):
+        return False
     poll = select.poll()
-    poll.register(stream.fileno(), 0)
+    poll.register(sys.stdout.fileno(), 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 

@@ -194,7 +194,8 @@ class Complete(Session):
     def answer(self, text: str) -> None:
         tokenizer = self.generator.tokenizer
         tokens = tokenizer.encode(text)
-        kept = tokens[-(self.generator.context * 3 // 4) :]
+        # Of a text without any token that the tokenizer knows, nothing is left.
+        kept = tokens[-(self.generator.context * 3 // 4) :] or [tokenizer.eot_id]
         completion = Completion(
             self.generator,
             kept,

@@ -10,7 +10,9 @@ import io
 import os
 import select
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TextIO
 
 from hamner.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, UserError
@@ -96,6 +98,23 @@ def _prepare_process() -> None:
     # A notebook leaves its own drawing backend to the commands it starts, and where that is not
     # installed the import of matplotlib fails. Figures here are files only.
     os.environ.pop("MPLBACKEND", None)
+    home = os.path.expanduser("~")  # noqa: PTH111 (pathlib raises where there is none)
+    if not os.access(home, os.W_OK):
+        # Else Triton could keep no kernel, or would keep them in a folder named "~".
+        os.environ.setdefault("TRITON_HOME", _cache_folder())
+    if not Path(home).is_dir():
+        os.environ.setdefault("HF_HOME", _cache_folder())
+
+
+def _cache_folder() -> str:
+    """The folder stands in for an account's home: it is the same at the next start, and nobody
+    else's."""
+    folder = Path(tempfile.gettempdir()) / f"hamner-{os.getuid()}"
+    with contextlib.suppress(OSError):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if folder.stat().st_uid == os.getuid():
+            return str(folder)
+    return tempfile.mkdtemp(prefix="hamner-")
 
 
 def _complain(sentence: str) -> None:

@@ -2,7 +2,9 @@
 
 import io
 import os
+import pwd
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -93,3 +95,18 @@ def test_the_backend_of_a_notebook_does_not_count(monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     assert exit_code(lambda _: None) == 0
     assert "MPLBACKEND" not in os.environ
+
+
+@pytest.mark.parametrize("home", [None, "/proc/nobody"])
+def test_an_account_without_a_home_keeps_kernels_elsewhere(monkeypatch, tmp_path, home):
+    for name in ("HOME", "TRITON_HOME", "HF_HOME"):
+        monkeypatch.setenv(name, "")  # so that it is as before in the end
+        monkeypatch.delenv(name)
+    if home:
+        monkeypatch.setenv("HOME", home)
+    monkeypatch.setattr(pwd, "getpwuid", lambda _: {}["uid"])
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert exit_code(lambda _: None) == 0
+    (folder,) = tmp_path.iterdir()
+    assert os.environ["TRITON_HOME"] == os.environ["HF_HOME"] == str(folder)
+    assert folder.stat().st_mode & 0o777 == 0o700

@@ -11,6 +11,7 @@ import io
 import os
 import select
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TextIO
@@ -52,8 +53,8 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
         code = EXIT_INTERRUPTED
         if is_main:
             _complain("interrupted")
-    except BrokenPipeError:
-        if not _has_lost_reader(sys.stdout):
+    except OSError as error:
+        if not _is_of_output(error):
             raise
         code = 0
     except SystemExit as exit_:
@@ -110,6 +111,23 @@ def _prepare_process() -> None:
     # A notebook leaves its own drawing backend to the commands it starts, and where that is not
     # installed the import of matplotlib fails. Figures here are files only.
     os.environ.pop("MPLBACKEND", None)
+    home = os.path.expanduser("~")  # noqa: PTH111 (pathlib raises where there is none)
+    if not os.access(home, os.W_OK):
+        # Else Triton could keep no kernel, or would keep them in a folder named "~".
+        os.environ.setdefault("TRITON_HOME", _cache_folder())
+    if not Path(home).is_dir():
+        os.environ.setdefault("HF_HOME", _cache_folder())
+
+
+def _cache_folder() -> str:
+    """The folder stands in for an account's home: it is the same at the next start, and nobody
+    else's."""
+    folder = Path(tempfile.gettempdir()) / f"hamner-{os.getuid()}"
+    with contextlib.suppress(OSError):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if folder.stat().st_uid == os.getuid():
+            return str(folder)
+    return tempfile.mkdtemp(prefix="hamner-")
 
 
 def _complain(sentence: str) -> None:
@@ -132,10 +150,16 @@ def _flush_output() -> int:
     return 0
 
 
-def _has_lost_reader(stream: TextIO) -> bool:
-    """The answer is whether a pipe has no reader any more."""
+def _is_of_output(error: OSError) -> bool:
+    """The answer is whether an error came from the standard output."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        return True
+    if not isinstance(error, BrokenPipeError):
+        return False
     poll = select.poll()
-    poll.register(stream.fileno(), 0)
+    poll.register(sys.stdout.fileno(), 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 

@@ -20,7 +20,6 @@ import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
 
-from hamner.cli import UnfailingStream
 from hamner.config.train import TrainConfig
 from hamner.errors import EXIT_BAD_INPUT, EXIT_FAILED, UserError
 from hamner.parallel.device import uses_gpu
@@ -146,7 +145,7 @@ class MultipleProcesses(SingleProcess):
         path = folder / f"rank_{self.rank.global_rank}.txt"
         try:
             path.parent.mkdir(exist_ok=True)
-            self.log = path.open("a", encoding="utf-8", buffering=1)
+            self.log = path.open("a", encoding="utf-8", errors="replace", buffering=1)
         except OSError as error:
             raise UserError(
                 f"--run-dir: {path} cannot be written ({error.strerror}); every machine of the job "
@@ -156,7 +155,7 @@ class MultipleProcesses(SingleProcess):
         if self.rank.is_main:
             handlers.append(logging.StreamHandler())
         logging.basicConfig(level=logging.WARNING, handlers=handlers, force=True)
-        log = Console(file=UnfailingStream(self.log), highlight=False, width=200)
+        log = Console(file=self.log, highlight=False, width=200)
         return (None, log) if self.rank.is_main else (log, None)
 
     def step_done(self, step):

@@ -31,12 +31,14 @@ def tokens_per_pass(step: TrainStep) -> int:
     if not step.is_graphed:
         held = account.weights + account.optimizer + account.gradients + account.gradient_sums
     # A CPU has the same bound as in training, for the same reasons.
-    tokens = compute.max_micro_batch_tokens or MOST_TOKENS
-    least = min(tokens, LEAST_TOKENS)
+    most, least = compute.max_micro_batch_tokens or MOST_TOKENS, step.config.seq_len
+    if compute.device.type == "cuda":
+        least = max(least, LEAST_TOKENS)
+    tokens = max(most, least)
     how = {"precision": compute.precision, "fused": compute.kernels == "triton"}
     room = compute.budget_bytes - held
     while tokens > least and evaluation_bytes(step.config.model, tokens, **how) > room:
-        tokens //= 2
+        tokens = max(least, tokens // 2)
     return step.processes.all_reduce_min(tokens)
 
 

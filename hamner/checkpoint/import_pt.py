@@ -98,10 +98,13 @@ def import_checkpoint(file: Path, run_dir: Path, tokenizer_name: str) -> SavedMo
             run_files=(run.config, run.tokenizer),
         )
     except BaseException as error:
-        shutil.rmtree(run_dir, ignore_errors=True)
+        if run.owner.is_owner:
+            shutil.rmtree(run_dir, ignore_errors=True)
         if isinstance(error, OSError):
             raise UserError(f"--run-dir {run_dir} cannot be written: {error.strerror}") from error
         raise
+    finally:
+        run.owner.release()
     return SavedModel(config, saved, tokenizer)
 
 

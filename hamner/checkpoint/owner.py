@@ -34,13 +34,18 @@ class Owner:
         self.folder = folder
         self.file: BinaryIO | None = None
 
+    @property
+    def is_owner(self) -> bool:
+        """The answer is whether this process has taken the folder."""
+        return self.file is not None
+
     def take(self) -> None:
         """The folder belongs to this process from now on; without locks there, that is a warning.
 
         Raises:
             UserError: it belongs to another one, or cannot be written.
         """
-        if self.file is not None:
+        if self.is_owner:
             return
         with writing(f"--run-dir {self.folder}"):
             file = (self.folder / LOCK_FILE).open("ab+", buffering=0)
@@ -60,7 +65,7 @@ class Owner:
         Raises:
             UserError: says whose it is.
         """
-        if self.file is not None:
+        if self.is_owner:
             return
         with contextlib.suppress(OSError), (self.folder / LOCK_FILE).open("rb") as file:
             if not _lock(file, fcntl.LOCK_SH):
@@ -68,7 +73,7 @@ class Owner:
 
     def release(self) -> None:
         """Others may take the folder."""
-        if self.file is not None:
+        if self.is_owner:
             self.file.close()
             self.file = None
 

@@ -257,7 +257,9 @@ def _open(path: Path) -> "_ParquetFile | _TextFile":
         raise UserError(f"--data {path}: its content is not {suffix[1:]}, though its name says so")
     if expected is None and found is not None:
         raise UserError(f"--data {path}: its content is {found[1:]}; rename it to end in {found}")
-    return READERS[data_format(path)](path)
+    reader = READERS[data_format(path)](path)
+    reader.check()
+    return reader
 
 
 def open_bytes(path: Path) -> IO[bytes]:
@@ -279,6 +281,15 @@ class _ParquetFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+
+    def check(self) -> None:
+        """The function refuses a file without text before others are read for hours.
+
+        Raises:
+            UserError: it has no column of text, or is not readable.
+        """
+        with self._opened() as file:
+            self._text_field(file.schema_arrow.names)
 
     def blocks(self, start: int, *key: int) -> Iterator[Sequence[Row]]:
         with self._opened() as file:
@@ -439,8 +450,6 @@ class _TextFile:
         return position + self._last_cut(stream.read(TEXT_DOCUMENT_BYTES))
 
     def _parse(self, block: bytes, offset: int) -> list[Row]:
-        if offset == 0:
-            self._refuse_wide(block[:WIDE_HEAD_BYTES])
         rows: list[Row] = []
         begin = 0
         for separator in [*_SEPARATOR_LINE.finditer(block), None]:
@@ -463,12 +472,14 @@ class _TextFile:
             return BadRow(str(self._path), offset + text.index(0), NUL_BYTES)
         return decoded.removeprefix("\ufeff") if offset == 0 else decoded
 
-    def _refuse_wide(self, head: bytes) -> None:
+    def check(self) -> None:
         """The function refuses a file of UTF-16 or UTF-32, which may be UTF-8 with NUL bytes too.
 
         Raises:
-            UserError: says the encoding.
+            UserError: says the encoding, or what is wrong with a compressed file.
         """
+        with open_bytes(self._path) as stream:
+            head = self._read(stream, WIDE_HEAD_BYTES)
         marked = next((name for mark, name in WIDE_MARKS.items() if head.startswith(mark)), None)
         for encoding in WIDE_ENCODINGS if 0 in head and marked is None else ():
             try:
@@ -499,8 +510,6 @@ class _JsonLinesFile(_TextFile):
         return text.rfind(b"\n") + 1
 
     def _parse(self, block: bytes, offset: int) -> list[Row]:
-        if offset == 0:
-            self._refuse_wide(block[:WIDE_HEAD_BYTES])
         rows: list[Row] = []
         begin = offset
         for line in io.BytesIO(block):

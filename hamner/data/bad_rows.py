@@ -17,14 +17,14 @@ logger = logging.getLogger(__name__)
 
 #: The share of a source's rows that may be bad, unless `--bad-rows` says another.
 DEFAULT_SHARE: float = TrainConfig.bad_rows
-#: Places of a kind of bad rows that a sentence names.
+#: Bad rows of a kind whose location a sentence names.
 NAMED = 3
 
 Counts = dict[str, dict[str, int]]
 """the number of bad rows by file and kind"""
-Places = Mapping[tuple[str, str], Sequence[str]]
+Locations = Mapping[tuple[str, str], Sequence[str]]
 """where bad rows are, by file and kind"""
-NOWHERE: Places = MappingProxyType({})
+NOWHERE: Locations = MappingProxyType({})
 
 
 class TooManyBadRows(UserError):
@@ -37,12 +37,12 @@ class BadRow:
 
     Attributes:
         path: of its file.
-        place: where it is in the file, in the unit of the file's reader.
+        offset: where it is in the file: a byte, or in parquet a row.
         reason: half a sentence that says what is wrong, the particulars in brackets at its end.
     """
 
     path: str
-    place: int
+    offset: int
     reason: str
 
     @property
@@ -77,14 +77,16 @@ class BadRows:
         """Both replace what there was; another thread may be reading them."""
         self.record, self.counts, self.is_changed = record, counts, True
 
-    def judge(self, rows: float, first: str, places: Places = NOWHERE, at_least: int = 0) -> str:
+    def judge(
+        self, rows: float, first: str, locations: Locations = NOWHERE, assumed: int = 0
+    ) -> str:
         """The rows counted may be bad, or are too many.
 
         Args:
             rows: of the source, as far as is known.
             first: where one of them is, and what is wrong with it.
-            places: of all that are known.
-            at_least: rows that the source is taken to have.
+            locations: of all that are known.
+            assumed: rows that the source is taken to have where there are fewer as yet.
 
         Returns:
             A sentence that says how many there are, for a warning.
@@ -95,8 +97,8 @@ class BadRows:
         bad = sum(sum(kinds.values()) for kinds in self.counts.values())
         shown = f"{bad:,} of {rows:,.0f} rows cannot be used"
         if bad > 1:
-            shown += f" ({listing_of(self.counts, places)})"
-        if bad > self.share * max(rows, at_least):
+            shown += f" ({listing_of(self.counts, locations)})"
+        if bad > self.share * max(rows, assumed):
             raise TooManyBadRows(
                 f"--data {first}; {shown}, more than the share of --bad-rows "
                 f"{self.share:g}: mend or remove them, or raise it, and go on from here"
@@ -105,13 +107,13 @@ class BadRows:
         return str(UserError(f"--data {first}; {shown} and are passed over"))
 
 
-def listing_of(counts: Counts, places: Places) -> str:
+def listing_of(counts: Counts, locations: Locations) -> str:
     """The listing says how many bad rows of each kind each file has, and where the first are."""
     parts = []
     for file, kinds in counts.items():
         found = []
         for kind, count in kinds.items():
-            where = list(places.get((file, kind), ()))[:NAMED]
+            where = list(locations.get((file, kind), ()))[:NAMED]
             where += ["..."] if where and count > NAMED else []
             found.append(f"{count:,} {kind}" + (f" ({', '.join(where)})" if where else ""))
         parts.append(f"{file}: {', '.join(found)}")

@@ -39,7 +39,7 @@ MAX_LINE_BYTES = 64 * 2**20
 MAX_ROW_GROUP_BYTES = 2**30
 
 #: With the first bad row of a source, so much of it is looked through for others (bytes on disk),
-#: beside the file that has it.
+#: beside the files that are known to have any.
 SCAN_BYTES = 2 * 2**30
 
 #: First bytes of a file by the last part of its name; zstd may begin with a skippable frame.
@@ -87,6 +87,8 @@ class FileSource:
         self._bad_rows = bad_rows or BadRows(location)
         self._judged: set[int] = set()
         """numbers of the files that were looked through since the start"""
+        self._spare_bytes = SCAN_BYTES
+        """that may still be looked through beside files with a bad row"""
         self._scans: dict[int, Scan] = {}
         self._layouts: dict[int, Scan] = {}
         """what mended files held before"""
@@ -123,11 +125,11 @@ class FileSource:
         number = self._numbers[met.path]
         if number in self._judged:
             return
-        spare = SCAN_BYTES
         for other in sorted({*range(len(self._paths))} - self._judged, key=lambda n: n != number):
-            spare -= self._sizes[other] if other != number else 0
-            if spare < 0:
-                break
+            if other != number:
+                if self._sizes[other] > self._spare_bytes:
+                    break
+                self._spare_bytes -= self._sizes[other]
             try:
                 found = scan(self._readers[other], self._sizes[other], self._bad_rows.share)
             except UserError:
@@ -143,12 +145,12 @@ class FileSource:
         if not self._scans[number].is_whole:  # a wrong file, whatever others hold
             rows = self._scans[number].rows
         listed = self._scans[number].bad[0]
-        places: dict[tuple[str, str], list[str]] = {}
+        locations: dict[tuple[str, str], list[str]] = {}
         for n, found in self._scans.items():
             for bad in found.bad:
-                places.setdefault((str(self._paths[n]), bad.kind), []).append(bad.place)
-        first = f"{met.path}, {listed.place}: {listed.reason}"
-        logger.warning("%s", self._bad_rows.judge(rows, first, places))
+                locations.setdefault((str(self._paths[n]), bad.kind), []).append(bad.location)
+        first = f"{met.path}, {listed.location}: {listed.reason}"
+        logger.warning("%s", self._bad_rows.judge(rows, first, locations))
 
     def _keep(self) -> None:
         """What is known of the files is recorded for the next start."""
@@ -255,7 +257,9 @@ def _open(path: Path) -> "_ParquetFile | _TextFile":
         raise UserError(f"--data {path}: its content is not {suffix[1:]}, though its name says so")
     if expected is None and found is not None:
         raise UserError(f"--data {path}: its content is {found[1:]}; rename it to end in {found}")
-    return READERS[data_format(path)](path)
+    reader = READERS[data_format(path)](path)
+    reader.check()
+    return reader
 
 
 def open_bytes(path: Path) -> IO[bytes]:
@@ -278,6 +282,15 @@ class _ParquetFile:
     def __init__(self, path: Path) -> None:
         self._path = path
 
+    def check(self) -> None:
+        """The function refuses a file without text before others are read for hours.
+
+        Raises:
+            UserError: it has no column of text, or is not readable.
+        """
+        with self._opened() as file:
+            self._text_field(file.schema_arrow.names)
+
     def blocks(self, start: int, *key: int) -> Iterator[Sequence[Row]]:
         with self._opened() as file:
             yield from self._blocks(file, permutation(file.num_row_groups, *key)[start:])
@@ -289,8 +302,8 @@ class _ParquetFile:
                 file, range(file.num_row_groups) if numbers is None else numbers
             )
 
-    def places(self, bad: Sequence[BadRow]) -> list[str]:
-        return [f"row {row.place}" for row in bad]
+    def locate(self, bad: Sequence[BadRow]) -> list[str]:
+        return [f"row {row.offset}" for row in bad]
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[Any]:
@@ -395,9 +408,9 @@ class _TextFile:
         for offset, block in found:
             yield self._parse(block, offset)
 
-    def places(self, bad: Sequence[BadRow]) -> list[str]:
+    def locate(self, bad: Sequence[BadRow]) -> list[str]:
         unpacked = "decompressed " if self.is_forward else ""
-        return [f"{unpacked}byte {row.place:,}" for row in bad]
+        return [f"{unpacked}byte {row.offset:,}" for row in bad]
 
     def _count(self) -> int:
         return -(-self._path.stat().st_size // BLOCK_BYTES)
@@ -437,8 +450,6 @@ class _TextFile:
         return position + self._last_cut(stream.read(TEXT_DOCUMENT_BYTES))
 
     def _parse(self, block: bytes, offset: int) -> list[Row]:
-        if offset == 0:
-            self._refuse_wide(block[:WIDE_HEAD_BYTES])
         rows: list[Row] = []
         begin = 0
         for separator in [*_SEPARATOR_LINE.finditer(block), None]:
@@ -461,12 +472,14 @@ class _TextFile:
             return BadRow(str(self._path), offset + text.index(0), NUL_BYTES)
         return decoded.removeprefix("\ufeff") if offset == 0 else decoded
 
-    def _refuse_wide(self, head: bytes) -> None:
+    def check(self) -> None:
         """The function refuses a file of UTF-16 or UTF-32, which may be UTF-8 with NUL bytes too.
 
         Raises:
-            UserError: says the encoding.
+            UserError: says the encoding, or what is wrong with a compressed file.
         """
+        with open_bytes(self._path) as stream:
+            head = self._read(stream, WIDE_HEAD_BYTES)
         marked = next((name for mark, name in WIDE_MARKS.items() if head.startswith(mark)), None)
         for encoding in WIDE_ENCODINGS if 0 in head and marked is None else ():
             try:
@@ -497,14 +510,12 @@ class _JsonLinesFile(_TextFile):
         return text.rfind(b"\n") + 1
 
     def _parse(self, block: bytes, offset: int) -> list[Row]:
-        if offset == 0:
-            self._refuse_wide(block[:WIDE_HEAD_BYTES])
         rows: list[Row] = []
         begin = offset
         for line in io.BytesIO(block):
             text = self._decode(line, begin)
             if isinstance(text, BadRow):
-                rows.append(replace(text, place=begin))
+                rows.append(replace(text, offset=begin))
             elif text.strip():
                 rows.append(self._document(text, begin))
             begin += len(line)
@@ -521,14 +532,14 @@ class _JsonLinesFile(_TextFile):
                 reason = "holds a number of too many digits"
         return BadRow(str(self._path), offset, reason)
 
-    def places(self, bad: Sequence[BadRow]) -> list[str]:
+    def locate(self, bad: Sequence[BadRow]) -> list[str]:
         """The lines are counted only now: blocks are read in any order."""
         found: list[str] = []
         lines = offset = 0
         with open_bytes(self._path) as stream:
             for row in bad:
-                while offset < row.place:
-                    chunk = self._read(stream, min(BLOCK_BYTES, row.place - offset))
+                while offset < row.offset:
+                    chunk = self._read(stream, min(BLOCK_BYTES, row.offset - offset))
                     lines, offset = lines + chunk.count(b"\n"), offset + len(chunk)
                     if not chunk:
                         break

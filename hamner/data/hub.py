@@ -133,16 +133,16 @@ class HubSource:
         if begins and self._first:
             self._bad_rows.judge(self._rows - rows_before, self._first)
 
-    def _count(self, row: BadRow, place: tuple[int, int, int]) -> None:
+    def _count(self, row: BadRow, key: tuple[int, int, int]) -> None:
         """A bad row is counted, once in an epoch and in validation, and all are judged."""
-        if place in self._counted:
+        if key in self._counted:
             return
-        self._counted.add(place)
+        self._counted.add(key)
         kinds = dict(self._bad_rows.counts.get(self._bad_rows.name, {}))
         kinds[row.kind] = kinds.get(row.kind, 0) + 1
         self._bad_rows.keep({"rows": self._rows, "kinds": kinds}, {self._bad_rows.name: kinds})
         self._first = self._first or f"{row.path}: a row {row.reason}"
-        sentence = self._bad_rows.judge(self._rows, self._first, at_least=FEW_ROWS)
+        sentence = self._bad_rows.judge(self._rows, self._first, assumed=FEW_ROWS)
         count = sum(kinds.values())
         if count & (count - 1) == 0:  # the 1st, 2nd, 4th, 8th ... time
             logger.warning("%s", sentence)

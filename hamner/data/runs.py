@@ -1,6 +1,6 @@
 """Very long runs of blanks or of one character are encoded in parts.
 
-A pattern that most tokenizers have, blanks up to a line's end, goes back over all the blanks of a
+A pattern that many tokenizers have, blanks up to a line's end, goes back over all the blanks of a
 run that ends elsewhere; beyond ten million steps the library panics.
 """
 

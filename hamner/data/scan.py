@@ -32,7 +32,7 @@ class RowFile(Protocol):
     def read(self, numbers: Sequence[int] | None) -> Iterator[Sequence[Row]]:
         """The blocks come in the order of their numbers; None is all, the one way forward."""
 
-    def places(self, bad: Sequence[BadRow]) -> list[str]:
+    def locate(self, bad: Sequence[BadRow]) -> list[str]:
         """Where bad rows are, for people; they come in the order of the file."""
 
 
@@ -42,13 +42,13 @@ class ListedRow:
 
     Attributes:
         row: its number in the file.
-        place: for people, such as "line 41".
+        location: for people, such as "line 41".
         reason: as of `BadRow`.
         next: digest of the next document.
     """
 
     row: int
-    place: str
+    location: str
     reason: str
     next: str = ""
 
@@ -96,6 +96,8 @@ class Scan:
         check_counts(dict(enumerate(state["blocks"])), *range(len(state["blocks"])))
         bad = [ListedRow(**listed) for listed in state["bad"]]
         check_counts({listed.row: listed.row for listed in bad}, *(listed.row for listed in bad))
+        if not all(isinstance(s, str) for b in bad for s in (b.location, b.reason, b.next)):
+            raise TypeError("a bad row that is none")
         return cls(**{**state, "bad": bad})
 
 
@@ -131,10 +133,10 @@ def scan(file: RowFile, size: int, share: float) -> Scan:
             is_whole = False
             break
     following += [""] * (len(found) - len(following))
-    places = file.places([bad for _, bad in found])
+    locations = file.locate([bad for _, bad in found])
     listed = [
-        ListedRow(number, place, bad.reason, digest)
-        for (number, bad), place, digest in zip(found, places, following, strict=True)
+        ListedRow(number, location, bad.reason, digest)
+        for (number, bad), location, digest in zip(found, locations, following, strict=True)
     ]
     digest = total.hexdigest() if is_whole and kinds.total() == len(listed) else ""
     return Scan(size, blocks, dict(kinds), bad=listed, digest=digest, is_whole=is_whole)

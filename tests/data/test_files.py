@@ -220,6 +220,15 @@ def test_wide_encodings_are_named(tmp_path, name, encoding):
     refused(tmp_path / name, rf"is {encoding[:6].upper()}, not UTF-8; convert it, .* iconv -f")
 
 
+def test_files_without_text_are_refused_when_the_source_is_opened(tmp_path, write_parquet):
+    write_parquet("a.parquet", id=[1])
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "a.txt").write_text("wide", "utf-16")
+    for location, message in ((tmp_path, "no column"), (tmp_path / "b", "is UTF-16")):
+        with pytest.raises(UserError, match=message):
+            FileSource(str(location))
+
+
 @pytest.mark.parametrize("content", ["names\0and\0more\0" * 9, "\0" * 99, "ein\0e Lücke"])
 def test_nul_bytes_are_named(tmp_path, content):
     (tmp_path / "a.txt").write_text(content)

@@ -44,6 +44,9 @@ class SftConfig:
     """folder of the run; default that of --checkpoint with -sft"""
     steps: int | None = None
     """length of the run in optimizer steps; default as --epochs"""
+    bad_rows: float = 0.1
+    """share of a source's rows that may be no conversation; they are left out and listed. With
+    more, nothing is trained"""
     batch_size: int = 8
     """rows per optimizer step"""
     seq_len: int = SEQ_LEN

@@ -177,9 +177,6 @@ class FineTuning:
     """length of the run in passes over the conversations"""
     rope_scaling: Literal["none", "linear", "ntk", "yarn"] = "none"
     """stretch RoPE's positions from the length trained before to --seq-len"""
-    max_unusable: float = 0.1
-    """largest share of a source's rows that may be no conversation; they are left out and listed.
-    With more, nothing is trained"""
     trained_seq_len: tyro.conf.Fixed[int] = 1024
     """sequence length of the model's training before"""
     system: tyro.conf.Fixed[str] = ""
@@ -188,8 +185,6 @@ class FineTuning:
     def __post_init__(self) -> None:
         if self.epochs <= 0:
             raise UserError(f"--epochs {self.epochs} must be above 0")
-        if not 0 <= self.max_unusable <= 1:
-            raise UserError(f"--max-unusable {self.max_unusable} must be between 0 and 1")
         require_finite(self)
 
 

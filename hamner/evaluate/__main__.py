@@ -140,8 +140,10 @@ def _open_held_out(
     kind: "Kind", tokenizer: "Tokenizer", models: "list[SavedModel]", config: EvaluateConfig
 ) -> "list[HeldOut]":
     """The function opens what the models trained on this kind of data held out of it."""
+    from hamner.config.sft import SftConfig
+    from hamner.config.train import TrainConfig
     from hamner.data.specs import parse_specs
-    from hamner.evaluate.evaluation import MAX_UNUSABLE, open_held_out
+    from hamner.evaluate.evaluation import open_held_out
 
     every = [saved.config for saved in models]
     trained = [saved.config for saved in models if saved.is_chat == (kind == "conversations")]
@@ -151,6 +153,7 @@ def _open_held_out(
         # Each once and without weights.
         parsed = (spec.text for run in trained for spec in parse_specs(run.data, 1.0))
         specs = tuple(dict.fromkeys(parsed))
+    usual = SftConfig.bad_rows if kind == "conversations" else TrainConfig.bad_rows
     return open_held_out(
         kind,
         specs,
@@ -158,9 +161,8 @@ def _open_held_out(
         seq_len=config.seq_len or max(run.seq_len for run in every),
         max_tokens=config.eval_tokens or max(run.eval_tokens for run in runs),
         val_fraction=config.val_fraction or min(run.val_fraction for run in runs),
-        bad_rows=max(run.bad_rows for run in runs),
+        bad_rows=max(usual, *(run.bad_rows for run in runs)),
         document_mask=kind == "conversations" or any(run.document_mask for run in trained),
-        max_unusable=max([MAX_UNUSABLE, *(run.sft.max_unusable for run in runs if run.sft)]),
     )
 
 

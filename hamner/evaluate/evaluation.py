@@ -12,7 +12,7 @@ from torch import Tensor
 from hamner.data.bad_rows import DEFAULT_SHARE
 from hamner.data.batch import IGNORED_TARGET, Batch
 from hamner.data.chat_template import Message, turn_ends
-from hamner.data.conversations.examples import MAX_UNUSABLE, load_examples
+from hamner.data.conversations.examples import load_examples
 from hamner.data.conversations.loader import validation_batch
 from hamner.data.loader import DataConfig, TrainLoader
 from hamner.data.tokenizer import Tokenizer
@@ -88,7 +88,6 @@ def open_held_out(
     max_tokens: int,
     val_fraction: float,
     document_mask: bool,
-    max_unusable: float = MAX_UNUSABLE,
     bad_rows: float = DEFAULT_SHARE,
 ) -> list[HeldOut]:
     """The function packs what is held out of every source as training does.
@@ -101,8 +100,7 @@ def open_held_out(
         max_tokens: most tokens of a source.
         val_fraction: share held out; that of the training, so that nothing trained on is met.
         document_mask: whether the documents of a row are kept apart, as conversations always are.
-        max_unusable: largest share of a source's rows that may be no conversation.
-        bad_rows: share of a source's rows that may hold no document, as in the training.
+        bad_rows: share of a source's rows that may be passed over, as in the training.
 
     Raises:
         UserError: a source that cannot be read.
@@ -120,7 +118,7 @@ def open_held_out(
         if kind == "text":
             batch = TrainLoader(config, tokenizer).validation_rows(max_tokens)
         else:
-            examples = load_examples(config, tokenizer, max_unusable)
+            examples = load_examples(config, tokenizer)
             for text in examples[0].describe_unusable():
                 logger.warning("%s: left out, %s", spec, text)
             batch = validation_batch(examples, tokenizer, seq_len, max_tokens)

@@ -36,7 +36,7 @@ def fine_tune(config: SftConfig) -> TrainResult:
     initial = None if goes_on else find_saved_model(config.sft.checkpoint)
 
     tokenizer = initial.tokenizer if initial else run.open_tokenizer(training)
-    sources = load_examples(training, tokenizer, config.sft.max_unusable)
+    sources = load_examples(training, tokenizer)
     training = replace(training, sft=replace(config.sft, system=most_used_system(sources)))
     if Rank.read().is_main:
         lint.show(sources, tokenizer, open_console())

@@ -111,7 +111,7 @@ def test_each_kind_of_run_is_resumed_by_its_command(base, tmp_path):
         ([], "--checkpoint is needed"),
         (["--checkpoint", "nowhere"], "--checkpoint nowhere is neither"),
         (["--checkpoint", "base", "--epochs", "0"], "--epochs 0"),
-        (["--checkpoint", "base", "--max-unusable", "2"], "--max-unusable 2.0"),
+        (["--checkpoint", "base", "--bad-rows", "2"], "--bad-rows 2.0"),
         (["--checkpoint", "base", "--rope-scaling", "ntk"], "--rope-scaling ntk"),
         (["--checkpoint", "base", "--rope-scaling", "ntk", "--seq-len", "32"], "above the 64"),
         (["--resume"], "--resume needs --run-dir"),
@@ -132,6 +132,6 @@ def test_bad_data_is_one_sentence_and_exit_2(base, tmp_path):
         "error: --data bad.jsonl: 1 of 1 rows cannot be used (1 has no field "
         '"messages", "conversations" or "text", and no pair such as "prompt" and "completion" '
         "(it has prompt): bad.jsonl:1); mend them, or let hamner.sft leave out more with "
-        "--max-unusable SHARE (now 0.1)\n"
+        "--bad-rows SHARE (now 0.1)\n"
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == before

@@ -7,7 +7,7 @@ from itertools import groupby
 
 import numpy as np
 
-from hamner.config.train import FineTuning, TrainConfig
+from hamner.config.train import TrainConfig
 from hamner.data.chat_template import render_end, render_message
 from hamner.data.conversations.reading import Conversation, Unusable, read_conversations
 from hamner.data.documents import split_of
@@ -16,7 +16,6 @@ from hamner.data.specs import parse_specs
 from hamner.data.tokenizer import Tokenizer
 from hamner.errors import UserError
 
-MAX_UNUSABLE = FineTuning.max_unusable
 GIVE_UP_ROWS = 10_000
 """rows of which not one can be used say enough about a source, which may be endless"""
 NAMED_KINDS, NAMED_RANGES = 8, 8
@@ -89,17 +88,13 @@ class ConversationSource:
 
 
 def load_examples(
-    config: DataConfig | TrainConfig,
-    tokenizer: Tokenizer,
-    max_unusable: float = MAX_UNUSABLE,
+    config: DataConfig | TrainConfig, tokenizer: Tokenizer
 ) -> list[ConversationSource]:
     """The function reads, tokenizes, cuts and splits the conversations of all `--data` specs.
 
     A weight counts passes an epoch here, 1 where there is none. No example is longer than a row.
-    Conversations are held out by their hash: equal ones are never on both sides.
-
-    Args:
-        max_unusable: largest share of a source's rows that may be no conversation.
+    Conversations are held out by their hash: equal ones are never on both sides. Rows that are no
+    conversation are left out, up to the share `config.bad_rows` of a source.
 
     Raises:
         UserError: a spec or file that cannot be read, or too many rows of it; no special tokens.
@@ -117,7 +112,7 @@ def load_examples(
             if source.rows == GIVE_UP_ROWS == source.num_unusable:
                 break
         sources.append(source)
-    _refuse_unusable(sources, max_unusable)
+    _refuse_unusable(sources, config.bad_rows)
     return sources
 
 
@@ -140,9 +135,9 @@ def _add(
         source.systems[first.content.strip() if first.role == "system" else ""] += 1
 
 
-def _refuse_unusable(sources: Sequence[ConversationSource], max_unusable: float) -> None:
+def _refuse_unusable(sources: Sequence[ConversationSource], share: float) -> None:
     """All that is wrong is said at once, so that it can be mended at once."""
-    refused = [source for source in sources if source.num_unusable > max_unusable * source.rows]
+    refused = [source for source in sources if source.num_unusable > share * source.rows]
     if refused:
         reasons = " | ".join(
             f"--data {source.name}: {source.num_unusable:,} of {source.rows:,} rows cannot be used "
@@ -150,8 +145,8 @@ def _refuse_unusable(sources: Sequence[ConversationSource], max_unusable: float)
             for source in refused
         )
         raise UserError(
-            f"{reasons}; mend them, or let hamner.sft leave out more with --max-unusable SHARE "
-            f"(now {max_unusable:g})"
+            f"{reasons}; mend them, or let hamner.sft leave out more with --bad-rows SHARE "
+            f"(now {share:g})"
         )
 
 

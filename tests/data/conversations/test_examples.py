@@ -1,6 +1,7 @@
 """Conversations to examples: mask, cut at a turn boundary, split, counts."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,8 @@ def write(path: Path, *conversations: list[tuple[str, str]]) -> str:
 
 
 def load(*specs: str, seq_len: int = 64, val_fraction: float = 0.0) -> list[ConversationSource]:
-    return load_examples(DataConfig(specs, seq_len, 1, 0, val_fraction), TOKENIZER)
+    config = DataConfig(specs, seq_len, 1, 0, val_fraction, bad_rows=0.1)
+    return load_examples(config, TOKENIZER)
 
 
 def spelled(example) -> str:
@@ -139,12 +141,12 @@ def test_too_many_of_them_are_refused_all_at_once(tmp_path):
         load(first, second)
     assert f"--data {second}: 6 of 59 rows cannot be used (4 not JSON" in str(caught.value)
     assert "1 holds no message: b.jsonl:57;" in str(caught.value)
-    assert "--max-unusable SHARE (now 0.1)" in str(caught.value)
+    assert "--bad-rows SHARE (now 0.1)" in str(caught.value)
     assert first not in str(caught.value)
     config = DataConfig((first, second), 64, 1, 0, 0.0)
-    assert len(load_examples(config, TOKENIZER, max_unusable=0.2)) == 2
+    assert len(load_examples(replace(config, bad_rows=0.2), TOKENIZER)) == 2
     with pytest.raises(UserError) as caught:
-        load_examples(config, TOKENIZER, max_unusable=0.0)
+        load_examples(replace(config, bad_rows=0.0), TOKENIZER)
     assert "a.jsonl: 6 of 60" in str(caught.value)
     assert "b.jsonl: 6 of 59" in str(caught.value)
 

@@ -20,7 +20,8 @@ def conversation(*turns: str) -> dict:
 def load(tmp_path, *rows, weight: str = ""):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    (source,) = load_examples(DataConfig((f"{path}{weight}",), 40, 1, 0, 0.0), TOKENIZER)
+    config = DataConfig((f"{path}{weight}",), 40, 1, 0, 0.0, bad_rows=0.1)
+    (source,) = load_examples(config, TOKENIZER)
     return source
 
 

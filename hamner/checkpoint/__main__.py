@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from hamner.cli import run_command
+from hamner.cli import run_command, waiting
 from hamner.errors import UserError
 
 
@@ -42,7 +42,8 @@ def main(args: Sequence[str]) -> int:
     # Torch takes a second or more to load.
     from hamner.checkpoint.import_pt import add_chat_tokens, import_checkpoint
 
-    imported = import_checkpoint(config.file, config.run_dir, config.tokenizer)
+    with waiting(f"importing {config.file}"):
+        imported = import_checkpoint(config.file, config.run_dir, config.tokenizer)
     state = imported.checkpoint.state()
     print(
         f"imported {imported.config.model.num_parameters():,} parameters of step "

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tyro
 
-from hamner.cli import gather_data, run_command
+from hamner.cli import gather_data, run_command, waiting
 from hamner.data.documents import split_of
 from hamner.data.prepare import prepare
 from hamner.data.sources import open_text_source
@@ -37,19 +37,15 @@ class Prepare:
         _check_fraction(self.val_fraction)
         if self.shard_tokens < 1:
             raise UserError(f"--shard-tokens {self.shard_tokens}: must be at least 1")
-        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-        columns = [SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()]
-        with Progress(*columns) as progress:
-            task = progress.add_task("opening the sources")
+        with waiting("preparing shards") as say:
             index = prepare(
                 self.data,
                 self.output,
                 load_tokenizer(self.tokenizer, self.vocab_size),
                 shard_tokens=self.shard_tokens,
                 val_fraction=self.val_fraction,
-                on_progress=lambda spec, tokens, documents: progress.update(
-                    task, description=f"{spec}: {tokens:,} tokens of {documents:,} documents"
+                on_progress=lambda spec, tokens, documents: say(
+                    f"{spec}: {tokens:,} tokens of {documents:,} documents"
                 ),
             )
         for split in ("train", "validation"):

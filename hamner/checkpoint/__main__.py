@@ -13,7 +13,7 @@ from typing import Annotated
 
 import tyro
 
-from hamner.cli import NameOrPath, read_flags, run_command
+from hamner.cli import NameOrPath, read_flags, run_command, waiting
 from hamner.errors import UserError
 
 
@@ -49,7 +49,8 @@ def main(args: Sequence[str]) -> int:
     from hamner.checkpoint.english import GUESSING_SHARE, english_loss, loss_of_guessing
     from hamner.checkpoint.import_pt import describe, import_checkpoint
 
-    imported = import_checkpoint(config.file, config.run_dir, config.tokenizer)
+    with waiting(f"importing {config.file}"):
+        imported = import_checkpoint(config.file, config.run_dir, config.tokenizer)
     state = imported.checkpoint.state()
     print(
         f"imported {imported.config.model.num_parameters():,} parameters of step "

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hamner.cli import NameOrPath, read_flags, run_command
+from hamner.cli import NameOrPath, read_flags, run_command, waiting
 from hamner.data.bad_rows import DEFAULT_SHARE, BadRows, lines_of
 from hamner.data.chat_tokens import reserve_chat_tokens
 from hamner.data.documents import split_of
@@ -47,14 +47,10 @@ class Prepare:
         _check_shares(self.val_fraction, self.bad_rows)
         if self.shard_tokens < 1:
             raise UserError(f"--shard-tokens {self.shard_tokens}: must be at least 1")
-        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
         tokenizer = load_tokenizer(self.tokenizer, self.vocab_size)
         if self.reserve_chat_tokens:
             tokenizer = reserve_chat_tokens(tokenizer, self.vocab_size)
-        columns = [SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()]
-        with Progress(*columns) as progress:
-            task = progress.add_task("opening the sources")
+        with waiting("preparing shards") as say:
             index = prepare(
                 self.data,
                 self.output,
@@ -62,8 +58,8 @@ class Prepare:
                 shard_tokens=self.shard_tokens,
                 val_fraction=self.val_fraction,
                 bad_rows=self.bad_rows,
-                on_progress=lambda spec, tokens, documents: progress.update(
-                    task, description=f"{spec}: {tokens:,} tokens of {documents:,} documents"
+                on_progress=lambda spec, tokens, documents: say(
+                    f"{spec}: {tokens:,} tokens of {documents:,} documents"
                 ),
             )
         for split in ("train", "validation"):

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from hamner.cli import read_flags, run_command
+from hamner.cli import read_flags, run_command, waiting
 from hamner.errors import UserError
 from hamner.files import writing
 
@@ -115,8 +115,9 @@ def _evaluate_model(
 ) -> ModelResult:
     from hamner.evaluate import evaluation
 
-    held_out = _open_held_out("text", saved.tokenizer, models, config)
-    held_out += _open_held_out("conversations", saved.tokenizer, models, config)
+    with waiting("reading what was held out"):
+        held_out = _open_held_out("text", saved.tokenizer, models, config)
+        held_out += _open_held_out("conversations", saved.tokenizer, models, config)
     tasks = {}
     if config.tasks:
         from hamner.evaluate.harness import run_tasks
@@ -124,14 +125,19 @@ def _evaluate_model(
         # Before the model is built, so that the device holds one of the two at a time.
         chosen = {"folder": config.task_folder, "limit": config.task_limit}
         tasks = run_tasks(saved, config.tasks, device=device, **chosen)
-    model = saved.build(device)
+    model, sources = saved.build(device), []
+    for source in held_out:
+        with waiting(f"evaluating {saved.checkpoint.path} on {source.name}") as say:
+            sources.append(evaluation.evaluate_source(model, saved.tokenizer, source, say))
+    with waiting(f"sampling from {saved.checkpoint.path}"):
+        samples = evaluation.samples(model, saved.tokenizer, is_chat=saved.is_chat)
     return ModelResult(
         checkpoint=str(saved.checkpoint.path),
         option=saved.config.option,
         parameters=saved.config.model.num_parameters(),
         is_chat=saved.is_chat,
-        sources=[evaluation.evaluate_source(model, saved.tokenizer, source) for source in held_out],
-        samples=evaluation.samples(model, saved.tokenizer, is_chat=saved.is_chat),
+        sources=sources,
+        samples=samples,
         tasks=tasks,
     )
 
@@ -213,11 +219,13 @@ def main(args: Sequence[str]) -> None:
     from rich.console import Console
 
     results = evaluate(config)
-    show(results, Console(highlight=False))
     if config.output is not None:
         text = json.dumps({"models": [asdict(result) for result in results]}, indent=1)
         with writing(f"--output {config.output}"):
             config.output.write_text(text + "\n", encoding="utf-8")
+    # Last, as its reader may have seen enough.
+    show(results, Console(highlight=False))
+    if config.output is not None:
         print(f"\nwritten to {config.output}")
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -126,10 +126,19 @@ def open_held_out(
     return sources
 
 
-def evaluate_source(model: Transformer, tokenizer: Tokenizer, source: HeldOut) -> SourceResult:
-    """The function computes loss, perplexity, bits per byte and loss by position on one source."""
+def evaluate_source(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    source: HeldOut,
+    say: Callable[[str], None] = lambda how_far: None,
+) -> SourceResult:
+    """The function computes loss, perplexity, bits per byte and loss by position on one source.
+
+    Args:
+        say: takes how far it is.
+    """
     batch = source.batch
-    losses = token_losses(model, batch, document_mask=source.document_mask)
+    losses = token_losses(model, batch, document_mask=source.document_mask, say=say)
     kept = batch.targets != IGNORED_TARGET
     tokens = int(kept.sum())
     if not tokens:
@@ -155,7 +164,13 @@ def evaluate_source(model: Transformer, tokenizer: Tokenizer, source: HeldOut) -
 
 
 @torch.no_grad()
-def token_losses(model: Transformer, batch: Batch, *, document_mask: bool) -> Tensor:
+def token_losses(
+    model: Transformer,
+    batch: Batch,
+    *,
+    document_mask: bool,
+    say: Callable[[str], None] = lambda how_far: None,
+) -> Tensor:
     """The function computes the cross-entropy of every target, a few rows at a time.
 
     Returns:
@@ -167,6 +182,7 @@ def token_losses(model: Transformer, batch: Batch, *, document_mask: bool) -> Te
     losses = [torch.empty((0, seq_len), dtype=torch.float64)]
     for start in range(0, rows, step):
         part = slice(start, start + step)
+        say(f"{start:,} of {rows:,} sequences")
         documents = batch.document_ids[part].to(device) if document_mask else None
         logits = model(batch.inputs[part].to(device), document_ids=documents).logits
         cross_entropy = torch.nn.functional.cross_entropy(

@@ -1,16 +1,18 @@
 """A run shows a live panel on a terminal, plain lines elsewhere."""
 
 import contextlib
+import math
 import sys
+from time import monotonic
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from hamner.cli import UnfailingStream
+from hamner.cli import QUIET_SECONDS, UnfailingStream
 from hamner.train.metrics import Record
 
 FAILURES = (Exception, SystemExit)
@@ -35,6 +37,9 @@ class Display:
     def __init__(self, name: str, total_tokens: int, budget_gib: float | None) -> None:
         self.name, self.total_tokens, self.budget_gib = name, total_tokens, budget_gib
         self.live: Live | None = None
+        self.panel: Panel | None = None
+        """of the newest record"""
+        self.said_at = -math.inf
         self.connect()
 
     def connect(self, console: Console | None = None, log: Console | None = None) -> None:
@@ -58,6 +63,7 @@ class Display:
 
     def message(self, text: str) -> None:
         """A message is printed above the panel."""
+        self.said_at = monotonic()
         self._print(self.console, text)
         self._print(self.log, text)
 
@@ -66,6 +72,14 @@ class Display:
         for text in texts:
             self.message(text)
         texts.clear()
+
+    def working(self, text: str) -> None:
+        """What is under way is shown below the panel; elsewhere it is a line if nothing else was
+        said for long."""
+        if self.live is not None:
+            self._update(Text(text, "dim"))
+        elif monotonic() - self.said_at >= QUIET_SECONDS:
+            self.message(text)
 
     def show(self, record: Record) -> None:
         """A record replaces the one in the panel, or is a line."""
@@ -84,8 +98,13 @@ class Display:
         body = Table.grid(expand=True)
         body.add_row(grid)
         body.add_row(ProgressBar(total=self.total_tokens, completed=record.tokens))
+        self.panel = Panel(body, title=self.name)
+        self._update()
+
+    def _update(self, *below: Text) -> None:
+        parts = [self.panel] if self.panel else []
         with contextlib.suppress(*FAILURES):
-            self.live.update(Panel(body, title=self.name))
+            self.live.update(Group(*parts, *below))
 
     def _print(self, console: Console | None, text: str) -> None:
         if console is not None:

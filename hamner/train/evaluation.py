@@ -43,7 +43,10 @@ def tokens_per_pass(step: TrainStep) -> int:
 
 
 def validation_loss(
-    step: TrainStep, validation: Batch, is_stopped: Callable[[], bool] = lambda: False
+    step: TrainStep,
+    validation: Batch,
+    is_stopped: Callable[[], bool] = lambda: False,
+    say: Callable[[str], None] = lambda how_far: None,
 ) -> float | None:
     """The function gives the mean cross-entropy over the validation rows, nats per token; None
     without any, or if it is abandoned.
@@ -52,13 +55,14 @@ def validation_loss(
 
     Args:
         is_stopped: asked before each forward pass; one process's yes abandons it in all.
+        say: takes how far it is.
     """
     rows, world_size = len(validation.inputs), step.processes.rank.world_size
     size = tokens_per_pass(step) // step.config.seq_len
     size = max(1, min(size, math.ceil(rows / world_size)))
     while rows:
         try:
-            return _mean_loss(step, validation, size, is_stopped)
+            return _mean_loss(step, validation, size, is_stopped=is_stopped, say=say)
         except torch.OutOfMemoryError:
             # Of several processes, the others are in the midst of their passes.
             if size == 1 or world_size > 1:
@@ -69,7 +73,12 @@ def validation_loss(
 
 @torch.no_grad()
 def _mean_loss(
-    step: TrainStep, validation: Batch, size: int, is_stopped: Callable[[], bool]
+    step: TrainStep,
+    validation: Batch,
+    size: int,
+    *,
+    is_stopped: Callable[[], bool],
+    say: Callable[[str], None],
 ) -> float | None:
     """The function is `validation_loss` with `size` rows in a pass."""
     rows = len(validation.inputs)
@@ -78,7 +87,9 @@ def _mean_loss(
     world_size = step.processes.rank.world_size
     pieces = math.ceil(math.ceil(rows / size) / world_size) * world_size
     with step.engine.inference(step.model):
-        for start in step.processes.share(range(0, pieces * size, size)):
+        starts = step.processes.share(range(0, pieces * size, size))
+        for number, start in enumerate(starts):
+            say(f"{number / len(starts):.0%} of the validation rows")
             if step.processes.any(is_stopped()):
                 return None
             part = slice(min(start, rows - 1), start + size)
@@ -166,7 +177,7 @@ class Inspector:
         self.step.on_phase("evaluation", progress.step)
         kinds, then = Exception if self.is_single else (), "the run goes on without this loss"
         with self.log.beside("the evaluation", kinds, then=then):
-            loss = validation_loss(self.step, self.validation, self._is_stopped)
+            loss = validation_loss(self.step, self.validation, self._is_stopped, self._say)
         self.step.on_phase("", progress.step)
         self.log.watch.start()
         if loss is None:
@@ -198,6 +209,9 @@ class Inspector:
         when = {"step": self.progress.step, "tokens": self.progress.tokens}
         self.log.append(self.log.samples, {**when, "prompt": prompt, "text": text})
         self.log.display.message(f"sample: {prompt}{text}".replace("\n", " "))
+
+    def _say(self, how_far: str) -> None:
+        self.log.display.working(f"evaluating step {self.progress.step:,}: {how_far}")
 
     def _is_stopped(self) -> bool:
         return self.interrupt.requested

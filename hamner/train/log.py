@@ -119,6 +119,7 @@ class TrainLog:
         self.starvation = StarvationDetector(config.model) if config.model.is_moe else None
         router_sum = train_step.router_sum
         self.interval = Interval(torch.zeros((0,) if router_sum is None else router_sum.shape))
+        self.is_before_first_line = True
 
     def start(self, step: int, tokens: int) -> None:
         """The clock and the first interval begin after `step`."""
@@ -241,6 +242,7 @@ class TrainLog:
             spikes=tuple(interval.spikes),
             **vars(line),
         )
+        self.is_before_first_line = False
         self.append(self.metrics, record.to_json())
         for reporter in self.reporters:
             with self.beside(type(reporter).__name__):

@@ -87,15 +87,18 @@ class TrainingLoop:
         self.step = TrainStep(config, self.processes, weights, on_phase)
         self.step.messages += warn_of_missing_chat_tokens(self.tokenizer, config)
         compute = self.step.compute
-        self.data = open_data(config, self.tokenizer, compute.device.type == "cuda")
-        self.position = DataPosition(self.data.loader, config, self.step.messages)
-        self.progress, self.schedule = Progress(), Schedule(config)
-        self.early_stopping = EarlyStopping(config.patience)
+        self.schedule = Schedule(config)
         self.display = Display(
             f"hamner {config.option}",
             self.schedule.total_tokens,
             None if compute.device.type == "cpu" else compute.budget_bytes / GIB,
         )
+        if self.processes.rank.is_main:
+            self.display.message(f"reading {' '.join(config.data) or 'the built-in corpus'}")
+        self.data = open_data(config, self.tokenizer, compute.device.type == "cuda")
+        self.position = DataPosition(self.data.loader, config, self.step.messages)
+        self.progress = Progress()
+        self.early_stopping = EarlyStopping(config.patience)
         self.log = TrainLog(self.run, self.step, self.display)
         parts = (
             self.progress,
@@ -235,6 +238,8 @@ class TrainingLoop:
         self.processes.step_done(progress.step)
         self.log.record(StepReading(progress.step, progress.tokens, lr, batch), result)
         self.step.on_phase("step done", progress.step)
+        if self.log.is_before_first_line:
+            self.display.working(f"step {progress.step:,} is done")
         return True
 
     def _should_abort(self, started: float, done: int, micro_batches: int) -> bool:

@@ -54,6 +54,8 @@ def introduction(log: TrainLog, saves: Saves, *, has_validation: bool) -> list[s
             f"{config.batch_size // rank.world_size} sequences of a step and the memory below"
         )
     lines += [f"memory: {step.plan}", log.mfu.explain()]
+    if step.compute.device.type == "cuda":
+        lines.append("the first step compiles its kernels, which a new machine takes a while for")
     if step.compute.device.type == "cpu":
         lines.append("no GPU found: training on the CPU, which suits --option tiny only")
     if not has_validation:

@@ -85,7 +85,18 @@ def import_checkpoint(file: Path, run_dir: Path, tokenizer_name: str) -> SavedMo
         "training_type": kind,
         "versions": {"hamner": hamner.__version__, "torch": torch.__version__},
     }
-    run = RunFolder(run_dir)
+    return _write(config, state, weights, tokenizer)
+
+
+def _write(
+    config: TrainConfig, state: dict, weights: dict[str, Tensor], tokenizer: Tokenizer
+) -> SavedModel:
+    """The run's folder is whole, or not there.
+
+    Raises:
+        UserError: it cannot be written, or another process came first.
+    """
+    run = RunFolder(config.folder)
     try:
         run.start(config, tokenizer)
         # The other trainer's moments belong to parameters that are packed differently.
@@ -99,9 +110,9 @@ def import_checkpoint(file: Path, run_dir: Path, tokenizer_name: str) -> SavedMo
         )
     except BaseException as error:
         if run.owner.is_owner:
-            shutil.rmtree(run_dir, ignore_errors=True)
+            shutil.rmtree(run.path, ignore_errors=True)
         if isinstance(error, OSError):
-            raise UserError(f"--run-dir {run_dir} cannot be written: {error.strerror}") from error
+            raise UserError(f"--run-dir {run.path} cannot be written: {error.strerror}") from error
         raise
     finally:
         run.owner.release()

@@ -19,7 +19,7 @@ from typing import Annotated
 import tyro
 
 from bench import compile_ahead
-from hamner.cli import run_command
+from hamner.cli import read_flags, run_command
 from hamner.errors import UserError
 from hamner.profile.report import table
 
@@ -412,7 +412,7 @@ def write_report(config: ReportConfig) -> Path:
 
 def main(args: Sequence[str]) -> None:
     """The command writes the report, as the command line says."""
-    config = tyro.cli(ReportConfig, args=args, prog="python -m bench.report")
+    config = read_flags(ReportConfig, args, "bench.report")
     print(f"wrote {write_report(config)}")
 
 

@@ -29,7 +29,7 @@ import torch
 import tyro
 
 from bench.scaling_job import Row
-from hamner.cli import run_command
+from hamner.cli import PATHS, run_command
 from hamner.errors import UserError
 from hamner.profile.report import table
 
@@ -293,4 +293,5 @@ def main(settings: Scaling, flags: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_command(lambda args: main(*tyro.cli(Scaling, args=args, return_unknown_args=True)))
+    how = {"return_unknown_args": True, "registry": PATHS}
+    run_command(lambda args: main(*tyro.cli(Scaling, args=args, **how)))

@@ -19,11 +19,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
 from bench.faulty_train import Faults
 from bench.restarts import RestartedRun, is_same, make_output
-from hamner.cli import run_command
+from hamner.cli import read_flags, run_command
 from hamner.errors import EXIT_INTERRUPTED
 
 WARM_UP_SECONDS = 45.0
@@ -190,4 +188,4 @@ def is_flat(run: Run) -> bool:
 
 
 if __name__ == "__main__":
-    run_command(lambda args: main(tyro.cli(Soak, args=args)))
+    run_command(lambda args: main(read_flags(Soak, args, "bench.soak")))

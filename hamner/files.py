@@ -1,7 +1,10 @@
 """The module has files that are whole or not there, and JSON that may be damaged or hostile."""
 
 import contextlib
+import errno
+import functools
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -10,8 +13,14 @@ from typing import Any
 
 from hamner.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 TEMPORARY = ".new"
 """suffix of a file that is being written"""
+CANNOT_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+"""what a file system answers that has no flush, as some over networks and in user space"""
+CANNOT_OPEN = (errno.EACCES, errno.EPERM, errno.EISDIR)
+"""what it answers where folders, or those of others, are not opened"""
 
 
 def write_whole(path: Path, data: bytes | bytearray | str) -> None:
@@ -43,6 +52,24 @@ def made_whole(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def usual_permissions(path: Path) -> Iterator[None]:
+    """The context gives the file that is made at `path` in it the permissions of any new file.
+
+    A library that makes its own temporary file, as safetensors does, lets nobody but the owner read
+    it. After an error there is no file.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        yield
+        with contextlib.suppress(OSError):  # of a file system that has no permissions
+            path.chmod(mode)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
 def writing(what: str) -> Iterator[None]:
     """The context names what could not be written in it, such as a flag and its path.
 
@@ -55,13 +82,53 @@ def writing(what: str) -> Iterator[None]:
         raise UserError(f"{what} cannot be written: {error.strerror}") from error
 
 
+def expand_home(path: str | Path, flag: str) -> Path:
+    """The function expands a `~` that begins a path, as a shell would have.
+
+    Raises:
+        UserError: there is no such user, or none has a home folder here.
+    """
+    # A Path forgets the `./` by which a file named `~` is meant.
+    expanded = os.path.expanduser(path)  # noqa: PTH111
+    if str(expanded).startswith("~") and not os.path.lexists(path):
+        raise UserError(
+            f"{flag} {path}: no home folder is known for {Path(path).parts[0]}; write the whole "
+            "path, or ./ before a name that begins with ~"
+        )
+    return Path(expanded)
+
+
 def flush(path: Path) -> None:
-    """The function has the operating system put a file or folder on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """The function has the operating system put a file or folder on disk.
+
+    A file system that cannot do so costs the promise that a power cut takes nothing back, and is
+    warned of once.
+
+    Raises:
+        OSError: the disk failed, or is full.
+    """
+    accepted = CANNOT_FLUSH
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        if path.is_dir():
+            accepted += CANNOT_OPEN
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in accepted:
+            raise
+        _warn_of_flush(os.strerror(error.errno), "folders" if path.is_dir() else "files")
+
+
+@functools.cache
+def _warn_of_flush(reason: str, kind: str) -> None:
+    logger.warning(
+        "this file system cannot flush %s (%s): after a power cut the last ones may be missing",
+        kind,
+        reason,
+    )
 
 
 def parse_json(text: str) -> Any:

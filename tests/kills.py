@@ -25,7 +25,7 @@ PHASES = {
         {"TrainStep.step", "TrainStep._take", "TrainStep._forward_backward", "TrainStep._update"},
     ),
     "update": ("train/optimizer.py", {"AdamW.step", "AdamW.drop_gradients"}),
-    "evaluation": ("train/evaluation.py", {"validation_loss"}),
+    "evaluation": ("train/evaluation.py", {"validation_loss", "_mean_loss"}),
     "log line": (
         "train/log.py",
         {"TrainLog.record", "TrainLog.drain", "TrainLog._read", "TrainLog._write_line"},

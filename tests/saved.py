@@ -39,7 +39,10 @@ def save_run(
         seq_len=model.config.max_seq_len,
         tokenizer=tokenizer,
     )
-    RunFolder(folder).start(config)
+    run = RunFolder(folder)
+    if not run.config.exists():
+        run.start(config, load_tokenizer(tokenizer, model.config.vocab_size))
+        run.owner.release()
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(exist_ok=True)
     matrices = {name for name, p in model.named_parameters() if p.ndim >= 2}
@@ -51,6 +54,7 @@ def save_run(
             for name, tensor in model.state_dict().items()
         },
         optimizer={},
+        run_files=(run.config, run.tokenizer),
         state={
             "step": step,
             "tokenizer": load_tokenizer(tokenizer, model.config.vocab_size).fingerprint,

@@ -1,10 +1,14 @@
 """The tests make files that are whole or not there, and read JSON that is damaged."""
 
+import os
+
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from hamner.checkpoint.format import CheckpointError
 from hamner.errors import UserError
-from hamner.files import made_whole, read_json
+from hamner.files import made_whole, read_json, usual_permissions
 
 
 def test_a_file_is_replaced_at_the_end(tmp_path):
@@ -36,6 +40,25 @@ def test_after_an_error_the_old_file_is_there_and_nothing_else(tmp_path, kind):
         raise kind
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_weights_are_as_readable_as_any_file(tmp_path, umask, mode):
+    path = tmp_path / "model.safetensors"
+    before = os.umask(umask)
+    try:
+        with usual_permissions(path):
+            save_file({"weight": torch.ones(3)}, path)
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == mode
+
+
+def test_a_file_that_fails_is_not_there(tmp_path):
+    path = tmp_path / "model.safetensors"
+    with pytest.raises(OSError), usual_permissions(path):
+        raise OSError
+    assert not path.exists()
 
 
 @pytest.mark.parametrize(

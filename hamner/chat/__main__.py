@@ -1,35 +1,17 @@
 """`python -m hamner.chat` lets one talk to a run's model in the terminal, or serves it."""
 
-import contextlib
-import functools
 import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
 
-import tyro
+if __package__ != "hamner.chat":
+    print("error: start this with python -m hamner.chat", file=sys.stderr)
+    raise SystemExit(2)
+
+import functools
+from collections.abc import Sequence
 
 from hamner.chat.config import ChatConfig
-from hamner.cli import run_command
-
-HISTORY_FILE = Path.home() / ".hamner_history"
-
-
-@contextlib.contextmanager
-def line_editing() -> Iterator[None]:
-    """The context has arrow keys and a lasting history, where Python has readline."""
-    try:
-        import readline
-    except ImportError:
-        yield
-        return
-    with contextlib.suppress(OSError):
-        readline.read_history_file(HISTORY_FILE)
-    readline.set_history_length(1_000)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            readline.write_history_file(HISTORY_FILE)
+from hamner.chat.keyboard import Keyboard, line_editing
+from hamner.cli import read_flags, run_command
 
 
 def parse(args: Sequence[str]) -> ChatConfig:
@@ -39,12 +21,7 @@ def parse(args: Sequence[str]) -> ChatConfig:
         UserError: values that make no sense.
         SystemExit: code 2 on unknown flags, 0 after --help.
     """
-    return tyro.cli(
-        tyro.conf.OmitArgPrefixes[ChatConfig],
-        args=args,
-        prog="python -m hamner.chat",
-        config=(tyro.conf.HelptextFromCommentsOff,),
-    )
+    return read_flags(ChatConfig, args, "hamner.chat")
 
 
 def main(args: Sequence[str]) -> None:
@@ -56,7 +33,7 @@ def main(args: Sequence[str]) -> None:
     write = functools.partial(print, end="", flush=True)
     if sys.stdin.isatty() and config.serve is None:
         with line_editing():
-            chat(config, Terminal(input, write))
+            chat(config, Terminal(Keyboard().read, write))
     else:
         # Lines from a pipe: no prompts between the answers.
         chat(config, Terminal(lambda _: input(), write))

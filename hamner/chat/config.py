@@ -1,11 +1,14 @@
 """The module has the flags of `python -m hamner.chat`. Torch-free, so that `--help` is quick."""
 
+import ipaddress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from hamner.errors import UserError
 from hamner.model.sampling import Sampling
+
+HOST = "127.0.0.1"
 
 
 @dataclass(frozen=True)
@@ -16,8 +19,8 @@ class ChatConfig:
     checkpoint: Path | None = None
     """a run's folder (its best checkpoint, or else its newest) or one of its checkpoints; default
     the run in runs/ that saved last"""
-    system: str = ""
-    """system prompt"""
+    system: str | None = None
+    """system prompt; default the one that the model's conversations used most, "" is none"""
     max_new_tokens: int = 512
     """most tokens of an answer"""
     seq_len: int | None = None
@@ -27,8 +30,11 @@ class ChatConfig:
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """where to run"""
     serve: int | None = None
-    """instead of the terminal, answer OpenAI's chat-completions protocol on this port of this
-    machine (0: any free port)"""
+    """instead of the terminal, answer OpenAI's protocol for chats and completions on this port
+    (0: any free port)"""
+    host: str = HOST
+    """with --serve, address to answer at; default this machine's own alone. Others reach it at
+    0.0.0.0, without a password"""
     max_requests: int = 8
     """with --serve, most requests at a time: one is answered, the others wait"""
 
@@ -39,3 +45,15 @@ class ChatConfig:
                 raise UserError(f"--{name.replace('_', '-')} {value} must be above 0")
         if self.serve is not None and not 0 <= self.serve < 2**16:
             raise UserError(f"--serve {self.serve} is no port: use 0 to 65535")
+        if self.host != HOST and self.serve is None:
+            raise UserError(f"--host {self.host} needs --serve PORT beside it")
+        if not self.host:
+            raise UserError("--host is empty: name an address, such as 0.0.0.0 for every one")
+
+    @property
+    def is_local(self) -> bool:
+        """The property says whether only this machine reaches the server."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"

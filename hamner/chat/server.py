@@ -1,158 +1,53 @@
-"""The module serves one model by OpenAI's chat-completions protocol on the loopback interface.
+"""The module serves one model by OpenAI's protocol, on the loopback interface unless asked.
 
+    GET  /health
     GET  /v1/models
     POST /v1/chat/completions       stream: false or true (server-sent events)
+    POST /v1/completions            the same, of a text that is continued
 
 Starlette and uvicorn do the HTTP: chunked bodies, keep-alive, clients that hang up. One answer is
 generated at a time, since one saturates the device; the others wait, up to a bound.
 """
 
 import asyncio
-import dataclasses
 import json
-import os
+import logging
 import random
 import socket
 import time
-import uuid
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from typing import Annotated, Any, Literal
 
 from hamner.errors import UserError
 
 try:
     import uvicorn
-    from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
     from starlette.applications import Starlette
     from starlette.concurrency import iterate_in_threadpool
     from starlette.exceptions import HTTPException
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
-    from starlette.requests import ClientDisconnect, Request
+    from starlette.requests import ClientDisconnect
+    from starlette.requests import Request as HttpRequest
     from starlette.responses import JSONResponse, Response, StreamingResponse
     from starlette.routing import Route
     from starlette.types import ASGIApp, Receive, Scope, Send
+
+    from hamner.chat.protocol import ApiError, ChatRequest, CompletionRequest, Reply, usage
 except ModuleNotFoundError as error:
     raise UserError(
         f"--serve needs the package {error.name}: pip install 'hamner[serve]'"
     ) from error
 
-from hamner.chat.config import ChatConfig
-from hamner.data.chat_template import Message
-from hamner.model.generate import Completion, ContextError, Generator, answer
-from hamner.model.sampling import Sampling
+from hamner.chat.config import HOST, ChatConfig
+from hamner.model.generate import Completion, Generator
 
-HOST = "127.0.0.1"
 MAX_BODY_BYTES = 2**20
 BODY_SECONDS = 10.0
 """longest a client may take to send its request"""
 MAX_CONNECTIONS = 100
-UNSUPPORTED: dict[str, Any] = {
-    "n": 1,
-    "tools": [],
-    "functions": [],
-    "logprobs": False,
-    "logit_bias": {},
-    "frequency_penalty": 0,
-    "presence_penalty": 0,
-    "response_format": {"type": "text"},
-}
-"""Parameters of the protocol that would change the answer, and the value that does not: any other
-is refused rather than ignored."""
 
-
-class ApiError(Exception):
-    """The error is what a request gets, in the protocol's form, instead of an answer."""
-
-    def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str | None = None
-    ) -> None:
-        super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
-
-    def response(self) -> JSONResponse:
-        """The response is as the official client expects it."""
-        kind = "invalid_request_error" if self.status < 429 else "server_error"
-        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        headers = {"retry-after": "1"} if self.status == 429 else None
-        return JSONResponse({"error": error}, self.status, headers)
-
-
-class _TextPart(BaseModel):
-    type: Literal["text"]
-    text: str
-
-
-def _as_parts(content: Any) -> Any:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
-
-
-def _as_list(stop: Any) -> Any:
-    return [stop] if isinstance(stop, str) else stop
-
-
-class _Message(BaseModel):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[_TextPart], BeforeValidator(_as_parts)]
-
-    def message(self) -> Message:
-        text = "".join(part.text for part in self.content)
-        return Message("system" if self.role == "developer" else self.role, text)
-
-
-class _StreamOptions(BaseModel):
-    include_usage: bool = False
-
-
-_Stops = list[Annotated[str, Field(min_length=1)]]
-_Tokens = Annotated[int, Field(ge=1)] | None
-
-
-class ChatRequest(BaseModel):
-    """The fields are what is read of a request.
-
-    Top-k, min-p and the repetition penalty go beyond the protocol.
-    """
-
-    model_config = ConfigDict(extra="allow")
-    messages: Annotated[list[_Message], Field(min_length=1)]
-    model: str | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
-    max_tokens: _Tokens = None
-    max_completion_tokens: _Tokens = None
-    stop: Annotated[_Stops | None, Field(max_length=4), BeforeValidator(_as_list)] = None
-    seed: int | None = None
-    stream: bool | None = None
-    stream_options: _StreamOptions | None = None
-
-    @classmethod
-    def read(cls, body: bytes) -> "ChatRequest":
-        """The method reads a request from its body.
-
-        Raises:
-            ApiError: not JSON, not of this form, or it asks for what is not here.
-        """
-        try:
-            request = cls.model_validate_json(body, strict=True)
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            where = ".".join(map(str, first["loc"]))
-            message = f"{where}: {first['msg']}" if where else first["msg"]
-            raise ApiError(400, message, param=where or None) from error
-        for name, neutral in UNSUPPORTED.items():
-            if (request.model_extra or {}).get(name) not in (None, neutral):
-                raise ApiError(400, f"{name} is not supported here", param=name)
-        return request
-
-    def sampling(self, default: Sampling) -> Sampling:
-        """The settings are those of this request, and the server's where it says nothing."""
-        asked = {name: getattr(self, name) for name in vars(default)}
-        return dataclasses.replace(default, **{n: v for n, v in asked.items() if v is not None})
+logger = logging.getLogger(__name__)
 
 
 class ChatServer:
@@ -162,25 +57,35 @@ class ChatServer:
         generator: the model.
         name: of the model, in the protocol.
         config: `sampling` where a request says nothing, `max_new_tokens` whatever a request says,
-            `max_requests` at a time, of which more get status 429, and the port, `serve`.
+            `max_requests` at a time, of which more get status 429, `seed` of the choice of tokens,
+            `system` of messages that have none, and where to answer, `host` and `serve`.
     """
 
     def __init__(self, generator: Generator, name: str, config: ChatConfig) -> None:
         self.generator, self.name, self.config = generator, name, config
         self.device_lock = asyncio.Lock()
         self.created = int(time.time())
+        self.seeds = random.Random(config.seed)
+        """gives every answer another seed"""
+        names = ["localhost", HOST, "[::1]", config.host, f"[{config.host}]"]
         app = Starlette(
             routes=[
+                Route("/health", lambda _: JSONResponse({"status": "ok"})),
                 Route("/v1/models", self.models),
                 Route("/v1/chat/completions", self.chat_completions, methods=["POST"]),
+                Route("/v1/completions", self.completions, methods=["POST"]),
             ],
-            # A page in a browser must not reach the model through a name that points here.
+            # A page in a browser must not reach the model through a name that points here. Other
+            # machines know this one by names that are not known here.
             middleware=[
-                Middleware(TrustedHostMiddleware, allowed_hosts=["localhost", HOST]),
+                Middleware(
+                    TrustedHostMiddleware, allowed_hosts=names if config.is_local else ["*"]
+                ),
                 Middleware(_BoundedRequests, limit=config.max_requests),
             ],
             exception_handlers={
                 ApiError: lambda _, error: error.response(),
+                UserError: lambda _, error: ApiError(500, str(error)).response(),
                 HTTPException: lambda _, error: ApiError(
                     error.status_code, error.detail
                 ).response(),
@@ -199,66 +104,53 @@ class ChatServer:
         """The method serves until the process is stopped; `say` shows a line to the user.
 
         Raises:
-            UserError: the port is not free.
+            UserError: the port is not free, or the address not this machine's.
         """
-        port = self.config.serve
+        host, port = self.config.host, self.config.serve
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
-            listener = socket.create_server((HOST, port))
-        except OSError as error:
-            reason = os.strerror(error.errno)
+            listener = socket.create_server((host, port), family=family)
+        except (OSError, UnicodeError) as error:  # a name that cannot be one is a UnicodeError
+            reason = getattr(error, "strerror", None) or str(error)
+            at = "" if host == HOST else f" --host {host}"
             raise UserError(
-                f"--serve {port}: {reason}; name another port, or 0 for any free one"
+                f"--serve {port}{at}: {reason}; name another port, or 0 for any free one"
+                f"{', and an address of this machine' if at else ''}"
             ) from error
-        url = f"http://{HOST}:{listener.getsockname()[1]}/v1"
+        shown = f"[{host}]" if ":" in host else host
+        url = f"http://{shown}:{listener.getsockname()[1]}/v1"
         say(f"serving the model {self.name} at {url}; Ctrl-C stops")
+        if not self.config.is_local:
+            say(f"warning: whoever reaches --host {host} can use the model, without a password")
         self.uvicorn.run(sockets=[listener])
 
-    async def models(self, _: Request) -> Response:
+    async def models(self, _: HttpRequest) -> Response:
         """The method answers GET /v1/models."""
         model = {"id": self.name, "object": "model", "created": self.created, "owned_by": "hamner"}
         return JSONResponse({"object": "list", "data": [model]})
 
-    async def chat_completions(self, http: Request) -> Response:
+    async def chat_completions(self, http: HttpRequest) -> Response:
         """The method answers POST /v1/chat/completions."""
-        request = ChatRequest.read(await _read_body(http))
-        if request.model not in (None, self.name):
-            message = f"there is no model {request.model} here, only {self.name}"
-            raise ApiError(404, message, param="model", code="model_not_found")
-        asked = request.max_completion_tokens or request.max_tokens or self.config.max_new_tokens
-        try:
-            completion = answer(
-                self.generator,
-                [message.message() for message in request.messages],
-                request.sampling(self.config.sampling),
-                max_new_tokens=min(asked, self.config.max_new_tokens),
-                stop_texts=request.stop or (),
-                seed=random.getrandbits(32) if request.seed is None else request.seed % 2**63,
-            )
-        except ContextError as error:
-            raise ApiError(
-                400, str(error), param="messages", code="context_length_exceeded"
-            ) from error
-        head = {
-            "id": f"chatcmpl-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": self.name,
-        }
+        return await self.respond(http, ChatRequest.read(await _read_body(http)))
+
+    async def completions(self, http: HttpRequest) -> Response:
+        """The method answers POST /v1/completions."""
+        return await self.respond(http, CompletionRequest.read(await _read_body(http)))
+
+    async def respond(
+        self, http: HttpRequest, request: ChatRequest | CompletionRequest
+    ) -> Response:
+        """The method gives the answer to a request, whole or as a stream."""
+        completion = request.completion(self.generator, self.config, self.seeds.getrandbits(32))
+        reply = request.reply(self.name)
         if request.stream:
-            with_usage = request.stream_options is not None and request.stream_options.include_usage
-            events = self.events(completion, head, with_usage)
+            events = self.events(completion, reply, request.with_usage)
             return _EventStream(events, media_type="text/event-stream")
         async with aclosing(self.pieces(completion)) as pieces:
             async for _ in pieces:
                 if await http.is_disconnected():
                     raise ApiError(499, "the client left")
-        choice = {
-            "index": 0,
-            "message": {"role": "assistant", "content": completion.text, "refusal": None},
-            "finish_reason": completion.finish_reason,
-            "logprobs": None,
-        }
-        body = {**head, "object": "chat.completion", "choices": [choice]}
-        return JSONResponse({**body, "usage": _usage(completion)})
+        return JSONResponse(reply.whole(completion))
 
     async def pieces(self, completion: Completion) -> AsyncGenerator[str, None]:
         """The iterator gives the text as a thread generates it; closing it frees the device."""
@@ -267,25 +159,31 @@ class ChatServer:
                 yield piece
 
     async def events(
-        self, completion: Completion, head: dict, with_usage: bool
+        self, completion: Completion, reply: Reply, with_usage: bool
     ) -> AsyncGenerator[str, None]:
-        """The iterator gives the answer as server-sent events."""
+        """The iterator gives the answer as server-sent events.
 
-        def event(choices: list[dict], **values) -> str:
-            body = {**head, "object": "chat.completion.chunk", "choices": choices, **values}
-            return f"data: {json.dumps(body)}\n\n"
-
-        def choice(delta: dict, finish_reason: str | None = None) -> list[dict]:
-            return [{"index": 0, "delta": delta, "finish_reason": finish_reason}]
-
-        yield event(choice({"role": "assistant", "content": ""}))
-        async with aclosing(self.pieces(completion)) as pieces:
-            async for piece in pieces:
-                yield event(choice({"content": piece}))
-        yield event(choice({}, completion.finish_reason))
+        An error is an event too, since the status is sent already; the stream has its end anyway.
+        """
+        if reply.opening:
+            yield _event(reply.piece(reply.opening))
+        try:
+            async with aclosing(self.pieces(completion)) as pieces:
+                async for piece in pieces:
+                    yield _event(reply.piece(reply.part(piece)))
+            yield _event(reply.piece(reply.part(""), completion.finish_reason))
+        except UserError as error:
+            yield _event(ApiError(500, str(error)).body())
+        except Exception:
+            logger.exception("an answer was cut short")
+            yield _event(ApiError(500, "internal error").body())
         if with_usage:
-            yield event([], usage=_usage(completion))
+            yield _event(reply.body(reply.piece_kind, [], usage=usage(completion)))
         yield "data: [DONE]\n\n"
+
+
+def _event(body: dict) -> str:
+    return f"data: {json.dumps(body)}\n\n"
 
 
 class _EventStream(StreamingResponse):
@@ -317,7 +215,7 @@ class _BoundedRequests:
             self.running -= 1
 
 
-async def _read_body(request: Request) -> bytes:
+async def _read_body(request: HttpRequest) -> bytes:
     """The function reads the body, no larger and no later than allowed.
 
     Raises:
@@ -342,12 +240,3 @@ async def _read_body(request: Request) -> bytes:
     except ClientDisconnect as error:
         raise ApiError(400, "the request ended early") from error
     return bytes(body)
-
-
-def _usage(completion: Completion) -> dict:
-    prompt, generated = len(completion.prompt), completion.num_tokens
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": generated,
-        "total_tokens": prompt + generated,
-    }

@@ -4,14 +4,15 @@ import contextlib
 import dataclasses
 import json
 import random
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from hamner.chat.config import ChatConfig
 from hamner.checkpoint.saved_model import find_saved_model
 from hamner.data.chat_template import Message, render_prompt
 from hamner.errors import UserError
+from hamner.files import expand_home
 from hamner.model.generate import Completion, Generator, answer
 from hamner.parallel.device import select_device
 
@@ -25,6 +26,8 @@ COMPLETION_HELP = """\
 /temp NUMBER    set the temperature; without NUMBER, show it
 /save FILE      append the last text to FILE, in the form that --data reads
 /quit           leave (also Ctrl-D); Ctrl-C stops the text"""
+SHOWN_SYSTEM = 200
+"""most characters of a system prompt that the user did not write"""
 
 
 @dataclass(frozen=True)
@@ -76,11 +79,11 @@ class Session:
             if line == "/quit":
                 return
             try:
-                if line.startswith("/"):
-                    name, _, argument = line[1:].partition(" ")
-                    if name not in self.commands:
-                        raise UserError(f"there is no command /{name}; /help lists them")
+                name, _, argument = line.removeprefix("/").partition(" ")
+                if line.startswith("/") and name in self.commands:
                     self.commands[name](argument.strip())
+                elif line.startswith("/") and "\n" not in line:
+                    raise UserError(f"there is no command /{name}; /help lists them")
                 elif line:
                     self.answer(line)
             except UserError as error:
@@ -102,10 +105,12 @@ class Session:
         if not argument:
             raise UserError("/save needs the name of a file, such as /save talk.jsonl")
         try:
-            with Path(argument).expanduser().open("a", encoding="utf-8") as file:
+            with expand_home(argument, "/save").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
         except OSError as error:
             raise UserError(f"/save {argument}: {error.strerror}") from error
+        except (RuntimeError, ValueError) as error:  # no such home folder, or a NUL in the name
+            raise UserError(f"/save {argument}: there is no such folder") from error
         self.terminal.say(f"(appended to {argument})")
 
 
@@ -116,7 +121,7 @@ class Chat(Session):
 
     def __init__(self, config: ChatConfig, generator: Generator, terminal: Terminal) -> None:
         super().__init__(config, generator, terminal)
-        self.system = config.system
+        self.system = config.system or ""
         self.turns: list[Message] = []
         """what user and assistant said, nothing forgotten"""
         self.forgotten = 0
@@ -168,7 +173,7 @@ class Chat(Session):
         if not self.turns:
             raise UserError("there is no conversation yet")
         messages = [*self._opening(), *self.turns]
-        return {"messages": [dataclasses.asdict(message) for message in messages]}
+        return {"messages": [{"role": m.role, "content": m.content} for m in messages]}
 
     def _opening(self) -> list[Message]:
         return [Message("system", self.system)] if self.system else []
@@ -194,6 +199,8 @@ class Complete(Session):
     def answer(self, text: str) -> None:
         tokenizer = self.generator.tokenizer
         tokens = tokenizer.encode(text)
+        if not tokens:
+            raise UserError("the model's tokenizer has no token for anything in this text")
         kept = tokens[-(self.generator.context * 3 // 4) :]
         completion = Completion(
             self.generator,
@@ -236,8 +243,19 @@ def chat(config: ChatConfig, terminal: Terminal) -> None:
         )
     model = saved.build(device)
     generator = Generator(model, saved.tokenizer, config.seq_len or saved.config.seq_len)
+    shortest = len(render_prompt([Message("user", "?")], saved.tokenizer)) if saved.is_chat else 1
+    if shortest >= generator.context:
+        raise UserError(
+            f"--seq-len {generator.context} has no room for a question and an answer: give "
+            f"{shortest + 1} or more"
+        )
     size = f"{saved.config.model.num_parameters():,} parameters"
     terminal.say(f"{saved.checkpoint.path}: {size}, on {device}, context {generator.context:,}")
+    if config.system is None and saved.is_chat and saved.config.sft is not None:
+        config = dataclasses.replace(config, system=saved.config.sft.system)
+        if config.system:
+            shown = textwrap.shorten(config.system, SHOWN_SYSTEM, placeholder=" ...")
+            terminal.say(f"system prompt, most used in its data: {shown} (--system sets another)")
     if config.serve is not None:
         # It needs packages of the extra `serve`.
         from hamner.chat.server import ChatServer

@@ -1,5 +1,11 @@
 """`python -m hamner.checkpoint import OLD.pt` works on checkpoints from the command line."""
 
+import sys
+
+if __package__ != "hamner.checkpoint":
+    print("error: start this with python -m hamner.checkpoint", file=sys.stderr)
+    raise SystemExit(2)
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +13,7 @@ from typing import Annotated
 
 import tyro
 
-from hamner.cli import run_command
+from hamner.cli import NameOrPath, read_flags, run_command, waiting
 from hamner.errors import UserError
 
 
@@ -20,7 +26,7 @@ class ImportConfig:
     """the .pt checkpoint"""
     run_dir: Path
     """folder of the run to make; must not exist"""
-    tokenizer: str
+    tokenizer: NameOrPath
     """the one the model was trained with: builtin, a tokenizer.json, or a Hugging Face name
     owner/name"""
 
@@ -38,20 +44,30 @@ def main(args: Sequence[str]) -> int:
         raise UserError(
             "python -m hamner.checkpoint takes `import`: python -m hamner.checkpoint import OLD.pt"
         )
-    config = tyro.cli(ImportConfig, args=args[1:], prog="python -m hamner.checkpoint import")
+    config = read_flags(ImportConfig, args[1:], "hamner.checkpoint import")
     # Torch takes a second or more to load.
-    from hamner.checkpoint.import_pt import add_chat_tokens, import_checkpoint
+    from hamner.checkpoint.english import GUESSING_SHARE, english_loss, loss_of_guessing
+    from hamner.checkpoint.import_pt import describe, import_checkpoint
 
-    imported = import_checkpoint(config.file, config.run_dir, config.tokenizer)
+    with waiting(f"importing {config.file}"):
+        imported = import_checkpoint(config.file, config.run_dir, config.tokenizer)
     state = imported.checkpoint.state()
     print(
         f"imported {imported.config.model.num_parameters():,} parameters of step "
         f"{state['step']:,} ({state['tokens']:,} tokens) into {imported.checkpoint.path}"
     )
-    if add_chat_tokens(imported.tokenizer) is None:
+    print(describe(imported))
+    guessing = loss_of_guessing(imported.config.model)
+    try:
+        loss = english_loss(imported)
+    except UserError as error:
+        print(f"WARNING: the tokenizer was not tried on English ({error})")
+        return 0
+    print(f"loss on built-in English: {loss:.2f} nats a token (guessing: {guessing:.2f})")
+    if not loss < GUESSING_SHARE * guessing:
         print(
-            f"--tokenizer {config.tokenizer} has no room for the tokens of conversations: the "
-            "model can complete text, but not be fine-tuned to chat"
+            f"WARNING: that is little better than guessing: --tokenizer {config.tokenizer} is not "
+            "the one the model was trained with, or it was trained on no English or hardly at all"
         )
     return 0
 

@@ -4,18 +4,21 @@
         model.safetensors       the module's parameters, in their compute dtype, and buffers
         optimizer.safetensors   fp32 masters and moments
         state.json              counters, data position, RNG state, versions
-        manifest.json           size and SHA-256 of each of the three
+        config.json             of the run, as is tokenizer.json: with them, a checkpoint can be
+        tokenizer.json          used wherever it is copied to; earlier versions' have neither
+        manifest.json           size and SHA-256 of each of the others
 
 Written to a temporary folder beside it, flushed to disk, then renamed. Nothing is ever unpickled.
 """
 
 import base64
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +28,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hamner.config.train import CONFIG_FILE, TOKENIZER_FILE
 from hamner.errors import UserError
-from hamner.files import flush, read_json
+from hamner.files import flush, read_json, usual_permissions
 from hamner.parallel.tensors import fill
 
 Tensors = Mapping[str, Tensor]
@@ -36,6 +40,7 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
 MANIFEST_FILE = "manifest.json"
 _FILES = (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE)
+_RUN_FILES = (CONFIG_FILE, TOKENIZER_FILE)
 _FORMAT = 1
 _RESUME_WITH_THE_SAME = "resume with the model the run was started with"
 _STEP_FOLDER = re.compile(r"step_(\d{8,})")
@@ -53,12 +58,17 @@ class Checkpoint:
     path: Path
     step: int
 
+    @classmethod
+    def at(cls, path: Path) -> "Checkpoint":
+        """The method gives the checkpoint at a path, under whatever name it was copied there."""
+        return cls(path, read_json(path / STATE_FILE, CheckpointError).get("step", 0))
+
     def state(self) -> dict:
         """The method reads `state.json`."""
         return read_json(self.path / STATE_FILE, CheckpointError)
 
-    def verify(self, names: Collection[str] = _FILES) -> None:
-        """The method checks files against the manifest: all, or those of `names`.
+    def verify(self, except_for: Collection[str] = ()) -> None:
+        """The method checks files against the manifest, `except_for` some.
 
         Raises:
             CheckpointError: names the first file that is missing, cut short or altered.
@@ -68,13 +78,13 @@ class Checkpoint:
         if (
             manifest.get("format") != _FORMAT
             or not isinstance(files, dict)
-            or set(files) != set(_FILES)
+            or not {*_FILES} <= set(files) <= {*_FILES, *_RUN_FILES}
         ):
             raise CheckpointError(
                 f"{self.path / MANIFEST_FILE} is not the manifest of a Hamner checkpoint: it must "
                 f"have format {_FORMAT} and name {', '.join(_FILES)}"
             )
-        for name in names:
+        for name in (name for name in files if name not in except_for):
             path, expected = self.path / name, files[name]
             if not path.is_file():
                 raise CheckpointError(f"{path} is missing")
@@ -162,11 +172,12 @@ class Writer:
         """
         on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         try:
-            save_file(on_cpu, path)
+            with usual_permissions(path):
+                save_file(on_cpu, path)
         except SafetensorError as error:
             match = re.search(r"os error (\d+)", str(error))
             if match is None:
-                raise
+                raise OSError(errno.EIO, str(error)) from error
             number = int(match[1])
             raise OSError(number, os.strerror(number)) from error
 
@@ -178,6 +189,7 @@ def save(
     model: Tensors,
     optimizer: Tensors,
     state: Mapping,
+    run_files: Sequence[Path] = (),
     writer: Writer | None = None,
 ) -> Checkpoint:
     """The function writes `folder`/step_NNNNNNNN, whole or not at all.
@@ -189,6 +201,7 @@ def save(
         optimizer: moments and whole fp32 masters, each under `KIND.NAME`, so that a run of any
             precision and kernels can resume from them.
         state: of state.json.
+        run_files: config.json and tokenizer.json of the run, as far as they are there.
         writer: this process's; default one that has all tensors.
 
     Raises:
@@ -196,11 +209,18 @@ def save(
     """
     temporary = folder / f"{_TEMPORARY_PREFIX}{step:08d}"
     writer = writer or Writer()
+
+    def finish() -> Checkpoint:
+        for path in run_files:
+            if path.is_file():
+                shutil.copyfile(path, temporary / path.name)
+        return finish_save(temporary, step, state)
+
     writer.on_main(lambda: _make_anew(temporary))
     try:
         writer.write(temporary / MODEL_FILE, model)
         writer.write(temporary / OPTIMIZER_FILE, optimizer)
-        return writer.on_main(lambda: finish_save(temporary, step, state))
+        return writer.on_main(finish)
     except BaseException:
         if writer.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -214,13 +234,14 @@ def _make_anew(folder: Path) -> None:
 
 
 def finish_save(temporary: Path, step: int, state: Mapping) -> Checkpoint:
-    """The function makes a checkpoint of a temporary folder that has the two files of tensors."""
+    """The function makes a checkpoint of a temporary folder that has its other files."""
     final = temporary.with_name(f"step_{step:08d}")
     (temporary / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-    files = {name: _describe(temporary / name) for name in _FILES}
+    names = (*_FILES, *(name for name in _RUN_FILES if (temporary / name).exists()))
+    files = {name: _describe(temporary / name) for name in names}
     manifest = json.dumps({"format": _FORMAT, "files": files}, indent=1)
     (temporary / MANIFEST_FILE).write_text(manifest, encoding="utf-8")
-    for name in (*_FILES, MANIFEST_FILE):
+    for name in (*files, MANIFEST_FILE):
         flush(temporary / name)
     flush(temporary)
     if final.exists():

@@ -1,10 +1,13 @@
 """The module knows the files of a run.
 
-They are config.json, metrics.jsonl, samples.jsonl, plots/, checkpoints/, and plan.jsonl, what was
-projected beside what was measured.
+They are config.json, tokenizer.json, metrics.jsonl, samples.jsonl, plots/, checkpoints/, and
+plan.jsonl, what was projected beside what was measured. Every command finds in them what it needs:
+paths in config.json say where things came from, and may be gone. run.lock says who writes them
+(owner.py).
 
 And, when something went wrong: bad_steps/ (batches for `--replay`) and stacks.txt (of a hang). With
-several processes: logs/rank_N.txt, what each said.
+several processes: logs/rank_N.txt, what each said. bad_rows.json lists the rows of the data that
+were passed over.
 """
 
 import errno
@@ -12,27 +15,51 @@ import json
 import os
 from pathlib import Path
 
-from hamner.config.train import CONFIG_FILE, TrainConfig
+from hamner.checkpoint.owner import Owner
+from hamner.config.train import CHECKPOINTS, CONFIG_FILE, TOKENIZER_FILE, TrainConfig
+from hamner.data.tokenizer import Tokenizer, load_tokenizer
 from hamner.errors import UserError
 from hamner.files import read_records, write_whole
 from hamner.parallel.ranks import Rank
 
 
 class RunFolder:
-    """The folder is one run's; `start` makes it."""
+    """The folder is one run's; `start` makes it.
+
+    As a context it belongs to no process any more after its end.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.owner = Owner(path)
         self.config = path / CONFIG_FILE
+        self.tokenizer = path / TOKENIZER_FILE
         self.metrics = path / "metrics.jsonl"
         self.samples = path / "samples.jsonl"
         self.plots = path / "plots"
-        self.checkpoints = path / "checkpoints"
+        self.checkpoints = path / CHECKPOINTS
         self.bad_steps = path / "bad_steps"
         self.stacks = path / "stacks.txt"
         self.plan = path / "plan.jsonl"
         self.validation = path / "validation.safetensors"
         self.logs = path / "logs"
+        self.bad_rows = path / "bad_rows.json"
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.owner.release()
+
+    def open(self, *, resume: bool) -> None:
+        """The method takes the folder of a run that goes on, for this process.
+
+        Raises:
+            UserError: see `check`, or another process has it.
+        """
+        self.check(resume=resume)
+        if resume:
+            self.owner.take()
 
     def check(self, *, resume: bool) -> None:
         """The method refuses to overwrite a run, or to resume one that is not there.
@@ -41,6 +68,7 @@ class RunFolder:
             UserError: says which flag decides.
         """
         if self.config.exists() and not resume:
+            self.owner.require_free()
             raise UserError(
                 f"{self.path} already holds a run: continue it with --resume, "
                 "or start another with --run-dir FOLDER"
@@ -51,15 +79,33 @@ class RunFolder:
                 "or name the run's folder with --run-dir FOLDER"
             )
 
-    def start(self, config: TrainConfig) -> None:
-        """The method makes the folder and writes config.json.
+    def open_tokenizer(self, config: TrainConfig) -> Tokenizer:
+        """The method loads the run's own tokenizer, or the one that `config` names.
+
+        That is for runs that have not started, earlier versions' runs, which had none of their
+        own, and a resume with another `--tokenizer`.
 
         Raises:
-            UserError: the folder cannot be written.
+            UserError: there is no such tokenizer.
+        """
+        name = config.tokenizer
+        if self.config.is_file() and self.tokenizer.is_file():
+            is_same = TrainConfig.read(self.config).tokenizer == name
+            name = str(self.tokenizer) if is_same else name
+        return load_tokenizer(name, config.model.vocab_size, text_tags=config.text_tags)
+
+    def start(self, config: TrainConfig, tokenizer: Tokenizer) -> None:
+        """The method makes the folder, takes it and writes tokenizer.json and config.json.
+
+        Raises:
+            UserError: the folder cannot be written, or another process came first.
         """
         try:
             for folder in (self.plots, self.checkpoints):
                 folder.mkdir(parents=True, exist_ok=True)
+            self.owner.take()
+            self.check(resume=config.resume)
+            tokenizer.save(self.tokenizer)
             write_whole(self.config, json.dumps(config.to_json(), indent=1) + "\n")
         except OSError as error:
             raise UserError(f"--run-dir {self.path} cannot be written: {error.strerror}") from error
@@ -76,6 +122,13 @@ class RunFolder:
             if path.exists():
                 kept = [json.dumps(r) for r in read_records(path) if r["step"] <= step]
                 write_whole(path, "".join(f"{line}\n" for line in kept))
+
+    def amend(self, step: int, values: dict) -> None:
+        """The last record of metrics.jsonl gets what was measured later, if it is of `step`."""
+        records = list(read_records(self.metrics))
+        if records and records[-1]["step"] == step:
+            records[-1] |= values
+            write_whole(self.metrics, "".join(f"{json.dumps(r)}\n" for r in records))
 
 
 class RecordLog:

@@ -8,10 +8,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hamner.checkpoint import format as checkpoint
-from hamner.checkpoint.format import MODEL_FILE, STATE_FILE, Checkpoint, CheckpointError
+from hamner.checkpoint.format import MODEL_FILE, OPTIMIZER_FILE, Checkpoint, CheckpointError
 from hamner.checkpoint.run_folder import RunFolder
-from hamner.config.train import CONFIG_FILE, TrainConfig
-from hamner.data.tokenizer import Tokenizer, load_tokenizer
+from hamner.config.train import CONFIG_FILE, TrainConfig, run_of
+from hamner.data.tokenizer import Tokenizer
 from hamner.errors import UserError
 from hamner.model.attention import AttentionShape, get_attention
 from hamner.model.ops import build_ops
@@ -31,8 +31,8 @@ class SavedModel:
 
     @property
     def name(self) -> str:
-        """The name is the run's, which is its folder's."""
-        return self.config.folder.name
+        """The name is that of the run's folder."""
+        return run_of(self.checkpoint.path).resolve().name
 
     @property
     def is_chat(self) -> bool:
@@ -61,49 +61,48 @@ class SavedModel:
         return model
 
 
-def find_saved_model(path: Path | None) -> SavedModel:
+def find_saved_model(path: Path | None, *, flag: str = "--checkpoint") -> SavedModel:
     """The function finds a model and checks that its files are whole.
 
     Args:
         path: a run's folder, of which the best checkpoint is taken, or the newest where none was
-            looked for; or one of its checkpoints (`step_*`). None is the run in runs/ that saved
-            last.
+            looked for; or one of its checkpoints (`step_*`), wherever it was copied to. None is the
+            run in runs/ that saved last.
+        flag: that named it, for messages.
 
     Raises:
         UserError: there is no checkpoint, or it is damaged, or its tokenizer is another one now.
     """
     path = path or _newest_run()
-    found = _find_checkpoint(path)
+    found = _find_checkpoint(path, flag)
     try:
-        found.verify((MODEL_FILE, STATE_FILE))
+        found.verify(except_for=(OPTIMIZER_FILE,))
     except CheckpointError as error:
         raise UserError(
-            f"--checkpoint {path}: {error}; name an older one of {found.path.parent}"
+            f"{flag} {path}: {error}; name an older one of {found.path.parent}"
         ) from error
-    config = TrainConfig.read(found.path.parent.parent / CONFIG_FILE)
-    tokenizer = load_tokenizer(config.tokenizer, config.model.vocab_size)
+    run = RunFolder(run_of(found.path))
+    config = TrainConfig.read(run.config)
+    tokenizer = run.open_tokenizer(config)
     if found.state().get("tokenizer") != tokenizer.fingerprint:
         raise UserError(
-            f"--checkpoint {path}: it was trained with another content of the tokenizer "
-            f"{config.tokenizer} than is there now; put the old one back"
+            f"{flag} {path}: it was trained with another content of the tokenizer "
+            f"{tokenizer.name} than is there now; put the old one back"
         )
     return SavedModel(config, found, tokenizer)
 
 
-def _find_checkpoint(path: Path) -> Checkpoint:
-    """The function finds the checkpoint that `path` names, of a run."""
+def _find_checkpoint(path: Path, flag: str) -> Checkpoint:
+    """The function finds the checkpoint that `path` names, or the run's that it names."""
+    if (path / MODEL_FILE).is_file() and (run_of(path) / CONFIG_FILE).is_file():
+        return Checkpoint.at(path)
     if (path / CONFIG_FILE).is_file():
         folder = RunFolder(path).checkpoints
         saved = checkpoint.find(folder)
         if not saved:
-            raise UserError(f"--checkpoint {path}: this run has not saved a checkpoint yet")
+            raise UserError(f"{flag} {path}: this run has not saved a checkpoint yet")
         return checkpoint.best(folder) or saved[-1]
-    for saved in checkpoint.find(path.parent):
-        if saved.path == path and (path.parent.parent / CONFIG_FILE).is_file():
-            return saved
-    raise UserError(
-        f"--checkpoint {path} is neither a run's folder nor one of its checkpoints (step_*)"
-    )
+    raise UserError(f"{flag} {path} is neither a run's folder nor one of its checkpoints (step_*)")
 
 
 def _newest_run() -> Path:

@@ -8,6 +8,7 @@ that fails is tried again later with the state of that time: a full disk or a va
 checkpoints, never the run.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +19,10 @@ from torch import Tensor
 
 from hamner.checkpoint import format as checkpoint
 from hamner.checkpoint.format import Checkpoint, Tensors, Writer
+from hamner.errors import UserError
 from hamner.files import flush
+
+logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = 60.0
 """between a save that failed and the next try"""
@@ -33,6 +37,7 @@ class BackgroundSaver(Writer):
         keep_every: the first checkpoint at or after each multiple of so many steps stays too.
         records: files flushed to disk before a checkpoint counts, so that a power cut cannot keep
             the checkpoint and lose the records that led to it.
+        run_files: copied into each checkpoint, see `checkpoint.save`.
         join_masters: makes of the host's copies of model and optimizer the optimizer's tensors as
             they are written, for an optimizer that holds of its masters only a part. The writer's
             thread calls it, so that the whole masters take no memory of the GPU.
@@ -46,13 +51,15 @@ class BackgroundSaver(Writer):
         keep: int,
         keep_every: int,
         records: Sequence[Path] = (),
+        run_files: Sequence[Path] = (),
         join_masters: Callable[[Tensors, Tensors], Tensors] | None = None,
         on_phase: Callable[[str, int], None] = lambda phase, step: None,
     ) -> None:
         self.folder, self.keep, self.keep_every = folder, keep, keep_every
-        self.records, self.join_masters = tuple(records), join_masters
+        self.records, self.run_files = tuple(records), tuple(run_files)
+        self.join_masters = join_masters
         self.on_phase = on_phase
-        self.wanted = False
+        self.wanted = self.cannot_remove = False
         self.retry_at = -float("inf")
         self.step: int | None = None
         """of the save under way or the last one"""
@@ -124,11 +131,20 @@ class BackgroundSaver(Writer):
         self.on_phase("save", step)
         if self.join_masters is not None:
             parts["optimizer"] = self.join_masters(parts["model"], parts["optimizer"])
-        saved = checkpoint.save(self.folder, step, **parts, writer=self)
+        saved = checkpoint.save(self.folder, step, **parts, run_files=self.run_files, writer=self)
         self.on_phase("saved", step)
         if self.is_main:
-            checkpoint.retain(self.folder, self.keep, self.keep_every)
+            self._remove_old()
         return saved
+
+    def _remove_old(self) -> None:
+        """What cannot be removed stays: the new checkpoint is whole."""
+        try:
+            checkpoint.retain(self.folder, self.keep, self.keep_every)
+        except (OSError, UserError) as error:
+            if not self.cannot_remove:
+                logger.warning("old checkpoints stay in %s: %s", self.folder, error)
+            self.cannot_remove = True
 
 
 class NoSaver:

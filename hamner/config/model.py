@@ -8,6 +8,12 @@ from typing import Literal
 
 from hamner.errors import UserError
 
+NOT_THE_MODEL = {
+    *("gradient_checkpointing", "router_aux_loss_coef", "router_z_loss_coef"),
+    "router_bias_update_speed",
+}
+"""fields of ModelConfig that say how to train, not what the weights are"""
+
 
 def flag(field_name: str) -> str:
     """The function names the flag that sets a field, without its dashes."""

@@ -6,7 +6,14 @@ from pathlib import Path
 import tyro
 
 from hamner.config.model import ModelConfig
-from hamner.config.train import CONFIG_FILE, ComputeConfig, FineTuning, RunConfig, TrainConfig
+from hamner.config.train import (
+    CONFIG_FILE,
+    ComputeConfig,
+    FineTuning,
+    RunConfig,
+    TrainConfig,
+    run_of,
+)
 from hamner.errors import UserError
 
 SEQ_LEN = 1024
@@ -25,16 +32,21 @@ class SftConfig:
     model: tyro.conf.Fixed[ModelConfig]
     option: tyro.conf.Fixed[str] = "a"
     tokenizer: tyro.conf.Fixed[str] = "builtin"
+    text_tags: tyro.conf.Fixed[bool] = False
 
     sft: FineTuning = field(default_factory=FineTuning)
     data: tuple[str, ...] = ("builtin",)
-    """SPEC[=WEIGHT] ...: builtin (a short set for trying out); a file, folder or glob of .jsonl
-    with {"messages"}, ShareGPT's {"conversations"} or {"text": "<|user|>..."}. WEIGHT is how often
+    """SPEC[=WEIGHT] ...: builtin (a short set for trying out); a file, folder or glob of .jsonl or
+    .parquet; hf:owner/name[:config[:split]]; in the usual forms, {"messages"}, ShareGPT's
+    {"conversations"}, prompt and completion, Alpaca's, {"text": "<|user|>..."}. WEIGHT is how often
     an epoch goes through it, 1 without"""
     run_dir: Path | None = None
     """folder of the run; default that of --checkpoint with -sft"""
     steps: int | None = None
     """length of the run in optimizer steps; default as --epochs"""
+    bad_rows: float = 0.1
+    """share of a source's rows that may be no conversation; they are left out and listed. With
+    more, nothing is trained"""
     batch_size: int = 8
     """rows per optimizer step"""
     seq_len: int = SEQ_LEN
@@ -90,19 +102,21 @@ class SftConfig:
         Raises:
             UserError: `path` is neither.
         """
-        run = path if (path / CONFIG_FILE).is_file() else path.parent.parent
+        run = run_of(path)
         if not (run / CONFIG_FILE).is_file():
             raise UserError(
                 f"--checkpoint {path} is neither a run's folder nor one of its checkpoints (step_*)"
             )
         base = TrainConfig.read(run / CONFIG_FILE)
+        named = run if run.name not in ("", "..") else run.resolve()
         return cls(
             model=base.model,
             option=base.option,
             tokenizer=base.tokenizer,
+            text_tags=base.text_tags,
             sft=FineTuning(checkpoint=path, trained_seq_len=base.seq_len),
             seq_len=min(SEQ_LEN, base.model.max_seq_len),
-            run_dir=run.with_name(f"{run.name}-sft"),
+            run_dir=named.with_name(f"{named.name}-sft"),
         )
 
     @classmethod
@@ -110,12 +124,18 @@ class SftConfig:
         """The method reads a fine-tuning run's config.json, as the defaults of its resume.
 
         Raises:
-            UserError: The file is not readable, or not a configuration of this version.
+            UserError: The file is not readable, not a configuration of this version, or of a run
+                that pre-trains.
         """
         saved = TrainConfig.read(path)
+        if saved.sft is None:
+            raise UserError(
+                f"--resume: {path.parent} is a pre-training run; continue it with "
+                f"python -m hamner.train --resume --run-dir {path.parent}"
+            )
         parts = {"compute": part(ComputeConfig, saved), "run": part(RunConfig, saved)}
         own = {f.name: getattr(saved, f.name) for f in fields(cls) if f.name not in parts}
-        return cls(**own | {"sft": saved.sft or FineTuning()}, **parts)
+        return cls(**own, **parts)
 
 
 def part(cls: type, config: TrainConfig):

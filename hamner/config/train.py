@@ -7,13 +7,17 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from hamner.cli import NameOrPath
 from hamner.config.model import ModelConfig, flag
 from hamner.config.recipe import RecipeConfig
 from hamner.config.serialization import build
 from hamner.errors import UserError
 from hamner.files import parse_json
 
-CONFIG_FILE = "config.json"
+CONFIG_FILE, TOKENIZER_FILE = "config.json", "tokenizer.json"
+"""of a run, and copied into each of its checkpoints"""
+CHECKPOINTS = "checkpoints"
+"""the folder of a run's checkpoints, in the run's"""
 
 COUNTS = (
     *("batch_size", "seq_len", "steps", "tokens", "micro_batch_size", "stop_after"),
@@ -24,12 +28,24 @@ POSITIVE = ("lr", "vram_budget", "embedding_lr", "vector_lr", "decay_fraction")
 """flags that must be above 0, where they are given"""
 NOT_NEGATIVE = (
     *("min_lr", "warmup_steps", "weight_decay", "grad_clip", "keep", "seed", "patience"),
-    *("embedding_weight_decay", "beta1", "beta2", "momentum", "val_fraction"),
+    *("embedding_weight_decay", "beta1", "beta2", "momentum", "val_fraction", "bad_rows"),
     *("hang_minutes", "log_every", "eval_every", "save_every", "sample_every", "keep_every"),
 )
 """flags that must be 0 or more, where they are given"""
 BELOW_ONE = ("beta1", "beta2", "momentum", "val_fraction")
 """of those, flags that must be below 1"""
+
+
+def run_of(path: Path) -> Path:
+    """The function gives the run's folder that `path` is, or is a checkpoint in.
+
+    A checkpoint that was copied elsewhere has its own config.json and is its own run here.
+    """
+    for checkpoint in (path, path.resolve()):
+        run = checkpoint.parent.parent
+        if checkpoint.parent.name == CHECKPOINTS and (run / CONFIG_FILE).is_file():
+            return run
+    return path
 
 
 def require_finite(config: Any) -> None:
@@ -72,10 +88,12 @@ class TaskConfig:
     patience: int = 0
     """evaluations without a better validation loss after which the run stops, its best checkpoint
     kept; 0 trains to the end"""
-    tokenizer: str = "builtin"
+    tokenizer: NameOrPath = "builtin"
     """builtin, a tokenizer.json, or a Hugging Face name owner/name"""
     val_fraction: float = 0.01
     """share of the documents held out for validation, chosen by their hash"""
+    bad_rows: float = 0.001
+    """share of a source's rows that may hold no document and are passed over; more stop the run"""
 
 
 @dataclass(frozen=True)
@@ -159,6 +177,8 @@ class FineTuning:
     """stretch RoPE's positions from the length trained before to --seq-len"""
     trained_seq_len: tyro.conf.Fixed[int] = 1024
     """sequence length of the model's training before"""
+    system: tyro.conf.Fixed[str] = ""
+    """system prompt that the conversations used most, with which a chat begins; none: empty"""
 
     def __post_init__(self) -> None:
         if self.epochs <= 0:
@@ -168,13 +188,22 @@ class FineTuning:
 
 @dataclass(frozen=True)
 class TrainConfig(RunConfig, ComputeConfig, RecipeConfig, TaskConfig):
-    """Pre-train a language model from scratch.
+    """Pre-train a language model, from scratch or with `--init-from` from another run's weights.
 
     Defaults are those of the option: `--option b --help` shows b's.
     """
 
+    init_from: Path | None = None
+    """start a new run from the weights of this run or checkpoint, with a fresh optimizer, schedule
+    and data; option, model and tokenizer are its by default"""
+    reserve_chat_tokens: bool = False
+    """give the tokens of conversations (<|user|> ...) unused ids of a --tokenizer that lacks them,
+    as hamner.sft needs them"""
+
     sft: Annotated[FineTuning | None, tyro.conf.Fixed, tyro.conf.Suppress] = None
     """what makes it a fine-tuning run; None: it pre-trains"""
+    text_tags: Annotated[bool, tyro.conf.Fixed, tyro.conf.Suppress] = False
+    """whether conversations have their tags in ordinary text, as the model's trainer before did"""
 
     def __post_init__(self) -> None:
         require_finite(self)
@@ -202,7 +231,7 @@ class TrainConfig(RunConfig, ComputeConfig, RecipeConfig, TaskConfig):
             (POSITIVE, lambda value: value > 0, "must be above 0"),
             (NOT_NEGATIVE, lambda value: value >= 0, "must not be negative"),
             (BELOW_ONE, lambda value: value < 1, "must be below 1"),
-            (("decay_fraction",), lambda value: value <= 1, "must be at most 1"),
+            (("decay_fraction", "bad_rows"), lambda value: value <= 1, "must be at most 1"),
         )
         for names, allows, sentence in ranges:
             for name in names:

@@ -1,14 +1,20 @@
 """`python -m hamner.data` prepares shards and trains a tokenizer."""
 
+import sys
+
+if __package__ != "hamner.data":
+    print("error: start this with python -m hamner.data", file=sys.stderr)
+    raise SystemExit(2)
+
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
-from hamner.cli import gather_data, run_command
+from hamner.cli import NameOrPath, read_flags, run_command, waiting
+from hamner.data.bad_rows import DEFAULT_SHARE, BadRows, lines_of
+from hamner.data.chat_tokens import reserve_chat_tokens
 from hamner.data.documents import split_of
-from hamner.data.prepare import prepare
+from hamner.data.prepare import BAD_ROWS, prepare
 from hamner.data.sources import open_text_source
 from hamner.data.specs import parse_specs
 from hamner.data.tokenizer import VOCAB_SIZE, load_tokenizer, train_tokenizer
@@ -24,32 +30,36 @@ class Prepare:
     data: tuple[str, ...] = ()
     """SPEC to read, repeatable: builtin, a file, folder or glob of .txt, .jsonl or .parquet, or
     hf:owner/name[:config[:split]]; none means builtin."""
-    tokenizer: str = "builtin"
+    tokenizer: NameOrPath = "builtin"
     """builtin, the path of a tokenizer.json, or a Hugging Face name owner/name."""
     vocab_size: int | None = None
     """Vocabulary of the model (entries), to cut the built-in tokenizer; None keeps it whole."""
+    reserve_chat_tokens: bool = False
+    """As --reserve-chat-tokens of hamner.train, for a run that has it."""
     shard_tokens: int = 100_000_000
     """Size of a shard (tokens); one is held in memory at 2 bytes a token."""
     val_fraction: float = 0.01
     """Share of documents held out for validation (0 to 1)."""
+    bad_rows: float = DEFAULT_SHARE
+    """Share of a source's rows that may hold no document and are passed over (0 to 1)."""
 
     def run(self) -> None:
-        _check_fraction(self.val_fraction)
+        _check_shares(self.val_fraction, self.bad_rows)
         if self.shard_tokens < 1:
             raise UserError(f"--shard-tokens {self.shard_tokens}: must be at least 1")
-        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-        columns = [SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()]
-        with Progress(*columns) as progress:
-            task = progress.add_task("opening the sources")
+        tokenizer = load_tokenizer(self.tokenizer, self.vocab_size)
+        if self.reserve_chat_tokens:
+            tokenizer = reserve_chat_tokens(tokenizer, self.vocab_size)
+        with waiting("preparing shards") as say:
             index = prepare(
                 self.data,
                 self.output,
-                load_tokenizer(self.tokenizer, self.vocab_size),
+                tokenizer,
                 shard_tokens=self.shard_tokens,
                 val_fraction=self.val_fraction,
-                on_progress=lambda spec, tokens, documents: progress.update(
-                    task, description=f"{spec}: {tokens:,} tokens of {documents:,} documents"
+                bad_rows=self.bad_rows,
+                on_progress=lambda spec, tokens, documents: say(
+                    f"{spec}: {tokens:,} tokens of {documents:,} documents"
                 ),
             )
         for split in ("train", "validation"):
@@ -57,6 +67,8 @@ class Prepare:
             tokens = sum(shard["tokens"] for shard in shards)
             documents = sum(shard["documents"] for shard in shards)
             print(f"{split}: {tokens:,} tokens, {documents:,} documents, {len(shards)} shards")
+        for line in lines_of(index.get("bad_rows", {}).values(), self.output / BAD_ROWS):
+            print(line)
         print(
             f"{index['skipped']:,} empty documents skipped; train with --data shards:{self.output}"
         )
@@ -77,9 +89,11 @@ class TrainTokenizer:
     """Text to read from each SPEC at most (MiB)."""
     val_fraction: float = 0.01
     """Share of documents held out for validation (0 to 1)."""
+    bad_rows: float = DEFAULT_SHARE
+    """Share of a source's rows that may hold no document and are passed over (0 to 1)."""
 
     def run(self) -> None:
-        _check_fraction(self.val_fraction)
+        _check_shares(self.val_fraction, self.bad_rows)
         if not self.output.parent.is_dir() or self.output.is_dir():
             raise UserError(f"--output {self.output}: must be a file in an existing folder")
         tokenizer = train_tokenizer(self._texts(), self.vocab_size)
@@ -89,7 +103,8 @@ class TrainTokenizer:
     def _texts(self) -> Iterator[str]:
         for spec in parse_specs(self.data):
             size = 0
-            for text, _ in open_text_source(spec).documents(seed=0, epoch=0, state=None):
+            source = open_text_source(spec, BadRows(spec.text, self.bad_rows))
+            for text, _ in source.documents(seed=0, epoch=0, state=None):
                 if split_of(text, self.val_fraction) == "train":
                     yield text
                     size += len(text.encode())
@@ -97,18 +112,16 @@ class TrainTokenizer:
                     break
 
 
-def _check_fraction(val_fraction: float) -> None:
+def _check_shares(val_fraction: float, bad_rows: float) -> None:
     if not 0 <= val_fraction < 1:
         raise UserError(f"--val-fraction {val_fraction}: must be at least 0 and less than 1")
+    if not 0 <= bad_rows <= 1:
+        raise UserError(f"--bad-rows {bad_rows}: must be at least 0 and at most 1")
 
 
 def main(arguments: Sequence[str]) -> None:
     """The function parses the arguments and runs the subcommand."""
-    tyro.extras.subcommand_cli_from_dict(
-        {"prepare": Prepare, "train-tokenizer": TrainTokenizer},
-        args=gather_data(arguments),
-        prog="python -m hamner.data",
-    ).run()
+    read_flags(Prepare | TrainTokenizer, arguments, "hamner.data").run()
 
 
 if __name__ == "__main__":

@@ -1,27 +1,35 @@
 """Local files give documents: .txt, .jsonl and .parquet, the first two also compressed.
 
 A file is read in blocks (a row group of parquet, about 4 MiB of text), which are shuffled. Files
-whose content is not what their name says are refused when the source is opened; broken rows when
-they are met, naming file and row.
+whose content is not what their name says are refused when the source is opened; rows that hold no
+document stand in their block as a `BadRow`.
 """
 
-import glob
+import codecs
+import contextlib
 import gzip
 import hashlib
 import io
 import itertools
 import json
+import logging
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
+from hamner.data.bad_rows import BadRow, BadRows, Counts
 from hamner.data.documents import TEXT_FIELDS, document_text
+from hamner.data.find import COMPRESSED, data_format, find_files
+from hamner.data.scan import MendedFile, Row, Scan, mended, scan
 from hamner.data.shuffle import State, permutation, shuffled_documents
 from hamner.data.tokenizer import END_OF_TEXT
 from hamner.errors import UserError
 from hamner.files import parse_json
+
+logger = logging.getLogger(__name__)
 
 BLOCK_BYTES = 4 * 2**20
 #: A text file up to this size is one document; a larger one is cut into documents of about it.
@@ -30,11 +38,24 @@ TEXT_DOCUMENT_BYTES = 64 * 2**10
 MAX_LINE_BYTES = 64 * 2**20
 MAX_ROW_GROUP_BYTES = 2**30
 
-#: First bytes of a file by the last part of its name.
-MAGIC = {".parquet": b"PAR1", ".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}
+#: With the first bad row of a source, so much of it is looked through for others (bytes on disk),
+#: beside the files that are known to have any.
+SCAN_BYTES = 2 * 2**30
+
+#: First bytes of a file by the last part of its name; zstd may begin with a skippable frame.
+MAGIC = {
+    ".parquet": re.compile(rb"PAR1"),
+    ".gz": re.compile(rb"\x1f\x8b"),
+    ".zst": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
+}
 MAGIC[".zstd"] = MAGIC[".zst"]
-COMPRESSED = (".gz", ".zst", ".zstd")
-SUPPORTED = ".txt, .jsonl or .parquet (.txt and .jsonl also with .gz, .zst or .zstd)"
+#: Encodings whose text is UTF-8 with NUL bytes where it is ASCII, and the marks it may begin with.
+WIDE_ENCODINGS = ("UTF-32LE", "UTF-32BE", "UTF-16LE", "UTF-16BE")
+WIDE_MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32"}
+WIDE_MARKS |= {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+WIDE_HEAD_BYTES = 4096
+NOT_UTF_8 = "not UTF-8 (convert the file to UTF-8, such as with iconv)"
+NUL_BYTES = "holds NUL bytes, as binary files and those of a crash do"
 
 _SEPARATOR = re.escape(END_OF_TEXT.encode()) + rb"[ \t\r]*"
 #: Where a text may be cut, best first: after a separator line, a blank line, a line.
@@ -49,57 +70,181 @@ _SEPARATOR_LINE = re.compile(rb"(?:\A|(?<=\n))" + _SEPARATOR + rb"(?:\n|\Z)")
 class FileSource:
     """A file source gives the documents of a file, a folder or a glob.
 
+    Bad rows are passed over, up to a share. With the first one that is met in a file it is looked
+    through, and so are other files as far as `SCAN_BYTES` go: all are counted and listed at once,
+    and the share does not depend on the order. Files in which only bad rows were mended or removed
+    since then are read in the order that they had, so a run goes on exactly.
+
+    Args:
+        location: see `find_files`.
+        bad_rows: counts them.
+
     Raises:
         UserError: nothing there, or a file that is not what its name says.
     """
 
-    def __init__(self, location: str) -> None:
+    def __init__(self, location: str, bad_rows: BadRows | None = None) -> None:
+        self._bad_rows = bad_rows or BadRows(location)
+        self._judged: set[int] = set()
+        """numbers of the files that were looked through since the start"""
+        self._spare_bytes = SCAN_BYTES
+        """that may still be looked through beside files with a bad row"""
+        self._scans: dict[int, Scan] = {}
+        self._layouts: dict[int, Scan] = {}
+        """what mended files held before"""
         try:
             self._paths = find_files(location)
+            self._numbers = {str(path): number for number, path in enumerate(self._paths)}
             self._sizes = [path.stat().st_size for path in self._paths]
-            self._files = [_open(path) for path in self._paths]
+            self._readers = [_open(path) for path in self._paths]
+            self._files: list[_TextFile | _ParquetFile | MendedFile] = list(self._readers)
+            self._identity, self._sizes_before = _identity(self._paths, self._sizes), self._sizes
+            self._recall(self._bad_rows.record)
         except OSError as error:
             raise UserError(f"--data {location}: cannot be read ({error})") from error
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+            logger.warning("--data %s: the list of its bad rows is damaged", location)
 
     def identity(self) -> State:
         """Names and sizes of the files must not change between saving and resuming."""
-        listing = [[p.name, size] for p, size in zip(self._paths, self._sizes, strict=True)]
-        return {
-            "files": len(listing),
-            "bytes": sum(self._sizes),
-            "digest": hashlib.sha256(json.dumps(listing).encode()).hexdigest(),
-        }
+        return self._identity
 
     def documents(self, seed: int, epoch: int, state: State | None) -> Iterator[tuple[str, State]]:
-        """The epoch is shuffled; see `shuffled_documents`."""
-        return shuffled_documents(self._files, seed, epoch, state)
+        """The epoch is shuffled; see `shuffled_documents`.
+
+        Raises:
+            TooManyBadRows: more than their share.
+        """
+        files = [_JudgedFile(file, self._look_through) for file in self._files]
+        for row, after in shuffled_documents(files, seed, epoch, state):
+            if isinstance(row, str):
+                yield row, after
+
+    def _look_through(self, met: BadRow) -> None:
+        """The file of a bad row is looked through unless it was, and all bad rows are judged."""
+        number = self._numbers[met.path]
+        if number in self._judged:
+            return
+        for other in sorted({*range(len(self._paths))} - self._judged, key=lambda n: n != number):
+            if other != number:
+                if self._sizes[other] > self._spare_bytes:
+                    break
+                self._spare_bytes -= self._sizes[other]
+            try:
+                found = scan(self._readers[other], self._sizes[other], self._bad_rows.share)
+            except UserError:
+                if other == number:
+                    raise
+                continue  # said when its turn comes
+            self._judged.add(other)
+            self._scans[other] = found
+        self._keep()
+        scans = [self._scans[n] for n in self._judged]
+        seen = sum(scan.size for scan in scans)
+        rows = sum(scan.rows for scan in scans) * sum(self._sizes) / max(1, seen)
+        if not self._scans[number].is_whole:  # a wrong file, whatever others hold
+            rows = self._scans[number].rows
+        listed = self._scans[number].bad[0]
+        locations: dict[tuple[str, str], list[str]] = {}
+        for n, found in self._scans.items():
+            for bad in found.bad:
+                locations.setdefault((str(self._paths[n]), bad.kind), []).append(bad.location)
+        first = f"{met.path}, {listed.location}: {listed.reason}"
+        logger.warning("%s", self._bad_rows.judge(rows, first, locations))
+
+    def _keep(self) -> None:
+        """What is known of the files is recorded for the next start."""
+        record = {
+            "identity": self._identity,
+            "sizes": self._sizes_before,
+            "files": self._to_json(self._scans),
+            "before": self._to_json(self._layouts),
+        }
+        self._bad_rows.keep(record, self._counts())
+
+    def _to_json(self, scans: dict[int, Scan]) -> State:
+        return {
+            str(self._paths[number]): {"number": number, **scan.to_json()}
+            for number, scan in sorted(scans.items())
+            if scan.bad
+        }
+
+    def _counts(self) -> Counts:
+        return {
+            str(self._paths[number]): dict(scan.kinds)
+            for number, scan in sorted(self._scans.items())
+            if scan.kinds
+        }
+
+    def _recall(self, record: State) -> None:
+        """What an earlier start has recorded is taken over, if these are the files, or were.
+
+        Raises:
+            AttributeError, IndexError, KeyError, TypeError, ValueError: the record is damaged.
+        """
+        if not record:
+            return
+        sizes = record["sizes"]
+        if len(sizes) != len(self._paths) or record["identity"] != _identity(self._paths, sizes):
+            return
+        scans, layouts = (_from_json(record[key], self._sizes) for key in ("files", "before"))
+        changed = [n for n, size in enumerate(self._sizes) if sizes[n] != size]
+        files = list(self._files)
+        for number in changed:
+            before = layouts.get(number) or scans.get(number)
+            if before is None or before.size != sizes[number]:
+                return
+            file = mended(self._readers[number], before)
+            if file is None:
+                return
+            files[number], layouts[number] = file, before
+        if changed:
+            names = ", ".join(str(self._paths[number]) for number in changed)
+            logger.warning("--data %s: only bad rows were mended or went", names)
+        self._files, self._layouts = files, layouts
+        self._identity, self._sizes_before = record["identity"], sizes
+        self._scans = {n: scan for n, scan in scans.items() if scan.size == self._sizes[n]}
+        self._bad_rows.counts = self._counts()
 
 
-def find_files(location: str) -> list[Path]:
-    path = Path(location).expanduser()
-    if path.is_file():
-        if _reader(path) is None:
-            raise UserError(f"--data {location}: the name of a data file must end in {SUPPORTED}")
-        return [path]
-    if path.is_dir():
-        what, found = "folder", sorted(path.rglob("*"))
-    elif glob.has_magic(location):
-        # Path.glob takes no absolute pattern.
-        names = glob.glob(str(path), recursive=True)  # noqa: PTH207
-        what, found = "glob", sorted(map(Path, names))
-    else:
-        raise UserError(f"--data {location}: no such file or folder")
-    paths = [path for path in found if _reader(path) and path.is_file()]
-    if not paths:
-        raise UserError(f"--data {location}: the {what} has no file that ends in {SUPPORTED}")
-    return paths
+@dataclass(frozen=True)
+class _JudgedFile:
+    """A file says which bad row a block has, before it gives the block."""
+
+    file: "_TextFile | _ParquetFile | MendedFile"
+    met: Callable[[BadRow], None]
+
+    def blocks(self, start: int, *key: int) -> Iterator[Sequence[Row]]:
+        """The blocks are those of the file; see `BlockFile`."""
+        for block in self.file.blocks(start, *key):
+            bad = next((row for row in block if isinstance(row, BadRow)), None)
+            if bad is not None:
+                self.met(bad)
+            yield block
 
 
-def _reader(path: Path) -> "type[_ParquetFile | _TextFile] | None":
-    """The class reads what the name says; it is None when not ours."""
-    is_compressed = path.suffix.lower() in COMPRESSED
-    reader = READERS.get(Path(path.stem if is_compressed else path.name).suffix.lower())
-    return None if is_compressed and reader is _ParquetFile else reader
+def _identity(paths: Sequence[Path], sizes: Sequence[int]) -> State:
+    listing = [[path.name, size] for path, size in zip(paths, sizes, strict=True)]
+    return {
+        "files": len(listing),
+        "bytes": sum(sizes),
+        "digest": hashlib.sha256(json.dumps(listing).encode()).hexdigest(),
+    }
+
+
+def _from_json(files: State, sizes: Sequence[int]) -> dict[int, Scan]:
+    """The scans are read back by the numbers of their files.
+
+    Raises:
+        AttributeError, KeyError, TypeError, ValueError: they are none.
+    """
+    scans = {}
+    for state in files.values():
+        number = state["number"]
+        if type(number) is not int or not 0 <= number < len(sizes):
+            raise ValueError(f"file {number!r}")
+        scans[number] = Scan.from_json({k: v for k, v in state.items() if k != "number"})
+    return scans
 
 
 def _open(path: Path) -> "_ParquetFile | _TextFile":
@@ -107,12 +252,14 @@ def _open(path: Path) -> "_ParquetFile | _TextFile":
         head = stream.read(4)
     suffix = path.suffix.lower()
     expected = MAGIC.get(suffix)
-    found = next((name for name, magic in MAGIC.items() if head.startswith(magic)), None)
-    if expected is not None and not head.startswith(expected):
+    found = next((name for name, magic in MAGIC.items() if magic.match(head)), None)
+    if expected is not None and not expected.match(head):
         raise UserError(f"--data {path}: its content is not {suffix[1:]}, though its name says so")
     if expected is None and found is not None:
         raise UserError(f"--data {path}: its content is {found[1:]}; rename it to end in {found}")
-    return _reader(path)(path)
+    reader = READERS[data_format(path)](path)
+    reader.check()
+    return reader
 
 
 def open_bytes(path: Path) -> IO[bytes]:
@@ -130,30 +277,59 @@ def open_bytes(path: Path) -> IO[bytes]:
 class _ParquetFile:
     """A block is a row group; only the text column is read."""
 
+    is_forward = False
+
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def blocks(self, start: int, *key: int) -> Iterator[Sequence[str]]:
+    def check(self) -> None:
+        """The function refuses a file without text before others are read for hours.
+
+        Raises:
+            UserError: it has no column of text, or is not readable.
+        """
+        with self._opened() as file:
+            self._text_field(file.schema_arrow.names)
+
+    def blocks(self, start: int, *key: int) -> Iterator[Sequence[Row]]:
+        with self._opened() as file:
+            yield from self._blocks(file, permutation(file.num_row_groups, *key)[start:])
+
+    def read(self, numbers: Sequence[int] | None) -> Iterator[Sequence[Row]]:
+        """The blocks come in the order of their numbers; None is all of them."""
+        with self._opened() as file:
+            yield from self._blocks(
+                file, range(file.num_row_groups) if numbers is None else numbers
+            )
+
+    def locate(self, bad: Sequence[BadRow]) -> list[str]:
+        return [f"row {row.offset}" for row in bad]
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[Any]:
         import pyarrow
         import pyarrow.parquet
 
         try:
             with pyarrow.parquet.ParquetFile(self._path) as file:
-                field = self._text_field(file.schema_arrow.names)
-                groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-                for group in permutation(len(groups), *key)[start:]:
-                    if self._size(file.metadata.row_group(group), field) > MAX_ROW_GROUP_BYTES:
-                        raise UserError(
-                            f"--data {self._path}: a row group of more than "
-                            f"{MAX_ROW_GROUP_BYTES // 2**30} GiB; write it with smaller ones"
-                        )
-                    values = file.read_row_group(group, columns=[field]).column(0)
-                    yield self._texts(field, values, first_row=sum(groups[:group]))
+                yield file
         except (pyarrow.ArrowException, OSError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(
                 f"--data {self._path}: not a readable parquet file ({reason})"
             ) from error
+
+    def _blocks(self, file: Any, numbers: Sequence[int]) -> Iterator[list[Row]]:
+        field = self._text_field(file.schema_arrow.names)
+        groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        for group in map(int, numbers):
+            if self._size(file.metadata.row_group(group), field) > MAX_ROW_GROUP_BYTES:
+                raise UserError(
+                    f"--data {self._path}: a row group of more than "
+                    f"{MAX_ROW_GROUP_BYTES // 2**30} GiB; write it with smaller ones"
+                )
+            values = file.read_row_group(group, columns=[field]).column(0)
+            yield self._rows(field, values, first_row=sum(groups[:group]))
 
     def _size(self, group: Any, field: str) -> int:
         """The size is that of a field in memory (bytes), as the file says."""
@@ -173,17 +349,17 @@ class _ParquetFile:
             f"(it has {', '.join(names)})"
         )
 
-    def _texts(self, field: str, values: Any, first_row: int) -> list[str]:
-        texts = []
-        for row, value in enumerate(values, start=first_row):
+    def _rows(self, field: str, values: Any, first_row: int) -> list[Row]:
+        rows: list[Row] = []
+        for number, value in enumerate(values, start=first_row):
             try:
-                texts.append(document_text({field: value.as_py()}))
+                rows.append(document_text({field: value.as_py()}))
             except ValueError as error:
                 reason = str(error)
                 if isinstance(error, UnicodeDecodeError):
-                    reason = f'"{field}" is not UTF-8 at byte {error.start}'
-                raise UserError(f"--data {self._path}, row {row}: {reason}") from error
-        return texts
+                    reason = f'"{field}" is not UTF-8'
+                rows.append(BadRow(str(self._path), number, reason))
+        return rows
 
 
 def last_cut(text: bytes) -> int:
@@ -213,19 +389,36 @@ class _TextFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._is_compressed = path.suffix.lower() in COMPRESSED
+        self.is_forward = path.suffix.lower() in COMPRESSED
 
-    def blocks(self, start: int, *key: int) -> Iterator[Sequence[str]]:
-        shuffled = self._blocks_shuffled(start, *key)
-        forward = itertools.islice(self._blocks_forward(), start, None)
-        for offset, block in forward if self._is_compressed else shuffled:
+    def blocks(self, start: int, *key: int) -> Iterator[Sequence[Row]]:
+        if self.is_forward:
+            found = itertools.islice(self._blocks_forward(), start, None)
+        else:
+            found = self._blocks_at(permutation(self._count(), *key)[start:])
+        for offset, block in found:
             yield self._parse(block, offset)
 
-    def _blocks_shuffled(self, start: int, *key: int) -> Iterator[tuple[int, bytes]]:
+    def read(self, numbers: Sequence[int] | None) -> Iterator[Sequence[Row]]:
+        """The blocks come in the order of their numbers; None is all of them."""
+        if self.is_forward:
+            found = self._blocks_forward()
+        else:
+            found = self._blocks_at(range(self._count()) if numbers is None else numbers)
+        for offset, block in found:
+            yield self._parse(block, offset)
+
+    def locate(self, bad: Sequence[BadRow]) -> list[str]:
+        unpacked = "decompressed " if self.is_forward else ""
+        return [f"{unpacked}byte {row.offset:,}" for row in bad]
+
+    def _count(self) -> int:
+        return -(-self._path.stat().st_size // BLOCK_BYTES)
+
+    def _blocks_at(self, numbers: Sequence[int]) -> Iterator[tuple[int, bytes]]:
         size = self._path.stat().st_size
-        count = -(-size // BLOCK_BYTES)
         with self._path.open("rb") as stream:
-            for number in permutation(count, *key)[start:]:
+            for number in numbers:
                 begin = self._cut_after(stream, int(number) * BLOCK_BYTES) if number else 0
                 end = self._cut_after(stream, min(int(number + 1) * BLOCK_BYTES, size))
                 stream.seek(begin)
@@ -256,30 +449,52 @@ class _TextFile:
         stream.seek(position)
         return position + self._last_cut(stream.read(TEXT_DOCUMENT_BYTES))
 
-    def _parse(self, block: bytes, offset: int) -> list[str]:
-        documents = []
+    def _parse(self, block: bytes, offset: int) -> list[Row]:
+        rows: list[Row] = []
         begin = 0
         for separator in [*_SEPARATOR_LINE.finditer(block), None]:
             end = separator.start() if separator else len(block)
             while end - begin > TEXT_DOCUMENT_BYTES:
                 cut = begin + last_cut(block[begin : begin + TEXT_DOCUMENT_BYTES])
-                documents.append(self._decode(block[begin:cut], offset + begin))
+                rows.append(self._decode(block[begin:cut], offset + begin))
                 begin = cut
-            documents.append(self._decode(block[begin:end], offset + begin))
+            rows.append(self._decode(block[begin:end], offset + begin))
             begin = separator.end() if separator else end
         # Blanks around separators are no documents; a file of blanks is an empty one.
-        return [text for text in documents if text.strip()] or documents[:1]
+        return [row for row in rows if isinstance(row, BadRow) or row.strip()] or rows[:1]
 
-    def _decode(self, text: bytes, offset: int) -> str:
+    def _decode(self, text: bytes, offset: int) -> str | BadRow:
         try:
             decoded = text.decode()
         except UnicodeDecodeError as error:
-            unpacked = "decompressed " if self._is_compressed else ""
-            raise UserError(
-                f"--data {self._path}: not UTF-8 at {unpacked}byte {offset + error.start}; "
-                "convert it to UTF-8"
-            ) from error
+            return BadRow(str(self._path), offset + error.start, NOT_UTF_8)
+        if "\0" in decoded:
+            return BadRow(str(self._path), offset + text.index(0), NUL_BYTES)
         return decoded.removeprefix("\ufeff") if offset == 0 else decoded
+
+    def check(self) -> None:
+        """The function refuses a file of UTF-16 or UTF-32, which may be UTF-8 with NUL bytes too.
+
+        Raises:
+            UserError: says the encoding, or what is wrong with a compressed file.
+        """
+        with open_bytes(self._path) as stream:
+            head = self._read(stream, WIDE_HEAD_BYTES)
+        marked = next((name for mark, name in WIDE_MARKS.items() if head.startswith(mark)), None)
+        for encoding in WIDE_ENCODINGS if 0 in head and marked is None else ():
+            try:
+                text = codecs.getincrementaldecoder(encoding)().decode(head)
+            except UnicodeDecodeError:
+                continue
+            # Taken for UTF-16, ASCII is Chinese.
+            if text and "\0" not in text and sum(c < "\u2e80" for c in text) >= 0.9 * len(text):
+                marked = encoding
+                break
+        if marked:
+            raise UserError(
+                f"--data {self._path}: is {marked[:6]}, not UTF-8; convert it, such as with "
+                f"iconv -f {marked} -t UTF-8"
+            )
 
 
 class _JsonLinesFile(_TextFile):
@@ -294,32 +509,48 @@ class _JsonLinesFile(_TextFile):
     def _last_cut(self, text: bytes) -> int:
         return text.rfind(b"\n") + 1
 
-    def _parse(self, block: bytes, offset: int) -> list[str]:
-        documents = []
-        begin = 0
+    def _parse(self, block: bytes, offset: int) -> list[Row]:
+        rows: list[Row] = []
+        begin = offset
         for line in io.BytesIO(block):
-            text = self._decode(line, offset + begin)
-            if text.strip():
-                try:
-                    documents.append(document_text(parse_json(text)))
-                except json.JSONDecodeError as error:
-                    self._refuse(offset + begin, f"not JSON ({error.msg})", error)
-                except ValueError as error:
-                    self._refuse(offset + begin, str(error), error)
+            text = self._decode(line, begin)
+            if isinstance(text, BadRow):
+                rows.append(replace(text, offset=begin))
+            elif text.strip():
+                rows.append(self._document(text, begin))
             begin += len(line)
-        return documents
+        return rows
+
+    def _document(self, line: str, offset: int) -> str | BadRow:
+        try:
+            return document_text(parse_json(line))
+        except json.JSONDecodeError as error:
+            reason = f"not JSON ({error.msg})"
+        except ValueError as error:
+            reason = str(error)
+            if reason.startswith("Exceeds the limit"):
+                reason = "holds a number of too many digits"
+        return BadRow(str(self._path), offset, reason)
+
+    def locate(self, bad: Sequence[BadRow]) -> list[str]:
+        """The lines are counted only now: blocks are read in any order."""
+        found: list[str] = []
+        lines = offset = 0
+        with open_bytes(self._path) as stream:
+            for row in bad:
+                while offset < row.offset:
+                    chunk = self._read(stream, min(BLOCK_BYTES, row.offset - offset))
+                    lines, offset = lines + chunk.count(b"\n"), offset + len(chunk)
+                    if not chunk:
+                        break
+                found.append(f"line {lines + 1}")
+        return found
 
     def _refuse_length(self, offset: int) -> None:
         raise UserError(
             f"--data {self._path}: a line of more than {MAX_LINE_BYTES // 2**20} MiB at byte "
             f"{offset:,}; JSON lines have one document a line"
         )
-
-    def _refuse(self, offset: int, message: str, error: Exception) -> None:
-        """The error names the line, counted only now: blocks are read in any order."""
-        with open_bytes(self._path) as stream:
-            line = self._read(stream, offset).count(b"\n") + 1
-        raise UserError(f"--data {self._path}, line {line}: {message}") from error
 
 
 READERS = {".txt": _TextFile, ".jsonl": _JsonLinesFile, ".parquet": _ParquetFile}

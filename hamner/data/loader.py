@@ -11,15 +11,17 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 
 from hamner.config.train import TrainConfig
 from hamner.data import stages
 from hamner.data.background import NotReady, Prefetcher
+from hamner.data.bad_rows import DEFAULT_SHARE, BadRowsFile
 from hamner.data.batch import Batch
 from hamner.data.shuffle import State, check_counts
-from hamner.data.sources import open_source
+from hamner.data.sources import describe, open_source
 from hamner.data.specs import parse_specs
 from hamner.data.tokenizer import Tokenizer
 from hamner.errors import UserError
@@ -47,6 +49,7 @@ class DataConfig:
     batch_size: int
     seed: int
     val_fraction: float = 0.01
+    bad_rows: float = DEFAULT_SHARE
 
 
 class TrainLoader:
@@ -55,17 +58,32 @@ class TrainLoader:
     Where several processes train one model, each reads the whole batches and trains on its part: so
     all know the step's targets, and the position holds for any number of processes.
 
+    Args:
+        config: what to read and how to batch it.
+        tokenizer: of the model.
+        pin_memory: whether batches are in pinned memory.
+        bad_rows_file: where to list the bad rows, for people and for the next start.
+
     Raises:
         UserError: a source that cannot be read, here or from `next`.
     """
 
     def __init__(
-        self, config: DataConfig | TrainConfig, tokenizer: Tokenizer, *, pin_memory: bool = False
+        self,
+        config: DataConfig | TrainConfig,
+        tokenizer: Tokenizer,
+        *,
+        pin_memory: bool = False,
+        bad_rows_file: Path | None = None,
     ) -> None:
         self._config = config
         self._pin_memory = pin_memory
         self._specs = parse_specs(config.data)
-        self._sources = [open_source(spec, tokenizer, config.val_fraction) for spec in self._specs]
+        self._bad_rows = BadRowsFile(bad_rows_file, config.bad_rows)
+        self._sources = [
+            open_source(spec, tokenizer, config.val_fraction, self._bad_rows.of(spec.text))
+            for spec in self._specs
+        ]
         self._header = {
             "version": STATE_VERSION,
             "tokenizer": tokenizer.fingerprint,
@@ -148,7 +166,10 @@ class TrainLoader:
         Returns:
             By spec: `tokens` and `documents` read, `epochs` completed before the last document,
             empty documents `skipped`, and whether the source is `lost`: the others have its share.
+            Of a source with bad rows also `bad_rows`: their number by file and kind.
         """
+        self._bad_rows.write()
+        bad_rows = self._bad_rows.counts()
         nothing = [None] * len(self._specs)
         documents = (self._position or {}).get("documents", {"sources": nothing, "lost": nothing})
         progress = {}
@@ -162,6 +183,8 @@ class TrainLoader:
                 "skipped": counts["skipped"],
                 "lost": since is not None,
             }
+            if spec.text in bad_rows:
+                progress[spec.text]["bad_rows"] = bad_rows[spec.text]
         return progress
 
     def validation_rows(self, max_tokens: int) -> Batch:
@@ -185,7 +208,10 @@ class TrainLoader:
                 for source in self._sources
             ]
             packed = stages.packed(stages.mixture(self._specs, readers, None), 1, seq_len)
-            rows += [row for row, _ in itertools.islice(packed, max_tokens // seq_len)]
+            try:
+                rows += [row for row, _ in itertools.islice(packed, max_tokens // seq_len)]
+            finally:
+                self._bad_rows.write()
         return Batch(
             **{name: torch.cat([vars(row)[name] for row in rows]) for name in vars(rows[0])}
         )
@@ -197,13 +223,17 @@ class TrainLoader:
 
     def require_documents(self) -> None:
         """The function raises a `UserError` where a source has no document to train on."""
-        for read in self._readers():
-            next(read(None))
+        try:
+            for read in self._readers():
+                next(read(None))
+        finally:
+            self._bad_rows.write()
 
     def close(self) -> None:
         """The background thread stops; the loader gives no more batches."""
         if self._batches is not None:
             self._batches.close()
+        self._bad_rows.write()
 
 
 def _check_state(position: State, num_sources: int) -> None:
@@ -252,13 +282,5 @@ def _check_same_data(saved: State, current: State) -> None:
     if contents[0] != contents[1]:
         raise UserError(
             "--resume: --data is not what the run was saved with: "
-            f"{_describe(saved)} then, {_describe(current)} now"
+            f"{describe(saved['sources'])} then, {describe(current['sources'])} now"
         )
-
-
-def _describe(state: State) -> str:
-    descriptions = []
-    for source in state["sources"]:
-        identity = ", ".join(f"{key} {value}" for key, value in source["identity"].items())
-        descriptions.append(f"{source['spec']}={source['weight']:g} ({identity})")
-    return " ".join(descriptions)

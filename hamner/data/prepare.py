@@ -14,14 +14,18 @@ from typing import Any, get_args
 
 import numpy as np
 
+from hamner.data.bad_rows import DEFAULT_SHARE, BadRowsFile
 from hamner.data.documents import Split, TextSource
 from hamner.data.shards import DTYPES, FORMAT, INDEX, OFFSET_DTYPE, PROGRESS, VERSION, Shard
 from hamner.data.shuffle import State, check_counts
-from hamner.data.sources import open_text_source, tokenized
-from hamner.data.specs import parse_specs
+from hamner.data.sources import describe, open_text_source, tokenized
+from hamner.data.specs import Spec, parse_specs
 from hamner.data.tokenizer import Tokenizer
 from hamner.errors import UserError
 from hamner.files import TEMPORARY, read_json, write_whole
+
+#: What lists the rows that were passed over, where there are any.
+BAD_ROWS = "bad_rows.json"
 
 _TEMPORARY_NAME = re.compile(
     r"((train|validation)-\d{5,}\.(tokens|offsets)|(index|progress)\.json)" + re.escape(TEMPORARY)
@@ -35,6 +39,7 @@ def prepare(
     *,
     shard_tokens: int = 100_000_000,
     val_fraction: float = 0.01,
+    bad_rows: float = DEFAULT_SHARE,
     on_progress: Callable[[str, int, int], None] = lambda spec, tokens, documents: None,
 ) -> dict[str, Any]:
     """`prepare` tokenizes every document of the specs once, in the shuffled order of seed 0.
@@ -44,6 +49,8 @@ def prepare(
         output: a new or empty folder, or one that an earlier call left unfinished.
         shard_tokens: a shard is closed by the document that reaches this size; it is in memory
             until then.
+        val_fraction: share held out.
+        bad_rows: share of a source's rows that may hold no document and are passed over.
         on_progress: called after each document with its spec, and the tokens and documents so far.
 
     Returns:
@@ -52,16 +59,9 @@ def prepare(
     Raises:
         UserError: bad specs or input, or an output folder that holds something else.
     """
-    parsed = parse_specs(specs)
-    for spec in parsed:
-        if spec.kind == "shards":
-            raise UserError(f"--data {spec.text}: these are shards already")
-        if spec.weight != 1.0:
-            raise UserError(
-                f"--data {spec.text}: prepare writes every document once; give the weight when "
-                "training, with one folder of shards for each source"
-            )
-    sources = [open_text_source(spec) for spec in parsed]
+    parsed = _parse(specs)
+    listed = BadRowsFile(output / BAD_ROWS, bad_rows)
+    sources = [open_text_source(spec, listed.of(spec.text)) for spec in parsed]
     header = {
         "format": FORMAT,
         "version": VERSION,
@@ -82,10 +82,25 @@ def prepare(
             return _read_own(output / INDEX, header)
         progress = _resume(output, header)
         return _write_shards(
-            output, progress=progress, sources=sources, tokenizer=tokenizer, on_progress=on_progress
+            output, progress, sources, tokenizer, listed=listed, on_progress=on_progress
         )
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written ({error})") from error
+    finally:
+        listed.write()
+
+
+def _parse(specs: Sequence[str]) -> list[Spec]:
+    parsed = parse_specs(specs)
+    for spec in parsed:
+        if spec.kind == "shards":
+            raise UserError(f"--data {spec.text}: these are shards already")
+        if spec.weight != 1.0:
+            raise UserError(
+                f"--data {spec.text}: prepare writes every document once; give the weight when "
+                "training, with one folder of shards for each source"
+            )
+    return parsed
 
 
 def _write_shards(
@@ -93,6 +108,7 @@ def _write_shards(
     progress: State,
     sources: Sequence[TextSource],
     tokenizer: Tokenizer,
+    listed: BadRowsFile,
     on_progress: Callable[[str, int, int], None],
 ) -> dict[str, Any]:
     """The function goes on from `progress` to the end of all sources."""
@@ -119,6 +135,8 @@ def _write_shards(
         state = None
     progress = pair.write(output)
     index = {key: progress[key] for key in progress if key not in ("source", "state", "pairs")}
+    if counts := listed.counts():
+        index["bad_rows"] = counts
     write_whole(output / INDEX, json.dumps(index, indent=1))
     (output / PROGRESS).unlink(missing_ok=True)
     return index
@@ -189,8 +207,9 @@ def _read_own(path: Path, header: State) -> State:
     for key, value in header.items():
         if saved.get(key) != value:
             raise UserError(
-                f"--output {path.parent}: holds shards of another preparation ({key} was "
-                f"{saved.get(key)}, now {value}); give another folder or repeat its command"
+                f"--output {path.parent}: holds shards of another preparation "
+                f"({_difference(key, saved.get(key), value)}); give another folder or repeat its "
+                "command"
             )
     try:
         for shard in saved["shards"]:
@@ -208,3 +227,15 @@ def _read_own(path: Path, header: State) -> State:
             "prepare it again"
         ) from error
     return saved
+
+
+def _difference(key: str, saved: Any, now: Any) -> str:
+    """The difference is in words; what the saved file holds may be damaged."""
+    if key == "sources":
+        return f"--data was {describe(saved)}, now {describe(now)}"
+    return f"{key} was {_shown(saved)}, now {_shown(now)}"
+
+
+def _shown(value: Any) -> str:
+    """Plain values are shown, fingerprints as short as elsewhere."""
+    return str(value)[:12] if isinstance(value, str | int | float) else "damaged"

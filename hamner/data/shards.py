@@ -18,7 +18,7 @@ from hamner.data.documents import Split
 from hamner.data.shuffle import State, check_counts, shuffled_documents
 from hamner.data.tokenizer import Tokenizer
 from hamner.errors import UserError
-from hamner.files import read_json
+from hamner.files import expand_home, read_json
 
 FORMAT = "hamner-shards"
 VERSION = 1
@@ -36,7 +36,7 @@ class ShardSource:
     """
 
     def __init__(self, location: str, tokenizer: Tokenizer) -> None:
-        folder = Path(location).expanduser()
+        folder = expand_home(location, "--data shards:")
         if not (folder / INDEX).is_file():
             mend = (
                 "its preparation was interrupted; repeat the command to finish it"

@@ -2,9 +2,11 @@
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
+from hamner.data.bad_rows import BadRows
 from hamner.data.builtin import BuiltinSource
 from hamner.data.documents import Split, TextSource, TokenSource, split_of
 from hamner.data.files import FileSource
@@ -19,19 +21,25 @@ from hamner.data.tokenizer import Tokenizer
 DOCUMENTS_PER_BATCH = 128
 
 
-def open_text_source(spec: Spec) -> TextSource:
+def open_text_source(spec: Spec, bad_rows: BadRows) -> TextSource:
     """The function opens a spec that gives text; what it opens reads on after a network's errors.
+
+    Args:
+        spec: of the source.
+        bad_rows: counts those of the source.
 
     Raises:
         UserError: nothing to read there.
     """
     if spec.kind == "builtin":
         return BuiltinSource()
-    source = HubSource(spec.location) if spec.kind == "hub" else FileSource(spec.location)
-    return RetriedSource(source, spec.text)
+    kind = HubSource if spec.kind == "hub" else FileSource
+    return RetriedSource(kind(spec.location, bad_rows), spec.text)
 
 
-def open_source(spec: Spec, tokenizer: Tokenizer, val_fraction: float) -> TokenSource:
+def open_source(
+    spec: Spec, tokenizer: Tokenizer, val_fraction: float, bad_rows: BadRows
+) -> TokenSource:
     """The function opens any spec. Shards were split when they were prepared.
 
     Raises:
@@ -39,7 +47,20 @@ def open_source(spec: Spec, tokenizer: Tokenizer, val_fraction: float) -> TokenS
     """
     if spec.kind == "shards":
         return ShardSource(spec.location, tokenizer)
-    return TokenizedText(open_text_source(spec), tokenizer, val_fraction)
+    return TokenizedText(open_text_source(spec, bad_rows), tokenizer, val_fraction)
+
+
+def describe(sources: Any) -> str:
+    """The function says what sources are, from a saved state, which may be damaged."""
+    descriptions = []
+    try:
+        for source in sources:
+            identity = ", ".join(f"{key} {value}" for key, value in source["identity"].items())
+            weight = f"={source['weight']:g}" if "weight" in source else ""
+            descriptions.append(f"{source['spec']}{weight} ({identity})")
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return "damaged"
+    return " ".join(descriptions)
 
 
 def tokenized(

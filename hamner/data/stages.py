@@ -15,6 +15,7 @@ from itertools import repeat
 import numpy as np
 import torch
 
+from hamner.data.bad_rows import TooManyBadRows
 from hamner.data.batch import Batch
 from hamner.data.documents import Split, TokenSource
 from hamner.data.shuffle import State
@@ -48,6 +49,7 @@ def epochs(
 
     Raises:
         SourceLost: it fails after its first document, or has none left.
+        TooManyBadRows: its content is to be mended.
         UserError: it fails before, or has none at all.
     """
     state = state or START
@@ -76,7 +78,7 @@ def epochs(
                     epoch,
                 )
     except UserError as error:
-        if state["documents"] == 0:
+        if state["documents"] == 0 or isinstance(error, TooManyBadRows):
             raise
         raise SourceLost(str(error)) from error
 

@@ -6,6 +6,7 @@ were learnt. So the first n ids are themselves a byte-level BPE, the one that tr
 """
 
 import contextlib
+import copy
 import functools
 import hashlib
 import json
@@ -17,8 +18,10 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from hamner.data.reserved import inside_definition, reserved_tokens, text_definition
+from hamner.data.runs import encode_in_parts, parts_of
 from hamner.errors import UserError
-from hamner.files import parse_json
+from hamner.files import parse_json, write_whole
 
 END_OF_TEXT = "<|endoftext|>"
 SPECIAL_TOKENS = (END_OF_TEXT, "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
@@ -45,38 +48,57 @@ class Tokenizer:
 
     Args:
         definition: content of a `tokenizer.json`.
-        name: of the tokenizer in messages, as the user wrote it.
+        name: in messages, as the user wrote it.
 
     Raises:
-        UserError: not a definition, or without a token that ends a document.
+        UserError: not a definition, without a token that ends a document, or one with which text
+            could become such a token.
 
-    The text of special tokens inside a document is ordinary text: encoding never gives a special
-    id. Special ids are written by the code that means them (`eot_id`, `special_id`).
+    The text of reserved tokens inside a document is ordinary text: encoding never gives a reserved
+    id (`hamner.data.reserved`). They are written by the code that means them (`eot_id`,
+    `special_id`).
 
     Attributes:
         vocab_size: the largest id plus one.
         eot_id: id of the token that ends a document.
         definition: content of the `tokenizer.json`, parsed.
+        reserved: names of the tokens that text never becomes.
+        text_tags: whether a conversation's tags, such as `<|user|>`, are spelled in ordinary text;
+            see `hamner.data.chat_template`.
     """
+
+    text_tags = False
 
     def __init__(self, definition: str, name: str) -> None:
         with _refused(f"--tokenizer {name}: not a tokenizer.json"):
-            backend = tokenizers.Tokenizer.from_str(definition)
-            backend.encode_special_tokens = True
-            backend.no_truncation()
-            backend.no_padding()
             self.definition: dict = parse_json(definition)
-            self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
-        self._backend = backend
-        self._name = name
-        ends = map(backend.token_to_id, (END_OF_TEXT, *FOREIGN_END_OF_TEXT))
-        eot_id = next((end for end in ends if end is not None), None)
-        if eot_id is None:
+            self._backend = _backend(definition)
+            vocab = self._backend.get_vocab(with_added_tokens=True)
+            self.vocab_size: int = max(vocab.values()) + 1
+        self.name = name
+        eot = next((end for end in (END_OF_TEXT, *FOREIGN_END_OF_TEXT) if end in vocab), None)
+        if eot is None:
             raise UserError(
                 f"--tokenizer {name}: it has no token that ends a document, neither "
                 f"{END_OF_TEXT} nor any of {' '.join(FOREIGN_END_OF_TEXT)}"
             )
-        self.eot_id: int = eot_id
+        self.eot_id: int = vocab[eot]
+        written = {eot, *(token for token in SPECIAL_TOKENS if token in vocab)}
+        with _refused(f"--tokenizer {name}: text cannot be kept from becoming its special tokens"):
+            self.reserved: set[str] = reserved_tokens(self.definition, written)
+            self._text_definition = text_definition(self.definition, self.reserved, written)
+            self._encoder = self._backend
+            if self._text_definition is not None:
+                self._encoder = _backend(json.dumps(self._text_definition))
+            ids = {vocab[token] for token in self.reserved}
+            for token, token_id in vocab.items():
+                if token_id in ids and token not in self.reserved:
+                    raise ValueError(f"{token!r} has the id of one")
+
+    @functools.cached_property
+    def _inside_encoder(self) -> tokenizers.Tokenizer:
+        inside = inside_definition(self._text_definition or self.definition)
+        return self._encoder if inside is None else _backend(json.dumps(inside))
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -86,18 +108,27 @@ class Tokenizer:
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        with _refused(f"--tokenizer {self._name}: it cannot encode"):
-            return self._backend.encode(text, add_special_tokens=False).ids
+        return self.encode_batch([text])[0]
+
+    def encode_inside(self, text: str) -> list[int]:
+        """The text follows a reserved token, as in a conversation: it does not begin a text."""
+        return self._encode(self._inside_encoder, [text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The texts are encoded on all cores and without the GIL."""
-        with _refused(f"--tokenizer {self._name}: it cannot encode"):
-            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        return self._encode(self._encoder, texts)
+
+    def _encode(self, encoder: tokenizers.Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+        def encode_parts(parts: list[str]) -> list[list[int]]:
+            encodings = encoder.encode_batch_fast(parts, add_special_tokens=False)
+            return [encoding.ids for encoding in encodings]
+
+        with _refused(f"--tokenizer {self.name}: it cannot encode"):
+            return encode_in_parts(encode_parts, texts)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The ids are given as text, special tokens spelled out."""
-        with _refused(f"--tokenizer {self._name}: it cannot decode"):
+        with _refused(f"--tokenizer {self.name}: it cannot decode"):
             return self._backend.decode(list(ids), skip_special_tokens=False)
 
     def text_of(self, token_id: int) -> str:
@@ -112,13 +143,18 @@ class Tokenizer:
         """
         token_id = self._backend.token_to_id(name)
         if token_id is None:
-            raise UserError(f"--tokenizer {self._name}: it has no special token {name}")
+            raise UserError(f"--tokenizer {self.name}: it has no special token {name}")
         return token_id
 
-    def save(self, path: str | Path) -> None:
+    def with_text_tags(self) -> "Tokenizer":
+        """The tokenizer is this one for a model that read its conversations' tags as text."""
+        tokenizer = copy.copy(self)
+        tokenizer.text_tags = True
+        return tokenizer
+
+    def save(self, path: Path) -> None:
         """The definition is written as a `tokenizer.json`."""
-        definition = json.dumps(self.definition, ensure_ascii=False, separators=(",", ":"))
-        Path(path).write_text(definition, encoding="utf-8")
+        write_definition(path, self.definition)
 
     def cut(self, vocab_size: int | None) -> "Tokenizer":
         """The tokenizer is that of the first `vocab_size` ids, this one if it has no more.
@@ -137,7 +173,7 @@ class Tokenizer:
         )
         if not has_our_layout:
             raise UserError(
-                f"--tokenizer {self._name} has {self.vocab_size:,} entries and cannot be cut: "
+                f"--tokenizer {self.name} has {self.vocab_size:,} entries and cannot be cut: "
                 f"use --vocab-size {self.vocab_size} or more"
             )
         if vocab_size < minimum:
@@ -153,7 +189,12 @@ class Tokenizer:
         )
         vocab = {token: i for token, i in vocab.items() if i < vocab_size}
         model = model | {"vocab": vocab, "merges": merges[:kept]}
-        return Tokenizer(json.dumps(self.definition | {"model": model}), self._name)
+        return Tokenizer(json.dumps(self.definition | {"model": model}), self.name)
+
+
+def write_definition(path: Path, definition: dict) -> None:
+    """The function writes a `tokenizer.json`."""
+    write_whole(path, json.dumps(definition, ensure_ascii=False, separators=(",", ":")))
 
 
 class StreamDecoder:
@@ -179,6 +220,17 @@ class StreamDecoder:
         return whole[self._given :]
 
 
+def _backend(definition: str) -> tokenizers.Tokenizer:
+    """The library's tokenizer spells special tokens out, cuts no text, and draws no lots."""
+    backend = tokenizers.Tokenizer.from_str(definition)
+    if isinstance(backend.model, models.BPE):
+        backend.model.dropout = None
+    backend.encode_special_tokens = True
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
 @contextlib.contextmanager
 def _refused(what: str) -> Iterator[None]:
     """What the library raises, bare exceptions and its panics, becomes a `UserError`."""
@@ -191,7 +243,9 @@ def _refused(what: str) -> Iterator[None]:
         raise UserError(f"{what} ({reason})") from error
 
 
-def load_tokenizer(name: str = "builtin", vocab_size: int | None = None) -> Tokenizer:
+def load_tokenizer(
+    name: str = "builtin", vocab_size: int | None = None, *, text_tags: bool = False
+) -> Tokenizer:
     """`load_tokenizer` finds a tokenizer by name.
 
     Args:
@@ -199,13 +253,16 @@ def load_tokenizer(name: str = "builtin", vocab_size: int | None = None) -> Toke
             a Hugging Face repository, `owner/name`.
         vocab_size: size of the model's vocabulary. Ours is cut when it is larger than that; one
             that is smaller leaves the last rows of the embedding unused.
+        text_tags: whether the model read the tags of conversations as ordinary text.
 
     Raises:
         UserError: no such tokenizer, not a tokenizer, or one that does not fit `vocab_size`.
     """
     if name == "builtin":
-        return _builtin(vocab_size)
-    return Tokenizer(_read_definition(name), name).cut(vocab_size)
+        tokenizer = _builtin(vocab_size)
+    else:
+        tokenizer = Tokenizer(_read_definition(name), name).cut(vocab_size)
+    return tokenizer.with_text_tags() if text_tags else tokenizer
 
 
 @functools.cache
@@ -270,7 +327,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> Token
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=True,
     )
-    backend.train_from_iterator(texts, trainer)
+    backend.train_from_iterator((part for text in texts for part in parts_of(text)), trainer)
     tokenizer = Tokenizer(backend.to_str(), "trained")
     if tokenizer.vocab_size < vocab_size:
         raise UserError(

@@ -1,5 +1,11 @@
 """`python -m hamner.evaluate` says how good a model is, or several side by side."""
 
+import sys
+
+if __package__ != "hamner.evaluate":
+    print("error: start this with python -m hamner.evaluate", file=sys.stderr)
+    raise SystemExit(2)
+
 import importlib.util
 import json
 from collections.abc import Sequence
@@ -7,9 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import tyro
-
-from hamner.cli import gather_data, run_command
+from hamner.cli import read_flags, run_command, waiting
 from hamner.errors import UserError
 from hamner.files import writing
 
@@ -19,6 +23,8 @@ if TYPE_CHECKING:
     from hamner.checkpoint.saved_model import SavedModel
     from hamner.data.tokenizer import Tokenizer
     from hamner.evaluate.evaluation import HeldOut, Kind, Sample, SourceResult
+
+LISTS = ("--checkpoint", "--data", "--conversations", "--tasks")
 
 
 @dataclass(frozen=True)
@@ -35,8 +41,8 @@ class EvaluateConfig:
     """SPEC ... of text: builtin; a file, folder or glob; hf:...; shards:DIR. Default what the
     models were pre-trained on"""
     conversations: tuple[str, ...] = ()
-    """SPEC ... of conversations: builtin; a .jsonl file, folder or glob. Default what the models
-    were fine-tuned on"""
+    """SPEC ... of conversations: builtin; a .jsonl or .parquet file, folder or glob; hf:... Default
+    what the models were fine-tuned on"""
     val_fraction: float | None = None
     """share of the documents, chosen by their hash; default what every model held out. 1 is
     everything, for data that none has seen"""
@@ -109,8 +115,9 @@ def _evaluate_model(
 ) -> ModelResult:
     from hamner.evaluate import evaluation
 
-    held_out = _open_held_out("text", saved.tokenizer, models, config)
-    held_out += _open_held_out("conversations", saved.tokenizer, models, config)
+    with waiting("reading what was held out"):
+        held_out = _open_held_out("text", saved.tokenizer, models, config)
+        held_out += _open_held_out("conversations", saved.tokenizer, models, config)
     tasks = {}
     if config.tasks:
         from hamner.evaluate.harness import run_tasks
@@ -118,14 +125,19 @@ def _evaluate_model(
         # Before the model is built, so that the device holds one of the two at a time.
         chosen = {"folder": config.task_folder, "limit": config.task_limit}
         tasks = run_tasks(saved, config.tasks, device=device, **chosen)
-    model = saved.build(device)
+    model, sources = saved.build(device), []
+    for source in held_out:
+        with waiting(f"evaluating {saved.checkpoint.path} on {source.name}") as say:
+            sources.append(evaluation.evaluate_source(model, saved.tokenizer, source, say))
+    with waiting(f"sampling from {saved.checkpoint.path}"):
+        samples = evaluation.samples(model, saved.tokenizer, is_chat=saved.is_chat)
     return ModelResult(
         checkpoint=str(saved.checkpoint.path),
         option=saved.config.option,
         parameters=saved.config.model.num_parameters(),
         is_chat=saved.is_chat,
-        sources=[evaluation.evaluate_source(model, saved.tokenizer, source) for source in held_out],
-        samples=evaluation.samples(model, saved.tokenizer, is_chat=saved.is_chat),
+        sources=sources,
+        samples=samples,
         tasks=tasks,
     )
 
@@ -134,6 +146,8 @@ def _open_held_out(
     kind: "Kind", tokenizer: "Tokenizer", models: "list[SavedModel]", config: EvaluateConfig
 ) -> "list[HeldOut]":
     """The function opens what the models trained on this kind of data held out of it."""
+    from hamner.config.sft import SftConfig
+    from hamner.config.train import TrainConfig
     from hamner.data.specs import parse_specs
     from hamner.evaluate.evaluation import open_held_out
 
@@ -143,8 +157,9 @@ def _open_held_out(
     specs = config.data if kind == "text" else config.conversations
     if not specs:
         # Each once and without weights.
-        parsed = (spec.text for run in trained for spec in parse_specs(run.data))
+        parsed = (spec.text for run in trained for spec in parse_specs(run.data, 1.0))
         specs = tuple(dict.fromkeys(parsed))
+    usual = SftConfig.bad_rows if kind == "conversations" else TrainConfig.bad_rows
     return open_held_out(
         kind,
         specs,
@@ -152,6 +167,7 @@ def _open_held_out(
         seq_len=config.seq_len or max(run.seq_len for run in every),
         max_tokens=config.eval_tokens or max(run.eval_tokens for run in runs),
         val_fraction=config.val_fraction or min(run.val_fraction for run in runs),
+        bad_rows=max(usual, *(run.bad_rows for run in runs)),
         document_mask=kind == "conversations" or any(run.document_mask for run in trained),
     )
 
@@ -199,15 +215,17 @@ def _sections(result: ModelResult) -> dict[str, dict[str, str]]:
 
 
 def main(args: Sequence[str]) -> None:
-    config = tyro.cli(EvaluateConfig, args=gather_data(args), prog="python -m hamner.evaluate")
+    config = read_flags(EvaluateConfig, args, "hamner.evaluate", lists=LISTS)
     from rich.console import Console
 
     results = evaluate(config)
-    show(results, Console(highlight=False))
     if config.output is not None:
         text = json.dumps({"models": [asdict(result) for result in results]}, indent=1)
         with writing(f"--output {config.output}"):
             config.output.write_text(text + "\n", encoding="utf-8")
+    # Last, as its reader may have seen enough.
+    show(results, Console(highlight=False))
+    if config.output is not None:
         print(f"\nwritten to {config.output}")
 
 

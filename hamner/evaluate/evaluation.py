@@ -1,13 +1,15 @@
 """The module measures how good a model is: loss by source and by position, and samples."""
 
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from hamner.data.bad_rows import DEFAULT_SHARE
 from hamner.data.batch import IGNORED_TARGET, Batch
 from hamner.data.chat_template import Message, turn_ends
 from hamner.data.conversations.examples import load_examples
@@ -18,6 +20,8 @@ from hamner.model.attention import document_positions
 from hamner.model.generate import PROMPTS, Generator, answer, generate
 from hamner.model.sampling import Sampling
 from hamner.model.transformer import Transformer
+
+logger = logging.getLogger(__name__)
 
 Kind = Literal["text", "conversations"]
 
@@ -84,6 +88,7 @@ def open_held_out(
     max_tokens: int,
     val_fraction: float,
     document_mask: bool,
+    bad_rows: float = DEFAULT_SHARE,
 ) -> list[HeldOut]:
     """The function packs what is held out of every source as training does.
 
@@ -95,26 +100,45 @@ def open_held_out(
         max_tokens: most tokens of a source.
         val_fraction: share held out; that of the training, so that nothing trained on is met.
         document_mask: whether the documents of a row are kept apart, as conversations always are.
+        bad_rows: share of a source's rows that may be passed over, as in the training.
 
     Raises:
         UserError: a source that cannot be read.
     """
     sources = []
     for spec in specs:
-        config = DataConfig((spec,), seq_len, batch_size=1, seed=0, val_fraction=val_fraction)
+        config = DataConfig(
+            (spec,),
+            seq_len,
+            batch_size=1,
+            seed=0,
+            val_fraction=val_fraction,
+            bad_rows=bad_rows,
+        )
         if kind == "text":
             batch = TrainLoader(config, tokenizer).validation_rows(max_tokens)
         else:
             examples = load_examples(config, tokenizer)
+            for text in examples[0].describe_unusable():
+                logger.warning("%s: left out, %s", spec, text)
             batch = validation_batch(examples, tokenizer, seq_len, max_tokens)
         sources.append(HeldOut(spec, kind, batch, document_mask))
     return sources
 
 
-def evaluate_source(model: Transformer, tokenizer: Tokenizer, source: HeldOut) -> SourceResult:
-    """The function computes loss, perplexity, bits per byte and loss by position on one source."""
+def evaluate_source(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    source: HeldOut,
+    say: Callable[[str], None] = lambda how_far: None,
+) -> SourceResult:
+    """The function computes loss, perplexity, bits per byte and loss by position on one source.
+
+    Args:
+        say: takes how far it is.
+    """
     batch = source.batch
-    losses = token_losses(model, batch, document_mask=source.document_mask)
+    losses = token_losses(model, batch, document_mask=source.document_mask, say=say)
     kept = batch.targets != IGNORED_TARGET
     tokens = int(kept.sum())
     if not tokens:
@@ -140,7 +164,13 @@ def evaluate_source(model: Transformer, tokenizer: Tokenizer, source: HeldOut) -
 
 
 @torch.no_grad()
-def token_losses(model: Transformer, batch: Batch, *, document_mask: bool) -> Tensor:
+def token_losses(
+    model: Transformer,
+    batch: Batch,
+    *,
+    document_mask: bool,
+    say: Callable[[str], None] = lambda how_far: None,
+) -> Tensor:
     """The function computes the cross-entropy of every target, a few rows at a time.
 
     Returns:
@@ -152,6 +182,7 @@ def token_losses(model: Transformer, batch: Batch, *, document_mask: bool) -> Te
     losses = [torch.empty((0, seq_len), dtype=torch.float64)]
     for start in range(0, rows, step):
         part = slice(start, start + step)
+        say(f"{start:,} of {rows:,} sequences")
         documents = batch.document_ids[part].to(device) if document_mask else None
         logits = model(batch.inputs[part].to(device), document_ids=documents).logits
         cross_entropy = torch.nn.functional.cross_entropy(

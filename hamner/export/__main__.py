@@ -1,5 +1,11 @@
 """`python -m hamner.export` writes a run's model in the formats that others read."""
 
+import sys
+
+if __package__ != "hamner.export":
+    print("error: start this with python -m hamner.export", file=sys.stderr)
+    raise SystemExit(2)
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +13,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from hamner.cli import run_command
+from hamner.cli import read_flags, run_command
 from hamner.errors import UserError
 from hamner.files import made_whole, writing
 
@@ -57,7 +63,7 @@ def export(config: ExportConfig) -> Path:
 
 
 def main(args: Sequence[str]) -> None:
-    config = tyro.cli(ExportConfig, args=args, prog="python -m hamner.export")
+    config = read_flags(ExportConfig, args, "hamner.export")
     print(f"wrote {export(config)}")
 
 

@@ -16,16 +16,13 @@ from torch import Tensor
 
 from hamner.checkpoint.saved_model import SavedModel
 from hamner.config.model import ModelConfig
-from hamner.data.chat_template import END_TOKEN, JINJA_TEMPLATE
-from hamner.data.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN
+from hamner.data.chat_template import END_TOKEN, jinja_template
 from hamner.errors import UserError
 from hamner.export.hf import architecture, to_hugging_face
+from hamner.export.pre_tokenizers import find_pre_tokenizer
+from hamner.export.tokenizer import exported_definition
 from hamner.model.rotary import scaled_theta
 
-PRE_TOKENIZER = "smaug-bpe"
-"""llama.cpp knows split patterns by the name of a model that has them. This one's differs from
-ours in combining marks alone (ours keeps them in the word), and unlike "llama-bpe", which has the
-same pattern, it neither skips merges nor puts a token before the text."""
 _EXPERT = re.compile(r"(.+\.experts)\.\d+\.(w\d)\.weight")
 
 
@@ -38,19 +35,13 @@ def write_gguf(path: Path, saved: SavedModel) -> None:
     config, weights = saved.config.model, saved.weights()
     if architecture(config) == "DiffLlama":
         raise UserError("--to gguf: llama.cpp has no differential attention; use --to hf")
-    pre_tokenizers = saved.tokenizer.definition.get("pre_tokenizer", {}).get("pretokenizers", [])
-    patterns = [step.get("pattern", {}).get("Regex") for step in pre_tokenizers]
-    if SPLIT_PATTERN not in patterns:
-        raise UserError(
-            "--to gguf: only tokenizers made by hamner are known to split text as llama.cpp does; "
-            "use --to hf, and llama.cpp's convert_hf_to_gguf.py on the result"
-        )
+    pre_tokenizer = find_pre_tokenizer(saved.tokenizer, is_chat=saved.is_chat)
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.LLAMA])
     writer.add_name(saved.name)
     _add_shape(writer, config, saved.config.seq_len)
     is_bf16 = weights["embed.weight"].dtype == torch.bfloat16
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16 if is_bf16 else gguf.LlamaFileType.ALL_F32)
-    _add_tokenizer(writer, saved)
+    _add_tokenizer(writer, saved, pre_tokenizer)
     types = {torch.bfloat16: gguf.GGMLQuantizationType.BF16}
     for name, tensor in gguf_tensors(config, weights):
         kind = types.get(tensor.dtype, gguf.GGMLQuantizationType.F32)
@@ -109,25 +100,30 @@ def _interleave_halves(weight: Tensor, heads: int) -> Tensor:
     return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, saved: SavedModel) -> None:
+def _add_tokenizer(writer: gguf.GGUFWriter, saved: SavedModel, pre_tokenizer: str) -> None:
     tokenizer, rows = saved.tokenizer, saved.config.model.vocab_size
-    model = tokenizer.definition["model"]
+    definition = exported_definition(tokenizer)
     # Rows of the embedding beyond the tokenizer get names, since llama.cpp counts by the names.
     tokens = [f"<|unused_{i}|>" for i in range(rows)]
     kinds = np.full(rows, gguf.TokenType.UNUSED)
-    for token, token_id in model["vocab"].items():
+    for token, token_id in definition["model"]["vocab"].items():
         tokens[token_id], kinds[token_id] = token, gguf.TokenType.NORMAL
-    for token in SPECIAL_TOKENS:
-        kinds[model["vocab"][token]] = gguf.TokenType.CONTROL
+    for token in definition["added_tokens"]:
+        token_id = tokenizer.special_id(token["content"])
+        tokens[token_id] = token["content"]
+        is_control = token["special"]
+        kinds[token_id] = gguf.TokenType.CONTROL if is_control else gguf.TokenType.USER_DEFINED
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(PRE_TOKENIZER)
+    writer.add_tokenizer_pre(pre_tokenizer)
     writer.add_token_list(tokens)
     writer.add_token_types(kinds.tolist())
-    writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
+    merges = definition["model"]["merges"]
+    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
     writer.add_bos_token_id(tokenizer.eot_id)
     writer.add_eos_token_id(tokenizer.eot_id)
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)
     if saved.is_chat:
-        writer.add_eot_token_id(tokenizer.special_id(END_TOKEN))
-        writer.add_chat_template(JINJA_TEMPLATE)
+        end = tokenizer.eot_id if tokenizer.text_tags else tokenizer.special_id(END_TOKEN)
+        writer.add_eot_token_id(end)
+        writer.add_chat_template(jinja_template(tokenizer))

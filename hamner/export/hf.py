@@ -18,9 +18,12 @@ from torch import Tensor
 
 from hamner.checkpoint.saved_model import SavedModel
 from hamner.config.model import ModelConfig
-from hamner.data.chat_template import END_TOKEN, JINJA_TEMPLATE
-from hamner.data.tokenizer import SPECIAL_TOKENS
+from hamner.config.train import TOKENIZER_FILE
+from hamner.data.chat_template import END_TOKEN, jinja_template
+from hamner.data.tokenizer import SPECIAL_TOKENS, write_definition
 from hamner.errors import UserError
+from hamner.export.tokenizer import exported_definition, require_same_ids
+from hamner.files import usual_permissions
 from hamner.model.rotary import scaled_theta
 
 _CAN_BE_EXPORTED = (
@@ -33,7 +36,8 @@ def write_hugging_face(folder: Path, saved: SavedModel) -> None:
     """The function makes a folder that AutoModelForCausalLM and AutoTokenizer load.
 
     Raises:
-        UserError: transformers has no model of this shape; nothing is written then.
+        UserError: transformers has no model of this shape, or its tokenizer would give other ids
+            than training; nothing is written then.
     """
     tokenizer, shape = saved.tokenizer, saved.config.model
     weights = saved.weights()
@@ -48,14 +52,18 @@ def write_hugging_face(folder: Path, saved: SavedModel) -> None:
         "clean_up_tokenization_spaces": False,
     }
     if saved.is_chat:
-        eos_ids.append(tokenizer.special_id(END_TOKEN))
-        tokenizer_config["additional_special_tokens"] = list(SPECIAL_TOKENS[1:])
-        tokenizer_config["chat_template"] = JINJA_TEMPLATE
+        tokenizer_config["chat_template"] = jinja_template(tokenizer)
+        if not tokenizer.text_tags:
+            eos_ids.append(tokenizer.special_id(END_TOKEN))
+            tokenizer_config["additional_special_tokens"] = list(SPECIAL_TOKENS[1:])
     model_config = hugging_face_config(shape, dtype=dtype, context=context, eos_ids=eos_ids)
+    definition = exported_definition(tokenizer)
+    require_same_ids(tokenizer, definition, is_chat=saved.is_chat)
     folder.mkdir()
     tensors = {name: t.contiguous() for name, t in to_hugging_face(shape, weights).items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    tokenizer.save(folder / "tokenizer.json")
+    with usual_permissions(folder / "model.safetensors"):
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_definition(folder / TOKENIZER_FILE, definition)
     generation_config = {"eos_token_id": model_config["eos_token_id"], "pad_token_id": eos_ids[0]}
     for name, values in (
         ("config.json", model_config),
@@ -121,8 +129,9 @@ def hugging_face_config(
         scaling = {
             "rope_type": config.rope_scaling,
             "factor": config.rope_scaling_factor,
-            "original_max_position_embeddings": config.rope_scaling_from,
         }
+        if config.rope_scaling == "yarn":
+            scaling["original_max_position_embeddings"] = config.rope_scaling_from
         rope = {"rope_theta": config.rope_theta, "rope_scaling": scaling}
     values = {
         "architectures": [f"{kind}ForCausalLM"],

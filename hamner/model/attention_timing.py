@@ -156,10 +156,13 @@ def measure(shape: AttentionShape, backend: str, function: Function) -> float:
     return statistics.median(start.elapsed_time(end) for start, end in events)
 
 
-def cache_file() -> Path:
-    """Times are kept in $XDG_CACHE_HOME or ~/.cache, hamner/attention.json."""
+def cache_file() -> Path | None:
+    """Times are kept in $XDG_CACHE_HOME or ~/.cache, hamner/attention.json; None without a home."""
     folder = os.environ.get("XDG_CACHE_HOME")
-    return (Path(folder) if folder else Path.home() / ".cache") / "hamner" / "attention.json"
+    try:
+        return (Path(folder) if folder else Path.home() / ".cache") / "hamner" / "attention.json"
+    except RuntimeError:
+        return None
 
 
 def cache_key(shape: AttentionShape, has_flash_attn: bool) -> str:
@@ -196,15 +199,17 @@ def _are_times(times: object, of: Mapping) -> bool:
     )
 
 
-def _read(file: Path) -> dict:
+def _read(file: Path | None) -> dict:
     try:
-        return read_json(file)
+        return read_json(file) if file else {}
     except UserError:
         return {}
 
 
-def _write(file: Path, entries: dict) -> None:
+def _write(file: Path | None, entries: dict) -> None:
     """Times are remembered; a folder that cannot be written to only means measuring again."""
+    if file is None:
+        return
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         with made_whole(file) as temporary:

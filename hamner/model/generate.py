@@ -1,13 +1,14 @@
 """The module generates text from a model, token by token, with a KV cache."""
 
-from collections.abc import Collection, Iterator, Sequence
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
 import torch
 from torch import Tensor
 
-from hamner.data.chat_template import Message, render_prompt, turn_ends
+from hamner.data.chat_template import Message, render_prompt, turn_end_texts, turn_ends
 from hamner.data.tokenizer import StreamDecoder, Tokenizer
 from hamner.errors import UserError
 from hamner.model.kv_cache import KVCache
@@ -20,6 +21,10 @@ SAMPLE_SAMPLING = Sampling(temperature=0.8, top_k=50, top_p=1.0, repetition_pena
 """How samples over time are drawn."""
 
 
+STRONGEST_PENALTY = 1e100
+"""Beyond it a repetition penalty decides everything already, and only overflows."""
+
+
 class ContextError(UserError):
     """The exception says that the messages do not fit into the context."""
 
@@ -30,27 +35,38 @@ def choose(
     generator: torch.Generator,
     penalized: Collection[int] = (),
 ) -> int:
-    """`choose` draws the next token.
+    """`choose` draws the next token; every setting that `Sampling` allows gives one.
 
     Args:
         logits: (V,) fp32, on the CPU.
         generator: CPU source of randomness; not used at temperature 0.
         penalized: tokens to which the repetition penalty applies.
+
+    Raises:
+        UserError: the logits are not finite, so the model's weights are of no use.
     """
+    # In fp32 a temperature of 1e-40 divides by 0 and a top-p of 1e-300 is 0.
+    logits = logits.double()
+    if not logits.max().isfinite():
+        raise UserError(
+            "the model's output is not finite: its training diverged; take an earlier checkpoint"
+        )
     if penalized and sampling.repetition_penalty != 1:
         seen = torch.tensor(sorted(set(penalized)))
-        values, penalty = logits[seen], sampling.repetition_penalty
+        penalty = min(max(sampling.repetition_penalty, 1 / STRONGEST_PENALTY), STRONGEST_PENALTY)
+        values = logits[seen]
         values = torch.where(values > 0, values / penalty, values * penalty)
         logits = logits.index_put((seen,), values)
     if sampling.temperature == 0:
         return int(logits.argmax())
     kept = min(sampling.top_k or len(logits), len(logits))
-    # Sorted, the likeliest first.
-    values, tokens = (logits / sampling.temperature).topk(kept)
-    probabilities = values.softmax(-1)
+    # Sorted, the likeliest first. That one becomes 0, which no temperature makes infinite.
+    values, tokens = logits.topk(kept)
+    probabilities = ((values - values[0]) / sampling.temperature).softmax(-1)
     before = probabilities.cumsum(-1) - probabilities
     keep = (before < sampling.top_p) & (probabilities >= sampling.min_p * probabilities[0])
-    return int(tokens[torch.multinomial(probabilities * keep, 1, generator=generator)])
+    drawn = torch.multinomial((probabilities * keep).float(), 1, generator=generator)
+    return int(tokens[drawn])
 
 
 class Generator:
@@ -61,12 +77,13 @@ class Generator:
 
     Args:
         context: most tokens of a sequence, prompt and continuation; default and at most the
-            model's `max_seq_len`.
+            model's `max_seq_len`, but 2 or more: the last one that it writes it does not see.
     """
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, context: int | None = None):
         self.model, self.tokenizer = model, tokenizer
-        self.context = min(context or model.config.max_seq_len, model.config.max_seq_len)
+        longest = model.config.max_seq_len
+        self.context = max(2, min(context or longest, longest))
         weight = model.layers[0].attention.qkv_proj.weight
         self.cache = KVCache(model.config, self.context, device=weight.device, dtype=weight.dtype)
         self.cached: list[int] = []
@@ -80,6 +97,7 @@ class Generator:
 
         Args:
             prompt: at least one token.
+            seed: any integer, of which torch takes 64 bits.
             unpenalized: tokens that may repeat, such as those that end a turn.
 
         Raises:
@@ -87,7 +105,7 @@ class Generator:
         """
         if not 0 < len(prompt) < self.context:
             raise ValueError(f"{len(prompt)} tokens are no prompt for a context of {self.context}")
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed % 2**64)
         sequence = list(prompt)
         while len(sequence) < self.context:
             logits = self._next_logits(sequence)
@@ -129,6 +147,8 @@ class Completion:
     stop_texts: Sequence[str] = ()
     """strings that end the text and are not part of it"""
     seed: int = 0
+    is_stopped: Callable[[], bool] = lambda: False
+    """asked after each token; yes ends the text before it"""
     text: str = field(default="", init=False)
     """what was given out so far"""
     num_tokens: int = field(default=0, init=False)
@@ -144,7 +164,11 @@ class Completion:
         tokens = self.generator.tokens(
             self.prompt, self.sampling, seed=self.seed, unpenalized=self.stop_ids
         )
-        for token in islice(tokens, self.max_new_tokens):
+        # A number that `islice` does not take is more than any context holds.
+        limit = None if self.max_new_tokens is None else min(self.max_new_tokens, sys.maxsize)
+        for token in islice(tokens, limit):
+            if self.is_stopped():
+                break
             self.num_tokens += 1
             if token in self.stop_ids:
                 self.finish_reason = "stop"
@@ -187,8 +211,10 @@ def generate(
     max_new_tokens: int = 64,
     sampling: Sampling = SAMPLE_SAMPLING,
     seed: int = 0,
+    is_stopped: Callable[[], bool] = lambda: False,
 ) -> str:
-    """The model continues `prompt` up to its end of text, the context's or `max_new_tokens`.
+    """The model continues `prompt` up to its end of text, the context's or `max_new_tokens`, or
+    until it is stopped.
 
     Args:
         prompt: text; without any token, generation starts from the end-of-text token. Of one too
@@ -207,16 +233,23 @@ def generate(
         max_new_tokens=max_new_tokens,
         stop_ids={tokenizer.eot_id},
         seed=seed,
+        is_stopped=is_stopped,
     ).run()
 
 
 def answer(
-    generator: Generator, messages: Sequence[Message], sampling: Sampling, **settings
+    generator: Generator,
+    messages: Sequence[Message],
+    sampling: Sampling,
+    *,
+    stop_texts: Sequence[str] = (),
+    **settings,
 ) -> Completion:
     """The function returns the assistant's next turn, not generated yet.
 
     Args:
-        settings: further ones of the completion, but for what ends a turn.
+        stop_texts: strings that end it, beside those that end a turn.
+        settings: further ones of the completion.
 
     Raises:
         ContextError: the messages leave no room for an answer.
@@ -228,5 +261,6 @@ def answer(
             f"the messages take {len(prompt):,} tokens, the model's context is "
             f"{generator.context:,}: shorten them"
         )
-    stop_ids = turn_ends(generator.tokenizer)
-    return Completion(generator, prompt, sampling, stop_ids=stop_ids, **settings)
+    settings["stop_ids"] = turn_ends(generator.tokenizer)
+    settings["stop_texts"] = (*stop_texts, *turn_end_texts(generator.tokenizer))
+    return Completion(generator, prompt, sampling, **settings)

@@ -1,5 +1,6 @@
 """Commands and server share the settings by which the next token is chosen. Torch-free."""
 
+import math
 from dataclasses import dataclass
 
 from hamner.config.model import flag
@@ -29,8 +30,8 @@ class Sampling:
 
     def __post_init__(self) -> None:
         ranges = {
-            "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
-            "temperature": (self.temperature >= 0, "0 or above"),
+            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0 and finite"),
+            "temperature": (0 <= self.temperature < math.inf, "0 or above and finite"),
             "top_k": (self.top_k >= 0, "0 or above"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),

@@ -257,7 +257,7 @@ class Transformer(nn.Module):
 
         All are drawn on the CPU in the order of the parameters: devices start from equal weights.
         """
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed % 2**64)
         for name, parameter in self.named_parameters():
             if "norm" in name:
                 parameter.fill_(1.0)

@@ -145,7 +145,7 @@ class MultipleProcesses(SingleProcess):
         path = folder / f"rank_{self.rank.global_rank}.txt"
         try:
             path.parent.mkdir(exist_ok=True)
-            self.log = path.open("a", encoding="utf-8", buffering=1)
+            self.log = path.open("a", encoding="utf-8", errors="replace", buffering=1)
         except OSError as error:
             raise UserError(
                 f"--run-dir: {path} cannot be written ({error.strerror}); every machine of the job "

@@ -1,7 +1,7 @@
 """A rank says which of a job's processes this is, as torchrun set it. Torch-free."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,10 +41,9 @@ class Rank:
         return self.world_size // self.local_world_size
 
 
-def resume_after_restart(args: Sequence[str], run_dir: Path) -> list[str]:
-    """The command line gets `--resume` if torchrun repeats it after a failure.
+def is_restart(run_dir: Path) -> bool:
+    """The answer is whether torchrun repeats the command line after a failure, so that it resumes.
 
     A job that failed before it made `run_dir` starts over.
     """
-    again = Rank.read().restarts and (run_dir / CONFIG_FILE).is_file()
-    return [*args, "--resume"] if again and "--resume" not in args else list(args)
+    return Rank.read().restarts > 0 and (run_dir / CONFIG_FILE).is_file()

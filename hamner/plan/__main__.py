@@ -5,13 +5,19 @@ alone: no GPU and no torch, so the answer comes at once. With a run's metrics it
 that run is heading; with `--report` it writes the whole analysis as a document.
 """
 
+import sys
+
+if __package__ != "hamner.plan":
+    print("error: start this with python -m hamner.plan", file=sys.stderr)
+    raise SystemExit(2)
+
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from hamner.cli import run_command
+from hamner.cli import read_flags, run_command
 from hamner.config.model import flag
 from hamner.config.options import OPTIONS
 from hamner.errors import UserError
@@ -19,7 +25,8 @@ from hamner.hardware import GPUS, PCIE4, Gpu
 from hamner.plan import report
 from hamner.plan.analysis import COMPARED, Analysis, Plan, make_plan, recommend
 from hamner.plan.communication import Parallelism
-from hamner.plan.loss import RunProjection, fit_run, read_run
+from hamner.plan.projection import RunProjection
+from hamner.plan.run_curve import read_run
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,8 @@ class PlanConfig:
     vram_budget: float | None = None
     """GiB the run may take of each GPU; None: the card's memory less 2 GiB"""
     metrics: Path | None = None
-    """metrics.jsonl of a run of --option, or a CSV with columns step, loss, tokens_total"""
+    """metrics.jsonl of a run of --option, or a CSV with columns step, loss, tokens_total and,
+    where known, learning_rate"""
     report: Path | None = None
     """also write the analysis here as Markdown, with its plots in a folder beside it"""
 
@@ -71,7 +79,8 @@ def find_gpu(name: str, spec: tuple[float, float, float, float] | None) -> Gpu:
             )
         bf16, bandwidth, memory, fp32 = spec
         rates = {"bf16_tflops": bf16, "fp32_tflops": fp32, "bandwidth_gbs": bandwidth}
-        return Gpu("custom GPU", pattern="(?!)", memory_gib=memory, link=PCIE4, **rates)
+        card = {"shared_memory_bytes": GPUS["rtx-3090"].shared_memory_bytes, "link": PCIE4}
+        return Gpu("custom GPU", pattern="(?!)", memory_gib=memory, **card, **rates)
     if spec is not None:
         raise UserError(f"--gpu-spec describes a custom card: use it with --gpu custom, not {name}")
     if name not in GPUS:
@@ -145,19 +154,18 @@ def analyse(config: PlanConfig) -> Analysis:
     plan = asked or recommended
     run = None
     if config.metrics:
-        curve = read_run(config.metrics)
+        curve = read_run(config.metrics, math.log(plan.config.model.vocab_size))
         end = max(plan.config.tokens, float(curve.tokens[-1]))
-        run = RunProjection(curve, fit_run(curve), plan.active_parameters, end)
+        run = RunProjection(curve, plan.active_parameters, end)
     return Analysis(plan, recommended, hours, plans, misfits=misfits, run=run)
 
 
 def main(argv: Sequence[str]) -> None:
     """The command prints the plan, and writes the report where one is asked for."""
-    import tyro
     from rich.console import Console
     from rich.markdown import Markdown
 
-    config = tyro.cli(PlanConfig, args=list(argv), prog="python -m hamner.plan")
+    config = read_flags(PlanConfig, argv, "hamner.plan")
     analysis = analyse(config)
     console = Console()
     if not console.is_terminal:

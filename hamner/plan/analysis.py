@@ -8,8 +8,9 @@ from hamner.config.train import TrainConfig
 from hamner.errors import UserError
 from hamner.hardware import GIB, RESERVE_GIB, Gpu
 from hamner.plan.communication import ONE_GPU, QUIET, Parallelism
-from hamner.plan.loss import BESIROGLU, KNOWN_RUN, LossLaw, RunProjection
+from hamner.plan.loss import BESIROGLU, KNOWN_RUN, LossLaw
 from hamner.plan.memory import MemoryPlan, Policy, choose
+from hamner.plan.projection import RunProjection
 from hamner.plan.step_time import StepPrediction, predict
 
 COMPARED = ("current", "a", "a-short", "b", "c", "c-shared")
@@ -127,7 +128,12 @@ class Analysis:
     @property
     def local_law(self) -> LossLaw:
         """The law is shifted through the run under way, or else through the known 164M run."""
-        return self.run.law if self.run else BESIROGLU.through(*KNOWN_RUN)
+        return (self.run and self.run.law) or BESIROGLU.through(*KNOWN_RUN)
+
+    @property
+    def law_is_the_runs(self) -> bool:
+        """`local_law` passes through the run under way."""
+        return self.run is not None and self.run.law is not None
 
 
 def make_plan(

@@ -209,6 +209,15 @@ def _backward_bytes(model: ModelConfig, policy: Policy, size: int, *, fused: boo
     return working
 
 
+def evaluation_bytes(model: ModelConfig, tokens: int, precision: str, *, fused: bool) -> int:
+    """A forward pass without gradients holds at most this many bytes beside the weights: the
+    residual, and the operands of one block or what the loss holds."""
+    size = costs.BF16 if precision == "bf16" else costs.FP32
+    block = tokens * NONE.kept_bytes(model, size, fused=fused)
+    loss = costs.loss_held(model, tokens, size, fused=fused)
+    return 2 * tokens * model.hidden_size * size + max(block, loss)
+
+
 @dataclass(frozen=True)
 class MemoryPlan:
     """A memory plan has a run's policies and micro-batch, with the sum that led to them."""

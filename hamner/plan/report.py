@@ -22,10 +22,10 @@ from hamner.plan.loss import (
     HOFFMANN,
     KNOWN_RUN,
     LossLaw,
-    RunProjection,
     compute_optimal_tokens,
 )
 from hamner.plan.memory import FULL, NONE, SELECTIVE, MemoryAccount, describe
+from hamner.plan.projection import RunProjection
 from hamner.plan.step_time import MEASURED_ERRORS, efficiency
 
 if TYPE_CHECKING:
@@ -50,6 +50,10 @@ def _table(rows: Iterable[Sequence[str]]) -> str:
 
 def _bullets(lines: Iterable[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
+
+
+def _perplexity(loss: float) -> str:
+    return f"{math.exp(loss):.1f}" if loss < 700 else "inf"
 
 
 def _losses(plan: Plan, hours: float | None) -> dict[str, str]:
@@ -257,16 +261,23 @@ def caveats(plan: Plan) -> list[str]:
 
 def run_findings(run: RunProjection) -> list[str]:
     """They say where a run stands, where it is heading and what holds it up."""
-    now, end = run.loss_now, run.fit.loss(run.end_tokens)
-    low, high = run.fit.interval(run.end_tokens)
-    return [
-        f"`{run.curve.path}`: loss {now:.3f} (perplexity {math.exp(now):.1f}) after "
-        f"{_count(run.fit.tokens_seen)} tokens, {run.fit.slope * 1e9:+.3f} per billion tokens.",
-        f"At {_count(run.end_tokens)} tokens: loss {end:.3f}, 80% interval {low:.3f}-"
-        f"{high:.3f}; perplexity {math.exp(end):.1f}, {math.exp(low):.1f}-{math.exp(high):.1f}. "
-        "This takes the schedule to go on as so far; a learning rate still to decay ends lower.",
-        run.diagnosis(),
+    now, fit, since = run.loss_now, run.fit if run.law else None, ""
+    if run.curve.start:
+        since = f", {_count(run.tokens_seen)} of them since the weights were new"
+    slope = f", {fit.slope * 1e9:+.3f} per billion tokens" if fit else ""
+    findings = [
+        f"`{run.curve.path}`: loss {now:.3f} (perplexity {_perplexity(now)}) after "
+        f"{_count(run.curve.tokens[-1])} tokens{since}{slope}."
     ]
+    if fit:
+        end, (low, high) = fit.loss(run.tokens_at_end), fit.interval(run.tokens_at_end)
+        findings.append(
+            f"At {_count(run.end_tokens)} tokens: loss {end:.3f}, 80% interval {low:.3f}-"
+            f"{high:.3f}; perplexity {_perplexity(end)}, {_perplexity(low)}-"
+            f"{_perplexity(high)}. This takes the schedule to go on as so far; a learning rate "
+            "still to decay ends lower."
+        )
+    return findings + run.diagnosis()
 
 
 def screen(analysis: Analysis, *, every_option: bool) -> str:
@@ -284,7 +295,7 @@ def screen(analysis: Analysis, *, every_option: bool) -> str:
         parts += communication_findings(plan)
     if analysis.run:
         parts += ["**The run so far**", _bullets(run_findings(analysis.run))]
-    if every_option or analysis.run:
+    if every_option or analysis.law_is_the_runs:
         parts.append(coherence_table(analysis))
     return "\n\n".join((*parts, "**What this rests on**", _bullets(caveats(plan))))
 
@@ -350,6 +361,8 @@ def _proposal(analysis: Analysis, files: str) -> str:
     option, model = plan.config, plan.config.model
     table = options_table(analysis.plans or [plan], analysis.hours)
     misfits = f"\n\n{_misfits(analysis)}" if analysis.misfits else ""
+    has_goal = analysis.run is None or analysis.law_is_the_runs
+    coherence = f"\n\n{coherence_table(analysis)}" if has_goal else ""
     return f"""\
 ## Options
 
@@ -368,7 +381,7 @@ experts counted by its active parameters. It takes {best.prediction.peak_gib:.1f
 Expected loss: {_range(best.loss_range(BESIROGLU), 2)} by {BESIROGLU.source};
 {_range(best.loss_range(HOFFMANN), 2)} by {HOFFMANN.source};
 {_range(best.loss_range(analysis.local_law), 2)} by the former shifted through
-{"the run so far" if analysis.run else "the model under Evidence"}.
+{"the run so far" if analysis.law_is_the_runs else "the model under Evidence"}.
 
 ## Training plan
 
@@ -381,9 +394,8 @@ Of option {option.option}{"" if best.config.option == option.option else ", as a
   {option.min_lr:g} on a cosine.
 - {model.num_layers} layers x {model.hidden_size}, {model.num_attention_heads} heads on
   {model.num_kv_heads} key-value heads, vocabulary {model.vocab_size:,}.
-- After the first hundred steps, compare tokens/s and peak GiB with this page before leaving it.
-
-{coherence_table(analysis)}"""
+- After the first hundred steps, compare tokens/s and peak GiB with this page before leaving it.\
+{coherence}"""
 
 
 def _misfits(analysis: Analysis) -> str:
@@ -457,15 +469,16 @@ def _draw_loss(plans: Sequence[Plan], law: LossLaw) -> "Axes":
 def _draw_run(run: RunProjection) -> "Axes":
     axes = _axes("tokens, billions", "loss, nats per token")
     axes.plot(run.curve.tokens / 1e9, run.curve.loss, ".", markersize=2, color="grey", label="run")
-    first, last = 0.1 * run.fit.tokens_seen, run.end_tokens
+    axes.set(xscale="log")
+    if not (run.fit and run.law):
+        return axes
+    first, last = 0.1 * run.tokens_seen, run.tokens_at_end
     # Evenly spaced on the logarithmic axis.
     tokens = [first * (last / first) ** (i / 100) for i in range(101)]
-    billions = [count / 1e9 for count in tokens]
+    billions = [(run.curve.start + count) / 1e9 for count in tokens]
     bounds = [run.fit.interval(count) for count in tokens]
     axes.fill_between(billions, *zip(*bounds, strict=True), alpha=0.3, label="80% interval")
     axes.plot(billions, [run.fit.loss(count) for count in tokens], label="fit")
     lowest = min(low for low, _ in bounds)
-    axes.set(
-        xscale="log", xlim=(first / 2e9, last / 0.9e9), ylim=(0.98 * lowest, 1.05 * bounds[0][1])
-    )
+    axes.set(xlim=(billions[0] / 2, billions[-1] / 0.9), ylim=(0.98 * lowest, 1.05 * bounds[0][1]))
     return axes

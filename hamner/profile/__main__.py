@@ -1,5 +1,11 @@
 """`python -m hamner.profile` traces warm steps, or reads any trace; see profiles/README.md."""
 
+import sys
+
+if __package__ != "hamner.profile":
+    print("error: start this with python -m hamner.profile", file=sys.stderr)
+    raise SystemExit(2)
+
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -7,10 +13,9 @@ from typing import Literal
 
 import tyro
 
-from hamner.cli import flag_value, gather_data, run_command
-from hamner.config.options import for_option
-from hamner.config.sft import part
+from hamner.cli import read_ahead, read_flags, run_command
 from hamner.config.recipe import RecipeConfig
+from hamner.config.sft import part
 from hamner.config.train import ComputeConfig, RunConfig, TaskConfig, TrainConfig
 from hamner.errors import UserError
 from hamner.files import writing
@@ -18,6 +23,9 @@ from hamner.profile import memory, picture
 from hamner.profile.report import describe, describe_difference, describe_memory
 from hamner.profile.summary import summarize
 from hamner.profile.trace import read_trace, with_callers_of
+from hamner.train.flags import Origin
+
+COMMAND = "hamner.profile"
 
 
 @dataclass(frozen=True)
@@ -121,32 +129,21 @@ def read(config: ReadConfig) -> None:
 
 
 def parse(args: Sequence[str]) -> ProfileConfig:
-    """The function reads the flags of a capture, whose defaults are those of `--option`.
+    """The function reads the flags of a capture, whose defaults are those of training.
 
     Raises:
         UserError: values that make no sense, alone or together.
         SystemExit: code 2 on unknown flags, 0 after --help.
     """
-    args = gather_data(args)
-    option = for_option(
-        flag_value(args, "--option") or TrainConfig.option,
-        flag_value(args, "--recipe") or TrainConfig.recipe,
-    )
-    parts = (TracedTask, RecipeConfig, ComputeConfig, RunConfig)
-    default = ProfileConfig(*(part(cls, option) for cls in parts))
-    return tyro.cli(
-        tyro.conf.OmitArgPrefixes[ProfileConfig],
-        default=default,
-        args=args,
-        prog="python -m hamner.profile",
-        config=(tyro.conf.HelptextFromCommentsOff,),
-    )
+    run = replace(read_ahead(Origin, args, COMMAND).defaults(), steps=None, tokens=None)
+    parts = (part(cls, run) for cls in (TracedTask, RecipeConfig, ComputeConfig, RunConfig))
+    return read_flags(ProfileConfig, args, COMMAND, default=ProfileConfig(*parts))
 
 
 def main(args: Sequence[str]) -> None:
     if args[:1] == ["read"] or args[:1] == ["--compare"]:
         args = args[1:] if args[0] == "read" else args
-        read(tyro.cli(ReadConfig, args=args, prog="python -m hamner.profile read"))
+        read(read_flags(ReadConfig, args, f"{COMMAND} read"))
         return
     config = parse(args)
     # Torch takes a second or more to load.

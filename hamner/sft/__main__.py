@@ -1,17 +1,50 @@
 """`python -m hamner.sft` fine-tunes a pre-trained model on conversations, or resumes that."""
 
+import sys
+
+if __package__ != "hamner.sft":
+    print("error: start this with python -m hamner.sft", file=sys.stderr)
+    raise SystemExit(2)
+
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import tyro
-
-from hamner.cli import flag_value, gather_data, run_command
+from hamner.cli import read_ahead, read_flags, run_command
 from hamner.config.options import OPTIONS
 from hamner.config.sft import SftConfig
 from hamner.config.train import CONFIG_FILE, TrainConfig
 from hamner.errors import EXIT_INTERRUPTED, UserError
-from hamner.parallel.ranks import resume_after_restart
+from hamner.parallel.ranks import is_restart
+
+COMMAND = "hamner.sft"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """These flags decide what the others are by default."""
+
+    checkpoint: Path | None = None
+    run_dir: Path | None = None
+    resume: bool = False
+
+    def defaults(self) -> SftConfig:
+        """The method gives the configuration of a start without any other flag.
+
+        Raises:
+            UserError: the run to fine-tune or to go on with cannot be read.
+        """
+        default = SftConfig(model=OPTIONS[TrainConfig.option].model)
+        if self.checkpoint is not None:
+            default = SftConfig.for_checkpoint(self.checkpoint)
+        folder = self.run_dir if self.run_dir is not None else default.run_dir
+        if folder is None or not (self.resume or is_restart(folder)):
+            return default
+        if not (folder / CONFIG_FILE).is_file():
+            return default
+        saved = SftConfig.read(folder / CONFIG_FILE)
+        run = replace(saved.run, resume=True, stop_after=None, allow_data_change=False)
+        return replace(saved, run_dir=folder, run=run)
 
 
 def parse(args: Sequence[str]) -> SftConfig:
@@ -24,24 +57,8 @@ def parse(args: Sequence[str]) -> SftConfig:
         UserError: values that make no sense, alone or together.
         SystemExit: code 2 on unknown flags, 0 after --help.
     """
-    args = gather_data(args)
-    default = SftConfig(model=OPTIONS[TrainConfig.option].model)
-    path, run_dir = flag_value(args, "--checkpoint"), flag_value(args, "--run-dir")
-    if path is not None:
-        default = SftConfig.for_checkpoint(Path(path))
-    saved = Path(run_dir) if run_dir else default.run_dir
-    if saved is not None:
-        args = resume_after_restart(args, saved)
-    if "--resume" in args and saved is not None and (saved / CONFIG_FILE).is_file():
-        default = SftConfig.read(saved / CONFIG_FILE)
-        default = replace(default, run=replace(default.run, resume=True, stop_after=None))
-    config = tyro.cli(
-        tyro.conf.OmitArgPrefixes[SftConfig],
-        default=default,
-        args=args,
-        prog="python -m hamner.sft",
-        config=(tyro.conf.HelptextFromCommentsOff, tyro.conf.SuppressFixed),
-    )
+    default = read_ahead(Origin, args, COMMAND).defaults()
+    config = read_flags(SftConfig, args, COMMAND, default=default)
     if config.sft.checkpoint is None and not config.run.resume:
         raise UserError("--checkpoint is needed: name the run to fine-tune, such as runs/a")
     if config.run.resume and config.run_dir is None:

@@ -3,19 +3,18 @@
 import math
 from dataclasses import replace
 
-from rich.console import Console
-
 from hamner.checkpoint import format as checkpoint
 from hamner.checkpoint.run_folder import RunFolder
 from hamner.checkpoint.saved_model import find_saved_model
 from hamner.config.sft import SftConfig
 from hamner.config.train import TrainConfig
 from hamner.data.conversations import lint
-from hamner.data.conversations.examples import load_examples
+from hamner.data.conversations.examples import load_examples, most_used_system
 from hamner.data.conversations.loader import ConversationLoader, validation_batch
-from hamner.data.tokenizer import Tokenizer, load_tokenizer
+from hamner.data.tokenizer import Tokenizer
 from hamner.parallel.ranks import Rank
 from hamner.train.data import RunData
+from hamner.train.display import open_console
 from hamner.train.loop import train
 from hamner.train.messages import TrainResult
 
@@ -34,12 +33,13 @@ def fine_tune(config: SftConfig) -> TrainResult:
     run = RunFolder(training.folder)
     run.check(resume=training.resume)
     goes_on = training.resume and checkpoint.find(run.checkpoints)
-    initial = None if goes_on else find_saved_model(config.sft.checkpoint).checkpoint
+    initial = None if goes_on else find_saved_model(config.sft.checkpoint)
 
-    tokenizer = load_tokenizer(training.tokenizer, training.model.vocab_size)
+    tokenizer = initial.tokenizer if initial else run.open_tokenizer(training)
     sources = load_examples(training, tokenizer)
+    training = replace(training, sft=replace(config.sft, system=most_used_system(sources)))
     if Rank.read().is_main:
-        lint.show(sources, tokenizer, Console(highlight=False))
+        lint.show(sources, tokenizer, open_console())
     loader = ConversationLoader(sources, tokenizer, training)
     validation = validation_batch(sources, tokenizer, training.seq_len, training.eval_tokens)
 

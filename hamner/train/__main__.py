@@ -1,16 +1,21 @@
 """`python -m hamner.train` pre-trains an option from scratch, resumes a run, replays a bad step."""
 
+import sys
+
+if __package__ != "hamner.train":
+    print("error: start this with python -m hamner.train", file=sys.stderr)
+    raise SystemExit(2)
+
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
-import tyro
-
-from hamner.cli import flag_value, gather_data, run_command
-from hamner.config.options import find_option, for_option
-from hamner.config.train import CONFIG_FILE, TrainConfig
+from hamner.cli import read_ahead, read_flags, run_command
+from hamner.config.train import TrainConfig
 from hamner.errors import EXIT_BAD_STEPS, EXIT_INTERRUPTED, UserError
-from hamner.parallel.ranks import resume_after_restart
+from hamner.parallel.ranks import is_restart
+from hamner.train.flags import Origin
+
+COMMAND = "hamner.train"
 
 
 def parse(args: Sequence[str]) -> TrainConfig:
@@ -18,42 +23,28 @@ def parse(args: Sequence[str]) -> TrainConfig:
 
     The defaults are those of `--option`, or with `--resume` and `--replay` those the run was
     started with, so that `--resume --run-dir runs/a` alone continues a run and any other flag
-    changes it.
+    changes it. With `--init-from` model and tokenizer are those of the run that it names.
 
     Raises:
         UserError: values that make no sense, alone or together.
         SystemExit: code 2 on unknown flags, 0 after --help.
     """
-    args = gather_data(args)
-    default = for_option(
-        flag_value(args, "--option") or TrainConfig.option,
-        flag_value(args, "--recipe") or TrainConfig.recipe,
-    )
-    run_dir, replay = flag_value(args, "--run-dir"), flag_value(args, "--replay")
-    folder = Path(run_dir) if run_dir else default.folder
-    args, saved = resume_after_restart(args, folder), folder / CONFIG_FILE
-    if replay:
-        if not Path(replay).is_file():
-            raise UserError(f"--replay {replay}: no such file; RUN/bad_steps/ has those of a run")
-        # RUN/bad_steps/FILE
-        saved = Path(replay).parent.parent / CONFIG_FILE
-        default = replace(TrainConfig.read(saved), run_dir=saved.parent)
-    elif "--resume" in args and saved.is_file():
-        default = replace(
-            TrainConfig.read(saved), resume=True, stop_after=None, allow_data_change=False, sft=None
-        )
-    find_option(default.option)
-    config = tyro.cli(
-        tyro.conf.OmitArgPrefixes[TrainConfig],
-        default=default,
-        args=args,
-        prog="python -m hamner.train",
-        config=(tyro.conf.HelptextFromCommentsOff,),
-    )
-    if config.recipe != default.recipe:
+    origin = read_ahead(Origin, args, COMMAND)
+    if is_restart(origin.folder):
+        origin = replace(origin, resume=True)
+    default = origin.defaults()
+    config = read_flags(TrainConfig, args, COMMAND, default=default)
+    for name in ("option", "recipe"):
+        given, saved = getattr(config, name), getattr(default, name)
+        if given != saved:
+            raise UserError(
+                f"--{name} {given} is not the {saved} that {default.folder} was started with; "
+                "leave the flag out, or start another run with --run-dir FOLDER"
+            )
+    if origin.has_run and config.init_from != default.init_from:
         raise UserError(
-            f"--recipe {config.recipe} is not the {default.recipe} that the run was started with; "
-            "leave it out and give the flags that are to change"
+            f"--init-from {config.init_from} starts a new run, and --resume goes on with one that "
+            f"started from {default.init_from or 'random weights'}: leave one of the two out"
         )
     return config
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from hamner.checkpoint.run_folder import RunFolder
 from hamner.config.train import TrainConfig
@@ -30,19 +31,22 @@ OpenData = Callable[[TrainConfig, Tokenizer, bool], RunData]
 """(config, tokenizer, whether to pin memory) -> what to train on"""
 
 
-def open_loader(config: TrainConfig, tokenizer: Tokenizer, pin_memory: bool) -> TrainLoader:
+def open_loader(
+    config: TrainConfig, tokenizer: Tokenizer, pin_memory: bool, bad_rows_file: Path | None = None
+) -> TrainLoader:
     """The function opens the batches of documents that a run pre-trains on.
 
     Raises:
         UserError: the data does not allow it.
     """
-    return TrainLoader(config, tokenizer, pin_memory=pin_memory)
+    return TrainLoader(config, tokenizer, pin_memory=pin_memory, bad_rows_file=bad_rows_file)
 
 
 def open_documents(config: TrainConfig, tokenizer: Tokenizer, pin_memory: bool) -> RunData:
     """The function opens the data of pre-training; see `OpenData`."""
-    loader = open_loader(config, tokenizer, pin_memory)
-    validation = ValidationSet(RunFolder(config.folder).validation, loader, config.eval_tokens)
+    run = RunFolder(config.folder)
+    loader = open_loader(config, tokenizer, pin_memory, run.bad_rows)
+    validation = ValidationSet(run.validation, loader, config.eval_tokens)
     return RunData(loader, validation.rows, validation.keep)
 
 

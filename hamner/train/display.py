@@ -1,19 +1,32 @@
 """A run shows a live panel on a terminal, plain lines elsewhere."""
 
 import contextlib
+import math
+import sys
+from time import monotonic
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from hamner.cli import QUIET_SECONDS, UnfailingStream
 from hamner.train.metrics import Record
+
+FAILURES = (Exception, SystemExit)
+"""of a console; it leaves the process when nobody reads its pipe"""
+
+
+def open_console() -> Console:
+    """The console writes to the standard output, if there is one; what that refuses is lost."""
+    return Console(file=sys.stdout and UnfailingStream(sys.stdout), highlight=False)
 
 
 class Display:
-    """The display shows records as they come, and one-line messages.
+    """The display shows records as they come, and one-line messages; whatever becomes of the
+    terminal, it raises nothing.
 
     Args:
         name: of the run, the panel's title.
@@ -24,26 +37,33 @@ class Display:
     def __init__(self, name: str, total_tokens: int, budget_gib: float | None) -> None:
         self.name, self.total_tokens, self.budget_gib = name, total_tokens, budget_gib
         self.live: Live | None = None
+        self.panel: Panel | None = None
+        """of the newest record"""
+        self.said_at = -math.inf
         self.connect()
 
     def connect(self, console: Console | None = None, log: Console | None = None) -> None:
         """The display writes to a console, of which a terminal gets the panel, and plain lines to a
         log as well; None is the terminal, or no log."""
-        self.console, self.log = console or Console(highlight=False), log
+        self.console, self.log = console or open_console(), log
 
     def __enter__(self) -> "Display":
-        if self.console.is_terminal:
-            self.live = Live(console=self.console, refresh_per_second=4)
-            self.live.start()
+        with contextlib.suppress(*FAILURES):
+            if self.console.is_terminal:
+                self.live = Live(console=self.console, refresh_per_second=4)
+                self.live.start()
         return self
 
     def __exit__(self, *_) -> None:
-        if self.live:
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(*FAILURES):
+            if self.live:
                 self.live.stop()
+        if isinstance(self.console.file, UnfailingStream):
+            self.console.file.give_up_rest()
 
     def message(self, text: str) -> None:
-        """A message is printed above the panel; a terminal or disk that is gone ends no run."""
+        """A message is printed above the panel."""
+        self.said_at = monotonic()
         self._print(self.console, text)
         self._print(self.log, text)
 
@@ -52,6 +72,14 @@ class Display:
         for text in texts:
             self.message(text)
         texts.clear()
+
+    def working(self, text: str) -> None:
+        """What is under way is shown below the panel; elsewhere it is a line if nothing else was
+        said for long."""
+        if self.live is not None:
+            self._update(Text(text, "dim"))
+        elif monotonic() - self.said_at >= QUIET_SECONDS:
+            self.message(text)
 
     def show(self, record: Record) -> None:
         """A record replaces the one in the panel, or is a line."""
@@ -70,12 +98,17 @@ class Display:
         body = Table.grid(expand=True)
         body.add_row(grid)
         body.add_row(ProgressBar(total=self.total_tokens, completed=record.tokens))
-        with contextlib.suppress(OSError):
-            self.live.update(Panel(body, title=self.name))
+        self.panel = Panel(body, title=self.name)
+        self._update()
+
+    def _update(self, *below: Text) -> None:
+        parts = [self.panel] if self.panel else []
+        with contextlib.suppress(*FAILURES):
+            self.live.update(Group(*parts, *below))
 
     def _print(self, console: Console | None, text: str) -> None:
         if console is not None:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(*FAILURES):
                 console.print(Text(text), soft_wrap=True)
 
     def fields(self, record: Record) -> dict[str, str]:

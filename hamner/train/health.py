@@ -10,6 +10,7 @@ and after `MOST_IN_A_ROW` the run stops with a diagnosis.
 import contextlib
 import faulthandler
 import math
+import os
 import threading
 import time
 from collections import deque
@@ -25,6 +26,7 @@ from torch import Tensor
 from hamner.config.model import ModelConfig
 from hamner.data.batch import Batch
 from hamner.errors import UserError
+from hamner.files import usual_permissions
 
 MOST_IN_A_ROW = 5
 """bad steps, after which training stops"""
@@ -115,7 +117,8 @@ def keep(folder: Path, reading: StepReading) -> str:
     facts = {name: str(getattr(reading, name)) for name in _FACTS}
     try:
         folder.mkdir(exist_ok=True)
-        save_file(vars(reading.batch), path, metadata=facts)
+        with usual_permissions(path):
+            save_file(vars(reading.batch), path, metadata=facts)
     except (OSError, SafetensorError) as error:
         return f"its batch could not be written to {path} ({error})"
     return f"its batch is in {path}, see --replay"
@@ -241,7 +244,10 @@ class Watchdog:
     def __enter__(self) -> "Watchdog":
         self._at_work.acquire()
         if self.seconds:
-            self._file = self.stacks.open("a", encoding="utf-8")
+            try:
+                self._file = self.stacks.open("a", encoding="utf-8")
+            except OSError:  # then the stacks go where Python's own errors do
+                self._file = os.fdopen(os.dup(2), "w")
             self.beat()
             self._thread.start()
         return self
@@ -251,9 +257,10 @@ class Watchdog:
             self._stop.set()
             self._thread.join()
             faulthandler.cancel_dump_traceback_later()
-            self._file.close()
-            if self.stacks.exists() and not self.stacks.stat().st_size:
-                self.stacks.unlink()
+            with contextlib.suppress(OSError):
+                self._file.close()
+                if not self.stacks.stat().st_size:
+                    self.stacks.unlink()
         self._at_work.release()
 
     def beat(self) -> None:

@@ -17,6 +17,7 @@ from hamner.checkpoint.run_folder import RecordLog, RunFolder
 from hamner.config.options import total_tokens
 from hamner.plan.step_time import compare_with_reality, predict
 from hamner.train import health
+from hamner.train.beside import Beside
 from hamner.train.display import Display
 from hamner.train.health import StarvationDetector, StepHealth, StepReading
 from hamner.train.metrics import Mfu, Record, Spike, Stopwatch, describe_routers, peak_vram_gib
@@ -103,6 +104,7 @@ class TrainLog:
 
     def __init__(self, run: RunFolder, train_step: TrainStep, display: Display) -> None:
         self.run, self.train_step, self.display = run, train_step, display
+        self.beside = Beside(display.message)
         self.config = config = train_step.config
         self.reporters: list[Reporter] = []
         self.is_main = train_step.processes.rank.is_main
@@ -117,6 +119,7 @@ class TrainLog:
         self.starvation = StarvationDetector(config.model) if config.model.is_moe else None
         router_sum = train_step.router_sum
         self.interval = Interval(torch.zeros((0,) if router_sum is None else router_sum.shape))
+        self.is_before_first_line = True
 
     def start(self, step: int, tokens: int) -> None:
         """The clock and the first interval begin after `step`."""
@@ -239,16 +242,16 @@ class TrainLog:
             spikes=tuple(interval.spikes),
             **vars(line),
         )
+        self.is_before_first_line = False
         self.append(self.metrics, record.to_json())
         for reporter in self.reporters:
-            try:
+            with self.beside(type(reporter).__name__):
                 reporter.report(record)
-            except Exception as error:  # whatever ails a service, the run does not end of it
-                self.display.message(f"WARNING: {type(reporter).__name__} failed: {error}")
         self.display.show(record)
         self._warn_of_starved_experts(record, steps)
         if interval.start_step < PLAN_CHECK_STEP <= record.step:
-            self._compare_with_plan(record)
+            with self.beside("the comparison with the plan"):
+                self._compare_with_plan(record)
         fresh = torch.zeros_like(interval.router_sum)
         self.interval = Interval(fresh, record.step, record.tokens, seconds)
 

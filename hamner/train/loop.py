@@ -10,19 +10,20 @@ import time
 from dataclasses import replace
 from functools import partial
 
-from hamner.checkpoint.format import Checkpoint
 from hamner.checkpoint.run_folder import RunFolder
+from hamner.checkpoint.saved_model import SavedModel
 from hamner.config.train import TrainConfig
+from hamner.data.bad_rows import lines_of
 from hamner.data.batch import Batch
-from hamner.data.tokenizer import load_tokenizer
 from hamner.hardware import GIB
 from hamner.parallel.processes import SingleProcess, open_processes
 from hamner.parallel.tensors import local
-from hamner.train import evaluation, health, messages, plots, resume
+from hamner.train import health, messages, resume
 from hamner.train.data import DataPosition, OpenData, open_documents
 from hamner.train.display import Display, count, duration
-from hamner.train.evaluation import EarlyStopping
+from hamner.train.evaluation import EarlyStopping, Inspector
 from hamner.train.health import StepReading, Watchdog
+from hamner.train.initial import find_initial, warn_of_missing_chat_tokens, with_chat_tokens
 from hamner.train.interrupt import Interrupt
 from hamner.train.log import LogLine, TrainLog
 from hamner.train.messages import TrainResult
@@ -47,7 +48,8 @@ def train(config: TrainConfig, **options) -> TrainResult:
     """
     with (
         open_processes(config) as processes,
-        contextlib.closing(TrainingLoop(config, processes=processes, **options)) as loop,
+        RunFolder(config.folder) as run,
+        contextlib.closing(TrainingLoop(config, run=run, processes=processes, **options)) as loop,
     ):
         return loop.run_to_end()
 
@@ -58,7 +60,9 @@ class TrainingLoop:
     Args:
         config: resolved flags.
         open_data: what to train on.
-        initial, processes: see `TrainStep`.
+        initial: whose weights and tokenizer to start from; default those that `--init-from` names.
+        processes: see `TrainStep`.
+        run: the run's folder; default that of `config`.
         on_phase: called when a phase begins: those of `TrainStep`, "data", "step done",
             "evaluation", "" where none follows, and by the writer's thread "save" and "saved".
     """
@@ -67,26 +71,34 @@ class TrainingLoop:
         self,
         config: TrainConfig,
         open_data: OpenData = open_documents,
-        initial: Checkpoint | None = None,
+        initial: SavedModel | None = None,
         on_phase: OnPhase = ignore_phase,
         processes: SingleProcess | None = None,
+        run: RunFolder | None = None,
     ) -> None:
-        self.config, self.run = config, RunFolder(config.folder)
+        self.config, self.run = config, run or RunFolder(config.folder)
         self.processes = processes or SingleProcess()
-        self.processes.from_main(lambda: self.run.check(resume=config.resume))
+        self.processes.from_main(lambda: self.run.open(resume=config.resume))
         require_installed(config.report_to)
-        self.tokenizer = load_tokenizer(config.tokenizer, config.model.vocab_size)
-        self.step = TrainStep(config, self.processes, initial, on_phase)
+        initial = initial or find_initial(config)
+        tokenizer = initial.tokenizer if initial else self.run.open_tokenizer(config)
+        self.tokenizer = with_chat_tokens(tokenizer, config)
+        weights = initial.checkpoint if initial else None
+        self.step = TrainStep(config, self.processes, weights, on_phase)
+        self.step.messages += warn_of_missing_chat_tokens(self.tokenizer, config)
         compute = self.step.compute
-        self.data = open_data(config, self.tokenizer, compute.device.type == "cuda")
-        self.position = DataPosition(self.data.loader, config, self.step.messages)
-        self.progress, self.schedule = Progress(), Schedule(config)
-        self.early_stopping = EarlyStopping(config.patience)
+        self.schedule = Schedule(config)
         self.display = Display(
             f"hamner {config.option}",
             self.schedule.total_tokens,
             None if compute.device.type == "cpu" else compute.budget_bytes / GIB,
         )
+        if self.processes.rank.is_main:
+            self.display.message(f"reading {' '.join(config.data) or 'the built-in corpus'}")
+        self.data = open_data(config, self.tokenizer, compute.device.type == "cuda")
+        self.position = DataPosition(self.data.loader, config, self.step.messages)
+        self.progress = Progress()
+        self.early_stopping = EarlyStopping(config.patience)
         self.log = TrainLog(self.run, self.step, self.display)
         parts = (
             self.progress,
@@ -104,23 +116,33 @@ class TrainingLoop:
         stacks = self.run.stacks_of(self.processes.rank)
         self.watchdog = Watchdog(config.hang_minutes, stacks, self._report_hang)
         self.interrupt = Interrupt(is_single=self.processes.rank.world_size == 1)
+        self.inspector = Inspector(
+            self.log,
+            progress=self.progress,
+            early_stopping=self.early_stopping,
+            interrupt=self.interrupt,
+            validation=self.data.validation,
+            tokenizer=self.tokenizer,
+        )
         self.first_step = self.progress.step
 
     def _start_folder(self) -> None:
         """The run's folder, its logs and the services are there once nothing refuses any more."""
-        self.processes.from_main(lambda: self.run.start(self.config))
+        self.processes.from_main(lambda: self.run.start(self.config, self.tokenizer))
         self.display.connect(*self.processes.open_log(self.run.logs))
         if self.log.is_main:
             self.data.keep()
-            self.log.reporters += open_reporters(self.config)
+            self.log.reporters += open_reporters(self.config, self.log.beside)
 
     def close(self) -> None:
-        """What runs beside the loop stops."""
+        """What runs beside the loop stops, and the folder is free."""
         self.step.close()
         self.saves.saver.close()
         self.data.loader.close()
         for reporter in self.log.reporters:
-            reporter.close()
+            with self.log.beside(f"closing {type(reporter).__name__}", then="the run is whole"):
+                reporter.close()
+        self.run.owner.release()
 
     def run_to_end(self) -> TrainResult:
         """The loop trains until the run's length, `--stop-after`, an interrupt or a diagnosis; then
@@ -128,10 +150,11 @@ class TrainingLoop:
         progress, stop_after = self.progress, self.config.stop_after
         with self.display, self.interrupt, self.watchdog:
             has_validation = bool(len(self.data.validation.inputs))
-            lines = messages.introduction(self.log, self.saves.last, has_validation=has_validation)
+            lines = messages.introduction(self.log, self.saves, has_validation=has_validation)
             self.display.messages(lines)
             self.display.messages(self.step.messages)
             self.log.start(progress.step, progress.tokens)
+            self._make_up_evaluation()
             while not self.is_finished:
                 batch = self._next_batch()
                 if batch is None or not self._take_step(batch):
@@ -215,6 +238,8 @@ class TrainingLoop:
         self.processes.step_done(progress.step)
         self.log.record(StepReading(progress.step, progress.tokens, lr, batch), result)
         self.step.on_phase("step done", progress.step)
+        if self.log.is_before_first_line:
+            self.display.working(f"step {progress.step:,} is done")
         return True
 
     def _should_abort(self, started: float, done: int, micro_batches: int) -> bool:
@@ -241,7 +266,7 @@ class TrainingLoop:
             return every > 0 and progress.step % every == 0
 
         evaluates = due(config.eval_every) or (done and config.eval_every)
-        is_better = self._evaluate() if evaluates else False
+        is_better = self.inspector.evaluate() if evaluates else False
         if evaluates or due(config.log_every) or done:
             sources = self.data.loader.progress()
             self.log.request_line(LogLine(progress.val_loss, progress.val_step, sources))
@@ -249,34 +274,33 @@ class TrainingLoop:
             self.saves.save_best()
         self.saves.save_when_due(due(config.save_every) and not done)
         if due(config.sample_every) or (done and config.sample_every):
-            self._sample()
+            self.inspector.sample()
 
-    def _evaluate(self) -> bool:
-        """The validation loss is measured; the answer is whether it is the best so far."""
-        progress = self.progress
-        self.log.pause()
-        self.step.on_phase("evaluation", progress.step)
-        loss = evaluation.validation_loss(self.step, self.data.validation)
-        self.step.on_phase("", progress.step)
-        if loss is not None:
-            progress.val_loss, progress.val_step = loss, progress.step
-        self.log.watch.start()
-        return self.early_stopping.improved(progress.step, progress.val_loss)
+    @property
+    def _owes_evaluation(self) -> bool:
+        """The last finished step should be evaluated, and has not been."""
+        progress, every = self.progress, self.config.eval_every
+        is_due = every > 0 and progress.step and (progress.step % every == 0 or self.has_length)
+        has_rows = bool(len(self.data.validation.inputs))
+        return bool(is_due and has_rows and progress.val_step != progress.step)
 
-    def _sample(self) -> None:
-        """The fixed prompts are continued and the texts kept."""
+    def _make_up_evaluation(self) -> None:
+        """What the start before abandoned is measured now, and written where it belongs."""
+        if not self._owes_evaluation:
+            return
         progress = self.progress
-        self.log.pause()
-        for prompt, text in evaluation.samples(self.step, self.tokenizer, self.config.seed):
-            record = {
-                "step": progress.step,
-                "tokens": progress.tokens,
-                "prompt": prompt,
-                "text": text,
-            }
-            self.log.append(self.log.samples, record)
-            self.display.message(f"sample: {prompt}{text}".replace("\n", " "))
-        self.log.watch.start()
+        self.inspector.evaluate()
+        if self._owes_evaluation:
+            return
+        self.display.message(
+            f"validation loss {progress.val_loss:.4f} at step {progress.step:,}, whose evaluation "
+            "had been abandoned"
+        )
+        values = {"val_loss": progress.val_loss, "val_step": progress.val_step}
+        if self.log.is_main:
+            with self.log.beside("the record of that loss"):
+                self.run.amend(progress.step, values)
+        self.saves.save_best()
 
     def _diagnose(self) -> str | None:
         """If step after step was bad, the reason is looked for in the state."""
@@ -306,10 +330,15 @@ class TrainingLoop:
         """Rank 0 draws the plots, says where the run is and how to go on."""
         if not self.log.is_main:
             return
-        try:
+        with self.log.beside("drawing the plots", then="the run is whole"):
+            # Here, because the import itself fails in some environments.
+            from hamner.train import plots
+
             plots.draw(self.run)
-        except OSError as error:
-            self.display.message(f"WARNING: plots not drawn ({error.strerror})")
+        is_finished = self.is_finished and not (result.interrupted and self._owes_evaluation)
         self.display.messages(
-            messages.conclusion(self.log, result, self.early_stopping, is_finished=self.is_finished)
+            messages.conclusion(self.log, result, self.early_stopping, is_finished=is_finished)
         )
+        sources = self.data.loader.progress().values()
+        bad_rows = (counts.get("bad_rows", {}) for counts in sources)
+        self.display.messages(lines_of(bad_rows, self.run.bad_rows))

@@ -1,13 +1,14 @@
 """The messages are what a run says before its first step and after its last."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from hamner.checkpoint.format import Checkpoint
 from hamner.config.train import TrainConfig
 from hamner.train.display import count, duration
 from hamner.train.evaluation import EarlyStopping
 from hamner.train.log import TrainLog
+from hamner.train.saves import Saves
 
 ENGINES = {
     "ddp": "each with the whole model (DDP)",
@@ -29,16 +30,19 @@ class TrainResult:
     """why the run stopped itself, or None"""
 
 
-def introduction(log: TrainLog, saved: Checkpoint | None, *, has_validation: bool) -> list[str]:
+def introduction(log: TrainLog, saves: Saves, *, has_validation: bool) -> list[str]:
     """The lines say what will run, on what, and where it is kept."""
     config, step, total_tokens = log.config, log.train_step, log.display.total_tokens
+    done, saved = saves.progress, saves.last
+    # Steps before this start may have had another size.
+    left = max(0, math.ceil((total_tokens - done.tokens) / config.tokens_per_step))
+    steps = f"{done.step + left:,} steps" + (f", the {left:,} to come" if done.step else "")
     parameters, active = (config.model.num_parameters(active=active) for active in (False, True))
     size = f"{parameters:,} parameters"
     if active != parameters:
         size += f", {active:,} active per token"
     lines = [
-        f"option {config.option}: {size}; {count(total_tokens)} tokens in "
-        f"{total_tokens // config.tokens_per_step:,} steps of "
+        f"option {config.option}: {size}; {count(total_tokens)} tokens in {steps} of "
         f"{config.batch_size} x {config.seq_len}",
         f"on {step.compute.name}, {step.compute.precision}, kernels {step.compute.kernels}, "
         f"attention {step.attention.name}: {step.attention.reason}",
@@ -51,6 +55,8 @@ def introduction(log: TrainLog, saved: Checkpoint | None, *, has_validation: boo
             f"{config.batch_size // rank.world_size} sequences of a step and the memory below"
         )
     lines += [f"memory: {step.plan}", recipe(config), log.mfu.explain()]
+    if step.compute.device.type == "cuda":
+        lines.append("the first step compiles its kernels, which a new machine takes a while for")
     if step.compute.device.type == "cpu":
         lines.append("no GPU found: training on the CPU, which suits --option tiny only")
     if not has_validation:
@@ -60,6 +66,8 @@ def introduction(log: TrainLog, saved: Checkpoint | None, *, has_validation: boo
         lines.append(f"resuming {log.run.path} {where}")
     else:
         lines.append(f"run folder {log.run.path}")
+        if config.init_from is not None:
+            lines.append(f"starting from the weights of {config.init_from}")
     return lines
 
 

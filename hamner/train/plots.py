@@ -4,16 +4,12 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-import matplotlib
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 from hamner.checkpoint.run_folder import RunFolder
 from hamner.files import read_records
-
-# Draw to files: a training machine has no display.
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.ticker import EngFormatter  # noqa: E402
 
 
 def draw(run: RunFolder) -> list[Path]:
@@ -110,7 +106,7 @@ def _layers(records: list[dict], field: str) -> Iterator[tuple[int, tuple, list[
     """The iterator gives each layer, its color along one scale, and a router field over tokens."""
     routers = [(r["tokens"], r["router"][field]) for r in records]
     layers = max(len(values) for _, values in routers)
-    scale = plt.get_cmap("viridis")
+    scale = colormaps["viridis"]
     for layer in range(layers):
         points = [(tokens, values[layer]) for tokens, values in routers if layer < len(values)]
         yield layer, scale(layer / layers), points
@@ -124,15 +120,13 @@ def _figure(path: Path, records: list[dict], *plots: Callable) -> Path:
         records: that are drawn.
         plots: of (axes, records) draw a panel each.
     """
-    size = (7, 1 + 3 * len(plots))
-    figure, panels = plt.subplots(
-        len(plots), figsize=size, sharex=True, squeeze=False, layout="constrained"
-    )
+    # Not pyplot's, which belongs to a screen.
+    figure = Figure(figsize=(7, 1 + 3 * len(plots)), layout="constrained")
+    panels = figure.subplots(len(plots), sharex=True, squeeze=False)
     for axes, plot in zip(panels.flat, plots, strict=True):
         plot(axes, records)
         axes.grid(alpha=0.3)
     axes.set(xlabel="tokens")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.savefig(path, dpi=120)
-    plt.close(figure)
     return path

@@ -13,7 +13,6 @@ from torch import Tensor
 from hamner.checkpoint.format import Checkpoint, find
 from hamner.checkpoint.run_folder import RunFolder
 from hamner.config.train import TrainConfig
-from hamner.data.tokenizer import load_tokenizer
 from hamner.errors import UserError
 from hamner.train import health
 from hamner.train.health import StepReading
@@ -78,7 +77,7 @@ def replay(config: TrainConfig) -> Replay:
     """
     reading = health.read(config.replay)
     rows, seq_len = reading.batch.inputs.shape
-    tokenizer = load_tokenizer(config.tokenizer, config.model.vocab_size)
+    tokenizer = RunFolder(config.folder).open_tokenizer(config)
     highest = int(max(reading.batch.inputs.max(), reading.batch.targets.max()))
     if seq_len > config.model.max_seq_len or highest >= config.model.vocab_size:
         raise UserError(f"--replay {config.replay} is of another model than {config.folder}")

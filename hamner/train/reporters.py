@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from hamner.config.train import TrainConfig
 from hamner.errors import UserError
+from hamner.train.beside import Beside
 from hamner.train.metrics import Record
 
 
@@ -60,12 +61,15 @@ def require_installed(names: Sequence[str]) -> None:
             ) from error
 
 
-def open_reporters(config: TrainConfig) -> list[Reporter]:
-    """The function opens the services that `--report-to` names, in the run's folder."""
-    return [
-        TensorBoard(config) if name == "tensorboard" else Tracker(name, config)
-        for name in config.report_to
-    ]
+def open_reporters(config: TrainConfig, beside: Beside) -> list[Reporter]:
+    """The function opens the services that `--report-to` names, in the run's folder, but for those
+    that fail."""
+    reporters: list[Reporter] = []
+    for name in config.report_to:
+        with beside(f"--report-to {name}", then="training goes on without it"):
+            is_ours = name == "tensorboard"
+            reporters.append(TensorBoard(config) if is_ours else Tracker(name, config))
+    return reporters
 
 
 def _numbers(record: Record) -> dict[str, float]:

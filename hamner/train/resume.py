@@ -14,7 +14,7 @@ import numpy as np
 from hamner.checkpoint import format as checkpoint
 from hamner.checkpoint.format import Checkpoint, CheckpointError
 from hamner.checkpoint.run_folder import RunFolder
-from hamner.config.model import ModelConfig, flag
+from hamner.config.model import NOT_THE_MODEL, ModelConfig, flag
 from hamner.config.train import TrainConfig
 from hamner.data.tokenizer import Tokenizer
 from hamner.errors import UserError
@@ -38,11 +38,6 @@ SCHEDULE_FIELDS = {
     (list,): ("length",),
 }
 _ANOTHER = "remove that checkpoint, or start another run with --run-dir FOLDER"
-_NOT_THE_MODEL = {
-    *("gradient_checkpointing", "router_aux_loss_coef", "router_z_loss_coef"),
-    "router_bias_update_speed",
-}
-"""fields of ModelConfig that say how to train, not what the weights are"""
 
 
 def find_checkpoint(folder: Path) -> tuple[Checkpoint | None, dict, list[str]]:
@@ -67,7 +62,8 @@ def find_checkpoint(folder: Path) -> tuple[Checkpoint | None, dict, list[str]]:
     if "imported_from" in state:
         raise UserError(
             f"--resume: {found.path} was imported without its optimizer's state, so its training "
-            "cannot go on here; fine-tune it with python -m hamner.sft"
+            "cannot go on here; start another run from its weights with --init-from, or fine-tune "
+            "it with python -m hamner.sft"
         )
     path = found.path / checkpoint.STATE_FILE
     if state.get("format") != STATE_FORMAT:
@@ -123,7 +119,7 @@ def require_same_model(
     """
     # A field that is newer than the checkpoint has its default there.
     saved = {**asdict(ModelConfig()), **state["model"]}
-    names = [field.name for field in fields(ModelConfig) if field.name not in _NOT_THE_MODEL]
+    names = [field.name for field in fields(ModelConfig) if field.name not in NOT_THE_MODEL]
     differences = [
         f"--{flag(name)} {getattr(config.model, name)} is not the {saved[name]}"
         for name in names

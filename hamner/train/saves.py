@@ -1,5 +1,6 @@
 """The module says when a run saves, and what its checkpoints hold."""
 
+import errno
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,9 +14,11 @@ from hamner.checkpoint.writer import RETRY_SECONDS, BackgroundSaver, NoSaver
 from hamner.data.tokenizer import Tokenizer
 from hamner.errors import UserError
 from hamner.parallel.engines import DataParallel, FullySharded
+from hamner.train.beside import reason_of
 from hamner.train.log import TrainLog
 from hamner.train.optimizer import join_masters
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 STATE_FORMAT = 2
 """of state.json"""
 
@@ -126,9 +129,10 @@ class Saves:
         self.save()
         error = self._note(self.saver.wait())
         if error:
+            mend = "make room there" if error.errno in NO_ROOM else "mend that"
             raise UserError(
                 f"--run-dir {self.log.run.path}: the last checkpoint could not be written "
-                f"({error.strerror}); make room there and go on with --resume"
+                f"({reason_of(error)}); {mend} and go on with --resume"
             ) from error
 
     def save_in_hang(self) -> None:
@@ -142,7 +146,7 @@ class Saves:
         """The display says how a save ended; the error is returned, if any."""
         if isinstance(outcome, OSError):
             self.log.display.message(
-                f"WARNING: step {self.saver.step:,} could not be saved ({outcome.strerror}); "
+                f"WARNING: step {self.saver.step:,} could not be saved ({reason_of(outcome)}); "
                 "earlier checkpoints are whole, training goes on and tries again in "
                 f"{RETRY_SECONDS:.0f} s"
             )
@@ -164,6 +168,7 @@ def open_saver(log: TrainLog) -> BackgroundSaver | NoSaver:
         "keep": config.keep,
         "keep_every": config.keep_every,
         "records": (run.metrics, run.samples),
+        "run_files": (run.config, run.tokenizer),
         "join_masters": join_masters,
         "on_phase": step.on_phase,
     }

@@ -8,12 +8,14 @@ import sys
 from dataclasses import replace
 
 import pytest
+import tokenizers
+from tokenizers.models import BPE
 
 from hamner.chat.__main__ import main, parse
 from hamner.chat.config import ChatConfig
 from hamner.chat.session import Chat, Complete, Terminal
 from hamner.data.chat_template import Message, render_prompt
-from hamner.data.tokenizer import load_tokenizer
+from hamner.data.tokenizer import Tokenizer, load_tokenizer
 from hamner.errors import UserError
 from hamner.model.generate import Completion, Generator
 from hamner.model.sampling import Sampling
@@ -62,6 +64,14 @@ def test_answers_are_shown_until_quit(tokenizer):
     assert len(script.prompts) == 1
 
 
+def test_a_text_without_any_known_token_is_continued_all_the_same():
+    vocabulary = {"0": 0, "<|endoftext|>": 1}
+    digits = Tokenizer(tokenizers.Tokenizer(BPE(vocab=vocabulary, merges=[])).to_str(), "digits")
+    _, text, script = session(Complete, digits, "0", "hello")
+    assert script.prompts == [[digits.eot_id]]
+    assert text == "hello0\n"
+
+
 def test_commands(tokenizer, tmp_path):
     file = tmp_path / "talk.jsonl"
     _, text, script = session(
@@ -106,6 +116,7 @@ def test_commands(tokenizer, tmp_path):
         ("/nonsense", "there is no command /nonsense"),
         ("/temp warm", "/temp warm: not a number"),
         ("/temp -1", "--temperature -1.0 must be 0 or above"),
+        ("/temp 1e999", "--temperature inf must be"),
         ("/save", "there is no conversation yet"),
         ("x" * 200, "shorten them"),
     ],
@@ -118,11 +129,23 @@ def test_a_mistake_is_one_line_and_the_conversation_goes_on(tokenizer, line, sho
 
 
 def test_a_file_that_cannot_be_written_is_named(tokenizer, tmp_path):
-    _, text, _ = session(Chat, tokenizer, "Hey!", "Hi", f"/save {tmp_path}", "/save")
-    assert text.splitlines()[1:] == [
+    _, text, _ = session(
+        Chat, tokenizer, "Hey!", "Hi", f"/save {tmp_path}", "/save", "/save ~nosuchuser/x"
+    )
+    *shown, unknown = text.splitlines()[1:]
+    assert shown == [
         f"(/save {tmp_path}: Is a directory)",
         "(/save needs the name of a file, such as /save talk.jsonl)",
     ]
+    assert unknown.startswith("(/save ~nosuchuser/x: ")
+
+
+def test_a_pasted_block_is_one_turn_even_if_it_begins_like_a_command(tokenizer):
+    block = "/usr/bin/x: not found\n/quit\nWhy?"
+    chat, text, script = session(Chat, tokenizer, "Hey!", block, "/system Be\nterse.", "Hi")
+    assert script.prompts[0] == render_prompt([Message("user", block)], tokenizer)
+    assert chat.system == "Be\nterse."
+    assert len(script.prompts) == 2
 
 
 def test_a_full_context_is_said(tokenizer):
@@ -183,6 +206,10 @@ def test_flags():
         (["--min-p", "2"], "--min-p 2"),
         (["--serve", "70000"], "--serve 70000"),
         (["--max-new-tokens", "0"], "--max-new-tokens 0"),
+        (["--host", "0.0.0.0"], "--host 0.0.0.0 needs --serve PORT"),
+        (["--serve", "0", "--host", ""], "--host is empty"),
+        (["--temperature", "inf"], "--temperature inf must be 0 or above and finite"),
+        (["--repetition-penalty", "nan"], "--repetition-penalty nan"),
     ):
         with pytest.raises(UserError, match=named):
             parse(args)
@@ -225,6 +252,42 @@ def test_a_chat_model_from_the_command_line(tmp_path, tokenizer):
     assert answer.startswith(greedy(model, tokenizer, prompt, 12))
 
 
+def test_extreme_settings_and_any_seed_give_tokens(tmp_path, monkeypatch, capsys):
+    run = str(save_run(tmp_path / "mine", sharp(SHAPE)))
+    tiny = ["--temperature", "1e-40", "--top-p", "1e-300", "--repetition-penalty", "1e-39"]
+    for flags in (
+        [*tiny, "--seed", str(10**23), "--max-new-tokens", "1"],
+        ["--repetition-penalty", "1e39", "--seed", "-5", "--max-new-tokens", "1"],
+        ["--seq-len", "1", "--max-new-tokens", str(10**24)],
+    ):
+        typing(monkeypatch, "a")
+        main(["--checkpoint", run, "--device", "cpu", *flags])
+        assert capsys.readouterr().out.splitlines()[-1] != "a"
+
+
+def typing(monkeypatch, *lines: str) -> None:
+    """The function has a command read these lines."""
+    console = Console(*lines)
+    monkeypatch.setattr("builtins.input", lambda: console.read(""))
+
+
+def test_a_chat_begins_with_the_system_prompt_of_its_data(tmp_path, monkeypatch, capsys):
+    run = save_run(tmp_path / "mine", sharp(SHAPE), chat=True)
+    path = run / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"sft": {"system": "You are Al."}}))
+    for flags, shown in (
+        ([], "(system prompt: You are Al.)"),
+        (["--system", "Be terse."], "(system prompt: Be terse.)"),
+        (["--system", ""], "(system prompt: none)"),
+    ):
+        typing(monkeypatch, "/system")
+        main(["--checkpoint", str(run), "--device", "cpu", *flags])
+        said = capsys.readouterr().out
+        assert said.splitlines()[-1] == shown
+        assert ("system prompt, most used in its data: You are Al." in said) == (not flags)
+
+
 def test_a_base_model_completes(tmp_path, tokenizer):
     model = sharp(SHAPE)
     run = save_run(tmp_path / "mine", model)
@@ -235,6 +298,14 @@ def test_a_base_model_completes(tmp_path, tokenizer):
     assert f"The history{text}\n" in result.stdout
     with pytest.raises(UserError, match="--serve: .* was not fine-tuned on conversations"):
         main(["--checkpoint", str(run), "--serve", "0"])
+
+
+def test_a_context_without_room_for_a_conversation_is_refused(tmp_path, tokenizer):
+    run = save_run(tmp_path / "mine", sharp(SHAPE), chat=True)
+    needed = len(render_prompt([Message("user", "?")], tokenizer)) + 1
+    for length in (1, needed - 1):
+        with pytest.raises(UserError, match=f"--seq-len .* give {needed} or more"):
+            main(["--checkpoint", str(run), "--seq-len", str(length), "--device", "cpu"])
 
 
 @pytest.mark.parametrize(

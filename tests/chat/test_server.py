@@ -139,8 +139,127 @@ def test_settings_of_a_request(client, script):
     assert script.prompts[-1] == render_prompt([Message("user", "Hi")], script.tokenizer)
 
 
-def test_the_model_is_listed(client):
+def test_the_model_is_listed_and_answers_to_any_name(client):
     assert [model.id for model in client.models.list()] == ["mine"]
+    assert create(client, model="gpt-5").model == "mine"
+
+
+def test_health(client):
+    head = f"GET /health HTTP/1.1\nHost: {HOST}\nConnection: close"
+    assert raw(client, head) == (200, {"status": "ok"})
+
+
+def complete(client, **kwargs):
+    return client.completions.create(**{"model": "any", "prompt": "Once <|user|>"} | kwargs)
+
+
+def test_a_text_is_continued(client, script, tokenizer):
+    result = complete(client)
+    (choice,) = result.choices
+    assert (choice.text, choice.finish_reason) == ("Héllo, 你好!", "stop")
+    assert (result.object, result.model) == ("text_completion", "mine")
+    # Without a template, and a text's special tokens are text.
+    assert script.prompts[-1] == tokenizer.encode("Once <|user|>")
+    assert result.usage.prompt_tokens == len(script.prompts[-1])
+    for prompt in (["Once <|user|>"], script.prompts[-1], [script.prompts[-1]]):
+        complete(client, prompt=prompt, temperature=0, max_tokens=1)
+        assert script.prompts[-1] == script.prompts[-2]
+    assert script.sampling == replace(DEFAULT, temperature=0)
+    complete(client, prompt="")
+    assert script.prompts[-1] == [tokenizer.eot_id]
+
+
+def test_a_text_is_continued_in_pieces(client):
+    chunks = list(complete(client, stream=True, stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == "Héllo, 你好!"
+    assert chunks[0].choices[0].text == "H"
+    assert chunks[-2].choices[0].finish_reason == "stop"
+    assert chunks[-1].usage.completion_tokens == len("Héllo, 你好!".encode()) + 1
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"prompt": ["a", "b"]}, "prompt"),
+        ({"prompt": [261]}, "prompt"),
+        ({"prompt": 5}, "prompt"),
+        ({"prompt": "x" * 1000}, "prompt"),
+        ({"echo": True}, "echo"),
+        ({"logprobs": 3}, "logprobs"),
+        ({"max_tokens": 0}, "max_tokens"),
+    ],
+)
+def test_texts_that_are_refused(client, change, param):
+    with pytest.raises(openai.BadRequestError) as caught:
+        complete(client, **change)
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"temperature": value} for value in (5e-324, 1e-40)),
+        {"top_p": 1e-300},
+        {"seed": 10**23},
+        {"seed": -5},
+        {"max_tokens": 10**24},
+        *(
+            {"extra_body": {"repetition_penalty": value}}
+            for value in (5e-324, 1e-39, 1e39, 1.7e308)
+        ),
+    ],
+    ids=str,
+)
+def test_every_finite_setting_gives_a_token(model_client, settings):
+    assert create(model_client, **{"max_tokens": 2} | settings).usage.completion_tokens > 0
+    chunks = list(create(model_client, **{"max_tokens": 2} | settings, stream=True))
+    assert chunks[-1].choices[0].finish_reason in ("stop", "length")
+
+
+@pytest.fixture(scope="module")
+def model_client(tokenizer):
+    """The client asks a real model, of a few tokens of context."""
+    generator = Generator(sharp(replace(DENSE, vocab_size=261)), tokenizer)
+    with running(generator, max_new_tokens=4) as client:
+        yield client
+
+
+def test_an_error_in_a_stream_is_an_event_and_the_stream_ends(tokenizer):
+    class Failing(Script):
+        error = UserError("the weights are of no use")
+
+        def tokens(self, prompt, sampling, *, seed, unpenalized):
+            yield tokenizer.encode("H")[0]
+            raise self.error
+
+    failing = Failing(tokenizer, [])
+    with running(failing) as client:
+        for error, said in ((failing.error, "of no use"), (RuntimeError("secret"), "internal")):
+            failing.error = error
+            with pytest.raises(openai.APIError, match=said):
+                list(create(client, stream=True))
+            response = client.chat.completions.with_raw_response.create(
+                model="x", messages=MESSAGES, stream=True
+            )
+            lines = list(response.http_response.iter_lines())
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+        with pytest.raises(openai.InternalServerError, match="internal"):
+            create(client)
+
+
+def test_the_servers_seed_and_system_prompt_are_the_flags(tokenizer):
+    seeds = []
+    for _ in range(2):
+        script = says(tokenizer, "Hi")
+        with running(script, seed=10**23, system="Sys") as client:
+            create(client, messages=MESSAGES[1:])
+            create(client)
+        seeds.append(script.seeds)
+        first, second = script.prompts
+    assert seeds[0] == seeds[1]
+    assert len(set(seeds[0])) == 2
+    assert first == render_prompt([Message("system", "Sys"), Message("user", "Hi")], tokenizer)
+    assert "Sys" not in tokenizer.decode(second)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +281,6 @@ def test_the_model_is_listed(client):
         ({"n": 2}, openai.BadRequestError, "n"),
         ({"logprobs": True}, openai.BadRequestError, "logprobs"),
         ({"tools": [{"type": "function"}]}, openai.BadRequestError, "tools"),
-        ({"model": "gpt-5"}, openai.NotFoundError, "model"),
     ],
 )
 def test_requests_that_are_refused(client, change, error, param):
@@ -308,6 +426,46 @@ def test_a_port_that_is_taken_is_named(script):
         port = other.getsockname()[1]
         with pytest.raises(UserError, match=f"--serve {port}: Address already in use"):
             ChatServer(script, "mine", ChatConfig(serve=port)).serve(print)
+
+
+class _Started(Exception):
+    """The exception stands for a server that would now serve."""
+
+
+def start(script, monkeypatch, **config) -> str:
+    """The function gives what a server says when it starts."""
+    said = []
+    chat_server = ChatServer(script, "mine", ChatConfig(serve=0, **config))
+
+    def stop(sockets):
+        sockets[0].close()
+        raise _Started
+
+    monkeypatch.setattr(chat_server.uvicorn, "run", stop)
+    with pytest.raises(_Started):
+        chat_server.serve(said.append)
+    return "\n".join(said)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "127.0.0.2"])
+def test_an_address_of_this_machine_alone_needs_no_warning(script, monkeypatch, host):
+    said = start(script, monkeypatch, host=host)
+    assert f"http://{host}:" in said
+    assert "warning" not in said
+
+
+def test_an_address_that_others_reach_is_warned_of_and_has_any_name(script, monkeypatch):
+    said = start(script, monkeypatch, host="0.0.0.0")
+    assert "warning: whoever reaches --host 0.0.0.0 can use the model" in said
+    with running(script, serve=0, host="0.0.0.0") as client:
+        head = "GET /health HTTP/1.1\nHost: any.example\nConnection: close"
+        assert raw(client, head)[0] == 200
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "a..b", "x" * 70])
+def test_an_address_that_is_not_here_is_named(script, host):
+    with pytest.raises(UserError, match=f"--serve 0 --host {host}: .* an address of this machine"):
+        ChatServer(script, "mine", ChatConfig(serve=0, host=host)).serve(print)
 
 
 def test_a_missing_package_is_named(monkeypatch):

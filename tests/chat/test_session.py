@@ -4,11 +4,13 @@ import contextlib
 import itertools
 
 import pytest
+import tokenizers
+from tokenizers import models
 
 from hamner.chat.config import ChatConfig
-from hamner.chat.session import Chat, Terminal
+from hamner.chat.session import Chat, Complete, Terminal
 from hamner.data.chat_template import Message, render_prompt, turn_ends
-from hamner.data.tokenizer import load_tokenizer
+from hamner.data.tokenizer import Tokenizer, load_tokenizer
 from hamner.errors import UserError
 from hamner.model.generate import ContextError, answer
 from hamner.model.sampling import Sampling
@@ -127,3 +129,11 @@ def test_a_question_too_long_for_the_context_changes_nothing(tokenizer):
     # One that leaves less than the reserve is still answered, as far as there is room.
     assert "(cut: no room for more" in talk.ask("x" * 32)
     assert talk.turns[-1] == Message("assistant", "Hey")
+
+
+def test_a_text_that_the_tokenizer_cannot_spell_is_said():
+    vocab = {character: i for i, character in enumerate("0123456789")} | {"</s>": 10}
+    digits = Tokenizer(tokenizers.Tokenizer(models.BPE(vocab, [])).to_str(), "digits")
+    session = Complete(ChatConfig(), Script(digits, [], 100), Terminal(input, str))
+    with pytest.raises(UserError, match="has no token for anything in this text"):
+        session.answer("hello")

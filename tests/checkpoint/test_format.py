@@ -44,6 +44,7 @@ def test_round_trip(tmp_path):
         "manifest.json",
     }
     assert saved.state() == {"step": 3}
+    assert len({path.stat().st_mode for path in saved.path.iterdir()}) == 1
     model = tensors()
     loaded = {name: torch.zeros_like(t) for name, t in model.items()}
     saved.load_model(loaded)

@@ -1,13 +1,16 @@
 """The tests find and load the model of a run."""
 
 import os
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from hamner.checkpoint import format as checkpoint
 from hamner.checkpoint.saved_model import find_saved_model
+from hamner.config.sft import SftConfig
 from hamner.data.tokenizer import load_tokenizer
 from hamner.errors import UserError
 from hamner.model.kv_cache import KVCache
@@ -69,14 +72,54 @@ def test_what_is_no_model_is_named(tmp_path):
         find_saved_model(run)
 
 
-def test_another_tokenizer_under_the_same_name_is_refused(tmp_path):
-    path = tmp_path / "tokenizer.json"
-    load_tokenizer(vocab_size=300).save(path)
-    run = save_run(tmp_path / "mine", build(SHAPE), tokenizer=str(path))
-    assert find_saved_model(run).tokenizer.vocab_size == 300
-    load_tokenizer(vocab_size=299).save(path)
-    with pytest.raises(UserError, match="another content of the tokenizer"):
+@pytest.fixture
+def own_tokenizer(tmp_path):
+    """A tokenizer.json of the user's."""
+    path = tmp_path / "mine.json"
+    load_tokenizer(vocab_size=290).save(path)
+    return path
+
+
+def test_a_run_has_its_tokenizer_with_it(tmp_path, own_tokenizer):
+    run = save_run(tmp_path / "mine", build(SHAPE), tokenizer=str(own_tokenizer))
+    own_tokenizer.unlink()
+    moved = run.rename(tmp_path / "moved")
+    saved = find_saved_model(moved)
+    assert (saved.tokenizer.vocab_size, saved.name) == (290, "moved")
+    load_tokenizer(vocab_size=289).save(moved / "tokenizer.json")
+    with pytest.raises(UserError, match=r"another content of the tokenizer .*moved/tokenizer.json"):
+        find_saved_model(moved)
+
+
+def test_a_run_without_a_tokenizer_uses_the_one_it_names(tmp_path, own_tokenizer):
+    """As earlier versions left it."""
+    run = save_run(tmp_path / "mine", build(SHAPE), tokenizer=str(own_tokenizer))
+    (run / "tokenizer.json").unlink()
+    assert find_saved_model(run).tokenizer.vocab_size == 290
+    load_tokenizer(vocab_size=289).save(own_tokenizer)
+    with pytest.raises(UserError, match=r"another content of the tokenizer .*mine.json"):
         find_saved_model(run)
+
+
+@pytest.mark.parametrize("name", ["step_00000007", "the best one"])
+def test_a_checkpoint_copied_elsewhere_is_a_model(name, tmp_path, own_tokenizer, monkeypatch):
+    run = save_run(tmp_path / "mine", build(SHAPE), tokenizer=str(own_tokenizer), chat=True)
+    copied = (run / "checkpoints" / "step_00000007").rename(tmp_path / name)
+    shutil.rmtree(run)
+    own_tokenizer.unlink()
+    saved = find_saved_model(copied)
+    assert (saved.name, saved.checkpoint.step, saved.is_chat) == (name, 7, True)
+    assert saved.tokenizer.vocab_size == 290
+    assert torch.equal(saved.weights()["embed.weight"], build(SHAPE).embed.weight)
+    assert SftConfig.for_checkpoint(copied).run_dir == tmp_path / f"{name}-sft"
+    monkeypatch.chdir(copied)
+    assert find_saved_model(Path()).name == name
+
+
+def test_a_checkpoint_is_found_from_inside_its_run(tmp_path, monkeypatch):
+    run = save_run(tmp_path / "mine", build(SHAPE))
+    monkeypatch.chdir(run / "checkpoints")
+    assert find_saved_model(Path("step_00000007")).name == "mine"
 
 
 def test_the_optimizer_is_not_read(tmp_path):

@@ -1,20 +1,22 @@
 """The chat template: every token, its mask, and agreement with the Jinja text."""
 
+import functools
 import json
+from collections.abc import Callable
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from hamner.data.chat_template import (
-    JINJA_TEMPLATE,
     Message,
+    jinja_template,
     render,
     render_message,
     render_prompt,
 )
-from hamner.data.tokenizer import Tokenizer, load_tokenizer
+from hamner.data.tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer
 from hamner.errors import UserError
 
 USER, ASSISTANT, END = 2, 3, 4
@@ -34,10 +36,24 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def hugging_face(tokenizer, tmp_path_factory) -> PreTrainedTokenizerFast:
-    path = tmp_path_factory.mktemp("hugging_face") / "tokenizer.json"
-    tokenizer.save(path)
-    return PreTrainedTokenizerFast(tokenizer_file=str(path), chat_template=JINJA_TEMPLATE)
+def text_tags(tokenizer) -> Tokenizer:
+    """The tokenizer has no tokens of conversations: it spells their tags in ordinary text."""
+    definition = json.dumps(tokenizer.definition)
+    for name in SPECIAL_TOKENS[1:]:
+        definition = definition.replace(name, name.replace("|", "||"))
+    return Tokenizer(definition, "theirs").with_text_tags()
+
+
+@pytest.fixture(scope="module")
+def hugging_face(tmp_path_factory) -> Callable[[Tokenizer], PreTrainedTokenizerFast]:
+    @functools.cache
+    def convert(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+        path = tmp_path_factory.mktemp("hugging_face") / "tokenizer.json"
+        tokenizer.save(path)
+        template = jinja_template(tokenizer)
+        return PreTrainedTokenizerFast(tokenizer_file=str(path), chat_template=template)
+
+    return convert
 
 
 def test_every_token_and_its_mask():
@@ -73,8 +89,20 @@ def test_content_opens_no_turn(tokenizer):
     assert [token for token in ids if token <= END] == [ASSISTANT, END]
 
 
-def test_empty_answer_is_not_learned(tokenizer):
+def test_empty_answer_is_not_learned(tokenizer, text_tags):
     assert not any(render_message(Message("assistant", " \n"), tokenizer).learned)
+    assert not any(render_message(Message("assistant", " \n"), text_tags).learned)
+
+
+def test_tags_in_text_and_what_is_learned_of_them(text_tags):
+    ids, learned = render(CONVERSATION, text_tags)
+    spelled = "<|system|>\nBe terse.\n<|user|>\nHi\n<|assistant|>\nHey!\n<|user|>\n2+2\n"
+    assert text_tags.decode(ids) == f"{spelled}<|assistant|>\n4.\n"
+    kept = [token for token, is_kept in zip(ids, learned, strict=True) if is_kept]
+    assert text_tags.decode(kept) == "Hey!\n4.\n"
+    assert min(ids) > END
+    prompt = render_prompt(CONVERSATION[:-1], text_tags)
+    assert text_tags.decode(prompt) == f"{spelled}<|assistant|>\n"
 
 
 def test_prompt_is_the_beginning_of_the_conversation_with_its_answer(tokenizer):
@@ -102,9 +130,15 @@ conversations = st.lists(
 
 @settings(max_examples=150, deadline=None)
 @given(messages=conversations)
-def test_jinja_template_gives_the_same_tokens(tokenizer, hugging_face, messages):
+@example(messages=[Message("system", ""), Message("user", "."), Message("assistant", " ")])
+def test_jinja_template_gives_the_same_tokens(tokenizer, text_tags, hugging_face, messages):
+    for ours in (tokenizer, text_tags):
+        agree(ours, hugging_face(ours), messages)
+
+
+def agree(ours: Tokenizer, theirs: PreTrainedTokenizerFast, messages: list[Message]) -> None:
     plain = [{"role": message.role, "content": message.content} for message in messages]
-    whole = hugging_face.apply_chat_template(plain, return_dict=False)
-    assert whole == render(messages, tokenizer).ids
-    prompt = hugging_face.apply_chat_template(plain, add_generation_prompt=True, return_dict=False)
-    assert prompt == render_prompt(messages, tokenizer)
+    whole = theirs.apply_chat_template(plain, return_dict=False)
+    assert whole == render(messages, ours).ids
+    prompt = theirs.apply_chat_template(plain, add_generation_prompt=True, return_dict=False)
+    assert prompt == render_prompt(messages, ours)

@@ -1,6 +1,7 @@
 import gzip
 import json
 import re
+import struct
 
 import pyarrow
 import pytest
@@ -167,13 +168,13 @@ def test_nothing_there_is_refused(tmp_path):
             "damaged compressed file",
         ),
         ("a.txt.zst", zstd(b"text" * 999)[:-5], "damaged compressed file"),
-        ("a.txt", b"abc \xff\xfe", "not UTF-8 at byte 4; convert"),
+        ("a.txt", b"abc \xff\xfe", "byte 4: not UTF-8 .*convert"),
         (
             "a.txt.gz",
             gzip.compress(b"abcd \xff\xfe", mtime=0),
-            "not UTF-8 at decompressed byte 5; convert",
+            "decompressed byte 5: not UTF-8 .*convert",
         ),
-        ("a.jsonl", b'"ok"\n"\xff"\n', "not UTF-8 at byte 6; convert"),
+        ("a.jsonl", b'"ok"\n"\xff"\n', "line 2: not UTF-8 .*convert"),
         ("a.jsonl", b'"ok"\n\n{"text": "cut\n', "line 3: not JSON"),
         ("a.jsonl", b'"ok"\n{"text": null}\n', 'line 2: "text" must be a string, not null'),
         ("a.jsonl", b'{"body": "x"}', r"line 1: has no field .* \(it has body\)"),
@@ -185,6 +186,53 @@ def test_content_that_cannot_be_read_is_refused(tmp_path, name, content, message
     path = tmp_path / name
     path.write_bytes(content)
     refused(path, re.escape(str(path)) + ".*" + message)
+
+
+def skippable(number, size):
+    return struct.pack("<II", 0x184D2A50 + number, size) + bytes(size)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        [skippable(0, 4), 0, skippable(0, 4), 1],  # as pzstd writes
+        [skippable(15, 0), skippable(3, 9_000), 0, 1, skippable(0, 5)],
+        [zstd(b""), 0, 1],
+        [0, 1],
+    ],
+)
+def test_zstd_of_several_frames(tmp_path, layout):
+    frames = [zstd(b'"one"\n"two"\n'), zstd(b'"three"\n')]
+    data = b"".join(frames[part] if isinstance(part, int) else part for part in layout)
+    (tmp_path / "a.jsonl.zst").write_bytes(data)
+    assert sorted(texts(tmp_path)) == ["one", "three", "two"]
+    (tmp_path / "a.jsonl.zst").write_bytes(data[:-3])
+    refused(tmp_path, "damaged compressed file")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz"])
+@pytest.mark.parametrize(
+    "encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"]
+)
+def test_wide_encodings_are_named(tmp_path, name, encoding):
+    data = '{"text": "Some English, ein Lied, une fête, песня"}\n'.encode(encoding) * 40
+    (tmp_path / name).write_bytes(gzip.compress(data, mtime=0) if name.endswith(".gz") else data)
+    refused(tmp_path / name, rf"is {encoding[:6].upper()}, not UTF-8; convert it, .* iconv -f")
+
+
+def test_files_without_text_are_refused_when_the_source_is_opened(tmp_path, write_parquet):
+    write_parquet("a.parquet", id=[1])
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "a.txt").write_text("wide", "utf-16")
+    for location, message in ((tmp_path, "no column"), (tmp_path / "b", "is UTF-16")):
+        with pytest.raises(UserError, match=message):
+            FileSource(str(location))
+
+
+@pytest.mark.parametrize("content", ["names\0and\0more\0" * 9, "\0" * 99, "ein\0e Lücke"])
+def test_nul_bytes_are_named(tmp_path, content):
+    (tmp_path / "a.txt").write_text(content)
+    refused(tmp_path, r"a.txt, byte \d+: holds NUL bytes")
 
 
 def test_line_number_of_a_compressed_file(tmp_path):
@@ -202,4 +250,4 @@ def test_parquet_without_text_is_refused(write_parquet):
 
 def test_parquet_with_broken_utf8_names_the_row(write_parquet):
     broken = pyarrow.array([b"ok", b"abc\xff"]).cast(pyarrow.binary()).view(pyarrow.string())
-    refused(write_parquet("a.parquet", text=broken), "row 1: .*not UTF-8 at byte 3")
+    refused(write_parquet("a.parquet", text=broken), 'row 1: "text" is not UTF-8; 1 of 2 rows')

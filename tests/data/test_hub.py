@@ -39,10 +39,10 @@ def small_and_fast(monkeypatch):
     monkeypatch.setattr(retry, "FIRST_DELAY_SECONDS", 0.001)
 
 
-def hub_source(opener, location="owner/name"):
+def hub_source(opener, location="owner/name", bad_rows=None):
     """The source reads what `opener` opens instead of the hub."""
     with mock.patch.object(hub, "open_dataset", opener):
-        return HubSource(location)
+        return HubSource(location, bad_rows)
 
 
 class Faulty:

@@ -29,7 +29,7 @@ from hamner.data.shards import ShardSource
 from hamner.data.tokenizer import load_tokenizer
 from hamner.data.validation import ValidationSet
 from hamner.errors import UserError
-from hamner.plan.loss import read_run
+from hamner.plan.run_curve import read_run
 from hamner.train import plots
 from tests.fuzz.mutations import damaged, damaged_json, replaced
 
@@ -325,13 +325,7 @@ def sparse(path: Path, size: int) -> Path:
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.parquet", "a.jsonl.gz"])
 def test_gigabytes_of_nothing(tmp_path, name):
     path = sparse(tmp_path / name, 8 * 2**30)
-    documents = FileSource(str(path)).documents(0, 0, None) if name == "a.txt" else None
-
-    def read():
-        for _ in range(3):
-            next(documents or FileSource(str(path)).documents(0, 0, None))
-
-    assert read_or_refuse(read) == (name == "a.txt")
+    assert not read_or_refuse(lambda: next(FileSource(str(path)).documents(0, 0, None)))
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])

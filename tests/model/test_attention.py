@@ -381,6 +381,14 @@ class TestAuto:
         assert len(measured) == 5
         assert "against flash-attn 1.10, sdpa 1.10" in backend.reason
 
+    def test_an_account_without_a_home_folder_has_no_cache(self, monkeypatch):
+        def no_home():
+            raise RuntimeError("Could not determine home directory.")
+
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setattr(attention_timing.Path, "home", no_home)
+        assert attention_timing.cache_file() is None
+
     @pytest.mark.parametrize(
         "damage", [b"", b"{", b"[]", b"\xff\xfe", b'{"KEY": 3}', b'{"KEY": {"triton": "fast"}}']
     )

@@ -154,6 +154,72 @@ def test_repetition_penalty_makes_seen_tokens_less_likely_whatever_their_sign():
     assert logits.tolist() == pytest.approx([1.2, 1.0])
 
 
+TINY = [5e-324, 1e-300, 1e-45, 1e-40, 1e-39]
+HUGE = [1e39, 1.7e308]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *({"temperature": value} for value in TINY),
+        *({"top_p": value} for value in TINY),
+        {"min_p": 1.0, "temperature": 5e-324},
+        {"top_k": 10**24, "temperature": 1e-40},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("scale", [1.0, 1e38])
+def test_settings_that_fp32_does_not_hold_take_the_likeliest(setting, scale):
+    logits = scale * torch.tensor([0.1, 0.7, -2.0, 0.4])
+    assert choose(logits, replace(NEUTRAL, **setting), torch.Generator(), {0, 2}) == 1
+
+
+@pytest.mark.parametrize("temperature", [0, 5e-324])
+def test_any_penalty_gives_a_token(temperature):
+    generator = torch.Generator().manual_seed(0)
+
+    def chosen(logits: list[float], penalty: float) -> int:
+        sampling = replace(NEUTRAL, temperature=temperature, repetition_penalty=penalty)
+        return choose(torch.tensor(logits), sampling, generator, {0, 1})
+
+    for penalty in HUGE:
+        assert chosen([0.4, 0.7, 0.1], penalty) == 2
+        assert chosen([-0.4, -0.7, -2.0], penalty) == 2
+    for penalty in TINY:
+        assert chosen([0.4, 0.7, 0.9], penalty) == 1
+        assert chosen([-0.4, -0.7, -2.0], penalty) in {0, 1}
+
+
+def test_high_temperatures_make_all_alike():
+    found = frequencies(LOGITS, replace(NEUTRAL, temperature=1.7e308), draws=500)
+    assert found == pytest.approx([0.25] * 4, abs=0.08)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_diverged_model_is_said(value):
+    with pytest.raises(UserError, match="not finite: its training diverged"):
+        choose(torch.tensor([0.1, value]), NEUTRAL, torch.Generator())
+
+
+@pytest.mark.parametrize("seed", [10**23, -5, 2**64])
+def test_any_integer_is_a_seed(seed, tokenizer):
+    generator = Generator(sharp(replace(CONFIGS["dense"], max_seq_len=8)), tokenizer)
+    first, second = (
+        list(generator.tokens([7], NEUTRAL, seed=seed, unpenalized=())) for _ in range(2)
+    )
+    assert first == second
+    assert len(first) == 7
+
+
+def test_a_context_of_one_token_gives_one(tokenizer):
+    model = sharp(replace(CONFIGS["dense"], max_seq_len=1))
+    expected = recomputed(model, [7], 1)
+    assert decoded(Generator(model, tokenizer), [7]) == expected
+    assert generate(model, tokenizer, "\x07", sampling=GREEDY, max_new_tokens=10**24) == (
+        tokenizer.decode(recomputed(model, tokenizer.encode("\x07"), 1))
+    )
+
+
 def test_the_token_that_ends_a_text_is_not_penalised(tokenizer):
     model = sharp(CONFIGS["dense"])
     prompt = [5, 9, 5, 17]
@@ -180,11 +246,14 @@ def test_the_seed_decides(tokenizer):
     ("field", "value"),
     [
         ("temperature", -1),
+        ("temperature", float("inf")),
+        ("temperature", float("nan")),
         ("top_k", -1),
         ("top_p", 0),
         ("top_p", 1.1),
         ("min_p", 2),
         ("repetition_penalty", 0),
+        ("repetition_penalty", float("inf")),
     ],
 )
 def test_settings_out_of_range_name_their_flag(field, value):

@@ -71,6 +71,10 @@ def test_exported_model_computes_the_same(kind):
     config = replace(DENSE, max_seq_len=64, rope_scaling=kind, rope_scaling_from=16)
     model = build(config)
     values = hugging_face_config(config, dtype=torch.float32, context=64, eos_ids=[0])
+    # The others' formulas have no such length, and transformers warns of it.
+    lengths = {"original_max_position_embeddings": 16} if kind == "yarn" else {}
+    scaling = {"rope_type": kind, "factor": 4.0, **lengths}
+    assert values.get("rope_scaling") == (None if kind == "ntk" else scaling)
     theirs = LlamaForCausalLM(LlamaConfig(**values)).eval()
     missing, unexpected = theirs.load_state_dict(
         to_hugging_face(config, dict(model.named_parameters())), strict=False

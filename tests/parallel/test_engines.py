@@ -1,6 +1,7 @@
 """Engines and plans decide this without other processes."""
 
 import gc
+import json
 import weakref
 from dataclasses import replace
 
@@ -17,8 +18,9 @@ from hamner.model.transformer import Transformer
 from hamner.parallel import device, engines
 from hamner.parallel.engines import DataParallel, Engine, FullySharded
 from hamner.parallel.processes import SingleProcess
-from hamner.parallel.ranks import Rank, resume_after_restart
+from hamner.parallel.ranks import Rank
 from hamner.train import setup
+from hamner.train.__main__ import parse
 from hamner.train.optimizer import Optimizer
 from hamner.train.step import TrainStep
 from tests.models import DENSE, plain_ops
@@ -88,13 +90,14 @@ def test_a_repeated_command_resumes(tmp_path, monkeypatch):
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "2")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert resume_after_restart(["--steps", "9"], run) == ["--steps", "9"]
+    args = ["--option=tiny", "--run_dir", str(run), "--steps", "9", "--lr", "1e-3"]
+    started = parse(args)
+    assert not started.resume
     run.mkdir()
-    (run / "config.json").touch()
-    assert resume_after_restart(["--steps", "9"], run) == ["--steps", "9", "--resume"]
-    assert resume_after_restart(["--resume"], run) == ["--resume"]
+    (run / "config.json").write_text(json.dumps(started.to_json()))
+    assert parse(args) == replace(started, resume=True)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    assert resume_after_restart(["--steps", "9"], run) == ["--steps", "9"]
+    assert not parse(args).resume
 
 
 @pytest.fixture

@@ -14,6 +14,8 @@ from hamner.hardware import GIB, GPUS
 from hamner.plan.__main__ import PlanConfig, analyse, find_gpu, main
 from hamner.plan.analysis import COMPARED, make_plan, recommend
 from hamner.plan.loss import BESIROGLU, KNOWN_RUN
+from hamner.plan.report import document
+from tests.plan.loss_curves import SHIFTED_TWICE
 
 RTX_3090 = GPUS["rtx-3090"]
 
@@ -245,6 +247,35 @@ def test_command_reads_metrics(capsys, metrics):
     assert "after 2.45B tokens" in out
     assert "Near the capacity wall" in out
     assert "loss 3.5 (perplexity 33)" in out
+
+
+def test_command_does_not_sell_a_larger_model_to_wrong_labels(capsys, tmp_path):
+    """The log is as another trainer wrote it: means of 100 steps, labels shifted twice."""
+    path, (tokens, losses) = tmp_path / "log.csv", SHIFTED_TWICE
+    at = np.linspace(2.4576e6, 2.45e9, 997)
+    rows = zip(at / 24_576, np.interp(at, tokens, losses), at, strict=True)
+    text = "".join(f"{step:.0f},{loss},{t},{min(2e-4, t / 2e11)}\n" for step, loss, t in rows)
+    path.write_text(f"step,loss,tokens_total,learning_rate\n{text}")
+    main(["--option", "current", "--metrics", str(path)])
+    report = document(analyse(PlanConfig(option="current", metrics=path)), "plan_files")
+    for said in (capsys.readouterr().out, report):
+        said = " ".join(said.split())
+        assert "Check labels and data before you buy a larger model" in said
+        for word in ("wall", "reached after", "80% interval", "the run so far."):
+            assert word not in said
+
+
+def test_command_promises_nothing_of_a_loss_that_does_not_fall(capsys, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [
+        f'{{"step": {i}, "tokens": {i * 1e7}, "loss": {3.4 + i / 1e3}}}' for i in range(1, 200)
+    ]
+    path.write_text("\n".join(lines))
+    main(["--option", "current", "--metrics", str(path)])
+    out = capsys.readouterr().out
+    assert "The loss is not falling" in out
+    assert "reached after" not in out
+    assert "80% interval" not in out
 
 
 def test_exit_codes():

@@ -183,7 +183,7 @@ def test_every_card_says_where_its_efficiencies_come_from(name):
 
 
 def test_a_cards_numbers_scale_a_custom_card():
-    half = Gpu("half", "(?!)", 35.6, 17.8, 468, 24, RTX_3090.link)
+    half = Gpu("half", "(?!)", 35.6, 17.8, 468, 24, 101_376, RTX_3090.link)
     whole, slow = predict_option("a").milliseconds, predict_option("a", gpu=half).milliseconds
     for category in ("matmul", "attention", "norm", "optimizer"):
         assert slow[category] == pytest.approx(2 * whole[category])

@@ -1,6 +1,7 @@
 """Fine-tuning end to end, on the CPU in fp32, from a minute pre-trained model."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,6 +89,18 @@ def test_starts_from_the_checkpoint_and_learns_the_answers(config, base):
         torch.testing.assert_close(weight, before[name], rtol=0, atol=1e-8)
 
 
+def test_starts_from_a_run_whose_tokenizer_was_elsewhere(data, tmp_path):
+    path = tmp_path / "mine.json"
+    load_tokenizer(vocab_size=BYTES_ONLY).save(path)
+    base = save_run(tmp_path / "base", build(SHAPE), tokenizer=str(path))
+    path.unlink()
+    config = replace(SftConfig.for_checkpoint(base), data=(data,), steps=2, eval_every=0)
+    config = with_run(replace(config, compute=ComputeConfig(device="cpu")), stop_after=1)
+    assert fine_tune(config).step == 1
+    shutil.rmtree(base)
+    assert fine_tune(with_run(config, resume=True)).step == 2
+
+
 def test_validation_loss_is_of_the_learned_tokens_alone(config):
     """Computed by hand from logits: mean over answers and end markers of the held-out part."""
     result = fine_tune(config)
@@ -118,6 +131,16 @@ def test_resume_is_exact(config):
     assert checkpoint.best(whole.checkpoint.parent).step == (
         checkpoint.best(resumed.checkpoint.parent).step
     )
+
+
+def test_the_run_keeps_the_system_prompt_of_its_data(config, tmp_path):
+    path = tmp_path / "al.jsonl"
+    row = {"system": "You are Al.", "prompt": "Hi", "completion": "Yo"}
+    path.write_text(f"{json.dumps(row)}\n" * 20)
+    data = replace(config, data=(str(path),), steps=2, val_fraction=0.0)
+    fine_tune(with_run(data, stop_after=1))
+    assert fine_tune(with_run(data, resume=True)).step == 2
+    assert find_saved_model(config.run_dir).config.sft.system == "You are Al."
 
 
 def test_resume_does_not_need_the_base(config, base):

@@ -14,6 +14,7 @@ from hamner.config.sft import SftConfig
 from hamner.config.train import TrainConfig
 from hamner.errors import UserError
 from hamner.sft.__main__ import parse
+from hamner.train.__main__ import parse as parse_training
 from tests import forked
 from tests.models import DENSE, build
 from tests.saved import save_run
@@ -47,7 +48,7 @@ def test_help_explains_every_flag_without_loading_torch():
     assert not re.search(r"\| +torch$", result.stderr, re.MULTILINE)
 
 
-def test_defaults_follow_from_the_checkpoint(base):
+def test_defaults_follow_from_the_checkpoint(base, monkeypatch):
     config = parse(["--checkpoint", str(base)])
     assert config == SftConfig.for_checkpoint(base)
     assert (config.lr, config.seq_len, config.batch_size) == (1e-5, 64, 8)
@@ -55,6 +56,8 @@ def test_defaults_follow_from_the_checkpoint(base):
     assert config.model == SHAPE
     step = next((base / "checkpoints").iterdir())
     assert parse(["--checkpoint", str(step)]).run_dir == base.with_name("base-sft")
+    monkeypatch.chdir(base)
+    assert parse(["--checkpoint", "."]).run_dir == base.with_name("base-sft")
 
 
 def test_a_longer_row_extends_the_model(base):
@@ -76,11 +79,39 @@ def test_config_json_reads_back_what_was_written(base, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "args",
+    [
+        ["--resume", "--run-dir", "base-sft"],
+        ["--run_dir", "other", "--run_dir=base-sft", "--resume"],
+        ["--checkpoint=gone", "--resume", "--checkpoint", "base"],
+    ],
+)
+def test_a_resume_changes_no_flag_that_was_not_given(base, monkeypatch, args):
+    monkeypatch.chdir(base.parent)
+    started = parse(["--checkpoint", "base", "--lr", "3e-5", "--keep=1", "--allow-data-change"])
+    run = base.parent / "base-sft"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps(started.training().to_json()))
+    again = replace(started.run, resume=True, allow_data_change=False)
+    assert parse(args) == replace(started, run=again)
+
+
+def test_each_kind_of_run_is_resumed_by_its_command(base, tmp_path):
+    with pytest.raises(UserError, match="is a pre-training run; continue it with .*hamner.train"):
+        parse(["--resume", "--run-dir", str(base)])
+    training = parse(["--checkpoint", str(base)]).training()
+    (tmp_path / "config.json").write_text(json.dumps(training.to_json()))
+    with pytest.raises(UserError, match="is a fine-tuning run; continue it with .*hamner.sft"):
+        parse_training(["--resume", "--run-dir", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
     ("args", "named"),
     [
         ([], "--checkpoint is needed"),
         (["--checkpoint", "nowhere"], "--checkpoint nowhere is neither"),
         (["--checkpoint", "base", "--epochs", "0"], "--epochs 0"),
+        (["--checkpoint", "base", "--bad-rows", "2"], "--bad-rows 2.0"),
         (["--checkpoint", "base", "--rope-scaling", "ntk"], "--rope-scaling ntk"),
         (["--checkpoint", "base", "--rope-scaling", "ntk", "--seq-len", "32"], "above the 64"),
         (["--resume"], "--resume needs --run-dir"),
@@ -98,7 +129,9 @@ def test_bad_data_is_one_sentence_and_exit_2(base, tmp_path):
     result = run("--checkpoint", "base", "--data", "bad.jsonl", "--device", "cpu", cwd=tmp_path)
     assert result.returncode == 2
     assert result.stderr == (
-        'error: --data bad.jsonl, line 1: has no field "messages", "conversations" or "text" '
-        "(it has prompt)\n"
+        "error: --data bad.jsonl: 1 of 1 rows cannot be used (1 has no field "
+        '"messages", "conversations" or "text", and no pair such as "prompt" and "completion" '
+        "(it has prompt): bad.jsonl:1); mend them, or let hamner.sft leave out more with "
+        "--bad-rows SHARE (now 0.1)\n"
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == before

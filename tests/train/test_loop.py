@@ -1,6 +1,8 @@
 """The trainer end to end, on the CPU in fp32."""
 
 import json
+import os
+import re
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 from hamner.checkpoint import format as checkpoint
+from hamner.checkpoint import owner
 from hamner.checkpoint.run_folder import RunFolder
 from hamner.config.options import OPTIONS
 from hamner.config.train import TrainConfig
+from hamner.data.tokenizer import load_tokenizer
 from hamner.errors import UserError
 from hamner.hardware import GPUS
 from hamner.train.log import AsyncCopy
@@ -176,7 +180,7 @@ def test_resume_forgets_what_came_after_the_checkpoint(config):
 def test_resume_before_the_first_save_starts_over(config):
     whole = train(config)
     empty = replace(config, run_dir=config.run_dir.with_name("empty"))
-    RunFolder(empty.folder).start(empty)
+    RunFolder(empty.folder).start(empty, load_tokenizer(vocab_size=empty.model.vocab_size))
     assert_equal_weights(whole, train(replace(empty, resume=True)))
 
 
@@ -228,15 +232,49 @@ def test_interrupted_slow_step_is_dropped_and_comes_again(config, monkeypatch):
     assert abs(resumed.val_loss - whole.val_loss) < 1e-3
 
 
-def test_batch_size_may_change_on_resume(config):
+def test_batch_size_may_change_on_resume(config, capsys):
     train(replace(config, stop_after=10))
     resumed = train(
         replace(config, resume=True, batch_size=4, steps=None, tokens=20 * 8 * 64, warmup_steps=10)
     )
     assert resumed.tokens == 20 * 8 * 64
     assert resumed.step == 30
+    first, second = re.findall(
+        r"; 10.24K tokens in (.* of .*)$", capsys.readouterr().out, re.MULTILINE
+    )
+    assert first == "20 steps of 8 x 64"
+    assert second == "30 steps, the 20 to come of 4 x 64"
     rates = [r["lr"] for r in metrics(config.run_dir)]
     assert rates[-1] < rates[len(rates) // 2]
+
+
+def test_a_folder_has_one_run_at_a_time(config, monkeypatch):
+    """While a run lives, each other start in its folder is refused and changes nothing."""
+    monkeypatch.setattr(owner, "WAIT_SECONDS", 0.0)
+    refused = []
+
+    def on_phase(phase, step):
+        if (phase, step) == ("step done", 10):
+            before = (config.run_dir / "config.json").read_text()
+            for again in (config, replace(config, resume=True, lr=1e-4)):
+                with pytest.raises(UserError, match=f"in use by process {os.getpid()} on") as error:
+                    train(again)
+                refused.append(error)
+            assert (config.run_dir / "config.json").read_text() == before
+
+    train(replace(config, stop_after=12), on_phase=on_phase)
+    assert len(refused) == 2
+    assert train(replace(config, resume=True)).step == 20
+    with pytest.raises(UserError, match="already holds a run"):
+        train(config)
+
+
+def test_a_start_that_fails_leaves_the_folder_to_the_next(config, monkeypatch):
+    train(replace(config, stop_after=1))
+    with pytest.raises(UserError) as error:
+        train(replace(config, resume=True, seed=1))
+    assert "--seed" in str(error.value)
+    assert train(replace(config, resume=True)).step == 20
 
 
 def test_a_run_is_not_overwritten(config):

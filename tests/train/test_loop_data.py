@@ -1,5 +1,6 @@
 """What the trainer does when its data fails, and where it keeps its validation rows."""
 
+import gzip
 import json
 import os
 import signal
@@ -90,14 +91,44 @@ def test_when_the_only_source_fails_the_run_stops_saved(config):
     assert min(steps) == 1 < 10 < max(steps) < 60
 
 
+def test_bad_rows_are_listed_and_may_go(config, capsys):
+    """The run goes on exactly when the bad row is removed between two starts."""
+    folder = Path(config.data[0])
+    good = (folder / "b.jsonl").read_text().splitlines(keepends=True)
+    (folder / "b.jsonl").write_text("".join([*good[:9], "null\n", *good[9:]]))
+    config = replace(config, bad_rows=0.01, steps=16)
+    whole = train(replace(config, run_dir=config.run_dir.with_name("whole")))
+    train(replace(config, stop_after=8))
+    (folder / "b.jsonl").write_text("".join(good))
+    (folder / "a.jsonl").write_text((folder / "a.jsonl").read_text() + '"one more"\n')
+    with pytest.raises(UserError, match="--allow-data-change"):
+        train(replace(config, resume=True))
+    (folder / "a.jsonl").write_text((folder / "a.jsonl").read_text().removesuffix('"one more"\n'))
+    capsys.readouterr()
+    assert weights(train(replace(config, resume=True))) == weights(whole)
+    bad = {str(folder / "b.jsonl"): {'"text" must be a string, not null': 1}}
+    assert metrics(config)[0]["sources"][str(folder)]["bad_rows"] == bad
+    assert "bad_rows" not in metrics(config)[-1]["sources"][str(folder)]
+    train(replace(config, run_dir=config.run_dir.with_name("clean"), steps=1))
+    assert "passed over" not in capsys.readouterr().out
+    (folder / "b.jsonl").write_text("".join([*good, "null\n"]))
+    train(replace(config, run_dir=config.run_dir.with_name("bad"), steps=1))
+    assert 'b.jsonl: 1 "text" must be a string, not null\nthese rows are listed in ' in (
+        capsys.readouterr().out
+    )
+
+
 def test_when_one_source_fails_the_run_goes_on_and_says_so(config, tmp_path, caplog):
-    folder = config.data[0]
-    other = str(tmp_path / "other.jsonl")
+    folder = Path(config.data[0])
+    packed = folder / "a.jsonl.gz"
+    packed.write_bytes(gzip.compress((folder / "a.jsonl").read_bytes(), mtime=0))
+    for name in "ab":
+        (folder / f"{name}.jsonl").unlink()
+    folder, other = str(folder), str(tmp_path / "other.jsonl")
     Path(other).write_text("".join(f'"other {i}"\n' for i in range(300)))
     config = replace(config, data=(f"{folder}=0.8", f"{other}=0.2"))
     train(replace(config, stop_after=1))
-    broken = [break_last_row(path) for path in sorted((config.run_dir.parent / "data").iterdir())]
-    assert len(broken) == 2
+    packed.write_bytes(packed.read_bytes()[:-2] + b"??")
     result = train(replace(config, resume=True))
     assert result.step == 60
     records = metrics(config)

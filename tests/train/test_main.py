@@ -7,12 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from hamner.checkpoint import format as checkpoint
-from hamner.cli import gather_data
+from hamner.config.train import TrainConfig
+from hamner.errors import UserError
+from hamner.profile import __main__ as profile
 from hamner.train.__main__ import parse
 from tests import forked
 from tests.corpus import write_predictable
@@ -54,10 +57,60 @@ def test_defaults_are_the_options():
 
 
 def test_data_may_be_repeated_or_listed():
-    assert gather_data(["--data", "a", "b", "--seed", "1", "--data", "c", "--data=d=0.5"]) == [
-        *("--seed", "1", "--data", "a", "b", "c", "d=0.5")
-    ]
+    args = ["--data", "a", "b", "--seed", "1", "--data", "c", "--data=d=0.5"]
+    assert parse(args).data == ("a", "b", "c", "d=0.5")
     assert parse(["--data", "x.txt=0.9", "--data", "y.txt=0.1"]).data == ("x.txt=0.9", "y.txt=0.1")
+
+
+@pytest.fixture
+def stopped(tmp_path) -> TrainConfig:
+    """The configuration of a run that was started with flags unlike its option's, and moved."""
+    run = tmp_path / "runs" / "tiny"
+    run.mkdir(parents=True)
+    args = ["--option", "tiny", "--steps", "40", "--batch-size", "2", "--lr", "1e-5"]
+    config = parse([*args, "--min-lr=1e-6", "--stop_after", "2", "--run-dir", "elsewhere"])
+    (run / "config.json").write_text(json.dumps(config.to_json()))
+    return replace(config, run_dir=run, resume=True, stop_after=None)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--resume", "--run-dir", "RUN"],
+        ["--run_dir", "RUN", "--resume"],
+        ["--run_dir=RUN", "--option=tiny", "--no-resume", "--resume"],
+        ["--run-dir", "runs/other", "--resume", "--run-dir=RUN"],
+        ["--option", "b", "--resume", "--option=tiny"],
+    ],
+)
+def test_a_resume_changes_no_flag_that_was_not_given(stopped, args, monkeypatch):
+    monkeypatch.chdir(stopped.run_dir.parents[1])
+    args = [argument.replace("RUN", str(stopped.run_dir)) for argument in args]
+    config = parse(args)
+    assert replace(config, run_dir=stopped.run_dir) == stopped
+    assert config.folder.resolve() == stopped.run_dir
+    assert parse([*args, "--keep_every", "9"]) == replace(config, keep_every=9)
+    profiled = profile.parse(args).training()
+    assert (profiled.lr, profiled.batch_size, profiled.steps) == (1e-5, 2, None)
+
+
+def test_a_resume_may_change_the_length_either_way(stopped):
+    config = parse(["--resume", "--run-dir", str(stopped.run_dir), "--tokens", "1e6"])
+    assert config == replace(stopped, steps=None, tokens=1e6)
+
+
+def test_a_resume_with_another_option_is_refused(stopped):
+    args = ["--resume", "--run-dir", str(stopped.run_dir), "--option", "b"]
+    with pytest.raises(UserError, match="--option b is not the tiny that .* was started with"):
+        parse(args)
+
+
+def test_a_replay_has_the_flags_of_its_run(stopped):
+    file = stopped.run_dir / "bad_steps" / "step.safetensors"
+    file.parent.mkdir()
+    file.touch()
+    config = parse(["--option", "tiny", f"--replay={file}"])
+    assert (config.replay, config.folder, config.lr) == (file, stopped.run_dir, 1e-5)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 
 from hamner.checkpoint import format as checkpoint
 from hamner.config.train import TrainConfig
+from hamner.data.tokenizer import load_tokenizer, train_tokenizer
 from hamner.errors import UserError
 from hamner.train.loop import train
 from hamner.train.schedule import Schedule
@@ -184,8 +185,6 @@ def test_every_difference_of_the_model_is_spelled_out(stopped):
 
 
 def test_another_tokenizer_is_refused_even_if_other_data_is_allowed(stopped, tmp_path):
-    from hamner.data.tokenizer import load_tokenizer, train_tokenizer
-
     path = tmp_path / "other.json"
     train_tokenizer(["zyx zyx zyx " * 50] * 5, vocab_size=261).save(path)
     own = load_tokenizer("builtin", 261)
@@ -193,6 +192,17 @@ def test_another_tokenizer_is_refused_even_if_other_data_is_allowed(stopped, tmp
         path.write_text(path.read_text().replace("<|endoftext|>", "<|end_of_text|>"))
     with pytest.raises(UserError, match="--tokenizer .*is not the one"):
         train(replace(stopped, tokenizer=str(path), allow_data_change=True))
+
+
+def test_a_run_goes_on_with_the_tokenizer_in_its_folder(config, tmp_path):
+    path = tmp_path / "mine.json"
+    load_tokenizer(vocab_size=261).save(path)
+    config = replace(config, tokenizer=str(path), steps=4)
+    train(replace(config, stop_after=2))
+    path.unlink()
+    moved = config.run_dir.rename(tmp_path / "moved")
+    assert train(replace(config, run_dir=moved, resume=True)).step == 4
+    assert load_tokenizer(str(moved)).fingerprint == load_tokenizer(vocab_size=261).fingerprint
 
 
 def test_other_data_is_refused_unless_insisted(stopped, tmp_path, capsys):

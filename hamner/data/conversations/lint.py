@@ -35,6 +35,7 @@ def describe(source: ConversationSource) -> list[str]:
         f"{len(source.validation):,} held out; {tokens:,} tokens, "
         f"{learned / max(1, tokens):.1%} of them supervised"
     ]
+    lines += [f"  cannot be used and left out: {text}" for text in source.describe_unusable()]
     lost = f"({source.tokens_cut:,} tokens lost)"
     for what, origins in {
         "dropped, no answer to learn": source.nothing_learned,

@@ -1,15 +1,18 @@
 """Conversations to examples: mask, cut at a turn boundary, split, counts."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from hamner.data.chat_template import Message, render
-from hamner.data.conversations.examples import ConversationSource, load_examples
+from hamner.data.conversations import examples
+from hamner.data.conversations.examples import ConversationSource, load_examples, most_used_system
 from hamner.data.loader import DataConfig
 from hamner.data.tokenizer import load_tokenizer
+from hamner.errors import UserError
 
 #: One token a character: lengths can be counted by eye.
 TOKENIZER = load_tokenizer(vocab_size=261)
@@ -25,7 +28,8 @@ def write(path: Path, *conversations: list[tuple[str, str]]) -> str:
 
 
 def load(*specs: str, seq_len: int = 64, val_fraction: float = 0.0) -> list[ConversationSource]:
-    return load_examples(DataConfig(specs, seq_len, 1, 0, val_fraction), TOKENIZER)
+    config = DataConfig(specs, seq_len, 1, 0, val_fraction, bad_rows=0.1)
+    return load_examples(config, TOKENIZER)
 
 
 def spelled(example) -> str:
@@ -88,6 +92,93 @@ def test_nothing_learned_is_dropped_and_named(tmp_path):
     (source,) = load(data)
     assert len(source.train) == 1
     assert source.nothing_learned == ["a.jsonl:2", "a.jsonl:3"]
+
+
+def test_an_answer_of_weight_0_is_read_and_not_learned(tmp_path):
+    path = tmp_path / "a.jsonl"
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "No", "weight": 0}]
+    more = [{"role": "user", "content": "So?"}, {"role": "assistant", "content": "Yo", "weight": 1}]
+    path.write_text("".join(json.dumps({"messages": m}) + "\n" for m in (turns, turns + more)))
+    (source,) = load(str(path))
+    assert [spelled(example) for example in source.train] == [
+        "<|user|>\nHi\n<|assistant|>\nNo<|end|><|user|>\nSo?\n<|assistant|>\n[Yo<|end|>]"
+    ]
+    assert source.nothing_learned == ["a.jsonl:1"]
+
+
+def test_a_spec_without_a_weight_has_weight_1_beside_one_that_has(tmp_path):
+    first, second = (write(tmp_path / name, HI) for name in ("a.jsonl", "b.jsonl"))
+    assert [source.weight for source in load(f"{first}=2", second)] == [2, 1]
+
+
+def add_bad_rows(path: str) -> None:
+    """The function adds rows of three kinds behind what the file has."""
+    with Path(path).open("a") as file:
+        file.write("oops\n" * 3 + '{"messages": []}\n' + "oops\n" + '{"id": 1}\n')
+
+
+def test_unusable_rows_are_counted_by_kind_and_line_and_left_out(tmp_path):
+    path = write(tmp_path / "a.jsonl", *[HI] * 60)
+    add_bad_rows(path)
+    (source,) = load(path)
+    assert len(source.train) == 60
+    assert (source.rows, source.num_unusable) == (66, 6)
+    assert [text.replace(" (Expecting value)", "") for text in source.describe_unusable()] == [
+        "4 not JSON: a.jsonl:61-63, 65",
+        "1 holds no message: a.jsonl:64",
+        '1 has no field "messages", "conversations" or "text", and no pair such as "prompt" and '
+        '"completion" (it has id): a.jsonl:66',
+    ]
+
+
+def test_too_many_of_them_are_refused_all_at_once(tmp_path):
+    first = write(tmp_path / "a.jsonl", *[HI] * 54)
+    second = write(tmp_path / "b.jsonl", *[HI] * 53)
+    for path in (first, second):
+        add_bad_rows(path)
+    # 6 of 60 are a tenth, 6 of 59 are more.
+    with pytest.raises(UserError) as caught:
+        load(first, second)
+    assert f"--data {second}: 6 of 59 rows cannot be used (4 not JSON" in str(caught.value)
+    assert "1 holds no message: b.jsonl:57;" in str(caught.value)
+    assert "--bad-rows SHARE (now 0.1)" in str(caught.value)
+    assert first not in str(caught.value)
+    config = DataConfig((first, second), 64, 1, 0, 0.0)
+    assert len(load_examples(replace(config, bad_rows=0.2), TOKENIZER)) == 2
+    with pytest.raises(UserError) as caught:
+        load_examples(replace(config, bad_rows=0.0), TOKENIZER)
+    assert "a.jsonl: 6 of 60" in str(caught.value)
+    assert "b.jsonl: 6 of 59" in str(caught.value)
+
+
+def test_an_endless_source_without_a_conversation_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(examples, "GIVE_UP_ROWS", 20)
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": "prose", str(i): i}) + "\n" for i in range(90)))
+    with pytest.raises(UserError, match="20 of 20 rows cannot be used"):
+        load(str(path))
+    path.write_text("".join(json.dumps({str(i): i}) + "\n" for i in range(90)))
+    with pytest.raises(UserError, match="12 of 12 kinds more"):
+        load(str(path))
+
+
+@pytest.mark.parametrize(
+    ("systems", "weights", "expected"),
+    [
+        ([["A", "B", "B", ""], []], (1, 1), "B"),
+        ([["A", "B", "B"], ["A"]], (1, 3), "A"),
+        ([[""] * 9 + ["A", "B", "B"], []], (1, 1), "B"),
+        ([[""] * 59 + ["A"] * 12, []], (1, 1), ""),
+        ([[""], []], (1, 1), ""),
+    ],
+)
+def test_the_system_prompt_used_most(tmp_path, systems, weights, expected):
+    specs = [
+        write(tmp_path / f"{i}.jsonl", *([("system", f" {s}\n"), *HI] if s else HI for s in texts))
+        + f"={weight}"
+        for i, (texts, weight) in enumerate(zip(systems, weights, strict=True))
+    ]
+    assert most_used_system(load(*specs)) == expected
 
 
 def test_duplicates_are_counted_over_all_sources_and_kept(tmp_path):

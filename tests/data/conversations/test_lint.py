@@ -20,7 +20,8 @@ def conversation(*turns: str) -> dict:
 def load(tmp_path, *rows, weight: str = ""):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    (source,) = load_examples(DataConfig((f"{path}{weight}",), 40, 1, 0, 0.0), TOKENIZER)
+    config = DataConfig((f"{path}{weight}",), 40, 1, 0, 0.0, bad_rows=0.1)
+    (source,) = load_examples(config, TOKENIZER)
     return source
 
 
@@ -46,6 +47,12 @@ def test_every_case_is_counted_and_named(tmp_path):
     assert too_long == "  1 dropped, the first answer ends beyond --seq-len: a.jsonl:4"
     assert cut == "  1 cut after the last answer within --seq-len (50 tokens lost): a.jsonl:3"
     assert duplicates == "  7 repeat an earlier conversation and are kept"
+
+
+def test_rows_left_out_are_named(tmp_path):
+    rows = [conversation("Hi", "Hey!")] * 20
+    _, unusable, _ = describe(load(tmp_path, *rows, {"messages": []}, {"messages": []}))
+    assert unusable == "  cannot be used and left out: 2 holds no message: a.jsonl:21-22"
 
 
 def test_clean_data_is_one_line(tmp_path):

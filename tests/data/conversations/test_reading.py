@@ -1,14 +1,17 @@
-"""Conversations from files: three forms, and what is refused."""
+"""Conversations from files and the hub, and rows that cannot be used."""
 
 import gzip
 import json
 from pathlib import Path
 
 import pyarrow
+import pyarrow.parquet
 import pytest
 
+from hamner.data import retry
 from hamner.data.chat_template import Message
-from hamner.data.conversations.reading import Conversation, parse_conversation, read_conversations
+from hamner.data.conversations import reading
+from hamner.data.conversations.reading import Conversation, Unusable, read_conversations
 from hamner.data.specs import parse_specs
 from hamner.errors import UserError
 
@@ -38,22 +41,10 @@ def write(path: Path, *rows) -> Path:
     return path
 
 
-def read(*specs: str) -> list[Conversation]:
+def read(*specs: str) -> list[Conversation | Unusable]:
     return [
         conversation for spec in parse_specs(specs) for conversation in read_conversations(spec)
     ]
-
-
-@pytest.mark.parametrize("row", [OPENAI, SHARE_GPT, TEXT])
-def test_three_forms_of_one_conversation(row):
-    assert parse_conversation(row) == MESSAGES
-
-
-def test_end_tokens_in_text_are_not_content():
-    marked = (
-        TEXT["text"].replace("Hey!\n", "Hey!<|end|>\n").replace("4.\n", "4.<|end|><|endoftext|>")
-    )
-    assert parse_conversation({"text": marked}) == MESSAGES
 
 
 def test_one_file_may_mix_the_forms(tmp_path):
@@ -84,41 +75,101 @@ def test_builtin_set_is_short_dialogues_with_answers():
         assert all(m.content.strip() == m.content != "" for m in conversation.messages)
 
 
-@pytest.mark.parametrize(
-    ("row", "named"),
-    [
-        (["Hi"], "must be a JSON object"),
-        ({"prompt": "Hi"}, "it has prompt"),
-        ({}, "it has nothing"),
-        ({"messages": "Hi"}, '"messages" must be a list'),
-        ({"messages": []}, "holds no message"),
-        ({"messages": [{"role": "user"}]}, '"role" and "content"'),
-        ({"messages": [{"role": "user", "content": None}]}, '"role" and "content"'),
-        ({"messages": [{"role": "tool", "content": "x"}]}, 'the role "tool"'),
-        ({"conversations": [{"from": "robot", "value": "x"}]}, 'the role "robot"'),
-        ({"text": 5}, '"text" must be a string'),
-        ({"text": "Just prose."}, "must begin with one of <|system|>"),
-        ({"text": "Prose <|user|>\nHi"}, "must begin with one of <|system|>"),
-        ({"text": "<|user|>\n\ud800"}, "half a surrogate pair"),
-    ],
-)
-def test_a_row_that_is_no_conversation_is_refused_by_line(tmp_path, row, named):
-    path = write(tmp_path / "bad.jsonl", OPENAI, row)
-    with pytest.raises(UserError) as caught:
+def test_rows_that_cannot_be_used_are_told_by_kind_and_line(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    write(path, OPENAI, {"messages": []}, OPENAI, ["Hi"])
+    path.write_bytes(path.read_bytes() + b'{not json\n{"text": "\xff"}\n' + b"[" * 100_000)
+    assert [row for row in read(str(path)) if isinstance(row, Unusable)] == [
+        Unusable("holds no message", "bad.jsonl", 2),
+        Unusable("a conversation must be a JSON object", "bad.jsonl", 4),
+        Unusable("not JSON (Expecting property name enclosed in double quotes)", "bad.jsonl", 5),
+        Unusable("not UTF-8", "bad.jsonl", 6),
+        Unusable("nested too deeply", "bad.jsonl", 7),
+    ]
+
+
+def test_a_table_has_conversations(tmp_path):
+    """Fields of other rows are null in each."""
+    path = tmp_path / "a.parquet"
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "w", "arguments": "{}"}}]}
+    empty = dict.fromkeys(["id", "messages", "prompt", "completion"])
+    rows = [
+        {"messages": [{"role": "user", "content": "Hi", "weight": 1}, call]},
+        OPENAI | {"id": 1},
+        {"prompt": "Hi", "completion": "Hey!"},
+        {"id": 2},
+    ]
+    table = pyarrow.Table.from_pylist([empty | row for row in rows])
+    pyarrow.parquet.write_table(table, path)
+    found = read(str(path))
+    assert found[1] == Conversation(MESSAGES, "a.parquet:1")
+    assert found[2].messages == (Message("user", "Hi"), Message("assistant", "Hey!"))
+    assert (type(found[3]), found[3].number) == (Unusable, 3)
+    assert '"name": "w"' in found[0].messages[1].content
+
+
+def test_a_table_without_conversations_is_refused(tmp_path):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"id": [1], "score": [2]}), path)
+    with pytest.raises(UserError, match=r'no column "messages".*it has id, score'):
         read(str(path))
-    assert f"--data {path}, line 2: " in str(caught.value)
-    assert named in str(caught.value)
+
+
+def test_one_array_or_lines_by_the_name_of_json(tmp_path):
+    path = tmp_path / "alpaca.json"
+    path.write_text(json.dumps([OPENAI, SHARE_GPT], indent=1))
+    assert read(str(path)) == [
+        Conversation(MESSAGES, "alpaca.json:0"),
+        Conversation(MESSAGES, "alpaca.json:1"),
+    ]
+    assert read(str(write(path, OPENAI))) == [Conversation(MESSAGES, "alpaca.json:1")]
+
+
+def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "me" / "chats").mkdir(parents=True)
+    write(tmp_path / "me" / "chats" / "train.jsonl", OPENAI, {"messages": []}, OPENAI)
+    assert read("hf:me/chats") == [
+        Conversation(MESSAGES, "hf:me/chats:0"),
+        Unusable("holds no message", "hf:me/chats", 1),
+        Conversation(MESSAGES, "hf:me/chats:2"),
+    ]
+
+
+def test_a_data_set_is_read_on_after_an_error(monkeypatch):
+    class Dataset:
+        """The data set fails once, after its second row."""
+
+        state, has_failed = 0, False
+
+        def __iter__(self):
+            while self.state < 4:
+                if self.state == 2 and not self.has_failed:
+                    self.has_failed = True
+                    raise ConnectionError("gone")
+                self.state += 1
+                yield {"prompt": str(self.state), "completion": "x"}
+
+        def state_dict(self):
+            return self.state
+
+        def load_state_dict(self, state):
+            self.state = state
+
+    monkeypatch.setattr(reading, "open_location", lambda _: Dataset())
+    monkeypatch.setattr(retry, "FIRST_DELAY_SECONDS", 0.0)
+    found = read("hf:me/chats")
+    assert [c.messages[0].content for c in found] == ["1", "2", "3", "4"]
+    assert [c.origin for c in found] == [f"hf:me/chats:{n}" for n in range(4)]
 
 
 @pytest.mark.parametrize(
     ("name", "content", "named"),
     [
-        ("a.jsonl", b"{not json\n", "line 1: not JSON"),
-        ("a.jsonl", b'{"text": "\xff"}\n', "line 1: not UTF-8"),
-        ("a.jsonl", b"[" * 100_000, "line 1"),
         ("a.jsonl.gz", gzip.compress(b"{}" * 50, mtime=0)[:-9], "cannot be read"),
         ("a.jsonl.zst", b"no zstd", "cannot be read"),
         ("a.txt", b"Hi", "read from .jsonl files"),
+        ("a.parquet", b"PAR1 no parquet", "not a readable parquet file"),
     ],
 )
 def test_damaged_files_are_one_sentence(tmp_path, name, content, named):
@@ -131,7 +182,7 @@ def test_damaged_files_are_one_sentence(tmp_path, name, content, named):
 
 
 def test_other_kinds_of_data_are_refused():
-    with pytest.raises(UserError, match=r"hf:a/b: conversations are read from \.jsonl files"):
-        read("hf:a/b")
+    with pytest.raises(UserError, match="shards:x: conversations are not read from shards"):
+        read("shards:x")
     with pytest.raises(UserError, match="no such file or folder"):
         read("missing.jsonl")

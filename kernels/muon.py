@@ -121,10 +121,11 @@ def symmetric_product_kernel(
     product_factor,
     addend_factor,
     identity_factor,
+    EVEN: tl.constexpr,  # M is a multiple of BLOCK, and K of BLOCK_K
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """product_factor * x x^T + addend_factor * addend + identity_factor * I."""
+    """The result is product_factor * x x^T + addend_factor * addend + identity_factor * I."""
     blocks = tl.cdiv(M, BLOCK)
     tiles = blocks * (blocks + 1) // 2
     pid = tl.program_id(0)
@@ -138,16 +139,25 @@ def symmetric_product_kernel(
     offs_column = column * BLOCK + tl.arange(0, BLOCK)
     offs_k = tl.arange(0, BLOCK_K)
     x_ptr += batch * stride_xb
-    offs_left = offs_row[:, None].to(tl.int64) * stride_xm + offs_k[None, :] * stride_xk
-    offs_right = offs_column[:, None].to(tl.int64) * stride_xm + offs_k[None, :] * stride_xk
+    # The position of a tile is 64-bit, offsets inside it 32-bit.
+    left_ptr = x_ptr + tl.cast(row * BLOCK, tl.int64) * stride_xm
+    right_ptr = x_ptr + tl.cast(column * BLOCK, tl.int64) * stride_xm
+    offs_tile = tl.arange(0, BLOCK)[:, None] * stride_xm + offs_k[None, :] * stride_xk
     step = tl.cast(BLOCK_K, tl.int64) * stride_xk
     acc = tl.zeros((BLOCK, BLOCK), tl.float32)
     for start in range(0, K, BLOCK_K):
-        mask_k = offs_k[None, :] < K - start
-        left = tl.load(x_ptr + offs_left, mask=(offs_row[:, None] < M) & mask_k, other=0.0)
-        right = tl.load(x_ptr + offs_right, mask=(offs_column[:, None] < M) & mask_k, other=0.0)
+        if EVEN:
+            left = tl.load(left_ptr + offs_tile)
+            right = tl.load(right_ptr + offs_tile)
+        else:
+            mask_k = offs_k[None, :] < K - start
+            mask_left = (offs_row[:, None] < M) & mask_k
+            mask_right = (offs_column[:, None] < M) & mask_k
+            left = tl.load(left_ptr + offs_tile, mask=mask_left, other=0.0)
+            right = tl.load(right_ptr + offs_tile, mask=mask_right, other=0.0)
         acc = tl.dot(left, tl.trans(right), acc, input_precision="ieee")
-        x_ptr += step
+        left_ptr += step
+        right_ptr += step
 
     out = acc * product_factor
     offs = offs_row[:, None].to(tl.int64) * M + offs_column[None, :]
@@ -215,7 +225,7 @@ def apply_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """master -= decay * master + lr * update."""
+    """The update is master -= decay * master, then master -= lr * update."""
     tensor, start, numel = table_chunk(numels_ptr, chunks_ptr, CHUNK, ALIGNED)
     master_ptr = table_entry(addresses_ptr, 0, tensor, num_tensors, MASTER, ALIGNED)
     update_ptr = table_entry(addresses_ptr, 1, tensor, num_tensors, UPDATE, ALIGNED)
@@ -255,6 +265,7 @@ def _symmetric_product_op(
             symmetric_product_kernel[(programs,)](
                 x, addend, out, *x.stride(), rows, x.shape[2],
                 product_factor, addend_factor, identity_factor,
+                EVEN=rows % config.block == 0 and x.shape[2] % config.block_k == 0,
                 BLOCK=config.block, BLOCK_K=config.block_k,
                 num_warps=config.num_warps, num_stages=config.num_stages,
             )  # fmt: skip

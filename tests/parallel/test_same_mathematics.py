@@ -28,8 +28,12 @@ CASES = [
     ("differential", {"use_differential_attention": True}),
     ("mixture", MIXTURE),
     ("balanced", {**MIXTURE, "num_shared_experts": 1, "router_balance": "bias"}),
+    ("muon", MIXTURE),
 ]
-MICRO_BATCHES = {4: ["dense", "differential", "mixture"], 2: ["dense", "differential", "balanced"]}
+MICRO_BATCHES = {
+    4: ["dense", "differential", "mixture", "muon"],
+    2: ["dense", "differential", "balanced"],
+}
 """by size, of steps of 8 rows: two processes only accumulate those of 2"""
 
 
@@ -86,6 +90,7 @@ def single(config) -> dict[tuple[str, int], TrainConfig]:
             f"one_{name}_{size}",
             model=shapes[name],
             micro_batch_size=size,
+            optimizer="muon" if name == "muon" else "adamw",
             sample_every=STEPS if name == "balanced" else 0,
         )
         for size, names in MICRO_BATCHES.items()

@@ -11,9 +11,9 @@ from hamner.checkpoint.writer import BackgroundSaver
 from hamner.config.options import OPTIONS
 from hamner.config.train import TrainConfig
 from hamner.kernels.adamw import split_master
-from hamner.train.optimizer import Optimizer, join_masters
+from hamner.train.optimizer import Optimizer, join_masters, logical_rows
 from hamner.train.schedule import Schedule
-from tests.models import DENSE, build, cpu_ops, plain_ops
+from tests.models import DENSE, MOE, build, cpu_ops, plain_ops
 
 BY_TOKENS = TrainConfig(model=DENSE, batch_size=1, seq_len=1, lr=1.0, min_lr=0.1)
 """a step is a token"""
@@ -26,6 +26,18 @@ def test_schedule_warms_up_then_follows_a_cosine():
     assert math.isclose(schedule(600), 0.55)
     assert math.isclose(schedule(1100), 0.1)
     assert math.isclose(schedule(5000), 0.1)
+
+
+def test_other_decays_are_linear():
+    linear = Schedule(replace(BY_TOKENS, warmup_steps=100, steps=1100, decay="linear"))
+    assert math.isclose(linear(100), 1.0)
+    assert math.isclose(linear(600), 0.55)
+    assert math.isclose(linear(1100), 0.1)
+    wsd = replace(BY_TOKENS, warmup_steps=100, steps=1100, decay="wsd", decay_fraction=0.5)
+    assert Schedule(wsd)(50) == 0.5
+    assert Schedule(wsd)(100) == Schedule(wsd)(550) == 1.0
+    assert math.isclose(Schedule(wsd)(825), 0.55)
+    assert math.isclose(Schedule(wsd)(1100), 0.1)
 
 
 def test_schedule_without_warmup_starts_at_the_peak():
@@ -139,6 +151,65 @@ def make_holder(name: str, device, seed: int):
     return model, make(model, ops=cpu_ops(kernels, "sdpa"), dtype=dtype)
 
 
+MUON = replace(TINY, optimizer="muon", weight_decay=0.0)
+
+
+@pytest.mark.parametrize("shape", [DENSE, replace(MOE, num_shared_experts=2)], ids=["dense", "moe"])
+def test_muon_moves_each_logical_matrix_along_all_its_directions(shape):
+    """Of packed parameters each part and each expert by itself; the rest is AdamW's."""
+    model = build(shape)
+    optimizer = make(model, config=replace(MUON, model=shape))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    set_gradients(model, 0)
+    optimizer.step(1e-2)
+    hidden = [name for name in optimizer.parameters if name not in optimizer.exp_avg_sq]
+    assert {name.split(".")[-2] for name in optimizer.exp_avg_sq} == (
+        {"embed", "norm", "router"} if shape.is_moe else {"embed", "norm"}
+    )
+    for name in hidden:
+        update = (before[name] - model.state_dict()[name]) / 1e-2
+        rows = logical_rows(name, shape)
+        assert sum(rows) == update.shape[-2], name
+        for matrix in update.view(-1, *update.shape[-2:]):
+            for part in matrix.split(list(rows)):
+                values = torch.linalg.svdvals(part) / (0.2 * max(part.shape) ** 0.5)
+                assert values.min() > 0.6 and values.max() < 1.3, name
+
+
+def test_muon_goes_on_from_a_checkpoint(tmp_path, device):
+    config = replace(MUON, model=MOE)
+    model = build(MOE).to(device)
+    optimizer = make(model, config=config)
+    run(optimizer, model, range(3))
+    saved = save(tmp_path, 3, model, optimizer)
+    other_model = build(MOE, 1).to(device)
+    other = make(other_model, config=config)
+    other.restore(saved)
+    other.load_state_dict(optimizer.state_dict())
+    run(optimizer, model, range(3, 5))
+    run(other, other_model, range(3, 5))
+    assert_equal_tensors(other.state_tensors(), optimizer.state_tensors())
+    assert_equal_tensors(other_model.state_dict(), model.state_dict())
+
+
+def test_groups_have_learning_rates_of_their_own():
+    """A tenth of the rate on the embedding moves it a tenth as far in AdamW's first step."""
+    moved = {}
+    for lr in (TINY.lr, TINY.lr / 10):
+        model = build(DENSE)
+        start = model.embed.weight.detach().clone(), model.norm.weight.detach().clone()
+        optimizer = make(model, config=replace(TINY, embedding_lr=lr, embedding_weight_decay=0.0))
+        set_gradients(model, 0)
+        optimizer.step(1e-2)
+        moved[lr] = [
+            (now - then).abs().mean().item()
+            for now, then in zip((model.embed.weight, model.norm.weight), start, strict=True)
+        ]
+    slow, fast = moved[TINY.lr / 10], moved[TINY.lr]
+    assert slow[0] == pytest.approx(fast[0] / 10, rel=1e-3)
+    assert slow[1] == fast[1]
+
+
 def save(folder, step: int, model, optimizer: Optimizer) -> Checkpoint:
     saver = BackgroundSaver(folder, keep=0, keep_every=0, join_masters=join_masters)
     saver.begin(
@@ -186,10 +257,11 @@ def test_a_checkpoint_does_not_tell_how_masters_were_held(tmp_path, device):
     assert first.read_bytes() == second.read_bytes()
 
 
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_non_finite_gradient_changes_nothing(value):
+def test_non_finite_gradient_changes_nothing(value, kind):
     model = build(DENSE)
-    optimizer = make(model)
+    optimizer = make(model, config=replace(TINY, model=DENSE, optimizer=kind))
     set_gradients(model, 0)
     optimizer.step(1e-2)
     before = {n: t.clone() for n, t in model.state_dict().items()}

@@ -184,6 +184,15 @@ def test_every_difference_of_the_model_is_spelled_out(stopped):
     assert "--rope-theta 500000.0 is not the 10000.0" in str(raised.value)
 
 
+def test_another_optimizer_is_refused_with_what_would_be_lost(stopped):
+    with pytest.raises(UserError, match="muon is not the adamw that .*: both moments of every"):
+        train(replace(stopped, optimizer="muon"))
+    config = replace(stopped, run_dir=stopped.run_dir.with_name("muon"), optimizer="muon")
+    train(replace(config, resume=False, stop_after=2))
+    with pytest.raises(UserError, match="adamw is not the muon that .*: the momentum of every"):
+        train(replace(config, optimizer="adamw"))
+
+
 def test_another_tokenizer_is_refused_even_if_other_data_is_allowed(stopped, tmp_path):
     path = tmp_path / "other.json"
     train_tokenizer(["zyx zyx zyx " * 50] * 5, vocab_size=261).save(path)

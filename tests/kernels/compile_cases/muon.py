@@ -60,6 +60,7 @@ def _product(name: str, capability: str, unit_stride: str, addend: str | None) -
         constexprs={
             unit_stride: 1,
             **({"addend_ptr": None} if addend is None else {}),
+            "EVEN": True,
             "BLOCK": config.block,
             "BLOCK_K": config.block_k,
         },

@@ -47,6 +47,25 @@ def test_everything_asked_for_is_shown(terminal):
         assert value in text
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_what_is_under_way_is_shown_where_nothing_else_was_for_long(terminal, monkeypatch):
+    output, now = io.StringIO(), [0.0]
+    monkeypatch.setattr("hamner.train.display.monotonic", lambda: now[0])
+    display = Display("hamner a", 10_000_000_000, 22.0)
+    display.connect(Console(file=output, force_terminal=terminal, width=120, highlight=False))
+    with display:
+        display.show(RECORD)
+        now[0] = 9.0
+        display.working("evaluating: 20%")
+        now[0] = 11.0
+        display.working("evaluating: 40%")
+    if terminal:
+        assert "evaluating: 40%" in output.getvalue()
+        assert "3.5000" in output.getvalue()
+    else:
+        assert output.getvalue().splitlines()[1:] == ["evaluating: 40%"]
+
+
 def test_elsewhere_a_record_is_one_plain_line():
     (line,) = [line for line in shown(False).splitlines() if "loss" in line]
     assert "\x1b" not in line

@@ -7,6 +7,8 @@ measured (docs/recipes.md). A recipe is a row of defaults, of which every flag m
 from dataclasses import dataclass
 from typing import Literal
 
+Recipe = Literal["plan", "adamw", "muon"]
+
 
 @dataclass(frozen=True)
 class RecipeConfig:
@@ -16,7 +18,7 @@ class RecipeConfig:
     embedding with the head and the router, and the vectors (norms and lambdas), which never decay.
     """
 
-    recipe: Literal["plan", "adamw", "muon"] = "plan"
+    recipe: Recipe = "plan"
     """learning rates, optimizer, weight decay and schedule to start from"""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """of the hidden matrices; all else has AdamW"""

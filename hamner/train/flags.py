@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hamner.config.options import find_option, for_option
+from hamner.config.recipe import Recipe
 from hamner.config.train import CONFIG_FILE, TrainConfig, run_of
 from hamner.errors import UserError
 
@@ -16,7 +17,7 @@ class Origin:
     """These flags of `TrainConfig` decide what the others are by default."""
 
     option: str | None = None
-    recipe: str = TrainConfig.recipe
+    recipe: Recipe = TrainConfig.recipe
     run_dir: Path | None = TrainConfig.run_dir
     resume: bool = TrainConfig.resume
     replay: Path | None = TrainConfig.replay

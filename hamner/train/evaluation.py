@@ -17,9 +17,9 @@ from hamner.train.log import TrainLog
 from hamner.train.saves import Progress
 from hamner.train.step import TrainStep
 
-LEAST_TOKENS = 2_048
+MIN_TOKENS = 2_048
 """of one forward pass on a GPU: there is always memory for so many"""
-MOST_TOKENS = 32_768
+MAX_TOKENS = 32_768
 """of one forward pass: a GPU gains nothing from more, and an interrupt waits for its end"""
 
 
@@ -31,14 +31,14 @@ def tokens_per_pass(step: TrainStep) -> int:
     if not step.is_graphed:
         held = account.weights + account.optimizer + account.gradients + account.gradient_sums
     # A CPU has the same bound as in training, for the same reasons.
-    most, least = compute.max_micro_batch_tokens or MOST_TOKENS, step.config.seq_len
+    maximum, minimum = compute.max_micro_batch_tokens or MAX_TOKENS, step.config.seq_len
     if compute.device.type == "cuda":
-        least = max(least, LEAST_TOKENS)
-    tokens = max(most, least)
+        minimum = max(minimum, MIN_TOKENS)
+    tokens = max(maximum, minimum)
     how = {"precision": compute.precision, "fused": compute.kernels == "triton"}
     room = compute.budget_bytes - held
-    while tokens > least and evaluation_bytes(step.config.model, tokens, **how) > room:
-        tokens = max(least, tokens // 2)
+    while tokens > minimum and evaluation_bytes(step.config.model, tokens, **how) > room:
+        tokens = max(minimum, tokens // 2)
     return step.processes.all_reduce_min(tokens)
 
 

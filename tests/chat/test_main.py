@@ -8,14 +8,12 @@ import sys
 from dataclasses import replace
 
 import pytest
-import tokenizers
-from tokenizers.models import BPE
 
 from hamner.chat.__main__ import main, parse
 from hamner.chat.config import ChatConfig
 from hamner.chat.session import Chat, Complete, Terminal
 from hamner.data.chat_template import Message, render_prompt
-from hamner.data.tokenizer import Tokenizer, load_tokenizer
+from hamner.data.tokenizer import load_tokenizer
 from hamner.errors import UserError
 from hamner.model.generate import Completion, Generator
 from hamner.model.sampling import Sampling
@@ -62,14 +60,6 @@ def test_answers_are_shown_until_quit(tokenizer):
     _, text, script = session(Chat, tokenizer, "Hey — you!", "Hi", "", "/quit", "never read")
     assert text == "Hey — you!\n"
     assert len(script.prompts) == 1
-
-
-def test_a_text_without_any_known_token_is_continued_all_the_same():
-    vocabulary = {"0": 0, "<|endoftext|>": 1}
-    digits = Tokenizer(tokenizers.Tokenizer(BPE(vocab=vocabulary, merges=[])).to_str(), "digits")
-    _, text, script = session(Complete, digits, "0", "hello")
-    assert script.prompts == [[digits.eot_id]]
-    assert text == "hello0\n"
 
 
 def test_commands(tokenizer, tmp_path):

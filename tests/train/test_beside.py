@@ -366,6 +366,6 @@ def test_a_graph_leaves_an_evaluation_what_it_has_not_reserved(config):
         compute=compute, plan=SimpleNamespace(account=made), config=config, is_graphed=True
     )
     step.processes = SimpleNamespace(all_reduce_min=lambda number: number)
-    assert evaluation.tokens_per_pass(step) < evaluation.MOST_TOKENS
+    assert evaluation.tokens_per_pass(step) < evaluation.MAX_TOKENS
     step.is_graphed = False
-    assert evaluation.tokens_per_pass(step) == evaluation.MOST_TOKENS
+    assert evaluation.tokens_per_pass(step) == evaluation.MAX_TOKENS

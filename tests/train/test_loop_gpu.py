@@ -14,8 +14,9 @@ from hamner.config.train import TrainConfig
 from hamner.data.batch import Batch
 from hamner.files import read_records
 from hamner.hardware import GIB
+from hamner.model.generate import PROMPTS, generate
 from hamner.plan import memory
-from hamner.train.evaluation import samples, validation_loss
+from hamner.train.evaluation import validation_loss
 from hamner.train.loop import TrainingLoop, train
 from hamner.train.step import TrainStep
 from tests.train.test_loop import assert_equal_weights
@@ -212,7 +213,7 @@ def test_memory_of_every_option(name, tmp_path, whole_gpu, record_property):
         assert step.is_graphed and step.is_warm
         # Still within the cap; of one option also a save, which takes as long as the disk does.
         validation_loss(step, loop.data.validation)
-        assert list(samples(step, loop.tokenizer, config.seed))
+        assert generate(step.model, loop.tokenizer, PROMPTS[0], seed=config.seed)
         if name == "current":
             loop.progress.step = step.steps_taken
             loop.saves.save()

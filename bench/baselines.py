@@ -32,7 +32,7 @@ from hamner.model.attention import AttentionShape, get_attention
 from hamner.model.ops import build_ops
 from hamner.model.transformer import RMSNorm, Transformer
 from hamner.profile.steps import LR
-from hamner.train.optimizer import BETAS, EPS
+from hamner.train.optimizer import EPS
 from hamner.train.step import TrainStep
 
 WEIGHT_DECAY, GRAD_CLIP = 0.1, 1.0
@@ -247,7 +247,7 @@ class TorchTrainer:
                 {"params": vectors, "weight_decay": 0.0},
             ],
             lr=LR,
-            betas=BETAS,
+            betas=(TrainConfig.beta1, TrainConfig.beta2),
             eps=EPS,
             fused=True,
         )

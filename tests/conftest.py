@@ -22,6 +22,7 @@ NEEDS = {
     "chat/test_server.py": "openai",
     "evaluate/test_harness.py": "lm_eval",
     "export/test_export.py": "gguf",
+    "export/test_tokenizer.py": "gguf",
     "model/test_rotary.py": "gguf",
     "test_architecture.py": "grimp",
     "test_chatbot_path.py": "gguf",

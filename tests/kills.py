@@ -24,7 +24,10 @@ PHASES = {
         "train/step.py",
         {"TrainStep.step", "TrainStep._take", "TrainStep._forward_backward", "TrainStep._update"},
     ),
-    "update": ("train/optimizer.py", {"AdamW.step", "AdamW.drop_gradients"}),
+    "update": (
+        "train/optimizer.py",
+        {"Optimizer.step", "Optimizer._step_adamw", "Optimizer.drop_gradients"},
+    ),
     "evaluation": ("train/evaluation.py", {"validation_loss", "_mean_loss"}),
     "log line": (
         "train/log.py",

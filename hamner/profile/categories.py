@@ -36,7 +36,7 @@ _RULES = (
     (
         "optimizer",
         r"adamw?(_|\b|Functor)|fused_adam|multi_tensor|_foreach_|optimizer|clip_grad|LpNorm"
-        r"|grad_norm|\bsum_squares_kernel\b",
+        r"|grad_norm|\b(sum_squares|momentum|apply|symmetric_product)_kernel\b|muon",
     ),
     (
         "loss",

@@ -11,7 +11,7 @@ from hamner.kernels.launch import CAPABILITIES
 from tests.kernels import compile_cases
 from tests.kernels.compile_gate import CompileResult, compile_op_in_subprocess, ops
 
-MATMUL_OPS = ("flash_attention", "moe")
+MATMUL_OPS = ("flash_attention", "moe", "muon")
 
 
 @pytest.mark.parametrize("op", ops())

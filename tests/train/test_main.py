@@ -36,6 +36,15 @@ def run(*args: str, **kwargs) -> subprocess.CompletedProcess:
     return forked.run(command(*args), capture_output=True, text=True, timeout=120, **kwargs)
 
 
+def test_scripts_import_the_command_from_its_package():
+    from hamner.train import main
+    from hamner.train.__main__ import main as command
+
+    assert main is command
+    with pytest.raises(ImportError):
+        from hamner.train import nothing  # noqa: F401
+
+
 def test_help_explains_every_flag_without_loading_torch():
     environment = {**os.environ, "PYTHONPROFILEIMPORTTIME": "1"}
     result = subprocess.run(command("--help"), capture_output=True, text=True, env=environment)

@@ -136,7 +136,7 @@ def test_a_replay_has_the_flags_of_its_run(stopped):
         (["--device", "cpu", "--precision", "bf16"], "--precision bf16"),
         (["--resume", "--run-dir", "nowhere"], "nowhere holds no run"),
         (["--data", "missing.txt"], "missing.txt"),
-        (["--data", "builtin=0"], "builtin=0"),
+        (["--option", "tiny", "--data", "builtin=0"], "builtin=0"),
         (["--data"], "--data has no value"),
         (["--data", "--steps", "10"], "--data has no value"),
         (["--replay", "gone.safetensors"], "--replay gone.safetensors: no such file"),

@@ -41,6 +41,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hamner.kernels.adamw import (
+    CONFIGS,
     element_type,
     join_master,
     load_master,
@@ -91,21 +92,6 @@ PRODUCT_CONFIGS = {
     "9.0": ProductConfig(128, 64, 8, 4),
 }
 FLOAT32_PRODUCT = ProductConfig(32, 32, 4, 1)
-
-
-class ElementwiseConfig(NamedTuple):
-    """Elements a program updates, how many of them at a time, and its warps."""
-
-    chunk: int
-    block: int
-    num_warps: int
-
-
-ELEMENTWISE_CONFIGS = {
-    "8.6": ElementwiseConfig(4096, 1024, 4),
-    "8.0": ElementwiseConfig(4096, 1024, 4),
-    "9.0": ElementwiseConfig(2048, 2048, 8),
-}
 
 
 @triton.jit
@@ -390,14 +376,14 @@ def _launch_momentum(
     beta: float,
 ) -> None:
     torch.autograd.graph.increment_version((*momenta, *updates))
-    config = ELEMENTWISE_CONFIGS[capability(clip_coef.device)]
+    config = CONFIGS[capability(clip_coef.device)]
     table = tensor_table([grads, momenta, updates], config.chunk)
     with torch.cuda.device_of(clip_coef):
         momentum_kernel[(len(table.chunks),)](
             table.addresses, table.numels, table.chunks, len(grads), clip_coef, beta, 1.0 - beta,
             GRAD=element_type(grads), UPDATE=element_type(updates),
             ALIGNED=table.is_aligned, CHUNK=config.chunk, BLOCK=config.block,
-            num_warps=config.num_warps,
+            num_warps=config.warps,
         )  # fmt: skip
 
 
@@ -413,7 +399,7 @@ def _launch_apply(
     decay: float,
 ) -> None:
     torch.autograd.graph.increment_version((*params, *masters))
-    config = ELEMENTWISE_CONFIGS[capability(clip_coef.device)]
+    config = CONFIGS[capability(clip_coef.device)]
     table = tensor_table([masters, updates, *([params] if params else [])], config.chunk)
     with torch.cuda.device_of(clip_coef):
         apply_kernel[(len(table.chunks),)](
@@ -421,7 +407,7 @@ def _launch_apply(
             MASTER=element_type(masters), UPDATE=element_type(updates),
             PARAM=element_type(params),
             ALIGNED=table.is_aligned, CHUNK=config.chunk, BLOCK=config.block,
-            num_warps=config.num_warps,
+            num_warps=config.warps,
         )  # fmt: skip
 
 

@@ -2,9 +2,9 @@
 
 import triton.language as tl
 
+from hamner.kernels.adamw import CONFIGS
 from hamner.kernels.launch import CAPABILITIES
 from hamner.kernels.muon import (
-    ELEMENTWISE_CONFIGS,
     PRODUCT_CONFIGS,
     apply_kernel,
     momentum_kernel,
@@ -72,13 +72,13 @@ def _product(name: str, capability: str, unit_stride: str, addend: str | None) -
 
 
 def _elementwise(name, kernel, capability, scalars, dtypes) -> CompileCase:
-    config = ELEMENTWISE_CONFIGS[capability]
+    config = CONFIGS[capability]
     return CompileCase(
         name=name,
         kernel=kernel,
         signature={**TABLE, **dict.fromkeys(scalars, "fp32")},
         constexprs={**dtypes, "ALIGNED": True, "CHUNK": config.chunk, "BLOCK": config.block},
-        num_warps=config.num_warps,
+        num_warps=config.warps,
         num_stages=3,
         capability=capability,
     )

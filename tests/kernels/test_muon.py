@@ -32,6 +32,17 @@ def one(device):
     return torch.ones((), device=device)
 
 
+def check_product(x, factors, addend=None):
+    out = symmetric_product(x, addend=addend, **factors)
+    same_dtype = symmetric_product_reference(x, addend=addend, **factors)
+    exact = symmetric_product_reference(
+        x.double(), addend=None if addend is None else addend.double(), **factors
+    )
+    assert_as_accurate_as_torch("out", out, same_dtype, exact)
+    below = out.tril(-1)
+    assert torch.equal(below.mT, out.triu(1))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 class TestSymmetricProduct:
     @pytest.mark.parametrize(
@@ -39,10 +50,10 @@ class TestSymmetricProduct:
     )
     def test_accuracy(self, shape, dtype, device):
         x = normal(*shape, device=device, dtype=dtype)
-        self.check(x, {})
+        check_product(x, {})
         addend = symmetric_product(x)
         factors = {"product_factor": 0.3, "addend_factor": -1.7, "identity_factor": 2.5}
-        self.check(x, factors, addend)
+        check_product(x, factors, addend)
 
     @pytest.mark.parametrize("view", ["transposed", "rows of a larger tensor", "every other"])
     def test_any_strides(self, view, dtype, device):
@@ -52,7 +63,7 @@ class TestSymmetricProduct:
             "rows of a larger tensor": whole[:, 11:50],
             "every other": whole[:, ::2, ::3],
         }
-        self.check(views[view], {})
+        check_product(views[view], {})
 
     @pytest.mark.parametrize("shape", [(0, 5, 5), (2, 0, 5), (2, 5, 0)], ids=str)
     def test_empty(self, shape, dtype, device):
@@ -60,21 +71,17 @@ class TestSymmetricProduct:
         out = symmetric_product(x, identity_factor=2.0)
         torch.testing.assert_close(out, symmetric_product_reference(x, identity_factor=2.0))
 
-    def check(self, x, factors, addend=None):
-        out = symmetric_product(x, addend=addend, **factors)
-        same_dtype = symmetric_product_reference(x, addend=addend, **factors)
-        exact = symmetric_product_reference(
-            x.double(), addend=None if addend is None else addend.double(), **factors
-        )
-        assert_as_accurate_as_torch("out", out, same_dtype, exact)
-        below = out.tril(-1)
-        assert torch.equal(below.mT, out.triu(1))
+
+SHAPES = [(1,), (37,), (3, 1000), (2, 3, 512)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("clip", [0.75, math.nan])
 def test_momentum(clip, dtype, device):
-    shapes = [(1,), (37,), (3, 1000), (2, 3, 512)]
+    check_momentum(SHAPES, clip, dtype, device)
+
+
+def check_momentum(shapes, clip, dtype, device):
     states = [[normal(*shape, device=device, seed=seed) for shape in shapes] for seed in range(3)]
     states[0] = [grad.to(dtype) for grad in states[0]]
     states[2] = [update.to(dtype) for update in states[2]]
@@ -98,8 +105,11 @@ def test_momentum(clip, dtype, device):
 @pytest.mark.parametrize("kind", ["fp32", "half", "split"])
 @pytest.mark.parametrize("clip", [1.0, math.inf])
 def test_apply(kind, clip, device):
+    check_apply(SHAPES, kind, clip, device)
+
+
+def check_apply(shapes, kind, clip, device):
     half = DTYPES[-1]
-    shapes = [(1,), (37,), (3, 1000), (2, 3, 512)]
     masters = [normal(*shape, device=device) for shape in shapes]
     updates = [normal(*shape, device=device, seed=1) for shape in shapes]
     updates = [update if kind == "fp32" else update.to(half) for update in updates]
@@ -288,3 +298,25 @@ class TestErrors:
             muon_momentum_([x], [x.half()], [x], beta=0.9, clip_coef=one(device))
         with pytest.raises(TypeError, match="param is torch.float32; it must be bfloat16"):
             muon_apply_([x], [x.short()], [x], lr=1.0, weight_decay=0.0, clip_coef=one(device))
+
+
+@pytest.mark.gpu
+class TestOnGpu:
+    """The matrices are those of option a."""
+
+    SHAPES = [(1536, 1024), (1024, 1024), (2 * 2816, 1024), (1024, 2816)]
+
+    @pytest.mark.parametrize("view", ["wide", "tall"])
+    def test_product_at_training_shape(self, view):
+        x = normal(2, 1024, 2816, device="cuda", dtype=torch.bfloat16) * 2816**-0.5
+        x = x if view == "wide" else x.mT.contiguous().mT
+        check_product(x, {})
+        factors = {"product_factor": 0.3, "addend_factor": -1.7, "identity_factor": 2.5}
+        check_product(symmetric_product(x), factors, symmetric_product(x))
+
+    def test_momentum_at_training_shape(self):
+        check_momentum(self.SHAPES, 0.75, torch.bfloat16, "cuda")
+
+    @pytest.mark.parametrize("kind", ["fp32", "half", "split"])
+    def test_apply_at_training_shape(self, kind):
+        check_apply(self.SHAPES, kind, 1.0, "cuda")

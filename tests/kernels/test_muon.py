@@ -55,6 +55,19 @@ class TestSymmetricProduct:
         factors = {"product_factor": 0.3, "addend_factor": -1.7, "identity_factor": 2.5}
         check_product(x, factors, addend)
 
+    @pytest.mark.parametrize("size", [5, 33, 70])
+    def test_two_matrices_that_commute(self, size, dtype, device):
+        """The product of two polynomials of one symmetric matrix, scaled, in another dtype."""
+        gram = symmetric_product(normal(2, size, size, device=device, dtype=dtype) / size)
+        square = symmetric_product(gram, identity_factor=1.0)
+        factors = torch.tensor([0.5, 3.0], device=device)
+        options = {"product_factor": -2.0, "factors": factors, "out_dtype": torch.float32}
+        out = symmetric_product(gram, square, **options)
+        exact = symmetric_product_reference(gram.double(), square.double(), **options)
+        same_dtype = symmetric_product_reference(gram, square, **options)
+        assert out.dtype == torch.float32
+        assert_as_accurate_as_torch("out", out, same_dtype, exact)
+
     @pytest.mark.parametrize("view", ["transposed", "rows of a larger tensor", "every other"])
     def test_any_strides(self, view, dtype, device):
         whole = normal(2, 70, 90, device=device, dtype=dtype)
@@ -291,6 +304,12 @@ class TestErrors:
             muon_apply_([x], [x], [y], lr=1.0, weight_decay=0.0, clip_coef=one(device))
         with pytest.raises(ValueError, match="x has shape"):
             symmetric_product(x)
+        with pytest.raises(ValueError, match="y has strides"):
+            symmetric_product(
+                torch.zeros(1, 4, 4, device=device), torch.zeros(1, 4, 4, device=device).mT
+            )
+        with pytest.raises(ValueError, match="factors has shape"):
+            symmetric_product(torch.zeros(2, 4, 4, device=device), factors=one(device))
 
     def test_dtypes(self, device):
         x = torch.zeros(3, 4, device=device)

@@ -21,6 +21,10 @@ if not torch.cuda.is_available():
 
 
 NEEDS = {
+    "chat/test_browser.py": "uvicorn",
+    "chat/test_guard.py": "uvicorn",
+    "chat/test_main.py": "uvicorn",
+    "chat/test_page.py": "uvicorn",
     "chat/test_server.py": "openai",
     "evaluate/test_harness.py": "lm_eval",
     "export/test_export.py": "gguf",

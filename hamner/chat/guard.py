@@ -51,7 +51,7 @@ class SameOrigin:
                 f"the page of {origin} may not use this server: open the server's own page, by "
                 "the address of its machine",
             )
-        # Browsers send no Origin with a GET that the page cannot read, but most say this.
+        # Browsers send no Origin with a GET that the page cannot read, but nearly all say this.
         is_foreign = headers.get("sec-fetch-site", "none") not in ("same-origin", "none")
         if is_foreign and scope["path"].startswith("/v1/"):
             return ApiError(403, "a page of another origin may not use this server")

@@ -203,6 +203,23 @@ def test_an_answer_comes_in_pieces_and_shows_its_tokens(page, author):
     assert author.prompts[-1] == render_prompt(messages, TOKENIZER)
 
 
+def test_who_reads_above_stays_there(page, author):
+    at = page.locator("#scroll")
+    author.starts("a\n\n" * 40 + "~" + "b\n\n" * 20)
+    type_in(page, "Hi")
+    expect(page.locator(".turn.assistant p")).to_have_count(40)
+    expect(page.locator("#down")).to_be_hidden()
+    at.evaluate("(node) => node.scrollTo(0, 50)")
+    expect(page.locator("#down")).to_be_visible()
+    author.may_finish.set()
+    finish(page)
+    assert page.locator(".turn.assistant p").count() == 60
+    assert at.evaluate("(node) => node.scrollTop") == 50
+    page.locator("#down").click()
+    expect(page.locator("#down")).to_be_hidden()
+    assert at.evaluate("(node) => node.scrollTop") > 500
+
+
 @pytest.mark.parametrize("how", ["button", "Escape"])
 def test_stop_stops_the_server_and_keeps_what_is_there(page, author, how):
     author.starts("One ~" + "x" * 400)
@@ -437,14 +454,20 @@ def test_no_text_takes_the_page_long(page):
         assert size[1] < 40
 
 
-def test_a_huge_answer_is_shown_and_kept(page):
-    text = "".join(f"Line {i} of **many**.\n\n" for i in range(3000)) + "x" * 300_000
-    pieces = [text[i : i + 5000] for i in range(0, len(text), 5000)]
+def test_a_huge_answer_is_shown_and_kept(page, author):
+    text = "".join(f"Line {i} of **many**.\n\n" for i in range(3000)) + "x" * 1_200_000
+    pieces = [text[i : i + 20_000] for i in range(0, len(text), 20_000)]
     answer_with(page, body=streamed(*pieces))
     say(page, "Hi")
     assert page.locator(".turn.assistant strong").count() == 3000
     page.reload()
     expect(page.locator(".turn.assistant strong")).to_have_count(3000)
+    # It is more than a request may hold and than the model sees.
+    page.unroute_all()
+    author.says("Aye")
+    say(page, "More")
+    assert turns(page)[-1] == "Aye"
+    assert author.prompts == [render_prompt([Message("user", "More")], TOKENIZER)]
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
@@ -621,9 +644,8 @@ def test_the_keyboard_is_enough(page, author):
     assert nameless == 0
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_phone_is_wide_enough(browser, served, author, scheme):
-    with opened(browser, served[1], color_scheme=scheme, has_touch=True) as page:
+def test_a_phone_is_wide_enough(browser, served, author):
+    with opened(browser, served[1], has_touch=True) as page:
         page.set_viewport_size({"width": 360, "height": 640})
         wide = "x" * 90
         author.says(f"{wide}\n\n`{wide}`\n\n- {wide}\n\n```\n{wide}\n```")
@@ -636,11 +658,13 @@ def test_a_phone_is_wide_enough(browser, served, author, scheme):
         assert page.get_by_role("button", name="New chat").is_visible()
         page.keyboard.press("Escape")
         expect(page.get_by_role("button", name="New chat")).to_be_hidden()
-        background = page.locator("body").evaluate(
-            "(node) => getComputedStyle(node).backgroundColor"
-        )
-        levels = [int(level) for level in re.findall(r"\d+", background)]
-        assert (max(levels) < 64) == (scheme == "dark")
+
+
+def test_light_and_dark(page):
+    for scheme, is_dark in (("light", False), ("dark", True)):
+        page.emulate_media(color_scheme=scheme)
+        color = page.locator("body").evaluate("(node) => getComputedStyle(node).backgroundColor")
+        assert (max(int(level) for level in re.findall(r"\d+", color)) < 64) == is_dark
 
 
 def test_the_page_of_a_stranger_cannot_use_the_server(page, author, served):

@@ -428,10 +428,7 @@ def test_code_is_shown_as_it_is(rendering):
     assert rendering(*(text[:end] for end in range(len(text) + 1))) == whole
 
 
-BOMBS = [
-    *("*", "**", "_", "`", "``a`", "*a", "**a ", "* ", "a*b_", "\\", "#", "# ", "- ", "1. "),
-    *("```\n", "~~~", "``` ", "- a\n\n", "  - ", "\n\n", "[](", "<b>", "\t- a\n", "> "),
-]
+BOMBS = ["*", "`", "``a`", "*a", "a*b_", "\\", "#", "# ", "```\n", "``` ", "- a\n\n", "\n\n", "* "]
 
 
 def test_no_text_takes_the_page_long(page):

@@ -33,7 +33,8 @@ def recomputed_in_backward(tensor: Tensor, recompute: Callable[[], Tensor]) -> I
     or the code is being compiled, it keeps the tensor.
 
     Args:
-        tensor: contiguous; it, or views of all of it, are saved by operations in the context.
+        tensor: contiguous, all of its storage; it, or views of it, are saved by operations in the
+            context.
         recompute: returns a tensor of the same values, shape and dtype; holds what that takes, and
             not `tensor`.
     """
@@ -42,25 +43,25 @@ def recomputed_in_backward(tensor: Tensor, recompute: Callable[[], Tensor]) -> I
     if torch.compiler.is_compiling() or is_hooked or not torch.is_grad_enabled():
         yield
         return
-    address, size = tensor.data_ptr(), tensor.numel()
+    address = tensor.untyped_storage().data_ptr()
     readers = left = 0
     value: Tensor | None = None
 
     def pack(saved: Tensor):
         nonlocal readers
-        if saved.data_ptr() != address or saved.numel() != size:
+        if saved.untyped_storage().data_ptr() != address:
             return saved
         readers += 1
-        return saved.shape
+        return saved.shape, saved.stride(), saved.storage_offset()
 
-    def unpack(kept: Tensor | torch.Size) -> Tensor:
+    def unpack(kept: Tensor | tuple) -> Tensor:
         nonlocal left, value
         if isinstance(kept, Tensor):
             return kept
         if not left:
             with torch.no_grad():
                 left, value = readers, recompute()
-        view = value.view(kept)
+        view = value.as_strided(*kept)
         left -= 1
         if not left:
             value = None

@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from hamner import kernels as fused
 from hamner.config.options import OPTIONS
+from hamner.kernels import fused_linear
 from hamner.kernels.norm_attention import add_rms_norm_attention
 from hamner.model.transformer import Transformer
 from hamner.plan.memory import FULL, NONE, SELECTIVE
@@ -18,6 +20,7 @@ CONFIGS = {
     "dense": replace(DENSE, **SMALL, num_kv_heads=1, expert_intermediate_size=40),
     "untied": replace(DENSE, **SMALL, num_kv_heads=2, tie_word_embeddings=False),
     "moe": replace(MOE, **SMALL, num_kv_heads=1, expert_intermediate_size=24, num_shared_experts=1),
+    "qk-norm": replace(DENSE, **SMALL, num_kv_heads=1, qk_norm=True),
     "differential": replace(DENSE, **SMALL, num_kv_heads=2, use_differential_attention=True),
 }
 
@@ -57,9 +60,10 @@ def test_kernels_and_plain_torch_agree(name, policies, documents):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU's own test is test_trainer_gpu.py")
 @pytest.mark.parametrize(("kernels", "attention"), [("triton", "sdpa"), ("torch", "triton")])
-def test_rope_and_attention_of_different_sources(kernels, attention):
+@pytest.mark.parametrize("name", ["dense", "qk-norm"])
+def test_rope_and_attention_of_different_sources(name, kernels, attention):
     """Then RoPE's backward is an op of its own."""
-    config, policies = CONFIGS["dense"], (NONE, SELECTIVE)
+    config, policies = CONFIGS[name], (NONE, SELECTIVE)
     assert cpu_ops("triton", "triton").norm_attention is add_rms_norm_attention
     assert cpu_ops(kernels, attention).norm_attention is not add_rms_norm_attention
     mixed = run(config, kernels, attention, policies, True)
@@ -69,6 +73,27 @@ def test_rope_and_attention_of_different_sources(kernels, attention):
         assert_as_accurate_as_torch(
             result, mixed[result], plain[result], exact[result], floor_eps=32.0
         )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU's own test is test_trainer_gpu.py")
+@pytest.mark.parametrize(("policy", "calls"), [(NONE, 2), (SELECTIVE, 4), (FULL, 4)])
+def test_another_attention_reads_what_is_normed_again(policy, calls, monkeypatch):
+    """Of two layers: with `selective` in backward, with `full` in the second forward alone."""
+    normed = []
+    norm_and_rotate = fused.qk_norm_rope
+
+    def watched(*args, **settings):
+        normed.append(None)
+        return norm_and_rotate(*args, **settings)
+
+    monkeypatch.setattr(fused, "qk_norm_rope", watched)
+    monkeypatch.setattr(fused_linear, "qk_norm_rope", watched)
+    recomputed = run(CONFIGS["qk-norm"], "triton", "sdpa", (policy, policy), True)
+    assert len(normed) == calls
+    if policy != NONE:
+        kept = run(CONFIGS["qk-norm"], "triton", "sdpa", (NONE, NONE), True)
+        for name, result in recomputed.items():
+            assert torch.equal(result, kept[name]), name
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU's own test is test_trainer_gpu.py")

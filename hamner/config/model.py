@@ -136,8 +136,8 @@ class ModelConfig:
             )
             _require(
                 not self.qk_norm,
-                "--qk-norm and --use-differential-attention do not go together: no published model "
-                "has both; leave one out",
+                "--qk-norm and --use-differential-attention do not go together: no model of "
+                "Hugging Face's or llama.cpp's has both; leave one out",
             )
 
     @property

@@ -38,9 +38,7 @@ def recomputed_in_backward(tensor: Tensor, recompute: Callable[[], Tensor]) -> I
         recompute: returns a tensor of the same values, shape and dtype; holds what that takes, and
             not `tensor`.
     """
-    # The hooks set last are the only ones that autograd asks. There is no public way to see them.
-    is_hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    if torch.compiler.is_compiling() or is_hooked or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or _is_hooked():
         yield
         return
     address = tensor.untyped_storage().data_ptr()
@@ -69,3 +67,11 @@ def recomputed_in_backward(tensor: Tensor, recompute: Callable[[], Tensor]) -> I
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
+
+
+def _is_hooked() -> bool:
+    """The answer is whether saved tensors have hooks already: autograd asks those set last alone.
+
+    There is no public way to see them.
+    """
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

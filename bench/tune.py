@@ -1,6 +1,7 @@
 """Measure the launch tables of the kernels on the GPU at hand and print the best rows.
 
-    python -m bench.tune [rms_norm swiglu rope cross_entropy adamw router_linear grouped_matmul]
+    python -m bench.tune [rms_norm swiglu rope qk_norm cross_entropy adamw router_linear
+                          grouped_matmul]
 
 Shapes are those of option a (c for router_linear and grouped_matmul) at 24 x 1024, bf16. A row goes
 into CONFIGS of the kernel's module; tests/kernels/test_compile_gate.py then says whether it fits
@@ -78,6 +79,33 @@ def rope(m):
     return lambda: m.launch_packed_rotation(
         qkv, cos=cos, sin=sin, num_heads=HEADS, num_kv_heads=KV_HEADS, positions=None, in_place=True
     )
+
+
+def qk_norm_inputs():
+    qkv, angles = randn(N // T, T, (HEADS + 2 * KV_HEADS) * HEAD_DIM), torch.rand(T, HEAD_DIM // 2)
+    settings = {
+        "q_weight": torch.ones(HEAD_DIM, device="cuda"),
+        "k_weight": torch.ones(HEAD_DIM, device="cuda"),
+        "cos": angles.cos().cuda(),
+        "sin": angles.sin().cuda(),
+        "positions": None,
+        "num_heads": HEADS,
+        "num_kv_heads": KV_HEADS,
+        "eps": 1e-5,
+    }
+    return qkv, settings
+
+
+def qk_norm_forward(m):
+    """As a layer runs it, v left where it is."""
+    qkv, settings = qk_norm_inputs()
+    return lambda: torch.ops.hamner.qk_norm_rope(qkv, **settings, with_v=False)
+
+
+def qk_norm_backward(m):
+    qkv, settings = qk_norm_inputs()
+    d_qkv = randn(*qkv.shape)
+    return lambda: torch.ops.hamner.qk_norm_rope_backward_(d_qkv, qkv, **settings)
 
 
 def cross_entropy(m):
@@ -207,6 +235,20 @@ KERNELS: dict[str, dict[str, Tunable]] = {
                 if tile[0] * tile[1] <= 128
             ],
             rope,
+        ),
+    },
+    "qk_norm": {
+        "forward": Tunable(
+            "qk_norm",
+            ("forward_tile", "forward_warps"),
+            grid((256, 512, 1024, 2048), (1, 2, 4, 8)),
+            qk_norm_forward,
+        ),
+        "backward": Tunable(
+            "qk_norm",
+            ("backward_tile", "backward_warps", "backward_programs_per_sm"),
+            grid((256, 512, 1024, 2048), (1, 2, 4, 8), (2, 4, 8, 16)),
+            qk_norm_backward,
         ),
     },
     "cross_entropy": {

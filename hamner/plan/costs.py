@@ -73,6 +73,14 @@ def rope(elements: int, element_size: int = BF16) -> Cost:
     return Cost(bytes=2 * elements * element_size)
 
 
+def qk_norm_rope(elements: int, element_size: int = BF16, *, backward: bool = False) -> Cost:
+    """Norm and RoPE of the `elements` of q and k are a pass that reads and writes them.
+
+    Backward reads them and the result's gradients and writes theirs.
+    """
+    return Cost(bytes=(3 if backward else 2) * elements * element_size)
+
+
 def matmul(rows: int, k: int, n: int, element_size: int = BF16, *, experts: int = 1) -> Cost:
     """A matmul is (rows, k) x (k, n); its backward is two more of the same size.
 
@@ -260,10 +268,19 @@ def norm_kept(width: int, element_size: int, *, fused: bool, recompute: bool) ->
     return width * (element_size + (element_size if fused else 2 * FP32))
 
 
-def attention_kept(model: ModelConfig, element_size: int, *, fused: bool) -> int:
-    """Attention keeps qkv, its output and its softmax statistics, and what is differential."""
+def attention_kept(model: ModelConfig, element_size: int, *, fused: bool, recompute: bool) -> int:
+    """Attention keeps qkv, its output and its softmax statistics, and what is differential.
+
+    With qk-norm qkv is that before the norms; what they make of q and k is kept where backward does
+    not recompute it. Plain torch always keeps it, and in place of what was normed, where that is
+    not recomputed from, two fp32 intermediates.
+    """
     d, kv = model.hidden_size, model.num_kv_heads * model.head_size
     kept = ((d + 2 * kv) + d) * element_size + FP32 * model.num_attention_heads
+    if model.qk_norm and fused and not recompute:
+        kept += (d + kv) * element_size
+    if model.qk_norm and not fused:
+        kept += (d + 2 * kv) * element_size if recompute else 2 * (d + kv) * FP32
     if model.use_differential_attention:
         # Values of both halves side by side, the two maps' outputs, their difference; plain torch
         # keeps what the norm made of it in fp32 as well.

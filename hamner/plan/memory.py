@@ -41,7 +41,7 @@ class Policy:
             return model.hidden_size * element_size
         how = {"fused": fused, "recompute": self == SELECTIVE}
         kept = 2 * costs.norm_kept(model.hidden_size, element_size, **how)
-        kept += costs.attention_kept(model, element_size, fused=fused)
+        kept += costs.attention_kept(model, element_size, **how)
         kept += costs.swiglu_kept(costs.dense_width(model), element_size, **how)
         return kept + (costs.experts_kept(model, element_size, **how) if model.is_moe else 0)
 

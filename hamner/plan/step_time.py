@@ -190,8 +190,17 @@ class MicroBatch:
         return Op("norm", cost, launches=4 if backward else 2)
 
     def rope(self) -> Op:
-        rotated = self.model.hidden_size + self.model.num_kv_heads * self.model.head_size
-        return Op("rope", costs.rope(self.tokens * rotated))
+        """RoPE of q and k moves what the norms before it do too, which are the same pass."""
+        return Op("rope", costs.rope(self.rotated()))
+
+    def rotated(self) -> int:
+        """The value is the number of elements of q and k."""
+        width = self.model.hidden_size + self.model.num_kv_heads * self.model.head_size
+        return self.tokens * width
+
+    def qk_norm_backward(self) -> Op:
+        """The norms' weights get their gradients in a second pass."""
+        return Op("rope", costs.qk_norm_rope(self.rotated(), backward=True), launches=2)
 
     def forward(self) -> list[Op]:
         return [
@@ -217,6 +226,8 @@ class MicroBatch:
         if self.model.use_differential_attention:
             # Standard attention's backward rotates dq and dk before it writes them.
             ops.append(self.rope())
+        if self.model.qk_norm:
+            ops += [self.qk_norm_backward(), *([self.rope()] if recompute else [])]
         ops += 2 * self.block_matmuls()
         if recompute:
             # Counted as passes of their own.

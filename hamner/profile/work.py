@@ -154,15 +154,24 @@ def _router(operation: Range, x: int) -> Cost:
     return Cost(bytes=cost.bytes)
 
 
-def _rope(operation: Range, heads: int, weight: int | None = None) -> Cost:
-    """Here q and k are rotated in rows packed with v, of the first argument's width or, where a
-    weight is given, of the width that the matmul with it makes."""
+def _rotated(operation: Range, heads: int, weight: int | None = None) -> float:
+    """The elements of q and k are so many in rows packed with v, of the first argument's width or,
+    where a weight is given, of the width that the matmul with it makes."""
     *rows, width = operation.dims[0]
     if weight is not None:
         width = operation.dims[weight][0]
     num_heads, num_kv_heads = map(int, operation.values[heads : heads + 2])
-    rotated = math.prod(rows) * width * (num_heads + num_kv_heads) / (num_heads + 2 * num_kv_heads)
-    return costs.rope(rotated, _element_size(operation, 0))
+    return math.prod(rows) * width * (num_heads + num_kv_heads) / (num_heads + 2 * num_kv_heads)
+
+
+def _rope(operation: Range, heads: int, weight: int | None = None) -> Cost:
+    return costs.rope(_rotated(operation, heads, weight), _element_size(operation, 0))
+
+
+def _qk_norm(operation: Range, heads: int) -> Cost:
+    """The first argument is qkv, or in backward the gradient, as wide."""
+    rotated, size = _rotated(operation, heads), _element_size(operation, 0)
+    return costs.qk_norm_rope(rotated, size, backward="backward" in operation.name)
 
 
 def _loss(operation: Range) -> Cost:
@@ -239,6 +248,10 @@ _FORMULAS: dict[str, dict[str, Formula]] = {
             _count(op, 0), _element_size(op, 0)
         ),
         "hamner::rope_packed_": partial(_rope, heads=3),
+        # Where v is copied along, that is above the floor.
+        "hamner::qk_norm_rope": partial(_qk_norm, heads=6),
+        "hamner::qk_norm_rope_backward": partial(_qk_norm, heads=7),
+        "hamner::qk_norm_rope_backward_": partial(_qk_norm, heads=7),
         "hamner::rope": lambda op: costs.rope(_count(op, 0) + _count(op, 1), _element_size(op, 0)),
     },
     "swiglu": {

@@ -24,6 +24,7 @@ CONFIGS = {
     "untied": replace(DENSE, vocab_size=BYTES_ONLY, tie_word_embeddings=False, num_kv_heads=4),
     "moe": replace(MOE, vocab_size=BYTES_ONLY),
     "moe-shared": replace(MOE, vocab_size=BYTES_ONLY, num_shared_experts=1, num_experts=3),
+    "qk-norm": replace(DENSE, vocab_size=BYTES_ONLY, qk_norm=True),
     "differential": replace(DENSE, vocab_size=BYTES_ONLY, use_differential_attention=True),
 }
 

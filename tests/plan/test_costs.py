@@ -61,6 +61,10 @@ def expected() -> dict[str, list[tuple[str, float]]]:
         "add_rms_norm": [("4 N D e", added.bytes), ("4 N D e", added_back.bytes)],
         "swiglu": [("3 N I e", costs.swiglu(n * inner).bytes), ("5 N I e", swiglu_back.bytes)],
         "rope": [("2 N (H + KV) hd e", costs.rope(n * (heads + kv) * hd).bytes)],
+        "qk_norm_rope": [
+            ("2 N (H + KV) hd e", costs.qk_norm_rope(n * (heads + kv) * hd).bytes),
+            ("3 N (H + KV) hd e", costs.qk_norm_rope(n * (heads + kv) * hd, backward=True).bytes),
+        ],
         "rms_norm_linear": [("4 N D e", added.bytes), ("5 N D e", recomputed.bytes)],
         "swiglu_linear": [
             ("3 N I e", costs.swiglu(n * inner).bytes),

@@ -25,11 +25,19 @@ def test_kept_bytes_of_option_a():
     assert FULL.kept_bytes(A, 2, fused=True) == 2 * 1_024
 
 
+def test_qk_norm_is_recomputed():
+    normed = replace(A, qk_norm=True)
+    for policy, more in ((NONE, 2 * (1024 + 256)), (SELECTIVE, 0), (FULL, 0)):
+        kept = policy.kept_bytes(A, 2, fused=True)
+        assert policy.kept_bytes(normed, 2, fused=True) == kept + more
+
+
 MODELS = {
     "dense": A,
     "moe": OPTIONS["c"].model,
     "shared expert": OPTIONS["c-shared"].model,
     "differential": replace(A, use_differential_attention=True),
+    "qk-norm": replace(A, qk_norm=True),
 }
 
 

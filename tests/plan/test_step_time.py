@@ -151,6 +151,17 @@ def test_differential_attention_costs_attention_and_rope_only():
     assert differential["matmul"] == plain["matmul"]
 
 
+def test_qk_norm_costs_its_backward_and_the_recomputation():
+    plain = predict_option("a").milliseconds
+    model = ModelConfig(qk_norm=True)
+    rotated = 24 * 2 * 24_576 * (1024 + 256) / 850e9 * 1e3
+    for policy, passes in ((SELECTIVE, 2 + 3 + 2), (NONE, 2 + 3)):
+        normed = predict_option("a", model=model, policy=policy).milliseconds
+        assert normed["rope"] == pytest.approx(passes * rotated)
+        assert normed["attention"] == plain["attention"]
+    assert plain["rope"] == pytest.approx(2 * rotated)
+
+
 def test_scores_in_memory_cost_more_than_fused_attention():
     fused = predict_option("a", policy=FULL, kind=Compiled).milliseconds
     written = predict_option("a", policy=FULL, kind=EarlierTrainer).milliseconds

@@ -24,6 +24,30 @@ def test_bytes_an_element_of_adamw(with_copies, size):
     assert work.flops == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments", "passes"),
+    [
+        ("hamner::qk_norm_rope", 1, 2),
+        ("hamner::qk_norm_rope_backward", 2, 3),
+        ("hamner::qk_norm_rope_backward_", 2, 3),
+    ],
+)
+def test_bytes_of_qk_norm_are_those_of_q_and_k(name, arguments, passes):
+    vectors = [[16], [16], [10, 8], [10, 8], []]
+    packed = [[3, 10, (4 + 2 * 2) * 16]] * arguments
+    operation = Range(
+        name,
+        0,
+        1,
+        is_operation=True,
+        dims=[*packed, *vectors, [], [], []],
+        types=[BF16] * arguments + [FP32] * 4 + ["", "Scalar", "Scalar", "Scalar"],
+        values=[""] * (arguments + 5) + ["4", "2", "1e-05"],
+    )
+    _, work = work_of("rope", operation)
+    assert work.bytes == passes * 2 * 3 * 10 * (4 + 2) * 16
+
+
 def test_bytes_of_the_router_projection():
     x, weight, d_logits = [30, 8], [4, 8], [30, 4]
     for name, dims, types, size in (

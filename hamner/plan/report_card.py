@@ -161,6 +161,8 @@ class ReportCard:
             "attention": [rate.tflops for rate in self.attention],
             "kernels": [kernel.measured_ms for kernel in self.kernels],
         }
+        if self.step:
+            measured["step"] = [self.step.tokens_per_second_p10, self.step.tokens_per_second]
         for name, values in measured.items():
             if not values:
                 raise ValueError(f"{name} is empty")

@@ -29,6 +29,8 @@ from hamner.data.shards import ShardSource
 from hamner.data.tokenizer import load_tokenizer
 from hamner.data.validation import ValidationSet
 from hamner.errors import UserError
+from hamner.plan.analysis import make_plan
+from hamner.plan.measured_efficiency import measured_efficiency
 from hamner.plan.report_card import ReportCard
 from hamner.plan.run_curve import read_run
 from hamner.train import plots
@@ -75,7 +77,13 @@ def test_config(folder, data):
 def test_report_card(folder, data):
     path = folder / "card.json"
     path.write_bytes(data)
-    read_or_refuse(lambda: ReportCard.read(path))
+
+    def read():
+        gpu, reached = measured_efficiency(ReportCard.read(path))
+        prediction = make_plan(for_option("tiny"), gpu, reached=reached).prediction
+        assert prediction.interval.low >= 0
+
+    read_or_refuse(read)
 
 
 @pytest.fixture(scope="module")

@@ -81,7 +81,7 @@ class Efficiency:
             f"limited to {power_w:g} of {known:g} W, taken as a clock of {factor:.0%}, by the cube "
             "root, and at worst as proportional"
         )
-        return self._scaled(factor, (low * min(1.0, share / factor), high), why)
+        return self._scaled(factor, (min(low, share / factor), high), why)
 
     def _scaled(self, factor: float, clock: tuple[float, float], why: str) -> "Efficiency":
         return replace(

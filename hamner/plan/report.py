@@ -176,9 +176,9 @@ def speed_interval(plan: Plan) -> str:
     interval = plan.prediction.interval
     fastest, slowest = interval.hours(plan.config.tokens)
     return (
-        f"Nine of ten such runs should reach {interval.low:,.0f} to {interval.high:,.0f} tokens/s "
-        f"and take {fastest / 24:.1f} to {slowest / 24:.1f} days. Of that:\n\n"
-        + _bullets(str(cause) for cause in interval.causes)
+        f"Nine of ten runs of option {plan.config.option} should reach {interval.low:,.0f} to "
+        f"{interval.high:,.0f} tokens/s and take {fastest / 24:.1f} to {slowest / 24:.1f} days. "
+        "Of that:\n\n" + _bullets(str(cause) for cause in interval.causes)
     )
 
 
@@ -304,6 +304,7 @@ def screen(analysis: Analysis, *, every_option: bool) -> str:
             options_table(analysis.plans, analysis.hours),
             _misfits(analysis),
             f"Recommended: **{best.option}**, {_count(best.model.num_parameters())} parameters",
+            speed_interval(plan),
         ]
     else:
         parts += [options_table([plan]), memory_table(plan), step_times(plan), speed_interval(plan)]

@@ -279,9 +279,9 @@ def markdown_rows(runs: Iterable[PublicRun]) -> list[str]:
 
 def quantile_row(name: str, runs: Sequence[PublicRun]) -> str:
     """docs/planning.md has such a row of the fitted runs, of the others, of other cards."""
-    middle, most, largest = quantiles(runs)
+    middle, ninth, largest = quantiles(runs)
     mean = np.mean([run.error for run in runs])
-    return f"| {name} | {len(runs)} | {middle:.1%} | {most:.1%} | {largest:.1%} | {mean:+.1%} |"
+    return f"| {name} | {len(runs)} | {middle:.1%} | {ninth:.1%} | {largest:.1%} | {mean:+.1%} |"
 
 
 def quantile_rows() -> list[str]:

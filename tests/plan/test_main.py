@@ -224,7 +224,7 @@ def test_command_says_between_which_speeds_and_why(capsys):
     expected = make_plan(OPTIONS["a"], RTX_3090).prediction.interval
     low, high = f"{expected.low:,.0f}", f"{expected.high:,.0f}"
     assert f"tokens/s, low-high {low}-{high}" in out
-    assert f"reach {low} to {high} tokens/s and take" in out
+    assert f"of option a should reach {low} to {high} tokens/s and take" in out
     for cause in expected.causes:
         assert f"{cause.name} {cause.slowest:+.0%} to {cause.fastest:+.0%} (" in out
     days = [1e10 / speed / 86_400 for speed in (expected.high, expected.low)]
@@ -257,6 +257,7 @@ def test_command_compares_all(capsys):
     assert all(name in out for name in COMPARED)
     assert all(count in out for count in ("210.9M", "281.6M", "16,384", "6.42B"))
     assert "Recommended: a, 320.9M parameters" in out
+    assert "runs of option a should reach" in out
 
 
 def test_command_says_what_several_gpus_send(capsys):

@@ -71,8 +71,8 @@ def test_matmuls_that_no_line_fits_keep_the_cards_half_dim(matmuls):
 
 def test_a_measured_step_is_what_is_projected():
     card = made_with(60.0, 120.0, 700.0)
-    gpu, kernels_alone = measured_efficiency(card)
-    slower = make_plan(OPTIONS["a"], gpu, reached=kernels_alone).prediction.tokens_per_second * 0.95
+    gpu, by_kernels = measured_efficiency(card)
+    slower = make_plan(OPTIONS["a"], gpu, reached=by_kernels).prediction.tokens_per_second * 0.95
     step = replace(
         CARD.step,
         tokens_per_second=slower,
@@ -85,7 +85,7 @@ def test_a_measured_step_is_what_is_projected():
     assert reached.ranges["step"] == pytest.approx((0.98, 1.01))
     assert "all multiplied by 0.95" in reached.provenance
     b = make_plan(OPTIONS["b"], gpu, reached=reached).prediction
-    before = make_plan(OPTIONS["b"], gpu, reached=kernels_alone).prediction
+    before = make_plan(OPTIONS["b"], gpu, reached=by_kernels).prediction
     assert b.tokens_per_second == pytest.approx(0.95 * before.tokens_per_second, rel=2e-3)
 
 

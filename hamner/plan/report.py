@@ -95,10 +95,15 @@ def _scaling(plan: Plan) -> dict[str, str]:
     }
 
 
+def _days(plan: Plan) -> str:
+    """The shortest and the longest that the run should take, in days."""
+    shortest, longest = (h / 24 for h in plan.prediction.interval.hours(plan.config.tokens))
+    return _range((shortest, longest), 1 if shortest > 1 else 2)
+
+
 def _quantities(plan: Plan, hours: float | None) -> dict[str, str]:
     option, model, prediction = plan.config, plan.config.model, plan.prediction
     interval = prediction.interval
-    fastest, slowest = interval.hours(option.tokens)
     gib = "VRAM, GiB" if plan.parallelism.ranks == 1 else "VRAM of each GPU, GiB"
     return {
         "": option.option,
@@ -119,7 +124,7 @@ def _quantities(plan: Plan, hours: float | None) -> dict[str, str]:
         "steps": f"{plan.steps:,}",
         "hours (projected)": f"{plan.hours:,.1f}",
         "days (projected)": f"{plan.hours / 24:.1f}",
-        "days, low-high": _range((fastest / 24, slowest / 24), 1),
+        "days, low-high": _days(plan),
         "compute-optimal tokens": _count(compute_optimal_tokens(plan.active_parameters)),
         **_losses(plan, hours),
     }
@@ -174,10 +179,9 @@ def step_times(plan: Plan) -> str:
 def speed_interval(plan: Plan) -> str:
     """The paragraph says between which speeds and lengths the run should lie, and why."""
     interval = plan.prediction.interval
-    fastest, slowest = interval.hours(plan.config.tokens)
     return (
         f"Nine of ten runs of option {plan.config.option} should reach {interval.low:,.0f} to "
-        f"{interval.high:,.0f} tokens/s and take {fastest / 24:.1f} to {slowest / 24:.1f} days. "
+        f"{interval.high:,.0f} tokens/s and take {_days(plan)} days. "
         "Of that:\n\n" + _bullets(str(cause) for cause in interval.causes)
     )
 

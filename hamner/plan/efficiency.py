@@ -135,12 +135,15 @@ _H200 = replace(
 
 # RTX 3090. Matmuls, half_dim and bandwidth are fitted to 17 steps of another trainer
 # (tests/plan/public_runs.py, with what single kernels reached as a prior). Attention: flash-attn 2
-# at head size 64, no mask, on an RTX A5000 (the same multiprocessors, gpu-mode/ring-attention issue
-# 10) reaches 0.73 of peak forward and 0.56 backward at T 1024 and 0.53, 0.60, 0.66, 0.69 of both at
-# T 512, 1024, 2048, 4096; under the causal mask, tiles on the diagonal cost a tenth at T 1024; a
-# GPU that fits a 3090 has 53 and 52 TFLOP/s at T 4096, causal (flash-attention issue 416). So 47
-# and 39 at T 1024. Grouped: a batched product of 20 experts has 53.7 and 57.7 where a dense one has
-# 74.7 (AvrovaDonz2026/CAT-YOKO, artifacts/autodl-rtx3090), so three quarters of dense ones' 66.4.
+# at head size 64, causal, reaches 0.86 of peak forward and 0.58 backward at T 2048 on an RTX 4090,
+# whose multiprocessors have a 3090's ratio of tensor cores to the rest (tl_doc/flash_perf.md in a
+# fork of apache/tvm), and 53 and 52 TFLOP/s at T 4096 on a GPU not named that fits a 3090
+# (flash-attention issue 416). Where it halves: on an RTX A5000, without a mask, forward and backward
+# together reach 0.53, 0.60, 0.66 and 0.69 of peak at T 512, 1024, 2048 and 4096 (gpu-mode/
+# ring-attention issue 10), so at 190, and under the mask tiles on the diagonal cost a tenth at T
+# 1024: 300. Between the two cards, so 47 and 39 at T 1024. Grouped: a batched product of 20 experts
+# has 53.7 and 57.7 where a dense one has 74.7 (AvrovaDonz2026/CAT-YOKO, artifacts/autodl-rtx3090),
+# so three quarters of dense ones' 66.4.
 _RTX_3090 = Efficiency(
     flops={
         "matmul": 66.4 / 71.2,
@@ -174,10 +177,10 @@ _RTX_3090 = Efficiency(
 EFFICIENCIES = {"H100 SXM": _H100, "H200": _H200, "RTX 3090": _RTX_3090}
 _STAND_INS = dict.fromkeys(("H100 PCIe", "A100 40GB", "A100 80GB"), "H100 SXM")
 # tests/plan/public_runs.py: by the H100's shares an A100's steps are 17-22% too fast, by the 3090's
-# a 4090's up to 10% too slow.
+# a 4090's up to 11% too slow.
 _STAND_IN_RANGES = {
     "H100 SXM": ((0.80, 1.05), "another trainer's steps on an A100 took 17-22% longer"),
-    "RTX 3090": ((0.93, 1.12), "another trainer's steps on a 4090 took up to 10% less"),
+    "RTX 3090": ((0.93, 1.12), "another trainer's steps on a 4090 took up to 11% less"),
 }
 
 

@@ -138,8 +138,8 @@ _H200 = replace(
 # at head size 64, causal, reaches 0.86 of peak forward and 0.58 backward at T 2048 on an RTX 4090,
 # whose multiprocessors have a 3090's ratio of tensor cores to the rest (tl_doc/flash_perf.md in a
 # fork of apache/tvm), and 53 and 52 TFLOP/s at T 4096 on a GPU not named that fits a 3090
-# (flash-attention issue 416). Where it halves: on an RTX A5000, without a mask, forward and backward
-# together reach 0.53, 0.60, 0.66 and 0.69 of peak at T 512, 1024, 2048 and 4096 (gpu-mode/
+# (flash-attention issue 416). Where it halves: on an RTX A5000, without a mask, forward and
+# backward together reach 0.53, 0.60, 0.66 and 0.69 of peak at T 512, 1024, 2048 and 4096 (gpu-mode/
 # ring-attention issue 10), so at 190, and under the mask tiles on the diagonal cost a tenth at T
 # 1024: 300. Between the two cards, so 47 and 39 at T 1024. Grouped: a batched product of 20 experts
 # has 53.7 and 57.7 where a dense one has 74.7 (AvrovaDonz2026/CAT-YOKO, artifacts/autodl-rtx3090),

@@ -27,14 +27,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from hamner.hardware import GPUS
+from bench.as_capability import SHARED_MEMORY_LIMIT
 from tests.kernels import compile_cases
-
-# Bytes of shared memory a block may use. The "8.0" row also serves 8.9 (RTX 40), which has 8.6's.
-SHARED_MEMORY_LIMIT = {
-    row: GPUS[smallest].shared_memory_bytes
-    for row, smallest in (("8.6", "rtx-3090"), ("8.0", "rtx-4090"), ("9.0", "h200"))
-}
 
 
 @dataclass(frozen=True)

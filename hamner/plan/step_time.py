@@ -19,7 +19,13 @@ from hamner.config.model import ModelConfig
 from hamner.config.train import TrainConfig
 from hamner.hardware import GIB, Gpu
 from hamner.plan import costs
-from hamner.plan.communication import ONE_GPU, Communication, Parallelism, communicate
+from hamner.plan.communication import (
+    ONE_GPU,
+    Communication,
+    Parallelism,
+    communicate,
+    gather_updates,
+)
 from hamner.plan.costs import Cost
 from hamner.plan.memory import FULL, NONE, Policy, account
 
@@ -47,7 +53,8 @@ class Efficiency:
 
 # H100: 24576x1024x1536 678 TFLOP/s, x5632 677, x49152 641, 24576x2816x1024 700, 49152x768x3072 629,
 # 49152x1536x768 659, 8192^3 776 are within 6% of 792 * m / (m + 176), m the smallest dimension;
-# grouped ones are a step of option c's 421 to 444, SwiGLU's forward in it; attention is cuDNN's
+# grouped ones are a step of option c's 421 to 444, SwiGLU's forward in it; Muon's iteration took an
+# H200 15.8 ms of option a's step more than AdamW, launches and all; attention is cuDNN's
 # time for 24 x 1024 tokens, 16 heads of 64; the GB/s are the traffic counted below over the time
 # each kind took in a step of option a; about 4 ms of that step were gaps, in a CUDA graph 1.3.
 EFFICIENCIES: dict[str, Efficiency] = {
@@ -57,6 +64,7 @@ EFFICIENCIES: dict[str, Efficiency] = {
             "attention_forward": 328 / 989.4,
             "attention_backward": 211 / 989.4,
             "matmul_grouped": 430 / 989.4,
+            "optimizer_muon": 300 / 989.4,
         },
         half_dim=176,
         bandwidth={
@@ -74,11 +82,13 @@ EFFICIENCIES: dict[str, Efficiency] = {
             "attention_forward": 54 / 71.2,
             "attention_backward": 54 / 71.2,
             "matmul_grouped": 55 / 71.2,
+            "optimizer_muon": 50 / 71.2,
         },
         half_dim=0,
         bandwidth={"norm": 850 / 936},
         provenance="kernel efficiencies assumed, not measured: matmuls 65 of 71.2 TFLOP/s, "
-        "grouped ones 55, attention 54 TFLOP/s, 850 of 936 GB/s, the H100's gaps between kernels",
+        "grouped ones 55, attention 54, Muon's iteration 50 TFLOP/s, 850 of 936 GB/s, the H100's "
+        "gaps between kernels",
     ),
 }
 _STAND_INS = dict.fromkeys(("H100 PCIe", "H200", "A100 40GB", "A100 80GB"), "H100 SXM")
@@ -135,10 +145,27 @@ class MicroBatch:
     model: ModelConfig
     seq_len: int
     tokens: int
+    hidden_optimizer: str = "adamw"
+    """of the hidden matrices"""
     is_graphed: ClassVar[bool] = True
     """one GPU replays forward and backward as a CUDA graph"""
     update: ClassVar[Cost] = costs.gradient_norm(1) + costs.adamw(1, split_master=True)
     """of one parameter: clip norm, AdamW, weight casts"""
+    muon_update: ClassVar[Cost] = (
+        costs.gradient_norm(1) + costs.muon_momentum(1) + costs.muon_apply(1, split_master=True)
+    )
+    """of one parameter: clip norm, momentum, weight casts"""
+
+    @classmethod
+    def of(cls, config: TrainConfig, size: int) -> "MicroBatch":
+        """The method gives a run's micro-batch of `size` sequences."""
+        tokens = size * config.seq_len
+        return cls(config.model, config.seq_len, tokens, hidden_optimizer=config.optimizer)
+
+    @property
+    def by_muon(self) -> int:
+        """Muon updates this many parameters."""
+        return costs.hidden_parameters(self.model) if self.hidden_optimizer == "muon" else 0
 
     def matmul(self, k: int, n: int) -> Op:
         """Every token is a row of this matmul."""
@@ -236,13 +263,27 @@ class MicroBatch:
         loss = costs.linear_cross_entropy(self.tokens, d, vocab_size, logit_passes=3)
         return [head, head, head, Op("loss", Cost(bytes=loss.bytes), launches=chunks)]
 
-    def optimizer(self, micro_batches: int, shards: int) -> Op:
-        """The update ends a step of so many micro-batches, on one of so many shards."""
-        per_parameter = self.update.bytes
+    def optimizer(self, micro_batches: int, shards: int) -> list[Op]:
+        """The update ends a step of so many micro-batches, on one of so many shards.
+
+        Muon's iteration is each process's own, on whole matrices.
+        """
+        model, sums = self.model, 0.0
         if micro_batches > 1:
-            per_parameter += costs.gradient_sums(1, micro_batches).bytes
-        cost = Cost(bytes=per_parameter * self.model.num_parameters() / shards)
-        return Op("optimizer", cost, launches=6 * self.model.num_layers)
+            sums = costs.gradient_sums(1, micro_batches).bytes
+        moved = (model.num_parameters() - self.by_muon) * (self.update.bytes + sums)
+        moved += self.by_muon * (self.muon_update.bytes + sums)
+        ops = [Op("optimizer", Cost(bytes=moved / shards), launches=6 * model.num_layers)]
+        return [*ops, self.orthogonalize()] if self.by_muon else ops
+
+    def orthogonalize(self) -> Op:
+        """Muon's iteration takes all layers' matrices of one kind at once."""
+        total, kinds = Cost(), costs.hidden_matrices(self.model)
+        for (rows, columns), count in kinds.items():
+            one = costs.orthogonalize(rows, columns)
+            times = self.model.num_layers * count
+            total += Cost(times * one.flops, times * one.bytes)
+        return Op("optimizer_muon", total, launches=3 * costs.MUON_STEPS * len(kinds))
 
 
 @dataclass(frozen=True)
@@ -307,7 +348,7 @@ def predict(
         raise ValueError(f"{batch_size=} is not a multiple of {micro_batch_size=} on each GPU")
     if len(policies) != model.num_layers:
         raise ValueError(f"policies has {len(policies)} entries for {model.num_layers} layers")
-    micro_batch = kind(model, config.seq_len, tokens=micro_batch_size * config.seq_len)
+    micro_batch = kind.of(config, micro_batch_size)
     is_graphed = kind.is_graphed and parallelism.ranks == 1
     gap_ms = 1e-3 * (GRAPH_GAP_US if is_graphed else LAUNCH_GAP_US)
     milliseconds = dict.fromkeys(CATEGORIES, 0.0)
@@ -328,8 +369,9 @@ def predict(
         forward += layers * add(micro_batch.forward(), times)
         backward += layers * add(micro_batch.backward(policy), times)
     add(micro_batch.loss(), micro_batches)
-    add([micro_batch.optimizer(micro_batches, parallelism.shards)], 1)
+    add(micro_batch.optimizer(micro_batches, parallelism.shards), 1)
     sent = communicate(model, parallelism, micro_batches, forward_ms=forward, backward_ms=backward)
+    sent += gather_updates(micro_batch.by_muon, parallelism)
     milliseconds["communication"] = sent.exposed_ms
     peak = account(config, policies, micro_batch_size, parallelism=parallelism).total
     return StepPrediction(

@@ -8,6 +8,7 @@ import pytest
 from hamner.config.model import ModelConfig
 from hamner.config.options import OPTIONS
 from hamner.hardware import GPUS, Gpu
+from hamner.plan.communication import Parallelism
 from hamner.plan.costs import Cost, flops_per_token
 from hamner.plan.memory import FULL, NONE, SELECTIVE, mixed
 from hamner.plan.step_time import (
@@ -83,6 +84,47 @@ def test_step_of_option_a_by_hand():
     assert spent["loss"] == pytest.approx(2 * 3 * tokens * vocabulary / gb_per_s * 1e3)
     assert spent["optimizer"] == pytest.approx(28 * 320_914_432 / gb_per_s * 1e3)
     assert spent["routing"] == 0
+
+
+def muon_ms(name: str, gpu: Gpu, **changes) -> dict[str, float]:
+    """What a step of 24 rows with Muon takes beyond AdamW's, by category."""
+    steps = [
+        predict(
+            replace(OPTIONS[name], batch_size=24, optimizer=optimizer),
+            gpu,
+            (SELECTIVE,) * OPTIONS[name].model.num_layers,
+            micro_batch_size=24 // changes.get("gpus", 1),
+            parallelism=Parallelism(changes.get("kind", "ddp"), changes.get("gpus", 1), 1, 10, 1),
+        ).milliseconds
+        for optimizer in ("adamw", "muon")
+    ]
+    return {category: steps[1][category] - spent for category, spent in steps[0].items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens_per_second"), [("a", (237_282, 205_817)), ("current", (400_927, 368_172))]
+)
+def test_muon_on_an_h200(name, tokens_per_second):
+    """Against the first measurement (profiles/LOG.md, 2026-11-29)."""
+    adamw, muon = (24_576 / speed * 1e3 for speed in tokens_per_second)
+    predicted = sum(muon_ms(name, GPUS["h200"]).values())
+    assert predicted == pytest.approx(muon - adamw, rel=0.1)
+
+
+def test_muon_of_option_a_by_hand():
+    """The iteration at 50 TFLOP/s, four bytes a parameter less at 850 GB/s, 60 launches."""
+    more = muon_ms("a", RTX_3090)
+    saved = 4 * 270_532_608 / 850e9 * 1e3
+    assert more["optimizer"] == pytest.approx(4.6607e12 / 50e12 * 1e3 - saved, rel=1e-3)
+    assert more["gaps"] == pytest.approx(60 * 1.2e-3)
+    assert not any(more[category] for category in CATEGORIES if category[:3] not in ("opt", "gap"))
+
+
+def test_sharded_muon_makes_the_whole_update_in_every_process():
+    one, two = muon_ms("a", H100), muon_ms("a", H100, gpus=2, kind="fsdp")
+    saved = 4 * 270_532_608 / 2 / (H100.bandwidth_gbs * 1e9 * 2292 / 3352) * 1e3
+    assert two["optimizer"] == pytest.approx(one["optimizer"] + saved, rel=1e-3)
+    assert two["communication"] > 0
 
 
 def test_speed_and_mfu_follow_from_the_step():

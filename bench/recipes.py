@@ -6,6 +6,7 @@
     python -m bench.recipes ladder  ...     plan, adamw and muon at 25M, 50M, 100M tokens, 3 seeds
     python -m bench.recipes long    ...     option a, plan and muon
     python -m bench.recipes report  FOLDER  tables, statistics and pictures
+    python -m bench.recipes fit     FOLDER  the ladder's ratios, for hamner.plan
 
 A command runs what is not done yet of its part, and leaves before --seconds are over; called again,
 it goes on, with a run that it left from its checkpoint. Done is what stands in FOLDER/results.jsonl
@@ -36,7 +37,8 @@ from hamner.checkpoint.run_folder import append_record
 from hamner.cli import PATHS, run_command
 from hamner.config.recipe import Recipe
 from hamner.errors import UserError
-from hamner.files import parse_json
+from hamner.files import parse_json, write_whole
+from hamner.plan.recipe_gain import RATIOS
 
 COMMAND = "python -m bench.recipes"
 RESULTS = "results.jsonl"
@@ -70,11 +72,12 @@ class Compare:
 
 
 @dataclass(frozen=True)
-class Report:
-    """Print tables and statistics of results, and draw their pictures."""
+class Read:
+    """`report` prints tables and statistics of results and draws their pictures beside them; `fit`
+    writes what hamner.plan says of recipes from the ladder's."""
 
-    folder: Annotated[Path, tyro.conf.Positional]
-    """of *.jsonl; gets the pictures"""
+    folder: Annotated[Path, tyro.conf.Positional] = COMMITTED
+    """of *.jsonl"""
 
 
 def read_results(*folders: Path) -> list[dict]:
@@ -162,23 +165,34 @@ def line_of(result: dict) -> str:
     return f"{trial.name}: {end}, {speed}, {result['seconds']} s"
 
 
-def main(args: Sequence[str]) -> int:
-    """The command runs a part, or reports."""
-    name, rest = (args[0], args[1:]) if args else ("--help", ())
-    if name == "report":
-        from bench.recipe_report import report
+def read(name: str, args: Sequence[str]) -> int:
+    """The function does what is done with results that are there; it returns the exit code."""
+    # Here, because they need scipy and matplotlib, which a machine that trains may not have.
+    from bench.recipe_fit import fit
+    from bench.recipe_report import report
 
-        folder = tyro.cli(Report, args=rest, registry=PATHS, prog=f"{COMMAND} report").folder
-        results = read_results(folder)
-        if not results:
-            raise UserError(f"{folder} has no *.jsonl with results")
+    folder = tyro.cli(Read, args=args, registry=PATHS, prog=f"{COMMAND} {name}").folder
+    results = read_results(folder)
+    if not results:
+        raise UserError(f"{folder} has no *.jsonl with results")
+    if name == "report":
         print(report(results, folder))
-        return 0
+    else:
+        write_whole(RATIOS, fit(results))
+        print(f"written: {RATIOS}")
+    return 0
+
+
+def main(args: Sequence[str]) -> int:
+    """The command runs a part, reports or fits."""
+    name, rest = (args[0], args[1:]) if args else ("--help", ())
+    if name in ("report", "fit"):
+        return read(name, rest)
     if name not in ARMS:
         print(__doc__)
         if name in ("-h", "--help"):
             return 0
-        raise UserError(f"{name} is not one of {', '.join(ARMS)}, report")
+        raise UserError(f"{name} is not one of {', '.join(ARMS)}, report, fit")
     how = {"return_unknown_args": True, "registry": PATHS, "prog": f"{COMMAND} {name}"}
     settings, extra = tyro.cli(Compare, args=rest, **how)
     return compare(name, settings, extra)

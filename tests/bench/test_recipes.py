@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from bench import recipe_trials, recipes
+from bench.recipe_fit import SEVERAL_SEEDS, fit
 from bench.recipe_report import report
 from bench.recipe_statistics import Ratio, tokens_at, trend
 from bench.recipe_trials import LEAST_TRIALS, START, Scope, Trial, neighbours, plan, tuned
@@ -228,13 +229,9 @@ def power_law(arm: str, tokens: int, seed: int) -> float:
 
 
 def test_the_report_says_how_many_times_the_tokens(tmp_path):
-    chosen = [
-        {**vars(t), "part": "current", "diverged": False, "val_loss": 4.0} for t in plan(TUNE, [])
-    ]
-    trials = plan(LADDER, chosen)
     results = [
-        result(t, power_law(t.arm, t.tokens, t.seed + (t.arm == "muon") * t.seed % 2))
-        for t in trials
+        line | {"val_loss": line["val_loss"] + 0.01 * (line["arm"] == "muon") * line["seed"]}
+        for line in ladder_results()
     ]
     diverged = result(plan(TUNE, [])[0], None)
     long = Trial("long", "muon", 0, 250_000_000, 2e-3, 2e-3, 0.1, 0.95)
@@ -248,6 +245,44 @@ def test_the_report_says_how_many_times_the_tokens(tmp_path):
     assert any(row[:1] == ["adamw"] and "diverged" in row for row in cells)
     assert "not yet inside" not in text
     assert {path.name for path in tmp_path.iterdir()} == {"ladder.png", "long.png"}
+
+
+def ladder_results(lengths=LADDER.tokens) -> list[dict]:
+    chosen = [
+        {**vars(t), "part": "current", "diverged": False, "val_loss": 4.0} for t in plan(TUNE, [])
+    ]
+    scope = Scope("ladder", LADDER.arms, lengths, LADDER.seeds)
+    return [result(t, power_law(t.arm, t.tokens, t.seed)) for t in plan(scope, chosen)]
+
+
+def test_the_ladder_says_what_the_plan_says_of_recipes(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipes, "RATIOS", tmp_path / "ratios.json")
+    lines = "".join(f"{json.dumps(line)}\n" for line in ladder_results())
+    (tmp_path / "ladder.jsonl").write_text(lines)
+    recipes.main(["fit", str(tmp_path)])
+    written = json.loads((tmp_path / "ratios.json").read_text())
+    assert (
+        "22 runs of option current, 6.25M to 100M tokens of English, 2 seeds" in written["source"]
+    )
+    for recipe, ratio in (("adamw", 1.5), ("muon", 3.0)):
+        points = written["ratios"][recipe]
+        assert [point[1] for point in points] == pytest.approx([ratio] * len(points))
+        assert {point[2] for point in points} == {SEVERAL_SEEDS}
+    # Each of the plan's lengths, and those of Muon's whose loss lies between the plan's.
+    assert [point[0] / 1e6 for point in written["ratios"]["muon"]] == pytest.approx(
+        [25 / 3, 12.5, 50 / 3, 25, 100 / 3], rel=1e-3
+    )
+    with pytest.raises(UserError, match="between which adamw and plan reach one loss"):
+        fit(ladder_results((25_000_000,)))
+
+
+def test_the_plan_is_fitted_to_the_committed_results():
+    """Whoever commits a ladder runs `python -m bench.recipes fit`."""
+    committed = recipes.read_results(recipes.COMMITTED)
+    if any(line["part"] == "ladder" for line in committed):
+        assert recipes.RATIOS.read_text() == fit(committed)
+    ratios = json.loads(recipes.RATIOS.read_text())["ratios"]
+    assert all(tokens > 0 and ratio > 0 for own in ratios.values() for tokens, ratio, _ in own)
 
 
 def test_a_report_of_nothing_and_unknown_parts_are_refused(tmp_path):

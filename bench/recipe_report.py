@@ -234,10 +234,10 @@ def draw_curves(results: Results, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.5))
     for result in results:
         factor = result["bits_per_byte"] / result["val_loss"] if result["val_loss"] else 0.0
-        points = {loss: tokens for tokens, _, loss in result["curve"] if loss is not None}
+        points = [(tokens, loss) for tokens, _, loss in result["curve"] if loss is not None]
         axes.plot(
-            [tokens / 1e6 for tokens in points.values()],
-            [loss * factor for loss in points],
+            [tokens / 1e6 for tokens, _ in points],
+            [loss * factor for _, loss in points],
             color=COLORS[result["arm"]],
             label=f"{result['arm']}, seed {result['seed']}",
         )

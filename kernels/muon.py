@@ -240,6 +240,36 @@ def apply_kernel(
         store_master(master, master_ptr, param_ptr, offs, mask, PARAM)
 
 
+def _launch_symmetric_product(
+    x: Tensor,
+    y: Tensor,
+    addend: Tensor | None,
+    factors: Tensor | None,
+    out: Tensor,
+    product_factor: float,
+    addend_factor: float,
+    identity_factor: float,
+) -> None:
+    batch, rows, depth = x.shape
+    config = FLOAT32_PRODUCT
+    if x.dtype != torch.float32:
+        config = PRODUCT_CONFIGS[capability(x.device)]
+    blocks = triton.cdiv(rows, config.block)
+    programs = batch * (blocks * (blocks + 1) // 2)
+    if programs:
+        with torch.cuda.device_of(x):
+            symmetric_product_kernel[(programs,)](
+                x, y, addend, factors, out, *x.stride(), rows, depth,
+                product_factor, addend_factor, identity_factor,
+                EVEN=rows % config.block == 0 and depth % config.block_k == 0,
+                BLOCK=config.block, BLOCK_K=config.block_k,
+                num_warps=config.num_warps, num_stages=config.num_stages,
+            )  # fmt: skip
+
+
+define_in_place("hamner::symmetric_product_", _launch_symmetric_product, mutates=("out",))
+
+
 def symmetric_product(
     x: Tensor,
     y: Tensor | None = None,
@@ -251,12 +281,11 @@ def symmetric_product(
     factors: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The function computes a polynomial of symmetric matrices, by half.
+    """The op computes a polynomial of symmetric matrices, by half.
 
     The result is factors (product_factor x y^T + addend_factor addend + identity_factor I).
 
-    It computes the tiles on and below the diagonal and mirrors the others. No op of torch is
-    registered for it: the optimizer calls it many times a step, outside any compiled graph.
+    It computes the tiles on and below the diagonal and mirrors the others.
 
     Args:
         x: (B, M, K) float32, float16 or bfloat16, any strides.
@@ -292,22 +321,11 @@ def symmetric_product(
         check_dtype("factors", factors, (torch.float32,))
         check_same_device("factors", factors, "x", x)
         check_contiguous("factors", factors)
-    batch, rows, depth = x.shape
-    out = x.new_empty((batch, rows, rows), dtype=out_dtype or x.dtype)
-    config = FLOAT32_PRODUCT
-    if x.dtype != torch.float32:
-        config = PRODUCT_CONFIGS[capability(x.device)]
-    blocks = triton.cdiv(rows, config.block)
-    programs = batch * (blocks * (blocks + 1) // 2)
-    if programs:
-        with torch.cuda.device_of(x):
-            symmetric_product_kernel[(programs,)](
-                x, y, addend, factors, out, *x.stride(), rows, depth,
-                product_factor, addend_factor, identity_factor,
-                EVEN=rows % config.block == 0 and depth % config.block_k == 0,
-                BLOCK=config.block, BLOCK_K=config.block_k,
-                num_warps=config.num_warps, num_stages=config.num_stages,
-            )  # fmt: skip
+    out = x.new_empty((x.shape[0], x.shape[1], x.shape[1]), dtype=out_dtype or x.dtype)
+    torch.ops.hamner.symmetric_product_(
+        x, y, addend, factors, out, product_factor=product_factor, addend_factor=addend_factor,
+        identity_factor=identity_factor,
+    )  # fmt: skip
     return out
 
 

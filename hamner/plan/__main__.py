@@ -11,6 +11,7 @@ if __package__ != "hamner.plan":
     print("error: start this with python -m hamner.plan", file=sys.stderr)
     raise SystemExit(2)
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from typing import Literal
 from hamner.cli import read_flags, run_command
 from hamner.config.model import flag
 from hamner.config.options import OPTIONS
+from hamner.config.recipe import RECIPES, Recipe
 from hamner.errors import UserError
 from hamner.hardware import GPUS, PCIE4, Gpu
 from hamner.plan import report
@@ -38,6 +40,8 @@ class PlanConfig:
 
     option: str = "a"
     """option to plan (tiny, current, a, a-short, b, c, c-shared), or all to compare them"""
+    recipe: Recipe = "plan"
+    """how the model learns, as in hamner.train: memory and speed are this recipe's"""
     gpu: str | None = None
     """card: a name in hamner.hardware.GPUS, or custom with --gpu-spec; None: rtx-3090, or the card
     of --report-card"""
@@ -149,13 +153,18 @@ def find_parallelism(config: PlanConfig, gpu: Gpu) -> Parallelism:
 def plan_option(
     name: str, config: PlanConfig, card: tuple[Gpu, Efficiency], parallelism: Parallelism
 ) -> Plan:
-    """The option is planned with the batch, the tokens and the budget that the flags ask for.
+    """The option is planned with batch, recipe, tokens and budget as the flags ask for them.
 
     Raises:
         UserError: it does not fit, or has fewer tokens than one step.
     """
     option = OPTIONS[name]
-    option = replace(option, batch_size=config.batch_size or option.batch_size)
+    option = replace(
+        option,
+        batch_size=config.batch_size or option.batch_size,
+        recipe=config.recipe,
+        **RECIPES[config.recipe],
+    )
     tokens = option.tokens if config.tokens is None else config.tokens
     if not option.tokens_per_step <= tokens < math.inf:
         raise UserError(
@@ -197,7 +206,12 @@ def analyse(config: PlanConfig) -> Analysis:
         curve = read_run(config.metrics, math.log(plan.config.model.vocab_size))
         end = max(plan.config.tokens, float(curve.tokens[-1]))
         run = RunProjection(curve, plan.active_parameters, end)
-    return Analysis(plan, recommended, hours, plans, misfits=misfits, run=run)
+    by_recipe = []
+    for recipe in RECIPES:
+        with contextlib.suppress(UserError):  # Muon's update has to fit too
+            asked_for = replace(config, recipe=recipe)
+            by_recipe.append(plan_option(plan.config.option, asked_for, card, parallelism))
+    return Analysis(plan, recommended, hours, plans, misfits=misfits, run=run, by_recipe=by_recipe)
 
 
 def main(argv: Sequence[str]) -> None:

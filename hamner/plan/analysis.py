@@ -127,6 +127,8 @@ class Analysis:
     misfits: dict[str, str]
     """option: why it does not fit"""
     run: RunProjection | None
+    by_recipe: list[Plan]
+    """`plan` with each recipe that fits"""
 
     @property
     def local_law(self) -> LossLaw:

@@ -99,12 +99,14 @@ class Efficiency:
 # T 512 (225, 217), 1024 (311, 277), 2048 (378, 317), 8192 (422, 350), and the GB/s of kernels, are
 # those of profiles/benchmarks-h100.md; a norm's those of its kernels in a step. An H200's copies
 # and RoPE reach less of its nominal bandwidth (4,250 of 4,800 GB/s where an H100's reach 3,000 of
-# 3,352; RoPE 3,569 and 2,613), and its matmuls run as much slower as its steps say.
+# 3,352; RoPE 3,569 and 2,613), and its matmuls run as much slower as its steps say. Muon's
+# iteration is what it added to an H200's step of option a (profiles/LOG.md, 2026-11-29).
 _HOPPER_FLOPS = {
     "matmul": 800 / 989.4,
     "attention_forward": 440 / 989.4,
     "attention_backward": 372 / 989.4,
     "matmul_grouped": 458 / 989.4,
+    "optimizer_muon": 307 / 989.4,
 }
 _HOPPER_BANDWIDTH = {
     "norm": 2745 / 3352,
@@ -143,13 +145,14 @@ _H200 = replace(
 # ring-attention issue 10), so at 190, and under the mask tiles on the diagonal cost a tenth at T
 # 1024: 300. Between the two cards, so 47 and 39 at T 1024. Grouped: a batched product of 20 experts
 # has 53.7 and 57.7 where a dense one has 74.7 (AvrovaDonz2026/CAT-YOKO, artifacts/autodl-rtx3090),
-# so three quarters of dense ones' 66.4.
+# so three quarters of dense ones' 66.4. Muon's iteration is assumed: batches of small products.
 _RTX_3090 = Efficiency(
     flops={
         "matmul": 66.4 / 71.2,
         "attention_forward": 61 / 71.2,
         "attention_backward": 50 / 71.2,
         "matmul_grouped": 49 / 71.2,
+        "optimizer_muon": 50 / 71.2,
     },
     half_dim=95,
     half_seq_len=300,

@@ -18,7 +18,13 @@ from hamner.config.model import ModelConfig
 from hamner.config.train import TrainConfig
 from hamner.hardware import GIB, Gpu
 from hamner.plan import costs
-from hamner.plan.communication import ONE_GPU, Communication, Parallelism, communicate
+from hamner.plan.communication import (
+    ONE_GPU,
+    Communication,
+    Parallelism,
+    communicate,
+    gather_updates,
+)
 from hamner.plan.costs import Cost
 from hamner.plan.efficiency import Efficiency, efficiency
 from hamner.plan.interval import Interval, find_interval
@@ -61,10 +67,27 @@ class MicroBatch:
     model: ModelConfig
     seq_len: int
     tokens: int
+    hidden_optimizer: str = "adamw"
+    """of the hidden matrices"""
     is_graphed: ClassVar[bool] = True
     """one GPU replays forward and backward as a CUDA graph"""
     update: ClassVar[Cost] = costs.gradient_norm(1) + costs.adamw(1, split_master=True)
     """of one parameter: clip norm, AdamW, weight casts"""
+    muon_update: ClassVar[Cost] = (
+        costs.gradient_norm(1) + costs.muon_momentum(1) + costs.muon_apply(1, split_master=True)
+    )
+    """of one parameter: clip norm, momentum, weight casts"""
+
+    @classmethod
+    def of(cls, config: TrainConfig, size: int) -> "MicroBatch":
+        """The method gives a run's micro-batch of `size` sequences."""
+        tokens = size * config.seq_len
+        return cls(config.model, config.seq_len, tokens, hidden_optimizer=config.optimizer)
+
+    @property
+    def by_muon(self) -> int:
+        """Muon updates this many parameters."""
+        return costs.hidden_parameters(self.model) if self.hidden_optimizer == "muon" else 0
 
     def matmul(self, k: int, n: int) -> Op:
         """Every token is a row of this matmul."""
@@ -173,13 +196,27 @@ class MicroBatch:
         loss = costs.linear_cross_entropy(self.tokens, d, vocab_size, logit_passes=3)
         return [head, head, head, Op("loss", Cost(bytes=loss.bytes), launches=chunks)]
 
-    def optimizer(self, micro_batches: int, shards: int) -> Op:
-        """The update ends a step of so many micro-batches, on one of so many shards."""
-        per_parameter = self.update.bytes
+    def optimizer(self, micro_batches: int, shards: int) -> list[Op]:
+        """The update ends a step of so many micro-batches, on one of so many shards.
+
+        Muon's iteration is each process's own, on whole matrices.
+        """
+        model, sums = self.model, 0.0
         if micro_batches > 1:
-            per_parameter += costs.gradient_sums(1, micro_batches).bytes
-        cost = Cost(bytes=per_parameter * self.model.num_parameters() / shards)
-        return Op("optimizer", cost, launches=6 * self.model.num_layers)
+            sums = costs.gradient_sums(1, micro_batches).bytes
+        moved = (model.num_parameters() - self.by_muon) * (self.update.bytes + sums)
+        moved += self.by_muon * (self.muon_update.bytes + sums)
+        ops = [Op("optimizer", Cost(bytes=moved / shards), launches=6 * model.num_layers)]
+        return [*ops, self.orthogonalize()] if self.by_muon else ops
+
+    def orthogonalize(self) -> Op:
+        """Muon's iteration takes all layers' matrices of one kind at once."""
+        total, kinds = Cost(), costs.hidden_matrices(self.model)
+        for (rows, columns), count in kinds.items():
+            one = costs.orthogonalize(rows, columns)
+            times = self.model.num_layers * count
+            total += Cost(times * one.flops, times * one.bytes)
+        return Op("optimizer_muon", total, launches=(4 * costs.MUON_STEPS + 4) * len(kinds))
 
 
 @dataclass(frozen=True)
@@ -253,7 +290,7 @@ def predict(
         raise ValueError(f"{batch_size=} is not a multiple of {micro_batch_size=} on each GPU")
     if len(policies) != model.num_layers:
         raise ValueError(f"policies has {len(policies)} entries for {model.num_layers} layers")
-    micro_batch = kind(model, config.seq_len, tokens=micro_batch_size * config.seq_len)
+    micro_batch = kind.of(config, micro_batch_size)
     is_graphed = kind.is_graphed and parallelism.ranks == 1
     reached = reached or efficiency(gpu)
     gap_ms = 1e-3 * (GRAPH_GAP_US if is_graphed else LAUNCH_GAP_US)
@@ -275,8 +312,9 @@ def predict(
         forward += layers * add(micro_batch.forward(), times)
         backward += layers * add(micro_batch.backward(policy), times)
     add(micro_batch.loss(), micro_batches)
-    add([micro_batch.optimizer(micro_batches, parallelism.shards)], 1)
+    add(micro_batch.optimizer(micro_batches, parallelism.shards), 1)
     sent = communicate(model, parallelism, micro_batches, forward_ms=forward, backward_ms=backward)
+    sent += gather_updates(micro_batch.by_muon, parallelism)
     milliseconds["communication"] = sent.exposed_ms
     peak = account(config, policies, micro_batch_size, parallelism=parallelism).total
     rest = {"peak_gib": peak / GIB, "communication": sent, "reached": reached}

@@ -194,6 +194,27 @@ def _adamw(operation: Range) -> Cost:
     return costs.adamw(parameters, split_master=False, gradient_size=costs.FP32, has_copy=False)
 
 
+def _muon_momentum(operation: Range) -> Cost:
+    """The dtypes are taken as in `_adamw`; which of the two it is, this operation's lists do not
+    say."""
+    return costs.muon_momentum(sum(math.prod(shape) for shape in operation.dims[1]))
+
+
+def _muon_apply(operation: Range) -> Cost:
+    copies, masters = operation.dims[0], operation.dims[1]
+    parameters = sum(math.prod(shape) for shape in masters)
+    if copies:
+        return costs.muon_apply(parameters, split_master=True)
+    how = {"update_size": costs.FP32, "has_copy": False}
+    return costs.muon_apply(parameters, split_master=False, **how)
+
+
+def _symmetric_product(operation: Range) -> Cost:
+    batch, rows, k = operation.dims[0]
+    how = {"element_size": _element_size(operation, 0), "has_addend": _given(operation, 2)}
+    return costs.symmetric_product(batch, rows, k, **how)
+
+
 def _tensor_bytes(operation: Range) -> list[int]:
     tensors = [i for i, kind in enumerate(operation.types) if kind in _ELEMENT_BYTES]
     return [_count(operation, i) * _element_size(operation, i) for i in tensors]
@@ -270,7 +291,12 @@ _FORMULAS: dict[str, dict[str, Formula]] = {
         "hamner::router_linear": partial(_router, x=0),
         "hamner::router_linear_backward": partial(_router, x=1),
     },
-    "optimizer": {"hamner::adamw_": _adamw},
+    "optimizer": {
+        "hamner::adamw_": _adamw,
+        "hamner::muon_momentum_": _muon_momentum,
+        "hamner::muon_apply_": _muon_apply,
+        "hamner::symmetric_product_": _symmetric_product,
+    },
 }
 # Whatever they are part of: copy_ and Inductor's kernels list what they write among their
 # arguments, the next only read, and elementwise operations write a result as large as the largest

@@ -135,11 +135,11 @@ class Languini(MicroBatch):
             Op("loss", Cost(bytes=logits + embeddings), launches=14),
         ]
 
-    def optimizer(self, micro_batches: int, shards: int) -> Op:
+    def optimizer(self, micro_batches: int, shards: int) -> list[Op]:
         """Weights become fp16 and gradients fp32; unscaling and Adam take 22.5 passes in fp32."""
         casts = 2 * (FP32 + FP16)
         cost = Cost(bytes=self.parameters * (casts + 22.5 * FP32))
-        return Op("optimizer", cost, launches=60 + 12 * self.model.num_layers)
+        return [Op("optimizer", cost, launches=60 + 12 * self.model.num_layers)]
 
 
 class NarrowLanguini(Languini):

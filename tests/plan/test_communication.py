@@ -13,6 +13,7 @@ from hamner.plan.communication import (
     all_gather_bytes,
     all_reduce_bytes,
     communicate,
+    gather_updates,
 )
 from hamner.plan.memory import SELECTIVE, account, choose
 from hamner.plan.step_time import predict
@@ -55,6 +56,14 @@ def test_ddp_on_two_gpus():
     assert sent.bytes_sent == 200e6
     assert sent.ms == pytest.approx(20)
     assert sent.exposed_ms == pytest.approx(2)
+
+
+def test_updates_that_fsdp_gathers_for_muon_show_wholly():
+    """90M of them in bf16, half from the other GPU at 10 GB/s: 9 ms."""
+    sent = gather_updates(90_000_000, FSDP)
+    assert (sent.bytes_sent, sent.ms, sent.exposed_ms) == (90e6, pytest.approx(9), sent.ms)
+    assert gather_updates(90_000_000, DDP).bytes_sent == 0
+    assert (sent + sent).bytes_sent == 180e6
 
 
 def test_ddp_longer_than_the_backward():

@@ -82,6 +82,23 @@ def test_a_mixture_keeps_what_a_dense_layer_of_its_active_width_does():
     assert SELECTIVE.kept_bytes(c, 2, fused=True) == SELECTIVE.kept_bytes(dense, 2, fused=True)
 
 
+def test_muon_has_no_second_moment():
+    plan, muon = (
+        memory.account(replace(OPTIONS["a"], optimizer=name), (SELECTIVE,) * 24, 24)
+        for name in ("adamw", "muon")
+    )
+    assert plan.total - muon.total == plan.optimizer - muon.optimizer == 4 * 270_532_608
+    assert plan.update == 0
+
+
+def test_muons_update_may_be_the_peak():
+    """Updates of gate and up, copies, four squares of each, in 16 bits, beside gradients."""
+    tiny = replace(OPTIONS["a"], optimizer="muon", batch_size=1, seq_len=64)
+    account = memory.account(tiny, (FULL,) * 24, 1)
+    assert set(account.parts()) == {"weights", "optimizer", "gradients", "update"}
+    assert account.update == 24 * (4 * 2816 * 1024 + 8 * 1024**2) * 2
+
+
 def test_peak_is_the_loss_or_the_backward_pass():
     kept = memory.account(OPTIONS["a"], (SELECTIVE,) * 24, 24)
     assert kept.total == sum(kept.parts().values())

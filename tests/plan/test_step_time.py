@@ -8,6 +8,7 @@ import pytest
 from hamner.config.model import ModelConfig
 from hamner.config.options import OPTIONS
 from hamner.hardware import GPUS, Gpu
+from hamner.plan.communication import Parallelism
 from hamner.plan.costs import Cost, flops_per_token
 from hamner.plan.efficiency import MEASURED_ERRORS, efficiency
 from hamner.plan.memory import FULL, NONE, SELECTIVE, mixed
@@ -80,6 +81,47 @@ def test_step_of_option_a_by_hand():
     assert spent["routing"] == 0
 
 
+def muon_ms(name: str, gpu: Gpu, **changes) -> dict[str, float]:
+    """What a step of 24 rows with Muon takes beyond AdamW's, by category."""
+    steps = [
+        predict(
+            replace(OPTIONS[name], batch_size=24, optimizer=optimizer),
+            gpu,
+            (SELECTIVE,) * OPTIONS[name].model.num_layers,
+            micro_batch_size=24 // changes.get("gpus", 1),
+            parallelism=Parallelism(changes.get("kind", "ddp"), changes.get("gpus", 1), 1, 10, 1),
+        ).milliseconds
+        for optimizer in ("adamw", "muon")
+    ]
+    return {category: steps[1][category] - spent for category, spent in steps[0].items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens_per_second"), [("a", (235_401, 215_871)), ("current", (400_927, 379_148))]
+)
+def test_muon_on_an_h200(name, tokens_per_second):
+    """Against what was measured (profiles/LOG.md, 2026-11-29)."""
+    adamw, muon = (24_576 / speed * 1e3 for speed in tokens_per_second)
+    predicted = sum(muon_ms(name, GPUS["h200"]).values())
+    assert predicted == pytest.approx(muon - adamw, rel=0.1)
+
+
+def test_muon_of_option_a_by_hand():
+    """The iteration at 50 TFLOP/s, four bytes a parameter less at 776 GB/s, 80 launches."""
+    more = muon_ms("a", RTX_3090)
+    saved = 4 * 270_532_608 / 776e9 * 1e3
+    assert more["optimizer"] == pytest.approx(2.8994e12 / 50e12 * 1e3 - saved, rel=1e-3)
+    assert more["gaps"] == pytest.approx(80 * 3.3e-3)
+    assert not any(more[category] for category in CATEGORIES if category[:3] not in ("opt", "gap"))
+
+
+def test_sharded_muon_makes_the_whole_update_in_every_process():
+    one, two = muon_ms("a", H100), muon_ms("a", H100, gpus=2, kind="fsdp")
+    saved = 4 * 270_532_608 / 2 / (H100.bandwidth_gbs * 1e9 * 2950 / 3352) * 1e3
+    assert two["optimizer"] == pytest.approx(one["optimizer"] + saved, rel=1e-3)
+    assert two["communication"] > 0
+
+
 def test_speed_and_mfu_follow_from_the_step():
     prediction = predict_option("a")
     assert tuple(prediction.milliseconds) == CATEGORIES
@@ -150,7 +192,7 @@ def test_differential_attention_costs_attention_and_rope_only():
 def test_qk_norm_costs_its_backward_and_the_recomputation():
     plain = predict_option("a").milliseconds
     model = ModelConfig(qk_norm=True)
-    rotated = 24 * 2 * 24_576 * (1024 + 256) / 850e9 * 1e3
+    rotated = 24 * 2 * 24_576 * (1024 + 256) / 776e9 * 1e3
     for policy, passes in ((SELECTIVE, 2 + 3 + 2), (NONE, 2 + 3)):
         normed = predict_option("a", model=model, policy=policy).milliseconds
         assert normed["rope"] == pytest.approx(passes * rotated)

@@ -16,6 +16,7 @@ from hamner.hardware import GIB
 from hamner.plan.analysis import Analysis, Plan
 from hamner.plan.communication import QUIET
 from hamner.plan.costs import flops_per_token
+from hamner.plan.efficiency import MEASURED_ERRORS
 from hamner.plan.loss import (
     BESIROGLU,
     COHERENT_LOSS,
@@ -26,7 +27,6 @@ from hamner.plan.loss import (
 )
 from hamner.plan.memory import FULL, NONE, SELECTIVE, MemoryAccount, describe
 from hamner.plan.projection import RunProjection
-from hamner.plan.step_time import MEASURED_ERRORS, efficiency
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -95,8 +95,15 @@ def _scaling(plan: Plan) -> dict[str, str]:
     }
 
 
+def _days(plan: Plan) -> str:
+    """The shortest and the longest that the run should take, in days."""
+    shortest, longest = (h / 24 for h in plan.prediction.interval.hours(plan.config.tokens))
+    return _range((shortest, longest), 1 if shortest > 1 else 2)
+
+
 def _quantities(plan: Plan, hours: float | None) -> dict[str, str]:
     option, model, prediction = plan.config, plan.config.model, plan.prediction
+    interval = prediction.interval
     gib = "VRAM, GiB" if plan.parallelism.ranks == 1 else "VRAM of each GPU, GiB"
     return {
         "": option.option,
@@ -111,11 +118,13 @@ def _quantities(plan: Plan, hours: float | None) -> dict[str, str]:
         gib: f"{prediction.peak_gib:.1f}",
         **_scaling(plan),
         "tokens/s (projected)": f"{prediction.tokens_per_second:,.0f}",
+        "tokens/s, low-high": f"{interval.low:,.0f}-{interval.high:,.0f}",
         "MFU (projected)": f"{prediction.mfu:.0%}",
         "tokens": _count(plan.config.tokens),
         "steps": f"{plan.steps:,}",
         "hours (projected)": f"{plan.hours:,.1f}",
         "days (projected)": f"{plan.hours / 24:.1f}",
+        "days, low-high": _days(plan),
         "compute-optimal tokens": _count(compute_optimal_tokens(plan.active_parameters)),
         **_losses(plan, hours),
     }
@@ -165,6 +174,16 @@ def step_times(plan: Plan) -> str:
     times = plan.prediction.milliseconds.items()
     parts = ", ".join(f"{category} {spent:,.1f}" for category, spent in times if spent)
     return f"A step takes {plan.prediction.step_ms:,.1f} ms, projected: {parts}."
+
+
+def speed_interval(plan: Plan) -> str:
+    """The paragraph says between which speeds and lengths the run should lie, and why."""
+    interval = plan.prediction.interval
+    return (
+        f"Nine of ten runs of option {plan.config.option} should reach {interval.low:,.0f} to "
+        f"{interval.high:,.0f} tokens/s and take {_days(plan)} days. "
+        "Of that:\n\n" + _bullets(str(cause) for cause in interval.causes)
+    )
 
 
 def communication_findings(plan: Plan) -> list[str]:
@@ -228,7 +247,7 @@ def caveats(plan: Plan) -> list[str]:
     on_this_card = f", on this card {' to '.join(ends)}" if here else ""
     parameters, tokens, loss = KNOWN_RUN
     lines = [
-        f"Speed on the {plan.gpu.name} is projected: {efficiency(plan.gpu).provenance}. "
+        f"Speed on the {plan.gpu.name} is projected: {prediction.reached.provenance}. "
         f"Against the {sum(runs)} runs measured so far the model is {min(lowest):+.0%} to "
         f"{max(highest):+.0%} off{on_this_card}.",
         "MFU = tokens/s x FLOPs per token / bf16 peak; FLOPs per token = 6 x matmul parameters "
@@ -289,9 +308,10 @@ def screen(analysis: Analysis, *, every_option: bool) -> str:
             options_table(analysis.plans, analysis.hours),
             _misfits(analysis),
             f"Recommended: **{best.option}**, {_count(best.model.num_parameters())} parameters",
+            speed_interval(plan),
         ]
     else:
-        parts += [options_table([plan]), memory_table(plan), step_times(plan)]
+        parts += [options_table([plan]), memory_table(plan), step_times(plan), speed_interval(plan)]
         parts += communication_findings(plan)
     if analysis.run:
         parts += ["**The run so far**", _bullets(run_findings(analysis.run))]
@@ -328,7 +348,7 @@ def _situation(analysis: Analysis, files: str) -> str:
     if analysis.run:
         findings = _bullets(run_findings(analysis.run))
         run = f"\n\nThe run so far:\n\n{findings}\n\n![The run so far]({files}/run.png)"
-    steps = "\n\n".join((step_times(plan), *communication_findings(plan)))
+    steps = "\n\n".join((step_times(plan), speed_interval(plan), *communication_findings(plan)))
     return f"""\
 # Pre-training plan: option {plan.config.option} on {gpus}
 

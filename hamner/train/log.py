@@ -284,5 +284,7 @@ class TrainLog:
         self.display.message(f"plan: {line}")
         measured = {"tokens_per_second": speed, "peak_gib": peak}
         projected = {name: getattr(prediction, name) for name in measured}
+        interval = prediction.interval
+        projected["tokens_per_second_interval"] = [interval.low, interval.high]
         row = {"step": record.step, "projected": projected, "measured": measured}
         self.append(RecordLog(self.run.plan), row)

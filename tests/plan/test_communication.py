@@ -168,8 +168,8 @@ def test_a_step_on_several_gpus_is_one_gpus_share_and_what_shows():
     assert sent.bytes_sent == 2 * A.num_parameters()
     # The embedding's 50M parameters in bf16 at 10 GB/s; the rest is hidden.
     assert sent.exposed_ms == pytest.approx(2 * 49_152 * 1024 / 10e9 * 1e3)
-    # Without a CUDA graph: 4.3 us before each kernel instead of 1.2.
-    gaps = one.milliseconds["gaps"] * 4.3 / 1.2
+    # Without a CUDA graph: 6.4 us a kernel instead of 3.3.
+    gaps = one.milliseconds["gaps"] * 6.4 / 3.3
     assert both.milliseconds["gaps"] == pytest.approx(gaps)
     launched = one.step_ms - one.milliseconds["gaps"] + gaps
     assert both.step_ms == pytest.approx(launched + sent.exposed_ms)

@@ -438,6 +438,10 @@ def test_plan_is_compared_with_reality_at_step_100(config, capsys, monkeypatch):
     trainer.close()
     said = [line for line in capsys.readouterr().out.splitlines() if "plan: measured" in line]
     assert len(said) == 1
+    assert "below its interval, " in said[0]
     (row,) = (config.run_dir / "plan.jsonl").read_text().splitlines()
     assert json.loads(row)["step"] == 10
     assert set(json.loads(row)) == {"step", "projected", "measured"}
+    projected = json.loads(row)["projected"]
+    low, high = projected["tokens_per_second_interval"]
+    assert low < projected["tokens_per_second"] < high

@@ -30,6 +30,7 @@ from bench.tuning import (
 from hamner.kernels.flash_attention import CONFIGS, Tile, launch_backward, launch_forward
 from hamner.kernels.launch import capability
 from hamner.plan import costs
+from hamner.plan.costs import Cost
 
 TOKENS, HEADS, KV_HEADS = 24_576, 16, 4
 KERNELS = ("forward", "dq", "dk_dv")
@@ -126,21 +127,26 @@ def subject(
         return with_tiles(sizes, dict(zip(kernels, tiles, strict=True)))
 
     config = CONFIGS[capability(torch.device("cuda"))][sizes]
-    work = costs.attention(
-        TOKENS * seq_len / 2,
-        TOKENS * HEADS * head_size,
-        TOKENS * KV_HEADS * head_size,
-        width=HEADS * head_size,
-        value_widths=sizes[1] // head_size,
-        backward=is_backward,
-    )
     return Subject(
         f"attention {' and '.join(kernels)}",
         [tuple(map(tuple, choice)) for choice in choices],
         tuple(tuple(getattr(config, kernel)) for kernel in kernels),
         build=build,
         install=install,
-        cost=work,
+        cost=work(shape, backward=is_backward),
+    )
+
+
+def work(shape: tuple[int, int, int], *, backward: bool) -> Cost:
+    """The function gives the work of one direction; `shape` as in `subject`."""
+    head_size, v_head_size, seq_len = shape
+    return costs.attention(
+        TOKENS * seq_len / 2,
+        TOKENS * HEADS * head_size,
+        TOKENS * KV_HEADS * head_size,
+        width=HEADS * head_size,
+        value_widths=max(head_size, v_head_size) // head_size,
+        backward=backward,
     )
 
 

@@ -17,6 +17,7 @@ import gc
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -54,6 +55,8 @@ class LoadedKernel:
     shared: int
     registers: int
     spills: int
+    cubin: Path
+    """as ptxas compiled it for `capability`, whether or not that is what the driver runs"""
 
 
 class WrongCodeError(Exception):
@@ -163,6 +166,12 @@ def check_code(name: str, ptx: str, capability: str) -> None:
         raise WrongCodeError(f"{name} multiplies with wgmma, which {capability} does not have")
 
 
+def cubin_file(kernel: CompiledKernel) -> Path:
+    """The function finds a kernel's binary in Triton's cache."""
+    files = kernel.metadata_group.items()
+    return next(Path(path) for name, path in files if name.endswith(".cubin"))
+
+
 def _describe(kernel: CompiledKernel, capability: str) -> LoadedKernel:
     names = kernel.src.fn.arg_names
     constants = {
@@ -180,6 +189,7 @@ def _describe(kernel: CompiledKernel, capability: str) -> LoadedKernel:
         shared=kernel.metadata.shared,
         registers=kernel.n_regs,
         spills=kernel.n_spills,
+        cubin=cubin_file(kernel),
     )
 
 

@@ -14,10 +14,8 @@ import importlib
 import json
 import os
 import pkgutil
-import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +25,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from bench.as_capability import SHARED_MEMORY_LIMIT
+from bench.as_capability import SHARED_MEMORY_LIMIT, cubin_file
+from bench.cubin import registers_and_stack
 from tests.kernels import compile_cases
 
 
@@ -119,7 +118,7 @@ def compile_case(case: CompileCase) -> CompileResult:
             "maxnreg": case.max_registers,
         },
     )
-    registers, stack = _registers_and_stack(compiled.asm["cubin"])
+    registers, stack = registers_and_stack(cubin_file(compiled))
     return CompileResult(
         case.name,
         case.capability,
@@ -137,23 +136,6 @@ def _leaves(path: tuple[int, ...], kind: str | tuple) -> Iterator[tuple[tuple[in
         yield path, kind
     else:
         yield from (((*path, i), member) for i, member in enumerate(kind))
-
-
-def _registers_and_stack(cubin: bytes) -> tuple[int, int]:
-    """Ask cuobjdump, which comes with Triton, for a cubin's registers a thread and stack bytes."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.cubin"
-        file.write_bytes(cubin)
-        usage = subprocess.run(
-            [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(file)],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-    match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    if match is None:
-        raise RuntimeError(f"cuobjdump printed no resource usage:\n{usage}")
-    return int(match[1]), int(match[2])
 
 
 def ops() -> list[str]:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from hamner.config.model import flag
 from hamner.errors import UserError
 
-
 PENALTY = 1.1
 """default repetition penalty of what is drawn"""
 

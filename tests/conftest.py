@@ -30,6 +30,8 @@ NEEDS = {
     "chat/test_server.py": "openai",
     "evaluate/test_harness.py": "lm_eval",
     "export/test_export.py": "gguf",
+    "export/test_card.py": "transformers",
+    "export/test_llama_cpp.py": "gguf",
     "export/test_tokenizer.py": "gguf",
     "model/test_rotary.py": "gguf",
     "test_architecture.py": "grimp",

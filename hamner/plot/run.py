@@ -107,14 +107,14 @@ def expect(run: RunFolder, log: RunLog) -> ExpectedLoss | None:
 def _read_plan(run: RunFolder) -> dict[str, tuple[float, ...]]:
     """The function reads what was projected, by name: lowest, expected and highest, or one number.
 
-    plan.jsonl has a number in `projected`, and where the plan knows how sure it is [lowest,
-    highest] in `interval`.
+    Beside a number in plan.jsonl's `projected` there may be its bounds, such as
+    `tokens_per_second_interval`.
     """
     planned: dict[str, tuple[float, ...]] = {}
     for row in read_records(run.plan):
-        projected, interval = (row.get(name) for name in ("projected", "interval"))
+        projected = row.get("projected")
         for name, value in projected.items() if isinstance(projected, dict) else ():
-            bounds = interval.get(name) if isinstance(interval, dict) else None
+            bounds = projected.get(f"{name}_interval")
             bounds = bounds if isinstance(bounds, list) and len(bounds) == 2 else [value, value]
             values = tuple(number(value) for value in (bounds[0], value, bounds[1]))
             if all(map(math.isfinite, values)):

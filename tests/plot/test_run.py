@@ -141,7 +141,8 @@ def test_what_was_projected_is_drawn_with_its_interval(tmp_path):
     row = {"step": 100, "projected": {"tokens_per_second": 6.0, "peak_gib": 4.0}}
     append_record(run.plan, row)
     assert pictures._read_plan(run)["tokens_per_second"] == (6.0, 6.0, 6.0)
-    append_record(run.plan, row | {"interval": {"tokens_per_second": [5.0, 8.0], "peak_gib": "?"}})
+    row["projected"] |= {"tokens_per_second_interval": [5.0, 8.0], "peak_gib_interval": "?"}
+    append_record(run.plan, row)
     append_record(run.plan, {"step": 1, "projected": [1]})
     planned = pictures._read_plan(run)
     assert planned == {"tokens_per_second": (5.0, 6.0, 8.0), "peak_gib": (4.0, 4.0, 4.0)}

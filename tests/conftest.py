@@ -12,6 +12,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+from hamner.train import pictures
+
 # Triton reads the variable when a kernel is decorated, so it must be set before any is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -28,6 +30,8 @@ NEEDS = {
     "chat/test_server.py": "openai",
     "evaluate/test_harness.py": "lm_eval",
     "export/test_export.py": "gguf",
+    "export/test_card.py": "transformers",
+    "export/test_llama_cpp.py": "gguf",
     "export/test_tokenizer.py": "gguf",
     "model/test_rotary.py": "gguf",
     "test_architecture.py": "grimp",
@@ -133,6 +137,24 @@ def leave_memory_to_other_workers():
     yield
     gc.collect()
     torch.cuda.empty_cache()
+
+
+@pytest.fixture(autouse=True)
+def without_pictures(monkeypatch) -> tuple[str, ...]:
+    """Trainings draw nothing unless a test is about that: it takes a process of a second.
+
+    Returns:
+        The command that does.
+    """
+    command = pictures.COMMAND
+    monkeypatch.setattr(pictures, "COMMAND", ("true",))
+    return command
+
+
+@pytest.fixture
+def with_pictures(monkeypatch, without_pictures) -> None:
+    """Trainings draw their pictures."""
+    monkeypatch.setattr(pictures, "COMMAND", without_pictures)
 
 
 @pytest.fixture

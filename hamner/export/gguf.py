@@ -32,9 +32,22 @@ _ARCHITECTURES = {
 }
 """by the name in transformers"""
 
+TYPES = {"bf16": gguf.GGMLQuantizationType.BF16, "q8_0": gguf.GGMLQuantizationType.Q8_0}
+FILE_TYPES = {
+    "f32": gguf.LlamaFileType.ALL_F32,
+    "bf16": gguf.LlamaFileType.MOSTLY_BF16,
+    "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+}
 
-def write_gguf(path: Path, saved: SavedModel) -> None:
-    """The function writes a model and its tokenizer as one file; matrices keep their dtype.
+
+def write_gguf(path: Path, saved: SavedModel, matrices: str | None = None) -> None:
+    """The function writes a model and its tokenizer as one file.
+
+    Args:
+        path: of the file.
+        saved: the model.
+        matrices: how they are stored, of TYPES; None keeps their dtype. Routers keep theirs in any
+            case, and so do matrices whose rows a type's blocks do not divide.
 
     Raises:
         UserError: llama.cpp has no such model or no such tokenizer.
@@ -48,18 +61,27 @@ def write_gguf(path: Path, saved: SavedModel) -> None:
     writer.add_name(saved.name)
     _add_shape(writer, config, saved.config.seq_len)
     is_bf16 = weights["embed.weight"].dtype == torch.bfloat16
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16 if is_bf16 else gguf.LlamaFileType.ALL_F32)
+    writer.add_file_type(FILE_TYPES[matrices or ("bf16" if is_bf16 else "f32")])
     _add_tokenizer(writer, saved, pre_tokenizer)
-    types = {torch.bfloat16: gguf.GGMLQuantizationType.BF16}
     for name, tensor in gguf_tensors(config, weights):
-        kind = types.get(tensor.dtype, gguf.GGMLQuantizationType.F32)
-        # numpy has no bf16: the package's quantiser rounds what is exact already.
+        kind = _type_of(name, tensor, matrices)
+        # numpy has no bf16: the package's quantiser rounds, of bf16 what is exact already.
         values = gguf.quants.quantize(tensor.float().numpy(), kind)
         writer.add_tensor(name, values, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _type_of(name: str, tensor: Tensor, matrices: str | None) -> gguf.GGMLQuantizationType:
+    """The type is the one that a tensor is stored in."""
+    if matrices and tensor.ndim > 1 and "ffn_gate_inp" not in name:
+        kind = TYPES[matrices]
+        block, _ = gguf.GGML_QUANT_SIZES[kind]
+        if tensor.shape[-1] % block == 0:
+            return kind
+    return TYPES["bf16"] if tensor.dtype == torch.bfloat16 else gguf.GGMLQuantizationType.F32
 
 
 def _add_shape(writer: gguf.GGUFWriter, config: ModelConfig, context: int) -> None:

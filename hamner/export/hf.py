@@ -23,9 +23,11 @@ from hamner.config.train import TOKENIZER_FILE
 from hamner.data.chat_template import END_TOKEN, jinja_template
 from hamner.data.tokenizer import SPECIAL_TOKENS, write_definition
 from hamner.errors import UserError
+from hamner.export.card import model_card
 from hamner.export.tokenizer import exported_definition, require_same_ids
 from hamner.files import usual_permissions
 from hamner.model.rotary import scaled_theta
+from hamner.model.sampling import Sampling
 
 _CAN_BE_EXPORTED = (
     "only dense models, mixtures without shared experts and dense models with differential "
@@ -70,6 +72,10 @@ def write_hugging_face(folder: Path, saved: SavedModel) -> None:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     write_definition(folder / TOKENIZER_FILE, definition)
     generation_config = {"eos_token_id": model_config["eos_token_id"], "pad_token_id": eos_ids[0]}
+    if saved.is_chat:
+        generation_config |= _sampling()
+    card = model_card(saved, model_config)
+    (folder / "README.md").write_text(card, encoding="utf-8")
     for name, values in (
         ("config.json", model_config),
         ("generation_config.json", generation_config),
@@ -77,6 +83,16 @@ def write_hugging_face(folder: Path, saved: SavedModel) -> None:
     ):
         text = json.dumps(values, indent=2, ensure_ascii=False)
         (folder / name).write_text(text + "\n", encoding="utf-8")
+
+
+def _sampling() -> dict:
+    """The settings are hamner.chat's defaults, by which others draw too unless they say otherwise.
+
+    The repetition penalty is not among them: it would also apply to greedy decoding.
+    """
+    chat = Sampling()
+    names = ("temperature", "top_k", "top_p")
+    return {"do_sample": True, **{name: getattr(chat, name) for name in names}}
 
 
 def architecture(config: ModelConfig) -> str:

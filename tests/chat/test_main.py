@@ -227,7 +227,7 @@ def greedy(model, tokenizer, prompt: list[int], count: int) -> str:
     return completion.run()
 
 
-GREEDY_FLAGS = ["--temperature", "0", "--repetition-penalty", "1", "--max-new-tokens", "12"]
+GREEDY_FLAGS = ["--temperature", "0", "--max-new-tokens", "12"]
 
 
 def test_a_chat_model_from_the_command_line(tmp_path, tokenizer):

@@ -558,7 +558,6 @@ def test_the_command_serves_a_real_model(tmp_path, tokenizer):
             "messages": [{"role": "user", "content": "Hi"}],
             "temperature": 0,
             "max_tokens": 20,
-            "extra_body": {"repetition_penalty": 1},
         }
         with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60) as client:
             assert create(client, **settings).choices[0].message.content == expected

@@ -322,7 +322,7 @@ def test_command(tmp_path):
     result = command("--to", "hf", "out", cwd=tmp_path)
     assert (result.returncode, result.stdout) == (0, "wrote out\n"), result.stderr
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        *("config.json", "generation_config.json", "model.safetensors"),
+        *("README.md", "config.json", "generation_config.json", "model.safetensors"),
         *("tokenizer.json", "tokenizer_config.json"),
     }
     again = command("--checkpoint", str(run), "--to", "hf", "out", cwd=tmp_path)

@@ -33,7 +33,7 @@ from hamner.plan.analysis import make_plan
 from hamner.plan.measured_efficiency import measured_efficiency
 from hamner.plan.report_card import ReportCard
 from hamner.plan.run_curve import read_run
-from hamner.train import plots
+from hamner.plot.run import draw_run
 from tests.fuzz.mutations import damaged, damaged_json, replaced
 from tests.plan.test_report_card import CARD
 
@@ -331,7 +331,7 @@ def test_plots_of_a_strange_file(folder):
     strange = [{"step": 1, "tokens": "many"}, {"step": 2, "tokens": 5, "loss": "low"}]
     strange += [{"step": 3, "tokens": [1], "loss": None}, {"step": 4, "tokens": 10**400, "loss": 1}]
     run.metrics.write_text("".join(json.dumps(r) + "\n" for r in strange + RECORDS))
-    assert plots.draw(run)
+    assert draw_run(run)
 
 
 def sparse(path: Path, size: int) -> Path:

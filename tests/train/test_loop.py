@@ -91,7 +91,7 @@ def test_learns_one_step_ahead_through_the_real_pipeline(config):
     assert 0.6 < result.val_loss < 1.0
 
 
-def test_run_folder_has_everything(config):
+def test_run_folder_has_everything(config, with_pictures):
     result = train(replace(config, sample_every=10, save_every=10))
     run = config.run_dir
     assert result.step == 20

@@ -36,6 +36,7 @@ NEEDS = {
     "model/test_rotary.py": "gguf",
     "test_architecture.py": "grimp",
     "test_chatbot_path.py": "gguf",
+    "test_documents.py": "gguf",
 }
 """packages of hamner[test] that a machine with a GPU may lack, by the file that imports them; none
 of the files has a test that needs a GPU"""

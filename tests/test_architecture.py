@@ -17,7 +17,6 @@ from docs.draw_architecture import EDGES, read_imports
 
 ROOT = Path(__file__).parents[1]
 LIMITS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hamner"]["limits"]
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "kernels/README.md")
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Rule = Callable[[ast.Module], Iterator[tuple[ast.AST, str]]]
@@ -164,15 +163,3 @@ def test_kernels_need_torch_and_triton_alone():
 def test_the_picture_shows_what_the_code_imports():
     drawn = [tuple(edge) for edge in json.loads(EDGES.read_text())]
     assert drawn == read_imports(), "draw it again: python -m docs.draw_architecture"
-
-
-@pytest.mark.parametrize("document", DOCUMENTS)
-def test_files_that_a_document_names_are_there(document):
-    text = (ROOT / document).read_text()
-    named = set(
-        re.findall(r"`((?:hamner|kernels|bench|tests|profiles|docs|examples)/[\w/.-]*)`", text)
-    )
-    links = set(re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text))
-    missing = [name for name in named if not (ROOT / name).exists()]
-    missing += [link for link in links if not (ROOT / document).parent.joinpath(link).exists()]
-    assert sorted(missing) == []

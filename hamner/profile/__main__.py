@@ -1,4 +1,4 @@
-"""`python -m hamner.profile` traces warm steps, or reads any trace; see profiles/README.md."""
+"""`python -m hamner.profile` traces warm steps, or reads any trace; see docs/traces.md."""
 
 import sys
 

@@ -1,6 +1,6 @@
 """`capture` traces warm steps of a run, as they run in training: real loader, clipping, optimizer.
 
-profiles/README.md lists the files that a capture writes. With several processes they are those of
+docs/traces.md lists the files that a capture writes. With several processes they are those of
 rank 0; the others take the same steps beside it.
 
 Some steps are timed without the profiler, because its own cost widens the gaps it shows.
@@ -84,7 +84,7 @@ def capture(config: TrainConfig, out: Path, *, steps: int, warmup: int) -> Summa
 def run_for_nsight(config: TrainConfig, *, steps: int, warmup: int) -> None:
     """The same steps run with NVTX ranges between cudaProfilerStart and Stop; nothing is written.
 
-    profiles/README.md says how nsys and ncu are run on it.
+    docs/traces.md says how nsys and ncu are run on it.
 
     Raises:
         UserError: there is no GPU, or the configuration does not allow it.

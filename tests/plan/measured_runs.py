@@ -138,7 +138,7 @@ MEASURED_RUNS = (
     MeasuredRun("a", "h100", Compiled, FULL, 24, 160_320),
     MeasuredRun("a", "h100", EarlierTrainer, FULL, 24, 94_873),
     MeasuredRun("current", "h100", EarlierTrainer, FULL, 24, 156_008),
-    # 2026-11-25 (README.md).
+    # 2026-11-25.
     MeasuredRun("a", "h200", MicroBatch, NONE, 24, 231_319),
     MeasuredRun("a", "h200", MicroBatch, SELECTIVE, 24, 227_464),
     MeasuredRun("a", "h200", MicroBatch, SELECTIVE, 24, 218_794, micro_batches=2),

@@ -1,0 +1,373 @@
+"""What README.md and docs/ say holds: their commands run, their links and flags exist.
+
+A block that begins with ```bash run is run line by line, word for word, on small models and short
+texts; a training ends after two steps. Other blocks need a GPU, a network, or time: of them, and of
+commands within a sentence, the flags are looked up in the `--help` of what they start.
+"""
+
+import io
+import re
+import runpy
+import shlex
+import shutil
+import sys
+import tomllib
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from torch.distributed.run import get_args_parser
+
+from bench.conftest import pytest_addoption as add_bench_options
+from hamner.config.options import OPTIONS
+from hamner.hardware import GPUS
+from hamner.plan.analysis import COMPARED, make_plan
+from tests.corpus import write_predictable
+
+# One worker, whose pages share the runs of the first.
+pytestmark = pytest.mark.xdist_group("documents")
+
+ROOT = Path(__file__).parents[1]
+README = "README.md"
+PAGES = (README, *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
+BESIDE = ("CONTRIBUTING.md", "CHANGELOG.md", "kernels/README.md", "profiles/README.md")
+DOCUMENTS = (*PAGES, *BESIDE, "profiles/history.md")
+
+MODULE = re.compile(r"-m (hamner\.\w+|bench\.\w+)\b")
+SUBCOMMANDS = ("prepare", "train-tokenizer", "import", "read", "tune", "current", "ladder", "long")
+SUBCOMMANDS += ("report", "fit")
+NEEDS_MORE = re.compile(
+    r"torchrun|hf:|--serve|pytest|bench\.|tests\.|venv|nsys|ncu|--resume --run-dir runs/x|OLD\.pt"
+)
+"""what keeps a block of commands from being run here"""
+PROGRAMS = {"source", "python", "nsys", "ncu", "python3", ".ci/run", "ruff", "apt-get"}
+"""whose flags are their own"""
+SHORTER = {
+    "hamner.train": ("--stop-after", "2", "--device", "cpu"),
+    "hamner.sft": ("--stop-after", "2", "--device", "cpu"),
+    "hamner.chat": ("--max-new-tokens", "4", "--device", "cpu"),
+    "hamner.evaluate": ("--device", "cpu"),
+    "hamner.profile": ("--steps", "1", "--warmup", "1", "--device", "cpu"),
+    "hamner.data": ("--vocab-size", "320"),
+}
+"""what is added to a command that is run"""
+
+
+@dataclass(frozen=True)
+class Block:
+    """The block is a fenced one of a document."""
+
+    language: str
+    text: str
+
+    def commands(self) -> list[str]:
+        """Its commands, without comments, one or more a line."""
+        lines = self.text.replace("\\\n", " ").splitlines()
+        found = [shlex.join(shlex.split(line, comments=True)) for line in lines]
+        return [part.strip() for line in found for part in line.split("'&&'") if part.strip()]
+
+
+@cache
+def read(document: str) -> tuple[str, tuple[Block, ...]]:
+    """The function gives a document's text without its fenced blocks, and these."""
+    text = (ROOT / document).read_text()
+    fence = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+    blocks = tuple(Block(*match) for match in fence.findall(text))
+    return fence.sub("", text), blocks
+
+
+def spans(document: str) -> Iterator[str]:
+    """The function yields what stands between backticks in a document."""
+    yield from re.findall(r"`([^`\n]+)`", read(document)[0])
+
+
+@cache
+def anchors(document: str) -> set[str]:
+    """The function gives the anchors that GitHub makes of a document's headings."""
+    headings = re.findall(r"^#+ (.*)$", read(document)[0], re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_and_files_exist(document):
+    text = read(document)[0]
+    missing = []
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
+        name, _, anchor = link.partition("#")
+        path = (ROOT / document).parent.joinpath(name).resolve() if name else ROOT / document
+        if not path.exists() or (
+            anchor and anchor not in anchors(path.relative_to(ROOT).as_posix())
+        ):
+            missing.append(link)
+    named = re.findall(r"`((?:hamner|kernels|bench|tests|profiles|docs|examples)/[\w/.-]*)`", text)
+    missing += [name for name in named if not (ROOT / name).exists()]
+    assert missing == []
+
+
+# -- flags
+
+
+class Names:
+    """It stands in for pytest's parser and keeps the names of options."""
+
+    def __init__(self) -> None:
+        self.found: set[str] = set()
+
+    def getgroup(self, *_) -> "Names":
+        return self
+
+    def addoption(self, *names: str, **_) -> None:
+        self.found.update(names)
+
+
+def start(module: str, args: list[str]) -> int:
+    """The function starts a module as `python -m` does, and gives the exit code."""
+    given = sys.argv
+    sys.argv = [module, *args]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # it was imported before
+            runpy.run_module(module, run_name="__main__")
+    except SystemExit as exit_:
+        return exit_.code or 0
+    finally:
+        sys.argv = given
+    return 0
+
+
+MISSING = object()
+HEAD = re.compile(r"(?:^|│)\s*((?:-\w, |--[\w-]+, )*--[\w-]+)", re.MULTILINE)
+HELP: dict[tuple[str, str], set[str]] = {}
+
+
+@pytest.fixture
+def flags_of(capsys, monkeypatch):
+    """The fixture gives a function of module and subcommand: the flags that its help lists."""
+
+    def find(module: str, subcommand: str = "") -> set[str]:
+        if (module, subcommand) not in HELP:
+            monkeypatch.setenv("COLUMNS", "120")
+            assert start(module, [*filter(None, [subcommand]), "--help"]) == 0
+            # In a column of its own: with others after a comma, --resume, --no-resume.
+            heads = HEAD.findall(capsys.readouterr().out)
+            HELP[module, subcommand] = {f for head in heads for f in re.findall(r"--[\w-]+", head)}
+        return HELP[module, subcommand]
+
+    return find
+
+
+def given_flags(command: str) -> set[str]:
+    """The function gives the long flags of a command as they are spelled."""
+    return {word.partition("=")[0] for word in shlex.split(command) if re.match(r"--[a-z]", word)}
+
+
+def unknown_flags(command: str, flags_of, config: pytest.Config) -> set[str]:
+    """The function gives those flags of a command that what it starts does not have."""
+    words = shlex.split(command)
+    while words and re.match(r"[A-Z_]+=", words[0]):
+        words = words[1:]
+    program, given = (words or [""])[0], given_flags(command)
+    module = MODULE.search(command)
+    known: set[str] = set()
+    if program == "torchrun" or module is None and program == "pytest":
+        if program == "pytest":
+            names = Names()
+            add_bench_options(names)
+            unknown = given - names.found
+            return {flag for flag in unknown if config.getoption(flag, MISSING) is MISSING}
+        known |= {name for a in get_args_parser()._actions for name in a.option_strings}
+    if module is None:
+        assert program in PROGRAMS | {"torchrun"} or program.startswith((".venv/", "examples/")), (
+            f"what is `{command}`?"
+        )
+        return set() if program != "torchrun" else given - known
+    name, after = module[1], shlex.split(command[module.end() :])
+    subcommand = after[0] if after and after[0] in SUBCOMMANDS else ""
+    known |= flags_of(name, subcommand)
+    if name in ("bench.kills", "bench.scaling"):  # theirs go on to hamner.train
+        known |= flags_of("hamner.train")
+    if name == "bench.recipes":
+        known |= flags_of("hamner.train")
+    if program in ("nsys", "ncu"):
+        given = given_flags(command[module.start() :])
+    return given - known - {"--help"}
+
+
+@pytest.mark.parametrize("document", [d for d in DOCUMENTS if d != "CHANGELOG.md"])
+def test_flags_exist(document, flags_of, pytestconfig):
+    commands = [c for block in read(document)[1] for c in block.commands() if is_shell(block)]
+    started = re.compile(r"(python -m|torchrun|pytest) ")
+    commands += [span for span in spans(document) if started.match(span) and "..." not in span]
+    wrong = {command: unknown_flags(command, flags_of, pytestconfig) for command in commands}
+    assert {command: flags for command, flags in wrong.items() if flags} == {}
+
+
+def is_shell(block: Block) -> bool:
+    return block.language.startswith("bash")
+
+
+EVERYWHERE = ("train", "sft", "chat", "evaluate", "export", "plan", "plot", "profile")
+WITH_SUBCOMMAND = (
+    *(("hamner.data", "prepare"), ("hamner.data", "train-tokenizer")),
+    *(("hamner.checkpoint", "import"), ("hamner.profile", "read")),
+)
+
+
+@pytest.mark.parametrize("document", PAGES)
+def test_flags_within_a_sentence_exist(document, flags_of):
+    known = {flag for name in EVERYWHERE for flag in flags_of(f"hamner.{name}")}
+    known |= {flag for name in WITH_SUBCOMMAND for flag in flags_of(*name)}
+    known |= {name for a in get_args_parser()._actions for name in a.option_strings}
+    names = Names()
+    add_bench_options(names)
+    known |= names.found | flags_of("bench.tune") | {"--help"}
+    alone = [span for span in spans(document) if span.startswith("--")]
+    assert [span for span in alone if not given_flags(span) <= known] == []
+
+
+# -- commands
+
+
+def is_run(block: Block) -> bool:
+    return block.language == "bash run"
+
+
+@pytest.mark.parametrize("document", PAGES)
+def test_what_needs_no_gpu_and_no_network_is_run(document):
+    for block in read(document)[1]:
+        if is_shell(block) and not is_run(block):
+            assert NEEDS_MORE.search(block.text), block.text
+
+
+SMALL = {"hidden_size": 64, "num_layers": 2, "num_attention_heads": 4, "num_kv_heads": 2}
+SMALL |= {"expert_intermediate_size": 128, "max_seq_len": 128, "vocab_size": 320}
+
+
+class Reader:
+    """A reader types what the pages say into one folder, each command once.
+
+    Args:
+        folder: has texts/*.parquet, personal/*.jsonl, sft/*.jsonl and the project's profiles/.
+        monkeypatch: of the module.
+    """
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.monkeypatch = folder, monkeypatch
+        self.done: set[str] = set()
+
+    def type(self, command: str) -> None:
+        """The reader types a command, which must succeed."""
+        if command in self.done:
+            return
+        module = MODULE.search(command)
+        assert module is not None, f"a block to run has `{command}`"
+        name, args = module[1], []
+        for word in shlex.split(command[module.end() :]):
+            args.append(word)
+        if name == "hamner.train" and "--resume" not in args and "--help" not in args:
+            shutil.rmtree(self.folder / "runs" / args[args.index("--option") + 1], True)
+        if args[0] != "read":
+            args += SHORTER.get(name, ())
+        with self.monkeypatch.context() as patch:
+            patch.chdir(self.folder)
+            patch.setattr(sys, "stdin", io.StringIO("Hello there!\n"))
+            for option, config in OPTIONS.items() if name != "hamner.plan" else ():
+                small = replace(config.model, **SMALL)
+                how = {"seq_len": 128, "batch_size": 4, "eval_tokens": 1024, "val_fraction": 0.1}
+                how |= {"log_every": 1}
+                patch.setitem(OPTIONS, option, replace(config, model=small, **how))
+            assert start(name, args) == 0, command
+        self.done.add(command)
+
+    def type_page(self, document: str) -> None:
+        """The reader types what a page's blocks to run say."""
+        for block in read(document)[1]:
+            for command in block.commands() if is_run(block) else ():
+                self.type(command)
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory) -> Iterator[Reader]:
+    """The reader has followed README.md: runs/a, runs/a-sft and runs/b are there."""
+    folder = tmp_path_factory.mktemp("reader")
+    for name in ("texts", "personal", "sft"):
+        (folder / name).mkdir()
+    write_predictable(folder / "personal/mine.jsonl")
+    lines = [" ".join(f"word{n * k % 97}" for k in range(120)) for n in range(1, 80)]
+    pq.write_table(pa.table({"text": lines}), folder / "texts/one.parquet")
+    shutil.copy(ROOT / "hamner/data/conversations/builtin.jsonl", folder / "sft/mine.jsonl")
+    (folder / "profiles").symlink_to(ROOT / "profiles")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("hamner.train.pictures.COMMAND", ("true",))
+        reader = Reader(folder, monkeypatch)
+        reader.type("python -m hamner.train --option b --data texts")
+        reader.type_page(README)
+        yield reader
+
+
+@pytest.mark.parametrize("document", [d for d in DOCUMENTS if any(map(is_run, read(d)[1]))])
+def test_commands_run(reader, document):
+    reader.type_page(document)
+
+
+@pytest.mark.parametrize("document", [d for d in PAGES if d != README])
+def test_python_runs(document):
+    for block in read(document)[1]:
+        if block.language == "python":
+            exec(compile(block.text, document, "exec"), {})
+
+
+# -- README.md
+
+
+def test_readme_is_short():
+    text = (ROOT / README).read_text()
+    assert len(text.encode()) <= 8 * 1024
+
+
+def test_readme_has_the_options_and_their_projections():
+    rows = read(README)[0].splitlines()
+    for name, config in OPTIONS.items():
+        model = config.model
+        total, active = (
+            n / 1e6 for n in (model.num_parameters(), model.num_parameters(active=True))
+        )
+        parameters = f"{total:.1f}M" + (f", {active:.1f}M a token" if active != total else "")
+        projected = ""
+        if name in COMPARED:
+            prediction = make_plan(config, GPUS["rtx-3090"]).prediction
+            speed, gib = prediction.interval.best, prediction.peak_gib
+            projected = f"{speed:,.0f} tokens/s, {gib:.1f} GiB"
+        cells = f"{model.num_layers} × {model.hidden_size} | {parameters} | "
+        cells += f"{config.batch_size} × {config.seq_len} | {projected}"
+        (row,) = [row for row in rows if row.startswith(f"| `{name}` | {model.num_layers} ×")]
+        assert row.startswith(f"| `{name}` | {cells}".rstrip()), cells
+
+
+def test_readme_has_the_results_of_the_page_about_measuring():
+    rows = re.findall(r"^\| `.*%.*$", read(README)[0], re.MULTILINE)
+    assert len(rows) == 5
+    assert set(rows) <= set(read("docs/measuring.md")[0].splitlines())
+
+
+def test_gate_does_what_readme_says():
+    gate = (ROOT / ".ci/run").read_text()
+    (train, test) = [b.commands() for b in read(README)[1] if ".venv/bin/pip" in b.text]
+    assert train[-1] in gate
+    assert test[-1] in gate
+
+
+def test_pip_installs_extras_that_exist():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for document in DOCUMENTS:
+        for extras in re.findall(r"pip install [^`\n]*\[([\w,]+)\]", (ROOT / document).read_text()):
+            assert set(extras.split(",")) <= set(project["optional-dependencies"]), document
+
+
+def test_every_page_is_in_readme():
+    assert [page for page in PAGES[1:] if f"]({page})" not in read(README)[0]] == []

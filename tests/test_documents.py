@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from unittest import mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -41,10 +42,18 @@ DOCUMENTS = (*PAGES, *BESIDE, "profiles/history.md")
 MODULE = re.compile(r"-m (hamner\.\w+|bench\.\w+)\b")
 SUBCOMMANDS = ("prepare", "train-tokenizer", "import", "read", "tune", "current", "ladder", "long")
 SUBCOMMANDS += ("report", "fit")
-NEEDS_MORE = re.compile(
-    r"torchrun|hf:|--serve|pytest|bench\.|tests\.|venv|nsys|ncu|--resume --run-dir runs/x|OLD\.pt"
-)
+NEEDS_MORE = re.compile(r"torchrun|hf:|--serve|pytest|bench\.|tests\.|venv|nsys")
 """what keeps a block of commands from being run here"""
+COMMANDS = [
+    *((f"hamner.{name}",) for name in ("train", "sft", "chat", "evaluate", "export")),
+    *((f"hamner.{name}",) for name in ("plan", "plot", "profile")),
+    *(("hamner.data", "prepare"), ("hamner.data", "train-tokenizer")),
+    *(("hamner.checkpoint", "import"), ("hamner.profile", "read"), ("bench.tune",)),
+]
+"""whose flags a sentence may name without them"""
+PASS_ON = ("bench.kills", "bench.scaling", "bench.recipes")
+"""commands that hand flags to hamner.train"""
+STARTED = r"(python -m|torchrun|pytest) "
 PROGRAMS = {"source", "python", "nsys", "ncu", "python3", ".ci/run", "ruff", "apt-get"}
 """whose flags are their own"""
 SHORTER = {
@@ -112,19 +121,6 @@ def test_links_and_files_exist(document):
 # -- flags
 
 
-class Names:
-    """It stands in for pytest's parser and keeps the names of options."""
-
-    def __init__(self) -> None:
-        self.found: set[str] = set()
-
-    def getgroup(self, *_) -> "Names":
-        return self
-
-    def addoption(self, *names: str, **_) -> None:
-        self.found.update(names)
-
-
 def start(module: str, args: list[str]) -> int:
     """The function starts a module as `python -m` does, and gives the exit code."""
     given = sys.argv
@@ -161,73 +157,65 @@ def flags_of(capsys, monkeypatch):
     return find
 
 
-def given_flags(command: str) -> set[str]:
-    """The function gives the long flags of a command as they are spelled."""
-    return {word.partition("=")[0] for word in shlex.split(command) if re.match(r"--[a-z]", word)}
+def given_flags(words: str) -> set[str]:
+    """The function gives the long flags among some words as they are spelled."""
+    return {word.partition("=")[0] for word in shlex.split(words) if re.match(r"--[a-z]", word)}
+
+
+@cache
+def torchrun_flags() -> set[str]:
+    return set(re.findall(r"--[\w-]+", get_args_parser().format_help()))
+
+
+@cache
+def benchmark_flags() -> set[str]:
+    """The function gives the flags that bench/conftest.py adds to pytest's."""
+    parser = mock.Mock()
+    add_bench_options(parser)
+    return {call.args[0] for call in parser.getgroup.return_value.addoption.mock_calls}
 
 
 def unknown_flags(command: str, flags_of, config: pytest.Config) -> set[str]:
     """The function gives those flags of a command that what it starts does not have."""
-    words = shlex.split(command)
-    while words and re.match(r"[A-Z_]+=", words[0]):
-        words = words[1:]
-    program, given = (words or [""])[0], given_flags(command)
-    module = MODULE.search(command)
-    known: set[str] = set()
-    if program == "torchrun" or module is None and program == "pytest":
-        if program == "pytest":
-            names = Names()
-            add_bench_options(names)
-            unknown = given - names.found
-            return {flag for flag in unknown if config.getoption(flag, MISSING) is MISSING}
-        known |= {name for a in get_args_parser()._actions for name in a.option_strings}
-    if module is None:
-        assert program in PROGRAMS | {"torchrun"} or program.startswith((".venv/", "examples/")), (
-            f"what is `{command}`?"
+    program = shlex.split(command)[0]
+    if module := MODULE.search(command):
+        launcher, rest = command[: module.start()], command[module.end() :]
+        subcommand = next((word for word in shlex.split(rest)[:1] if word in SUBCOMMANDS), "")
+        known = flags_of(module[1], subcommand) | {"--help"}
+        if module[1] in PASS_ON:
+            known |= flags_of("hamner.train")
+        unknown = given_flags(rest) - known
+        return unknown | (
+            given_flags(launcher) - torchrun_flags() if program == "torchrun" else set()
         )
-        return set() if program != "torchrun" else given - known
-    name, after = module[1], shlex.split(command[module.end() :])
-    subcommand = after[0] if after and after[0] in SUBCOMMANDS else ""
-    known |= flags_of(name, subcommand)
-    if name in ("bench.kills", "bench.scaling"):  # theirs go on to hamner.train
-        known |= flags_of("hamner.train")
-    if name == "bench.recipes":
-        known |= flags_of("hamner.train")
-    if program in ("nsys", "ncu"):
-        given = given_flags(command[module.start() :])
-    return given - known - {"--help"}
-
-
-@pytest.mark.parametrize("document", [d for d in DOCUMENTS if d != "CHANGELOG.md"])
-def test_flags_exist(document, flags_of, pytestconfig):
-    commands = [c for block in read(document)[1] for c in block.commands() if is_shell(block)]
-    started = re.compile(r"(python -m|torchrun|pytest) ")
-    commands += [span for span in spans(document) if started.match(span) and "..." not in span]
-    wrong = {command: unknown_flags(command, flags_of, pytestconfig) for command in commands}
-    assert {command: flags for command, flags in wrong.items() if flags} == {}
+    if program == "pytest":
+        given = given_flags(command) - benchmark_flags()
+        return {flag for flag in given if config.getoption(flag, MISSING) is MISSING}
+    assert program in PROGRAMS or program.startswith((".venv/", "examples/")), f"what is {command}?"
+    return set()
 
 
 def is_shell(block: Block) -> bool:
     return block.language.startswith("bash")
 
 
-EVERYWHERE = ("train", "sft", "chat", "evaluate", "export", "plan", "plot", "profile")
-WITH_SUBCOMMAND = (
-    *(("hamner.data", "prepare"), ("hamner.data", "train-tokenizer")),
-    *(("hamner.checkpoint", "import"), ("hamner.profile", "read")),
-)
+@pytest.mark.parametrize("document", [d for d in DOCUMENTS if d != "CHANGELOG.md"])
+def test_flags_exist(document, flags_of, pytestconfig):
+    commands = [c for block in read(document)[1] if is_shell(block) for c in block.commands()]
+    commands += [span for span in spans(document) if re.match(STARTED, span) and "..." not in span]
+    wrong = {command: unknown_flags(command, flags_of, pytestconfig) for command in commands}
+    assert {command: flags for command, flags in wrong.items() if flags} == {}
+    named = re.findall(r"(?<!\S)(?:bench|tests|examples|profiles)/[\w/.-]+", " ".join(commands))
+    assert [name for name in named if not (ROOT / name).exists()] == []
 
 
 @pytest.mark.parametrize("document", PAGES)
 def test_flags_within_a_sentence_exist(document, flags_of):
-    known = {flag for name in EVERYWHERE for flag in flags_of(f"hamner.{name}")}
-    known |= {flag for name in WITH_SUBCOMMAND for flag in flags_of(*name)}
-    known |= {name for a in get_args_parser()._actions for name in a.option_strings}
-    names = Names()
-    add_bench_options(names)
-    known |= names.found | flags_of("bench.tune") | {"--help"}
-    alone = [span for span in spans(document) if span.startswith("--")]
-    assert [span for span in alone if not given_flags(span) <= known] == []
+    known = torchrun_flags() | benchmark_flags() | {"--help"}
+    for command in COMMANDS:
+        known |= flags_of(*command)
+    within = [span for span in spans(document) if span.startswith("--")]
+    assert [span for span in within if not given_flags(span) <= known] == []
 
 
 # -- commands

@@ -257,7 +257,8 @@ class Reader:
         name, args = module[1], []
         for word in shlex.split(command[module.end() :]):
             args.append(word)
-        if name == "hamner.train" and "--resume" not in args and "--help" not in args:
+        if name == "hamner.train" and "--option" in args and "--help" not in args:
+            # A new run, where that of another page may be.
             shutil.rmtree(self.folder / "runs" / args[args.index("--option") + 1], True)
         if args[0] != "read":
             args += SHORTER.get(name, ())

@@ -20,7 +20,7 @@ from hamner.model.attention import document_positions
 from hamner.model.generate import PROMPTS, Generator, answer, generate
 from hamner.model.sampling import Sampling
 from hamner.model.transformer import Transformer
-from hamner.progress import SILENT, Status
+from hamner.progress import SILENT, Status, Task
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +138,8 @@ def evaluate_source(
         status: shows how far it is.
     """
     batch = source.batch
-    losses = token_losses(model, batch, document_mask=source.document_mask, status=status)
+    with status.task(f"evaluating on {source.name}", len(batch.inputs), "sequences") as task:
+        losses = token_losses(model, batch, document_mask=source.document_mask, task=task)
     kept = batch.targets != IGNORED_TARGET
     tokens = int(kept.sum())
     if not tokens:
@@ -169,9 +170,10 @@ def token_losses(
     batch: Batch,
     *,
     document_mask: bool,
-    status: Status = SILENT,
+    task: Task,
 ) -> Tensor:
-    """The function computes the cross-entropy of every target, a few rows at a time.
+    """The function computes the cross-entropy of every target, a few rows at a time, which the task
+    counts.
 
     Returns:
         (B, T) float64 on the CPU, nats; 0 where the target is ignored.
@@ -180,19 +182,18 @@ def token_losses(
     rows, seq_len = batch.inputs.shape
     step = max(1, MAX_LOGITS // (seq_len * model.config.vocab_size))
     losses = [torch.empty((0, seq_len), dtype=torch.float64)]
-    with status.task("evaluating", rows, "sequences") as task:
-        for start in range(0, rows, step):
-            part = slice(start, start + step)
-            documents = batch.document_ids[part].to(device) if document_mask else None
-            logits = model(batch.inputs[part].to(device), document_ids=documents).logits
-            cross_entropy = torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1).float(),
-                batch.targets[part].flatten().to(device),
-                ignore_index=IGNORED_TARGET,
-                reduction="none",
-            )
-            losses.append(cross_entropy.double().cpu().view(-1, seq_len))
-            task.advance(len(cross_entropy) // seq_len)
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        documents = batch.document_ids[part].to(device) if document_mask else None
+        logits = model(batch.inputs[part].to(device), document_ids=documents).logits
+        cross_entropy = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1).float(),
+            batch.targets[part].flatten().to(device),
+            ignore_index=IGNORED_TARGET,
+            reduction="none",
+        )
+        losses.append(cross_entropy.double().cpu().view(-1, seq_len))
+        task.advance(len(cross_entropy) // seq_len)
     return torch.cat(losses)
 
 

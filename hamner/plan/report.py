@@ -261,7 +261,7 @@ def caveats(plan: Plan) -> list[str]:
 
 def run_findings(run: RunProjection) -> list[str]:
     """They say where a run stands, where it is heading and what holds it up."""
-    now, fit, since = run.loss_now, run.fit if run.law else None, ""
+    now, fit, since = run.loss_now, run.projected, ""
     if run.curve.start:
         since = f", {_count(run.tokens_seen)} of them since the weights were new"
     slope = f", {fit.slope * 1e9:+.3f} per billion tokens" if fit else ""
@@ -271,11 +271,13 @@ def run_findings(run: RunProjection) -> list[str]:
     ]
     if fit:
         end, (low, high) = fit.loss(run.tokens_at_end), fit.interval(run.tokens_at_end)
+        schedule = " This takes the learning rate to go on as so far; a fall to come ends lower."
+        if run.curve.final_rate is not None:
+            schedule = " The interval has room for the rest of the learning rate's schedule."
         findings.append(
             f"At {_count(run.end_tokens)} tokens: loss {end:.3f}, 80% interval {low:.3f}-"
             f"{high:.3f}; perplexity {_perplexity(end)}, {_perplexity(low)}-"
-            f"{_perplexity(high)}. This takes the schedule to go on as so far; a learning rate "
-            "still to decay ends lower."
+            f"{_perplexity(high)}.{schedule}"
         )
     return findings + run.diagnosis()
 
@@ -470,7 +472,7 @@ def _draw_run(run: RunProjection) -> "Axes":
     axes = _axes("tokens, billions", "loss, nats per token")
     axes.plot(run.curve.tokens / 1e9, run.curve.loss, ".", markersize=2, color="grey", label="run")
     axes.set(xscale="log")
-    if not (run.fit and run.law):
+    if not run.projected:
         return axes
     first, last = 0.1 * run.tokens_seen, run.tokens_at_end
     # Evenly spaced on the logarithmic axis.

@@ -30,10 +30,19 @@ SHIFTED_TWICE = (
 
 CALIBRATED = (
     range(120),
-    ("tiny", "current", "constant", "cosine", "batch", "builtin", "small"),
+    (
+        *("tiny", "current", "constant", "cosine", "batch", "builtin", "small"),
+        *("adamw-constant", "adamw-wsd"),
+    ),
 )
 """seeds of drawn curves, and logs, that the constants of hamner.plan.projection were chosen on"""
-HELD_OUT = range(2_000, 2_120), ("held-constant", "held-cosine")
+HELD_OUT = (
+    range(2_000, 2_120),
+    (
+        *("held-constant", "held-cosine", "adamw-linear", "adamw-cosine", "adamw-builtin"),
+        *("muon-linear", "muon-builtin", "muon-constant", "muon-wsd", "muon-small-batch"),
+    ),
+)
 """those that they were not"""
 SHARES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 """of a log's tokens, after which its end is projected"""
@@ -113,12 +122,15 @@ class End(NamedTuple):
 
 
 def project_end(curve: RunCurve, share: float) -> Iterator[End]:
-    """The last 3% of the readings, at least five, are projected; nothing where no law fits."""
-    seen, last = (curve.tokens <= share * curve.tokens[-1], max(5, len(curve.tokens) * 3 // 100))
+    """The last 3% of the readings are projected, or 25 of few; nothing where no law fits."""
+    points = len(curve.tokens)
+    last = max(5, points * 3 // 100, min(25, points // 10))
+    seen = curve.tokens <= share * curve.tokens[-1]
     at, reading = curve.tokens[-last:].mean(), np.median(curve.loss[-last:])
     try:
         parts = (getattr(curve, name)[seen] for name in ("tokens", "loss", "rates"))
-        fit = fit_run(RunCurve(curve.path, *parts))
+        final_rate = curve.rates[-1] / curve.rates.max()
+        fit = fit_run(RunCurve(curve.path, *parts, final_rate=final_rate), curve.tokens[-1])
     except NoLaw:
         return
     low, high = fit.interval(at)

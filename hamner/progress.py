@@ -183,11 +183,10 @@ class TaskLine(Progress):
 
 
 @contextlib.contextmanager
-def waiting(what: str, total: float | None = None, unit: str = "") -> Iterator[Status]:
+def waiting(what: str) -> Iterator[Status]:
     """While people wait in this context, they see what is being done, on the standard error.
 
-    Elsewhere than on a terminal there is a line at first too. Of several processes, the first one
-    speaks.
+    What is over soon, or refused, leaves nothing there. Of several processes, the first one speaks.
 
     Yields:
         What shows the tasks that this work consists of.
@@ -199,8 +198,6 @@ def waiting(what: str, total: float | None = None, unit: str = "") -> Iterator[S
     def say(text: str) -> None:
         console.print(Text(text), soft_wrap=True)
 
-    if not console.is_terminal:
-        say(what)
     status = ShownStatus(console, say)
-    with status.task(what, total, unit):
+    with status.task(what):
         yield status

@@ -1,6 +1,7 @@
 """The minutes before the first log line are shown: kernels compile, data arrives, steps go by."""
 
 import contextlib
+import math
 
 from hamner.train.log import TrainLog
 
@@ -33,20 +34,24 @@ class FirstSteps(contextlib.AbstractContextManager):
         if self._task is not None and not self._task.unit and micro_batches > 1:
             self._task.note = f"{done:,} of {micro_batches:,} micro-batches"
 
-    def step_done(self, step: int) -> None:
+    def step_done(self, step: int, tokens: int) -> None:
         """A step is done; after the first log line nothing is counted any more.
 
         Args:
             step: from 1.
+            tokens: trained so far.
         """
         if self._task is None:
             return
         if not self._log.is_before_first_line:
             self.__exit__()
             return
-        every = self._log.config.log_every
-        self._task.what = "steps to the first log line" if every else "steps"
-        self._task.unit, self._task.note = "steps", ""
-        if every and self._task.total is None:
-            self._task.total = 1 + -step % every
+        if self._task.total is None:
+            config, left = self._log.config, self._log.display.total_tokens - tokens
+            # The last step has a line too.
+            to_come = math.ceil(left / config.tokens_per_step)
+            if config.log_every:
+                to_come = min(to_come, -step % config.log_every)
+            self._task.what, self._task.unit = "steps to the first log line", "steps"
+            self._task.note, self._task.total = "", 1 + to_come
         self._task.advance()

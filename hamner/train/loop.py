@@ -242,7 +242,7 @@ class TrainingLoop:
         self.processes.step_done(progress.step)
         self.log.record(StepReading(progress.step, progress.tokens, lr, batch), result)
         self.step.on_phase("step done", progress.step)
-        self.first_steps.step_done(progress.step)
+        self.first_steps.step_done(progress.step, progress.tokens)
         return True
 
     def _should_abort(self, started: float, done: int, micro_batches: int) -> bool:

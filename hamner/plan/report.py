@@ -27,13 +27,10 @@ from hamner.plan.loss import (
 from hamner.plan.memory import FULL, NONE, SELECTIVE, MemoryAccount, describe
 from hamner.plan.projection import RunProjection
 from hamner.plan.step_time import MEASURED_ERRORS, efficiency
+from hamner.plan.words import count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-
-def _count(count: float) -> str:
-    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
 
 
 def _range(bounds: tuple[float, float], digits: int) -> str:
@@ -100,8 +97,8 @@ def _quantities(plan: Plan, hours: float | None) -> dict[str, str]:
     gib = "VRAM, GiB" if plan.parallelism.ranks == 1 else "VRAM of each GPU, GiB"
     return {
         "": option.option,
-        "parameters": _count(plan.parameters),
-        "active per token": _count(plan.active_parameters),
+        "parameters": count(plan.parameters),
+        "active per token": count(plan.active_parameters),
         "layers x width": f"{model.num_layers} x {model.hidden_size}",
         "batch x sequence": f"{option.batch_size} x {option.seq_len}",
         "tokens per step": f"{option.tokens_per_step:,}",
@@ -112,11 +109,11 @@ def _quantities(plan: Plan, hours: float | None) -> dict[str, str]:
         **_scaling(plan),
         "tokens/s (projected)": f"{prediction.tokens_per_second:,.0f}",
         "MFU (projected)": f"{prediction.mfu:.0%}",
-        "tokens": _count(plan.config.tokens),
+        "tokens": count(plan.config.tokens),
         "steps": f"{plan.steps:,}",
         "hours (projected)": f"{plan.hours:,.1f}",
         "days (projected)": f"{plan.hours / 24:.1f}",
-        "compute-optimal tokens": _count(compute_optimal_tokens(plan.active_parameters)),
+        "compute-optimal tokens": count(compute_optimal_tokens(plan.active_parameters)),
         **_losses(plan, hours),
     }
 
@@ -214,7 +211,7 @@ def coherence_table(analysis: Analysis) -> str:
             continue
         hours = plan.hours * tokens / plan.config.tokens
         within = "yes" if tokens <= plan.config.tokens else "no"
-        rows.append([plan.config.option, _count(tokens), f"{hours:,.1f}", within])
+        rows.append([plan.config.option, count(tokens), f"{hours:,.1f}", within])
     return _table(rows)
 
 
@@ -236,8 +233,8 @@ def caveats(plan: Plan) -> list[str]:
         "half of the square; counting all of it, "
         f"{prediction.mfu * whole_square / prediction.flops_per_token:.0%}.",
         f"Loss by {BESIROGLU.source}: another tokeniser and corpus, so compare options and not "
-        f"absolute values. A {_count(parameters)} model reached {loss} after "
-        f"{_count(tokens)} tokens (constant learning rate) where the law says "
+        f"absolute values. A {count(parameters)} model reached {loss} after "
+        f"{count(tokens)} tokens (constant learning rate) where the law says "
         f"{BESIROGLU.loss(parameters, tokens):.2f}. When a loss is reached is told by the law "
         "shifted through that run, or through the run under --metrics.",
     ]
@@ -263,11 +260,11 @@ def run_findings(run: RunProjection) -> list[str]:
     """They say where a run stands, where it is heading and what holds it up."""
     now, fit, since = run.loss_now, run.projected, ""
     if run.curve.start:
-        since = f", {_count(run.tokens_seen)} of them since the weights were new"
+        since = f", {count(run.tokens_seen)} of them since the weights were new"
     slope = f", {fit.slope * 1e9:+.3f} per billion tokens" if fit else ""
     findings = [
         f"`{run.curve.path}`: loss {now:.3f} (perplexity {_perplexity(now)}) after "
-        f"{_count(run.curve.tokens[-1])} tokens{since}{slope}."
+        f"{count(run.curve.tokens[-1])} tokens{since}{slope}."
     ]
     if fit:
         end, (low, high) = fit.loss(run.tokens_at_end), fit.interval(run.tokens_at_end)
@@ -275,7 +272,7 @@ def run_findings(run: RunProjection) -> list[str]:
         if run.curve.final_rate is not None:
             schedule = " The interval has room for the rest of the learning rate's schedule."
         findings.append(
-            f"At {_count(run.end_tokens)} tokens: loss {end:.3f}, 80% interval {low:.3f}-"
+            f"At {count(run.end_tokens)} tokens: loss {end:.3f}, 80% interval {low:.3f}-"
             f"{high:.3f}; perplexity {_perplexity(end)}, {_perplexity(low)}-"
             f"{_perplexity(high)}.{schedule}"
         )
@@ -290,7 +287,7 @@ def screen(analysis: Analysis, *, every_option: bool) -> str:
         parts += [
             options_table(analysis.plans, analysis.hours),
             _misfits(analysis),
-            f"Recommended: **{best.option}**, {_count(best.model.num_parameters())} parameters",
+            f"Recommended: **{best.option}**, {count(best.model.num_parameters())} parameters",
         ]
     else:
         parts += [options_table([plan]), memory_table(plan), step_times(plan)]
@@ -336,13 +333,13 @@ def _situation(analysis: Analysis, files: str) -> str:
 
 ## The problem
 
-Train a language model from scratch on {_count(plan.config.tokens)} tokens with {gpus}, and know
+Train a language model from scratch on {count(plan.config.tokens)} tokens with {gpus}, and know
 before starting whether it fits, how long it takes and how good it will be.
 
 ## Evidence
 
-A {_count(parameters)} model reached a training loss of {loss} (perplexity {math.exp(loss):.0f})
-after {_count(tokens)} tokens, {tokens / compute_optimal_tokens(parameters):.0%} of its
+A {count(parameters)} model reached a training loss of {loss} (perplexity {math.exp(loss):.0f})
+after {count(tokens)} tokens, {tokens / compute_optimal_tokens(parameters):.0%} of its
 compute-optimal budget. Above a loss of about {COHERENT_LOSS} its text was incoherent.{run}
 
 ## Hardware budget
@@ -374,11 +371,11 @@ def _proposal(analysis: Analysis, files: str) -> str:
 
 ## Recommendation
 
-Train **{best.config.option}** ({_count(best.parameters)} parameters): of the options trained on
+Train **{best.config.option}** ({count(best.parameters)} parameters): of the options trained on
 their full context it has the lowest expected loss after {analysis.hours:,.0f} hours, a mixture of
 experts counted by its active parameters. It takes {best.prediction.peak_gib:.1f} GiB with recompute
 {describe(best.memory.policies)} and, projected, {best.hours / 24:.1f} days for
-{_count(best.config.tokens)} tokens at {best.prediction.tokens_per_second:,.0f} tokens/s.
+{count(best.config.tokens)} tokens at {best.prediction.tokens_per_second:,.0f} tokens/s.
 
 Expected loss: {_range(best.loss_range(BESIROGLU), 2)} by {BESIROGLU.source};
 {_range(best.loss_range(HOFFMANN), 2)} by {HOFFMANN.source};

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hamner.plan.projection import NoLaw, RunProjection, fit_run
+from hamner.plan.projection import NoLaw, RunProjection, TooEarly, fit_run
 from hamner.plan.run_curve import RunCurve, read_run
 from tests.plan.loss_curves import MEASURED, SHIFTED_TWICE, correlated
 from tests.plan.test_run_curve import rows_of, truth, write_jsonl
@@ -209,6 +209,44 @@ def test_a_curve_that_no_law_fits():
     run = project(tokens, loss)
     assert run.fit is run.law is None
     assert "Nothing is projected: no law fits: the loss wanders 0." in run.diagnosis()[0]
+
+
+def leaving_a_plateau(tokens):
+    """Flat until 10M tokens, a power law of exponent 0.3 long after them."""
+    return 2.6 + 4.0 * (1 + (tokens / 1e7) ** 2) ** -0.15
+
+
+@pytest.mark.parametrize(
+    ("last", "end", "found"),
+    [
+        (2e7, 1e9, "after about 63.2M tokens."),
+        (2e7, 5e7, "after about 63.2M tokens, which this run will not see."),
+        (1e9, 1e10, None),
+    ],
+)
+def test_a_run_just_out_of_its_plateau_is_too_early_for_a_law(last, end, found):
+    tokens = np.linspace(last / 500, last, 500)
+    noise = 0.02 * np.random.default_rng(0).normal(size=500)
+    curve = curve_of(tokens, leaving_a_plateau(tokens) + noise)
+    run = RunProjection(curve, SIZE, end)
+    assert (run.fit is None) == bool(found)
+    if found:
+        (said,) = run.diagnosis()
+        assert said.startswith("Nothing is projected: it is too early, the loss still falls as")
+        assert said.endswith(found)
+
+
+def test_the_tokens_to_ask_again_after_count_those_before_weights_were_lost(tmp_path):
+    tokens = np.linspace(4e4, 2e7, 500)
+    after = RunCurve(None, tokens + 1e9, leaving_a_plateau(tokens), 0 * tokens, start=1e9)
+    assert "after about 1.06B tokens." in RunProjection(after, SIZE, END).diagnosis()[0]
+
+
+def test_noise_that_hides_the_slowing_is_named():
+    tokens = np.linspace(1e7, 2.45e9, 60)
+    noise = 0.15 * np.random.default_rng(2).normal(size=60)
+    with pytest.raises(TooEarly, match="noise hides whether the loss falls less"):
+        fit_run(curve_of(tokens, truth(tokens) + noise), END)
 
 
 def test_a_run_that_lost_its_weights_is_projected_from_there(tmp_path):

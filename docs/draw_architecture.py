@@ -42,6 +42,7 @@ ACROSS = {
     "plan": 2.3,
     "config": 5.6,
     "hardware": 1.0,
+    "progress": 7.6,
     "cli": 6.2,
     "files": 8.9,
     "errors": 3.5,

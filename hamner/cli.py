@@ -12,9 +12,8 @@ import os
 import select
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from time import monotonic
 from typing import Annotated, Any, TextIO
 
 import tyro
@@ -29,9 +28,6 @@ PARTS = (
     *("parallel", "plan", "plot", "profile", "sft", "train"),
 )
 """packages that hamner is made of"""
-
-QUIET_SECONDS = 10.0
-"""between two plain lines that say how far something is"""
 
 
 def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
@@ -105,41 +101,6 @@ class UnfailingStream:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
-
-
-@contextlib.contextmanager
-def waiting(what: str) -> Iterator[Callable[[str], None]]:
-    """While people wait in this context, they see what is being done.
-
-    On a terminal that is one line that changes, elsewhere a line at first and then one from time to
-    time. Of several processes, the first one speaks.
-
-    Args:
-        what: is being done.
-
-    Yields:
-        A function that takes how far it is, as often as one likes.
-    """
-    from rich.console import Console
-    from rich.text import Text
-
-    speaks = sys.stdout is not None and os.environ.get("RANK", "0") == "0"
-    file = UnfailingStream(sys.stdout) if speaks else io.StringIO()
-    console = Console(file=file, highlight=False)
-    if console.is_terminal:
-        with console.status(Text(what)) as status:
-            yield lambda how_far: status.update(Text(f"{what}: {how_far}"))
-        return
-    console.print(Text(what), soft_wrap=True)
-    said = monotonic()
-
-    def update(how_far: str) -> None:
-        nonlocal said
-        if monotonic() - said >= QUIET_SECONDS:
-            console.print(Text(f"{what}: {how_far}"), soft_wrap=True)
-            said = monotonic()
-
-    yield update
 
 
 def _prepare_process() -> None:

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from hamner import cli
-from hamner.cli import run_command, waiting
+from hamner.cli import run_command
 from hamner.errors import EXIT_BAD_INPUT, EXIT_FAILED, UserError
 
 
@@ -111,16 +110,3 @@ def test_an_account_without_a_home_keeps_kernels_elsewhere(monkeypatch, tmp_path
     (folder,) = tmp_path.iterdir()
     assert os.environ["TRITON_HOME"] == os.environ["HF_HOME"] == str(folder)
     assert folder.stat().st_mode & 0o777 == 0o700
-
-
-def test_who_waits_sees_what_is_done_and_from_time_to_time_how_far(monkeypatch, capsys):
-    now = [0.0]
-    monkeypatch.setattr(cli, "monotonic", lambda: now[0])
-    with waiting("reading [a]") as say:
-        for share in range(0, 100, 10):
-            say(f"{share}%")
-            now[0] += 3.0
-    assert capsys.readouterr().out.splitlines() == [
-        "reading [a]",
-        *(f"reading [a]: {share}%" for share in (40, 80)),
-    ]

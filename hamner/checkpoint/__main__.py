@@ -13,8 +13,9 @@ from typing import Annotated
 
 import tyro
 
-from hamner.cli import NameOrPath, read_flags, run_command, waiting
+from hamner.cli import NameOrPath, read_flags, run_command
 from hamner.errors import UserError
+from hamner.progress import waiting
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ def main(args: Sequence[str]) -> int:
     from hamner.checkpoint.english import GUESSING_SHARE, english_loss, loss_of_guessing
     from hamner.checkpoint.import_pt import describe, import_checkpoint
 
-    with waiting(f"importing {config.file}"):
-        imported = import_checkpoint(config.file, config.run_dir, config.tokenizer)
+    with waiting(f"importing {config.file}") as status:
+        imported = import_checkpoint(config.file, config.run_dir, config.tokenizer, status)
     state = imported.checkpoint.state()
     print(
         f"imported {imported.config.model.num_parameters():,} parameters of step "
@@ -59,7 +60,8 @@ def main(args: Sequence[str]) -> int:
     print(describe(imported))
     guessing = loss_of_guessing(imported.config.model)
     try:
-        loss = english_loss(imported)
+        with waiting("trying it on built-in English"):
+            loss = english_loss(imported)
     except UserError as error:
         print(f"WARNING: the tokenizer was not tried on English ({error})")
         return 0

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from rich.filesize import decimal
 from torch import Tensor
 
 import hamner
@@ -32,6 +33,7 @@ from hamner.data.chat_template import ROLE_TOKENS
 from hamner.data.chat_tokens import add_chat_tokens, missing_chat_tokens
 from hamner.data.tokenizer import Tokenizer, load_tokenizer
 from hamner.errors import UserError
+from hamner.progress import SILENT, Status, Task
 
 CHAT_TYPES = {"sft", "dpo"}
 """words of a chat model's `training_type`"""
@@ -43,8 +45,10 @@ MAX_COUNT = 10**15
 """more steps or tokens than anyone has trained"""
 
 
-def import_checkpoint(file: Path, run_dir: Path, tokenizer_name: str) -> SavedModel:
-    """The function makes the run `run_dir` of the checkpoint `file`.
+def import_checkpoint(
+    file: Path, run_dir: Path, tokenizer_name: str, status: Status = SILENT
+) -> SavedModel:
+    """The function makes the run `run_dir` of the checkpoint `file`; `status` shows how far it is.
 
     Raises:
         UserError: not such a checkpoint, a damaged one, a model that Hamner cannot hold, or another
@@ -52,9 +56,11 @@ def import_checkpoint(file: Path, run_dir: Path, tokenizer_name: str) -> SavedMo
     """
     if run_dir.exists():
         raise UserError(f"--run-dir {run_dir} exists already: name another folder")
-    content = _read(file)
+    content = _read(file, status)
     model = _model_config(file, content["config"])
-    weights = convert(file, model, content["model_state_dict"])
+    state_dict = content["model_state_dict"]
+    with status.task("converting", len(state_dict), "tensors") as task:
+        weights = convert(file, model, state_dict, task)
     tokenizer = load_tokenizer(tokenizer_name)
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(
@@ -85,7 +91,9 @@ def import_checkpoint(file: Path, run_dir: Path, tokenizer_name: str) -> SavedMo
         "training_type": kind,
         "versions": {"hamner": hamner.__version__, "torch": torch.__version__},
     }
-    return _write(config, state, weights, tokenizer)
+    size = decimal(sum(tensor.nbytes for tensor in weights.values()))
+    with status.task(f"writing {run_dir} ({size})"):
+        return _write(config, state, weights, tokenizer)
 
 
 def _write(
@@ -144,8 +152,12 @@ def _lacks_tags(tokenizer: Tokenizer) -> bool:
     return set(ROLE_TOKENS.values()) <= set(missing_chat_tokens(tokenizer))
 
 
-def convert(file: Path, config: ModelConfig, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def convert(
+    file: Path, config: ModelConfig, state_dict: Mapping[str, Tensor], task: Task
+) -> dict[str, Tensor]:
     """The function gives the earlier trainer's parameters our names and packing, in fp32.
+
+    The task counts the tensors.
 
     Raises:
         UserError: a tensor is missing, has another shape, no counterpart, or values that are not
@@ -160,6 +172,7 @@ def convert(file: Path, config: ModelConfig, state_dict: Mapping[str, Tensor]) -
         for name in (f"{module}.weight" for module in modules):
             tensor, shape = theirs.pop(name, None), shapes[name.split(".")[-2]]
             weights.append(_weight(file, name, tensor, shape))
+            task.advance()
         return torch.cat(weights)
 
     ours = {"embed.weight": take("embed_tokens"), "norm.weight": take("final_norm")}
@@ -239,9 +252,9 @@ def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _read(file: Path) -> dict:
+def _read(file: Path, status: Status) -> dict:
     """The function reads the checkpoint and checks that it has the parts of one."""
-    content = read_pt(file)
+    content = read_pt(file, status)
     if not isinstance(content, dict) or not all(
         isinstance(content.get(name), dict) for name in ("config", "model_state_dict")
     ):

@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 
 from hamner.errors import UserError
+from hamner.progress import SILENT, Status
 
 _CHUNK_BYTES = 2**24
 
 
-def read_pt(file: Path) -> object:
+def read_pt(file: Path, status: Status = SILENT) -> object:
     """The function reads what `torch.save` wrote, in its zip format or the older one.
 
     Tensors of the zip format stay on disk until they are used.
@@ -22,7 +23,7 @@ def read_pt(file: Path) -> object:
     try:
         is_zip = zipfile.is_zipfile(file)
         if is_zip:
-            _require_intact(file)
+            _require_intact(file, status)
         with warnings.catch_warnings(action="ignore"):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
     except UserError:
@@ -36,7 +37,7 @@ def read_pt(file: Path) -> object:
         ) from error
 
 
-def _require_intact(file: Path) -> None:
+def _require_intact(file: Path, status: Status) -> None:
     """The function compares every part of the archive with its CRC-32, which `torch.load` does not.
 
     Raises:
@@ -49,13 +50,15 @@ def _require_intact(file: Path) -> None:
         # `torch.serialization.set_crc32_options(False)` leaves them out.
         if not any(part.CRC for part in parts):
             return
-        for part in parts:
-            try:
-                with archive.open(part) as stream:
-                    while stream.read(_CHUNK_BYTES):
-                        pass
-            except (zipfile.BadZipFile, EOFError) as error:
-                raise UserError(
-                    f"{file} is damaged: its part {part.filename} does not match its checksum; "
-                    "copy it again, or take an older checkpoint"
-                ) from error
+        size = sum(part.file_size for part in parts)
+        with status.task(f"checking {file}", size, "bytes") as task:
+            for part in parts:
+                try:
+                    with archive.open(part) as stream:
+                        while chunk := stream.read(_CHUNK_BYTES):
+                            task.advance(len(chunk))
+                except (zipfile.BadZipFile, EOFError) as error:
+                    raise UserError(
+                        f"{file} is damaged: its part {part.filename} does not match its checksum; "
+                        "copy it again, or take an older checkpoint"
+                    ) from error

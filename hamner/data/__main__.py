@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hamner.cli import NameOrPath, read_flags, run_command, waiting
+from hamner.cli import NameOrPath, read_flags, run_command
 from hamner.data.bad_rows import DEFAULT_SHARE, BadRows, lines_of
 from hamner.data.chat_tokens import reserve_chat_tokens
 from hamner.data.documents import split_of
@@ -19,6 +19,7 @@ from hamner.data.sources import open_text_source
 from hamner.data.specs import parse_specs
 from hamner.data.tokenizer import VOCAB_SIZE, load_tokenizer, train_tokenizer
 from hamner.errors import UserError
+from hamner.progress import Status, waiting
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Prepare:
         tokenizer = load_tokenizer(self.tokenizer, self.vocab_size)
         if self.reserve_chat_tokens:
             tokenizer = reserve_chat_tokens(tokenizer, self.vocab_size)
-        with waiting("preparing shards") as say:
+        with waiting("preparing shards") as status:
             index = prepare(
                 self.data,
                 self.output,
@@ -58,9 +59,7 @@ class Prepare:
                 shard_tokens=self.shard_tokens,
                 val_fraction=self.val_fraction,
                 bad_rows=self.bad_rows,
-                on_progress=lambda spec, tokens, documents: say(
-                    f"{spec}: {tokens:,} tokens of {documents:,} documents"
-                ),
+                status=status,
             )
         for split in ("train", "validation"):
             shards = [shard for shard in index["shards"] if shard["split"] == split]
@@ -96,20 +95,22 @@ class TrainTokenizer:
         _check_shares(self.val_fraction, self.bad_rows)
         if not self.output.parent.is_dir() or self.output.is_dir():
             raise UserError(f"--output {self.output}: must be a file in an existing folder")
-        tokenizer = train_tokenizer(self._texts(), self.vocab_size)
+        with waiting(f"learning {self.vocab_size:,} entries") as status:
+            tokenizer = train_tokenizer(self._texts(status), self.vocab_size)
         tokenizer.save(self.output)
         print(f"{self.output}: {tokenizer.vocab_size:,} entries, SHA-256 {tokenizer.fingerprint}")
 
-    def _texts(self) -> Iterator[str]:
+    def _texts(self, status: Status) -> Iterator[str]:
         for spec in parse_specs(self.data):
-            size = 0
             source = open_text_source(spec, BadRows(spec.text, self.bad_rows))
-            for text, _ in source.documents(seed=0, epoch=0, state=None):
-                if split_of(text, self.val_fraction) == "train":
-                    yield text
-                    size += len(text.encode())
-                if size >= self.max_mib * 2**20:
-                    break
+            with status.task(f"reading {spec.text}", unit="bytes") as task:
+                task.note = f"at most {self.max_mib} MiB of text"
+                for text, _ in source.documents(seed=0, epoch=0, state=None):
+                    if split_of(text, self.val_fraction) == "train":
+                        yield text
+                        task.advance(len(text.encode()))
+                    if task.done >= self.max_mib * 2**20:
+                        break
 
 
 def _check_shares(val_fraction: float, bad_rows: float) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+from hamner.data.documents import Extent
 from hamner.data.shuffle import State, shuffled_documents
 from hamner.errors import UserError
 
@@ -107,6 +108,10 @@ class BuiltinSource:
         documents = builtin_documents()
         digest = hashlib.sha256("\0".join(documents).encode()).hexdigest()
         return {"documents": len(documents), "digest": digest}
+
+    def extent(self, seed: int, epoch: int, state: State | None) -> Extent:
+        """The extent counts documents."""
+        return Extent(state["row"] if state else 0, len(builtin_documents()), "documents")
 
     def documents(self, seed: int, epoch: int, state: State | None) -> Iterator[tuple[str, State]]:
         """The epoch is shuffled; see `shuffled_documents`."""

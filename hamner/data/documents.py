@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -21,8 +21,20 @@ class Source(Protocol):
         """The identity must be equal when a run resumes: JSON, readable where it can be."""
 
 
+class Extent(NamedTuple):
+    """An extent says how much of an epoch was read."""
+
+    done: float
+    total: float
+    unit: str
+    """of both, such as bytes"""
+
+
 class TextSource(Source, Protocol):
     """A text source gives documents as text. An epoch is resumable after every document."""
+
+    def extent(self, seed: int, epoch: int, state: State | None) -> Extent:
+        """The extent is that at a state; an epoch begins with None."""
 
     def documents(self, seed: int, epoch: int, state: State | None) -> Iterator[tuple[str, State]]:
         """The iterator gives one epoch of documents, each with the state to go on after it."""

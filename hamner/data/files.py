@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from hamner.data.bad_rows import BadRow, BadRows, Counts
-from hamner.data.documents import TEXT_FIELDS, document_text
+from hamner.data.documents import TEXT_FIELDS, Extent, document_text
 from hamner.data.find import COMPRESSED, data_format, find_files
-from hamner.data.scan import MendedFile, Row, Scan, mended, scan
+from hamner.data.scan import MendedFile, Row, Scan, mended, scan, share_of_rows
 from hamner.data.shuffle import State, permutation, shuffled_documents
 from hamner.data.tokenizer import END_OF_TEXT
 from hamner.errors import UserError
@@ -108,6 +108,17 @@ class FileSource:
     def identity(self) -> State:
         """Names and sizes of the files must not change between saving and resuming."""
         return self._identity
+
+    def extent(self, seed: int, epoch: int, state: State | None) -> Extent:
+        """The extent counts bytes of whole files, and the share read of the file under way."""
+        done, total = 0.0, float(sum(self._sizes))
+        if state is not None:
+            number, order = state["file"], permutation(len(self._files), seed, epoch)
+            done = float(sum(self._sizes[n] for n in order[:number]))
+            where = state["block"], state["row"]
+            share = self._files[order[number]].share(where, seed, epoch, number)
+            done += self._sizes[order[number]] * share
+        return Extent(done, total, "bytes")
 
     def documents(self, seed: int, epoch: int, state: State | None) -> Iterator[tuple[str, State]]:
         """The epoch is shuffled; see `shuffled_documents`.
@@ -290,6 +301,11 @@ class _ParquetFile:
         """
         with self._opened() as file:
             self._text_field(file.schema_arrow.names)
+            groups = range(file.num_row_groups)
+            self._group_rows = [file.metadata.row_group(i).num_rows for i in groups]
+
+    def share(self, position: tuple[int, int], *key: int) -> float:
+        return share_of_rows(self._group_rows, position, *key)
 
     def blocks(self, start: int, *key: int) -> Iterator[Sequence[Row]]:
         with self._opened() as file:
@@ -411,6 +427,11 @@ class _TextFile:
     def locate(self, bad: Sequence[BadRow]) -> list[str]:
         unpacked = "decompressed " if self.is_forward else ""
         return [f"{unpacked}byte {row.offset:,}" for row in bad]
+
+    def share(self, position: tuple[int, int], *key: int) -> float:
+        """Whole blocks count; 0 where only reading would tell their number."""
+        block, _ = position
+        return 0.0 if self.is_forward else min(1.0, block / max(1, self._count()))
 
     def _count(self) -> int:
         return -(-self._path.stat().st_size // BLOCK_BYTES)

@@ -14,7 +14,7 @@ from typing import Any
 
 from hamner.data.background import NotReady, Prefetcher
 from hamner.data.bad_rows import BadRow, BadRows
-from hamner.data.documents import document_text
+from hamner.data.documents import Extent, document_text
 from hamner.data.retry import one_line
 from hamner.data.shuffle import State, check_counts, permutation
 from hamner.errors import UserError
@@ -100,6 +100,10 @@ class HubSource:
 
     def identity(self) -> State:
         return {"name": self._location, "files": self._dataset.num_shards}
+
+    def extent(self, seed: int, epoch: int, state: State | None) -> Extent:
+        """The extent counts files, whose sizes nobody says."""
+        return Extent(state["file"] if state else 0, self._dataset.num_shards, "files")
 
     def documents(self, seed: int, epoch: int, state: State | None) -> Iterator[tuple[str, State]]:
         """The iterator gives one epoch, each document with the state to go on after it.

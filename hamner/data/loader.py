@@ -25,6 +25,7 @@ from hamner.data.sources import describe, open_source
 from hamner.data.specs import parse_specs
 from hamner.data.tokenizer import Tokenizer
 from hamner.errors import UserError
+from hamner.progress import SILENT, Status
 
 logger = logging.getLogger(__name__)
 
@@ -187,13 +188,14 @@ class TrainLoader:
                 progress[spec.text]["bad_rows"] = bad_rows[spec.text]
         return progress
 
-    def validation_rows(self, max_tokens: int) -> Batch:
+    def validation_rows(self, max_tokens: int, status: Status = SILENT) -> Batch:
         """The validation set is of held-out documents, packed, the same whatever the seed is.
 
         The sources are mixed by the same weights as in training while they last.
 
         Args:
             max_tokens: size of the set; a smaller corpus gives what it has.
+            status: shows the rows.
 
         Returns:
             A batch of (R, T) with R * T <= max_tokens; R = 0 when the corpus holds out less than a
@@ -208,8 +210,12 @@ class TrainLoader:
                 for source in self._sources
             ]
             packed = stages.packed(stages.mixture(self._specs, readers, None), 1, seq_len)
+            wanted = max_tokens // seq_len
             try:
-                rows += [row for row, _ in itertools.islice(packed, max_tokens // seq_len)]
+                with status.task("gathering validation rows", wanted, "rows") as task:
+                    for row, _ in itertools.islice(packed, wanted):
+                        rows.append(row)
+                        task.advance()
             finally:
                 self._bad_rows.write()
         return Batch(

@@ -8,7 +8,7 @@ from there, and ends with the same bytes as one that was not.
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,11 +18,12 @@ from hamner.data.bad_rows import DEFAULT_SHARE, BadRowsFile
 from hamner.data.documents import Split, TextSource
 from hamner.data.shards import DTYPES, FORMAT, INDEX, OFFSET_DTYPE, PROGRESS, VERSION, Shard
 from hamner.data.shuffle import State, check_counts
-from hamner.data.sources import describe, open_text_source, tokenized
+from hamner.data.sources import DOCUMENTS_PER_BATCH, describe, open_text_source, tokenized
 from hamner.data.specs import Spec, parse_specs
 from hamner.data.tokenizer import Tokenizer
 from hamner.errors import UserError
 from hamner.files import TEMPORARY, read_json, write_whole
+from hamner.progress import SILENT, Status
 
 #: What lists the rows that were passed over, where there are any.
 BAD_ROWS = "bad_rows.json"
@@ -40,7 +41,7 @@ def prepare(
     shard_tokens: int = 100_000_000,
     val_fraction: float = 0.01,
     bad_rows: float = DEFAULT_SHARE,
-    on_progress: Callable[[str, int, int], None] = lambda spec, tokens, documents: None,
+    status: Status = SILENT,
 ) -> dict[str, Any]:
     """`prepare` tokenizes every document of the specs once, in the shuffled order of seed 0.
 
@@ -51,7 +52,7 @@ def prepare(
             until then.
         val_fraction: share held out.
         bad_rows: share of a source's rows that may hold no document and are passed over.
-        on_progress: called after each document with its spec, and the tokens and documents so far.
+        status: shows how much of each source is done.
 
     Returns:
         The index, as written to `index.json`.
@@ -81,9 +82,7 @@ def prepare(
         if (output / INDEX).exists():
             return _read_own(output / INDEX, header)
         progress = _resume(output, header)
-        return _write_shards(
-            output, progress, sources, tokenizer, listed=listed, on_progress=on_progress
-        )
+        return _write_shards(output, progress, sources, tokenizer, listed=listed, status=status)
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written ({error})") from error
     finally:
@@ -108,8 +107,9 @@ def _write_shards(
     progress: State,
     sources: Sequence[TextSource],
     tokenizer: Tokenizer,
+    *,
     listed: BadRowsFile,
-    on_progress: Callable[[str, int, int], None],
+    status: Status,
 ) -> dict[str, Any]:
     """The function goes on from `progress` to the end of all sources."""
     tokens = sum(shard["tokens"] for shard in progress["shards"])
@@ -119,17 +119,23 @@ def _write_shards(
     for number in range(progress["source"], len(sources)):
         spec = progress["sources"][number]["spec"]
         is_empty = state is None
-        stream = sources[number].documents(0, 0, state)
-        for split, ids, state in tokenized(stream, tokenizer, progress["val_fraction"]):
-            pair.add(split, ids)
-            if len(ids):
-                is_empty = False
-                tokens, documents = tokens + len(ids), documents + 1
-                on_progress(spec, tokens, documents)
-            if pair.offsets["train"][-1] >= progress["shard_tokens"]:
-                progress = pair.write(output) | {"source": number, "state": state}
-                write_whole(output / PROGRESS, json.dumps(progress, indent=1))
-                pair = _ShardPair(progress)
+        source, read = sources[number], 0
+        _, total, unit = source.extent(0, 0, None)
+        with status.task(f"tokenizing {spec}", total, unit) as task:
+            stream = source.documents(0, 0, state)
+            for split, ids, state in tokenized(stream, tokenizer, progress["val_fraction"]):
+                pair.add(split, ids)
+                if len(ids):
+                    is_empty = False
+                    tokens, documents = tokens + len(ids), documents + 1
+                if read % DOCUMENTS_PER_BATCH == 0:
+                    task.done = source.extent(0, 0, state).done
+                read += 1
+                task.note = f"{tokens:,} tokens of {documents:,} documents"
+                if pair.offsets["train"][-1] >= progress["shard_tokens"]:
+                    progress = pair.write(output) | {"source": number, "state": state}
+                    write_whole(output / PROGRESS, json.dumps(progress, indent=1))
+                    pair = _ShardPair(progress)
         if is_empty:
             raise UserError(f"--data {spec}: no document with text")
         state = None

@@ -5,7 +5,7 @@ import random
 import time
 from collections.abc import Iterator
 
-from hamner.data.documents import TextSource
+from hamner.data.documents import Extent, TextSource
 from hamner.data.shuffle import State
 from hamner.errors import UserError
 
@@ -30,6 +30,9 @@ class RetriedSource:
         self._source, self._name = source, name
         self._failures = 0
         self.identity = source.identity
+
+    def extent(self, seed: int, epoch: int, state: State | None) -> Extent:
+        return self._source.extent(seed, epoch, state)
 
     def documents(self, seed: int, epoch: int, state: State | None) -> Iterator[tuple[str, State]]:
         """The iterator gives one epoch, each document with the state to go on after it.

@@ -142,6 +142,19 @@ def scan(file: RowFile, size: int, share: float) -> Scan:
     return Scan(size, blocks, dict(kinds), bad=listed, digest=digest, is_whole=is_whole)
 
 
+def share_of_rows(blocks: Sequence[int], position: tuple[int, int], *key: int) -> float:
+    """The function gives the share of a file's rows that an epoch has read.
+
+    Args:
+        blocks: rows of each.
+        position: number of the block in the epoch's order, and rows read of it.
+        key: of the order.
+    """
+    block, row = position
+    before = sum(blocks[number] for number in permutation(len(blocks), *key)[:block])
+    return min(1.0, (before + row) / max(1, sum(blocks)))
+
+
 class MendedFile:
     """A mended file is read in the blocks that it had before, those rows empty that went.
 
@@ -158,6 +171,10 @@ class MendedFile:
         self._file, self._before, self._removed = file, before, removed
         self._starts = [0, *itertools.accumulate(before.blocks)]
         self._starts_now = [0, *itertools.accumulate(blocks)]
+
+    def share(self, position: tuple[int, int], *key: int) -> float:
+        """The share is that before a position; see `share_of_rows`."""
+        return share_of_rows(self._before.blocks, position, *key)
 
     def blocks(self, start: int, *key: int) -> Iterator[Sequence[Row]]:
         """The blocks come in the order that they had; see `BlockFile`."""

@@ -325,7 +325,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> Token
         vocab_size=vocab_size,
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=True,
+        show_progress=False,
     )
     backend.train_from_iterator((part for text in texts for part in parts_of(text)), trainer)
     tokenizer = Tokenizer(backend.to_str(), "trained")

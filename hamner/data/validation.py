@@ -16,6 +16,7 @@ from safetensors.torch import save
 from hamner.data.batch import Batch
 from hamner.data.loader import TrainLoader
 from hamner.files import write_whole
+from hamner.progress import SILENT, Status
 
 logger = logging.getLogger(__name__)
 
@@ -32,17 +33,20 @@ class ValidationSet:
         path: of the file, a safetensors of int32 (R, T), whether it is there or not.
         loader: of the run.
         max_tokens: as for `TrainLoader.validation_rows`.
+        status: shows how far the gathering is.
 
     Raises:
         UserError: a source that cannot be read, or one without a document to train on.
     """
 
-    def __init__(self, path: Path, loader: TrainLoader, max_tokens: int) -> None:
+    def __init__(
+        self, path: Path, loader: TrainLoader, max_tokens: int, status: Status = SILENT
+    ) -> None:
         self._path = path
         self._key = json.dumps(loader.validation_key(max_tokens), sort_keys=True)
         stored = self._read()
         self._is_stored = stored is not None
-        self.rows: Batch = stored or loader.validation_rows(max_tokens)
+        self.rows: Batch = stored or loader.validation_rows(max_tokens, status)
         if not stored and not len(self.rows.inputs):
             # Perhaps there is nothing at all: better said now than at the first batch.
             loader.require_documents()

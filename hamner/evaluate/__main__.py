@@ -13,9 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from hamner.cli import read_flags, run_command, waiting
+from hamner.cli import read_flags, run_command
 from hamner.errors import UserError
 from hamner.files import writing
+from hamner.progress import Status, waiting
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -115,9 +116,11 @@ def _evaluate_model(
 ) -> ModelResult:
     from hamner.evaluate import evaluation
 
-    with waiting("reading what was held out"):
-        held_out = _open_held_out("text", saved.tokenizer, models, config)
-        held_out += _open_held_out("conversations", saved.tokenizer, models, config)
+    with waiting("reading what was held out") as status:
+        held_out = _open_held_out("text", saved.tokenizer, models, config=config, status=status)
+        held_out += _open_held_out(
+            "conversations", saved.tokenizer, models, config=config, status=status
+        )
     tasks = {}
     if config.tasks:
         from hamner.evaluate.harness import run_tasks
@@ -127,10 +130,10 @@ def _evaluate_model(
         tasks = run_tasks(saved, config.tasks, device=device, **chosen)
     model, sources = saved.build(device), []
     for source in held_out:
-        with waiting(f"evaluating {saved.checkpoint.path} on {source.name}") as say:
-            sources.append(evaluation.evaluate_source(model, saved.tokenizer, source, say))
-    with waiting(f"sampling from {saved.checkpoint.path}"):
-        samples = evaluation.samples(model, saved.tokenizer, is_chat=saved.is_chat)
+        with waiting(f"evaluating {saved.checkpoint.path} on {source.name}") as status:
+            sources.append(evaluation.evaluate_source(model, saved.tokenizer, source, status))
+    with waiting(f"sampling from {saved.checkpoint.path}") as status:
+        samples = evaluation.samples(model, saved.tokenizer, is_chat=saved.is_chat, status=status)
     return ModelResult(
         checkpoint=str(saved.checkpoint.path),
         option=saved.config.option,
@@ -143,7 +146,12 @@ def _evaluate_model(
 
 
 def _open_held_out(
-    kind: "Kind", tokenizer: "Tokenizer", models: "list[SavedModel]", config: EvaluateConfig
+    kind: "Kind",
+    tokenizer: "Tokenizer",
+    models: "list[SavedModel]",
+    *,
+    config: EvaluateConfig,
+    status: Status,
 ) -> "list[HeldOut]":
     """The function opens what the models trained on this kind of data held out of it."""
     from hamner.config.sft import SftConfig
@@ -169,6 +177,7 @@ def _open_held_out(
         val_fraction=config.val_fraction or min(run.val_fraction for run in runs),
         bad_rows=max(usual, *(run.bad_rows for run in runs)),
         document_mask=kind == "conversations" or any(run.document_mask for run in trained),
+        status=status,
     )
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,6 +20,7 @@ from hamner.model.attention import document_positions
 from hamner.model.generate import PROMPTS, Generator, answer, generate
 from hamner.model.sampling import Sampling
 from hamner.model.transformer import Transformer
+from hamner.progress import SILENT, Status, Task
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +90,7 @@ def open_held_out(
     val_fraction: float,
     document_mask: bool,
     bad_rows: float = DEFAULT_SHARE,
+    status: Status = SILENT,
 ) -> list[HeldOut]:
     """The function packs what is held out of every source as training does.
 
@@ -101,6 +103,7 @@ def open_held_out(
         val_fraction: share held out; that of the training, so that nothing trained on is met.
         document_mask: whether the documents of a row are kept apart, as conversations always are.
         bad_rows: share of a source's rows that may be passed over, as in the training.
+        status: shows how far it is.
 
     Raises:
         UserError: a source that cannot be read.
@@ -116,9 +119,9 @@ def open_held_out(
             bad_rows=bad_rows,
         )
         if kind == "text":
-            batch = TrainLoader(config, tokenizer).validation_rows(max_tokens)
+            batch = TrainLoader(config, tokenizer).validation_rows(max_tokens, status)
         else:
-            examples = load_examples(config, tokenizer)
+            examples = load_examples(config, tokenizer, status)
             for text in examples[0].describe_unusable():
                 logger.warning("%s: left out, %s", spec, text)
             batch = validation_batch(examples, tokenizer, seq_len, max_tokens)
@@ -127,18 +130,16 @@ def open_held_out(
 
 
 def evaluate_source(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    source: HeldOut,
-    say: Callable[[str], None] = lambda how_far: None,
+    model: Transformer, tokenizer: Tokenizer, source: HeldOut, status: Status = SILENT
 ) -> SourceResult:
     """The function computes loss, perplexity, bits per byte and loss by position on one source.
 
     Args:
-        say: takes how far it is.
+        status: shows how far it is.
     """
     batch = source.batch
-    losses = token_losses(model, batch, document_mask=source.document_mask, say=say)
+    with status.task(f"evaluating on {source.name}", len(batch.inputs), "sequences") as task:
+        losses = token_losses(model, batch, document_mask=source.document_mask, task=task)
     kept = batch.targets != IGNORED_TARGET
     tokens = int(kept.sum())
     if not tokens:
@@ -169,9 +170,10 @@ def token_losses(
     batch: Batch,
     *,
     document_mask: bool,
-    say: Callable[[str], None] = lambda how_far: None,
+    task: Task,
 ) -> Tensor:
-    """The function computes the cross-entropy of every target, a few rows at a time.
+    """The function computes the cross-entropy of every target, a few rows at a time, which the task
+    counts.
 
     Returns:
         (B, T) float64 on the CPU, nats; 0 where the target is ignored.
@@ -182,7 +184,6 @@ def token_losses(
     losses = [torch.empty((0, seq_len), dtype=torch.float64)]
     for start in range(0, rows, step):
         part = slice(start, start + step)
-        say(f"{start:,} of {rows:,} sequences")
         documents = batch.document_ids[part].to(device) if document_mask else None
         logits = model(batch.inputs[part].to(device), document_ids=documents).logits
         cross_entropy = torch.nn.functional.cross_entropy(
@@ -192,6 +193,7 @@ def token_losses(
             reduction="none",
         )
         losses.append(cross_entropy.double().cpu().view(-1, seq_len))
+        task.advance(len(cross_entropy) // seq_len)
     return torch.cat(losses)
 
 
@@ -216,7 +218,9 @@ def loss_by_position(losses: Tensor, positions: Tensor, kept: Tensor) -> dict[st
     return means
 
 
-def samples(model: Transformer, tokenizer: Tokenizer, *, is_chat: bool) -> list[Sample]:
+def samples(
+    model: Transformer, tokenizer: Tokenizer, *, is_chat: bool, status: Status = SILENT
+) -> list[Sample]:
     """The function has a chat model answer fixed questions, any other continue fixed prompts.
 
     Answers are the likeliest ones.
@@ -224,11 +228,17 @@ def samples(model: Transformer, tokenizer: Tokenizer, *, is_chat: bool) -> list[
     Raises:
         UserError: a chat model's context is too short for a question.
     """
-    if not is_chat:
-        return [Sample(prompt, generate(model, tokenizer, prompt)) for prompt in PROMPTS]
-    generator, chosen = Generator(model, tokenizer), []
-    for question in QUESTIONS:
+    generator = Generator(model, tokenizer) if is_chat else None
+
+    def reply(question: str) -> str:
         messages = [Message("user", question)]
         completion = answer(generator, messages, GREEDY, max_new_tokens=ANSWER_TOKENS, seed=0)
-        chosen.append(Sample(question, completion.run().strip()))
+        return completion.run().strip()
+
+    chosen, prompts = [], QUESTIONS if is_chat else PROMPTS
+    with status.task("sampling", len(prompts), "prompts") as task:
+        for prompt in prompts:
+            text = reply(prompt) if is_chat else generate(model, tokenizer, prompt)
+            chosen.append(Sample(prompt, text))
+            task.advance()
     return chosen

@@ -1,7 +1,7 @@
 """A run under way is projected by a law in its own tokens, with an interval, where one fits.
 
 L(D) = floor + scale * D^-exponent is fitted for every exponent of a grid; each counts by its
-likelihood and by how near it is to the published ones. The interval adds what the law does not
+likelihood and by how near it is to the known ones. The interval adds what the law does not
 know, measured on the run itself: how far projections from its earlier parts were off. Its width was
 calibrated on logs of runs (docs/planning.md).
 """
@@ -21,6 +21,15 @@ from hamner.plan.loss import (
     reached_loss,
 )
 from hamner.plan.run_curve import RunCurve
+from hamner.plan.trend import (
+    HUBER_THRESHOLD,
+    READINGS_ALIKE,
+    Slowing,
+    huber_lines,
+    is_falling,
+    slowing,
+)
+from hamner.plan.words import count
 
 MIN_POINTS = 20
 NOT_FALLING = "the loss is not falling"
@@ -30,23 +39,23 @@ FAR_BELOW = 0.3
 """share of what its size reaches, where it is more likely given the answers than good"""
 
 _EXPONENTS = np.geomspace(0.08, 1.2, 60)
-_PUBLISHED_EXPONENT = 0.37, 0.5
-"""the published one, and the standard deviation of its logarithm from run to run"""
+_KNOWN_EXPONENTS = 0.44, 0.4
+"""the geometric mean and the standard deviation of the logarithm: of the published ones (0.28 and
+0.37) and of two runs of the 164M model from 98M tokens on (0.54 and 0.68)"""
+_FITTED_FROM = 0.1
+"""share of the tokens before which no law holds"""
 _MAX_BINS = 100
-_HUBER_THRESHOLD = 1.345
-"""noise deviations beyond which a point counts linearly; 95% efficient on normal noise"""
-_READINGS_ALIKE = 8
-"""neighbouring readings that count as one: the order of the data moves them together"""
 _DRIFT = 0.02, 2
 """nats per e-fold of tokens that a projection is off before the run says otherwise, and the number
 of past projections that this counts as"""
-_DECAY = 0.1
-"""nats that the learning rate's fall from its peak to nothing moves a loss off the law"""
+_DECAY = 0.35
+"""e-folds of tokens by which the learning rate's fall from its peak to nothing moves a run along
+the law, one way or the other: less is learned from each token, and more of it shows"""
 _PAST = (0.4, 0.5, 0.6)
 """shares of the tokens seen from which the last tenth is projected, to see how far off that is"""
 _PAST_ALIKE = 2
 """of those projections so many count as one: they share their data"""
-_WIDTH = 1.26
+_WIDTH = 1.13
 """half an 80% interval in these deviations, by `python -m tests.plan.loss_curves`"""
 _MISFIT = 0.1, 0.1
 """a law that misses its own tenths by this share of the fall, and by so many nats, is none"""
@@ -54,6 +63,10 @@ _MISFIT = 0.1, 0.1
 
 class NoLaw(UserError):
     """No law fits the run so far; the message says why."""
+
+
+class TooEarly(NoLaw):
+    """The loss does not fall less in each doubling of the tokens yet, as under any law it must."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +92,7 @@ class PowerLaws:
         mean = self.points.mean(-1, keepdims=True)
         leverage = (x - mean) ** 2 / ((self.points - mean) ** 2).sum(-1, keepdims=True)
         within = self.weights @ (leverage + 1 / self.points.shape[-1])
-        return between + _READINGS_ALIKE * self.noise**2 * within
+        return between + READINGS_ALIKE * self.noise**2 * within
 
     def slope(self) -> float:
         """The slope is in nats per token at `seen`."""
@@ -103,6 +116,8 @@ class LossFit:
     """nats by which past projections were off, per e-fold of tokens"""
     decay: float
     """nats by which the rest of the schedule may move the loss off the law"""
+    end: float
+    """tokens at which the schedule has come to its end"""
 
     @property
     def tokens_seen(self) -> float:
@@ -122,27 +137,30 @@ class LossFit:
         """The bounds hold the loss after `tokens` in 80% of runs; `loss` is their middle."""
         ahead = max(1.0, tokens / self.tokens_seen)
         variance = self.laws.variance(np.array([tokens]))[0] + self.wander**2
-        variance += (self.drift * math.log(ahead)) ** 2 + (self.decay * (1 - 1 / ahead)) ** 2
+        fallen = min(1.0, (ahead - 1) / max(self.end / self.tokens_seen - 1, 1e-9))
+        variance += (self.drift * math.log(ahead)) ** 2 + (self.decay * fallen) ** 2
         half = _WIDTH * math.sqrt(variance)
         middle = self.loss(tokens)
         return middle - half, middle + half
 
 
-def fit_run(curve: RunCurve) -> LossFit:
-    """The function fits a law to a run so far.
+def fit_run(curve: RunCurve, end: float) -> LossFit:
+    """The function fits a law to a run so far, whose schedule is over after `end` tokens.
 
     The first tenth of the tokens and twice the warm-up are left out: the law does not hold there.
     Each exponent leaves a line in D^-exponent, fitted with Huber's loss (outliers count linearly).
 
     Raises:
+        TooEarly: the loss does not fall less and less.
         NoLaw: fewer than MIN_POINTS points are left, the loss is not falling, or falls otherwise.
     """
     seen = float(curve.trained[-1])
-    settled = curve.trained >= max(0.1 * seen, 2 * curve.warmup_tokens)
-    count = int(settled.sum())
-    if count < MIN_POINTS:
+    start = max(_FITTED_FROM * seen, 2 * curve.warmup_tokens)
+    settled = curve.trained >= start
+    points = int(settled.sum())
+    if points < MIN_POINTS:
         raise NoLaw(
-            f"the run is too short for a law: {count} of its {len(curve.tokens)} points lie after "
+            f"the run is too short for a law: {points} of its {len(curve.tokens)} points lie after "
             f"warm-up and the first tenth of the tokens, and a fit needs {MIN_POINTS}"
         )
     tokens, loss = _binned(curve.trained[settled], curve.trained_loss[settled])
@@ -160,27 +178,35 @@ def fit_run(curve: RunCurve) -> LossFit:
             f"no law fits: the loss wanders {wander:.2f} nats about the best one, which falls "
             f"{fall:.2f} in the same tokens"
         )
-    return LossFit(laws, wander, _drift(tokens, loss, noise), _DECAY * curve.rate_left)
+    if (trend := slowing(tokens, loss, noise)) and not trend.is_clear:
+        # The fall of today is then the earlier half, in doublings, of what is fitted.
+        again = seen * min(seen / start, _FITTED_FROM**-0.5)
+        raise TooEarly(_too_early(trend, curve.start + again, is_beyond=again > end))
+    decay = _DECAY * abs(laws.slope()) * seen * curve.rate_left
+    return LossFit(laws, wander, _drift(tokens, loss, noise), decay=decay, end=end)
 
 
-def is_falling(tokens: np.ndarray, loss: np.ndarray, noise: float) -> bool:
-    """The last fifth of the tokens lies under the three tenths before, by more than noise may do.
-
-    That is two standard errors of a difference of medians.
-    """
-    share = tokens / tokens[-1]
-    recent, earlier = loss[share > 0.8], loss[(share > 0.5) & (share <= 0.8)]
-    if not len(earlier):
-        return True
-    error = 1.25 * noise * math.sqrt(1 / len(recent) + 1 / len(earlier))
-    return bool(np.median(recent) < np.median(earlier) - 2 * error)
+def _too_early(trend: Slowing, again: float, *, is_beyond: bool) -> str:
+    lately, before = f"{trend.lately:.2f} nats", f"{trend.before:.2f}"
+    if trend.lately >= trend.before:
+        found = (
+            f"the loss still falls as fast or faster with each doubling of the tokens ({lately} "
+            f"lately, {before} before), and under a law it falls less"
+        )
+    else:
+        found = (
+            "noise hides whether the loss falls less with each doubling of the tokens, as under a "
+            f"law ({lately} lately, {before} before)"
+        )
+    where = ", which this run will not see" if is_beyond else ""
+    return f"it is too early, {found}; ask again after about {count(again)} tokens{where}"
 
 
 def _fit(tokens: np.ndarray, loss: np.ndarray, seen: float, noise: float) -> PowerLaws:
     points = (tokens / seen) ** -_EXPONENTS[:, None]
-    floors, scales, objective = _huber_lines(points, loss, _HUBER_THRESHOLD * noise)
-    centre, deviation = _PUBLISHED_EXPONENT
-    unlikely = objective / noise**2 / _READINGS_ALIKE
+    floors, scales, objective = huber_lines(points, loss, HUBER_THRESHOLD * noise)
+    centre, deviation = _KNOWN_EXPONENTS
+    unlikely = objective / noise**2 / READINGS_ALIKE
     unlikely += (np.log(_EXPONENTS / centre) / deviation) ** 2 / 2
     weights = np.exp(unlikely.min() - unlikely)
     return PowerLaws(seen, floors, scales, weights / weights.sum(), points=points, noise=noise)
@@ -194,17 +220,17 @@ def _drift(tokens: np.ndarray, loss: np.ndarray, noise: float) -> float:
     last = tokens >= 0.9 * tokens[-1]
     at, reading = np.median(tokens[last], keepdims=True), np.median(loss[last])
     prior, weight = _DRIFT
-    squares, count = weight * prior**2, float(weight)
+    squares, total = weight * prior**2, float(weight)
     for share in _PAST:
         early = tokens <= share * tokens[-1]
         if early.sum() < MIN_POINTS / 2:
             continue
         laws = _fit(tokens[early], loss[early], share * tokens[-1], noise)
-        expected = laws.variance(at)[0] + _READINGS_ALIKE * noise**2 / last.sum()
+        expected = laws.variance(at)[0] + READINGS_ALIKE * noise**2 / last.sum()
         unexpected = max(0.0, (reading - laws.loss(at)[0]) ** 2 - expected)
         squares += unexpected / math.log(at[0] / laws.seen) ** 2 / _PAST_ALIKE
-        count += 1 / _PAST_ALIKE
-    return math.sqrt(squares / count)
+        total += 1 / _PAST_ALIKE
+    return math.sqrt(squares / total)
 
 
 def _binned(tokens: np.ndarray, loss: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -214,27 +240,6 @@ def _binned(tokens: np.ndarray, loss: np.ndarray) -> tuple[np.ndarray, np.ndarra
     bins = zip(np.array_split(tokens, _MAX_BINS), np.array_split(loss, _MAX_BINS), strict=True)
     medians = np.array([(np.median(t), np.median(y)) for t, y in bins])
     return medians[:, 0], medians[:, 1]
-
-
-def _huber_lines(
-    x: np.ndarray, y: np.ndarray, limit: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The function fits y = floor + scale * x along the last axis, floor >= 0, by Huber's loss."""
-    weights = np.ones(np.broadcast_shapes(x.shape, y.shape))
-    # Iteratively reweighted least squares; the objective is convex, ten rounds settle it.
-    for _ in range(10):
-        total = weights.sum(-1)
-        mean_x, mean_y = (weights * x).sum(-1) / total, (weights * y).sum(-1) / total
-        mean_xx, mean_xy = (weights * x * x).sum(-1) / total, (weights * x * y).sum(-1) / total
-        scale = (mean_xy - mean_x * mean_y) / (mean_xx - mean_x**2)
-        floor = mean_y - scale * mean_x
-        # A loss cannot end below zero; on that edge the scale alone is left to fit.
-        scale = np.where(floor < 0, mean_xy / mean_xx, scale)
-        floor = np.maximum(floor, 0.0)
-        error = np.abs(y - floor[..., None] - scale[..., None] * x)
-        weights = limit / np.maximum(error, limit)
-    objective = np.where(error <= limit, error**2 / 2, limit * (error - limit / 2)).sum(-1)
-    return floor, scale, objective
 
 
 @dataclass(frozen=True)
@@ -250,7 +255,7 @@ class RunProjection:
     @cached_property
     def _fitted(self) -> LossFit | NoLaw:
         try:
-            return fit_run(self.curve)
+            return fit_run(self.curve, self.tokens_at_end)
         except NoLaw as reason:
             return reason
 
@@ -283,11 +288,22 @@ class RunProjection:
         return float(np.median(self.curve.trained_loss[last]))
 
     @property
+    def projected(self) -> LossFit | None:
+        """The fit is what the run is projected by, unless something is wrong with the run."""
+        return None if self.suspicion else self.fit
+
+    @property
     def law(self) -> LossLaw | None:
-        """The published law is shifted to pass through the run; None where it cannot be."""
-        if not self.fit or self.suspicion:
+        """The published law is shifted to pass through the run; None where it says nothing of it.
+
+        That is where it would have to be shifted by more than tells a run from a wrong one: it was
+        fitted to models of 44M parameters and more.
+        """
+        if not self.projected:
             return None
-        return BESIROGLU.through(self.parameters, self.tokens_seen, self.loss_now)
+        law = BESIROGLU.through(self.parameters, self.tokens_seen, self.loss_now)
+        is_near = abs(law.irreducible - BESIROGLU.irreducible) <= FAR_ABOVE
+        return law if is_near else None
 
     @property
     def suspicion(self) -> str | None:
@@ -323,9 +339,14 @@ class RunProjection:
             )
         elif self.no_law:
             found.append(f"Nothing is projected: {self.no_law}.")
-        if not self.law:
-            return found
-        return [*found, self._capacity(self.law)]
+        if self.law:
+            found.append(self._capacity(self.law))
+        elif self.projected:
+            found.append(
+                "Nothing is said of other sizes: the published law is far from this run, so small "
+                "or so short."
+            )
+        return found
 
     def _capacity(self, law: LossLaw) -> str:
         seen, optimal = self.tokens_seen, compute_optimal_tokens(self.parameters)

@@ -36,15 +36,12 @@ from hamner.plan.recipe_gain import (
     source,
     tokens_to_reach,
 )
+from hamner.plan.words import count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon, AdamW for embedding and norms"}
-
-
-def _count(count: float) -> str:
-    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
 
 
 def _range(bounds: tuple[float, float], digits: int) -> str:
@@ -118,8 +115,8 @@ def _quantities(plan: Plan, hours: float | None) -> dict[str, str]:
     gib = "VRAM, GiB" if plan.parallelism.ranks == 1 else "VRAM of each GPU, GiB"
     return {
         "": option.option,
-        "parameters": _count(plan.parameters),
-        "active per token": _count(plan.active_parameters),
+        "parameters": count(plan.parameters),
+        "active per token": count(plan.active_parameters),
         "layers x width": f"{model.num_layers} x {model.hidden_size}",
         "batch x sequence": f"{option.batch_size} x {option.seq_len}",
         "tokens per step": f"{option.tokens_per_step:,}",
@@ -131,12 +128,12 @@ def _quantities(plan: Plan, hours: float | None) -> dict[str, str]:
         "tokens/s (projected)": f"{prediction.tokens_per_second:,.0f}",
         "tokens/s, low-high": f"{interval.low:,.0f}-{interval.high:,.0f}",
         "MFU (projected)": f"{prediction.mfu:.0%}",
-        "tokens": _count(plan.config.tokens),
+        "tokens": count(plan.config.tokens),
         "steps": f"{plan.steps:,}",
         "hours (projected)": f"{plan.hours:,.1f}",
         "days (projected)": f"{plan.hours / 24:.1f}",
         "days, low-high": _days(plan),
-        "compute-optimal tokens": _count(compute_optimal_tokens(plan.active_parameters)),
+        "compute-optimal tokens": count(compute_optimal_tokens(plan.active_parameters)),
         **_losses(plan, hours),
     }
 
@@ -248,7 +245,7 @@ def coherence_table(analysis: Analysis) -> str:
         tokens = bounds.middle
         hours = plan.hours * tokens / plan.config.tokens
         within = "yes" if tokens <= plan.config.tokens else "no"
-        rows.append([plan.config.option, _count(tokens), f"{hours:,.1f}", within])
+        rows.append([plan.config.option, count(tokens), f"{hours:,.1f}", within])
     return _table(rows)
 
 
@@ -256,7 +253,7 @@ def recipes_table(analysis: Analysis) -> str:
     """The table says what each recipe takes to two losses, and where the planned run ends."""
     goals = (COHERENT_LOSS, FLUENT_LOSS)
     reached = (f"hours to loss {goal}" for goal in goals)
-    end = f"loss at {_count(analysis.plan.config.tokens)} tokens"
+    end = f"loss at {count(analysis.plan.config.tokens)} tokens"
     rows = [["recipe (80% interval)", "tokens/s (projected)", *reached, end]]
     for plan in analysis.by_recipe:
         recipe, size = plan.config.recipe, plan.active_parameters
@@ -306,8 +303,8 @@ def caveats(plan: Plan) -> list[str]:
         "half of the square; counting all of it, "
         f"{prediction.mfu * whole_square / prediction.flops_per_token:.0%}.",
         f"Loss by {BESIROGLU.source}: another tokeniser and corpus, so compare options and not "
-        f"absolute values. A {_count(parameters)} model reached {loss} after "
-        f"{_count(tokens)} tokens (constant learning rate) where the law says "
+        f"absolute values. A {count(parameters)} model reached {loss} after "
+        f"{count(tokens)} tokens (constant learning rate) where the law says "
         f"{BESIROGLU.loss(parameters, tokens):.2f}. When a loss is reached is told by the law "
         "shifted through that run, or through the run under --metrics.",
     ]
@@ -331,21 +328,23 @@ def caveats(plan: Plan) -> list[str]:
 
 def run_findings(run: RunProjection) -> list[str]:
     """They say where a run stands, where it is heading and what holds it up."""
-    now, fit, since = run.loss_now, run.fit if run.law else None, ""
+    now, fit, since = run.loss_now, run.projected, ""
     if run.curve.start:
-        since = f", {_count(run.tokens_seen)} of them since the weights were new"
+        since = f", {count(run.tokens_seen)} of them since the weights were new"
     slope = f", {fit.slope * 1e9:+.3f} per billion tokens" if fit else ""
     findings = [
         f"`{run.curve.path}`: loss {now:.3f} (perplexity {_perplexity(now)}) after "
-        f"{_count(run.curve.tokens[-1])} tokens{since}{slope}."
+        f"{count(run.curve.tokens[-1])} tokens{since}{slope}."
     ]
     if fit:
         end, (low, high) = fit.loss(run.tokens_at_end), fit.interval(run.tokens_at_end)
+        schedule = " This takes the learning rate to go on as so far; a fall to come ends lower."
+        if run.curve.final_rate is not None:
+            schedule = " The interval has room for the rest of the learning rate's schedule."
         findings.append(
-            f"At {_count(run.end_tokens)} tokens: loss {end:.3f}, 80% interval {low:.3f}-"
+            f"At {count(run.end_tokens)} tokens: loss {end:.3f}, 80% interval {low:.3f}-"
             f"{high:.3f}; perplexity {_perplexity(end)}, {_perplexity(low)}-"
-            f"{_perplexity(high)}. This takes the schedule to go on as so far; a learning rate "
-            "still to decay ends lower."
+            f"{_perplexity(high)}.{schedule}"
         )
     return findings + run.diagnosis()
 
@@ -358,7 +357,7 @@ def screen(analysis: Analysis, *, every_option: bool) -> str:
         parts += [
             options_table(analysis.plans, analysis.hours),
             _misfits(analysis),
-            f"Recommended: **{best.option}**, {_count(best.model.num_parameters())} parameters",
+            f"Recommended: **{best.option}**, {count(best.model.num_parameters())} parameters",
             speed_interval(plan),
         ]
     else:
@@ -413,13 +412,13 @@ def _situation(analysis: Analysis, files: str) -> str:
 
 ## The problem
 
-Train a language model from scratch on {_count(plan.config.tokens)} tokens with {gpus}, and know
+Train a language model from scratch on {count(plan.config.tokens)} tokens with {gpus}, and know
 before starting whether it fits, how long it takes and how good it will be.
 
 ## Evidence
 
-A {_count(parameters)} model reached a training loss of {loss} (perplexity {math.exp(loss):.0f})
-after {_count(tokens)} tokens, {tokens / compute_optimal_tokens(parameters):.0%} of its
+A {count(parameters)} model reached a training loss of {loss} (perplexity {math.exp(loss):.0f})
+after {count(tokens)} tokens, {tokens / compute_optimal_tokens(parameters):.0%} of its
 compute-optimal budget. Above a loss of about {COHERENT_LOSS} its text was incoherent.{run}
 
 ## Hardware budget
@@ -453,11 +452,11 @@ def _proposal(analysis: Analysis, files: str) -> str:
 
 ## Recommendation
 
-Train **{best.config.option}** ({_count(best.parameters)} parameters): of the options trained on
+Train **{best.config.option}** ({count(best.parameters)} parameters): of the options trained on
 their full context it has the lowest expected loss after {analysis.hours:,.0f} hours, a mixture of
 experts counted by its active parameters. It takes {best.prediction.peak_gib:.1f} GiB with recompute
 {describe(best.memory.policies)} and, projected, {best.hours / 24:.1f} days for
-{_count(best.config.tokens)} tokens at {best.prediction.tokens_per_second:,.0f} tokens/s.
+{count(best.config.tokens)} tokens at {best.prediction.tokens_per_second:,.0f} tokens/s.
 
 Expected loss: {_range(best.loss_range(BESIROGLU), 2)} by {BESIROGLU.source};
 {_range(best.loss_range(HOFFMANN), 2)} by {HOFFMANN.source};
@@ -551,7 +550,7 @@ def _draw_run(run: RunProjection) -> "Axes":
     axes = _axes("tokens, billions", "loss, nats per token")
     axes.plot(run.curve.tokens / 1e9, run.curve.loss, ".", markersize=2, color="grey", label="run")
     axes.set(xscale="log")
-    if not (run.fit and run.law):
+    if not run.projected:
         return axes
     first, last = 0.1 * run.tokens_seen, run.tokens_at_end
     # Evenly spaced on the logarithmic axis.

@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hamner.config.train import CONFIG_FILE
 from hamner.errors import UserError
-from hamner.files import parse_json
+from hamner.files import parse_json, read_json
 
 UNTRAINED_LOSS = math.log(49_152)
 """nats per token of a guess among the vocabulary of every option but `tiny`"""
@@ -67,6 +68,8 @@ class RunCurve:
     """where the run went back to about an untrained model"""
     start: float = 0.0
     """tokens logged before the model that is being trained now was new"""
+    final_rate: float | None = None
+    """share of its peak that the learning rate is to end at; None where nobody says"""
 
     @property
     def trained(self) -> np.ndarray:
@@ -88,9 +91,14 @@ class RunCurve:
 
     @property
     def rate_left(self) -> float:
-        """A falling learning rate may still lose this share of its peak; 0 where it does not."""
+        """The learning rate may still lose this share of its peak, or will, where that is known."""
         rates = self.rates[self.tokens > self.start]
-        return float(rates[-1] / rates.max()) if rates[-1] < rates[len(rates) // 2] else 0.0
+        if not rates.max() > 0:
+            return 0.0
+        left = float(rates[-1] / rates.max())
+        if self.final_rate is not None:
+            return max(0.0, left - self.final_rate)
+        return left if rates[-1] < rates[len(rates) // 2] else 0.0
 
 
 class Reading(NamedTuple):
@@ -109,7 +117,8 @@ def read_run(path: Path, untrained_loss: float = UNTRAINED_LOSS) -> RunCurve:
     A run that went back to a checkpoint logs the same tokens twice: the later reading is kept. A
     step counter that starts again while tokens go on is harmless, the curve is drawn over tokens;
     a token counter that starts again while steps go on is continued from where it stood. Lines
-    without a finite loss are passed over, and so is a last line that is still being written.
+    without a finite loss are passed over, and so is a last line that is still being written. Where
+    the run's configuration lies beside its log, the end of its schedule is known.
 
     Raises:
         UserError: no such file, another format, a line that cannot be read, no points.
@@ -135,7 +144,17 @@ def join_readings(
     first = starts[-1] if starts else 0
     start = kept[first - 1].tokens if first else 0.0
     tokens, losses, rates = np.array([(r.tokens, r.loss, r.rate) for r in kept]).T
-    return RunCurve(path, tokens, losses, rates, jumps=jumps, start=start)
+    final_rate = _final_rate(path.with_name(CONFIG_FILE))
+    return RunCurve(path, tokens, losses, rates, jumps=jumps, start=start, final_rate=final_rate)
+
+
+def _final_rate(config: Path) -> float | None:
+    """The run's own configuration lies beside its log, and says where its learning rate ends."""
+    try:
+        flags = read_json(config)
+        return float(flags["min_lr"]) / float(flags["lr"])
+    except (KeyError, OSError, TypeError, UserError, ValueError, ZeroDivisionError):
+        return None
 
 
 def _joined(readings: Iterable[Reading]) -> list[Reading]:

@@ -13,6 +13,7 @@ from hamner.data.conversations.examples import load_examples, most_used_system
 from hamner.data.conversations.loader import ConversationLoader, validation_batch
 from hamner.data.tokenizer import Tokenizer
 from hamner.parallel.ranks import Rank
+from hamner.progress import Status, waiting
 from hamner.train.data import RunData
 from hamner.train.display import open_console
 from hamner.train.loop import train
@@ -36,18 +37,21 @@ def fine_tune(config: SftConfig) -> TrainResult:
     initial = None if goes_on else find_saved_model(config.sft.checkpoint)
 
     tokenizer = initial.tokenizer if initial else run.open_tokenizer(training)
-    sources = load_examples(training, tokenizer)
+    with waiting("reading the conversations") as status:
+        sources = load_examples(training, tokenizer, status)
     training = replace(training, sft=replace(config.sft, system=most_used_system(sources)))
     if Rank.read().is_main:
         lint.show(sources, tokenizer, open_console())
     loader = ConversationLoader(sources, tokenizer, training)
     validation = validation_batch(sources, tokenizer, training.seq_len, training.eval_tokens)
 
-    def open_data(_: TrainConfig, __: Tokenizer, pin_memory: bool) -> RunData:
+    def open_data(_: TrainConfig, __: Tokenizer, pin_memory: bool, ___: Status) -> RunData:
         loader.pin_memory = pin_memory
         return RunData(loader, validation)
 
-    planned = scheduled(training, config.sft.epochs, loader.rows_in_epoch(0))
+    with waiting("packing them into rows"):
+        rows = loader.rows_in_epoch(0)
+    planned = scheduled(training, config.sft.epochs, rows)
     return train(planned, open_data=open_data, initial=initial)
 
 

@@ -12,6 +12,7 @@ from hamner.data.loader import TrainLoader
 from hamner.data.tokenizer import Tokenizer
 from hamner.data.validation import ValidationSet
 from hamner.errors import UserError
+from hamner.progress import Status
 
 Loader = TrainLoader | ConversationLoader
 """gives endless training batches and resumes exactly"""
@@ -27,8 +28,8 @@ class RunData:
     """called once the run's folder is there: writes what the next start need not gather again"""
 
 
-OpenData = Callable[[TrainConfig, Tokenizer, bool], RunData]
-"""(config, tokenizer, whether to pin memory) -> what to train on"""
+OpenData = Callable[[TrainConfig, Tokenizer, bool, Status], RunData]
+"""(config, tokenizer, whether to pin memory, what shows how far it is) -> what to train on"""
 
 
 def open_loader(
@@ -42,11 +43,13 @@ def open_loader(
     return TrainLoader(config, tokenizer, pin_memory=pin_memory, bad_rows_file=bad_rows_file)
 
 
-def open_documents(config: TrainConfig, tokenizer: Tokenizer, pin_memory: bool) -> RunData:
+def open_documents(
+    config: TrainConfig, tokenizer: Tokenizer, pin_memory: bool, status: Status
+) -> RunData:
     """The function opens the data of pre-training; see `OpenData`."""
     run = RunFolder(config.folder)
     loader = open_loader(config, tokenizer, pin_memory, run.bad_rows)
-    validation = ValidationSet(run.validation, loader, config.eval_tokens)
+    validation = ValidationSet(run.validation, loader, config.eval_tokens, status)
     return RunData(loader, validation.rows, validation.keep)
 
 

@@ -1,9 +1,7 @@
 """A run shows a live panel on a terminal, plain lines elsewhere."""
 
 import contextlib
-import math
 import sys
-from time import monotonic
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -12,7 +10,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from hamner.cli import QUIET_SECONDS, UnfailingStream
+from hamner.cli import UnfailingStream
+from hamner.progress import ShownStatus
 from hamner.train.metrics import Record
 
 FAILURES = (Exception, SystemExit)
@@ -34,24 +33,26 @@ class Display:
         budget_gib: memory the run may take, GiB, or None without a GPU.
     """
 
-    def __init__(self, name: str, total_tokens: int, budget_gib: float | None) -> None:
+    def __init__(self, name: str, total_tokens: int, budget_gib: float | None = None) -> None:
         self.name, self.total_tokens, self.budget_gib = name, total_tokens, budget_gib
         self.live: Live | None = None
         self.panel: Panel | None = None
         """of the newest record"""
-        self.said_at = -math.inf
         self.connect()
 
     def connect(self, console: Console | None = None, log: Console | None = None) -> None:
         """The display writes to a console, of which a terminal gets the panel, and plain lines to a
         log as well; None is the terminal, or no log."""
         self.console, self.log = console or open_console(), log
+        self.status = ShownStatus(self.console, self.message)
+        """of what takes long"""
 
     def __enter__(self) -> "Display":
         with contextlib.suppress(*FAILURES):
             if self.console.is_terminal:
                 self.live = Live(console=self.console, refresh_per_second=4)
                 self.live.start()
+                self.status = ShownStatus(self.console, self.message, self._update)
         return self
 
     def __exit__(self, *_) -> None:
@@ -63,7 +64,6 @@ class Display:
 
     def message(self, text: str) -> None:
         """A message is printed above the panel."""
-        self.said_at = monotonic()
         self._print(self.console, text)
         self._print(self.log, text)
 
@@ -72,14 +72,6 @@ class Display:
         for text in texts:
             self.message(text)
         texts.clear()
-
-    def working(self, text: str) -> None:
-        """What is under way is shown below the panel; elsewhere it is a line if nothing else was
-        said for long."""
-        if self.live is not None:
-            self._update(Text(text, "dim"))
-        elif monotonic() - self.said_at >= QUIET_SECONDS:
-            self.message(text)
 
     def show(self, record: Record) -> None:
         """A record replaces the one in the panel, or is a line."""
@@ -101,10 +93,11 @@ class Display:
         self.panel = Panel(body, title=self.name)
         self._update()
 
-    def _update(self, *below: Text) -> None:
+    def _update(self) -> None:
+        """The terminal shows the panel, and below it what takes long."""
         parts = [self.panel] if self.panel else []
         with contextlib.suppress(*FAILURES):
-            self.live.update(Group(*parts, *below))
+            self.live.update(Group(*parts, self.status.line))
 
     def _print(self, console: Console | None, text: str) -> None:
         if console is not None:

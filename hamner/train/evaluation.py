@@ -12,6 +12,7 @@ from hamner.data.tokenizer import Tokenizer
 from hamner.errors import UserError
 from hamner.model.generate import PROMPTS, generate
 from hamner.plan.memory import evaluation_bytes
+from hamner.progress import SILENT, Status, Task
 from hamner.train.interrupt import Interrupt
 from hamner.train.log import TrainLog
 from hamner.train.saves import Progress
@@ -46,7 +47,7 @@ def validation_loss(
     step: TrainStep,
     validation: Batch,
     is_stopped: Callable[[], bool] = lambda: False,
-    say: Callable[[str], None] = lambda how_far: None,
+    status: Status = SILENT,
 ) -> float | None:
     """The function gives the mean cross-entropy over the validation rows, nats per token; None
     without any, or if it is abandoned.
@@ -55,14 +56,15 @@ def validation_loss(
 
     Args:
         is_stopped: asked before each forward pass; one process's yes abandons it in all.
-        say: takes how far it is.
+        status: shows the rows of this process.
     """
     rows, world_size = len(validation.inputs), step.processes.rank.world_size
     size = tokens_per_pass(step) // step.config.seq_len
     size = max(1, min(size, math.ceil(rows / world_size)))
     while rows:
         try:
-            return _mean_loss(step, validation, size, is_stopped=is_stopped, say=say)
+            with status.task("evaluating", math.ceil(rows / world_size), "rows") as task:
+                return _mean_loss(step, validation, size, is_stopped=is_stopped, task=task)
         except torch.OutOfMemoryError:
             # Of several processes, the others are in the midst of their passes.
             if size == 1 or world_size > 1:
@@ -78,7 +80,7 @@ def _mean_loss(
     size: int,
     *,
     is_stopped: Callable[[], bool],
-    say: Callable[[str], None],
+    task: Task,
 ) -> float | None:
     """The function is `validation_loss` with `size` rows in a pass."""
     rows = len(validation.inputs)
@@ -88,14 +90,14 @@ def _mean_loss(
     pieces = math.ceil(math.ceil(rows / size) / world_size) * world_size
     with step.engine.inference(step.model):
         starts = step.processes.share(range(0, pieces * size, size))
-        for number, start in enumerate(starts):
-            say(f"{number / len(starts):.0%} of the validation rows")
+        for start in starts:
             if step.processes.any(is_stopped()):
                 return None
             part = slice(min(start, rows - 1), start + size)
             kept = int((validation.targets[start : part.stop] != IGNORED_TARGET).sum())
             output = step.model(*step.to_device(validation, part))
             total += output.cross_entropy * kept
+            task.advance(size)
     step.processes.sum_(total)
     kept = int((validation.targets != IGNORED_TARGET).sum())
     return total.item() / max(1, kept)
@@ -177,7 +179,8 @@ class Inspector:
         self.step.on_phase("evaluation", progress.step)
         kinds, then = Exception if self.is_single else (), "the run goes on without this loss"
         with self.log.beside("the evaluation", kinds, then=then):
-            loss = validation_loss(self.step, self.validation, self._is_stopped, self._say)
+            shown = self.log.display.status
+            loss = validation_loss(self.step, self.validation, self._is_stopped, shown)
         self.step.on_phase("", progress.step)
         self.log.watch.start()
         if loss is None:
@@ -189,11 +192,13 @@ class Inspector:
         """The fixed prompts are continued and the texts kept."""
         self.log.pause()
         kinds = BaseException if self.is_single else UserError
-        for prompt in PROMPTS:
-            if self.step.processes.any(self._is_stopped()):
-                break
-            with self.log.beside("sampling", kinds, then="samples that fail are left out"):
-                self._sample(prompt)
+        with self.log.display.status.task("sampling", len(PROMPTS), "prompts") as task:
+            for prompt in PROMPTS:
+                if self.step.processes.any(self._is_stopped()):
+                    break
+                with self.log.beside("sampling", kinds, then="samples that fail are left out"):
+                    self._sample(prompt)
+                task.advance()
         self.log.watch.start()
 
     def _sample(self, prompt: str) -> None:
@@ -209,9 +214,6 @@ class Inspector:
         when = {"step": self.progress.step, "tokens": self.progress.tokens}
         self.log.append(self.log.samples, {**when, "prompt": prompt, "text": text})
         self.log.display.message(f"sample: {prompt}{text}".replace("\n", " "))
-
-    def _say(self, how_far: str) -> None:
-        self.log.display.working(f"evaluating step {self.progress.step:,}: {how_far}")
 
     def _is_stopped(self) -> bool:
         return self.interrupt.requested

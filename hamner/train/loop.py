@@ -18,10 +18,12 @@ from hamner.data.batch import Batch
 from hamner.hardware import GIB
 from hamner.parallel.processes import SingleProcess, open_processes
 from hamner.parallel.tensors import local
+from hamner.progress import SILENT, Status
 from hamner.train import health, messages, resume
-from hamner.train.data import DataPosition, OpenData, open_documents
+from hamner.train.data import DataPosition, OpenData, RunData, open_documents
 from hamner.train.display import Display, count, duration
 from hamner.train.evaluation import EarlyStopping, Inspector
+from hamner.train.first_steps import FirstSteps
 from hamner.train.health import StepReading, Watchdog
 from hamner.train.initial import find_initial, warn_of_missing_chat_tokens, with_chat_tokens
 from hamner.train.interrupt import Interrupt
@@ -84,19 +86,15 @@ class TrainingLoop:
         initial = initial or find_initial(config)
         tokenizer = initial.tokenizer if initial else self.run.open_tokenizer(config)
         self.tokenizer = with_chat_tokens(tokenizer, config)
-        weights = initial.checkpoint if initial else None
-        self.step = TrainStep(config, self.processes, weights, on_phase)
-        self.step.messages += warn_of_missing_chat_tokens(self.tokenizer, config)
-        compute = self.step.compute
         self.schedule = Schedule(config)
-        self.display = Display(
-            f"hamner {config.option}",
-            self.schedule.total_tokens,
-            None if compute.device.type == "cpu" else compute.budget_bytes / GIB,
-        )
-        if self.processes.rank.is_main:
-            self.display.message(f"reading {' '.join(config.data) or 'the built-in corpus'}")
-        self.data = open_data(config, self.tokenizer, compute.device.type == "cuda")
+        self.display = Display(f"hamner {config.option}", self.schedule.total_tokens)
+        shown = self.display.status if self.processes.rank.is_main else SILENT
+        with shown.task("building the model"):
+            self.step = TrainStep(config, self.processes, initial and initial.checkpoint, on_phase)
+        self.step.messages += warn_of_missing_chat_tokens(self.tokenizer, config)
+        is_gpu = self.step.compute.device.type == "cuda"
+        self.display.budget_gib = self.step.compute.budget_bytes / GIB if is_gpu else None
+        self.data = self._read_data(open_data, shown, pin_memory=is_gpu)
         self.position = DataPosition(self.data.loader, config, self.step.messages)
         self.progress = Progress()
         self.early_stopping = EarlyStopping(config.patience)
@@ -112,7 +110,8 @@ class TrainingLoop:
         )
         self.saves = Saves(self.log, self.progress, parts, self.tokenizer)
         if config.resume:
-            self.saves.last = resume.restore(self.run, self.tokenizer, self.step, parts)
+            with shown.task("reading the checkpoint"):
+                self.saves.last = resume.restore(self.run, self.tokenizer, self.step, parts)
         self.display.total_tokens = self.schedule.total_tokens
         self._start_folder()
         stacks = self.run.stacks_of(self.processes.rank)
@@ -126,7 +125,16 @@ class TrainingLoop:
             validation=self.data.validation,
             tokenizer=self.tokenizer,
         )
+        self.first_steps = FirstSteps(self.log, is_compiled=is_gpu or config.compile)
         self.first_step = self.progress.step
+
+    def _read_data(self, open_data: OpenData, shown: Status, *, pin_memory: bool) -> RunData:
+        """The loop says what it reads, which may take minutes, and gives it."""
+        reading = f"reading {' '.join(self.config.data) or 'the built-in corpus'}"
+        if self.processes.rank.is_main:
+            self.display.message(reading)
+        with shown.task(reading):
+            return open_data(self.config, self.tokenizer, pin_memory, shown)
 
     def _start_folder(self) -> None:
         """The run's folder, its logs and the services are there once nothing refuses any more."""
@@ -151,7 +159,7 @@ class TrainingLoop:
         """The loop trains until the run's length, `--stop-after`, an interrupt or a diagnosis; then
         it saves."""
         progress, stop_after = self.progress, self.config.stop_after
-        with self.display, self.interrupt, self.watchdog:
+        with self.display, self.interrupt, self.watchdog, self.first_steps:
             has_validation = bool(len(self.data.validation.inputs))
             lines = messages.introduction(self.log, self.saves, has_validation=has_validation)
             self.display.messages(lines)
@@ -241,13 +249,13 @@ class TrainingLoop:
         self.processes.step_done(progress.step)
         self.log.record(StepReading(progress.step, progress.tokens, lr, batch), result)
         self.step.on_phase("step done", progress.step)
-        if self.log.is_before_first_line:
-            self.display.working(f"step {progress.step:,} is done")
+        self.first_steps.step_done(progress.step, progress.tokens)
         return True
 
     def _should_abort(self, started: float, done: int, micro_batches: int) -> bool:
         """The answer is whether the step that `started` is dropped; the method also says how fast a
         CPU is, once the first micro-batch of the run is done."""
+        self.first_steps.micro_batch_done(done, micro_batches)
         elapsed = time.perf_counter() - started
         if self.progress.step == 0 and self.step.compute.device.type == "cpu" and done == 1:
             rows = self.processes.rank.world_size * self.step.plan.micro_batch_size

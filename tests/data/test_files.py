@@ -68,6 +68,23 @@ def test_small_text_file_is_one_document(tmp_path):
     assert texts(tmp_path) == [text.removeprefix("\ufeff")] * 2
 
 
+def test_the_extent_grows_with_files_blocks_and_rows(write_jsonl, write_parquet, monkeypatch):
+    texts = [f"document {number} {'x' * 50}" for number in range(40)]
+    monkeypatch.setattr("hamner.data.files.BLOCK_BYTES", 200)
+    paths = [write_parquet("a.parquet", text=texts), write_jsonl("b.jsonl", texts)]
+    with gzip.open(paths[0].parent / "c.jsonl.gz", "wt") as stream:
+        stream.writelines(json.dumps(text) + "\n" for text in texts)
+    source = FileSource(str(paths[0].parent))
+    total = sum(path.stat().st_size for path in paths[0].parent.iterdir())
+    assert source.extent(3, 1, None) == (0, total, "bytes")
+    extents = [source.extent(3, 1, state) for _, state in source.documents(3, 1, None)]
+    done = [extent.done for extent in extents]
+    assert done == sorted(done)
+    # Every row of the parquet file counts, blocks of the other, and the third as a whole.
+    assert 40 < len({*done}) < 80
+    assert 0.6 * total < done[-1] <= total
+
+
 def test_separator_lines_part_documents(tmp_path):
     (tmp_path / "a.txt").write_text(
         "<|endoftext|>\nOnce.\n\nEnd.\n<|endoftext|>\nTwice <|endoftext|> inline.\n<|endoftext|>"

@@ -1,3 +1,4 @@
+import contextlib
 import hashlib
 import itertools
 import json
@@ -12,8 +13,27 @@ from hamner.data.prepare import prepare
 from hamner.data.shards import ShardSource
 from hamner.data.tokenizer import Tokenizer, load_tokenizer
 from hamner.errors import UserError
+from hamner.progress import Status, Task
 
 TEXTS = [f"Document {i} says {' '.join(str(i * j) for j in range(i % 29))}." for i in range(300)]
+
+
+class Watched(Status):
+    """The status calls `see` with the documents so far, after each."""
+
+    def __init__(self, see):
+        class WatchedTask(Task):
+            def __setattr__(self, name, value):
+                super().__setattr__(name, value)
+                if name == "note" and value:
+                    see(int(value.split(" of ")[1].split()[0]))
+
+        self.kind = WatchedTask
+
+    @contextlib.contextmanager
+    def task(self, what, total=None, unit=""):
+        task = self.kind(what, total, unit)
+        yield task
 
 
 @pytest.fixture
@@ -108,20 +128,21 @@ def test_interrupted_preparation_goes_on(
     options = {"shard_tokens": 4000, "val_fraction": 0.1}
     prepare(specs, whole, tokenizer, **options)
 
-    def interrupt(spec, tokens, documents):
+    def interrupt(documents):
         if documents > documents_before:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prepare(specs, broken, tokenizer, **options, on_progress=interrupt)
+        prepare(specs, broken, tokenizer, **options, status=Watched(interrupt))
     with pytest.raises(UserError, match="no index.json there"):
         ShardSource(str(broken), tokenizer)
     seen = []
-    prepare(specs, broken, tokenizer, **options, on_progress=lambda *a: seen.append(a[2]))
+    prepare(specs, broken, tokenizer, **options, status=Watched(seen.append))
     assert contents(broken) == contents(whole)
     if documents_before >= 120:
         assert seen[0] > 1  # finished shards were not made again
-    assert prepare(specs, broken, tokenizer, **options, on_progress=interrupt)["skipped"] == 2
+    again = prepare(specs, broken, tokenizer, **options, status=Watched(interrupt))
+    assert again["skipped"] == 2
 
 
 @pytest.mark.parametrize("fails_at", range(13))

@@ -24,9 +24,9 @@ def gathered(monkeypatch):
     calls = []
     real = TrainLoader.validation_rows
 
-    def spy(loader, max_tokens):
+    def spy(loader, max_tokens, status):
         calls.append(max_tokens)
-        return real(loader, max_tokens)
+        return real(loader, max_tokens, status)
 
     monkeypatch.setattr(TrainLoader, "validation_rows", spy)
     return calls

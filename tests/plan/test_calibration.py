@@ -7,20 +7,42 @@ import numpy as np
 import pytest
 
 from hamner.plan.projection import _WIDTH
-from tests.plan.loss_curves import CALIBRATED, HELD_OUT, calibrated_width, ends, markdown_rows
+from tests.plan.loss_curves import (
+    CALIBRATED,
+    HELD_OUT,
+    calibrated_width,
+    ends,
+    markdown_rows,
+    outcomes,
+)
 
 
 @pytest.fixture(scope="module")
 def held_out():
-    return ends(*HELD_OUT)
+    return outcomes(*HELD_OUT)
 
 
-def test_80_percent_intervals_cover_held_out_ends(held_out):
-    found = held_out["all"]
+@pytest.mark.parametrize("group", ["drawn", "all"])
+def test_80_percent_intervals_cover_held_out_ends(held_out, group):
+    found = ends(held_out[group])
     assert len(found) >= 40
     assert 0.75 <= np.mean([end.is_inside for end in found]) <= 0.9
-    assert 0.75 <= np.mean([end.is_inside for end in held_out["drawn"]]) <= 0.9
-    assert median(abs(end.error) for end in found) <= 0.03
+
+
+@pytest.mark.parametrize("group", ["drawn", "all"])
+def test_the_point_is_near_held_out_ends(held_out, group):
+    assert median(abs(end.error) for end in ends(held_out[group])) <= 0.03
+
+
+def test_few_real_ends_are_projected_and_those_lie_inside(held_out):
+    """Runs of a million tokens are in no law yet; nine ends have no share of 75-90%."""
+    found = held_out["this project's"]
+    assert found.count("too early") > len(found) / 2
+    assert all(end.is_inside for end in ends(found))
+
+
+def test_a_law_is_refused_to_few_long_runs(held_out):
+    assert len(ends(held_out["drawn"])) >= 0.95 * len(held_out["drawn"])
 
 
 def test_the_table_is_what_the_logs_give(held_out):

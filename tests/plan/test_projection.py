@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hamner.plan.projection import NoLaw, RunProjection, fit_run
+from hamner.plan.projection import NoLaw, RunProjection, TooEarly, fit_run
 from hamner.plan.run_curve import RunCurve, read_run
 from tests.plan.loss_curves import MEASURED, SHIFTED_TWICE, correlated
 from tests.plan.test_run_curve import rows_of, truth, write_jsonl
@@ -32,7 +32,7 @@ def test_outliers_move_the_projection_little(tmp_path, points):
     tokens, loss = noisy_curve(3, points=points, outliers=0)
     spiked = loss.copy()
     spiked[::15] += 5.0
-    clean, dirty = (fit_run(curve_of(tokens, y)) for y in (loss, spiked))
+    clean, dirty = (fit_run(curve_of(tokens, y), END) for y in (loss, spiked))
     # Least squares would be off by the spikes' mean, 0.33, and more.
     assert dirty.loss(END) == pytest.approx(clean.loss(END), abs=0.05)
 
@@ -46,7 +46,7 @@ def test_restarted_noisy_run_projects_as_the_plain_one(tmp_path):
     rows += rows_of(tokens[400:], loss[400:], tokens_per_step=12_288)
     restarted = read_run(write_jsonl(tmp_path / "restarted.jsonl", rows))
     assert np.array_equal(restarted.loss, plain.loss)
-    assert fit_run(restarted).loss(END) == fit_run(plain).loss(END)
+    assert fit_run(restarted, END).loss(END) == fit_run(plain, END).loss(END)
 
 
 def test_warmup_is_left_out_of_the_fit(tmp_path):
@@ -57,7 +57,7 @@ def test_warmup_is_left_out_of_the_fit(tmp_path):
     rows = [(t, t, y, lr) for t, y, lr in zip(tokens, loss, rates, strict=True)]
     curve = read_run(write_jsonl(tmp_path / "metrics.jsonl", rows))
     assert curve.warmup_tokens == pytest.approx(warmup, rel=0.05)
-    assert fit_run(curve).loss(4e9) == pytest.approx(truth(4e9), abs=0.05)
+    assert fit_run(curve, END).loss(4e9) == pytest.approx(truth(4e9), abs=0.05)
 
 
 def project(tokens, loss, parameters=SIZE):
@@ -66,7 +66,7 @@ def project(tokens, loss, parameters=SIZE):
 
 def test_fit_recovers_a_clean_curve():
     tokens = np.linspace(1e7, 2.5e9, 500)
-    fit = fit_run(curve_of(tokens, truth(tokens)))
+    fit = fit_run(curve_of(tokens, truth(tokens)), END)
     assert fit.loss(END) == pytest.approx(truth(END), abs=2e-3)
     slope = (truth(2.5e9 + 1e6) - truth(2.5e9 - 1e6)) / 2e6
     assert fit.slope == pytest.approx(slope, rel=0.01)
@@ -77,7 +77,7 @@ def test_a_point_lies_inside_its_own_interval():
     for seed in range(20):
         tokens, loss = noisy_curve(seed, points=25, noise=0.2, outliers=0.1)
         try:
-            fit = fit_run(curve_of(tokens, loss))
+            fit = fit_run(curve_of(tokens, loss), END)
         except NoLaw:
             continue
         for at in (tokens[-1], END, 100 * END):
@@ -85,15 +85,30 @@ def test_a_point_lies_inside_its_own_interval():
             assert low < fit.loss(at) < high
 
 
-def test_a_learning_rate_still_to_fall_widens_the_interval():
+@pytest.mark.parametrize("final_rate", [None, 0.0, 0.5, 1.0])
+def test_a_learning_rate_still_to_fall_widens_the_interval(final_rate):
     tokens, loss = noisy_curve(0)
-    constant, falling = (
-        fit_run(curve_of(tokens, loss, rates)) for rates in (1.0, 1 - tokens / 5e9)
-    )
+    rates = 1 - tokens / 5e9
+    curve = RunCurve(None, tokens, loss, rates, final_rate=final_rate)
+    left = {None: 0.5, 0.0: 0.5, 0.5: 0.0, 1.0: 0.0}[final_rate]
+    assert curve.rate_left == pytest.approx(left, abs=0.01)
+    constant, falling = fit_run(curve_of(tokens, loss, 1.0), END), fit_run(curve, END)
     assert falling.loss(END) == constant.loss(END)
-    low, high = constant.interval(END)
-    assert falling.interval(END)[0] < low - 0.005
-    assert falling.interval(END)[1] > high + 0.005
+    (low, high), (lower, higher) = constant.interval(END), falling.interval(END)
+    assert low - lower == pytest.approx(higher - high)
+    assert (low - lower > 0.005) == (left > 0)
+    assert falling.interval(tokens[-1]) == constant.interval(tokens[-1])
+
+
+def test_the_schedule_is_read_from_the_run_itself(tmp_path):
+    tokens, loss = noisy_curve(0, points=50)
+    path = write_jsonl(tmp_path / "metrics.jsonl", rows_of(tokens, loss))
+    assert read_run(path).final_rate is None
+    (tmp_path / "config.json").write_text('{"lr": 2e-3, "min_lr": 2e-4}')
+    assert read_run(path).final_rate == pytest.approx(0.1)
+    for damaged in ('{"lr": 0, "min_lr": 0}', '{"lr": "x"}', "[]", "{"):
+        (tmp_path / "config.json").write_text(damaged)
+        assert read_run(path).final_rate is None
 
 
 def test_short_run_says_how_many_points_it_lacks():
@@ -196,6 +211,44 @@ def test_a_curve_that_no_law_fits():
     assert "Nothing is projected: no law fits: the loss wanders 0." in run.diagnosis()[0]
 
 
+def leaving_a_plateau(tokens):
+    """Flat until 10M tokens, a power law of exponent 0.3 long after them."""
+    return 2.6 + 4.0 * (1 + (tokens / 1e7) ** 2) ** -0.15
+
+
+@pytest.mark.parametrize(
+    ("last", "end", "found"),
+    [
+        (2e7, 1e9, "after about 63.2M tokens."),
+        (2e7, 5e7, "after about 63.2M tokens, which this run will not see."),
+        (1e9, 1e10, None),
+    ],
+)
+def test_a_run_just_out_of_its_plateau_is_too_early_for_a_law(last, end, found):
+    tokens = np.linspace(last / 500, last, 500)
+    noise = 0.02 * np.random.default_rng(0).normal(size=500)
+    curve = curve_of(tokens, leaving_a_plateau(tokens) + noise)
+    run = RunProjection(curve, SIZE, end)
+    assert (run.fit is None) == bool(found)
+    if found:
+        (said,) = run.diagnosis()
+        assert said.startswith("Nothing is projected: it is too early, the loss still falls as")
+        assert said.endswith(found)
+
+
+def test_the_tokens_to_ask_again_after_count_those_before_weights_were_lost(tmp_path):
+    tokens = np.linspace(4e4, 2e7, 500)
+    after = RunCurve(None, tokens + 1e9, leaving_a_plateau(tokens), 0 * tokens, start=1e9)
+    assert "after about 1.06B tokens." in RunProjection(after, SIZE, END).diagnosis()[0]
+
+
+def test_noise_that_hides_the_slowing_is_named():
+    tokens = np.linspace(1e7, 2.45e9, 60)
+    noise = 0.15 * np.random.default_rng(2).normal(size=60)
+    with pytest.raises(TooEarly, match="noise hides whether the loss falls less"):
+        fit_run(curve_of(tokens, truth(tokens) + noise), END)
+
+
 def test_a_run_that_lost_its_weights_is_projected_from_there(tmp_path):
     tokens = np.arange(1, 1_001) * 2.4576e6
     loss = np.minimum(truth(np.where(tokens > 1e9, tokens - 1e9, tokens)), 10.8)
@@ -205,3 +258,11 @@ def test_a_run_that_lost_its_weights_is_projected_from_there(tmp_path):
     lost, verdict = run.diagnosis()
     assert lost.startswith("Weights were lost at step 40,700 (1.00B tokens)")
     assert verdict.startswith("No capacity wall yet: 1.46B tokens seen")
+
+
+def test_a_small_run_is_projected_but_says_nothing_of_other_sizes():
+    tokens = np.linspace(1e4, 2e6, 200)
+    run = project(tokens, 4.0 + 1.5 * (tokens / 2e6) ** -0.3, parameters=900_000)
+    assert run.projected.loss(2e6) == pytest.approx(5.5, abs=0.01)
+    assert run.law is None
+    assert run.diagnosis()[-1].startswith("Nothing is said of other sizes")

@@ -1,6 +1,8 @@
 """What a run shows on a terminal and elsewhere."""
 
 import io
+from queue import SimpleQueue
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -47,23 +49,31 @@ def test_everything_asked_for_is_shown(terminal):
         assert value in text
 
 
-@pytest.mark.parametrize("terminal", [False, True])
-def test_what_is_under_way_is_shown_where_nothing_else_was_for_long(terminal, monkeypatch):
-    output, now = io.StringIO(), [0.0]
-    monkeypatch.setattr("hamner.train.display.monotonic", lambda: now[0])
+def test_a_terminal_shows_what_is_under_way_below_the_panel():
+    output = io.StringIO()
     display = Display("hamner a", 10_000_000_000, 22.0)
-    display.connect(Console(file=output, force_terminal=terminal, width=120, highlight=False))
+    display.connect(Console(file=output, force_terminal=True, width=120, highlight=False))
     with display:
         display.show(RECORD)
-        now[0] = 9.0
-        display.working("evaluating: 20%")
-        now[0] = 11.0
-        display.working("evaluating: 40%")
-    if terminal:
-        assert "evaluating: 40%" in output.getvalue()
-        assert "3.5000" in output.getvalue()
-    else:
-        assert output.getvalue().splitlines()[1:] == ["evaluating: 40%"]
+        with display.status.task("evaluating", 40, "rows") as task:
+            task.advance(10)
+            display.live.refresh()
+            shown_by_then = output.getvalue()
+    assert "10 of 40 rows (25%)" in shown_by_then
+    assert "3.5000" in shown_by_then
+
+
+def test_a_pipe_gets_a_line_of_what_is_under_way(monkeypatch):
+    monkeypatch.setattr("hamner.progress.QUIET_SECONDS", 0.001)
+    output, lines = io.StringIO(), SimpleQueue()
+    display = Display("hamner a", 10_000_000_000, 22.0)
+    log = Console(file=SimpleNamespace(write=lines.put, flush=lambda: None), width=120)
+    display.connect(Console(file=output, width=120), log)
+    with display, display.status.task("evaluating", 40, "rows") as task:
+        task.advance(10)
+        while "10 of 40 rows (25%)" not in lines.get(timeout=60):
+            pass
+    assert "evaluating: 10 of 40 rows (25%)" in output.getvalue()
 
 
 def test_elsewhere_a_record_is_one_plain_line():

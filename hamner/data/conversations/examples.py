@@ -15,6 +15,7 @@ from hamner.data.loader import DataConfig
 from hamner.data.specs import parse_specs
 from hamner.data.tokenizer import Tokenizer
 from hamner.errors import UserError
+from hamner.progress import SILENT, Status
 
 GIVE_UP_ROWS = 10_000
 """rows of which not one can be used say enough about a source, which may be endless"""
@@ -88,13 +89,14 @@ class ConversationSource:
 
 
 def load_examples(
-    config: DataConfig | TrainConfig, tokenizer: Tokenizer
+    config: DataConfig | TrainConfig, tokenizer: Tokenizer, status: Status = SILENT
 ) -> list[ConversationSource]:
     """The function reads, tokenizes, cuts and splits the conversations of all `--data` specs.
 
     A weight counts passes an epoch here, 1 where there is none. No example is longer than a row.
     Conversations are held out by their hash: equal ones are never on both sides. Rows that are no
-    conversation are left out, up to the share `config.bad_rows` of a source.
+    conversation are left out, up to the share `config.bad_rows` of a source. The status shows the
+    rows.
 
     Raises:
         UserError: a spec or file that cannot be read, or too many rows of it; no special tokens.
@@ -103,14 +105,16 @@ def load_examples(
     sources = []
     for spec in parse_specs(config.data, bare_weight=1.0):
         source = ConversationSource(spec.text, spec.weight)
-        for row in read_conversations(spec):
-            source.rows += 1
-            if isinstance(row, Conversation):
-                _add(row, source, seen, config=config, tokenizer=tokenizer)
-            else:
-                source.unusable[row.kind].append(row)
-            if source.rows == GIVE_UP_ROWS == source.num_unusable:
-                break
+        with status.task(f"reading and tokenizing {spec.text}", unit="rows") as task:
+            for row in read_conversations(spec):
+                source.rows += 1
+                task.advance()
+                if isinstance(row, Conversation):
+                    _add(row, source, seen, config=config, tokenizer=tokenizer)
+                else:
+                    source.unusable[row.kind].append(row)
+                if source.rows == GIVE_UP_ROWS == source.num_unusable:
+                    break
         sources.append(source)
     _refuse_unusable(sources, config.bad_rows)
     return sources

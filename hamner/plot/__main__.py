@@ -57,6 +57,8 @@ def plot(config: PlotConfig) -> list[str]:
     if len(config.runs) == 1 and config.output is None:
         run = RunFolder(config.runs[0])
         if not run.metrics.is_file():
+            if run.config.is_file():
+                return [f"nothing to draw: {run.path} has not logged a step yet"]
             raise UserError(f"{run.path} is no run's folder: it has no {run.metrics.name}")
         with writing(str(run.plots)):
             return [f"wrote {path}" for path in draw_run(run)]

@@ -209,6 +209,13 @@ def test_the_command_draws_one_run_where_training_does(tmp_path, capsys):
     assert (run.plots / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_run_without_a_logged_step_has_nothing_to_draw(tmp_path):
+    """As one that is interrupted before its first log line: training says no warning of it."""
+    (tmp_path / "config.json").write_text("{}")
+    (line,) = plot(PlotConfig((tmp_path,)))
+    assert line == f"nothing to draw: {tmp_path} has not logged a step yet"
+
+
 def test_what_is_no_run_is_refused(tmp_path):
     folder_of(tmp_path / "empty", [])
     (tmp_path / "folder").mkdir()

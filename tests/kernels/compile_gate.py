@@ -53,6 +53,8 @@ class CompileCase:
         divisible_by_16: integer parameters that are multiples of 16 at this shape; Triton
             specialises on that at launch, and vectorises with it.
         max_registers: a thread may use; None leaves it to the compiler.
+        fp_fusion: whether a product and a sum may become one instruction.
+        disassembles: whether the result has the machine's instructions.
     """
 
     name: str
@@ -64,11 +66,14 @@ class CompileCase:
     capability: str
     divisible_by_16: tuple[str, ...] = ()
     max_registers: int | None = None
+    fp_fusion: bool = True
+    disassembles: bool = False
 
 
 @dataclass(frozen=True)
 class CompileResult:
-    """What a case became: registers a thread, bytes of stack and of shared memory, matmuls."""
+    """What a case became: registers a thread, bytes of stack and of shared memory, matmuls, and the
+    names of its instructions with their modifiers, if asked for."""
 
     name: str
     capability: str
@@ -76,6 +81,7 @@ class CompileResult:
     stack: int
     shared: int
     uses_tensor_cores: bool = False
+    instructions: tuple[str, ...] = ()
 
     def row(self, op: str) -> str:
         """A line of the table that the tests print."""
@@ -123,6 +129,7 @@ def compile_case(case: CompileCase) -> CompileResult:
             "num_warps": case.num_warps,
             "num_stages": case.num_stages,
             "maxnreg": case.max_registers,
+            "enable_fp_fusion": case.fp_fusion,
         },
     )
     registers, stack = _registers_and_stack(compiled.asm["cubin"])
@@ -134,6 +141,7 @@ def compile_case(case: CompileCase) -> CompileResult:
         shared=compiled.metadata.shared,
         # mma.sync or wgmma.mma_async
         uses_tensor_cores="mma" in compiled.asm["ptx"],
+        instructions=_instructions(compiled.asm["cubin"]) if case.disassembles else (),
     )
 
 
@@ -145,21 +153,29 @@ def _leaves(path: tuple[int, ...], kind: str | tuple) -> Iterator[tuple[tuple[in
         yield from (((*path, i), member) for i, member in enumerate(kind))
 
 
-def _registers_and_stack(cubin: bytes) -> tuple[int, int]:
-    """Ask cuobjdump, which comes with Triton, for a cubin's registers a thread and stack bytes."""
+def _inspect(tool: str, *flags: str, cubin: bytes) -> str:
+    """The function gives what a tool that comes with Triton prints about a cubin."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
-        usage = subprocess.run(
-            [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(file)],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
+        command = [getattr(triton.knobs.nvidia, tool).path, *flags, str(file)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _registers_and_stack(cubin: bytes) -> tuple[int, int]:
+    """Ask cuobjdump for a cubin's registers a thread and stack bytes."""
+    usage = _inspect("cuobjdump", "--dump-resource-usage", cubin=cubin)
     match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if match is None:
         raise RuntimeError(f"cuobjdump printed no resource usage:\n{usage}")
     return int(match[1]), int(match[2])
+
+
+def _instructions(cubin: bytes) -> tuple[str, ...]:
+    """Ask nvdisasm for the kinds of a cubin's instructions: IMMA.16832.S8.S8, LDS.U8."""
+    text = _inspect("nvdisasm", "-c", cubin=cubin)
+    names = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", text, re.MULTILINE)
+    return tuple(sorted(set(names)))
 
 
 def ops() -> list[str]:

@@ -1,6 +1,7 @@
 """Measure the launch tables of the kernels on the GPU at hand and print the best rows.
 
-    python -m bench.tune [rms_norm swiglu rope cross_entropy adamw router_linear grouped_matmul]
+    python -m bench.tune [rms_norm swiglu rope cross_entropy adamw router_linear grouped_matmul
+                          int8_matmul int8_quantize]
 
 Shapes are those of option a (c for router_linear and grouped_matmul) at 24 x 1024, bf16. A row goes
 into CONFIGS of the kernel's module; tests/kernels/test_compile_gate.py then says whether it fits
@@ -16,6 +17,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -159,6 +161,40 @@ def moe_weight_grad(m):
     return run
 
 
+def int8_matmul(grouped: bool, m):
+    """The three matmuls of option a's widest layer, of which the weight's gradient is grouped."""
+    from hamner.kernels.int8_quantize import quantize_int8
+
+    x, d_out, weight = randn(N, D), randn(N, 2 * INTERMEDIATE), randn(2 * INTERMEDIATE, D)
+    pairs = [
+        tuple(
+            quantize_int8(operand, transposed=transposed, grouped=grouped)
+            for operand, transposed in pair
+        )
+        for pair in (
+            ((x, False), (weight, False)),
+            ((d_out, False), (weight, True)),
+            ((d_out, True), (x, True)),
+        )
+    ]
+
+    def run():
+        for a, b in pairs:
+            m.int8_matmul(a, b)
+
+    return run
+
+
+def quantise(transposed: bool, m):
+    x, d_out = randn(N, D), randn(N, 2 * INTERMEDIATE)
+
+    def run():
+        m.quantize_int8(x, transposed=transposed, grouped=transposed)
+        m.quantize_int8(d_out, transposed=transposed, grouped=transposed)
+
+    return run
+
+
 _ROW_TILES = grid((1024, 2048, 4096, 8192), (2, 4, 8))
 
 
@@ -168,6 +204,16 @@ def matmul_tiles(stages: tuple[int, ...], accumulators: int = 1) -> list[tuple]:
         (tile,)
         for tile in grid((64, 128, 256), (64, 128, 256), (32, 64), (4, 8), stages)
         if 32 <= accumulators * tile[0] * tile[1] / (32 * tile[3]) <= 128
+    ]
+
+
+def int8_tiles(registers: int) -> list[tuple]:
+    """The function gives tiles of results that take this many registers each, 64 to 128 of a
+    thread in all."""
+    return [
+        (tile,)
+        for tile in grid((64, 128, 256), (128, 256), (64, 128), (4, 8), (3, 4, 5))
+        if 64 <= registers * tile[0] * tile[1] / (32 * tile[3]) <= 128
     ]
 
 
@@ -257,6 +303,24 @@ KERNELS: dict[str, dict[str, Tunable]] = {
         "matmul": Tunable("grouped_matmul", ("matmul",), matmul_tiles((3, 4)), moe_matmul),
         "weight_grad": Tunable(
             "grouped_matmul", ("weight_grad",), matmul_tiles((3, 4, 6)), moe_weight_grad
+        ),
+    },
+    "int8_matmul": {
+        "rows": Tunable("int8_matmul", ("rows",), int8_tiles(1), partial(int8_matmul, False)),
+        "grouped": Tunable("int8_matmul", ("grouped",), int8_tiles(2), partial(int8_matmul, True)),
+    },
+    "int8_quantize": {
+        "rows": Tunable(
+            "int8_quantize",
+            ("tile", "warps"),
+            grid((1024, 2048, 4096, 8192), (2, 4, 8)),
+            partial(quantise, False),
+        ),
+        "columns": Tunable(
+            "int8_quantize",
+            ("columns", "column_warps"),
+            grid((32, 64, 128), (4, 8, 16)),
+            partial(quantise, True),
         ),
     },
 }

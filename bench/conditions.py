@@ -40,16 +40,22 @@ def _gpu() -> dict[str, str]:
     x = torch.ones(4096, 4096, device="cuda", dtype=torch.bfloat16)
     for _ in range(200):
         x @ x
-    query = ",".join(_QUERIES.values())
-    index = str(torch.cuda.current_device())
-    line = _output(
-        ["nvidia-smi", "-i", index, f"--query-gpu={query}", "--format=csv,noheader,nounits"]
-    )
+    values = nvidia_smi(*_QUERIES.values())
     torch.cuda.synchronize()
-    values = [value.strip() for value in line.split(",")]
-    if len(values) != len(_QUERIES):
+    if values is None:
         return {"gpu": torch.cuda.get_device_name()}
     return dict(zip(_QUERIES, values, strict=True))
+
+
+def nvidia_smi(*fields: str) -> list[str] | None:
+    """The function gives what nvidia-smi says of the GPU in use (`--help-query-gpu` lists the
+    fields), or None if it does not."""
+    # Its numbers are not torch's where CUDA_VISIBLE_DEVICES leaves some out.
+    gpu = f"GPU-{torch.cuda.get_device_properties().uuid}"
+    query = f"--query-gpu={','.join(fields)}"
+    line = _output(["nvidia-smi", "-i", gpu, query, "--format=csv,noheader,nounits"])
+    values = [value.strip() for value in line.split(",")]
+    return values if len(values) == len(fields) and line != "unknown" else None
 
 
 def _output(command: list[str]) -> str:

@@ -32,6 +32,7 @@ from hamner.kernels.fused_linear import (
     swiglu_linear,
     swiglu_linear_reference,
 )
+from hamner.kernels.qk_norm import qk_norm_rope, qk_norm_rope_reference
 from hamner.kernels.rms_norm import (
     add_rms_norm,
     add_rms_norm_reference,
@@ -101,6 +102,8 @@ class Case:
     liger_inputs: Callable[..., tuple[torch.Tensor, ...]] = lambda *inputs: inputs
     costs: dict[str, Cost] = field(default_factory=dict)
     """of each direction; an op with matmuls is held to its FLOPs, another to its bytes"""
+    constants: int = 0
+    """of the inputs, so many last ones get no gradient"""
 
 
 def both_ways(cost: Callable[..., Cost], elements: int, **how: bool) -> dict[str, Cost]:
@@ -115,6 +118,12 @@ def matmul_and_gradients(k: int, n: int) -> dict[str, Cost]:
     """The function gives the costs of N rows."""
     cost = costs.matmul(N, k, n, ELEMENT)
     return {"forward": cost, "backward": cost + cost}
+
+
+def rotary_tables() -> tuple[torch.Tensor, torch.Tensor]:
+    """The function gives cos and sin of some angles, (T, HEAD_DIM / 2) fp32."""
+    angles = torch.rand(T, HEAD_DIM // 2, device=DEVICE)
+    return angles.cos(), angles.sin()
 
 
 CASES = {
@@ -139,6 +148,18 @@ CASES = {
         liger=liger_swiglu,
         liger_inputs=lambda gate_up: tuple(x.contiguous() for x in gate_up.chunk(2, dim=-1)),
         costs=both_ways(costs.swiglu, N * INTERMEDIATE),
+    ),
+    "qk_norm_rope": Case(
+        inputs=lambda n: (
+            randn(n // T, T, (HEADS + 2 * KV_HEADS) * HEAD_DIM),
+            randn(HEAD_DIM, dtype=torch.float32),
+            randn(HEAD_DIM, dtype=torch.float32),
+            *rotary_tables(),
+        ),
+        constants=2,
+        op=functools.partial(qk_norm_rope, num_heads=HEADS, num_kv_heads=KV_HEADS),
+        reference=functools.partial(qk_norm_rope_reference, num_heads=HEADS, num_kv_heads=KV_HEADS),
+        costs=both_ways(costs.qk_norm_rope, N * (HEADS + KV_HEADS) * HEAD_DIM),
     ),
     "add_rms_norm_linear": Case(
         inputs=lambda n: (
@@ -207,7 +228,8 @@ class Call:
         self.inputs = case.inputs(num_tokens)
         if function is case.liger:
             self.inputs = case.liger_inputs(*self.inputs)
-        self.leaves = [x for x in self.inputs if x.is_floating_point()]
+        variables = self.inputs[: len(self.inputs) - case.constants]
+        self.leaves = [x for x in variables if x.is_floating_point()]
         for leaf in self.leaves:
             leaf.requires_grad_()
         self.outputs = self.forward()
@@ -279,8 +301,7 @@ def rotation(direction: str, implementation: str, num_tokens: int) -> Callable:
     """
     torch.manual_seed(0)
     packed = randn(num_tokens // T, T, (HEADS + 2 * KV_HEADS) * HEAD_DIM)
-    angles = torch.rand(T, HEAD_DIM // 2, device=DEVICE)
-    cos, sin = angles.cos(), angles.sin()
+    cos, sin = rotary_tables()
     heads = packed.unflatten(-1, (-1, HEAD_DIM))
     q, k, _ = heads.split((HEADS, KV_HEADS, KV_HEADS), dim=2)
     is_backward = direction == "backward"

@@ -7,13 +7,14 @@ are quantised already; `test_with_quantisation` times it with the quantisation o
 their gradients (a weight is quantised once a step, so beforehand); `test_quantise` times that
 alone, in GB/s of what must move. "hamner" has one scale a row, "hamner grouped" one each 256 of the
 reduced axis. fp8 is e4m3 through torch._scaled_mm with fast accumulation, quantised by
-torch.compile; `_int_mm` stops at int32 sums.
+torch.compile; `_int_mm` stops at int32 sums. `test_matmul_as_8_6` times the code of an RTX 3090,
+executed on this GPU, ours and a plain bf16 matmul of the same instructions (bench/mma_matmul.py).
 
 Before a row is timed, a matmul of ours must equal its integer reference to the bit, `_int_mm` the
 integer sums, and every result the bf16 one as far as its format allows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import NamedTuple
 
@@ -22,6 +23,9 @@ import torch
 from torch import Tensor
 
 from bench import scale
+from bench.as_capability import as_capability
+from bench.mma_matmul import MatmulTile
+from bench.mma_matmul import matmul as mma_matmul
 from bench.record import record
 from hamner.kernels.int8_matmul import int8_matmul, int8_matmul_reference
 from hamner.kernels.int8_quantize import Int8Matrix, quantize_int8, quantize_int8_reference
@@ -136,13 +140,22 @@ IMPLEMENTATIONS = {
         lambda operand: (operand.matrix,), lambda a, b: torch.mm(a[0], b[0].T)
     ),
 }
+BF16_TILE = MatmulTile(128, 128, 32, 4, 4)
+AS_8_6 = {
+    **{name: IMPLEMENTATIONS[name] for name in ("hamner", "hamner grouped")},
+    "mma.sync bf16": Implementation(
+        lambda operand: (operand.matrix.contiguous(), operand.matrix.T.contiguous()),
+        lambda a, b: mma_matmul(a[0], b[1], BF16_TILE),
+    ),
+}
 QUANTISED = ("hamner", "hamner grouped", "fp8 tensorwise", "fp8 rowwise")
 QUICK = {("hamner", "gate_up", "forward")}
+"""of `test_matmul`"""
 
 
 def assert_agrees(name: str, operands: tuple[Operand, Operand]) -> None:
     """What does not compute the product of its operands is not timed."""
-    implementation = IMPLEMENTATIONS[name]
+    implementation = (IMPLEMENTATIONS | AS_8_6)[name]
     a, b = (implementation.quantise(operand) for operand in operands)
     result = implementation.multiply(a, b)
     if implementation.reference is not None:
@@ -158,14 +171,13 @@ def skip_fp8_on_the_cpu(implementation: str) -> None:
         pytest.skip("_scaled_mm needs a GPU")
 
 
-def rows(implementations: tuple[str, ...]) -> list:
+def rows(implementations: Iterable[str], quick: Collection[tuple[str, str, str]] = ()) -> list:
     """The function gives the parameters of rows, those of --quick marked."""
     return [
-        pytest.param(name, layer, matmul, marks=[pytest.mark.quick] if row in QUICK else [])
+        pytest.param(*row, marks=[pytest.mark.quick] if row in quick else [])
         for layer in LAYERS
         for matmul in MATMULS
-        for name in implementations
-        for row in [(name, layer, matmul)]
+        for row in ((name, layer, matmul) for name in implementations)
     ]
 
 
@@ -188,7 +200,7 @@ def title(layer: str, matmul: str) -> str:
     return f"{layer} {inputs}x{outputs} {matmul}"
 
 
-@pytest.mark.parametrize(("implementation", "layer", "matmul"), rows(tuple(IMPLEMENTATIONS)))
+@pytest.mark.parametrize(("implementation", "layer", "matmul"), rows(IMPLEMENTATIONS, QUICK))
 def test_matmul(benchmark, ceilings, implementation, layer, matmul):
     skip_fp8_on_the_cpu(implementation)
     operands = operands_of(layer, matmul)
@@ -203,6 +215,25 @@ def test_matmul(benchmark, ceilings, implementation, layer, matmul):
         op=f"int8 {title(layer, matmul)}",
         name=implementation,
     )
+
+
+@pytest.mark.parametrize(("implementation", "layer", "matmul"), rows(AS_8_6))
+def test_matmul_as_8_6(benchmark, ceilings, implementation, layer, matmul):
+    if scale.SMOKE:
+        pytest.skip("executes a GPU's code")
+    operands = operands_of(layer, matmul)
+    quantise, multiply = AS_8_6[implementation][:2]
+    with as_capability("8.6"):
+        assert_agrees(implementation, operands)
+        a, b = (quantise(operand) for operand in operands)
+        measure(
+            benchmark,
+            ceilings,
+            call=lambda: multiply(a, b),
+            layer=layer,
+            op=f"int8 {title(layer, matmul)} as 8.6",
+            name=implementation,
+        )
 
 
 @pytest.mark.parametrize(("implementation", "layer", "matmul"), rows(QUANTISED))

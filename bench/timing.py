@@ -1,8 +1,10 @@
 """Every row about a kernel is timed on a GPU in this way."""
 
 import ctypes
+import itertools
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -48,6 +50,44 @@ def graphed(function: Callable[[], object]) -> Callable[[], object]:
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         function()
     return graph.replay
+
+
+class ManyCalls:
+    """The calls are recorded one after the other as one CUDA graph, again and again, so that
+    neither launches nor the latency of the device count.
+
+    Args:
+        calls: of the same work on different data, together several times the L2, so that none finds
+            its inputs there.
+        milliseconds: the graph is to take about as long.
+    """
+
+    MOST_CALLS = 64
+
+    def __init__(self, calls: Sequence[Callable[[], object]], *, milliseconds: float = 4.0) -> None:
+        for call in calls:  # compiles, allocates
+            call()
+        once = _elapsed(lambda: [call() for call in calls]) / len(calls)
+        self.count = max(len(calls), min(self.MOST_CALLS, math.ceil(milliseconds / once)))
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
+            for call in itertools.islice(itertools.cycle(calls), self.count):
+                call()
+        self.graph.replay()
+
+    def milliseconds(self) -> float:
+        """The method measures once, and gives the milliseconds of one call."""
+        return _elapsed(self.graph.replay) / self.count
+
+
+def _elapsed(function: Callable[[], object]) -> float:
+    """The function gives milliseconds between two events around another."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
 
 
 def waits_for_gpu(function: Callable[[], object]) -> bool:

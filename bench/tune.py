@@ -1,35 +1,41 @@
 """Measure the launch tables of the kernels on the GPU at hand and print the best rows.
 
-    python -m bench.tune [rms_norm swiglu rope cross_entropy adamw router_linear grouped_matmul
-                          int8_matmul int8_quantize]
+    python -m bench.tune [rms_norm swiglu rope qk_norm cross_entropy adamw router_linear
+        grouped_matmul int8_matmul int8_quantize] [--as-capability 8.6] [--output FILE]
 
 Shapes are those of option a (c for router_linear and grouped_matmul) at 24 x 1024, bf16. A row goes
 into CONFIGS of the kernel's module; tests/kernels/test_compile_gate.py then says whether it fits
-the smallest card that uses it. Every candidate is compiled first, by all cores at once; then each
-is timed alone, as a CUDA graph. FlashAttention, whose table depends on head sizes, has
-bench/tune_flash_attention.py.
+the smallest card that uses it. FlashAttention, whose table depends on head sizes, has
+bench/tune_flash_attention.py; how both measure is in bench/tuning.py.
 """
 
 import argparse
+import contextlib
+import functools
 import importlib
 import itertools
-import multiprocessing
-import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from typing import NamedTuple
 
 import torch
-from triton.runtime.errors import OutOfResources
 
-from bench.timing import graphed, quantiles, use_recordable_stream
+from bench.tuning import (
+    Subject,
+    add_arguments,
+    compile_ahead,
+    conclude,
+    mma_matmul_subject,
+    rank,
+    tuning,
+)
 from hamner.kernels.launch import capability
+from hamner.plan import costs
+from hamner.plan.costs import Cost
 
 N, D, INTERMEDIATE, V, T = 24_576, 1024, 2816, 49_152, 1024
 HEADS, KV_HEADS, HEAD_DIM = 16, 4, 64
 EXPERTS, TOP_K, MOE_D, MOE_I = 4, 2, 768, 1536
-SHOWN = 4
+LOSS_ROWS = 4096
 
 
 def randn(*shape: int) -> torch.Tensor:
@@ -44,6 +50,7 @@ class Tunable(NamedTuple):
     candidates: list[tuple]
     build: Callable[[object], Callable[[], object]]
     """the module -> the call to time"""
+    cost: Cost
 
 
 def grid(*axes: tuple) -> list[tuple]:
@@ -82,17 +89,47 @@ def rope(m):
     )
 
 
+def qk_norm_inputs():
+    qkv, angles = randn(N // T, T, (HEADS + 2 * KV_HEADS) * HEAD_DIM), torch.rand(T, HEAD_DIM // 2)
+    settings = {
+        "q_weight": torch.ones(HEAD_DIM, device="cuda"),
+        "k_weight": torch.ones(HEAD_DIM, device="cuda"),
+        "cos": angles.cos().cuda(),
+        "sin": angles.sin().cuda(),
+        "positions": None,
+        "num_heads": HEADS,
+        "num_kv_heads": KV_HEADS,
+        "eps": 1e-5,
+    }
+    return qkv, settings
+
+
+def qk_norm_forward(m):
+    """As a layer runs it, v left where it is."""
+    qkv, settings = qk_norm_inputs()
+    return lambda: torch.ops.hamner.qk_norm_rope(qkv, **settings, with_v=False)
+
+
+def qk_norm_backward(m):
+    qkv, settings = qk_norm_inputs()
+    d_qkv = randn(*qkv.shape)
+    return lambda: torch.ops.hamner.qk_norm_rope_backward_(d_qkv, qkv, **settings)
+
+
 def cross_entropy(m):
-    logits, losses = randn(4096, V), torch.empty(4096, device="cuda")
-    targets = torch.randint(V, (4096,), device="cuda")
+    logits, losses = randn(LOSS_ROWS, V), torch.empty(LOSS_ROWS, device="cuda")
+    targets = torch.randint(V, (LOSS_ROWS,), device="cuda")
     return lambda: m.launch_cross_entropy_(
         logits, targets=targets, losses=losses, ignore_index=-100, z_loss=0.0, write_gradient=True
     )
 
 
+# Matrices of four layers, and an embedding.
+UPDATED = [(1536, D), (D, D), (2 * INTERMEDIATE, D), (D, INTERMEDIATE)] * 4 + [(V, D)]
+
+
 def adamw(m):
-    # Matrices of four layers, and an embedding.
-    shapes = [(1536, D), (D, D), (2 * INTERMEDIATE, D), (D, INTERMEDIATE)] * 4 + [(V, D)]
+    shapes = UPDATED
     params, remainders = zip(
         *(m.split_master(torch.randn(shape, device="cuda")) for shape in shapes), strict=True
     )
@@ -195,6 +232,11 @@ def quantise(transposed: bool, m):
     return run
 
 
+def grouped(matrices: int) -> Cost:
+    """The function gives the work of all routed rows with so many matrices of width x inner."""
+    return Cost(matrices * costs.matmul(N * TOP_K, MOE_D, MOE_I).flops)
+
+
 _ROW_TILES = grid((1024, 2048, 4096, 8192), (2, 4, 8))
 
 
@@ -220,13 +262,18 @@ def int8_tiles(registers: int) -> list[tuple]:
 KERNELS: dict[str, dict[str, Tunable]] = {
     "rms_norm": {
         "forward": Tunable(
-            "rms_norm", ("forward_tile", "forward_warps"), _ROW_TILES, rms_norm_forward
+            "rms_norm",
+            ("forward_tile", "forward_warps"),
+            _ROW_TILES,
+            rms_norm_forward,
+            costs.rms_norm(N * D, adds_residual=True),
         ),
         "backward": Tunable(
             "rms_norm",
             ("backward_tile", "backward_warps", "backward_programs_per_sm", "backward_stages"),
             grid((1024, 2048, 4096, 8192), (2, 4, 8), (2, 4, 8), (1, 2, 3)),
             rms_norm_backward,
+            costs.rms_norm(N * D, adds_residual=True, backward=True, recompute=True),
         ),
     },
     "swiglu": {
@@ -235,12 +282,14 @@ KERNELS: dict[str, dict[str, Tunable]] = {
             ("forward_block_m", "forward_block_i", "forward_warps"),
             grid((1, 2, 4, 8), (256, 512, 1024, 2048, 4096), (4, 8, 16)),
             swiglu_forward,
+            costs.swiglu(N * INTERMEDIATE),
         ),
         "backward": Tunable(
             "swiglu",
             ("backward_block_m", "backward_block_i", "backward_warps"),
             grid((1, 2, 4), (256, 1024, 2048, 4096), (2, 4, 8, 16)),
             swiglu_backward,
+            costs.swiglu(N * INTERMEDIATE, backward=True, recompute=True),
         ),
     },
     "rope": {
@@ -253,6 +302,23 @@ KERNELS: dict[str, dict[str, Tunable]] = {
                 if tile[0] * tile[1] <= 128
             ],
             rope,
+            costs.rope(N * (HEADS + KV_HEADS) * HEAD_DIM),
+        ),
+    },
+    "qk_norm": {
+        "forward": Tunable(
+            "qk_norm",
+            ("forward_tile", "forward_warps"),
+            grid((256, 512, 1024, 2048), (1, 2, 4, 8)),
+            qk_norm_forward,
+            costs.qk_norm_rope(N * (HEADS + KV_HEADS) * HEAD_DIM),
+        ),
+        "backward": Tunable(
+            "qk_norm",
+            ("backward_tile", "backward_warps", "backward_programs_per_sm"),
+            grid((256, 512, 1024, 2048), (1, 2, 4, 8), (2, 4, 8, 16)),
+            qk_norm_backward,
+            costs.qk_norm_rope(N * (HEADS + KV_HEADS) * HEAD_DIM, backward=True),
         ),
     },
     "cross_entropy": {
@@ -261,6 +327,7 @@ KERNELS: dict[str, dict[str, Tunable]] = {
             ("block_v", "warps"),
             grid((2048, 4096, 8192, 16384), (4, 8, 16, 32)),
             cross_entropy,
+            Cost(bytes=costs.linear_cross_entropy(LOSS_ROWS, D, V).bytes),
         ),
     },
     "adamw": {
@@ -273,6 +340,7 @@ KERNELS: dict[str, dict[str, Tunable]] = {
                 if row[0] >= row[1] and 4 <= row[1] // (32 * row[2]) <= 16
             ],
             adamw,
+            costs.adamw(sum(m * n for m, n in UPDATED), split_master=True),
         ),
     },
     "router_linear": {
@@ -281,6 +349,7 @@ KERNELS: dict[str, dict[str, Tunable]] = {
             ("forward_tile", "forward_warps"),
             grid((1024, 2048, 4096, 8192), (1, 2, 4, 8)),
             router_linear_forward,
+            Cost(bytes=costs.router_linear(N, MOE_D, EXPERTS).bytes),
         ),
         "backward": Tunable(
             "router_linear",
@@ -291,6 +360,7 @@ KERNELS: dict[str, dict[str, Tunable]] = {
                 if 8 <= tile[0] * tile[1] / (32 * tile[2]) <= 64
             ],
             router_linear_backward,
+            Cost(bytes=costs.router_linear(N, MOE_D, EXPERTS, backward=True).bytes),
         ),
     },
     "grouped_matmul": {
@@ -299,90 +369,111 @@ KERNELS: dict[str, dict[str, Tunable]] = {
             ("gate_up",),
             matmul_tiles((3, 4), accumulators=2),
             moe_gate_up,
+            grouped(2),
         ),
-        "matmul": Tunable("grouped_matmul", ("matmul",), matmul_tiles((3, 4)), moe_matmul),
+        "matmul": Tunable(
+            "grouped_matmul", ("matmul",), matmul_tiles((3, 4)), moe_matmul, grouped(4)
+        ),
         "weight_grad": Tunable(
-            "grouped_matmul", ("weight_grad",), matmul_tiles((3, 4, 6)), moe_weight_grad
+            "grouped_matmul",
+            ("weight_grad",),
+            matmul_tiles((3, 4, 6)),
+            moe_weight_grad,
+            grouped(3),
         ),
     },
     "int8_matmul": {
-        "rows": Tunable("int8_matmul", ("rows",), int8_tiles(1), partial(int8_matmul, False)),
-        "grouped": Tunable("int8_matmul", ("grouped",), int8_tiles(2), partial(int8_matmul, True)),
+        mode: Tunable(
+            "int8_matmul",
+            (mode,),
+            int8_tiles(registers),
+            functools.partial(int8_matmul, mode == "grouped"),
+            Cost(3 * costs.matmul(N, D, 2 * INTERMEDIATE).flops),
+        )
+        for mode, registers in (("rows", 1), ("grouped", 2))
     },
     "int8_quantize": {
         "rows": Tunable(
             "int8_quantize",
             ("tile", "warps"),
             grid((1024, 2048, 4096, 8192), (2, 4, 8)),
-            partial(quantise, False),
+            functools.partial(quantise, False),
+            costs.quantize_int8(N * (D + 2 * INTERMEDIATE)),
         ),
         "columns": Tunable(
             "int8_quantize",
             ("columns", "column_warps"),
             grid((32, 64, 128), (4, 8, 16)),
-            partial(quantise, True),
+            functools.partial(quantise, True),
+            costs.quantize_int8(N * (D + 2 * INTERMEDIATE)),
         ),
     },
 }
 
 
-def with_row(tunable: Tunable, values: tuple, use: Callable[[Callable], float]) -> float:
-    """The method gives the result of `use` on the call with these values in the table; infinite if
-    they do not fit the GPU."""
-    module = importlib.import_module(f"hamner.kernels.{tunable.module}")
-    row = capability(torch.device("cuda"))
-    config = module.CONFIGS[row]
+def row_of(tunable: Tunable) -> tuple:
+    """The function gives the table's values for the GPU at hand."""
+    config = configs(tunable)[capability(torch.device("cuda"))]
+    return tuple(
+        tuple(value) if isinstance(value, tuple) else value
+        for value in (getattr(config, field) for field in tunable.fields)
+    )
+
+
+def configs(tunable: Tunable) -> dict:
+    """The function gives the launch table of a module."""
+    return importlib.import_module(f"hamner.kernels.{tunable.module}").CONFIGS
+
+
+@contextlib.contextmanager
+def with_row(tunable: Tunable, values: tuple) -> Iterator[None]:
+    """While it is open, these values are in the table's row of the GPU at hand."""
+    table, row = configs(tunable), capability(torch.device("cuda"))
+    config = table[row]
     typed = [
         type(getattr(config, field))(*value) if isinstance(value, tuple) else value
         for field, value in zip(tunable.fields, values, strict=True)
     ]
-    module.CONFIGS[row] = config._replace(**dict(zip(tunable.fields, typed, strict=True)))
+    table[row] = config._replace(**dict(zip(tunable.fields, typed, strict=True)))
     try:
-        return use(tunable.build(module))
-    except OutOfResources:
-        return float("inf")
+        yield
     finally:
-        module.CONFIGS[row] = config
+        table[row] = config
 
 
-def compile_row(job: tuple[str, str, tuple]) -> None:
-    """The function leaves the kernel in Triton's cache on disk."""
-    kernel, direction, values = job
-    with_row(KERNELS[kernel][direction], values, lambda call: call())
-
-
-def jobs(kernels: list[str]) -> Iterator[tuple[str, str, tuple]]:
+def subjects(kernels: tuple[str, ...]) -> list[Subject]:
+    """The function gives what these kernels' tables decide, after the matmul they are held to."""
+    found = [mma_matmul_subject()]
     for kernel in kernels:
         for direction, tunable in KERNELS[kernel].items():
-            for values in tunable.candidates:
-                yield kernel, direction, values
+            module = importlib.import_module(f"hamner.kernels.{tunable.module}")
+            found.append(
+                Subject(
+                    f"{kernel} {direction}",
+                    tunable.candidates,
+                    row_of(tunable),
+                    build=functools.partial(tunable.build, module),
+                    install=functools.partial(with_row, tunable),
+                    cost=tunable.cost,
+                )
+            )
+    return found
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    """The command measures, and prints the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("kernels", nargs="*", help=f"of {', '.join(KERNELS)}; default all")
-    kernels = parser.parse_args().kernels or list(KERNELS)
+    add_arguments(parser)
+    arguments = parser.parse_args(argv)
+    kernels = tuple(arguments.kernels or KERNELS)
     for kernel in kernels:
         if kernel not in KERNELS:
             parser.error(f"{kernel} is not one of {', '.join(KERNELS)}")
-    if not torch.cuda.is_available():
-        parser.error("no CUDA GPU found; launch tables are measured on the GPU they are for")
-
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
-        list(pool.map(compile_row, jobs(kernels)))
-
-    use_recordable_stream()
-    print(f"# {torch.cuda.get_device_name()}, row {capability(torch.device('cuda'))}")
-    for kernel in kernels:
-        for direction, tunable in KERNELS[kernel].items():
-            times = {
-                values: with_row(tunable, values, lambda call: quantiles(graphed(call), rep=30)[0])
-                for values in tunable.candidates
-            }
-            for values in sorted(times, key=times.__getitem__)[:SHOWN]:
-                row = ", ".join(f"{f}={v}" for f, v in zip(tunable.fields, values, strict=True))
-                print(f"{kernel} {direction}: {times[values] * 1e3:8.1f} us  {row}", flush=True)
+    with tuning(parser, arguments):
+        misfits = compile_ahead(functools.partial(subjects, kernels), arguments.as_capability)
+        rankings = [rank(subject, misfits) for subject in subjects(kernels)]
+        conclude(rankings, capability(torch.device("cuda")), arguments.output)
 
 
 if __name__ == "__main__":

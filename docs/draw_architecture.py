@@ -28,10 +28,11 @@ KERNELS_ROW = 4
 """where the kernels stand: apart from the layers, at the height of the model"""
 ACROSS = {
     "sft": 0.0,
-    "profile": 2.5,
-    "chat": 5.0,
-    "evaluate": 7.5,
-    "export": 7.5,
+    "profile": 2.3,
+    "chat": 4.6,
+    "evaluate": 6.9,
+    "plot": 9.2,
+    "export": 6.9,
     "train": 1.4,
     "checkpoint": 3.6,
     "model": 4.9,

@@ -1,3 +1,3 @@
 """Hamner: pre-train a small language model from scratch on one consumer GPU."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -26,7 +26,7 @@ from hamner.files import expand_home
 
 PARTS = (
     *("chat", "checkpoint", "config", "data", "evaluate", "export", "kernels", "model"),
-    *("parallel", "plan", "profile", "sft", "train"),
+    *("parallel", "plan", "plot", "profile", "sft", "train"),
 )
 """packages that hamner is made of"""
 

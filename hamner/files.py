@@ -162,8 +162,9 @@ def read_records(path: Path) -> Iterator[dict]:
     """The iterator gives the objects of a JSON-lines file that have a step, and no torn line."""
     if not path.exists():
         return
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError):
-            record = parse_json(line)
-            if isinstance(record, dict) and isinstance(record.get("step"), int):
-                yield record
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            with contextlib.suppress(ValueError):
+                record = parse_json(line)
+                if isinstance(record, dict) and isinstance(record.get("step"), int):
+                    yield record

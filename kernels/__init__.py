@@ -28,6 +28,7 @@ from hamner.kernels.int8_quantize import Int8Matrix, quantize_int8
 from hamner.kernels.moe_routing import Routing, moe_route
 from hamner.kernels.muon import muon_apply_, muon_momentum_, orthogonalize_, symmetric_product
 from hamner.kernels.norm_attention import add_rms_norm_attention
+from hamner.kernels.qk_norm import qk_norm_rope
 from hamner.kernels.rms_norm import add_rms_norm, rms_norm
 from hamner.kernels.rope import rope, rope_packed_
 from hamner.kernels.router_linear import router_linear
@@ -53,6 +54,7 @@ __all__ = [
     "muon_apply_",
     "muon_momentum_",
     "orthogonalize_",
+    "qk_norm_rope",
     "quantize_int8",
     "rms_norm",
     "rms_norm_linear",

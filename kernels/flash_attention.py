@@ -731,6 +731,12 @@ def split_qkv(qkv: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor, T
     return heads.split((num_heads, num_kv_heads, num_kv_heads), dim=-2)
 
 
+def split_qk(qk: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor, Tensor]:
+    """Packed (..., (H + KV) hd) is viewed as q (..., H, hd) and k (..., KV, hd)."""
+    heads = qk.unflatten(-1, (num_heads + num_kv_heads, -1))
+    return heads.split((num_heads, num_kv_heads), dim=-2)
+
+
 @torch.library.custom_op("hamner::flash_attention_qkv_backward", mutates_args=())
 def _flash_attention_qkv_backward_op(
     d_out: Tensor,
@@ -743,16 +749,21 @@ def _flash_attention_qkv_backward_op(
     cos: Tensor | None,
     sin: Tensor | None,
     positions: Tensor | None,
+    normed_qk: Tensor | None = None,
 ) -> Tensor:
+    """The op takes q and k from `normed_qk`, (B, T, (H + KV) hd), where they are not qkv's own."""
     d_qkv = qkv.new_empty(qkv.shape)
     num_heads, head_size = out.shape[2:]
     heads = {"num_heads": num_heads, "num_kv_heads": (qkv.shape[-1] // head_size - num_heads) // 2}
     # The halves of a padded head are not those of its tile: it is rotated back in a second pass.
     is_padded = head_size != padded(head_size)
     rotation = {"cos": cos, "sin": sin, "positions": positions}
+    q, k, v = split_qkv(qkv, **heads)
+    if normed_qk is not None:
+        q, k = split_qk(normed_qk, **heads)
     dq, dk, dv = split_qkv(d_qkv, **heads)
     launch_backward(
-        d_out.view(out.shape), *split_qkv(qkv, **heads),
+        d_out.view(out.shape), q, k, v,
         out=out, lse=lse, documents=documents, causal=causal, scale=scale,
         dq=dq, dk=dk, dv=dv, **({} if is_padded else rotation),
     )  # fmt: skip
@@ -762,7 +773,7 @@ def _flash_attention_qkv_backward_op(
 
 
 @_flash_attention_qkv_backward_op.register_fake
-def _(d_out, qkv, out, lse, documents, causal, scale, cos, sin, positions):
+def _(d_out, qkv, *_rest):
     return qkv.new_empty(qkv.shape)
 
 

@@ -22,14 +22,16 @@ the matmuls, whose FLOPs are the usual 2 N in out forward and 4 N in out backwar
     swiglu + linear   recompute=True keeps  2 N I  = 138 MB less, and writes them in backward
 
 In `add_rms_norm_qkv_rope` the fresh matmul result is rotated in place, and backward rotates the
-gradient back before its matmuls: no split, copy or concatenation of q, k and v remains. The matmuls
-are torch's (cuBLAS); see rms_norm.py, swiglu.py and rope.py for the kernels around them.
+gradient back before its matmuls: no split, copy or concatenation of q, k and v remains. With
+qk-norm it is kept as it was, and its heads are normed and rotated into a new tensor (qk_norm.py).
+The matmuls are torch's (cuBLAS); rms_norm.py, swiglu.py and rope.py have the kernels around them.
 """
 
 import torch
 from torch import Tensor
 
 from hamner.kernels.checks import check_like, check_shape
+from hamner.kernels.qk_norm import check_qk_norm, qk_norm_rope, qk_norm_rope_reference
 from hamner.kernels.rms_norm import (
     check_norm_arguments,
     empty_results,
@@ -199,7 +201,13 @@ def _check_matmul_weight(name: str, weight: Tensor, x_name: str, x: Tensor, *, w
 
 
 def check_qkv_rope_arguments(
-    x: Tensor, residual: Tensor | None, norm_weight: Tensor, qkv_weight: Tensor, **rope
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    qkv_weight: Tensor,
+    *,
+    qk_norm: tuple[Tensor, Tensor] | None,
+    **rope,
 ) -> None:
     """The function checks the arguments of `add_rms_norm_qkv_rope`.
 
@@ -209,6 +217,9 @@ def check_qkv_rope_arguments(
     check_norm_arguments(x, residual, norm_weight, "norm_weight")
     _check_matmul_weight("qkv_weight", qkv_weight, "x", x, width=x.shape[-1])
     check_packed_arguments((*x.shape[:-1], qkv_weight.shape[0]), **rope, x=x)
+    if qk_norm is not None:
+        heads = rope["num_heads"] + 2 * rope["num_kv_heads"]
+        check_qk_norm(*qk_norm, head_dim=qkv_weight.shape[0] // heads, x=x)
 
 
 def rms_norm_linear(
@@ -276,6 +287,7 @@ def add_rms_norm_qkv_rope(
     eps: float = 1e-5,
     *,
     recompute: bool = True,
+    qk_norm: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The op is `add_rms_norm`, the packed qkv matmul, and the rotation of q and k in its result.
 
@@ -285,6 +297,8 @@ def add_rms_norm_qkv_rope(
         qkv_weight: ((H + 2 KV) hd, D), dtype of x: query heads, key heads, value heads.
         cos, sin, num_heads, num_kv_heads, positions: as in `rope_packed_`, tables of at least T
             positions; they get no gradient.
+        qk_norm: weights (hd,) of the norms of all heads of q and of all heads of k, before the
+            rotation (`qk_norm_rope`), float32 or the dtype of x; None for no such norms.
 
     Returns:
         (qkv, new_residual): qkv (B, T, (H + 2 KV) hd) with q and k rotated, new_residual
@@ -297,10 +311,13 @@ def add_rms_norm_qkv_rope(
         "cos": cos, "sin": sin, "positions": positions,
         "num_heads": num_heads, "num_kv_heads": num_kv_heads,
     }  # fmt: skip
-    check_qkv_rope_arguments(x, residual, norm_weight, qkv_weight, **rope)
+    check_qkv_rope_arguments(x, residual, norm_weight, qkv_weight, qk_norm=qk_norm, **rope)
     qkv, new_residual, _, _ = _rms_norm_linear_op(
-        x, residual, norm_weight, qkv_weight, eps=eps, recompute=recompute, **rope
-    )
+        x, residual, norm_weight, qkv_weight,
+        eps=eps, recompute=recompute, **({} if qk_norm else rope),
+    )  # fmt: skip
+    if qk_norm is not None:
+        qkv = qk_norm_rope(qkv, *qk_norm, **rope, eps=eps)
     return qkv, x if residual is None else new_residual
 
 
@@ -345,9 +362,12 @@ def add_rms_norm_qkv_rope_reference(
     qkv_weight: Tensor,
     *rope: Tensor | int | None,
     eps: float = 1e-5,
+    qk_norm: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """This is `add_rms_norm_qkv_rope` in plain torch; `rope` is what `rope_packed_` takes."""
     qkv, new_residual = add_rms_norm_linear_reference(x, residual, norm_weight, qkv_weight, eps=eps)
+    if qk_norm is not None:
+        return qk_norm_rope_reference(qkv, *qk_norm, *rope, eps=eps), new_residual
     return rope_packed_reference(qkv, *rope), new_residual
 
 

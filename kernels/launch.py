@@ -88,12 +88,17 @@ def sum_partials(partials: Tensor, like: Tensor) -> Tensor:
     return out
 
 
-def define_in_place(name: str, launcher: Callable[..., None], mutates: tuple[str, ...]) -> None:
-    """The function registers an op that returns nothing and writes into these arguments.
+def define_in_place(
+    name: str,
+    launcher: Callable[..., Tensor | None],
+    mutates: tuple[str, ...],
+    fake: Callable[..., Tensor | None] = lambda *args: None,
+) -> None:
+    """The function registers an op that writes into these arguments and returns what `fake` does.
 
     Defined by hand: custom_op's handling of mutated arguments costs the host ten times as much.
     """
     schema = torch.library.infer_schema(launcher, mutates_args=mutates)
     torch.library.define(name, schema)
     torch.library.impl(name, "default", launcher)
-    torch.library.register_fake(name, lambda *args: None)
+    torch.library.register_fake(name, fake)

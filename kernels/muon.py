@@ -10,12 +10,16 @@ U V^T comes from an iteration that drives every singular value towards 1 (Newton
 the coefficients of Polar Express, Amsel et al. 2025, arXiv:2505.16932, each step's the best for
 what the one before it leaves). With X the wide side of a matrix, m <= n, one step is
 
-    A = X X^T,   Q = a I + b A + c A A,   X <- Q X                        2 m^2 n + 2 m^3 + 2 m^2 n
+    G = X X^T,   Q = a I + b G + c G G,   X <- Q X
 
-FLOPs, of which A and Q, being symmetric, need half: `symmetric_product` computes the tiles on and
-below the diagonal and stores each of the others mirrored. The factor 0.2 sqrt(max(m, n)) gives the
-update the root mean square that AdamW's has (Liu et al. 2025, arXiv:2502.16982), so that one
-learning rate and one weight decay serve both.
+Q commutes with G, so several steps need X only at their ends ("Gram Newton-Schulz"): the product
+of their Q is gathered while G <- Q G Q. Only small m x m products are left, all of them symmetric,
+and `symmetric_product` computes half of each: the tiles on and below the diagonal, of which it
+stores a mirrored copy. Rounding errors of G grow like a^2 a step where eigenvalues are small, and
+turn them negative, which the polynomials carry away: so G is computed anew from X after the first
+two steps, in whose coefficients a is large, and float16 holds it, not bfloat16. Measured against
+the same steps in fp32 this is closer than X in bfloat16 all the way (tests/kernels/test_muon.py).
+Four steps are 10 m^3 + 6 m^2 n FLOPs, against 4 m^3 + 12 m^2 n with X all the way.
 
 A model keeps several logical matrices in one parameter (q, k and v; gate and up; the experts):
 `splits` says where they part, and matrices of one shape go through the iteration together, over all
@@ -25,12 +29,12 @@ each kind of logical matrix is a strided view, read transposed where it is tall.
 Bytes that must move, an element, beside the matmuls, for bf16 with a split master (adamw.py): grad
 read (2), momentum read and written (8), update written (2) and read (2), param and remainder read
 and written (8): 22, four fewer than AdamW's, whose second moment is not there. For the 270M hidden
-weights of option A the iteration's five steps are 4.7 TFLOP, 7 ms at 690 TFLOP/s and 65 ms at 71.2.
+weights of option A the iteration's four steps are 2.9 TFLOP, 4 ms at 690 TFLOP/s and 41 ms at 71.2.
 
-A clip_coef that is not finite changes nothing, as in adamw.py. The first product's trace is the
-square of X's Frobenius norm, so dividing by the norm takes no pass of its own.
+A clip_coef that is not finite changes nothing, as in adamw.py.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -61,20 +65,22 @@ from hamner.kernels.checks import (
 from hamner.kernels.launch import capability, define_in_place
 
 POLAR_EXPRESS = (
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+    (8.089256959190564, -22.297789245260553, 15.747758400660448),
+    (3.943378132484332, -2.784615046554493, 0.5038087073896522),
+    (3.4729456505183145, -2.5005020560788345, 0.47892752482413115),
+    (2.5523222055131347, -1.8868219743979882, 0.4426195090056677),
 )
-"""(a, b, c) of each step, for singular values in [0.001, 1] (arXiv:2505.16932, algorithm 1)"""
+"""(a, b, c) of each step, the best four for singular values from 0.003 to 1, which come into
+0.76-1.23 (arXiv:2505.16932, algorithm 1, with its safety of 1.02 and cushion of 0.02)"""
 SAFETY = 1.02
 """X is divided by so many Frobenius norms: rounding must not lift a singular value above 1, from
 where the first step's polynomial would carry it away"""
 RMS = 0.2
 """root mean square of AdamW's updates, which Muon's are scaled to"""
-SMALLEST_SQUARE = 1e-30
-"""of a Frobenius norm, below which an update counts as zero"""
+FIRST_STEPS = 2
+"""of the iteration, after which the Gram matrix is computed anew"""
+SMALLEST_NORM = 1e-15
+"""of Frobenius, below which an update counts as zero"""
 
 
 class ProductConfig(NamedTuple):
@@ -89,7 +95,7 @@ class ProductConfig(NamedTuple):
 PRODUCT_CONFIGS = {
     "8.6": ProductConfig(128, 32, 8, 4),
     "8.0": ProductConfig(128, 32, 8, 4),
-    "9.0": ProductConfig(128, 64, 8, 4),
+    "9.0": ProductConfig(128, 64, 4, 3),
 }
 FLOAT32_PRODUCT = ProductConfig(32, 32, 4, 1)
 
@@ -97,11 +103,13 @@ FLOAT32_PRODUCT = ProductConfig(32, 32, 4, 1)
 @triton.jit
 def symmetric_product_kernel(
     x_ptr,  # (B, M, K) input dtype
-    addend_ptr,  # (B, M, M) input dtype, symmetric, or None
-    out_ptr,  # (B, M, M) input dtype
-    stride_xb,
-    stride_xm,
-    stride_xk,
+    y_ptr,  # (B, M, K) input dtype
+    addend_ptr,  # (B, M, M), symmetric, or None
+    factors_ptr,  # (B,) fp32, or None
+    out_ptr,  # (B, M, M)
+    stride_b,  # of x and y
+    stride_m,
+    stride_k,
     M,
     K,
     product_factor,
@@ -111,7 +119,7 @@ def symmetric_product_kernel(
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The result is product_factor * x x^T + addend_factor * addend + identity_factor * I."""
+    """The result is factor (product_factor x y^T + addend_factor addend + identity_factor I)."""
     blocks = tl.cdiv(M, BLOCK)
     tiles = blocks * (blocks + 1) // 2
     pid = tl.program_id(0)
@@ -121,43 +129,44 @@ def symmetric_product_kernel(
     row = ((tl.sqrt_rn((8 * tile + 1).to(tl.float32)) - 1.0) * 0.5).to(tl.int32)
     column = tile - row * (row + 1) // 2
 
-    offs_row = row * BLOCK + tl.arange(0, BLOCK)
-    offs_column = column * BLOCK + tl.arange(0, BLOCK)
+    offs = tl.arange(0, BLOCK)
     offs_k = tl.arange(0, BLOCK_K)
-    x_ptr += batch * stride_xb
+    rows = M - row * BLOCK
+    columns = M - column * BLOCK
     # The position of a tile is 64-bit, offsets inside it 32-bit.
-    left_ptr = x_ptr + tl.cast(row * BLOCK, tl.int64) * stride_xm
-    right_ptr = x_ptr + tl.cast(column * BLOCK, tl.int64) * stride_xm
-    offs_tile = tl.arange(0, BLOCK)[:, None] * stride_xm + offs_k[None, :] * stride_xk
-    step = tl.cast(BLOCK_K, tl.int64) * stride_xk
+    left_ptr = x_ptr + batch * stride_b + tl.cast(row * BLOCK, tl.int64) * stride_m
+    right_ptr = y_ptr + batch * stride_b + tl.cast(column * BLOCK, tl.int64) * stride_m
+    offs_x = offs[:, None] * stride_m + offs_k[None, :] * stride_k
+    step = tl.cast(BLOCK_K, tl.int64) * stride_k
     acc = tl.zeros((BLOCK, BLOCK), tl.float32)
     for start in range(0, K, BLOCK_K):
         if EVEN:
-            left = tl.load(left_ptr + offs_tile)
-            right = tl.load(right_ptr + offs_tile)
+            left = tl.load(left_ptr + offs_x)
+            right = tl.load(right_ptr + offs_x)
         else:
             mask_k = offs_k[None, :] < K - start
-            mask_left = (offs_row[:, None] < M) & mask_k
-            mask_right = (offs_column[:, None] < M) & mask_k
-            left = tl.load(left_ptr + offs_tile, mask=mask_left, other=0.0)
-            right = tl.load(right_ptr + offs_tile, mask=mask_right, other=0.0)
+            left = tl.load(left_ptr + offs_x, mask=(offs[:, None] < rows) & mask_k, other=0.0)
+            right = tl.load(right_ptr + offs_x, mask=(offs[:, None] < columns) & mask_k, other=0.0)
         acc = tl.dot(left, tl.trans(right), acc, input_precision="ieee")
         left_ptr += step
         right_ptr += step
 
     out = acc * product_factor
-    offs = offs_row[:, None].to(tl.int64) * M + offs_column[None, :]
-    mask = (offs_row[:, None] < M) & (offs_column[None, :] < M)
+    lower = (batch * M + row * BLOCK) * M + column * BLOCK
+    offs_out = offs[:, None] * M + offs[None, :]
+    mask = (offs[:, None] < rows) & (offs[None, :] < columns)
     if addend_ptr is not None:
-        addend = tl.load(addend_ptr + batch * M * M + offs, mask=mask, other=0.0)
+        addend = tl.load(addend_ptr + lower + offs_out, mask=mask, other=0.0)
         out += addend.to(tl.float32) * addend_factor
-    out += tl.where(offs_row[:, None] == offs_column[None, :], identity_factor, 0.0)
+    is_diagonal = (row == column) & (offs[:, None] == offs[None, :])
+    out += tl.where(is_diagonal, identity_factor, 0.0)
+    if factors_ptr is not None:
+        out *= tl.load(factors_ptr + batch)
     out = out.to(out_ptr.dtype.element_ty)
-    out_ptr += batch * M * M
-    tl.store(out_ptr + offs, out, mask=mask)
+    tl.store(out_ptr + lower + offs_out, out, mask=mask)
     if row != column:
-        offs = offs_column[:, None].to(tl.int64) * M + offs_row[None, :]
-        tl.store(out_ptr + offs, tl.trans(out), mask=tl.trans(mask))
+        upper = (batch * M + column * BLOCK) * M + row * BLOCK
+        tl.store(out_ptr + upper + offs_out, tl.trans(out), mask=tl.trans(mask))
 
 
 @triton.jit
@@ -231,88 +240,115 @@ def apply_kernel(
         store_master(master, master_ptr, param_ptr, offs, mask, PARAM)
 
 
-@torch.library.custom_op("hamner::symmetric_product", mutates_args=())
-def _symmetric_product_op(
+def _launch_symmetric_product(
     x: Tensor,
+    y: Tensor,
     addend: Tensor | None,
+    factors: Tensor | None,
+    out: Tensor,
     product_factor: float,
     addend_factor: float,
     identity_factor: float,
-) -> Tensor:
-    batch, rows, _ = x.shape
-    out = x.new_empty(batch, rows, rows)
+) -> None:
+    batch, rows, depth = x.shape
     config = FLOAT32_PRODUCT
     if x.dtype != torch.float32:
         config = PRODUCT_CONFIGS[capability(x.device)]
     blocks = triton.cdiv(rows, config.block)
-    programs = batch * blocks * (blocks + 1) // 2
+    programs = batch * (blocks * (blocks + 1) // 2)
     if programs:
         with torch.cuda.device_of(x):
             symmetric_product_kernel[(programs,)](
-                x, addend, out, *x.stride(), rows, x.shape[2],
+                x, y, addend, factors, out, *x.stride(), rows, depth,
                 product_factor, addend_factor, identity_factor,
-                EVEN=rows % config.block == 0 and x.shape[2] % config.block_k == 0,
+                EVEN=rows % config.block == 0 and depth % config.block_k == 0,
                 BLOCK=config.block, BLOCK_K=config.block_k,
                 num_warps=config.num_warps, num_stages=config.num_stages,
             )  # fmt: skip
-    return out
 
 
-@_symmetric_product_op.register_fake
-def _(x, addend, product_factor, addend_factor, identity_factor):
-    return x.new_empty(x.shape[0], x.shape[1], x.shape[1])
+define_in_place("hamner::symmetric_product_", _launch_symmetric_product, mutates=("out",))
 
 
 def symmetric_product(
     x: Tensor,
+    y: Tensor | None = None,
     *,
     product_factor: float = 1.0,
     addend: Tensor | None = None,
     addend_factor: float = 0.0,
     identity_factor: float = 0.0,
+    factors: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The op computes product_factor x x^T + addend_factor addend + identity_factor I.
+    """The op computes a polynomial of symmetric matrices, by half.
 
-    It computes half of the product and mirrors it, so the result is symmetric to the bit.
+    The result is factors (product_factor x y^T + addend_factor addend + identity_factor I).
+
+    It computes the tiles on and below the diagonal and mirrors the others.
 
     Args:
         x: (B, M, K) float32, float16 or bfloat16, any strides.
-        product_factor: of x x^T, summed in float32.
-        addend: (B, M, M) in the dtype of x, contiguous; its upper triangle is not read.
+        y: (B, M, K) of the dtype and the strides of x, such that x y^T is symmetric but for
+            rounding; x itself by default.
+        product_factor: of x y^T, summed in float32.
+        addend: (B, M, M) float32, float16 or bfloat16, symmetric, contiguous.
         addend_factor: of addend.
         identity_factor: of the identity.
+        factors: (B,) float32, by which the whole result is multiplied.
+        out_dtype: of the result; that of x by default.
 
     Returns:
-        (B, M, M) in the dtype of x, contiguous.
+        (B, M, M), contiguous.
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
     """
     check_shape("x", x.shape, ("B", "M", "K"))
     check_dtype("x", x)
+    y = x if y is None else y
+    check_shape("y", y.shape, x.shape)
+    check_like("y", y, "x", x)
+    if y.stride() != x.stride():
+        raise ValueError(f"y has strides {y.stride()}, x has {x.stride()}; they must agree")
     if addend is not None:
         check_shape("addend", addend.shape, (x.shape[0], x.shape[1], x.shape[1]))
-        check_like("addend", addend, "x", x)
+        check_dtype("addend", addend)
+        check_same_device("addend", addend, "x", x)
         check_contiguous("addend", addend)
-    return _symmetric_product_op(
-        x, addend, product_factor=product_factor, addend_factor=addend_factor,
+    if factors is not None:
+        check_shape("factors", factors.shape, (x.shape[0],))
+        check_dtype("factors", factors, (torch.float32,))
+        check_same_device("factors", factors, "x", x)
+        check_contiguous("factors", factors)
+    out = x.new_empty((x.shape[0], x.shape[1], x.shape[1]), dtype=out_dtype or x.dtype)
+    torch.ops.hamner.symmetric_product_(
+        x, y, addend, factors, out, product_factor=product_factor, addend_factor=addend_factor,
         identity_factor=identity_factor,
     )  # fmt: skip
+    return out
 
 
 def symmetric_product_reference(
     x: Tensor,
+    y: Tensor | None = None,
     *,
     product_factor: float = 1.0,
     addend: Tensor | None = None,
     addend_factor: float = 0.0,
     identity_factor: float = 0.0,
+    factors: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The function is `symmetric_product` in plain torch."""
-    out = product_factor * (x @ x.mT).to(torch.promote_types(x.dtype, torch.float32))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    out = product_factor * (x @ (x if y is None else y).mT).to(wide)
     if addend is not None:
         out = out + addend_factor * addend
-    return (out + identity_factor * torch.eye(x.shape[1], device=x.device)).to(x.dtype)
+    out = out + identity_factor * torch.eye(x.shape[1], device=x.device)
+    if factors is not None:
+        out = out * factors[:, None, None]
+    return out.to(out_dtype or x.dtype)
 
 
 Coefficients = Sequence[tuple[float, float, float]]
@@ -330,8 +366,9 @@ def orthogonalize_(
 
     Args:
         updates: (B, R, C), contiguous, float32, float16 or bfloat16.
-        splits: rows of the logical matrices, R in all; those of one size are iterated on together.
-        coefficients: (a, b, c) of each step of the iteration.
+        splits: rows of the logical matrices, R in all; neighbours of one size are iterated on
+            together.
+        coefficients: (a, b, c) of each step of the iteration, more than `FIRST_STEPS`.
         safety: what the Frobenius norm is multiplied by before X is divided by it.
         product: `symmetric_product` or its reference.
 
@@ -343,29 +380,60 @@ def orthogonalize_(
         raise ValueError(f"splits {tuple(splits)} are not the {updates.shape[1]} rows of updates")
     if updates.numel() == 0:
         return
-    for matrices in updates.split(list(splits), dim=1):
-        rows, columns = matrices.shape[1:]
-        x = matrices if rows <= columns else matrices.mT
-        scale = RMS * math.sqrt(max(rows, columns))
-        for number, (a, b, c) in enumerate(coefficients):
-            gram = product(x)
-            norm = None
-            if number == 0:
-                square = gram.diagonal(dim1=1, dim2=2).sum(1, dtype=torch.float32)
-                norm = square.clamp(min=SMALLEST_SQUARE).sqrt()[:, None, None] * safety
-                gram = (gram / norm / norm).to(x.dtype)
-            factor = scale if number == len(coefficients) - 1 else 1.0
-            polynomial = product(
-                gram,
-                product_factor=c * factor,
-                addend=gram,
-                addend_factor=b * factor,
-                identity_factor=a * factor,
-            )
-            if norm is not None:
-                polynomial = (polynomial / norm).to(x.dtype)
-            x = torch.bmm(polynomial, x)
-        matrices.copy_(x if rows <= columns else x.mT)
+    start = 0
+    for rows, neighbours in itertools.groupby(splits):
+        end = start + rows * len(list(neighbours))
+        packed = updates[:, start:end].unflatten(1, (-1, rows))
+        start = end
+        # A copy where the parameter packs other matrices beside several of this size.
+        matrices = packed.reshape(-1, *packed.shape[2:])
+        _orthogonalize_together_(matrices, coefficients, safety=safety, product=product)
+        if matrices.data_ptr() != packed.data_ptr():
+            packed.copy_(matrices.view_as(packed))
+
+
+def _orthogonalize_together_(
+    matrices: Tensor, coefficients: Coefficients, *, safety: float, product: Product
+) -> None:
+    """The function is `orthogonalize_` for (B, rows, columns) matrices, each of them a logical one.
+
+    G and the product of the Q are float16 where the matrices are bfloat16: their elements are at
+    most their largest singular value, 32, and bfloat16 would round eight times as coarsely.
+    """
+    is_wide = matrices.shape[1] <= matrices.shape[2]
+    dtype = torch.float16 if matrices.dtype == torch.bfloat16 else matrices.dtype
+    norm = torch.linalg.vector_norm(
+        matrices, dim=(1, 2), dtype=torch.promote_types(matrices.dtype, torch.float32)
+    )
+    # X is never divided by its norm: its Gram matrix is, and the first steps' product.
+    factors = 1.0 / (safety * norm.clamp(min=SMALLEST_NORM))
+    gram = product(matrices if is_wide else matrices.mT, factors=factors.square(), out_dtype=dtype)
+    transform = _transform(
+        gram, coefficients[:FIRST_STEPS], product, factors=factors, out_dtype=matrices.dtype
+    )
+    x = torch.bmm(*((transform, matrices) if is_wide else (matrices, transform)))
+    gram = product(x if is_wide else x.mT, out_dtype=dtype)
+    transform = _transform(gram, coefficients[FIRST_STEPS:], product, out_dtype=matrices.dtype)
+    scale = RMS * math.sqrt(max(matrices.shape[1:]))
+    matrices.baddbmm_(*((transform, x) if is_wide else (x, transform)), beta=0, alpha=scale)
+
+
+def _transform(gram: Tensor, steps: Coefficients, product: Product, **ends_with) -> Tensor:
+    """The function gives the product of the steps' Q, of which the last has these options."""
+    transform = None
+    for number, (a, b, c) in enumerate(steps):
+        is_last = number == len(steps) - 1
+        polynomial = product(
+            gram, product_factor=c, addend=gram, addend_factor=b, identity_factor=a,
+            **(ends_with if is_last and transform is None else {}),
+        )  # fmt: skip
+        if transform is None:
+            transform = polynomial
+        else:
+            transform = product(polynomial, transform, **(ends_with if is_last else {}))
+        if not is_last:
+            gram = product(product(polynomial, gram), polynomial)
+    return transform
 
 
 def _launch_momentum(

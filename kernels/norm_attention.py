@@ -13,6 +13,11 @@ right before they store it. Saved are that kernel, a temporary as large as qkv a
 For bf16, N 24,576, 16 + 2 * 4 heads of 64 that is 151 MB a layer: 0.05 ms at 3.0 TB/s, 0.18 ms at
 850 GB/s. Heads that are padded in attention's tiles (hd not a power of two, or below 16) are still
 rotated back by rope.py's kernel, in place.
+
+With qk-norm (qk_norm.py) q and k of the matmul's result are normed and rotated beside it, and
+attention reads v where it is. Kept is what the matmul gave; backward norms and rotates it again
+(recompute=True) or has kept that too, 2 N (H + KV) hd bytes in bf16. The norms' backward must read
+dq and dk in any case: it rotates them back, and attention's kernels do not.
 """
 
 import torch
@@ -23,6 +28,7 @@ from hamner.kernels.flash_attention import (
     check_packed_width,
     flash_attention_reference,
     optional_document_bounds,
+    split_qk,
     split_qkv,
 )
 from hamner.kernels.fused_linear import add_rms_norm_qkv_rope_reference, check_qkv_rope_arguments
@@ -33,15 +39,22 @@ class _NormAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x, residual, norm_weight, qkv_weight, cos, sin, num_heads, num_kv_heads,
-        positions, documents, eps, recompute,
+        ctx, x, residual, norm_weight, qkv_weight, q_norm_weight, k_norm_weight, cos, sin,
+        num_heads, num_kv_heads, positions, documents, eps, recompute,
     ):  # fmt: skip
+        ctx.heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
+        ctx.eps, ctx.has_qk_norm = eps, q_norm_weight is not None
+        rope = {"cos": cos, "sin": sin, "positions": positions}
         qkv, new_residual, rstd, normed = torch.ops.hamner.rms_norm_linear(
-            x, residual, norm_weight, qkv_weight, eps=eps, recompute=recompute, cos=cos, sin=sin,
-            positions=positions, num_heads=num_heads, num_kv_heads=num_kv_heads,
+            x, residual, norm_weight, qkv_weight, eps=eps, recompute=recompute,
+            **({} if ctx.has_qk_norm else rope | ctx.heads),
         )  # fmt: skip
         q, k, v = split_qkv(qkv, num_heads, num_kv_heads)
         ctx.scale = q.shape[-1] ** -0.5
+        normed_qk = None
+        if ctx.has_qk_norm:
+            normed_qk = _norm_and_rotate(ctx, qkv, q_norm_weight, k_norm_weight, **rope)
+            q, k = split_qk(normed_qk, num_heads, num_kv_heads)
         out, lse = torch.ops.hamner.flash_attention(
             q, k, v, documents, causal=True, scale=ctx.scale
         )
@@ -52,7 +65,8 @@ class _NormAttention(torch.autograd.Function):
             new_residual = x.view_as(x)
         ctx.save_for_backward(
             new_residual if ctx.has_residual else x, rstd, None if recompute else normed,
-            norm_weight, qkv_weight, qkv, out, lse, documents, cos, sin, positions,
+            norm_weight, qkv_weight, qkv, None if recompute else normed_qk,
+            q_norm_weight, k_norm_weight, out, lse, documents, cos, sin, positions,
         )  # fmt: skip
         return out.flatten(-2), new_residual
 
@@ -61,16 +75,35 @@ class _NormAttention(torch.autograd.Function):
         no_gradients = (None,) * 8
         if d_out is None:
             d_x = d_residual
-            return d_x, d_x if ctx.has_residual else None, None, None, *no_gradients
-        *norm, qkv, out, lse, documents, cos, sin, positions = ctx.saved_tensors
+            return d_x, d_x if ctx.has_residual else None, *(None,) * 4, *no_gradients
+        *norm, qkv, normed_qk, q_weight, k_weight, out, lse, documents, cos, sin, positions = (
+            ctx.saved_tensors
+        )
+        rope = {"cos": cos, "sin": sin, "positions": positions}
+        d_qk_weights = None, None
+        if ctx.has_qk_norm and normed_qk is None:
+            normed_qk = _norm_and_rotate(ctx, qkv, q_weight, k_weight, **rope)
         d_qkv = torch.ops.hamner.flash_attention_qkv_backward(
             d_out, qkv, out, lse, documents=documents, causal=True, scale=ctx.scale,
-            cos=cos, sin=sin, positions=positions,
+            **(dict.fromkeys(rope) if ctx.has_qk_norm else rope), normed_qk=normed_qk,
         )  # fmt: skip
+        del normed_qk
+        if ctx.has_qk_norm:
+            d_qk_weights = torch.ops.hamner.qk_norm_rope_backward_(
+                d_qkv, qkv, q_weight, k_weight, **rope, **ctx.heads, eps=ctx.eps
+            ).unbind()
         d_x, d_norm_weight, d_qkv_weight = torch.ops.hamner.rms_norm_linear_backward(
             d_qkv, d_residual, *norm
         )
-        return d_x, d_x if ctx.has_residual else None, d_norm_weight, d_qkv_weight, *no_gradients
+        d_weights = d_norm_weight, d_qkv_weight, *d_qk_weights
+        return d_x, d_x if ctx.has_residual else None, *d_weights, *no_gradients
+
+
+def _norm_and_rotate(ctx, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, **rope) -> Tensor:
+    """The result is q and k of qkv as attention takes them, (B, T, (H + KV) hd)."""
+    return torch.ops.hamner.qk_norm_rope(
+        qkv, q_weight, k_weight, **rope, **ctx.heads, eps=ctx.eps, with_v=False
+    )
 
 
 def add_rms_norm_attention(
@@ -87,12 +120,13 @@ def add_rms_norm_attention(
     eps: float = 1e-5,
     *,
     recompute: bool = True,
+    qk_norm: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The op is `add_rms_norm_qkv_rope`, then causal `flash_attention_qkv` of scale 1 / sqrt(hd).
 
     Args:
-        x, residual, norm_weight, qkv_weight, cos, sin, positions, eps, recompute: as in
-            `add_rms_norm_qkv_rope`, hd even, up to 128.
+        x, residual, norm_weight, qkv_weight, cos, sin, positions, eps, recompute,
+            qk_norm: as in `add_rms_norm_qkv_rope`, hd even, up to 128.
         num_heads: H, a multiple of KV.
         num_kv_heads: KV.
         document_ids: as in `flash_attention`.
@@ -106,14 +140,14 @@ def add_rms_norm_attention(
     """
     check_qkv_rope_arguments(
         x, residual, norm_weight, qkv_weight, cos=cos, sin=sin,
-        num_heads=num_heads, num_kv_heads=num_kv_heads, positions=positions,
+        num_heads=num_heads, num_kv_heads=num_kv_heads, positions=positions, qk_norm=qk_norm,
     )  # fmt: skip
     check_packed_width(qkv_weight.shape[0], num_heads, num_kv_heads)
     check_device("x", x)
     documents = optional_document_bounds(document_ids, x)
     return _NormAttention.apply(
-        x, residual, norm_weight, qkv_weight, cos, sin, num_heads, num_kv_heads,
-        positions, documents, eps, recompute,
+        x, residual, norm_weight, qkv_weight, *(qk_norm or (None, None)), cos, sin,
+        num_heads, num_kv_heads, positions, documents, eps, recompute,
     )  # fmt: skip
 
 
@@ -129,10 +163,11 @@ def add_rms_norm_attention_reference(
     positions: Tensor | None = None,
     document_ids: Tensor | None = None,
     eps: float = 1e-5,
+    qk_norm: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """This is `add_rms_norm_attention` in plain torch."""
     inputs = x, residual, norm_weight, qkv_weight
     rope = cos, sin, num_heads, num_kv_heads, positions
-    qkv, new_residual = add_rms_norm_qkv_rope_reference(*inputs, *rope, eps=eps)
+    qkv, new_residual = add_rms_norm_qkv_rope_reference(*inputs, *rope, eps=eps, qk_norm=qk_norm)
     heads = split_qkv(qkv, num_heads, num_kv_heads)
     return flash_attention_reference(*heads, document_ids=document_ids).flatten(-2), new_residual

@@ -51,6 +51,19 @@ CONFIGS = {
 
 
 @triton.jit
+def row_positions(positions_ptr, offs_m, mask_m, seq_len, num_positions):
+    """The result is the row of cos and sin of each row `offs_m`, (BLOCK_M,)."""
+    if positions_ptr is not None:
+        position = tl.load(positions_ptr + offs_m, mask=mask_m, other=0)
+        # Without a host sync a bad position cannot be reported, so it must not read out of bounds.
+        position = tl.minimum(tl.maximum(position, 0), num_positions - 1)
+    else:
+        # In 32 bits, which hold any batch's tokens: a 64-bit remainder costs as much as the memory.
+        position = offs_m.to(tl.int32) % seq_len
+    return position
+
+
+@triton.jit
 def rope_kernel(
     x_ptr,  # (N, row) input dtype: heads of HEAD_DIM one after the other
     out_ptr,  # (N, row) input dtype; may be x_ptr
@@ -74,14 +87,7 @@ def rope_kernel(
     offs_i = tl.arange(0, BLOCK_HALF)
     mask_m = offs_m < N
     mask_i = offs_i < HALF
-
-    if positions_ptr is not None:
-        position = tl.load(positions_ptr + offs_m, mask=mask_m, other=0)
-        # Without a host sync a bad position cannot be reported, so it must not read out of bounds.
-        position = tl.minimum(tl.maximum(position, 0), num_positions - 1)
-    else:
-        # In 32 bits, which hold any batch's tokens: a 64-bit remainder costs as much as the memory.
-        position = offs_m.to(tl.int32) % seq_len
+    position = row_positions(positions_ptr, offs_m, mask_m, seq_len, num_positions)
     offs_table = position[:, None] * HALF + offs_i[None, :]
     mask_table = mask_m[:, None] & mask_i[None, :]
 

@@ -5,9 +5,7 @@ No `__main__` of a command is among it, which `python -m` must find new.
 """
 # ruff: noqa: F401
 
-import matplotlib.backends.backend_agg
 import numpy.random
-import PIL.features
 import torch._dynamo
 import torch.distributed.checkpoint
 import torch.distributed.fsdp
@@ -16,11 +14,14 @@ import torch.onnx
 import hamner.data.prepare
 import hamner.train.loop
 from hamner.data.tokenizer import load_tokenizer
+from hamner.train import pictures
 from tests.interpreter import avoid_repetition
 
 BYTES_ONLY = 261
 """vocabulary of most of the tests' models"""
 
 load_tokenizer("builtin", BYTES_ONLY)
+pictures.COMMAND = ("true",)
+"""trainings draw nothing, see tests/conftest.py"""
 if not torch.cuda.is_available():
     avoid_repetition()

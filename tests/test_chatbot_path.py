@@ -6,9 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gguf
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.llama_cpp import LlamaCpp, needs_llama_cpp
 
 # One worker, which trains once for all of them.
 pytestmark = pytest.mark.xdist_group("from nothing to a chatbot")
@@ -51,6 +52,7 @@ def test_fine_tuning_shows_its_data_and_learns(folder):
     lines = (folder / "runs/tiny-sft/metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["val_loss"] for line in lines]
     assert min(losses) < losses[0] - 0.3
+    assert (folder / "runs/tiny-sft/plots/loss.png").exists()
 
 
 def test_evaluation_tells_base_and_chat_model_apart(folder):
@@ -75,21 +77,28 @@ def test_evaluation_tells_base_and_chat_model_apart(folder):
     assert [len(model["samples"]) for model in (base, chat)] == [3, 4]
 
 
-def test_the_chatbot_says_the_same_in_the_terminal_and_once_exported(folder):
-    greedy = ["--temperature", "0", "--repetition-penalty", "1", "--device", "cpu"]
+QUESTION = "Hello there!"
+
+
+@pytest.fixture(scope="module")
+def answer(folder) -> str:
+    """What the chatbot answers in the terminal, at temperature 0."""
     best = json.loads(
         (sorted((folder / "runs/tiny-sft/checkpoints").iterdir())[-1] / "state.json").read_text()
     )["best_step"]
-    question = "Hello there!"
-    printed = run("chat", "--checkpoint", "runs/tiny-sft", *greedy, cwd=folder, typed=question)
+    greedy = ["--temperature", "0", "--device", "cpu"]
+    printed = run("chat", "--checkpoint", "runs/tiny-sft", *greedy, cwd=folder, typed=QUESTION)
     title, _, answer = printed.split("\n", 2)
     assert f"runs/tiny-sft/checkpoints/step_{best:08d}" in title
+    return answer
 
+
+def test_the_chatbot_says_the_same_in_transformers(folder, answer):
     run("export", "--checkpoint", "runs/tiny-sft", "--to", "hf", "exported", cwd=folder)
     tokenizer = AutoTokenizer.from_pretrained(folder / "exported")
     model = AutoModelForCausalLM.from_pretrained(folder / "exported", dtype="float32")
     prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}],
+        [{"role": "user", "content": QUESTION}],
         add_generation_prompt=True,
         return_tensors="pt",
         return_dict=True,
@@ -100,6 +109,18 @@ def test_the_chatbot_says_the_same_in_the_terminal_and_once_exported(folder):
     assert text.strip("\n")
     assert answer.startswith(re.split(r"<\|\w+\|>", text)[0])
 
+    card = (folder / "exported" / "README.md").read_text()
+    assert "| started from | `tiny`, trained on `builtin` |" in card
+    assert re.search(r"\| final training loss \| \d\.\d{4} nats", card)
+    assert re.search(r"\| final validation loss \| \d\.\d{4} nats .* held-out conversations", card)
+    assert re.search(r"\| tokens \| [\d,]+ in \d+ steps of 4 x 128 \|", card)
+
+
+@needs_llama_cpp
+def test_the_chatbot_says_the_same_in_llama_cpp(folder, answer):
+    """By the template in the file."""
     run("export", "--checkpoint", "runs/tiny-sft", "--to", "gguf", "chat.gguf", cwd=folder)
-    fields = gguf.GGUFReader(folder / "chat.gguf").fields
-    assert "<|assistant|>" in fields["tokenizer.chat_template"].contents()
+    theirs = LlamaCpp(folder / "chat.gguf", context=128)
+    text = theirs.answer([{"role": "user", "content": QUESTION}], 20)
+    assert text
+    assert answer.startswith(text)

@@ -30,8 +30,8 @@ class ChatConfig:
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """where to run"""
     serve: int | None = None
-    """instead of the terminal, answer OpenAI's protocol for chats and completions on this port
-    (0: any free port)"""
+    """instead of the terminal, serve a chat page and OpenAI's protocol for chats and completions on
+    this port (0: any free port)"""
     host: str = HOST
     """with --serve, address to answer at; default this machine's own alone. Others reach it at
     0.0.0.0, without a password"""

@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from starlette.responses import JSONResponse
 
 from hamner.chat.config import ChatConfig
+from hamner.chat.context import newest_messages, newest_tokens
 from hamner.data.chat_template import Message, turn_ends
 from hamner.model.generate import Completion, ContextError, Generator, answer
 from hamner.model.sampling import Sampling
@@ -38,11 +39,44 @@ class ApiError(Exception):
         return JSONResponse(self.body(), self.status, headers)
 
 
+@dataclasses.dataclass(frozen=True)
+class ServedModel:
+    """The served model is what answers, with what holds where a request says nothing."""
+
+    generator: Generator
+    name: str
+    """in the protocol"""
+    config: ChatConfig
+    """`sampling`, `system` and `max_new_tokens`, which no request exceeds"""
+    is_chat: bool
+    """whether it was fine-tuned on conversations; a base model only continues texts"""
+
+    def listing(self) -> dict[str, Any]:
+        """The listing is the model as the protocol has it, and what a page must know of it."""
+        sampling = dataclasses.asdict(self.config.sampling)
+        return {
+            "id": self.name,
+            "object": "model",
+            "owned_by": "hamner",
+            "kind": "chat" if self.is_chat else "base",
+            "context_length": self.generator.context,
+            "defaults": {
+                **sampling,
+                "max_tokens": self.config.max_new_tokens,
+                "system": self.config.system or "",
+            },
+        }
+
+
 @dataclasses.dataclass
 class Reply:
     """A reply is a completion in the form of one endpoint, whole or in pieces."""
 
     model: str
+    completion: Completion
+    forgotten: int | None = None
+    """how many messages of a conversation, or tokens of a text, were left out to make room; None
+    if the request did not allow it"""
     id: str = dataclasses.field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
     whole_kind: ClassVar[str] = "text_completion"
@@ -55,20 +89,32 @@ class Reply:
         head = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
         return {**head, "choices": choices, **values}
 
-    def whole(self, completion: Completion) -> dict[str, Any]:
+    def whole(self) -> dict[str, Any]:
         """The body is all of a finished completion."""
         choice = {
             "index": 0,
-            **self.content(completion.text),
-            "finish_reason": completion.finish_reason,
+            **self.content(self.completion.text),
+            "finish_reason": self.completion.finish_reason,
             "logprobs": None,
         }
-        return self.body(self.whole_kind, [choice], usage=usage(completion))
+        return self.body(self.whole_kind, [choice], usage=self.usage())
 
-    def piece(self, content: dict, finish_reason: str | None = None) -> dict[str, Any]:
+    def piece(
+        self, content: dict, finish_reason: str | None = None, **values: Any
+    ) -> dict[str, Any]:
         """The body is a part of a streamed completion."""
         choice = {"index": 0, **content, "finish_reason": finish_reason, "logprobs": None}
-        return self.body(self.piece_kind, [choice])
+        return self.body(self.piece_kind, [choice], **values)
+
+    def usage(self) -> dict[str, int]:
+        """The numbers are the tokens read and those generated so far."""
+        prompt, generated = len(self.completion.prompt), self.completion.num_tokens
+        numbers = {
+            "prompt_tokens": prompt,
+            "completion_tokens": generated,
+            "total_tokens": prompt + generated,
+        }
+        return numbers if self.forgotten is None else {**numbers, "forgotten": self.forgotten}
 
     def content(self, text: str) -> dict[str, Any]:
         """The content is a whole text, as a choice has it."""
@@ -79,14 +125,14 @@ class Reply:
         return {"text": text}
 
 
+@dataclasses.dataclass
 class ChatReply(Reply):
     """A chat's reply has messages, and when streamed, what is new of one."""
 
-    whole_kind, piece_kind = "chat.completion", "chat.completion.chunk"
+    id: str = dataclasses.field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
+    whole_kind: ClassVar[str] = "chat.completion"
+    piece_kind: ClassVar[str] = "chat.completion.chunk"
     opening: ClassVar[dict] = {"delta": {"role": "assistant", "content": ""}}
-
-    def __init__(self, model: str) -> None:
-        super().__init__(model, id=f"chatcmpl-{uuid.uuid4().hex}")
 
     def content(self, text: str) -> dict[str, Any]:
         return {"message": {"role": "assistant", "content": text, "refusal": None}}
@@ -95,22 +141,15 @@ class ChatReply(Reply):
         return {"delta": {"content": text} if text else {}}
 
 
-def usage(completion: Completion) -> dict[str, int]:
-    """The numbers are the tokens read and generated."""
-    prompt, generated = len(completion.prompt), completion.num_tokens
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": generated,
-        "total_tokens": prompt + generated,
-    }
-
-
 def _as_list(stop: Any) -> Any:
     return [stop] if isinstance(stop, str) else stop
 
 
 class _StreamOptions(BaseModel):
     include_usage: bool = False
+    """once more, at the end"""
+    continuous_usage_stats: bool = False
+    """with every piece, as vLLM has it"""
 
 
 _Stops = list[Annotated[str, Field(min_length=1)]]
@@ -120,8 +159,8 @@ Tokens = Annotated[int, Field(ge=1)] | None
 class Request(BaseModel):
     """The fields are what is read of any request.
 
-    Top-k, min-p and the repetition penalty go beyond the protocol. Whatever name of a model is
-    asked for, the one that is here answers.
+    Top-k, min-p and the repetition penalty go beyond the protocol; `truncation` is that of
+    OpenAI's Responses. Whatever name of a model is asked for, the one that is here answers.
     """
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
@@ -133,7 +172,6 @@ class Request(BaseModel):
     }
     """Parameters that would change the answer, and the value that does not: any other is refused
     rather than ignored."""
-    reply: ClassVar[type[Reply]] = Reply
     model: str | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -145,6 +183,8 @@ class Request(BaseModel):
     seed: int | None = None
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+    """"auto" leaves out the oldest of what the context has no room for, else that is an error"""
 
     @classmethod
     def read(cls, body: bytes) -> Self:
@@ -166,9 +206,9 @@ class Request(BaseModel):
         return request
 
     @property
-    def with_usage(self) -> bool:
-        """The property says whether a stream ends with the numbers of tokens."""
-        return self.stream_options is not None and self.stream_options.include_usage
+    def usage_in_stream(self) -> _StreamOptions:
+        """The property says when a stream has the numbers of tokens."""
+        return self.stream_options or _StreamOptions()
 
     def asked_tokens(self) -> int | None:
         """The method gives the most tokens that the request allows, if it says so."""
@@ -223,7 +263,6 @@ class ChatRequest(Request):
         "logprobs": False,
         "response_format": {"type": "text"},
     }
-    reply: ClassVar[type[Reply]] = ChatReply
     messages: Annotated[list[_Message], Field(min_length=1)]
     max_completion_tokens: Tokens = None
 
@@ -231,19 +270,35 @@ class ChatRequest(Request):
         """The method gives the most tokens that the request allows, if it says so."""
         return self.max_completion_tokens or self.max_tokens
 
-    def completion(self, generator: Generator, config: ChatConfig, seed: int) -> Completion:
-        """The completion is the assistant's next turn, not generated yet.
+    def reply(self, model: ServedModel, seed: int) -> Reply:
+        """The reply is the assistant's next turn, not generated yet.
 
         Raises:
-            ApiError: the messages leave no room for an answer.
+            ApiError: the messages leave no room for an answer, or the model holds no conversation.
         """
+        if not model.is_chat:
+            raise ApiError(
+                400,
+                f"the model {model.name} was not fine-tuned on conversations: it continues texts, "
+                "at /v1/completions",
+            )
         messages = [message.message() for message in self.messages]
-        if config.system and messages[0].role != "system":
-            messages.insert(0, Message("system", config.system))
+        if model.config.system and messages[0].role != "system":
+            messages.insert(0, Message("system", model.config.system))
+        if messages[0].role == "system" and not messages[0].content.strip():
+            # It asks for none, not even the server's.
+            del messages[0]
+        settings = self.settings(model.config, seed)
+        forgotten = None
+        if self.truncation == "auto":
+            given = len(messages)
+            messages = newest_messages(messages, model.generator, settings["max_new_tokens"])
+            forgotten = given - len(messages)
         try:
-            return answer(generator, messages, **self.settings(config, seed))
+            completion = answer(model.generator, messages, **settings)
         except ContextError as error:
             raise too_long("messages", str(error)) from error
+        return ChatReply(model.name, completion, forgotten)
 
 
 def _one_prompt(prompt: Any) -> Any:
@@ -267,26 +322,35 @@ class CompletionRequest(Request):
     }
     prompt: Annotated[str | list[int], BeforeValidator(_one_prompt)]
 
-    def completion(self, generator: Generator, config: ChatConfig, seed: int) -> Completion:
-        """The completion continues the prompt, not generated yet; without one, it begins a text.
+    def reply(self, model: ServedModel, seed: int) -> Reply:
+        """The reply continues the prompt, not generated yet; without one, it begins a text.
 
         Raises:
             ApiError: the prompt leaves no room for a continuation, or has ids of no token.
         """
+        generator = model.generator
         tokenizer, prompt = generator.tokenizer, self.prompt
         ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         ids = ids or [tokenizer.eot_id]
         if not all(0 <= token < tokenizer.vocab_size for token in ids):
             message = f"prompt: token ids are 0 to {tokenizer.vocab_size - 1:,}"
             raise ApiError(400, message, param="prompt")
+        forgotten = None
+        if self.truncation == "auto":
+            given = len(ids)
+            ids = newest_tokens(ids, generator)
+            forgotten = given - len(ids)
         if len(ids) >= generator.context:
             raise too_long(
                 "prompt",
                 f"the prompt takes {len(ids):,} tokens, the model's context is "
                 f"{generator.context:,}: shorten it",
             )
-        stop_ids = turn_ends(tokenizer)
-        return Completion(generator, ids, stop_ids=stop_ids, **self.settings(config, seed))
+        # The tokenizer of a base model may lack the tokens of conversations.
+        stop_ids = turn_ends(tokenizer) if model.is_chat else {tokenizer.eot_id}
+        settings = self.settings(model.config, seed)
+        completion = Completion(generator, ids, stop_ids=stop_ids, **settings)
+        return Reply(model.name, completion, forgotten)
 
 
 def too_long(param: str, message: str) -> ApiError:

@@ -1,5 +1,6 @@
 """The module serves one model by OpenAI's protocol, on the loopback interface unless asked.
 
+    GET  /                          a page that uses the following
     GET  /health
     GET  /v1/models
     POST /v1/chat/completions       stream: false or true (server-sent events)
@@ -33,14 +34,22 @@ try:
     from starlette.routing import Route
     from starlette.types import ASGIApp, Receive, Scope, Send
 
-    from hamner.chat.protocol import ApiError, ChatRequest, CompletionRequest, Reply, usage
+    from hamner.chat.guard import SameOrigin, own_names
+    from hamner.chat.page import page_route
+    from hamner.chat.protocol import (
+        ApiError,
+        ChatRequest,
+        CompletionRequest,
+        Reply,
+        ServedModel,
+    )
 except ModuleNotFoundError as error:
     raise UserError(
         f"--serve needs the package {error.name}: pip install 'hamner[serve]'"
     ) from error
 
-from hamner.chat.config import HOST, ChatConfig
-from hamner.model.generate import Completion, Generator
+from hamner.chat.config import HOST
+from hamner.model.generate import Completion
 
 MAX_BODY_BYTES = 2**20
 BODY_SECONDS = 10.0
@@ -54,22 +63,20 @@ class ChatServer:
     """The server has the endpoints of one model.
 
     Args:
-        generator: the model.
-        name: of the model, in the protocol.
-        config: `sampling` where a request says nothing, `max_new_tokens` whatever a request says,
-            `max_requests` at a time, of which more get status 429, `seed` of the choice of tokens,
-            `system` of messages that have none, and where to answer, `host` and `serve`.
+        model: with its config, of which the server takes `max_requests` at a time, of which more
+            get status 429, `seed` of the choice of tokens, and where to answer, `host` and `serve`.
     """
 
-    def __init__(self, generator: Generator, name: str, config: ChatConfig) -> None:
-        self.generator, self.name, self.config = generator, name, config
+    def __init__(self, model: ServedModel) -> None:
+        self.model = model
+        self.config = config = model.config
         self.device_lock = asyncio.Lock()
         self.created = int(time.time())
         self.seeds = random.Random(config.seed)
         """gives every answer another seed"""
-        names = ["localhost", HOST, "[::1]", config.host, f"[{config.host}]"]
         app = Starlette(
             routes=[
+                page_route(),
                 Route("/health", lambda _: JSONResponse({"status": "ok"})),
                 Route("/v1/models", self.models),
                 Route("/v1/chat/completions", self.chat_completions, methods=["POST"]),
@@ -79,8 +86,11 @@ class ChatServer:
             # machines know this one by names that are not known here.
             middleware=[
                 Middleware(
-                    TrustedHostMiddleware, allowed_hosts=names if config.is_local else ["*"]
+                    TrustedHostMiddleware,
+                    allowed_hosts=own_names(config.host) if config.is_local else ["*"],
+                    www_redirect=False,
                 ),
+                Middleware(SameOrigin, host=config.host),
                 Middleware(_BoundedRequests, limit=config.max_requests),
             ],
             exception_handlers={
@@ -118,15 +128,18 @@ class ChatServer:
                 f"{', and an address of this machine' if at else ''}"
             ) from error
         shown = f"[{host}]" if ":" in host else host
-        url = f"http://{shown}:{listener.getsockname()[1]}/v1"
-        say(f"serving the model {self.name} at {url}; Ctrl-C stops")
+        url = f"http://{shown}:{listener.getsockname()[1]}"
+        say(
+            f"serving the model {self.model.name}: a page to use it at {url}, OpenAI's protocol at "
+            f"{url}/v1; Ctrl-C stops"
+        )
         if not self.config.is_local:
             say(f"warning: whoever reaches --host {host} can use the model, without a password")
         self.uvicorn.run(sockets=[listener])
 
     async def models(self, _: HttpRequest) -> Response:
         """The method answers GET /v1/models."""
-        model = {"id": self.name, "object": "model", "created": self.created, "owned_by": "hamner"}
+        model = {**self.model.listing(), "created": self.created}
         return JSONResponse({"object": "list", "data": [model]})
 
     async def chat_completions(self, http: HttpRequest) -> Response:
@@ -141,16 +154,18 @@ class ChatServer:
         self, http: HttpRequest, request: ChatRequest | CompletionRequest
     ) -> Response:
         """The method gives the answer to a request, whole or as a stream."""
-        completion = request.completion(self.generator, self.config, self.seeds.getrandbits(32))
-        reply = request.reply(self.name)
+        reply = request.reply(self.model, self.seeds.getrandbits(32))
         if request.stream:
-            events = self.events(completion, reply, request.with_usage)
+            wanted = request.usage_in_stream
+            events = self.events(
+                reply, at_end=wanted.include_usage, always=wanted.continuous_usage_stats
+            )
             return _EventStream(events, media_type="text/event-stream")
-        async with aclosing(self.pieces(completion)) as pieces:
+        async with aclosing(self.pieces(reply.completion)) as pieces:
             async for _ in pieces:
                 if await http.is_disconnected():
                     raise ApiError(499, "the client left")
-        return JSONResponse(reply.whole(completion))
+        return JSONResponse(reply.whole())
 
     async def pieces(self, completion: Completion) -> AsyncGenerator[str, None]:
         """The iterator gives the text as a thread generates it; closing it frees the device."""
@@ -159,26 +174,36 @@ class ChatServer:
                 yield piece
 
     async def events(
-        self, completion: Completion, reply: Reply, with_usage: bool
+        self, reply: Reply, *, at_end: bool, always: bool
     ) -> AsyncGenerator[str, None]:
         """The iterator gives the answer as server-sent events.
 
         An error is an event too, since the status is sent already; the stream has its end anyway.
+
+        Args:
+            reply: not generated yet.
+            at_end: whether the last event has the numbers of tokens.
+            always: whether every event of a piece has them.
         """
+
+        def event(content: dict, finish_reason: str | None = None) -> str:
+            numbers = {"usage": reply.usage()} if always else {}
+            return _event(reply.piece(content, finish_reason, **numbers))
+
         if reply.opening:
-            yield _event(reply.piece(reply.opening))
+            yield event(reply.opening)
         try:
-            async with aclosing(self.pieces(completion)) as pieces:
+            async with aclosing(self.pieces(reply.completion)) as pieces:
                 async for piece in pieces:
-                    yield _event(reply.piece(reply.part(piece)))
-            yield _event(reply.piece(reply.part(""), completion.finish_reason))
+                    yield event(reply.part(piece))
+            yield event(reply.part(""), reply.completion.finish_reason)
         except UserError as error:
             yield _event(ApiError(500, str(error)).body())
         except Exception:
             logger.exception("an answer was cut short")
             yield _event(ApiError(500, "internal error").body())
-        if with_usage:
-            yield _event(reply.body(reply.piece_kind, [], usage=usage(completion)))
+        if at_end:
+            yield _event(reply.body(reply.piece_kind, [], usage=reply.usage()))
         yield "data: [DONE]\n\n"
 
 

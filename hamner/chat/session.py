@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hamner.chat.config import ChatConfig
+from hamner.chat.context import newest_messages, newest_tokens
 from hamner.checkpoint.saved_model import find_saved_model
 from hamner.data.chat_template import Message, render_prompt
 from hamner.errors import UserError
@@ -134,16 +135,18 @@ class Chat(Session):
         Raises:
             ContextError: the text alone does not fit; the conversation is as it was.
         """
-        question = Message("user", text)
-        seen = self._fit([*self.turns, question])
+        question, opening = Message("user", text), self._opening()
+        messages = [*opening, *self.turns[self.forgotten :], question]
+        seen = newest_messages(messages, self.generator, self.config.max_new_tokens)
         completion = answer(
             self.generator,
-            [*self._opening(), *seen],
+            seen,
             self.sampling,
             max_new_tokens=self.config.max_new_tokens,
             seed=self.seeds.getrandbits(32),
         )
-        before, self.forgotten = self.forgotten, len(self.turns) + 1 - len(seen)
+        before = self.forgotten
+        self.forgotten += len(messages) - len(seen)
         self.turns.append(question)
         try:
             self.terminal.show(completion)
@@ -178,16 +181,6 @@ class Chat(Session):
     def _opening(self) -> list[Message]:
         return [Message("system", self.system)] if self.system else []
 
-    def _fit(self, turns: list[Message]) -> list[Message]:
-        """The newest turns, from a question on, are kept that leave a quarter of the context."""
-        reserve = min(self.config.max_new_tokens, self.generator.context // 4)
-        starts = [i for i in range(self.forgotten, len(turns)) if turns[i].role == "user"]
-        for start in starts:
-            prompt = render_prompt([*self._opening(), *turns[start:]], self.generator.tokenizer)
-            if len(prompt) + reserve <= self.generator.context:
-                break
-        return turns[start:]
-
 
 class Complete(Session):
     """A completion is a session in which the model continues each line for itself."""
@@ -201,7 +194,7 @@ class Complete(Session):
         tokens = tokenizer.encode(text)
         if not tokens:
             raise UserError("the model's tokenizer has no token for anything in this text")
-        kept = tokens[-(self.generator.context * 3 // 4) :]
+        kept = newest_tokens(tokens, self.generator)
         completion = Completion(
             self.generator,
             kept,
@@ -236,11 +229,6 @@ def chat(config: ChatConfig, terminal: Terminal) -> None:
     longest = saved.config.model.max_seq_len
     if config.seq_len is not None and config.seq_len > longest:
         raise UserError(f"--seq-len {config.seq_len} is longer than the model's {longest}")
-    if config.serve is not None and not saved.is_chat:
-        raise UserError(
-            f"--serve: {saved.checkpoint.path} was not fine-tuned on conversations, so it has no "
-            "chat to serve; fine-tune it with python -m hamner.sft"
-        )
     model = saved.build(device)
     generator = Generator(model, saved.tokenizer, config.seq_len or saved.config.seq_len)
     shortest = len(render_prompt([Message("user", "?")], saved.tokenizer)) if saved.is_chat else 1
@@ -256,17 +244,13 @@ def chat(config: ChatConfig, terminal: Terminal) -> None:
         if config.system:
             shown = textwrap.shorten(config.system, SHOWN_SYSTEM, placeholder=" ...")
             terminal.say(f"system prompt, most used in its data: {shown} (--system sets another)")
+    if not saved.is_chat:
+        terminal.say("this model was not fine-tuned on conversations: it continues what you write")
     if config.serve is not None:
-        # It needs packages of the extra `serve`.
-        from hamner.chat.server import ChatServer
+        # They need packages of the extra `serve`.
+        from hamner.chat.server import ChatServer, ServedModel
 
-        ChatServer(generator, saved.name, config).serve(terminal.say)
-    elif saved.is_chat:
-        terminal.say("/help lists the commands")
-        Chat(config, generator, terminal).run()
-    else:
-        terminal.say(
-            "this model was not fine-tuned on conversations: it continues what you write; "
-            "/help lists the commands"
-        )
-        Complete(config, generator, terminal).run()
+        ChatServer(ServedModel(generator, saved.name, config, saved.is_chat)).serve(terminal.say)
+        return
+    terminal.say("/help lists the commands")
+    (Chat if saved.is_chat else Complete)(config, generator, terminal).run()

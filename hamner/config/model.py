@@ -65,6 +65,8 @@ class ModelConfig:
     """use the embedding as the output head"""
     use_differential_attention: bool = False
     """subtract two softmax maps (DIFF Transformer, arXiv:2410.05258)"""
+    qk_norm: bool = False
+    """norm every head of q and of k before RoPE, as Qwen3 does (arXiv:2010.04245, 2505.09388)"""
     gradient_checkpointing: bool = True
     """allow recomputing activations in the backward pass; --recompute says how"""
     router_balance: Literal["aux", "bias"] = "aux"
@@ -132,6 +134,11 @@ class ModelConfig:
                 f"--use-differential-attention pairs the heads: make --num-kv-heads {kv_heads} "
                 "even",
             )
+            _require(
+                not self.qk_norm,
+                "--qk-norm and --use-differential-attention do not go together: no model of "
+                "Hugging Face's or llama.cpp's has both; leave one out",
+            )
 
     @property
     def head_size(self) -> int:
@@ -166,8 +173,10 @@ class ModelConfig:
 
     def num_parameters_per_layer(self, *, active: bool = False) -> int:
         """The method counts a block's parameters: matrices, norms and lambdas."""
-        lambdas = 4 * self.head_size if self.use_differential_attention else 0
-        return self.matmul_parameters_per_layer(active=active) + 2 * self.hidden_size + lambdas
+        vectors = 2 * self.hidden_size
+        vectors += 4 * self.head_size if self.use_differential_attention else 0
+        vectors += 2 * self.head_size if self.qk_norm else 0
+        return self.matmul_parameters_per_layer(active=active) + vectors
 
     def num_parameters(self, *, active: bool = False) -> int:
         """The method counts all parameters, or one token's, the whole embedding among them."""

@@ -2,7 +2,7 @@
 
 Dense models and mixtures of experts both are llama.cpp's architecture "llama". Its RoPE rotates
 neighbouring elements of a head, ours the two halves, so the rows of q and k change places; the
-scores are the same.
+scores are the same. With qk-norm they are "qwen3" and "qwen3moe", whose RoPE is ours.
 """
 
 import re
@@ -23,35 +23,65 @@ from hamner.export.pre_tokenizers import find_pre_tokenizer
 from hamner.export.tokenizer import exported_definition
 from hamner.model.rotary import scaled_theta
 
-_EXPERT = re.compile(r"(.+\.experts)\.\d+\.(w\d)\.weight")
+_EXPERT = re.compile(r"(.+\.experts)\.\d+\.(\w+)\.weight")
+_ARCHITECTURES = {
+    "Llama": gguf.MODEL_ARCH.LLAMA,
+    "Mixtral": gguf.MODEL_ARCH.LLAMA,
+    "Qwen3": gguf.MODEL_ARCH.QWEN3,
+    "Qwen3Moe": gguf.MODEL_ARCH.QWEN3MOE,
+}
+"""by the name in transformers"""
+
+TYPES = {"bf16": gguf.GGMLQuantizationType.BF16, "q8_0": gguf.GGMLQuantizationType.Q8_0}
+FILE_TYPES = {
+    "f32": gguf.LlamaFileType.ALL_F32,
+    "bf16": gguf.LlamaFileType.MOSTLY_BF16,
+    "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+}
 
 
-def write_gguf(path: Path, saved: SavedModel) -> None:
-    """The function writes a model and its tokenizer as one file; matrices keep their dtype.
+def write_gguf(path: Path, saved: SavedModel, matrices: str | None = None) -> None:
+    """The function writes a model and its tokenizer as one file.
+
+    Args:
+        path: of the file.
+        saved: the model.
+        matrices: how they are stored, of TYPES; None keeps their dtype. Routers keep theirs in any
+            case, and so do matrices whose rows a type's blocks do not divide.
 
     Raises:
         UserError: llama.cpp has no such model or no such tokenizer.
     """
     config, weights = saved.config.model, saved.weights()
-    if architecture(config) == "DiffLlama":
+    kind = architecture(config)
+    if kind not in _ARCHITECTURES:
         raise UserError("--to gguf: llama.cpp has no differential attention; use --to hf")
     pre_tokenizer = find_pre_tokenizer(saved.tokenizer, is_chat=saved.is_chat)
-    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.LLAMA])
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[_ARCHITECTURES[kind]])
     writer.add_name(saved.name)
     _add_shape(writer, config, saved.config.seq_len)
     is_bf16 = weights["embed.weight"].dtype == torch.bfloat16
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16 if is_bf16 else gguf.LlamaFileType.ALL_F32)
+    writer.add_file_type(FILE_TYPES[matrices or ("bf16" if is_bf16 else "f32")])
     _add_tokenizer(writer, saved, pre_tokenizer)
-    types = {torch.bfloat16: gguf.GGMLQuantizationType.BF16}
     for name, tensor in gguf_tensors(config, weights):
-        kind = types.get(tensor.dtype, gguf.GGMLQuantizationType.F32)
-        # numpy has no bf16: the package's quantiser rounds what is exact already.
+        kind = _type_of(name, tensor, matrices)
+        # numpy has no bf16: the package's quantiser rounds, of bf16 what is exact already.
         values = gguf.quants.quantize(tensor.float().numpy(), kind)
         writer.add_tensor(name, values, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _type_of(name: str, tensor: Tensor, matrices: str | None) -> gguf.GGMLQuantizationType:
+    """The type is the one that a tensor is stored in."""
+    if matrices and tensor.ndim > 1 and "ffn_gate_inp" not in name:
+        kind = TYPES[matrices]
+        block, _ = gguf.GGML_QUANT_SIZES[kind]
+        if tensor.shape[-1] % block == 0:
+            return kind
+    return TYPES["bf16"] if tensor.dtype == torch.bfloat16 else gguf.GGMLQuantizationType.F32
 
 
 def _add_shape(writer: gguf.GGUFWriter, config: ModelConfig, context: int) -> None:
@@ -73,13 +103,20 @@ def _add_shape(writer: gguf.GGUFWriter, config: ModelConfig, context: int) -> No
     if config.is_moe:
         writer.add_expert_count(config.num_experts)
         writer.add_expert_used_count(config.num_experts_per_token)
+    if config.qk_norm:
+        writer.add_key_length(config.head_size)
+        writer.add_value_length(config.head_size)
+        if config.is_moe:
+            writer.add_expert_feed_forward_length(config.expert_intermediate_size)
 
 
 def gguf_tensors(
     config: ModelConfig, weights: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
     """The iterator gives parameters llama.cpp's name and layout, with a layer's experts stacked."""
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_layers)
+    kind = _ARCHITECTURES[architecture(config)]
+    is_interleaved = kind == gguf.MODEL_ARCH.LLAMA
+    names = gguf.get_tensor_name_map(kind, config.num_layers)
     experts: dict[str, list[Tensor]] = {}
     for name, tensor in to_hugging_face(config, weights).items():
         if match := _EXPERT.fullmatch(name):
@@ -88,9 +125,9 @@ def gguf_tensors(
             if len(experts[name]) < config.num_experts:
                 continue
             tensor = torch.stack(experts[name])
-        elif name.endswith("q_proj.weight"):
+        elif is_interleaved and name.endswith("q_proj.weight"):
             tensor = _interleave_halves(tensor, config.num_attention_heads)
-        elif name.endswith("k_proj.weight"):
+        elif is_interleaved and name.endswith("k_proj.weight"):
             tensor = _interleave_halves(tensor, config.num_kv_heads)
         yield names.get_name(name, try_suffixes=(".weight",)), tensor.contiguous()
 

@@ -3,6 +3,7 @@
     dense                        LlamaForCausalLM
     mixture of experts           MixtralForCausalLM
     differential attention       DiffLlamaForCausalLM
+    qk-norm                      Qwen3ForCausalLM, of a mixture Qwen3MoeForCausalLM
 
 Weights are under the names in which these models are published, so every reader of theirs reads
 ours. Nothing here needs transformers.
@@ -22,14 +23,20 @@ from hamner.config.train import TOKENIZER_FILE
 from hamner.data.chat_template import END_TOKEN, jinja_template
 from hamner.data.tokenizer import SPECIAL_TOKENS, write_definition
 from hamner.errors import UserError
+from hamner.export.card import model_card
 from hamner.export.tokenizer import exported_definition, require_same_ids
 from hamner.files import usual_permissions
 from hamner.model.rotary import scaled_theta
+from hamner.model.sampling import Sampling
 
 _CAN_BE_EXPORTED = (
     "only dense models, mixtures without shared experts and dense models with differential "
     "attention can be exported"
 )
+
+
+MODEL_TYPES = {"Qwen3Moe": "qwen3_moe"}
+"""of those whose name in config.json is not the class's in lower case"""
 
 
 def write_hugging_face(folder: Path, saved: SavedModel) -> None:
@@ -65,6 +72,10 @@ def write_hugging_face(folder: Path, saved: SavedModel) -> None:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     write_definition(folder / TOKENIZER_FILE, definition)
     generation_config = {"eos_token_id": model_config["eos_token_id"], "pad_token_id": eos_ids[0]}
+    if saved.is_chat:
+        generation_config |= _sampling()
+    card = model_card(saved, model_config)
+    (folder / "README.md").write_text(card, encoding="utf-8")
     for name, values in (
         ("config.json", model_config),
         ("generation_config.json", generation_config),
@@ -72,6 +83,16 @@ def write_hugging_face(folder: Path, saved: SavedModel) -> None:
     ):
         text = json.dumps(values, indent=2, ensure_ascii=False)
         (folder / name).write_text(text + "\n", encoding="utf-8")
+
+
+def _sampling() -> dict:
+    """The settings are hamner.chat's defaults, by which others draw too unless they say otherwise.
+
+    The repetition penalty is not among them: it would also apply to greedy decoding.
+    """
+    chat = Sampling()
+    names = ("temperature", "top_k", "top_p")
+    return {"do_sample": True, **{name: getattr(chat, name) for name in names}}
 
 
 def architecture(config: ModelConfig) -> str:
@@ -84,6 +105,8 @@ def architecture(config: ModelConfig) -> str:
         raise UserError(f"--to: {reason}")
     if config.use_differential_attention:
         return "DiffLlama"
+    if config.qk_norm:
+        return "Qwen3Moe" if config.is_moe else "Qwen3"
     return "Mixtral" if config.is_moe else "Llama"
 
 
@@ -91,12 +114,12 @@ def unsupported_reason(config: ModelConfig) -> str | None:
     """The function says why no format can hold a model, and returns None where one can."""
     if config.num_shared_experts:
         return (
-            "no model of Hugging Face's or llama.cpp's has shared experts beside Mixtral's "
-            f"routed ones; {_CAN_BE_EXPORTED}"
+            "no model of Hugging Face's or llama.cpp's has shared experts beside Mixtral's or "
+            f"Qwen3Moe's routed ones; {_CAN_BE_EXPORTED}"
         )
     if config.router_balance == "bias":
         return (
-            "Mixtral, the format of mixtures, has no place for the router biases of "
+            "Mixtral and Qwen3Moe, the formats of mixtures, have no place for the router biases of "
             "--router-balance bias; train with --router-balance aux to export, or use this model "
             "with hamner.chat and hamner.evaluate"
         )
@@ -135,7 +158,7 @@ def hugging_face_config(
         rope = {"rope_theta": config.rope_theta, "rope_scaling": scaling}
     values = {
         "architectures": [f"{kind}ForCausalLM"],
-        "model_type": kind.lower(),
+        "model_type": MODEL_TYPES.get(kind, kind.lower()),
         "attention_bias": False,
         "bos_token_id": None,
         "eos_token_id": eos_ids if len(eos_ids) > 1 else eos_ids[0],
@@ -154,15 +177,32 @@ def hugging_face_config(
         "use_cache": True,
         "vocab_size": config.vocab_size,
     }
+    return values | _config_of_kind(config, kind)
+
+
+def _config_of_kind(config: ModelConfig, kind: str) -> dict:
+    """The function gives the part of config.json that only this architecture has."""
+    values: dict = {}
     if kind == "Llama":
         values["mlp_bias"] = False
-    if kind == "Mixtral":
+    if config.qk_norm:
+        # Its default is 128, whatever the number of heads.
+        values |= {"head_dim": config.head_size, "use_sliding_window": False}
+    if config.is_moe:
         values |= {
-            "num_local_experts": config.num_experts,
             "num_experts_per_tok": config.num_experts_per_token,
             "router_aux_loss_coef": config.router_aux_loss_coef,
-            "sliding_window": None,
         }
+    if kind == "Qwen3Moe":
+        values |= {
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "moe_intermediate_size": config.expert_intermediate_size,
+            "norm_topk_prob": True,
+            "num_experts": config.num_experts,
+        }
+    if kind == "Mixtral":
+        values |= {"num_local_experts": config.num_experts, "sliding_window": None}
     return values
 
 
@@ -198,19 +238,30 @@ def to_hugging_face(config: ModelConfig, weights: Mapping[str, Tensor]) -> dict[
         if kind == "DiffLlama":
             for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
                 out[f"{theirs}.self_attn.{name}"] = weights[f"{ours}.attention.{name}"]
-        if kind == "Mixtral":
-            moe = f"{theirs}.block_sparse_moe"
-            out[f"{moe}.gate.weight"] = weights[f"{ours}.mlp.router.weight"]
-            gate_up = weights[f"{ours}.mlp.gate_up_weight"]
-            down = weights[f"{ours}.mlp.down_weight"]
-            for expert in range(config.num_experts):
-                gate, up = gate_up[expert].chunk(2)
-                # As Mixtral names an expert's matrices.
-                for name, part in (("w1", gate), ("w3", up), ("w2", down[expert])):
-                    out[f"{moe}.experts.{expert}.{name}.weight"] = part
+        if config.qk_norm:
+            for name in ("q_norm.weight", "k_norm.weight"):
+                out[f"{theirs}.self_attn.{name}"] = weights[f"{ours}.attention.{name}"]
+        if config.is_moe:
+            out |= _experts(config, weights, f"{ours}.mlp", theirs)
         else:
             gate, up = weights[f"{ours}.mlp.gate_up_proj.weight"].chunk(2)
             out[f"{theirs}.mlp.gate_proj.weight"] = gate
             out[f"{theirs}.mlp.up_proj.weight"] = up
             out[f"{theirs}.mlp.down_proj.weight"] = weights[f"{ours}.mlp.down_proj.weight"]
+    return out
+
+
+def _experts(
+    config: ModelConfig, weights: Mapping[str, Tensor], ours: str, theirs: str
+) -> dict[str, Tensor]:
+    """The function gives router and experts of the MLP `ours` the names in the layer `theirs`."""
+    moe, names = f"{theirs}.block_sparse_moe", ("w1", "w3", "w2")
+    if config.qk_norm:
+        moe, names = f"{theirs}.mlp", ("gate_proj", "up_proj", "down_proj")
+    out = {f"{moe}.gate.weight": weights[f"{ours}.router.weight"]}
+    gate_up, down = weights[f"{ours}.gate_up_weight"], weights[f"{ours}.down_weight"]
+    for expert in range(config.num_experts):
+        parts = *gate_up[expert].chunk(2), down[expert]
+        for name, part in zip(names, parts, strict=True):
+            out[f"{moe}.experts.{expert}.{name}.weight"] = part
     return out

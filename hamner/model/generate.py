@@ -51,9 +51,9 @@ def choose(
         raise UserError(
             "the model's output is not finite: its training diverged; take an earlier checkpoint"
         )
-    if penalized and sampling.repetition_penalty != 1:
+    if penalized and sampling.penalty != 1:
         seen = torch.tensor(sorted(set(penalized)))
-        penalty = min(max(sampling.repetition_penalty, 1 / STRONGEST_PENALTY), STRONGEST_PENALTY)
+        penalty = min(max(sampling.penalty, 1 / STRONGEST_PENALTY), STRONGEST_PENALTY)
         values = logits[seen]
         values = torch.where(values > 0, values / penalty, values * penalty)
         logits = logits.index_put((seen,), values)

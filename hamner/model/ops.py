@@ -27,6 +27,7 @@ from hamner.kernels.muon import (
     muon_momentum_reference_,
     symmetric_product_reference,
 )
+from hamner.kernels.qk_norm import qk_norm_reference
 from hamner.kernels.rms_norm import add_rms_norm_reference, rms_norm_reference
 from hamner.kernels.rope import rope_packed_reference
 from hamner.kernels.router_linear import router_linear_reference
@@ -54,7 +55,8 @@ class Ops:
     """(x, residual, norm_weight, weight, *, eps, recompute) -> (out, new residual)"""
     norm_qkv_rope: Callable[..., tuple[Tensor, Tensor]]
     """(x, residual, norm_weight, qkv_weight, *, cos, sin, num_heads, num_kv_heads, positions, eps,
-    recompute) -> (packed qkv (B, T, (H + 2 KV) head_size), new residual)"""
+    recompute, qk_norm=None) -> (packed qkv (B, T, (H + 2 KV) head_size), new residual); qk_norm is
+    the weights (head_size,) of the norms of q and of k"""
     norm_attention: Callable[..., tuple[Tensor, Tensor]]
     """(x, residual, norm_weight, qkv_weight, *, document_ids, and the same) -> (causal attention of
     what `norm_qkv_rope` gives (B, T, H head_size), new residual)"""
@@ -92,7 +94,7 @@ def build_ops(kernels: str, attention_backend: AttentionBackend) -> Ops:
     """`build_ops` gives those of `--kernels {triton,torch,liger}` with the chosen attention."""
     attend = attention_backend.function
     if kernels == "triton":
-        norm_attention = partial(_norm_attention, fused.add_rms_norm_qkv_rope, attend)
+        norm_attention = partial(_fused_norm_attention, attend)
         if attention_backend.name == "triton":
             norm_attention = fused.add_rms_norm_attention
         return Ops(
@@ -120,7 +122,7 @@ def build_ops(kernels: str, attention_backend: AttentionBackend) -> Ops:
         from hamner.model import liger as source  # optional extra
     else:
         source = _TORCH
-    norm_qkv_rope = partial(_norm_qkv_rope, source.rms_norm_linear, source.rope_packed)
+    norm_qkv_rope = partial(_norm_qkv_rope, source)
     return Ops(
         tied_embedding=tied_embedding_reference,
         rms_norm=source.rms_norm,
@@ -162,15 +164,45 @@ def _norm_linear(pair, x, residual, norm_weight, weight, *, eps, recompute):
     return _recomputed(pair, stream, norm_weight, weight, eps, recompute=recompute), stream
 
 
-def _norm_qkv_rope(pair, rope_packed, *inputs, eps, recompute, **rope):
-    qkv, stream = _norm_linear(pair, *inputs, eps=eps, recompute=recompute)
-    return rope_packed(qkv, **rope), stream
+def _norm_qkv_rope(source, *inputs, eps, recompute, qk_norm=None, **rope):
+    qkv, stream = _norm_linear(source.rms_norm_linear, *inputs, eps=eps, recompute=recompute)
+    rotate = partial(source.rope_packed, **rope)
+    if qk_norm is None:
+        return rotate(qkv), stream
+
+    def norm_and_rotate(qkv, *weights):
+        heads = rope["num_heads"], rope["num_kv_heads"]
+        return rotate(qk_norm_reference(qkv, *weights, *heads, eps=eps, norm=source.rms_norm))
+
+    return _recomputed(norm_and_rotate, qkv, *qk_norm, recompute=recompute), stream
 
 
 def _norm_attention(norm_qkv_rope, attend, *inputs, document_ids, **settings):
     qkv, stream = norm_qkv_rope(*inputs, **settings)
     heads = settings["num_heads"], settings["num_kv_heads"]
     return attend(qkv, *heads, document_ids=document_ids), stream
+
+
+def _fused_norm_attention(attend, *inputs, document_ids, **settings):
+    """The kernels run around an attention that is not theirs.
+
+    With qk-norm, that would keep q, k and v beside what was normed: where it is to recompute, they
+    are made from that again.
+    """
+    if not (settings["recompute"] and settings.get("qk_norm")):
+        norm_qkv_rope = fused.add_rms_norm_qkv_rope
+        return _norm_attention(
+            norm_qkv_rope, attend, *inputs, document_ids=document_ids, **settings
+        )
+    eps, weights = settings.pop("eps"), settings.pop("qk_norm")
+    recompute = settings.pop("recompute")
+    qkv, stream = fused.add_rms_norm_linear(*inputs, eps=eps, recompute=recompute)
+    arguments = (qkv, *weights)
+    normed = fused.qk_norm_rope(*arguments, **settings, eps=eps)
+    detached = [x.detach() for x in arguments]
+    with recomputed_in_backward(normed, lambda: fused.qk_norm_rope(*detached, **settings, eps=eps)):
+        heads = settings["num_heads"], settings["num_kv_heads"]
+        return attend(normed, *heads, document_ids=document_ids), stream
 
 
 def _linear_cross_entropy_torch(hidden, weight, targets):

@@ -33,34 +33,33 @@ def recomputed_in_backward(tensor: Tensor, recompute: Callable[[], Tensor]) -> I
     or the code is being compiled, it keeps the tensor.
 
     Args:
-        tensor: contiguous; it, or views of all of it, are saved by operations in the context.
+        tensor: contiguous, all of its storage; it, or views of it, are saved by operations in the
+            context.
         recompute: returns a tensor of the same values, shape and dtype; holds what that takes, and
             not `tensor`.
     """
-    # The hooks set last are the only ones that autograd asks. There is no public way to see them.
-    is_hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    if torch.compiler.is_compiling() or is_hooked or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or _is_hooked():
         yield
         return
-    address, size = tensor.data_ptr(), tensor.numel()
+    address = tensor.untyped_storage().data_ptr()
     readers = left = 0
     value: Tensor | None = None
 
     def pack(saved: Tensor):
         nonlocal readers
-        if saved.data_ptr() != address or saved.numel() != size:
+        if saved.untyped_storage().data_ptr() != address:
             return saved
         readers += 1
-        return saved.shape
+        return saved.shape, saved.stride(), saved.storage_offset()
 
-    def unpack(kept: Tensor | torch.Size) -> Tensor:
+    def unpack(kept: Tensor | tuple) -> Tensor:
         nonlocal left, value
         if isinstance(kept, Tensor):
             return kept
         if not left:
             with torch.no_grad():
                 left, value = readers, recompute()
-        view = value.view(kept)
+        view = value.as_strided(*kept)
         left -= 1
         if not left:
             value = None
@@ -68,3 +67,11 @@ def recomputed_in_backward(tensor: Tensor, recompute: Callable[[], Tensor]) -> I
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
+
+
+def _is_hooked() -> bool:
+    """The answer is whether saved tensors have hooks already: autograd asks those set last alone.
+
+    There is no public way to see them.
+    """
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

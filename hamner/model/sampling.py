@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from hamner.config.model import flag
 from hamner.errors import UserError
 
+PENALTY = 1.1
+"""default repetition penalty of what is drawn"""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -15,8 +18,9 @@ class Sampling:
         UserError: a value outside its range.
     """
 
-    repetition_penalty: float = 1.1
-    """divides the odds of tokens already in the context (CTRL, arXiv:1909.05858); 1 is off"""
+    repetition_penalty: float | None = None
+    """divides the odds of tokens already in the context (CTRL, arXiv:1909.05858); 1 is off. None:
+    1.1, and 1 at temperature 0, which is plain greedy decoding"""
     temperature: float = 0.7
     """divides the logits; 0 always takes the likeliest token"""
     top_k: int = 50
@@ -28,9 +32,16 @@ class Sampling:
     """choose among tokens at least this fraction as likely as the likeliest
     (arXiv:2407.01082); 0 is off"""
 
+    @property
+    def penalty(self) -> float:
+        """The penalty is the repetition penalty that applies."""
+        if self.repetition_penalty is not None:
+            return self.repetition_penalty
+        return PENALTY if self.temperature else 1.0
+
     def __post_init__(self) -> None:
         ranges = {
-            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0 and finite"),
+            "repetition_penalty": (0 < self.penalty < math.inf, "above 0 and finite"),
             "temperature": (0 <= self.temperature < math.inf, "0 or above and finite"),
             "top_k": (self.top_k >= 0, "0 or above"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),

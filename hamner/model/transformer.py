@@ -85,7 +85,8 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Attention has grouped queries (arXiv:2305.13245) and one packed qkv projection.
 
-    With `use_differential_attention`, two softmax maps are subtracted with a learned lambda and
+    With `qk_norm`, every head of q and of k is normed before RoPE (Qwen3, arXiv:2505.09388). With
+    `use_differential_attention`, two softmax maps are subtracted with a learned lambda and
     each head's output is normalised (DIFF Transformer, arXiv:2410.05258; heads laid out as in
     Hugging Face's DiffLlama).
     """
@@ -97,6 +98,9 @@ class Attention(nn.Module):
         self.norm = RMSNorm(d, config.rms_norm_eps)
         self.qkv_proj = nn.Linear(d, config.qkv_size, bias=False)
         self.o_proj = nn.Linear(d, d, bias=False)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_size, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_size, config.rms_norm_eps)
         if config.use_differential_attention:
             # 0.8 - 0.6 exp(-0.3 l): early layers subtract less.
             self.lambda_init = 0.8 - 0.6 * math.exp(-0.3 * layer)
@@ -111,6 +115,8 @@ class Attention(nn.Module):
         config, ops = self.config, self.ops
         inputs = x, residual, self.norm.weight, self.qkv_proj.weight
         settings = {**context.rope, "eps": self.norm.eps, "recompute": recompute}
+        if config.qk_norm:
+            settings["qk_norm"] = self.q_norm.weight, self.k_norm.weight
         if context.cache is None and not config.use_differential_attention:
             out, residual = ops.norm_attention(
                 *inputs, document_ids=context.document_ids, **settings

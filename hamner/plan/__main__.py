@@ -11,6 +11,7 @@ if __package__ != "hamner.plan":
     print("error: start this with python -m hamner.plan", file=sys.stderr)
     raise SystemExit(2)
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,12 +21,16 @@ from typing import Literal
 from hamner.cli import read_flags, run_command
 from hamner.config.model import flag
 from hamner.config.options import OPTIONS
+from hamner.config.recipe import RECIPES, Recipe
 from hamner.errors import UserError
 from hamner.hardware import GPUS, PCIE4, Gpu
 from hamner.plan import report
 from hamner.plan.analysis import COMPARED, Analysis, Plan, make_plan, recommend
 from hamner.plan.communication import Parallelism
+from hamner.plan.efficiency import Efficiency, efficiency
+from hamner.plan.measured_efficiency import measured_efficiency
 from hamner.plan.projection import RunProjection
+from hamner.plan.report_card import ReportCard
 from hamner.plan.run_curve import read_run
 
 
@@ -35,10 +40,19 @@ class PlanConfig:
 
     option: str = "a"
     """option to plan (tiny, current, a, a-short, b, c, c-shared), or all to compare them"""
-    gpu: str = "rtx-3090"
-    """card: a name in hamner.hardware.GPUS, or custom with --gpu-spec"""
+    recipe: Recipe = "plan"
+    """how the model learns, as in hamner.train: memory and speed are this recipe's"""
+    gpu: str | None = None
+    """card: a name in hamner.hardware.GPUS, or custom with --gpu-spec; None: rtx-3090, or the card
+    of --report-card"""
     gpu_spec: tuple[float, float, float, float] | None = None
     """a custom card: dense bf16 TFLOP/s, GB/s, GiB, fp32 TFLOP/s"""
+    report_card: Path | None = None
+    """plan with what this card reached: the JSON that python -m bench.report_card wrote"""
+    power_limit: float | None = None
+    """watts, as nvidia-smi -pl sets them; None: as the card is sold"""
+    clock: float | None = None
+    """MHz of the multiprocessors under load, as nvidia-smi shows them; None: not known"""
     gpus: int = 1
     """such cards in each node (torchrun --nproc-per-node)"""
     nodes: int = 1
@@ -65,12 +79,13 @@ class PlanConfig:
     """also write the analysis here as Markdown, with its plots in a folder beside it"""
 
 
-def find_gpu(name: str, spec: tuple[float, float, float, float] | None) -> Gpu:
+def find_gpu(name: str | None, spec: tuple[float, float, float, float] | None) -> Gpu:
     """The function finds the card that `--gpu` and `--gpu-spec` mean.
 
     Raises:
         UserError: an unknown name, or a spec that is missing, superfluous or not positive.
     """
+    name = "rtx-3090" if name is None else name
     if name == "custom":
         if spec is None or not all(0 < value < math.inf for value in spec):
             raise UserError(
@@ -86,6 +101,32 @@ def find_gpu(name: str, spec: tuple[float, float, float, float] | None) -> Gpu:
     if name not in GPUS:
         raise UserError(f"--gpu {name} is not one of {', '.join(GPUS)}, custom")
     return GPUS[name]
+
+
+def find_card(config: PlanConfig) -> tuple[Gpu, Efficiency]:
+    """The function finds the card and what it reaches, at the clock or the power that is asked for.
+
+    Raises:
+        UserError: bad flags, or a report card that cannot be read.
+    """
+    if config.report_card is None:
+        gpu = find_gpu(config.gpu, config.gpu_spec)
+        reached = efficiency(gpu)
+    elif config.gpu is not None or config.gpu_spec is not None:
+        raise UserError("--report-card says which card it is of: leave out --gpu and --gpu-spec")
+    else:
+        gpu, reached = measured_efficiency(ReportCard.read(config.report_card))
+    limits = {"clock": config.clock, "power_limit": config.power_limit}
+    for name, value in limits.items():
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{flag(name)} {value:g} must be above 0 and finite")
+    if None not in limits.values():
+        raise UserError("--power-limit is there to guess the clock that --clock gives: give one")
+    if config.clock is not None:
+        reached = reached.at_clock(gpu, config.clock)
+    if config.power_limit is not None:
+        reached = reached.at_power(gpu, config.power_limit)
+    return gpu, reached
 
 
 def find_parallelism(config: PlanConfig, gpu: Gpu) -> Parallelism:
@@ -109,14 +150,21 @@ def find_parallelism(config: PlanConfig, gpu: Gpu) -> Parallelism:
     return Parallelism(config.parallel, config.gpus, config.nodes, link, network_gbs=config.network)
 
 
-def plan_option(name: str, config: PlanConfig, gpu: Gpu, parallelism: Parallelism) -> Plan:
-    """The option is planned with the batch, the tokens and the budget that the flags ask for.
+def plan_option(
+    name: str, config: PlanConfig, card: tuple[Gpu, Efficiency], parallelism: Parallelism
+) -> Plan:
+    """The option is planned with batch, recipe, tokens and budget as the flags ask for them.
 
     Raises:
         UserError: it does not fit, or has fewer tokens than one step.
     """
     option = OPTIONS[name]
-    option = replace(option, batch_size=config.batch_size or option.batch_size)
+    option = replace(
+        option,
+        batch_size=config.batch_size or option.batch_size,
+        recipe=config.recipe,
+        **RECIPES[config.recipe],
+    )
     tokens = option.tokens if config.tokens is None else config.tokens
     if not option.tokens_per_step <= tokens < math.inf:
         raise UserError(
@@ -124,7 +172,8 @@ def plan_option(name: str, config: PlanConfig, gpu: Gpu, parallelism: Parallelis
             f"{option.tokens_per_step:,}"
         )
     option = replace(option, tokens=int(tokens))
-    return make_plan(option, gpu, parallelism, vram_budget=config.vram_budget)
+    gpu, reached = card
+    return make_plan(option, gpu, parallelism, vram_budget=config.vram_budget, reached=reached)
 
 
 def analyse(config: PlanConfig) -> Analysis:
@@ -133,19 +182,19 @@ def analyse(config: PlanConfig) -> Analysis:
     Raises:
         UserError: bad input, or nothing that fits.
     """
-    gpu, is_all = find_gpu(config.gpu, config.gpu_spec), config.option == "all"
+    card, is_all = find_card(config), config.option == "all"
     if not is_all and config.option not in OPTIONS:
         raise UserError(f"--option {config.option} is not one of {', '.join(OPTIONS)}, all")
     if is_all and config.metrics:
         raise UserError("--metrics needs the --option that the run trains, not all")
-    parallelism = find_parallelism(config, gpu)
+    parallelism = find_parallelism(config, card[0])
     plans, misfits = [], {}
     for name in COMPARED:
         try:
-            plans.append(plan_option(name, config, gpu, parallelism))
+            plans.append(plan_option(name, config, card, parallelism))
         except UserError as error:
             misfits[name] = str(error)
-    asked = None if is_all else plan_option(config.option, config, gpu, parallelism)
+    asked = None if is_all else plan_option(config.option, config, card, parallelism)
     if not asked and not plans:
         raise UserError(misfits["a"])
     candidates = plans or [asked]
@@ -157,7 +206,12 @@ def analyse(config: PlanConfig) -> Analysis:
         curve = read_run(config.metrics, math.log(plan.config.model.vocab_size))
         end = max(plan.config.tokens, float(curve.tokens[-1]))
         run = RunProjection(curve, plan.active_parameters, end)
-    return Analysis(plan, recommended, hours, plans, misfits=misfits, run=run)
+    by_recipe = []
+    for recipe in RECIPES:
+        with contextlib.suppress(UserError):  # Muon's update has to fit too
+            asked_for = replace(config, recipe=recipe)
+            by_recipe.append(plan_option(plan.config.option, asked_for, card, parallelism))
+    return Analysis(plan, recommended, hours, plans, misfits=misfits, run=run, by_recipe=by_recipe)
 
 
 def main(argv: Sequence[str]) -> None:

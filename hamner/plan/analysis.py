@@ -8,6 +8,7 @@ from hamner.config.train import TrainConfig
 from hamner.errors import UserError
 from hamner.hardware import GIB, RESERVE_GIB, Gpu
 from hamner.plan.communication import ONE_GPU, QUIET, Parallelism
+from hamner.plan.efficiency import Efficiency
 from hamner.plan.loss import BESIROGLU, KNOWN_RUN, LossLaw
 from hamner.plan.memory import MemoryPlan, Policy, choose
 from hamner.plan.projection import RunProjection
@@ -64,7 +65,8 @@ class Plan:
         """
         option = OPTIONS[self.config.option]
         try:
-            single = make_plan(option, self.gpu, vram_budget=self.vram_budget / GIB)
+            budget, reached = self.vram_budget / GIB, self.prediction.reached
+            single = make_plan(option, self.gpu, vram_budget=budget, reached=reached)
         except UserError:
             return None
         speed = self.prediction.tokens_per_second / self.parallelism.ranks
@@ -76,8 +78,9 @@ class Plan:
         Raises:
             UserError: it does not fit, where `changes` leave the micro-batch open.
         """
-        option, budget = replace(self.config, **changes), self.vram_budget / GIB
-        return make_plan(option, self.gpu, self.parallelism, vram_budget=budget, policies=policies)
+        option, reached = replace(self.config, **changes), self.prediction.reached
+        wishes = {"vram_budget": self.vram_budget / GIB, "policies": policies, "reached": reached}
+        return make_plan(option, self.gpu, self.parallelism, **wishes)
 
     def with_quiet_communication(self) -> "Plan | None":
         """The batch is doubled until communication takes less than QUIET of a step.
@@ -124,6 +127,8 @@ class Analysis:
     misfits: dict[str, str]
     """option: why it does not fit"""
     run: RunProjection | None
+    by_recipe: list[Plan]
+    """`plan` with each recipe that fits"""
 
     @property
     def local_law(self) -> LossLaw:
@@ -143,6 +148,7 @@ def make_plan(
     *,
     vram_budget: float | None = None,
     policies: tuple[Policy, ...] | None = None,
+    reached: Efficiency | None = None,
 ) -> Plan:
     """The function plans a bf16 run of `option`.
 
@@ -152,12 +158,13 @@ def make_plan(
         parallelism: how many of them and what connects them; "auto" is DDP where that fits.
         vram_budget: GiB of each GPU; default: the card's memory less RESERVE_GIB.
         policies: recomputation, one per layer; default: the fastest that fits.
+        reached: the card's efficiencies; default: what is known of such cards.
 
     Raises:
         UserError: a budget that is beyond the card or too small, or a batch that the GPUs cannot
             share evenly.
     """
-    wishes = {"vram_budget": vram_budget, "policies": policies}
+    wishes = {"vram_budget": vram_budget, "policies": policies, "reached": reached}
     if parallelism.kind == "auto":
         try:
             return make_plan(option, gpu, replace(parallelism, kind="ddp"), **wishes)
@@ -174,7 +181,7 @@ def make_plan(
     budget = int(vram_budget * GIB)
     memory = choose(option, budget, policies=policies, parallelism=parallelism)
     chosen = memory.policies, memory.micro_batch_size
-    prediction = predict(option, gpu, *chosen, parallelism=parallelism)
+    prediction = predict(option, gpu, *chosen, parallelism=parallelism, reached=reached)
     return Plan(option, gpu, parallelism, budget, memory=memory, prediction=prediction)
 
 

@@ -98,6 +98,13 @@ class Communication:
     exposed_ms: float
     """of them, what no arithmetic hides: the step is longer by this"""
 
+    def __add__(self, other: "Communication") -> "Communication":
+        return Communication(
+            self.bytes_sent + other.bytes_sent,
+            self.ms + other.ms,
+            self.exposed_ms + other.exposed_ms,
+        )
+
 
 def communicate(
     model: ModelConfig,
@@ -154,3 +161,13 @@ def communicate(
         micro_batches * (2 * gather_ms + reduce_ms) + replicate_ms,
         (micro_batches - 1) * exposed_ms(reduce_ms) + exposed_ms(reduce_ms + replicate_ms),
     )
+
+
+def gather_updates(parameters: int, parallelism: Parallelism) -> Communication:
+    """The bf16 updates of so many parameters become whole on every GPU once a step, as Muon needs
+    them under FSDP; nothing hides that."""
+    if parallelism.shards == 1:
+        return Communication(0.0, 0.0, 0.0)
+    sent = all_gather_bytes(parameters * BF16, parallelism.shards)
+    ms = sent / (parallelism.link_gbs * 1e6)
+    return Communication(sent, ms, ms)

@@ -10,6 +10,7 @@ said otherwise), `tokens` are those of a micro-batch, and `backward` asks for th
 """
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 from hamner.config.model import ModelConfig
@@ -17,6 +18,9 @@ from hamner.hardware import GIB, Gpu
 
 BF16, FP32 = 2, 4
 """bytes an element"""
+MUON_STEPS = 4
+"""of Muon's iteration: `hamner.kernels.muon.POLAR_EXPRESS` has so many, said again for want of
+torch; a test keeps the two equal"""
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,14 @@ def swiglu(
 def rope(elements: int, element_size: int = BF16) -> Cost:
     """RoPE reads and writes the `elements` of q and k, in backward those of their gradients."""
     return Cost(bytes=2 * elements * element_size)
+
+
+def qk_norm_rope(elements: int, element_size: int = BF16, *, backward: bool = False) -> Cost:
+    """Norm and RoPE of the `elements` of q and k are a pass that reads and writes them.
+
+    Backward reads them and the result's gradients and writes theirs.
+    """
+    return Cost(bytes=(3 if backward else 2) * elements * element_size)
 
 
 def matmul(rows: int, k: int, n: int, element_size: int = BF16, *, experts: int = 1) -> Cost:
@@ -214,6 +226,74 @@ def adamw(
     return Cost(bytes=parameters * (gradient_size + 2 * 2 * FP32 + weight))
 
 
+def muon_momentum(parameters: int, *, gradient_size: int = BF16, update_size: int = BF16) -> Cost:
+    """Muon takes the gradient into the fp32 momentum and writes the update."""
+    return Cost(bytes=parameters * (gradient_size + 2 * FP32 + update_size))
+
+
+def muon_apply(
+    parameters: int, *, split_master: bool, update_size: int = BF16, has_copy: bool = True
+) -> Cost:
+    """Muon takes the orthogonal update into the master; see `adamw` for the arguments."""
+    weight = 2 * (BF16 + 2) if split_master else 2 * FP32 + (BF16 if has_copy else 0)
+    return Cost(bytes=parameters * (update_size + weight))
+
+
+def symmetric_product(
+    batch: int, rows: int, k: int, element_size: int = BF16, *, has_addend: bool = False
+) -> Cost:
+    """The products of (rows, k) matrices with their own transposes need half of the arithmetic.
+
+    The whole results are written; of an addend, being symmetric, half is read.
+    """
+    square = rows * rows
+    moved = rows * k + square + (square // 2 if has_addend else 0)
+    return Cost(flops=batch * square * k, bytes=batch * moved * element_size)
+
+
+def orthogonalize(rows: int, columns: int, element_size: int = BF16) -> Cost:
+    """Muon's iteration takes the product of a matrix's shorter side with itself twice, a polynomial
+    of it in every step, products of those with each other, and the matrix by the last, twice."""
+    m, n = min(rows, columns), max(rows, columns)
+    gram, square = (symmetric_product(1, m, k, element_size) for k in (n, m))
+    polynomial = symmetric_product(1, m, m, element_size, has_addend=True)
+    whole = matmul(m, m, n, element_size)
+    squares = 3 * (MUON_STEPS - 2)
+    parts = ((2, gram), (MUON_STEPS, polynomial), (squares, square), (2, whole))
+    return Cost(sum(n * part.flops for n, part in parts), sum(n * part.bytes for n, part in parts))
+
+
+def hidden_matrices(model: ModelConfig) -> dict[tuple[int, int], int]:
+    """The logical matrices that Muon updates, by rows and columns: how many a block has."""
+    d, kv = model.hidden_size, model.num_kv_heads * model.head_size
+    counts: Counter[tuple[int, int]] = Counter()
+    counts[d, d] += 2
+    counts[kv, d] += 2
+    dense, inner = dense_width(model), model.expert_intermediate_size
+    for width, number in ((dense, 1 if dense else 0), (inner, model.num_experts)):
+        counts[width, d] += 2 * number
+        counts[d, width] += number
+    return {shape: count for shape, count in counts.items() if count}
+
+
+def hidden_parameters(model: ModelConfig) -> int:
+    """Muon updates this many parameters of a model."""
+    shapes = hidden_matrices(model).items()
+    return model.num_layers * sum(rows * columns * count for (rows, columns), count in shapes)
+
+
+def muon_held(model: ModelConfig, element_size: int) -> int:
+    """Muon's update holds so many bytes beside its state.
+
+    They are the updates of one kind of packed parameter, of all layers, the largest being gate and
+    up, and of each of its logical matrices a copy and four squares.
+    """
+    d = model.hidden_size
+    kinds = (dense_width(model), 1), (model.expert_intermediate_size, model.num_experts)
+    elements = (number * (4 * width * d + 8 * min(width, d) ** 2) for width, number in kinds)
+    return model.num_layers * max(elements) * element_size
+
+
 def gradient_norm(parameters: int, gradient_size: int = BF16) -> Cost:
     """The norm to clip by reads every gradient."""
     return Cost(bytes=parameters * gradient_size)
@@ -265,10 +345,19 @@ def norm_kept(width: int, element_size: int, *, fused: bool, recompute: bool) ->
     return width * (element_size + (element_size if fused else 2 * FP32))
 
 
-def attention_kept(model: ModelConfig, element_size: int, *, fused: bool) -> int:
-    """Attention keeps qkv, its output and its softmax statistics, and what is differential."""
+def attention_kept(model: ModelConfig, element_size: int, *, fused: bool, recompute: bool) -> int:
+    """Attention keeps qkv, its output and its softmax statistics, and what is differential.
+
+    With qk-norm qkv is that before the norms; what they make of q and k is kept where backward does
+    not recompute it. Plain torch always keeps it, and in place of what was normed, where that is
+    not recomputed from, two fp32 intermediates.
+    """
     d, kv = model.hidden_size, model.num_kv_heads * model.head_size
     kept = ((d + 2 * kv) + d) * element_size + FP32 * model.num_attention_heads
+    if model.qk_norm and fused and not recompute:
+        kept += (d + kv) * element_size
+    if model.qk_norm and not fused:
+        kept += (d + 2 * kv) * element_size if recompute else 2 * (d + kv) * FP32
     if model.use_differential_attention:
         # Values of both halves side by side, the two maps' outputs, their difference; plain torch
         # keeps what the norm made of it in fp32 as well.

@@ -12,6 +12,8 @@ import numpy as np
 TOKENS_PER_PARAMETER = 20
 COHERENT_LOSS = 3.5
 """nats per token (perplexity 33), above which samples were incoherent text"""
+FLUENT_LOSS = 3.3
+"""nats per token (perplexity 27): the goal after that"""
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class Policy:
             return model.hidden_size * element_size
         how = {"fused": fused, "recompute": self == SELECTIVE}
         kept = 2 * costs.norm_kept(model.hidden_size, element_size, **how)
-        kept += costs.attention_kept(model, element_size, fused=fused)
+        kept += costs.attention_kept(model, element_size, **how)
         kept += costs.swiglu_kept(costs.dense_width(model), element_size, **how)
         return kept + (costs.experts_kept(model, element_size, **how) if model.is_moe else 0)
 
@@ -102,6 +102,8 @@ class MemoryAccount:
     backward: int
     """most that backward holds: activations still needed, gradients formed so far, and the block
     that is being differentiated"""
+    update: int = 0
+    """what the optimizer holds beside the gradients"""
     communication: int = 0
     """with DDP the buckets that all gradients are formed and reduced in; with FSDP the weights and
     gradients that are whole: the embedding's, those of a block and of the next one"""
@@ -120,11 +122,13 @@ class MemoryAccount:
             "communication": self.communication,
         }
         parts = {name: size for name, size in parts.items() if size}
-        if self.activations + self.loss >= max(self.backward, self.gradients):
-            return parts | {"activations": self.activations, "loss": self.loss}
-        if self.backward >= self.gradients:
-            return parts | {"activations and gradients in backward": self.backward}
-        return parts | {"gradients": self.gradients}
+        peaks = [
+            {"activations": self.activations, "loss": self.loss},
+            {"activations and gradients in backward": self.backward},
+            {"gradients": self.gradients, "update": self.update},
+        ]
+        peak = max(peaks, key=lambda held: sum(held.values()))
+        return parts | {name: size for name, size in peak.items() if size}
 
     def __str__(self) -> str:
         parts = " + ".join(f"{name} {size / GIB:.2f}" for name, size in self.parts().items())
@@ -155,9 +159,6 @@ def account(
     accumulate = micro_batch_size * parallelism.ranks < config.batch_size
     size = costs.BF16 if precision == "bf16" else costs.FP32
     parameters, shards = model.num_parameters(), parallelism.shards
-    # Of a split master only the int16 remainder is held beside the bf16 weight. A shard is fp32, as
-    # its gradient is, which adds up by itself.
-    masters = (2 if fused or shards > 1 else 4) if precision == "bf16" else 0
     # Of these, gradients are formed from the head to the first block.
     head, block = model.vocab_size * model.hidden_size, model.num_parameters_per_layer()
     gradient_size = costs.FP32 if shards > 1 else size
@@ -183,14 +184,26 @@ def account(
     tail += 0 if fused else model.hidden_size * size
     return MemoryAccount(
         weights=parameters * size // shards,
-        optimizer=parameters * (8 + masters) // shards,
+        optimizer=_optimizer_bytes(config, precision, is_split=fused or shards > 1) // shards,
         gradient_sums=parameters * 4 if accumulate and shards == 1 else 0,
         gradients=gradients,
+        update=costs.muon_held(model, size) if config.optimizer == "muon" else 0,
         activations=held + tokens * tail,
         loss=costs.loss_held(model, tokens, size, fused=fused),
         backward=peak,
         communication=communication,
     )
+
+
+def _optimizer_bytes(config: TrainConfig, precision: str, *, is_split: bool) -> int:
+    """Masters and fp32 moments, of which Muon's matrices have one, are this many bytes.
+
+    Of a split master only the int16 remainder is held beside the bf16 weight. A shard is fp32, as
+    its gradient is, which adds up by itself.
+    """
+    masters = (2 if is_split else 4) if precision == "bf16" else 0
+    held = config.model.num_parameters() * (8 + masters)
+    return held - (4 * costs.hidden_parameters(config.model) if config.optimizer == "muon" else 0)
 
 
 def _backward_bytes(model: ModelConfig, policy: Policy, size: int, *, fused: bool) -> int:

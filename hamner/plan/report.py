@@ -16,9 +16,11 @@ from hamner.hardware import GIB
 from hamner.plan.analysis import Analysis, Plan
 from hamner.plan.communication import QUIET
 from hamner.plan.costs import flops_per_token
+from hamner.plan.efficiency import MEASURED_ERRORS
 from hamner.plan.loss import (
     BESIROGLU,
     COHERENT_LOSS,
+    FLUENT_LOSS,
     HOFFMANN,
     KNOWN_RUN,
     LossLaw,
@@ -26,10 +28,19 @@ from hamner.plan.loss import (
 )
 from hamner.plan.memory import FULL, NONE, SELECTIVE, MemoryAccount, describe
 from hamner.plan.projection import RunProjection
-from hamner.plan.step_time import MEASURED_ERRORS, efficiency
+from hamner.plan.recipe_gain import (
+    LAW_DEVIATION,
+    PUBLISHED,
+    Bounds,
+    loss_at,
+    source,
+    tokens_to_reach,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+_OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon, AdamW for embedding and norms"}
 
 
 def _count(count: float) -> str:
@@ -95,8 +106,15 @@ def _scaling(plan: Plan) -> dict[str, str]:
     }
 
 
+def _days(plan: Plan) -> str:
+    """The shortest and the longest that the run should take, in days."""
+    shortest, longest = (h / 24 for h in plan.prediction.interval.hours(plan.config.tokens))
+    return _range((shortest, longest), 1 if shortest > 1 else 2)
+
+
 def _quantities(plan: Plan, hours: float | None) -> dict[str, str]:
     option, model, prediction = plan.config, plan.config.model, plan.prediction
+    interval = prediction.interval
     gib = "VRAM, GiB" if plan.parallelism.ranks == 1 else "VRAM of each GPU, GiB"
     return {
         "": option.option,
@@ -111,11 +129,13 @@ def _quantities(plan: Plan, hours: float | None) -> dict[str, str]:
         gib: f"{prediction.peak_gib:.1f}",
         **_scaling(plan),
         "tokens/s (projected)": f"{prediction.tokens_per_second:,.0f}",
+        "tokens/s, low-high": f"{interval.low:,.0f}-{interval.high:,.0f}",
         "MFU (projected)": f"{prediction.mfu:.0%}",
         "tokens": _count(plan.config.tokens),
         "steps": f"{plan.steps:,}",
         "hours (projected)": f"{plan.hours:,.1f}",
         "days (projected)": f"{plan.hours / 24:.1f}",
+        "days, low-high": _days(plan),
         "compute-optimal tokens": _count(compute_optimal_tokens(plan.active_parameters)),
         **_losses(plan, hours),
     }
@@ -167,6 +187,16 @@ def step_times(plan: Plan) -> str:
     return f"A step takes {plan.prediction.step_ms:,.1f} ms, projected: {parts}."
 
 
+def speed_interval(plan: Plan) -> str:
+    """The paragraph says between which speeds and lengths the run should lie, and why."""
+    interval = plan.prediction.interval
+    return (
+        f"Nine of ten runs of option {plan.config.option} should reach {interval.low:,.0f} to "
+        f"{interval.high:,.0f} tokens/s and take {_days(plan)} days. "
+        "Of that:\n\n" + _bullets(str(cause) for cause in interval.causes)
+    )
+
+
 def communication_findings(plan: Plan) -> list[str]:
     """They say what is sent, over what, how much of it shows, and with which batch less does."""
     parallelism, sent = plan.parallelism, plan.prediction.communication
@@ -208,14 +238,54 @@ def coherence_table(analysis: Analysis) -> str:
     goal = f"loss {COHERENT_LOSS} (perplexity {math.exp(COHERENT_LOSS):.0f}) reached after"
     rows = [[goal, "tokens", "hours (projected)", "within the plan"]]
     for plan in analysis.plans:
-        tokens = analysis.local_law.tokens_to_reach(COHERENT_LOSS, plan.active_parameters)
-        if tokens is None:
+        # The law of a run under way is that of its own recipe.
+        recipe = "plan" if analysis.law_is_the_runs else plan.config.recipe
+        law, size = analysis.local_law, plan.active_parameters
+        bounds = tokens_to_reach(COHERENT_LOSS, recipe, size, law)
+        if bounds is None:
             rows.append([plan.config.option, "never", "", "model too small"])
             continue
+        tokens = bounds.middle
         hours = plan.hours * tokens / plan.config.tokens
         within = "yes" if tokens <= plan.config.tokens else "no"
         rows.append([plan.config.option, _count(tokens), f"{hours:,.1f}", within])
     return _table(rows)
+
+
+def recipes_table(analysis: Analysis) -> str:
+    """The table says what each recipe takes to two losses, and where the planned run ends."""
+    goals = (COHERENT_LOSS, FLUENT_LOSS)
+    reached = (f"hours to loss {goal}" for goal in goals)
+    end = f"loss at {_count(analysis.plan.config.tokens)} tokens"
+    rows = [["recipe (80% interval)", "tokens/s (projected)", *reached, end]]
+    for plan in analysis.by_recipe:
+        recipe, size = plan.config.recipe, plan.active_parameters
+        cells = [recipe, f"{plan.prediction.tokens_per_second:,.0f}"]
+        for goal in goals:
+            tokens = tokens_to_reach(goal, recipe, size, analysis.local_law)
+            hours = tokens and tokens.times(plan.hours / plan.config.tokens)
+            cells.append("never" if hours is None else _with_interval(hours, 0))
+        loss = loss_at(plan.config.tokens, recipe, size, analysis.local_law)
+        rows.append([*cells, _with_interval(loss, 2)])
+    return _table(rows)
+
+
+def _with_interval(bounds: Bounds, digits: int) -> str:
+    texts = (f"{value:,.{digits}f}" for value in (bounds.middle, bounds.low, bounds.high))
+    return "{} ({}-{})".format(*texts)
+
+
+def recipes_caveat() -> str:
+    """The sentence says what the comparison of recipes rests on."""
+    published = ", ".join(f"{recipe} {ratio:g}" for recipe, (_, ratio, _) in PUBLISHED.items())
+    return (
+        "What a recipe saves (the hours are those of a run whose schedule ends there) is a line in "
+        f"the logarithms through the ratios of tokens that were measured, on {source()}; and "
+        f"through what is published for whole runs ({published} times fewer at 10B tokens), as "
+        f"nothing was run that far. The plan's own loss is taken to be good to {LAW_DEVIATION} "
+        "nats, being the law through one run. `python -m bench.recipes fit` does it again from new "
+        "results."
+    )
 
 
 def caveats(plan: Plan) -> list[str]:
@@ -228,7 +298,7 @@ def caveats(plan: Plan) -> list[str]:
     on_this_card = f", on this card {' to '.join(ends)}" if here else ""
     parameters, tokens, loss = KNOWN_RUN
     lines = [
-        f"Speed on the {plan.gpu.name} is projected: {efficiency(plan.gpu).provenance}. "
+        f"Speed on the {plan.gpu.name} is projected: {prediction.reached.provenance}. "
         f"Against the {sum(runs)} runs measured so far the model is {min(lowest):+.0%} to "
         f"{max(highest):+.0%} off{on_this_card}.",
         "MFU = tokens/s x FLOPs per token / bf16 peak; FLOPs per token = 6 x matmul parameters "
@@ -289,15 +359,20 @@ def screen(analysis: Analysis, *, every_option: bool) -> str:
             options_table(analysis.plans, analysis.hours),
             _misfits(analysis),
             f"Recommended: **{best.option}**, {_count(best.model.num_parameters())} parameters",
+            speed_interval(plan),
         ]
     else:
-        parts += [options_table([plan]), memory_table(plan), step_times(plan)]
+        parts += [options_table([plan]), memory_table(plan), step_times(plan), speed_interval(plan)]
         parts += communication_findings(plan)
     if analysis.run:
         parts += ["**The run so far**", _bullets(run_findings(analysis.run))]
+    rests = caveats(plan)
     if every_option or analysis.law_is_the_runs:
         parts.append(coherence_table(analysis))
-    return "\n\n".join((*parts, "**What this rests on**", _bullets(caveats(plan))))
+    elif analysis.run is None:
+        parts += ["**Recipes**", recipes_table(analysis)]
+        rests.append(recipes_caveat())
+    return "\n\n".join((*parts, "**What this rests on**", _bullets(rests)))
 
 
 def _command(plan: Plan) -> str:
@@ -307,17 +382,21 @@ def _command(plan: Plan) -> str:
     if parallelism.ranks > 1:
         nodes = f"--nnodes {parallelism.nodes} " if parallelism.nodes > 1 else ""
         launcher = f"torchrun {nodes}--nproc-per-node {parallelism.gpus_per_node}"
+    what = f"--option {option.option}"
+    if option.recipe != "plan":
+        what += f" --recipe {option.recipe}"
     if option.batch_size != OPTIONS[option.option].batch_size:
         batch = f" --batch-size {option.batch_size}"
     return (
-        f"{launcher} -m hamner.train --option {option.option} --tokens {plan.config.tokens}{batch} "
+        f"{launcher} -m hamner.train {what} --tokens {plan.config.tokens}{batch} "
         f"--vram-budget {plan.vram_budget / GIB:g}"
     )
 
 
 def document(analysis: Analysis, files: str) -> str:
     """The document is the whole analysis as Markdown; its plots lie in the folder `files`."""
-    rests = f"## What this rests on\n\n{_bullets(caveats(analysis.plan))}\n"
+    lines = caveats(analysis.plan) + ([] if analysis.run else [recipes_caveat()])
+    rests = f"## What this rests on\n\n{_bullets(lines)}\n"
     return "\n\n".join((_situation(analysis, files), _proposal(analysis, files), rests))
 
 
@@ -328,7 +407,7 @@ def _situation(analysis: Analysis, files: str) -> str:
     if analysis.run:
         findings = _bullets(run_findings(analysis.run))
         run = f"\n\nThe run so far:\n\n{findings}\n\n![The run so far]({files}/run.png)"
-    steps = "\n\n".join((step_times(plan), *communication_findings(plan)))
+    steps = "\n\n".join((step_times(plan), speed_interval(plan), *communication_findings(plan)))
     return f"""\
 # Pre-training plan: option {plan.config.option} on {gpus}
 
@@ -363,6 +442,8 @@ def _proposal(analysis: Analysis, files: str) -> str:
     misfits = f"\n\n{_misfits(analysis)}" if analysis.misfits else ""
     has_goal = analysis.run is None or analysis.law_is_the_runs
     coherence = f"\n\n{coherence_table(analysis)}" if has_goal else ""
+    if analysis.run is None:
+        coherence += f"\n\n{recipes_table(analysis)}"
     return f"""\
 ## Options
 
@@ -390,8 +471,8 @@ Of option {option.option}{"" if best.config.option == option.option else ", as a
 - `{_command(plan)}`
 - {plan.steps:,} steps of {option.batch_size} x {option.seq_len} = {option.tokens_per_step:,}
   tokens, micro-batch {plan.memory.micro_batch_size}.
-- AdamW, {option.warmup_steps:,} steps of warm-up, learning rate {option.lr:g} to
-  {option.min_lr:g} on a cosine.
+- {_OPTIMIZERS[option.optimizer]}, {option.warmup_steps:,} steps of warm-up, learning rate
+  {option.lr:g} to {option.min_lr:g} ({option.decay} decay).
 - {model.num_layers} layers x {model.hidden_size}, {model.num_attention_heads} heads on
   {model.num_kv_heads} key-value heads, vocabulary {model.vocab_size:,}.
 - After the first hundred steps, compare tokens/s and peak GiB with this page before leaving it.\

@@ -2,7 +2,7 @@
 
 import csv
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -35,7 +35,7 @@ class Jump:
     untrained_loss: float
 
     @classmethod
-    def at(cls, reading: "_Reading", untrained_loss: float) -> "Jump":
+    def at(cls, reading: "Reading", untrained_loss: float) -> "Jump":
         """The jump ends at `reading`."""
         levels = {"before": reading.before, "after": reading.loss}
         return cls(int(reading.step), reading.tokens, untrained_loss=untrained_loss, **levels)
@@ -93,7 +93,7 @@ class RunCurve:
         return float(rates[-1] / rates.max()) if rates[-1] < rates[len(rates) // 2] else 0.0
 
 
-class _Reading(NamedTuple):
+class Reading(NamedTuple):
     """The reading is one line; `before` is the loss on the lines above, NaN on the first."""
 
     step: float
@@ -114,7 +114,18 @@ def read_run(path: Path, untrained_loss: float = UNTRAINED_LOSS) -> RunCurve:
     Raises:
         UserError: no such file, another format, a line that cannot be read, no points.
     """
-    kept = _joined(_readings(path))
+    return join_readings(path, _readings(path), untrained_loss)
+
+
+def join_readings(
+    path: Path, readings: Iterable[Reading], untrained_loss: float = UNTRAINED_LOSS
+) -> RunCurve:
+    """The function makes a curve of a log's readings, in the order of the file at `path`.
+
+    Raises:
+        UserError: there are none.
+    """
+    kept = _joined(readings)
     if not kept:
         raise UserError(f"--metrics {path} is empty: no line has tokens and a finite loss")
     starts = [i for i in range(len(kept)) if _is_jump(kept, i, untrained_loss)]
@@ -127,9 +138,9 @@ def read_run(path: Path, untrained_loss: float = UNTRAINED_LOSS) -> RunCurve:
     return RunCurve(path, tokens, losses, rates, jumps=jumps, start=start)
 
 
-def _joined(readings: Iterator[_Reading]) -> list[_Reading]:
+def _joined(readings: Iterable[Reading]) -> list[Reading]:
     """The list has no tokens twice, and each reading's `before` from the file's order."""
-    kept: list[_Reading] = []
+    kept: list[Reading] = []
     recent: list[float] = []
     last_step, last_logged, offset = -math.inf, 0.0, 0.0
     for reading in readings:
@@ -151,7 +162,7 @@ def _is_near(loss: float, untrained_loss: float) -> bool:
     return low * untrained_loss <= loss <= high * untrained_loss
 
 
-def _is_jump(kept: Sequence[_Reading], i: int, untrained_loss: float) -> bool:
+def _is_jump(kept: Sequence[Reading], i: int, untrained_loss: float) -> bool:
     """The function tells a loss that is back near an untrained model's from a spike.
 
     A spike is over in a few readings; a new model needs many to come down, and stays an eighth of
@@ -166,7 +177,7 @@ def _is_jump(kept: Sequence[_Reading], i: int, untrained_loss: float) -> bool:
     return median(following) > kept[i].before + fallen / 8
 
 
-def _readings(path: Path) -> Iterator[_Reading]:
+def _readings(path: Path) -> Iterator[Reading]:
     """Lines with a finite loss give step, tokens, loss and learning rate (0 if unknown)."""
     formats = {
         ".jsonl": (_json_records, ("tokens", "tokens_total")),
@@ -195,7 +206,7 @@ def _readings(path: Path) -> Iterator[_Reading]:
                 f"--metrics {path} line {number}: step, {tokens}, loss and lr must be numbers"
             ) from None
         if all(map(math.isfinite, row)) and row[1] > 0:
-            yield _Reading(*row)
+            yield Reading(*row)
 
 
 def _either(record: Mapping[str, object], names: Sequence[str]) -> str:

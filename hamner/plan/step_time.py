@@ -2,8 +2,8 @@
 
 A step is a list of ops, each with its cost (`hamner.plan.costs`, bf16). An op takes the longer of
 arithmetic and traffic, each at the share of the card's peak that its kind of kernel reaches. Those
-shares are data, with their provenance, in `EFFICIENCIES`; whatever they were not measured on is a
-projection. docs/planning.md lists the real runs that the model is held against.
+shares are data, with their provenance, in `hamner.plan.efficiency`; whatever they were not measured
+on is a projection. docs/planning.md lists the real runs that the model is held against.
 
 Left out, being below 1% of a step: the embedding's gather and scatter, the router's matmul, softmax
 statistics. Not modelled: a data loader that cannot keep up, a card that throttles.
@@ -12,15 +12,22 @@ statistics. Not modelled: a data loader that cannot keep up, a card that throttl
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import ClassVar
 
 from hamner.config.model import ModelConfig
 from hamner.config.train import TrainConfig
 from hamner.hardware import GIB, Gpu
 from hamner.plan import costs
-from hamner.plan.communication import ONE_GPU, Communication, Parallelism, communicate
+from hamner.plan.communication import (
+    ONE_GPU,
+    Communication,
+    Parallelism,
+    communicate,
+    gather_updates,
+)
 from hamner.plan.costs import Cost
+from hamner.plan.efficiency import Efficiency, efficiency
+from hamner.plan.interval import Interval, find_interval
 from hamner.plan.memory import FULL, NONE, Policy, account
 
 CATEGORIES = (
@@ -28,80 +35,10 @@ CATEGORIES = (
     "communication",
 )
 
-LAUNCH_GAP_US, GRAPH_GAP_US = 4.3, 1.2
-"""the GPU's idle time before each kernel that is launched by itself, and inside a CUDA graph"""
-
-
-@dataclass(frozen=True)
-class Efficiency:
-    """An efficiency is what each kind of kernel reaches on a card."""
-
-    flops: dict[str, float]
-    """kind: share of the bf16 peak; attention causal, counting half of the square"""
-    half_dim: float
-    """smallest of a matmul's M, N and K at which it reaches half of its share"""
-    bandwidth: dict[str, float]
-    """kind: share of the memory bandwidth; "norm" also stands for kinds that are not listed"""
-    provenance: str
-
-
-# H100: 24576x1024x1536 678 TFLOP/s, x5632 677, x49152 641, 24576x2816x1024 700, 49152x768x3072 629,
-# 49152x1536x768 659, 8192^3 776 are within 6% of 792 * m / (m + 176), m the smallest dimension;
-# grouped ones are a step of option c's 421 to 444, SwiGLU's forward in it; attention is cuDNN's
-# time for 24 x 1024 tokens, 16 heads of 64; the GB/s are the traffic counted below over the time
-# each kind took in a step of option a; about 4 ms of that step were gaps, in a CUDA graph 1.3.
-EFFICIENCIES: dict[str, Efficiency] = {
-    "H100 SXM": Efficiency(
-        flops={
-            "matmul": 792 / 989.4,
-            "attention_forward": 328 / 989.4,
-            "attention_backward": 211 / 989.4,
-            "matmul_grouped": 430 / 989.4,
-        },
-        half_dim=176,
-        bandwidth={
-            "norm": 2745 / 3352,
-            "swiglu": 2903 / 3352,
-            "rope": 2626 / 3352,
-            "loss": 2899 / 3352,
-            "optimizer": 2292 / 3352,
-        },
-        provenance="kernel efficiencies measured on an H100 SXM (routing assumed as norms)",
-    ),
-    "RTX 3090": Efficiency(
-        flops={
-            "matmul": 65 / 71.2,
-            "attention_forward": 54 / 71.2,
-            "attention_backward": 54 / 71.2,
-            "matmul_grouped": 55 / 71.2,
-        },
-        half_dim=0,
-        bandwidth={"norm": 850 / 936},
-        provenance="kernel efficiencies assumed, not measured: matmuls 65 of 71.2 TFLOP/s, "
-        "grouped ones 55, attention 54 TFLOP/s, 850 of 936 GB/s, the H100's gaps between kernels",
-    ),
-}
-_STAND_INS = dict.fromkeys(("H100 PCIe", "H200", "A100 40GB", "A100 80GB"), "H100 SXM")
-
-MEASURED_ERRORS: dict[str, tuple[int, float, float]] = {
-    "H100 SXM": (9, -0.04, 0.03),
-    "RTX 3090": (1, 0.09, 0.09),
-    "H200": (17, -0.04, 0.05),
-}
-"""card: how many runs were measured on it (docs/planning.md), and the lowest and highest error of
-the speed predicted for them; a test holds them to the runs"""
-
-
-@cache
-def efficiency(gpu: Gpu) -> Efficiency:
-    """A card has its own row, or a related card's shares of peak and a provenance to say so."""
-    if gpu.name in EFFICIENCIES:
-        return EFFICIENCIES[gpu.name]
-    stand_in = _STAND_INS.get(gpu.name, "RTX 3090")
-    return replace(
-        EFFICIENCIES[stand_in],
-        provenance=f"kernel efficiencies assumed, not measured: the {stand_in}'s shares of peak",
-    )
+LAUNCH_GAP_US, GRAPH_GAP_US = 6.4, 3.3
+"""what each kernel costs beside its work, launched by itself and inside a CUDA graph: 4.3 and 1.2
+of idle GPU, measured in steps of option a on an H100, and 2.1 of multiprocessors that wait for the
+kernel's last blocks, fitted to the steps in several micro-batches there and on an H200"""
 
 
 @dataclass(frozen=True)
@@ -113,19 +50,14 @@ class Op:
     cost: Cost
     launches: int = 1
     smallest_dim: int = 0
-    """of a matmul's M, N and K"""
+    """of a matmul's M, N and K; of attention the sequence length"""
 
-    def seconds(self, gpu: Gpu) -> float:
+    def seconds(self, gpu: Gpu, reached: Efficiency | None = None) -> float:
         """The op takes this long on `gpu`, launch gaps aside; arithmetic hides behind traffic or
         the other way round."""
-        reached = efficiency(gpu)
-        share = reached.flops.get(self.kind, 1.0)
-        if self.smallest_dim:
-            share *= self.smallest_dim / (self.smallest_dim + reached.half_dim)
-        bandwidth = reached.bandwidth.get(self.kind, reached.bandwidth["norm"])
-        arithmetic = self.cost.flops / (gpu.bf16_tflops * 1e12 * share)
-        traffic = self.cost.bytes / (gpu.bandwidth_gbs * 1e9 * bandwidth)
-        return max(arithmetic, traffic)
+        reached = reached or efficiency(gpu)
+        arithmetic = reached.arithmetic_seconds(self.kind, self.cost.flops, self.smallest_dim, gpu)
+        return max(arithmetic, reached.traffic_seconds(self.kind, self.cost.bytes, gpu))
 
 
 @dataclass(frozen=True)
@@ -135,10 +67,27 @@ class MicroBatch:
     model: ModelConfig
     seq_len: int
     tokens: int
+    hidden_optimizer: str = "adamw"
+    """of the hidden matrices"""
     is_graphed: ClassVar[bool] = True
     """one GPU replays forward and backward as a CUDA graph"""
     update: ClassVar[Cost] = costs.gradient_norm(1) + costs.adamw(1, split_master=True)
     """of one parameter: clip norm, AdamW, weight casts"""
+    muon_update: ClassVar[Cost] = (
+        costs.gradient_norm(1) + costs.muon_momentum(1) + costs.muon_apply(1, split_master=True)
+    )
+    """of one parameter: clip norm, momentum, weight casts"""
+
+    @classmethod
+    def of(cls, config: TrainConfig, size: int) -> "MicroBatch":
+        """The method gives a run's micro-batch of `size` sequences."""
+        tokens = size * config.seq_len
+        return cls(config.model, config.seq_len, tokens, hidden_optimizer=config.optimizer)
+
+    @property
+    def by_muon(self) -> int:
+        """Muon updates this many parameters."""
+        return costs.hidden_parameters(self.model) if self.hidden_optimizer == "muon" else 0
 
     def matmul(self, k: int, n: int) -> Op:
         """Every token is a row of this matmul."""
@@ -169,7 +118,7 @@ class MicroBatch:
         # backward as much is written and read again of their gradients.
         cost += Cost(bytes=costs.BF16 * 2 * keys * (2 if backward else 1))
         kind, launches = ("backward", 3) if backward else ("forward", 1)
-        ops = [Op(f"attention_{kind}", cost, launches)]
+        ops = [Op(f"attention_{kind}", cost, launches, smallest_dim=self.seq_len)]
         if self.model.use_differential_attention:
             combination = costs.differential_combination(queries, backward=backward)
             ops.append(Op("attention", combination))
@@ -190,8 +139,17 @@ class MicroBatch:
         return Op("norm", cost, launches=4 if backward else 2)
 
     def rope(self) -> Op:
-        rotated = self.model.hidden_size + self.model.num_kv_heads * self.model.head_size
-        return Op("rope", costs.rope(self.tokens * rotated))
+        """RoPE of q and k moves what the norms before it do too, which are the same pass."""
+        return Op("rope", costs.rope(self.rotated()))
+
+    def rotated(self) -> int:
+        """The value is the number of elements of q and k."""
+        width = self.model.hidden_size + self.model.num_kv_heads * self.model.head_size
+        return self.tokens * width
+
+    def qk_norm_backward(self) -> Op:
+        """The norms' weights get their gradients in a second pass."""
+        return Op("rope", costs.qk_norm_rope(self.rotated(), backward=True), launches=2)
 
     def forward(self) -> list[Op]:
         return [
@@ -217,6 +175,8 @@ class MicroBatch:
         if self.model.use_differential_attention:
             # Standard attention's backward rotates dq and dk before it writes them.
             ops.append(self.rope())
+        if self.model.qk_norm:
+            ops += [self.qk_norm_backward(), *([self.rope()] if recompute else [])]
         ops += 2 * self.block_matmuls()
         if recompute:
             # Counted as passes of their own.
@@ -236,13 +196,27 @@ class MicroBatch:
         loss = costs.linear_cross_entropy(self.tokens, d, vocab_size, logit_passes=3)
         return [head, head, head, Op("loss", Cost(bytes=loss.bytes), launches=chunks)]
 
-    def optimizer(self, micro_batches: int, shards: int) -> Op:
-        """The update ends a step of so many micro-batches, on one of so many shards."""
-        per_parameter = self.update.bytes
+    def optimizer(self, micro_batches: int, shards: int) -> list[Op]:
+        """The update ends a step of so many micro-batches, on one of so many shards.
+
+        Muon's iteration is each process's own, on whole matrices.
+        """
+        model, sums = self.model, 0.0
         if micro_batches > 1:
-            per_parameter += costs.gradient_sums(1, micro_batches).bytes
-        cost = Cost(bytes=per_parameter * self.model.num_parameters() / shards)
-        return Op("optimizer", cost, launches=6 * self.model.num_layers)
+            sums = costs.gradient_sums(1, micro_batches).bytes
+        moved = (model.num_parameters() - self.by_muon) * (self.update.bytes + sums)
+        moved += self.by_muon * (self.muon_update.bytes + sums)
+        ops = [Op("optimizer", Cost(bytes=moved / shards), launches=6 * model.num_layers)]
+        return [*ops, self.orthogonalize()] if self.by_muon else ops
+
+    def orthogonalize(self) -> Op:
+        """Muon's iteration takes all layers' matrices of one kind at once."""
+        total, kinds = Cost(), costs.hidden_matrices(self.model)
+        for (rows, columns), count in kinds.items():
+            one = costs.orthogonalize(rows, columns)
+            times = self.model.num_layers * count
+            total += Cost(times * one.flops, times * one.bytes)
+        return Op("optimizer_muon", total, launches=(4 * costs.MUON_STEPS + 4) * len(kinds))
 
 
 @dataclass(frozen=True)
@@ -257,6 +231,8 @@ class StepPrediction:
     peak_gib: float
     """of each GPU, by hamner.plan.memory's account"""
     communication: Communication
+    reached: Efficiency
+    """the efficiencies that the times are from"""
 
     @property
     def step_ms(self) -> float:
@@ -265,6 +241,11 @@ class StepPrediction:
     @property
     def tokens_per_second(self) -> float:
         return self.config.tokens_per_step / self.step_ms * 1e3
+
+    @property
+    def interval(self) -> Interval:
+        """About nine of ten runs should have a speed within this interval."""
+        return find_interval(self.milliseconds, self.config.tokens_per_step, self.reached)
 
     @property
     def flops_per_token(self) -> int:
@@ -286,6 +267,7 @@ def predict(
     *,
     parallelism: Parallelism = ONE_GPU,
     kind: type[MicroBatch] = MicroBatch,
+    reached: Efficiency | None = None,
 ) -> StepPrediction:
     """The prediction is of a bf16 training step.
 
@@ -297,6 +279,7 @@ def predict(
         micro_batch_size: sequences of one forward and backward pass of a GPU.
         parallelism: `kind` "ddp" or "fsdp" where there is more than one GPU.
         kind: whose kernels.
+        reached: the card's efficiencies; default: what is known of such cards.
 
     Raises:
         ValueError: micro-batches do not divide a GPU's share, or policies are not one a layer.
@@ -307,8 +290,9 @@ def predict(
         raise ValueError(f"{batch_size=} is not a multiple of {micro_batch_size=} on each GPU")
     if len(policies) != model.num_layers:
         raise ValueError(f"policies has {len(policies)} entries for {model.num_layers} layers")
-    micro_batch = kind(model, config.seq_len, tokens=micro_batch_size * config.seq_len)
+    micro_batch = kind.of(config, micro_batch_size)
     is_graphed = kind.is_graphed and parallelism.ranks == 1
+    reached = reached or efficiency(gpu)
     gap_ms = 1e-3 * (GRAPH_GAP_US if is_graphed else LAUNCH_GAP_US)
     milliseconds = dict.fromkeys(CATEGORIES, 0.0)
 
@@ -316,7 +300,7 @@ def predict(
         """The ops count this many times over; one time takes what is returned, gaps aside."""
         once = 0.0
         for op in ops:
-            spent = 1e3 * op.seconds(gpu)
+            spent = 1e3 * op.seconds(gpu, reached)
             once += spent
             milliseconds[op.kind.partition("_")[0]] += times * spent
             milliseconds["gaps"] += gap_ms * times * op.launches
@@ -328,13 +312,13 @@ def predict(
         forward += layers * add(micro_batch.forward(), times)
         backward += layers * add(micro_batch.backward(policy), times)
     add(micro_batch.loss(), micro_batches)
-    add([micro_batch.optimizer(micro_batches, parallelism.shards)], 1)
+    add(micro_batch.optimizer(micro_batches, parallelism.shards), 1)
     sent = communicate(model, parallelism, micro_batches, forward_ms=forward, backward_ms=backward)
+    sent += gather_updates(micro_batch.by_muon, parallelism)
     milliseconds["communication"] = sent.exposed_ms
     peak = account(config, policies, micro_batch_size, parallelism=parallelism).total
-    return StepPrediction(
-        config, gpu, parallelism.ranks, milliseconds, peak_gib=peak / GIB, communication=sent
-    )
+    rest = {"peak_gib": peak / GIB, "communication": sent, "reached": reached}
+    return StepPrediction(config, gpu, parallelism.ranks, milliseconds, **rest)
 
 
 def compare_with_reality(
@@ -342,13 +326,14 @@ def compare_with_reality(
 ) -> str:
     """A line for the log holds measured speed, peak memory and length against the projected."""
     speed = tokens_per_second / prediction.tokens_per_second
-    memory = peak_gib - prediction.peak_gib
+    memory, expected = peak_gib - prediction.peak_gib, prediction.interval
     days, projected_days = (
         total_tokens / rate / 86_400 for rate in (tokens_per_second, prediction.tokens_per_second)
     )
     return (
         f"measured {tokens_per_second:,.0f} tokens/s, {speed:.0%} of the projected "
-        f"{prediction.tokens_per_second:,.0f}; peak {peak_gib:.1f} GiB, "
+        f"{prediction.tokens_per_second:,.0f} and {expected.position(tokens_per_second)} its "
+        f"interval, {expected.low:,.0f}-{expected.high:,.0f}; peak {peak_gib:.1f} GiB, "
         f"{abs(memory):.1f} GiB {'above' if memory > 0 else 'below'} the projected "
         f"{prediction.peak_gib:.1f}; the whole run takes {days:.2f} days, "
         f"projected {projected_days:.2f}"

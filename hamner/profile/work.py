@@ -154,15 +154,24 @@ def _router(operation: Range, x: int) -> Cost:
     return Cost(bytes=cost.bytes)
 
 
-def _rope(operation: Range, heads: int, weight: int | None = None) -> Cost:
-    """Here q and k are rotated in rows packed with v, of the first argument's width or, where a
-    weight is given, of the width that the matmul with it makes."""
+def _rotated(operation: Range, heads: int, weight: int | None = None) -> float:
+    """The elements of q and k are so many in rows packed with v, of the first argument's width or,
+    where a weight is given, of the width that the matmul with it makes."""
     *rows, width = operation.dims[0]
     if weight is not None:
         width = operation.dims[weight][0]
     num_heads, num_kv_heads = map(int, operation.values[heads : heads + 2])
-    rotated = math.prod(rows) * width * (num_heads + num_kv_heads) / (num_heads + 2 * num_kv_heads)
-    return costs.rope(rotated, _element_size(operation, 0))
+    return math.prod(rows) * width * (num_heads + num_kv_heads) / (num_heads + 2 * num_kv_heads)
+
+
+def _rope(operation: Range, heads: int, weight: int | None = None) -> Cost:
+    return costs.rope(_rotated(operation, heads, weight), _element_size(operation, 0))
+
+
+def _qk_norm(operation: Range, heads: int) -> Cost:
+    """The first argument is qkv, or in backward the gradient, as wide."""
+    rotated, size = _rotated(operation, heads), _element_size(operation, 0)
+    return costs.qk_norm_rope(rotated, size, backward="backward" in operation.name)
 
 
 def _loss(operation: Range) -> Cost:
@@ -183,6 +192,27 @@ def _adamw(operation: Range) -> Cost:
     if copies:
         return costs.adamw(parameters, split_master=True)
     return costs.adamw(parameters, split_master=False, gradient_size=costs.FP32, has_copy=False)
+
+
+def _muon_momentum(operation: Range) -> Cost:
+    """The dtypes are taken as in `_adamw`; which of the two it is, this operation's lists do not
+    say."""
+    return costs.muon_momentum(sum(math.prod(shape) for shape in operation.dims[1]))
+
+
+def _muon_apply(operation: Range) -> Cost:
+    copies, masters = operation.dims[0], operation.dims[1]
+    parameters = sum(math.prod(shape) for shape in masters)
+    if copies:
+        return costs.muon_apply(parameters, split_master=True)
+    how = {"update_size": costs.FP32, "has_copy": False}
+    return costs.muon_apply(parameters, split_master=False, **how)
+
+
+def _symmetric_product(operation: Range) -> Cost:
+    batch, rows, k = operation.dims[0]
+    how = {"element_size": _element_size(operation, 0), "has_addend": _given(operation, 2)}
+    return costs.symmetric_product(batch, rows, k, **how)
 
 
 def _tensor_bytes(operation: Range) -> list[int]:
@@ -239,6 +269,10 @@ _FORMULAS: dict[str, dict[str, Formula]] = {
             _count(op, 0), _element_size(op, 0)
         ),
         "hamner::rope_packed_": partial(_rope, heads=3),
+        # Where v is copied along, that is above the floor.
+        "hamner::qk_norm_rope": partial(_qk_norm, heads=6),
+        "hamner::qk_norm_rope_backward": partial(_qk_norm, heads=7),
+        "hamner::qk_norm_rope_backward_": partial(_qk_norm, heads=7),
         "hamner::rope": lambda op: costs.rope(_count(op, 0) + _count(op, 1), _element_size(op, 0)),
     },
     "swiglu": {
@@ -257,7 +291,12 @@ _FORMULAS: dict[str, dict[str, Formula]] = {
         "hamner::router_linear": partial(_router, x=0),
         "hamner::router_linear_backward": partial(_router, x=1),
     },
-    "optimizer": {"hamner::adamw_": _adamw},
+    "optimizer": {
+        "hamner::adamw_": _adamw,
+        "hamner::muon_momentum_": _muon_momentum,
+        "hamner::muon_apply_": _muon_apply,
+        "hamner::symmetric_product_": _symmetric_product,
+    },
 }
 # Whatever they are part of: copy_ and Inductor's kernels list what they write among their
 # arguments, the next only read, and elementwise operations write a result as large as the largest

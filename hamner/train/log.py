@@ -21,6 +21,7 @@ from hamner.train.beside import Beside
 from hamner.train.display import Display
 from hamner.train.health import StarvationDetector, StepHealth, StepReading
 from hamner.train.metrics import Mfu, Record, Spike, Stopwatch, describe_routers, peak_vram_gib
+from hamner.train.pictures import Pictures
 from hamner.train.reporters import Reporter
 from hamner.train.step import StepResult, TrainStep
 
@@ -106,7 +107,7 @@ class TrainLog:
         self.run, self.train_step, self.display = run, train_step, display
         self.beside = Beside(display.message)
         self.config = config = train_step.config
-        self.reporters: list[Reporter] = []
+        self.reporters: list[Reporter | Pictures] = []
         self.is_main = train_step.processes.rank.is_main
         compute = train_step.compute
         self.mfu = Mfu(config.model, config.seq_len, compute.gpu, compute.precision)
@@ -284,5 +285,7 @@ class TrainLog:
         self.display.message(f"plan: {line}")
         measured = {"tokens_per_second": speed, "peak_gib": peak}
         projected = {name: getattr(prediction, name) for name in measured}
+        interval = prediction.interval
+        projected["tokens_per_second_interval"] = [interval.low, interval.high]
         row = {"step": record.step, "projected": projected, "measured": measured}
         self.append(RecordLog(self.run.plan), row)

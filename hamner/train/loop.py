@@ -27,6 +27,7 @@ from hamner.train.initial import find_initial, warn_of_missing_chat_tokens, with
 from hamner.train.interrupt import Interrupt
 from hamner.train.log import LogLine, TrainLog
 from hamner.train.messages import TrainResult
+from hamner.train.pictures import Pictures
 from hamner.train.reporters import open_reporters, require_installed
 from hamner.train.saves import Progress, Saves
 from hamner.train.schedule import Schedule
@@ -100,6 +101,7 @@ class TrainingLoop:
         self.progress = Progress()
         self.early_stopping = EarlyStopping(config.patience)
         self.log = TrainLog(self.run, self.step, self.display)
+        self.pictures = Pictures(self.run.path, self.log.beside)
         parts = (
             self.progress,
             self.step.optimizer,
@@ -132,6 +134,7 @@ class TrainingLoop:
         self.display.connect(*self.processes.open_log(self.run.logs))
         if self.log.is_main:
             self.data.keep()
+            self.log.reporters.append(self.pictures)
             self.log.reporters += open_reporters(self.config, self.log.beside)
 
     def close(self) -> None:
@@ -272,7 +275,8 @@ class TrainingLoop:
             self.log.request_line(LogLine(progress.val_loss, progress.val_step, sources))
         if is_better:
             self.saves.save_best()
-        self.saves.save_when_due(due(config.save_every) and not done)
+        if self.saves.save_when_due(due(config.save_every) and not done) and self.log.is_main:
+            self.pictures.begin()
         if due(config.sample_every) or (done and config.sample_every):
             self.inspector.sample()
 
@@ -330,11 +334,8 @@ class TrainingLoop:
         """Rank 0 draws the plots, says where the run is and how to go on."""
         if not self.log.is_main:
             return
-        with self.log.beside("drawing the plots", then="the run is whole"):
-            # Here, because the import itself fails in some environments.
-            from hamner.train import plots
-
-            plots.draw(self.run)
+        self.display.working("drawing the plots")
+        self.pictures.finish()
         is_finished = self.is_finished and not (result.interrupted and self._owes_evaluation)
         self.display.messages(
             messages.conclusion(self.log, result, self.early_stopping, is_finished=is_finished)

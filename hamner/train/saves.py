@@ -103,13 +103,19 @@ class Saves:
             state=state,
         )
 
-    def save_when_due(self, is_due: bool) -> None:
+    def save_when_due(self, is_due: bool) -> bool:
         """A save that is wanted from now on begins now, or once the one before is done or the disk
-        takes it."""
+        takes it.
+
+        Returns:
+            Whether one has begun.
+        """
         self._note(self.saver.collect())
         self.saver.wanted |= is_due
-        if self.saver.may_begin(self.is_healthy):
-            self.save()
+        if not self.saver.may_begin(self.is_healthy):
+            return False
+        self.save()
+        return True
 
     def save_best(self) -> None:
         """This step, the best so far, is saved under its own number: `checkpoint.best` needs it."""

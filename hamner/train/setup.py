@@ -35,6 +35,8 @@ def decide(
 
 def attention_shape(config: TrainConfig, compute: Compute, plan: MemoryPlan) -> AttentionShape:
     """The function says what attention of a micro-batch is asked for."""
+    # The backward pass of qk-norm rotates back, whatever the attention.
+    is_apart = config.model.use_differential_attention or config.model.qk_norm
     return AttentionShape.of_model(
         config.model,
         device=compute.device,
@@ -42,7 +44,7 @@ def attention_shape(config: TrainConfig, compute: Compute, plan: MemoryPlan) -> 
         seq_len=config.seq_len,
         micro_batch_size=plan.micro_batch_size,
         document_mask=config.document_mask,
-        folds_rope=compute.kernels == "triton" and not config.model.use_differential_attention,
+        folds_rope=compute.kernels == "triton" and not is_apart,
     )
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from hamner.chat.__main__ import main, parse
 from hamner.chat.config import ChatConfig
+from hamner.chat.server import ChatServer
 from hamner.chat.session import Chat, Complete, Terminal
 from hamner.data.chat_template import Message, render_prompt
 from hamner.data.tokenizer import load_tokenizer
@@ -226,7 +227,7 @@ def greedy(model, tokenizer, prompt: list[int], count: int) -> str:
     return completion.run()
 
 
-GREEDY_FLAGS = ["--temperature", "0", "--repetition-penalty", "1", "--max-new-tokens", "12"]
+GREEDY_FLAGS = ["--temperature", "0", "--max-new-tokens", "12"]
 
 
 def test_a_chat_model_from_the_command_line(tmp_path, tokenizer):
@@ -278,7 +279,7 @@ def test_a_chat_begins_with_the_system_prompt_of_its_data(tmp_path, monkeypatch,
         assert ("system prompt, most used in its data: You are Al." in said) == (not flags)
 
 
-def test_a_base_model_completes(tmp_path, tokenizer):
+def test_a_base_model_completes(tmp_path, tokenizer, monkeypatch):
     model = sharp(SHAPE)
     run = save_run(tmp_path / "mine", model)
     result = command("--checkpoint", str(run), *GREEDY_FLAGS, input="The history", cwd=tmp_path)
@@ -286,8 +287,10 @@ def test_a_base_model_completes(tmp_path, tokenizer):
     assert "it continues what you write" in result.stdout
     text = greedy(model, tokenizer, tokenizer.encode("The history"), 12)
     assert f"The history{text}\n" in result.stdout
-    with pytest.raises(UserError, match="--serve: .* was not fine-tuned on conversations"):
-        main(["--checkpoint", str(run), "--serve", "0"])
+    served = []
+    monkeypatch.setattr(ChatServer, "serve", lambda server, _: served.append(server.model))
+    main(["--checkpoint", str(run), "--serve", "0", "--device", "cpu"])
+    assert [(model.name, model.is_chat) for model in served] == [("mine", False)]
 
 
 def test_a_context_without_room_for_a_conversation_is_refused(tmp_path, tokenizer):

@@ -11,25 +11,25 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import openai
 import pytest
 
 from hamner.chat import server
 from hamner.chat.config import ChatConfig
+from hamner.chat.protocol import ServedModel
 from hamner.chat.server import HOST, MAX_BODY_BYTES, ChatServer
 from hamner.data.chat_template import Message, render_prompt
 from hamner.data.tokenizer import load_tokenizer
 from hamner.errors import UserError
 from hamner.model.generate import Generator
 from hamner.model.sampling import Sampling
+from tests.chat.serving import DEFAULT, END, SlowScript, says, serving
 from tests.models import DENSE
 from tests.saved import save_run, sharp
 from tests.scripted import Script
 
-END = 4
-DEFAULT = Sampling(temperature=0.5)
 MESSAGES = [{"role": "system", "content": "Be terse."}, {"role": "user", "content": "Hi"}]
 
 
@@ -38,47 +38,23 @@ def tokenizer():
     return load_tokenizer(vocab_size=261)
 
 
-class SlowScript(Script):
-    """The script waits at every token until the test lets it go on."""
-
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self.may_speak = threading.Event()
-        self.spoken = 0
-
-    def tokens(self, prompt, sampling, *, seed, unpenalized):
-        for token in super().tokens(prompt, sampling, seed=seed, unpenalized=unpenalized):
-            assert self.may_speak.wait(30)
-            self.spoken += 1
-            yield token
-
-
 @contextlib.contextmanager
-def running(generator, *, max_new_tokens: int = 100, **config):
+def running(generator, **settings):
     """The context gives a client of a server that runs in a thread."""
-    config = ChatConfig(sampling=DEFAULT, max_new_tokens=max_new_tokens, **config)
-    listener = socket.socket()
-    listener.bind((HOST, 0))
-    server = ChatServer(generator, "mine", config).uvicorn
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    url = f"http://{HOST}:{listener.getsockname()[1]}/v1"
-    try:
-        with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=30) as client:
-            yield client
-    finally:
-        server.should_exit = True
-        thread.join(30)
-        assert not thread.is_alive()
+    with (
+        serving(generator, **settings) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=30) as client,
+    ):
+        yield client
 
 
-def says(tokenizer, text: str, **kwargs) -> Script:
-    return Script(tokenizer, [*tokenizer.encode(text), END], **kwargs)
+def chat_server(script, **config) -> ChatServer:
+    return ChatServer(ServedModel(script, "mine", ChatConfig(**config), is_chat=True))
 
 
 @pytest.fixture(scope="module")
-def script(tokenizer):
-    return says(tokenizer, "Héllo, 你好!")
+def script():
+    return says("Héllo, 你好!")
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +120,17 @@ def test_the_model_is_listed_and_answers_to_any_name(client):
     assert create(client, model="gpt-5").model == "mine"
 
 
+def test_the_list_says_what_a_page_must_know(client, tokenizer):
+    (model,) = client.models.list()
+    assert (model.kind, model.context_length) == ("chat", 1000)
+    assert model.defaults == {**asdict(DEFAULT), "max_tokens": 100, "system": ""}
+    script = Script(tokenizer, [], context=50)
+    with running(script, is_chat=False, max_new_tokens=7, system="Be.") as base:
+        (model,) = base.models.list()
+    assert (model.kind, model.context_length) == ("base", 50)
+    assert (model.defaults["max_tokens"], model.defaults["system"]) == (7, "Be.")
+
+
 def test_health(client):
     head = f"GET /health HTTP/1.1\nHost: {HOST}\nConnection: close"
     assert raw(client, head) == (200, {"status": "ok"})
@@ -193,6 +180,78 @@ def test_texts_that_are_refused(client, change, param):
     with pytest.raises(openai.BadRequestError) as caught:
         complete(client, **change)
     assert caught.value.param == param
+
+
+def test_a_base_model_continues_texts_and_has_no_conversations(tokenizer):
+    # What ends an answer does not end a text.
+    script = Script(tokenizer, [*tokenizer.encode("a"), END, *tokenizer.encode("b"), 0])
+    with running(script, is_chat=False) as client:
+        result = complete(client)
+        assert (result.choices[0].text, result.choices[0].finish_reason) == ("a<|end|>b", "stop")
+        with pytest.raises(openai.BadRequestError, match="it continues texts, at /v1/completions"):
+            create(client)
+
+
+def test_a_text_longer_than_the_context_may_lose_its_beginning(tokenizer):
+    script = says("Hi", context=40)
+    text = "abcdefghij" * 5
+    with running(script) as client:
+        with pytest.raises(openai.BadRequestError) as caught:
+            complete(client, prompt=text)
+        assert caught.value.code == "context_length_exceeded"
+        auto = {"extra_body": {"truncation": "auto"}}
+        result = complete(client, prompt=text, **auto)
+        # Room is left for a quarter.
+        assert script.prompts[-1] == tokenizer.encode(text)[-30:]
+        assert (result.usage.prompt_tokens, result.usage.forgotten) == (30, 20)
+        assert complete(client, prompt="abc", **auto).usage.forgotten == 0
+
+
+def test_a_conversation_longer_than_the_context_may_lose_its_oldest_turns(tokenizer):
+    def user(text):
+        return {"role": "user", "content": text}
+
+    def assistant(text):
+        return {"role": "assistant", "content": text}
+
+    script = says("Hi", context=60)
+    system = {"role": "system", "content": "Sys"}
+    messages = [system, user("a" * 20), assistant("b" * 20), user("c"), assistant("d"), user("e")]
+    with running(script) as client:
+        with pytest.raises(openai.BadRequestError):
+            create(client, messages=messages)
+        auto = {"extra_body": {"truncation": "auto"}}
+        result = create(client, messages=messages, **auto)
+        kept = [Message(m["role"], m["content"]) for m in (system, *messages[3:])]
+        assert script.prompts[-1] == render_prompt(kept, tokenizer)
+        assert result.usage.forgotten == 2
+        assert create(client, messages=[user("a")], **auto).usage.forgotten == 0
+        with pytest.raises(openai.BadRequestError) as caught:
+            create(client, messages=[user("a" * 80)], **auto)
+        assert caught.value.code == "context_length_exceeded"
+        no_question = create(client, messages=[system, assistant("d")], **auto)
+        assert no_question.usage.forgotten == 0
+
+
+def test_an_empty_system_message_asks_for_none(tokenizer):
+    script = says("Hi")
+    with running(script, system="Sys") as client:
+        for messages in (MESSAGES[1:], [{"role": "system", "content": " "}, *MESSAGES[1:]]):
+            create(client, messages=messages)
+    with_default, without = script.prompts
+    hi = Message("user", "Hi")
+    assert with_default == render_prompt([Message("system", "Sys"), hi], tokenizer)
+    assert without == render_prompt([hi], tokenizer)
+
+
+@pytest.mark.parametrize("ask", [create, complete])
+def test_every_piece_of_a_stream_may_have_the_numbers_of_tokens(client, ask):
+    options = {"continuous_usage_stats": True}
+    chunks = list(ask(client, stream=True, stream_options=options))
+    generated = [chunk.usage.completion_tokens for chunk in chunks]
+    assert generated == sorted(generated)
+    assert generated[-1] == len("Héllo, 你好!".encode()) + 1
+    assert all(chunk.choices for chunk in chunks)
 
 
 @pytest.mark.parametrize(
@@ -250,7 +309,7 @@ def test_an_error_in_a_stream_is_an_event_and_the_stream_ends(tokenizer):
 def test_the_servers_seed_and_system_prompt_are_the_flags(tokenizer):
     seeds = []
     for _ in range(2):
-        script = says(tokenizer, "Hi")
+        script = says("Hi")
         with running(script, seed=10**23, system="Sys") as client:
             create(client, messages=MESSAGES[1:])
             create(client)
@@ -292,7 +351,7 @@ def test_requests_that_are_refused(client, change, error, param):
 
 
 def test_messages_too_long_for_the_context(tokenizer):
-    with running(says(tokenizer, "Hi", context=50)) as client:
+    with running(says("Hi", context=50)) as client:
         with pytest.raises(openai.BadRequestError) as caught:
             create(client, messages=[{"role": "user", "content": "x" * 60}])
         assert caught.value.code == "context_length_exceeded"
@@ -425,7 +484,7 @@ def test_a_port_that_is_taken_is_named(script):
         other.listen()
         port = other.getsockname()[1]
         with pytest.raises(UserError, match=f"--serve {port}: Address already in use"):
-            ChatServer(script, "mine", ChatConfig(serve=port)).serve(print)
+            chat_server(script, serve=port).serve(print)
 
 
 class _Started(Exception):
@@ -435,15 +494,15 @@ class _Started(Exception):
 def start(script, monkeypatch, **config) -> str:
     """The function gives what a server says when it starts."""
     said = []
-    chat_server = ChatServer(script, "mine", ChatConfig(serve=0, **config))
+    started = chat_server(script, serve=0, **config)
 
     def stop(sockets):
         sockets[0].close()
         raise _Started
 
-    monkeypatch.setattr(chat_server.uvicorn, "run", stop)
+    monkeypatch.setattr(started.uvicorn, "run", stop)
     with pytest.raises(_Started):
-        chat_server.serve(said.append)
+        started.serve(said.append)
     return "\n".join(said)
 
 
@@ -465,7 +524,7 @@ def test_an_address_that_others_reach_is_warned_of_and_has_any_name(script, monk
 @pytest.mark.parametrize("host", ["192.0.2.1", "a..b", "x" * 70])
 def test_an_address_that_is_not_here_is_named(script, host):
     with pytest.raises(UserError, match=f"--serve 0 --host {host}: .* an address of this machine"):
-        ChatServer(script, "mine", ChatConfig(serve=0, host=host)).serve(print)
+        chat_server(script, serve=0, host=host).serve(print)
 
 
 def test_a_missing_package_is_named(monkeypatch):
@@ -499,7 +558,6 @@ def test_the_command_serves_a_real_model(tmp_path, tokenizer):
             "messages": [{"role": "user", "content": "Hi"}],
             "temperature": 0,
             "max_tokens": 20,
-            "extra_body": {"repetition_penalty": 1},
         }
         with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60) as client:
             assert create(client, **settings).choices[0].message.content == expected

@@ -131,11 +131,11 @@ def test_the_optimizer_is_not_read(tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("differential", [False, True])
+@pytest.mark.parametrize("kind", [{}, {"use_differential_attention": True}, {"qk_norm": True}])
 @torch.no_grad()
-def test_decoding_on_a_gpu_is_as_exact_as_whole_sequences_are(differential, tmp_path):
+def test_decoding_on_a_gpu_is_as_exact_as_whole_sequences_are(kind, tmp_path):
     """bf16 with the cache errs at most twice as much from fp32 as bf16 without it."""
-    shape = replace(SHAPE, hidden_size=256, use_differential_attention=differential)
+    shape = replace(SHAPE, hidden_size=256, **kind)
     run = save_run(tmp_path / "mine", build(shape), dtype=torch.bfloat16)
     saved = find_saved_model(run)
     device = torch.device("cuda")

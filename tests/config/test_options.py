@@ -42,6 +42,7 @@ def test_parameter_counts(name):
     "changes",
     [
         {"use_differential_attention": True},
+        {"qk_norm": True},
         {"tie_word_embeddings": False},
         {"num_experts": 3, "num_experts_per_token": 1, "num_shared_experts": 2},
     ],
@@ -74,6 +75,7 @@ def test_schedule_of_option_a():
         ({"vocab_size": 0}, "--vocab-size"),
         ({"rope_theta": 0.0}, "--rope-theta"),
         ({"use_differential_attention": True, "num_kv_heads": 1}, "--num-kv-heads 1"),
+        ({"use_differential_attention": True, "qk_norm": True}, "--qk-norm and"),
     ],
 )
 def test_nonsense_is_one_sentence(changes, named):

@@ -36,6 +36,8 @@ SHAPES = {
     "Mixtral": MOE_,
     "Mixtral, untied": replace(MOE_, tie_word_embeddings=False, num_experts=5),
     "DiffLlama": replace(DENSE_, use_differential_attention=True),
+    "Qwen3": replace(DENSE_, qk_norm=True),
+    "Qwen3Moe": replace(MOE_, qk_norm=True),
 }
 GREEDY = Sampling(temperature=0, repetition_penalty=1)
 
@@ -88,7 +90,9 @@ def test_hugging_face_loads_the_same_model(shape, tmp_path, tokenizer):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run in the interpreter here")
-@pytest.mark.parametrize("shape", [DENSE_, MOE_], ids=["Llama", "Mixtral"])
+@pytest.mark.parametrize(
+    "shape", [DENSE_, MOE_, SHAPES["Qwen3"]], ids=["Llama", "Mixtral", "Qwen3"]
+)
 def test_the_kernels_compute_what_hugging_face_does(shape, tmp_path):
     """Not only the plain operations, with which a saved model is used on a CPU."""
     model = sharp(shape)
@@ -147,13 +151,25 @@ def test_a_base_model_has_no_chat_template(tmp_path, tokenizer):
     assert json.loads((folder / "config.json").read_text())["eos_token_id"] == tokenizer.eot_id
 
 
-@pytest.mark.parametrize("shape", [DENSE_, SHAPES["Llama, untied"]], ids=["tied", "untied"])
-def test_gguf_is_read_back_as_the_same_model(shape, tmp_path, tokenizer):
-    """By transformers, whose reader undoes llama.cpp's layout; it reads no mixtures."""
+@pytest.mark.parametrize(
+    ("shape", "unread"),
+    [
+        (DENSE_, {}),
+        (SHAPES["Llama, untied"], {}),
+        (SHAPES["Qwen3"], {"head_dim": 16}),
+        (SHAPES["Qwen3Moe"], {"moe_intermediate_size": 48, "norm_topk_prob": True}),
+    ],
+    ids=["tied", "untied", "Qwen3", "Qwen3Moe"],
+)
+def test_gguf_is_read_back_as_the_same_model(shape, unread, tmp_path, tokenizer):
+    """By transformers, whose reader undoes llama.cpp's layout; it reads no Mixtral.
+
+    What it does not read of Qwen3's metadata, which has sizes of its own, the test gives it.
+    """
     model = sharp(shape)
     file = exported(tmp_path, model, "gguf")
     theirs = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.float32
+        file.parent, gguf_file=file.name, dtype=torch.float32, **unread
     )
     assert_same_model(model, theirs, tokenizer)
 
@@ -228,6 +244,35 @@ def test_gguf_tensors_are_exact_and_rows_of_q_and_k_interleaved(tmp_path):
     np.testing.assert_array_equal(stored[16 + 7], ours[1, 1, 3])
 
 
+def test_qk_norm_is_llama_cpps_qwen3(tmp_path):
+    model = sharp(SHAPES["Qwen3"])
+    with torch.no_grad():
+        model.layers[1].attention.k_norm.weight.mul_(1.001)
+    reader = gguf.GGUFReader(exported(tmp_path, model, "gguf", dtype=torch.bfloat16))
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    norm = tensors["blk.1.attn_k_norm.weight"]
+    assert norm.tensor_type == gguf.GGMLQuantizationType.F32
+    weight = model.layers[1].attention.k_norm.weight.detach()
+    assert torch.equal(torch.tensor(norm.data), weight)
+    assert {f"blk.{layer}.attn_q_norm.weight" for layer in (0, 1)} <= set(tensors)
+    # Its RoPE turns the two halves, as ours: the rows of q stay where they are.
+    q = tensors["blk.1.attn_q.weight"]
+    stored = torch.tensor(gguf.quants.dequantize(q.data, q.tensor_type))
+    packed = model.layers[1].attention.qkv_proj.weight.detach()[:64]
+    assert torch.equal(stored, packed.bfloat16().float())
+    values = fields(reader)
+    expected = {"attention.key_length": 16, "attention.value_length": 16, "block_count": 2}
+    assert values["general.architecture"] == "qwen3"
+    assert {name: values[f"qwen3.{name}"] for name in expected} == expected
+
+
+def test_experts_with_qk_norm_have_their_width_in_gguf(tmp_path):
+    """Llama.cpp would take it for the dense width over the experts of a token otherwise."""
+    values = fields(gguf.GGUFReader(exported(tmp_path, sharp(SHAPES["Qwen3Moe"]), "gguf")))
+    assert values["general.architecture"] == "qwen3moe"
+    assert values["qwen3moe.expert_feed_forward_length"] == 48
+
+
 def test_rows_beyond_the_tokenizer_have_a_name_in_gguf(tmp_path, tokenizer):
     definition = tmp_path / "small.json"
     tokenizer.cut(500).save(definition)
@@ -277,7 +322,7 @@ def test_command(tmp_path):
     result = command("--to", "hf", "out", cwd=tmp_path)
     assert (result.returncode, result.stdout) == (0, "wrote out\n"), result.stderr
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        *("config.json", "generation_config.json", "model.safetensors"),
+        *("README.md", "config.json", "generation_config.json", "model.safetensors"),
         *("tokenizer.json", "tokenizer_config.json"),
     }
     again = command("--checkpoint", str(run), "--to", "hf", "out", cwd=tmp_path)

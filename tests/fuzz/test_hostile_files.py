@@ -29,9 +29,13 @@ from hamner.data.shards import ShardSource
 from hamner.data.tokenizer import load_tokenizer
 from hamner.data.validation import ValidationSet
 from hamner.errors import UserError
+from hamner.plan.analysis import make_plan
+from hamner.plan.measured_efficiency import measured_efficiency
+from hamner.plan.report_card import ReportCard
 from hamner.plan.run_curve import read_run
-from hamner.train import plots
+from hamner.plot.run import draw_run
 from tests.fuzz.mutations import damaged, damaged_json, replaced
+from tests.plan.test_report_card import CARD
 
 fuzz = settings(settings.get_profile("fuzz"))
 
@@ -66,6 +70,20 @@ def test_config(folder, data):
     path = folder / "config.json"
     path.write_bytes(data)
     read_or_refuse(lambda: total_tokens(TrainConfig.read(path)))
+
+
+@fuzz
+@given(data=damaged_json(json.loads(json.dumps(asdict(CARD)))))
+def test_report_card(folder, data):
+    path = folder / "card.json"
+    path.write_bytes(data)
+
+    def read():
+        gpu, reached = measured_efficiency(ReportCard.read(path))
+        prediction = make_plan(for_option("tiny"), gpu, reached=reached).prediction
+        assert prediction.interval.low >= 0
+
+    read_or_refuse(read)
 
 
 @pytest.fixture(scope="module")
@@ -313,7 +331,7 @@ def test_plots_of_a_strange_file(folder):
     strange = [{"step": 1, "tokens": "many"}, {"step": 2, "tokens": 5, "loss": "low"}]
     strange += [{"step": 3, "tokens": [1], "loss": None}, {"step": 4, "tokens": 10**400, "loss": 1}]
     run.metrics.write_text("".join(json.dumps(r) + "\n" for r in strange + RECORDS))
-    assert plots.draw(run)
+    assert draw_run(run)
 
 
 def sparse(path: Path, size: int) -> Path:

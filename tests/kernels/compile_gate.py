@@ -14,10 +14,8 @@ import importlib
 import json
 import os
 import pkgutil
-import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,14 +25,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from hamner.hardware import GPUS
+from bench.as_capability import SHARED_MEMORY_LIMIT, cubin_file
+from bench.cubin import instructions, registers_and_stack
 from tests.kernels import compile_cases
-
-# Bytes of shared memory a block may use. The "8.0" row also serves 8.9 (RTX 40), which has 8.6's.
-SHARED_MEMORY_LIMIT = {
-    row: GPUS[smallest].shared_memory_bytes
-    for row, smallest in (("8.6", "rtx-3090"), ("8.0", "rtx-4090"), ("9.0", "h200"))
-}
 
 
 @dataclass(frozen=True)
@@ -132,7 +125,8 @@ def compile_case(case: CompileCase) -> CompileResult:
             "enable_fp_fusion": case.fp_fusion,
         },
     )
-    registers, stack = _registers_and_stack(compiled.asm["cubin"])
+    cubin = cubin_file(compiled)
+    registers, stack = registers_and_stack(cubin)
     return CompileResult(
         case.name,
         case.capability,
@@ -141,7 +135,7 @@ def compile_case(case: CompileCase) -> CompileResult:
         shared=compiled.metadata.shared,
         # mma.sync or wgmma.mma_async
         uses_tensor_cores="mma" in compiled.asm["ptx"],
-        instructions=_instructions(compiled.asm["cubin"]) if case.disassembles else (),
+        instructions=instructions(cubin) if case.disassembles else (),
     )
 
 
@@ -151,31 +145,6 @@ def _leaves(path: tuple[int, ...], kind: str | tuple) -> Iterator[tuple[tuple[in
         yield path, kind
     else:
         yield from (((*path, i), member) for i, member in enumerate(kind))
-
-
-def _inspect(tool: str, *flags: str, cubin: bytes) -> str:
-    """The function gives what a tool that comes with Triton prints about a cubin."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.cubin"
-        file.write_bytes(cubin)
-        command = [getattr(triton.knobs.nvidia, tool).path, *flags, str(file)]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def _registers_and_stack(cubin: bytes) -> tuple[int, int]:
-    """Ask cuobjdump for a cubin's registers a thread and stack bytes."""
-    usage = _inspect("cuobjdump", "--dump-resource-usage", cubin=cubin)
-    match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    if match is None:
-        raise RuntimeError(f"cuobjdump printed no resource usage:\n{usage}")
-    return int(match[1]), int(match[2])
-
-
-def _instructions(cubin: bytes) -> tuple[str, ...]:
-    """Ask nvdisasm for the kinds of a cubin's instructions: IMMA.16832.S8.S8, LDS.U8."""
-    text = _inspect("nvdisasm", "-c", cubin=cubin)
-    names = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", text, re.MULTILINE)
-    return tuple(sorted(set(names)))
 
 
 def ops() -> list[str]:

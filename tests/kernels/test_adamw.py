@@ -414,6 +414,13 @@ def test_clip_coefficient_of_a_bad_norm_is_nan(device):
 
 @pytest.mark.gpu
 class TestOnGpu:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_training_shape(self, dtype):
+        test_accuracy(1000, (2816, 1024), dtype, "cuda")
+
+    def test_training_shape_of_a_split_master(self):
+        test_accuracy_of_a_split_master(1000, (2816, 1024), "cuda")
+
     def test_step_without_host_sync(self):
         state = make_split_state((1024, 1024), "cuda")
         lr, step = torch.tensor(1e-3, device="cuda"), torch.tensor(3, device="cuda")

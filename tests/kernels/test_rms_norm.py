@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from hamner.kernels.rms_norm import (
+    MAX_WIDTH,
     add_rms_norm,
     add_rms_norm_reference,
     rms_norm,
@@ -154,9 +155,11 @@ def test_wrong_arguments(error, message, arguments):
 
 @pytest.mark.gpu
 class TestOnGpu:
-    @pytest.mark.parametrize("width", [768, 1024])
-    def test_training_shape(self, width):
-        inputs = make_inputs((24, 1024, width), torch.bfloat16, "cuda")
+    @pytest.mark.parametrize(
+        "shape", [(24, 1024, 256), (24, 1024, 768), (24, 1024, 1024), (1031, MAX_WIDTH)], ids=str
+    )
+    def test_training_shape(self, shape):
+        inputs = make_inputs(shape, torch.bfloat16, "cuda")
         assert_matches_reference(add_rms_norm, add_rms_norm_reference, inputs)
         assert_same_bits(add_rms_norm, add_rms_norm, inputs)
 

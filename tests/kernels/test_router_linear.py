@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hamner.kernels.rms_norm import MAX_WIDTH
 from hamner.kernels.router_linear import router_linear, router_linear_reference
 from tests.kernels.gradients import (
     DTYPES,
@@ -123,7 +124,7 @@ def test_rejects(error, message, change):
 @pytest.mark.gpu
 class TestOnGpu:
     @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("shape", [(24_576, 4, 768), (4099, 64, 1024)])
+    @pytest.mark.parametrize("shape", [(24_576, 4, 768), (4099, 64, 1024), (1031, 2, MAX_WIDTH)])
     def test_training_shape(self, shape, dtype):
         inputs = make_inputs(shape, dtype, "cuda")
         assert_matches_reference(router_linear, router_linear_reference, inputs)

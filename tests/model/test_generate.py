@@ -24,6 +24,7 @@ CONFIGS = {
     "untied": replace(DENSE, vocab_size=BYTES_ONLY, tie_word_embeddings=False, num_kv_heads=4),
     "moe": replace(MOE, vocab_size=BYTES_ONLY),
     "moe-shared": replace(MOE, vocab_size=BYTES_ONLY, num_shared_experts=1, num_experts=3),
+    "qk-norm": replace(DENSE, vocab_size=BYTES_ONLY, qk_norm=True),
     "differential": replace(DENSE, vocab_size=BYTES_ONLY, use_differential_attention=True),
 }
 
@@ -152,6 +153,15 @@ def test_repetition_penalty_makes_seen_tokens_less_likely_whatever_their_sign():
     logits = torch.tensor([1.2, 1.0])
     choose(logits, greedy, generator, {0})
     assert logits.tolist() == pytest.approx([1.2, 1.0])
+
+
+def test_temperature_0_is_greedy_unless_a_penalty_is_asked_for():
+    """What other programs call greedy: the default penalty is of what is drawn."""
+    logits, generator = torch.tensor([1.05, 1.0]), torch.Generator()
+    assert choose(logits, Sampling(temperature=0), generator, {0}) == 0
+    assert choose(logits, Sampling(temperature=0, repetition_penalty=1.1), generator, {0}) == 1
+    assert choose(logits, Sampling(temperature=1e-9), generator, {0}) == 1
+    assert (Sampling().penalty, Sampling(repetition_penalty=1.3).penalty) == (1.1, 1.3)
 
 
 TINY = [5e-324, 1e-300, 1e-45, 1e-40, 1e-39]

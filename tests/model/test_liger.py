@@ -58,10 +58,11 @@ def test_loss_ignores_targets(device):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("recompute", [False, True])
-def test_the_whole_model(recompute):
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_the_whole_model(qk_norm, recompute):
     """Liger's norms and SwiGLU do not run in Triton's interpreter."""
     pytest.importorskip("liger_kernel", reason=WHY)
-    results = {}
+    results, config = {}, replace(DENSE, qk_norm=qk_norm)
     for name, kernels, dtype in (
         ("liger", "liger", torch.float32),
         ("torch", "torch", torch.float32),
@@ -77,8 +78,8 @@ def test_the_whole_model(recompute):
             micro_batch_size=2,
         )
         attention = get_attention("sdpa", shape)
-        policies = (SELECTIVE,) * DENSE.num_layers if recompute else None
-        model = Transformer(DENSE, build_ops(kernels, attention), policies)
+        policies = (SELECTIVE,) * config.num_layers if recompute else None
+        model = Transformer(config, build_ops(kernels, attention), policies)
         model.initialize(0)
         model.to("cuda", dtype)
         generator = torch.Generator().manual_seed(1)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from hamner import kernels as fused
 from hamner.config.options import OPTIONS
 from hamner.kernels.norm_attention import add_rms_norm_attention
 from hamner.model.transformer import Transformer
@@ -18,6 +19,7 @@ CONFIGS = {
     "dense": replace(DENSE, **SMALL, num_kv_heads=1, expert_intermediate_size=40),
     "untied": replace(DENSE, **SMALL, num_kv_heads=2, tie_word_embeddings=False),
     "moe": replace(MOE, **SMALL, num_kv_heads=1, expert_intermediate_size=24, num_shared_experts=1),
+    "qk-norm": replace(DENSE, **SMALL, num_kv_heads=1, qk_norm=True),
     "differential": replace(DENSE, **SMALL, num_kv_heads=2, use_differential_attention=True),
 }
 
@@ -57,9 +59,10 @@ def test_kernels_and_plain_torch_agree(name, policies, documents):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU's own test is test_trainer_gpu.py")
 @pytest.mark.parametrize(("kernels", "attention"), [("triton", "sdpa"), ("torch", "triton")])
-def test_rope_and_attention_of_different_sources(kernels, attention):
+@pytest.mark.parametrize("name", ["dense", "qk-norm"])
+def test_rope_and_attention_of_different_sources(name, kernels, attention):
     """Then RoPE's backward is an op of its own."""
-    config, policies = CONFIGS["dense"], (NONE, SELECTIVE)
+    config, policies = CONFIGS[name], (NONE, SELECTIVE)
     assert cpu_ops("triton", "triton").norm_attention is add_rms_norm_attention
     assert cpu_ops(kernels, attention).norm_attention is not add_rms_norm_attention
     mixed = run(config, kernels, attention, policies, True)
@@ -69,6 +72,24 @@ def test_rope_and_attention_of_different_sources(kernels, attention):
         assert_as_accurate_as_torch(
             result, mixed[result], plain[result], exact[result], floor_eps=32.0
         )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU's own test is test_trainer_gpu.py")
+def test_another_attention_reads_what_is_normed_again(monkeypatch):
+    """The first of two layers norms again in backward, the second in its second forward pass."""
+    config, normed = CONFIGS["qk-norm"], []
+    norm_and_rotate = fused.qk_norm_rope
+
+    def watched(*args, **settings):
+        normed.append(None)
+        return norm_and_rotate(*args, **settings)
+
+    kept = run(config, "triton", "sdpa", (NONE, NONE), True)
+    monkeypatch.setattr(fused, "qk_norm_rope", watched)
+    recomputed = run(config, "triton", "sdpa", (SELECTIVE, FULL), True)
+    assert len(normed) == 4
+    for name, result in recomputed.items():
+        assert torch.equal(result, kept[name]), name
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU's own test is test_trainer_gpu.py")

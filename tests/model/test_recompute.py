@@ -87,6 +87,27 @@ def test_what_is_saved_is_freed_and_recomputed_once_for_all_readers():
     assert torch.equal(x.grad, 32 * x)
 
 
+def test_views_of_parts_are_made_from_one_recomputed_value():
+    """As attention saves q, k and v of a packed tensor, transposed or not."""
+    calls = []
+    x = torch.arange(1.0, 13.0).view(2, 6).requires_grad_()
+    packed = 2 * x
+    source = x.detach()
+
+    def recompute() -> torch.Tensor:
+        calls.append(None)
+        return 2 * source
+
+    with recomputed_in_backward(packed, recompute):
+        first, second = packed.split((2, 4), dim=1)
+        out = first.square().sum() + second.mT.pow(3).sum()
+    packed.detach().zero_()  # were it kept, this would show
+    out.backward()
+    assert len(calls) == 1
+    expected = torch.cat((8 * source[:, :2], 24 * source[:, 2:] ** 2), dim=1)
+    torch.testing.assert_close(x.grad, expected)
+
+
 def test_other_tensors_are_kept_as_ever():
     x, other = torch.ones(3, requires_grad=True), torch.full((3,), 2.0, requires_grad=True)
     with recomputed_in_backward(x, lambda: x.detach()):

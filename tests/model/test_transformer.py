@@ -75,6 +75,7 @@ def test_targets_are_shifted_once():
         DENSE,
         replace(MOE, num_shared_experts=1),
         replace(DENSE, use_differential_attention=True),
+        replace(DENSE, qk_norm=True),
     ],
 )
 @pytest.mark.parametrize("policy", [SELECTIVE, FULL])

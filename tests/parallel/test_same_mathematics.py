@@ -26,12 +26,13 @@ MIXTURE = {"num_experts": 4, "num_experts_per_token": 2}
 CASES = [
     ("dense", {}),
     ("differential", {"use_differential_attention": True}),
+    ("qk-norm", {"qk_norm": True}),
     ("mixture", MIXTURE),
     ("balanced", {**MIXTURE, "num_shared_experts": 1, "router_balance": "bias"}),
     ("muon", MIXTURE),
 ]
 MICRO_BATCHES = {
-    4: ["dense", "differential", "mixture", "muon"],
+    4: ["qk-norm", "differential", "mixture", "muon"],
     2: ["dense", "differential", "balanced"],
 }
 """by size, of steps of 8 rows: two processes only accumulate those of 2"""

@@ -7,33 +7,27 @@ from hamner.config.options import OPTIONS
 from hamner.hardware import GPUS, Gpu
 from hamner.plan import costs
 from hamner.plan.costs import Cost
+from hamner.plan.efficiency import Efficiency
 from hamner.plan.memory import FULL, NONE, SELECTIVE, Policy
 from hamner.plan.step_time import MicroBatch, Op, StepPrediction, predict
-
-
-class FirstKernels(MicroBatch):
-    """They are the Triton kernels as they were when first measured.
-
-    Whole fp32 masters, the bf16 weights only written; attention cuDNN's, with RoPE's backward in a
-    pass of its own.
-    """
-
-    is_graphed = False
-    update = costs.gradient_norm(1) + costs.adamw(1, split_master=False)
-
-    def backward(self, policy: Policy) -> list[Op]:
-        return [*super().backward(policy), self.rope()]
 
 
 class Compiled(MicroBatch):
     """A plain model runs under torch.compile, with fp32 weights and bf16 autocast.
 
     What RoPE and the loss move follows from its measured breakdown on an H100: 7.7 ms of RoPE with
-    its copies, 3.4 ms of loss.
+    its copies, 3.4 ms of loss. Attention is cuDNN's, whose backward takes 1.32 times as long there.
     """
 
     is_graphed = False
     update = Cost(bytes=2 * 4 + 3 * 4 + 3 * 4 + (4 + 2) + (2 + 4))
+
+    def attention(self, *, backward: bool) -> list[Op]:
+        factor = 1.32 if backward else 0.96
+        return [
+            replace(op, cost=Cost(factor * op.cost.flops, op.cost.bytes))
+            for op in super().attention(backward=backward)
+        ]
 
     def rope(self) -> Op:
         op = super().rope()
@@ -57,9 +51,9 @@ class ScoreProducts(Op):
     Their K or N is the head size, one step of a tile's loop, so nothing in a tile overlaps.
     """
 
-    def seconds(self, gpu: Gpu) -> float:
+    def seconds(self, gpu: Gpu, reached: Efficiency | None = None) -> float:
         apart = Cost(flops=self.cost.flops), Cost(bytes=self.cost.bytes)
-        return sum(Op("matmul", cost).seconds(gpu) for cost in apart)
+        return sum(Op("matmul", cost).seconds(gpu, reached) for cost in apart)
 
 
 class EarlierTrainer(Compiled):
@@ -83,7 +77,6 @@ class EarlierTrainer(Compiled):
 
 TRAINERS = {
     MicroBatch: "triton",
-    FirstKernels: "triton",
     Compiled: "torch.compile",
     EarlierTrainer: "earlier trainer",
 }
@@ -97,8 +90,6 @@ class MeasuredRun:
     policy: Policy
     batch_size: int
     tokens_per_second: float
-    fitted: bool = False
-    """whether the efficiencies were taken from this run's own breakdown"""
     micro_batches: int = 1
     """a step"""
 
@@ -109,23 +100,45 @@ class MeasuredRun:
         return predict(config, GPUS[self.gpu], policies, micro_batch_size, kind=self.trainer)
 
     @property
+    def is_fitted(self) -> bool:
+        """The card's efficiencies were fitted to this run among others."""
+        return self.trainer is MicroBatch
+
+    @property
     def error(self) -> float:
         """The error is predicted over measured tokens/s, less one."""
         return self.predict().tokens_per_second / self.tokens_per_second - 1
 
 
 MEASURED_RUNS = (
-    MeasuredRun("a", "h100", FirstKernels, SELECTIVE, 24, 205_896, fitted=True),
-    MeasuredRun("current", "h100", FirstKernels, SELECTIVE, 48, 368_743),
-    MeasuredRun("a", "h100", MicroBatch, SELECTIVE, 24, 216_908),
-    MeasuredRun("current", "h100", MicroBatch, SELECTIVE, 24, 366_726),
-    MeasuredRun("c", "h100", MicroBatch, SELECTIVE, 24, 248_893, fitted=True),
-    MeasuredRun("a", "h100", Compiled, NONE, 24, 197_433, fitted=True),
+    # The benchmark suite, 2026-11-25 (profiles/benchmarks-h100.md).
+    MeasuredRun("current", "h100", MicroBatch, NONE, 48, 401_200),
+    MeasuredRun("current", "h100", MicroBatch, SELECTIVE, 48, 397_867),
+    MeasuredRun("current", "h100", MicroBatch, FULL, 48, 310_306),
+    MeasuredRun("a", "h100", MicroBatch, NONE, 24, 225_688),
+    MeasuredRun("a", "h100", MicroBatch, SELECTIVE, 24, 223_750),
+    MeasuredRun("a", "h100", MicroBatch, FULL, 24, 175_660),
+    MeasuredRun("a", "h100", MicroBatch, SELECTIVE, 24, 214_452, micro_batches=2),
+    MeasuredRun("a", "h100", MicroBatch, SELECTIVE, 24, 202_305, micro_batches=4),
+    MeasuredRun("a-short", "h100", MicroBatch, NONE, 32, 230_076),
+    MeasuredRun("a-short", "h100", MicroBatch, SELECTIVE, 32, 229_759),
+    MeasuredRun("a-short", "h100", MicroBatch, FULL, 32, 178_210),
+    MeasuredRun("b", "h100", MicroBatch, NONE, 24, 232_425),
+    MeasuredRun("b", "h100", MicroBatch, SELECTIVE, 24, 232_524),
+    MeasuredRun("b", "h100", MicroBatch, FULL, 24, 180_475),
+    MeasuredRun("c", "h100", MicroBatch, NONE, 24, 261_450),
+    MeasuredRun("c", "h100", MicroBatch, SELECTIVE, 24, 256_437),
+    MeasuredRun("c", "h100", MicroBatch, FULL, 24, 205_780),
+    MeasuredRun("c", "h100", MicroBatch, SELECTIVE, 24, 242_585, micro_batches=2),
+    MeasuredRun("c-shared", "h100", MicroBatch, NONE, 24, 209_842),
+    MeasuredRun("c-shared", "h100", MicroBatch, SELECTIVE, 24, 207_727),
+    MeasuredRun("c-shared", "h100", MicroBatch, FULL, 24, 164_057),
+    MeasuredRun("a", "h100", Compiled, NONE, 24, 202_178),
+    # 2026-11-23 and before (profiles/LOG.md).
     MeasuredRun("a", "h100", Compiled, FULL, 24, 160_320),
     MeasuredRun("a", "h100", EarlierTrainer, FULL, 24, 94_873),
     MeasuredRun("current", "h100", EarlierTrainer, FULL, 24, 156_008),
-    MeasuredRun("current", "rtx-3090", EarlierTrainer, FULL, 24, 26_000),
-    # On a card that nothing was fitted to, 2026-11-25.
+    # 2026-11-25 (README.md).
     MeasuredRun("a", "h200", MicroBatch, NONE, 24, 231_319),
     MeasuredRun("a", "h200", MicroBatch, SELECTIVE, 24, 227_464),
     MeasuredRun("a", "h200", MicroBatch, SELECTIVE, 24, 218_794, micro_batches=2),
@@ -143,6 +156,12 @@ MEASURED_RUNS = (
     MeasuredRun("c", "h200", MicroBatch, SELECTIVE, 24, 255_502, micro_batches=2),
     MeasuredRun("c", "h200", MicroBatch, FULL, 24, 215_447),
     MeasuredRun("c-shared", "h200", MicroBatch, SELECTIVE, 24, 220_473),
+    # In the training loop, 2026-11-29 (profiles/LOG.md).
+    MeasuredRun("a", "h200", MicroBatch, SELECTIVE, 24, 230_599),
+    MeasuredRun("c", "h200", MicroBatch, SELECTIVE, 24, 269_817),
+    MeasuredRun("current", "h200", MicroBatch, SELECTIVE, 24, 408_350),
+    # Its user's: the median of over 2,000 intervals in each of two runs, in fp16.
+    MeasuredRun("current", "rtx-3090", EarlierTrainer, FULL, 24, 27_400),
 )
 
 
@@ -153,6 +172,6 @@ def markdown_rows(runs: Iterable[MeasuredRun]) -> list[str]:
         name = f"{run.option}, {TRAINERS[run.trainer]}, recompute {run.policy.name}"
         name += f", {run.micro_batches} micro-batches" if run.micro_batches > 1 else ""
         speeds = f"{run.tokens_per_second:,.0f} | {run.predict().tokens_per_second:,.0f}"
-        fitted = "yes" if run.fitted else "no"
+        fitted = "yes" if run.is_fitted else "no"
         rows.append(f"| {name} | {GPUS[run.gpu].name} | {speeds} | {run.error:+.1%} | {fitted} |")
     return rows

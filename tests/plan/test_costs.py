@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from hamner.config.options import OPTIONS
+from hamner.kernels.muon import POLAR_EXPRESS
 from hamner.plan import costs
 
 README = Path(__file__).parents[2] / "kernels" / "README.md"
@@ -35,7 +36,7 @@ def table() -> dict[str, str]:
 
 def expected() -> dict[str, list[tuple[str, float]]]:
     """op: the products of its row in order, each with what `hamner.plan.costs` says."""
-    _, t, d, heads, kv, hd, inner, vocabulary, experts, per_token, e, n, distinct = (
+    batch, t, d, heads, kv, hd, inner, vocabulary, experts, per_token, e, n, distinct = (
         SYMBOLS[name]
         for name in ("B", "T", "D", "H", "KV", "hd", "I", "V", "E", "K", "e", "N", "U")
     )
@@ -54,6 +55,7 @@ def expected() -> dict[str, list[tuple[str, float]]]:
         pairs, n * heads * hd, n * kv * hd, width=heads * hd, backward=True
     )
     shape = {"width": d, "inner": inner, "experts": experts}
+    product, square = costs.symmetric_product(batch, d, inner), batch * d * d * e
     mlp = costs.moe_mlp(n * d, n * per_token, **shape)
     mlp_back = costs.moe_mlp(n * d, n * per_token, backward=True, **shape)
     return {
@@ -61,6 +63,10 @@ def expected() -> dict[str, list[tuple[str, float]]]:
         "add_rms_norm": [("4 N D e", added.bytes), ("4 N D e", added_back.bytes)],
         "swiglu": [("3 N I e", costs.swiglu(n * inner).bytes), ("5 N I e", swiglu_back.bytes)],
         "rope": [("2 N (H + KV) hd e", costs.rope(n * (heads + kv) * hd).bytes)],
+        "qk_norm_rope": [
+            ("2 N (H + KV) hd e", costs.qk_norm_rope(n * (heads + kv) * hd).bytes),
+            ("3 N (H + KV) hd e", costs.qk_norm_rope(n * (heads + kv) * hd, backward=True).bytes),
+        ],
         "rms_norm_linear": [("4 N D e", added.bytes), ("5 N D e", recomputed.bytes)],
         "swiglu_linear": [
             ("3 N I e", costs.swiglu(n * inner).bytes),
@@ -75,6 +81,16 @@ def expected() -> dict[str, list[tuple[str, float]]]:
         "adamw_": [
             ("28", costs.adamw(1, split_master=False).bytes),
             ("26", costs.adamw(1, split_master=True).bytes),
+        ],
+        "muon_momentum_": [("12", costs.muon_momentum(1).bytes)],
+        "muon_apply_": [
+            ("12", costs.muon_apply(1, split_master=False).bytes),
+            ("10", costs.muon_apply(1, split_master=True).bytes),
+        ],
+        "symmetric_product": [
+            ("B D^2 I", product.flops),
+            ("B D I e", product.bytes - square),
+            ("B D^2 e", square),
         ],
         "flash_attention": [
             ("2 B H T^2 hd", attention.flops),
@@ -115,6 +131,28 @@ def test_table_of_kernels(op):
 def test_every_row_with_a_product_is_checked():
     rows = {op for op, cost in table().items() if products(cost)}
     assert rows == set(expected())
+
+
+def test_muons_iteration_on_option_a():
+    """Four steps on q and o, k and v, and three matrices of the MLP: 2.9 TFLOP, half of a whole
+    product's where the result is symmetric."""
+    model = OPTIONS["a"].model
+    assert len(POLAR_EXPRESS) == costs.MUON_STEPS
+    matrices = costs.hidden_matrices(model)
+    assert matrices == {(1024, 1024): 2, (256, 1024): 2, (2816, 1024): 2, (1024, 2816): 1}
+    flops = 24 * sum(costs.orthogonalize(*shape).flops * n for shape, n in matrices.items())
+    by_hand = 2 * (6 + 10) * 1024**3
+    by_hand += 2 * (6 * 256**2 * 1024 + 10 * 256**3)
+    by_hand += 3 * (6 * 1024**2 * 2816 + 10 * 1024**3)
+    assert flops == 24 * by_hand == pytest.approx(2.90e12, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_muon_has_all_matrices_but_embedding_and_router(name):
+    model = OPTIONS[name].model
+    router = model.hidden_size * model.num_experts
+    matrices = model.num_layers * (model.matmul_parameters_per_layer(active=False) - router)
+    assert costs.hidden_parameters(model) == matrices
 
 
 def test_flops_per_token_of_option_a():

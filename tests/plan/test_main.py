@@ -1,9 +1,11 @@
 """The plan's sums, its flags, and the command as a person runs it."""
 
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,8 +18,10 @@ from hamner.plan.analysis import COMPARED, make_plan, recommend
 from hamner.plan.loss import BESIROGLU, KNOWN_RUN
 from hamner.plan.report import document
 from tests.plan.loss_curves import SHIFTED_TWICE
+from tests.plan.test_report_card import CARD
 
 RTX_3090 = GPUS["rtx-3090"]
+CUSTOM = {"gpu": "custom", "gpu_spec": (71.2, 936.0, 24.0, 35.6)}
 
 
 def run_command(*arguments, code=0):
@@ -150,7 +154,7 @@ def test_auto_shards_what_does_not_fit_one_gpu():
 
 
 def test_slow_links_are_made_up_for_by_micro_batches():
-    slow = plan_of(gpus=4, link=3)
+    slow = plan_of(gpus=4, link=2.5)
     assert slow.communication_share > 0.4
     quiet = slow.with_quiet_communication()
     assert quiet.communication_share < 0.05
@@ -187,6 +191,13 @@ def test_slow_links_are_made_up_for_by_micro_batches():
         ({"nodes": 2, "parallel": "fsdp"}, "--parallel fsdp shards the model over the GPUs"),
         ({"gpus": 5}, "--batch-size 24 is shared by all GPUs and must be a multiple of their"),
         ({"gpus": 5}, "number, 5: try --batch-size 25"),
+        ({"clock": 0.0}, "--clock 0 must be above 0 and finite"),
+        ({"power_limit": math.nan}, "--power-limit nan must be above 0 and finite"),
+        ({"clock": 1500.0, "power_limit": 280.0}, "--power-limit is there to guess the clock"),
+        (CUSTOM | {"clock": 1500.0}, "--clock 1500: the clock of the custom GPU is not known"),
+        (CUSTOM | {"power_limit": 280.0}, "--power-limit 280: the power limit of the custom GPU"),
+        ({"report_card": Path("no.json")}, "--report-card no.json cannot be read"),
+        ({"report_card": Path("no.json"), "gpu": "h100"}, "leave out --gpu and --gpu-spec"),
     ],
 )
 def test_bad_input(flags, message):
@@ -207,12 +218,57 @@ def test_command_prints_the_plan_without_torch():
         assert text in result.stdout
 
 
+def test_command_says_between_which_speeds_and_why(capsys):
+    main([])
+    out = " ".join(capsys.readouterr().out.split())
+    expected = make_plan(OPTIONS["a"], RTX_3090).prediction.interval
+    low, high = f"{expected.low:,.0f}", f"{expected.high:,.0f}"
+    assert f"tokens/s, low-high {low}-{high}" in out
+    assert f"of option a should reach {low} to {high} tokens/s and take" in out
+    for cause in expected.causes:
+        assert f"{cause.name} {cause.slowest:+.0%} to {cause.fastest:+.0%} (" in out
+    days = [1e10 / speed / 86_400 for speed in (expected.high, expected.low)]
+    assert "days, low-high {:.1f}-{:.1f}".format(*days) in out
+
+
+def test_command_plans_at_a_power_limit_a_clock_and_from_a_report_card(capsys, tmp_path):
+    def best(*flags):
+        main(list(flags))
+        out = " ".join(capsys.readouterr().out.split())
+        return float(re.search(r"tokens/s \(projected\) ([\d,]+)", out)[1].replace(",", "")), out
+
+    whole, _ = best()
+    limited, out = best("--power-limit", "280")
+    # Puget Systems 2020: 95% of the training speed at 280 of 350 W.
+    assert limited / whole == pytest.approx(0.95, abs=0.02)
+    assert "(limited to 280 of 350 W, taken as a clock of 93%" in out
+    slow, out = best("--clock", "1395")
+    assert 1395 / 1695 < slow / whole < 0.87
+    assert "(held at 1,395 MHz, 82% of 1,695)" in out
+    CARD.write(tmp_path / "card.json")
+    own, out = best("--report-card", str(tmp_path / "card.json"))
+    assert own == pytest.approx(CARD.step.tokens_per_second, rel=1e-3)
+    assert "kernel efficiencies measured on this NVIDIA GeForce RTX 3090 on 2026-11-29" in out
+
+
+def test_readme_has_the_projections():
+    intervals = [make_plan(OPTIONS[name], RTX_3090).prediction.interval for name in COMPARED]
+    rows = {
+        "tokens/s": [f"{interval.best:,.0f}" for interval in intervals],
+        "nine of ten between": [f"{i.low:,.0f}–{i.high:,.0f}" for i in intervals],
+    }
+    readme = (Path(__file__).parents[2] / "README.md").read_text().splitlines()
+    for name, cells in rows.items():
+        assert f"| {name} | {' | '.join(cells)} |" in readme
+
+
 def test_command_compares_all(capsys):
     main(["--option", "all", "--gpu", "h100"])
     out = capsys.readouterr().out
     assert all(name in out for name in COMPARED)
     assert all(count in out for count in ("210.9M", "281.6M", "16,384", "6.42B"))
     assert "Recommended: a, 320.9M parameters" in out
+    assert "runs of option a should reach" in out
 
 
 def test_command_says_what_several_gpus_send(capsys):
@@ -222,7 +278,7 @@ def test_command_says_what_several_gpus_send(capsys):
     assert "sends 0.64 GB a step in 64.2 ms at 10 GB/s between the GPUs of a node" in out
     assert "PCIe 4.0 x16 through host memory, assumed" in out
     assert "--batch-size" not in out
-    main(["--gpus", "4", "--link", "3"])
+    main(["--gpus", "4", "--link", "2.5"])
     out = " ".join(capsys.readouterr().out.split())
     assert "--batch-size 384 --micro-batch-size 32 in hamner.train" in out
     main(["--gpus", "2", "--nodes", "2", "--batch-size", "96", "--parallel", "fsdp"])

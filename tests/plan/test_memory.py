@@ -25,11 +25,19 @@ def test_kept_bytes_of_option_a():
     assert FULL.kept_bytes(A, 2, fused=True) == 2 * 1_024
 
 
+def test_qk_norm_is_recomputed():
+    normed = replace(A, qk_norm=True)
+    for policy, more in ((NONE, 2 * (1024 + 256)), (SELECTIVE, 0), (FULL, 0)):
+        kept = policy.kept_bytes(A, 2, fused=True)
+        assert policy.kept_bytes(normed, 2, fused=True) == kept + more
+
+
 MODELS = {
     "dense": A,
     "moe": OPTIONS["c"].model,
     "shared expert": OPTIONS["c-shared"].model,
     "differential": replace(A, use_differential_attention=True),
+    "qk-norm": replace(A, qk_norm=True),
 }
 
 
@@ -72,6 +80,23 @@ def test_a_mixture_keeps_what_a_dense_layer_of_its_active_width_does():
     dense = replace(c, num_experts=0, num_experts_per_token=0, expert_intermediate_size=width)
     assert not dense.is_moe
     assert SELECTIVE.kept_bytes(c, 2, fused=True) == SELECTIVE.kept_bytes(dense, 2, fused=True)
+
+
+def test_muon_has_no_second_moment():
+    plan, muon = (
+        memory.account(replace(OPTIONS["a"], optimizer=name), (SELECTIVE,) * 24, 24)
+        for name in ("adamw", "muon")
+    )
+    assert plan.total - muon.total == plan.optimizer - muon.optimizer == 4 * 270_532_608
+    assert plan.update == 0
+
+
+def test_muons_update_may_be_the_peak():
+    """Updates of gate and up, copies, four squares of each, in 16 bits, beside gradients."""
+    tiny = replace(OPTIONS["a"], optimizer="muon", batch_size=1, seq_len=64)
+    account = memory.account(tiny, (FULL,) * 24, 1)
+    assert set(account.parts()) == {"weights", "optimizer", "gradients", "update"}
+    assert account.update == 24 * (4 * 2816 * 1024 + 8 * 1024**2) * 2
 
 
 def test_peak_is_the_loss_or_the_backward_pass():

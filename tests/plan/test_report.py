@@ -73,7 +73,7 @@ def test_document_has_every_section(analysis):
         "What this rests on",
     ]
     assert (
-        "Against the 27 runs measured so far the model is -4% to +9% off, on this card +9%." in text
+        "Against the 46 runs measured so far the model is -5% to +3% off, on this card -5%." in text
     )
     assert "Train **a** (320.9M parameters): " in text
     assert "## Training plan\n\nOf option a:\n" in text

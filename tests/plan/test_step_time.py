@@ -8,16 +8,11 @@ import pytest
 from hamner.config.model import ModelConfig
 from hamner.config.options import OPTIONS
 from hamner.hardware import GPUS, Gpu
+from hamner.plan.communication import Parallelism
 from hamner.plan.costs import Cost, flops_per_token
+from hamner.plan.efficiency import MEASURED_ERRORS, efficiency
 from hamner.plan.memory import FULL, NONE, SELECTIVE, mixed
-from hamner.plan.step_time import (
-    CATEGORIES,
-    MEASURED_ERRORS,
-    Op,
-    compare_with_reality,
-    efficiency,
-    predict,
-)
+from hamner.plan.step_time import CATEGORIES, Op, compare_with_reality, predict
 from tests.plan.measured_runs import (
     MEASURED_RUNS,
     TRAINERS,
@@ -44,8 +39,8 @@ def predict_option(name, gpu=RTX_3090, policy=SELECTIVE, **changes):
     ids=lambda r: f"{r.option}-{TRAINERS[r.trainer]}-{r.policy.name}-{r.gpu}-{r.micro_batches}",
 )
 def test_measured_runs(run):
-    """Within 3% where efficiencies come from the run itself, within 10% elsewhere."""
-    assert abs(run.error) < (0.03 if run.fitted else 0.10)
+    """Within 4% on the cards that this project measured, within 6% on its user's 3090."""
+    assert abs(run.error) < (0.06 if run.gpu == "rtx-3090" else 0.04)
 
 
 @pytest.mark.parametrize("gpu", dict.fromkeys(run.gpu for run in MEASURED_RUNS))
@@ -58,21 +53,22 @@ def test_what_a_plan_says_of_its_errors(gpu):
 
 
 def test_page_lists_every_measured_run():
-    page = (Path(__file__).parents[2] / "docs" / "planning.md").read_text().splitlines()
-    assert [line for line in page if line.endswith(("| yes |", "| no |"))] == markdown_rows(
-        MEASURED_RUNS
-    )
+    page = (Path(__file__).parents[2] / "docs" / "planning.md").read_text()
+    assert "\n".join(markdown_rows(MEASURED_RUNS)) in page
 
 
 def test_step_of_option_a_by_hand():
-    """Milliseconds on a 3090 at 65 and 54 TFLOP/s and 850 GB/s."""
+    """Milliseconds on a 3090 at 66.4, 61 and 50 TFLOP/s of large shapes and 776 GB/s."""
     tokens, d, kv, inner, layers, vocabulary = 24 * 1024, 1024, 256, 2816, 24, 49_152
     spent = predict_option("a").milliseconds
     per_layer = d * (d + 2 * kv) + d * d + 3 * d * inner
     matmul = 6 * tokens * (layers * per_layer + vocabulary * d)
-    assert spent["matmul"] == pytest.approx(matmul / 65e12 * 1e3)
-    assert spent["attention"] == pytest.approx(layers * 7 * tokens * 1024 * d / 54e12 * 1e3)
-    gb_per_s = 850e9
+    # The smallest dimension of every product is the width of 1,024.
+    rate = 66.4e12 * 1024 / (1024 + 95)
+    assert spent["matmul"] == pytest.approx(matmul / rate * 1e3)
+    products = layers * tokens * 1024 * d * (2 / 61e12 + 5 / 50e12) * (1024 + 300) / 1024
+    assert spent["attention"] == pytest.approx(products * 1e3)
+    gb_per_s = 776e9
     # Two norms, forward and backward over four tensors each, and their inputs recomputed.
     norm = 2 * layers * tokens * 2 * (4 + 4 + 2) * d
     assert spent["norm"] == pytest.approx(norm / gb_per_s * 1e3)
@@ -83,6 +79,47 @@ def test_step_of_option_a_by_hand():
     assert spent["loss"] == pytest.approx(2 * 3 * tokens * vocabulary / gb_per_s * 1e3)
     assert spent["optimizer"] == pytest.approx(28 * 320_914_432 / gb_per_s * 1e3)
     assert spent["routing"] == 0
+
+
+def muon_ms(name: str, gpu: Gpu, **changes) -> dict[str, float]:
+    """What a step of 24 rows with Muon takes beyond AdamW's, by category."""
+    steps = [
+        predict(
+            replace(OPTIONS[name], batch_size=24, optimizer=optimizer),
+            gpu,
+            (SELECTIVE,) * OPTIONS[name].model.num_layers,
+            micro_batch_size=24 // changes.get("gpus", 1),
+            parallelism=Parallelism(changes.get("kind", "ddp"), changes.get("gpus", 1), 1, 10, 1),
+        ).milliseconds
+        for optimizer in ("adamw", "muon")
+    ]
+    return {category: steps[1][category] - spent for category, spent in steps[0].items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens_per_second"), [("a", (235_401, 215_871)), ("current", (400_927, 379_148))]
+)
+def test_muon_on_an_h200(name, tokens_per_second):
+    """Against what was measured (profiles/LOG.md, 2026-11-29)."""
+    adamw, muon = (24_576 / speed * 1e3 for speed in tokens_per_second)
+    predicted = sum(muon_ms(name, GPUS["h200"]).values())
+    assert predicted == pytest.approx(muon - adamw, rel=0.1)
+
+
+def test_muon_of_option_a_by_hand():
+    """The iteration at 50 TFLOP/s, four bytes a parameter less at 776 GB/s, 80 launches."""
+    more = muon_ms("a", RTX_3090)
+    saved = 4 * 270_532_608 / 776e9 * 1e3
+    assert more["optimizer"] == pytest.approx(2.8994e12 / 50e12 * 1e3 - saved, rel=1e-3)
+    assert more["gaps"] == pytest.approx(80 * 3.3e-3)
+    assert not any(more[category] for category in CATEGORIES if category[:3] not in ("opt", "gap"))
+
+
+def test_sharded_muon_makes_the_whole_update_in_every_process():
+    one, two = muon_ms("a", H100), muon_ms("a", H100, gpus=2, kind="fsdp")
+    saved = 4 * 270_532_608 / 2 / (H100.bandwidth_gbs * 1e9 * 2950 / 3352) * 1e3
+    assert two["optimizer"] == pytest.approx(one["optimizer"] + saved, rel=1e-3)
+    assert two["communication"] > 0
 
 
 def test_speed_and_mfu_follow_from_the_step():
@@ -129,13 +166,14 @@ def test_mixture_counts_active_experts_and_routing():
     tokens, d, inner, layers, vocabulary = 24_576, 768, 1536, 20, 49_152
     attention = layers * (d * (d + 2 * 256) + d * d)
     experts = layers * 2 * 3 * d * inner
-    matmul = 6 * tokens * ((attention + vocabulary * d) / 65e12 + experts / 55e12)
+    dense = 66.4e12 * d / (d + 95)
+    matmul = 6 * tokens * ((attention + vocabulary * d) / dense + experts / 49e12)
     assert c["matmul"] == pytest.approx(matmul * 1e3)
     assert c["routing"] > 0
     # Backward of two experts, with the recomputation; of the shared one forward too.
     passes = {"c": 2 * 6, "c-shared": 2 * 6 + 3 + 6}
     for name, spent in (("c", c), ("c-shared", shared)):
-        swiglu = 2 * layers * tokens * passes[name] * inner / 850e9
+        swiglu = 2 * layers * tokens * passes[name] * inner / 776e9
         assert spent["swiglu"] == pytest.approx(swiglu * 1e3)
 
 
@@ -143,33 +181,44 @@ def test_differential_attention_costs_attention_and_rope_only():
     plain = predict_option("a").milliseconds
     model = ModelConfig(use_differential_attention=True)
     differential = predict_option("a", model=model).milliseconds
-    products = 24 * 24_576 * 1024 * 1024 * (3 + 7) / 54e12 * 1e3
-    combine = 24 * 2 * 24_576 * 1024 * (3 + 5) / 850e9 * 1e3
+    products = 24 * 24_576 * 1024 * 1024 * (3 / 61e12 + 7 / 50e12) * 1324 / 1024 * 1e3
+    combine = 24 * 2 * 24_576 * 1024 * (3 + 5) / 776e9 * 1e3
     assert differential["attention"] == pytest.approx(products + combine)
     # Two attentions read each half of qkv, so that RoPE's backward stays a pass of its own.
     assert differential["rope"] == pytest.approx(2 * plain["rope"])
     assert differential["matmul"] == plain["matmul"]
 
 
+def test_qk_norm_costs_its_backward_and_the_recomputation():
+    plain = predict_option("a").milliseconds
+    model = ModelConfig(qk_norm=True)
+    rotated = 24 * 2 * 24_576 * (1024 + 256) / 776e9 * 1e3
+    for policy, passes in ((SELECTIVE, 2 + 3 + 2), (NONE, 2 + 3)):
+        normed = predict_option("a", model=model, policy=policy).milliseconds
+        assert normed["rope"] == pytest.approx(passes * rotated)
+        assert normed["attention"] == plain["attention"]
+    assert plain["rope"] == pytest.approx(2 * rotated)
+
+
 def test_scores_in_memory_cost_more_than_fused_attention():
     fused = predict_option("a", policy=FULL, kind=Compiled).milliseconds
     written = predict_option("a", policy=FULL, kind=EarlierTrainer).milliseconds
     # Fifteen passes over H x T scores a token, and the whole square eight times.
-    passes = 15 * 2 * 24_576 * 16 * 1024 / 850e9
-    matmuls = 8 * 2 * 24_576 * 1024 * 1024 / 65e12
+    passes = 15 * 2 * 24_576 * 16 * 1024 / 776e9
+    matmuls = 8 * 2 * 24_576 * 1024 * 1024 / 66.4e12
     assert written["attention"] == pytest.approx(24e3 * (passes + matmuls))
     assert all(fused[c] == written[c] for c in CATEGORIES if c not in ("attention", "gaps"))
 
 
 def test_op_takes_the_longer_of_arithmetic_and_traffic():
-    arithmetic, traffic = 65e12, 850e9  # one second each
+    arithmetic, traffic = 66.4e12, 776e9  # one second each
     cost = Cost(arithmetic, 2 * traffic)
     assert Op("matmul", cost).seconds(RTX_3090) == pytest.approx(2)
     assert ScoreProducts("attention_products", cost).seconds(RTX_3090) == pytest.approx(3)
 
 
 def test_small_matmuls_are_slower_on_an_h100():
-    """The measured 629 to 659 TFLOP/s at 768 and 641 to 700 at 1024, within 6%."""
+    """They lie within 2% of what was measured: 629 to 659 TFLOP/s at 768, 641 to 700 at 1024."""
     for dim, lowest, highest in ((768, 629, 659), (1024, 641, 700), (8192, 776, 776)):
         op = Op("matmul", Cost(flops=1e12), smallest_dim=dim)
         tflops = 1 / op.seconds(H100)
@@ -178,8 +227,16 @@ def test_small_matmuls_are_slower_on_an_h100():
 
 @pytest.mark.parametrize("name", GPUS)
 def test_every_card_says_where_its_efficiencies_come_from(name):
-    provenance = efficiency(GPUS[name]).provenance
-    assert ("assumed, not measured" in provenance) == (name != "h100")
+    fitted = {
+        "h100": "measured on an H100 SXM",
+        "h200": "fitted to steps of an H200",
+        "rtx-3090": "fitted to steps of another trainer",
+    }
+    reached = efficiency(GPUS[name])
+    assert fitted.get(name, "assumed, not measured: the ") in reached.provenance
+    assert ("stand-in" in reached.ranges) == (name not in fitted)
+    assert reached.ranges.keys() == reached.why.keys()
+    assert all(low < 1 < high for low, high in reached.ranges.values())
 
 
 def test_a_cards_numbers_scale_a_custom_card():
@@ -203,7 +260,8 @@ def test_compare_with_reality():
     days = 10_000 / speed
     assert "\n" not in line
     assert line == (
-        f"measured {0.8 * speed:,.0f} tokens/s, 80% of the projected {speed:,.0f}; "
+        f"measured {0.8 * speed:,.0f} tokens/s, 80% of the projected {speed:,.0f} and below its "
+        f"interval, {prediction.interval.low:,.0f}-{prediction.interval.high:,.0f}; "
         f"peak {peak + 0.5:.1f} GiB, 0.5 GiB above the projected {peak:.1f}; "
         f"the whole run takes {days / 0.8:.2f} days, projected {days:.2f}"
     )

@@ -46,7 +46,13 @@ NAMES = {
         "triton_poi_fused_mul_silu_split_7",
         "void at::native::vectorized_elementwise_kernel<4, at::native::silu_kernel(...)>",
     ],
-    "rope": ["rope_kernel", "_triton_rope", "triton_poi_fused_add_cat_clone_mul_neg_slice_2"],
+    "rope": [
+        "rope_kernel",
+        "qk_norm_rope_kernel",
+        "qk_norm_rope_backward_kernel",
+        "_triton_rope",
+        "triton_poi_fused_add_cat_clone_mul_neg_slice_2",
+    ],
     "loss": [
         "cross_entropy_kernel",
         "scale_kernel",

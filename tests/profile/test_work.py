@@ -24,6 +24,46 @@ def test_bytes_an_element_of_adamw(with_copies, size):
     assert work.flops == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments", "passes"),
+    [
+        ("hamner::qk_norm_rope", 1, 2),
+        ("hamner::qk_norm_rope_backward", 2, 3),
+        ("hamner::qk_norm_rope_backward_", 2, 3),
+    ],
+)
+def test_bytes_of_qk_norm_are_those_of_q_and_k(name, arguments, passes):
+    vectors = [[16], [16], [10, 8], [10, 8], []]
+    packed = [[3, 10, (4 + 2 * 2) * 16]] * arguments
+    operation = Range(
+        name,
+        0,
+        1,
+        is_operation=True,
+        dims=[*packed, *vectors, [], [], []],
+        types=[BF16] * arguments + [FP32] * 4 + ["", "Scalar", "Scalar", "Scalar"],
+        values=[""] * (arguments + 5) + ["4", "2", "1e-05"],
+    )
+    _, work = work_of("rope", operation)
+    assert work.bytes == passes * 2 * 3 * 10 * (4 + 2) * 16
+
+
+def test_work_of_muon():
+    """Of split masters in bf16: three matrices of 7 x 5, and two products of 6 x 10."""
+    lists, split = [[7, 5]] * 3, {"types": ["TensorList"] * 3 + [FP32]}
+    square, x = [2, 6, 6], [2, 6, 10]
+    for name, dims, recorded, bytes_, flops in (
+        ("muon_momentum_", [lists, lists, lists, []], split, 3 * 35 * 12, 0),
+        ("muon_apply_", [lists, lists, lists, []], split, 3 * 35 * 10, 0),
+        ("muon_apply_", [[], lists, lists, []], split, 3 * 35 * 12, 0),
+        ("symmetric_product_", [x, x, []], {"types": [BF16, BF16, ""]}, 2 * 2 * 96, 2 * 360),
+        ("symmetric_product_", [square] * 3, {"types": [BF16] * 3}, 2 * 2 * 90, 2 * 216),
+    ):
+        operation = Range(f"hamner::{name}", 0, 1, is_operation=True, dims=dims, **recorded)
+        _, work = work_of("optimizer", operation)
+        assert (work.bytes, work.flops) == (bytes_, flops), name
+
+
 def test_bytes_of_the_router_projection():
     x, weight, d_logits = [30, 8], [4, 8], [30, 4]
     for name, dims, types, size in (

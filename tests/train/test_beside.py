@@ -18,7 +18,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import hamner.train
 from hamner import files
 from hamner.checkpoint import format as checkpoint
 from hamner.config.train import TrainConfig
@@ -26,7 +25,7 @@ from hamner.data import validation
 from hamner.errors import EXIT_INTERRUPTED, UserError
 from hamner.model import generate
 from hamner.train import __main__ as command
-from hamner.train import evaluation, log, loop, plots
+from hamner.train import evaluation, log, loop, pictures
 from hamner.train.beside import Beside
 from hamner.train.loop import TrainingLoop, train
 from tests.train.test_loop import assert_equal_weights, metrics, small_config
@@ -38,7 +37,6 @@ STEPS = 4
 def config(tmp_path, monkeypatch) -> TrainConfig:
     """A run of seconds that does all there is to do beside training."""
     config = small_config(tmp_path)
-    monkeypatch.setattr(plots, "draw", lambda run: [])
     return replace(
         config,
         model=replace(config.model, num_layers=1, expert_intermediate_size=64),
@@ -122,12 +120,11 @@ def evaluation_memory(monkeypatch, config):
 
 
 def plot(monkeypatch, config):
-    monkeypatch.setattr(plots, "draw", fail(KeyError("loss")))
+    monkeypatch.setattr(pictures, "COMMAND", ("false",))
 
 
-def plot_import(monkeypatch, config):
-    monkeypatch.delattr(hamner.train, "plots")
-    monkeypatch.setitem(sys.modules, "hamner.train.plots", None)
+def plot_start(monkeypatch, config):
+    monkeypatch.setattr(pictures, "COMMAND", ("/nowhere/python",))
 
 
 def plan_check(monkeypatch, config):
@@ -187,8 +184,8 @@ FAULTS = {
     spelling: "sampling failed: it cannot encode",
     panic: "sampling failed: a regex gave up",
     evaluation_memory: "the evaluation failed: CUDA out of memory",
-    plot: "drawing the plots failed",
-    plot_import: "drawing the plots failed",
+    plot: "drawing the plots failed: it ended with code 1",
+    plot_start: "drawing the plots failed: No such file or directory",
     plan_check: "the comparison with the plan failed: no peak",
     folder_flush: "cannot flush folders (Invalid argument)",
     validation_rows: "validation.safetensors could not be written (no space)",

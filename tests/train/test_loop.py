@@ -91,7 +91,7 @@ def test_learns_one_step_ahead_through_the_real_pipeline(config):
     assert 0.6 < result.val_loss < 1.0
 
 
-def test_run_folder_has_everything(config):
+def test_run_folder_has_everything(config, with_pictures):
     result = train(replace(config, sample_every=10, save_every=10))
     run = config.run_dir
     assert result.step == 20
@@ -302,7 +302,8 @@ def test_a_checkpoint_older_than_a_field_of_the_model_resumes(config, monkeypatc
 
     def older_state(self) -> dict:
         values = state(self)
-        del values["model"]["rope_scaling"], values["model"]["rope_scaling_from"]
+        for name in ("rope_scaling", "rope_scaling_from", "qk_norm"):
+            del values["model"][name]
         for name in ("best_loss", "best_step", "evaluations_since_best", "stage"):
             del values[name]
         return values
@@ -312,6 +313,8 @@ def test_a_checkpoint_older_than_a_field_of_the_model_resumes(config, monkeypatc
     stretched = replace(config.model, rope_scaling="linear", rope_scaling_from=16)
     with pytest.raises(UserError, match="--rope-scaling linear is not the none"):
         train(replace(config, model=stretched, resume=True))
+    with pytest.raises(UserError, match="--qk-norm True is not the False"):
+        train(replace(config, model=replace(config.model, qk_norm=True), resume=True))
 
 
 def test_bad_data_leaves_no_run_folder(config):
@@ -371,6 +374,7 @@ def test_failed_last_save_is_one_sentence(config, monkeypatch):
     [
         {"num_experts": 4, "num_experts_per_token": 2, "num_shared_experts": 1},
         {"use_differential_attention": True},
+        {"qk_norm": True},
         {"tie_word_embeddings": False},
     ],
 )
@@ -438,6 +442,10 @@ def test_plan_is_compared_with_reality_at_step_100(config, capsys, monkeypatch):
     trainer.close()
     said = [line for line in capsys.readouterr().out.splitlines() if "plan: measured" in line]
     assert len(said) == 1
+    assert "below its interval, " in said[0]
     (row,) = (config.run_dir / "plan.jsonl").read_text().splitlines()
     assert json.loads(row)["step"] == 10
     assert set(json.loads(row)) == {"step", "projected", "measured"}
+    projected = json.loads(row)["projected"]
+    low, high = projected["tokens_per_second_interval"]
+    assert low < projected["tokens_per_second"] < high

@@ -65,6 +65,7 @@ KINDS = {
         "router_balance": "bias",
     },
     "differential": {"use_differential_attention": True},
+    "qk-norm": {"qk_norm": True},
 }
 
 

@@ -123,7 +123,6 @@ def test_a_starved_expert_is_reported_once(config, balance, monkeypatch, capsys)
         assert sum(f"WARNING: layer {layer}: expert 3 gets " in line for line in said) == 1
     assert not any("expert 0 gets" in line for line in said)
     assert all(("--router-bias-update-speed" in line) == (balance == "bias") for line in said)
-    assert (config.run_dir / "plots" / "router.png").exists()
 
 
 def test_the_load_of_all_micro_batches_counts(config, tmp_path):

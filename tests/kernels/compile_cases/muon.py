@@ -28,9 +28,16 @@ def cases() -> list[CompileCase]:
         case
         for capability in CAPABILITIES
         for case in (
-            _product("wide, gram", capability, "stride_xk", None),
-            _product("tall, gram", capability, "stride_xm", None),
-            _product("polynomial", capability, "stride_xk", "*bf16"),
+            _product("wide, gram", capability, "stride_k", {"factors_ptr": "*fp32"}),
+            _product("tall, gram", capability, "stride_m", {"factors_ptr": "*fp32"}),
+            _product(
+                "polynomial", capability, "stride_k",
+                {"x_ptr": "*fp16", "addend_ptr": "*fp16"},
+            ),
+            _product(
+                "transform", capability, "stride_k",
+                {"x_ptr": "*fp16", "out_ptr": "*bf16", "factors_ptr": "*fp32"},
+            ),
             _elementwise("momentum", momentum_kernel, capability, ("beta", "one_minus_beta"), BF16),
             _elementwise(
                 "split master", apply_kernel, capability, ("lr", "decay"),
@@ -44,22 +51,19 @@ def cases() -> list[CompileCase]:
     ]  # fmt: skip
 
 
-def _product(name: str, capability: str, unit_stride: str, addend: str | None) -> CompileCase:
+def _product(name: str, capability: str, unit_stride: str, pointers: dict[str, str]) -> CompileCase:
     config = PRODUCT_CONFIGS[capability]
-    sizes = {"stride_xb", "stride_xm", "stride_xk", "M", "K"} - {unit_stride}
+    sizes = {"stride_b", "stride_m", "stride_k", "M", "K"} - {unit_stride}
+    pointers = {"x_ptr": "*bf16", "out_ptr": "*fp16", **pointers}
+    pointers["y_ptr"] = pointers["x_ptr"]
+    absent = {"addend_ptr", "factors_ptr"} - pointers.keys()
     return CompileCase(
         name=f"symmetric_product/{name}",
         kernel=symmetric_product_kernel,
-        signature={
-            "x_ptr": "*bf16",
-            "out_ptr": "*bf16",
-            **({} if addend is None else {"addend_ptr": addend}),
-            **dict.fromkeys(sorted(sizes), "i32"),
-            **FACTORS,
-        },
+        signature={**pointers, **dict.fromkeys(sorted(sizes), "i32"), **FACTORS},
         constexprs={
             unit_stride: 1,
-            **({"addend_ptr": None} if addend is None else {}),
+            **dict.fromkeys(absent),
             "EVEN": True,
             "BLOCK": config.block,
             "BLOCK_K": config.block_k,

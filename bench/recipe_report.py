@@ -1,0 +1,254 @@
+"""The results of `bench.recipes` as tables, statistics and pictures."""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+from bench.recipe_statistics import Crossing, Ratio, tokens_at, trend
+from bench.recipe_trials import ARMS, DIMENSIONS, TUNED, Part, best_of, loss_of, neighbours
+from hamner.profile.report import table
+
+FASTEST = "muon"
+WANTED = {"plan": 3.0, "adamw": 1.6}
+"""times as many tokens as Muon's, that each is to need for the same loss"""
+PLANNED_TOKENS = 10e9
+"""of every option's plan, for which the trend is taken further"""
+COLORS = {"plan": "tab:gray", "adamw": "tab:blue", "muon": "tab:red"}
+
+Results = Sequence[Mapping]
+
+
+def report(results: Results, folder: Path) -> str:
+    """The function gives the report as Markdown, and draws its pictures in `folder`."""
+    parts: dict[Part, list[Mapping]] = {part: [] for part in ARMS}
+    for result in results:
+        parts[result["part"]].append(result)
+    sections = [conditions_of(results)]
+    for part in ("tune", "current"):
+        if parts[part]:
+            sections += [f"## {part}", searched(part, parts[part])]
+    if parts["ladder"]:
+        sections += ["## ladder", lengths(parts["ladder"]), *equal_losses(parts["ladder"])]
+        draw_ladder(parts["ladder"], folder / "ladder.png")
+    if parts["long"]:
+        sections += ["## long", lengths(parts["long"])]
+        draw_curves(parts["long"], folder / "long.png")
+    return "\n\n".join(sections)
+
+
+def conditions_of(results: Results) -> str:
+    """The function names all conditions under which the results were measured, each once."""
+    lines = []
+    for result in results:
+        found, data = result["conditions"], result["data"]
+        names = ", ".join(f"{k} {v}" for k, v in found.items() if "clock" not in k)
+        lines.append(
+            f"- {result['part']}: {names}; {result['batch_size']} x {result['seq_len']:,} tokens a "
+            f"step, {result['parameters'] / 1e6:.0f}M parameters, data of "
+            f"{data['train_tokens'] / 1e6:.1f}M tokens, {data['validation_tokens']:,} for "
+            "validation"
+        )
+    return "\n".join(dict.fromkeys(lines))
+
+
+def searched(part: Part, results: Results) -> str:
+    """The function lists every trial of a search, the best of each arm first."""
+    rows, notes = [], []
+    for arm in dict.fromkeys((*TUNED, *(result["arm"] for result in results))):
+        own = sorted((r for r in results if r["arm"] == arm), key=loss_of)
+        rows += [_trial_cells(result) for result in own]
+        best = best_of(own, part, arm)
+        if best is None or best["point"] is None:
+            continue
+        measured = {tuple(result["point"]) for result in own}
+        dimensions = DIMENSIONS[:1] if part == "current" else DIMENSIONS
+        missing = [p for p in neighbours(tuple(best["point"]), dimensions) if p not in measured]
+        verdict = "not yet inside: the search goes on" if missing else "inside in every dimension"
+        notes.append(f"{arm}: {len(own)} trials, the best is {verdict}.")
+    head = ("recipe", "lr", "embedding lr", "weight decay", "beta2", "bits per byte", "nats")
+    return table((*head, "tokens/s"), rows) + "\n\n" + "\n".join(notes)
+
+
+def _trial_cells(result: Mapping) -> tuple[str, ...]:
+    values = (f"{result[name]:g}" for name in DIMENSIONS)
+    return (result["arm"], *values, *_loss_cells([result]), _speed_cell([result]))
+
+
+def _loss_cells(results: Results) -> tuple[str, str]:
+    """The cells are the mean loss in bits per byte and in nats."""
+    if any(result["diverged"] for result in results):
+        return "diverged", "diverged"
+    means = (statistics.mean(r[name] for r in results) for name in ("bits_per_byte", "val_loss"))
+    bits, nats = means
+    return f"{bits:.4f}", f"{nats:.4f}"
+
+
+def _speed_cell(results: Results) -> str:
+    speeds = [r["tokens_per_second"] for r in results if r["tokens_per_second"]]
+    return f"{statistics.median(speeds):,.0f}" if speeds else ""
+
+
+def lengths(results: Results) -> str:
+    """The function gives the mean over seeds of each recipe at each length."""
+    groups = defaultdict(list)
+    for result in sorted(results, key=lambda r: (r["tokens"], r["arm"])):
+        groups[result["tokens"], result["arm"]].append(result)
+    rows = []
+    for (tokens, arm), own in groups.items():
+        losses = [r["val_loss"] for r in own if not r["diverged"]]
+        spread = f"{max(losses) - min(losses):.4f}" if len(losses) > 1 else ""
+        epochs, size = f"{own[0]['data']['epochs']:g}", f"{tokens / 1e6:g}"
+        cells = (f"{own[0]['lr']:g}", str(len(own)), *_loss_cells(own), spread)
+        rows.append((arm, size, epochs, *cells, _speed_cell(own)))
+    head = ("recipe", "M tokens", "epochs", "lr", "seeds", "bits per byte", "nats")
+    return table((*head, "spread, nats", "tokens/s"), rows)
+
+
+def ends_by_seed(results: Results, arm: str) -> dict[int, dict[int, float]]:
+    """The function gives a recipe's losses in nats by seed, then by tokens."""
+    ends: dict[int, dict[int, float]] = defaultdict(dict)
+    for result in results:
+        if result["arm"] == arm and not result["diverged"]:
+            ends[result["seed"]][result["tokens"]] = result["val_loss"]
+    return dict(ends)
+
+
+def equal_losses(results: Results) -> list[str]:
+    """The function compares the tokens, and the GPU time, with which recipes have equal losses."""
+    sections = []
+    fastest = ends_by_seed(results, FASTEST)
+    for arm in ("plan", "adamw"):
+        other = ends_by_seed(results, arm)
+        if not (other and fastest):
+            continue
+        speed = _speed(results, FASTEST) / _speed(results, arm)
+        here = (
+            f"### {FASTEST} reaches {arm}'s loss",
+            _ratios(fastest, of=other, arm=arm, speed=speed, is_inverse=True),
+        )
+        there = (
+            f"### {arm} reaches {FASTEST}'s loss",
+            _ratios(other, of=fastest, arm=arm, speed=speed, is_inverse=False),
+        )
+        sections += [*here, *there]
+    sections.append(
+        "The ratio is tokens of the other by those of muon, geometric mean over seeds with its 95% "
+        "interval; p is one-sided, of the ratio being no more than what is wanted. Time is that of "
+        "the GPU, at each recipe's own tokens/s. A * marks tokens beyond the lengths that were run."
+    )
+    return sections
+
+
+def _speed(results: Results, arm: str) -> float:
+    speeds = (r["tokens_per_second"] for r in results if r["arm"] == arm)
+    return statistics.median(speed for speed in speeds if speed)
+
+
+def _ratios(reaching: Mapping, *, of: Mapping, arm: str, speed: float, is_inverse: bool) -> str:
+    """The function compares two recipes at each length of one of them.
+
+    Args:
+        reaching: losses by seed and tokens of the recipe that reaches the other's loss.
+        of: those of the recipe whose losses are reached.
+        arm: the recipe that is compared with the fastest.
+        speed: tokens/s of the fastest by those of `arm`.
+        is_inverse: whether the fastest is the one that reaches.
+    """
+    rows, by_seed = [], defaultdict(dict)
+    for tokens in sorted({tokens for ends in of.values() for tokens in ends}):
+        crossings = dict(_crossings(reaching, of, tokens))
+        if not crossings:
+            continue
+        for seed, crossing in crossings.items():
+            ratio = crossing.tokens / tokens
+            by_seed[seed][tokens] = 1 / ratio if is_inverse else ratio
+        ratio = Ratio.of([by_seed[seed][tokens] for seed in crossings])
+        rows.append(_ratio_cells(tokens, crossings.values(), ratio, speed=speed, arm=arm))
+    head = ("M tokens", "M tokens of the other", "seeds", "ratio", "p", "p of > 1", "time ratio")
+    lines = [table(head, rows)]
+    line = trend(list(by_seed.values()), PLANNED_TOKENS)
+    if line:
+        lines.append(
+            f"Twice the tokens change the ratio by {_interval(line.per_doubling)}; on that line it "
+            f"would be {_interval(line.at)} at {PLANNED_TOKENS / 1e9:g}B tokens, far outside what "
+            "was run."
+        )
+    return "\n\n".join(lines)
+
+
+def _crossings(reaching: Mapping, of: Mapping, tokens: int) -> Iterable[tuple[int, Crossing]]:
+    """The iterator gives by seed where one recipe reaches what the other has at `tokens`."""
+    for seed in sorted(reaching.keys() & of.keys()):
+        if tokens in of[seed]:
+            crossing = tokens_at(of[seed][tokens], reaching[seed])
+            if crossing is not None:
+                yield seed, crossing
+
+
+def _ratio_cells(
+    tokens: int, crossings: Iterable[Crossing], ratio: Ratio, *, speed: float, arm: str
+) -> tuple[str, ...]:
+    found = list(crossings)
+    mean = statistics.geometric_mean(crossing.tokens for crossing in found)
+    mark = "" if all(crossing.is_inside for crossing in found) else "*"
+    p = ratio.p_above(WANTED[arm])
+    return (
+        f"{tokens / 1e6:g}",
+        f"{mean / 1e6:.1f}{mark}",
+        str(len(found)),
+        _interval(ratio),
+        "" if p is None else f"{p:.4f} (> {WANTED[arm]:g})",
+        "" if p is None else f"{ratio.p_above(1.0):.4f}",
+        _interval(ratio.times(speed)),
+    )
+
+
+def _interval(ratio: Ratio) -> str:
+    if len(ratio.values) < 2:
+        return f"{ratio.mean:.2f}"
+    return f"{ratio.mean:.2f} ({ratio.low:.2f}-{ratio.high:.2f})"
+
+
+def draw_ladder(results: Results, path: Path) -> None:
+    """The picture has the loss at the end of every run, and each recipe's means."""
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for arm, color in COLORS.items():
+        own = [r for r in results if r["arm"] == arm and not r["diverged"]]
+        by_tokens = defaultdict(list)
+        for result in own:
+            by_tokens[result["tokens"] / 1e6].append(result["bits_per_byte"])
+        tokens = sorted(by_tokens)
+        means = [statistics.mean(by_tokens[x]) for x in tokens]
+        axes.plot(tokens, means, color=color, label=arm)
+        points = [(x, loss) for x, losses in by_tokens.items() for loss in losses]
+        axes.scatter(*zip(*points, strict=True) if points else ([], []), color=color, s=12)
+    axes.set_xscale("log")
+    _finish(figure, axes, path, "tokens of the whole run, millions")
+
+
+def draw_curves(results: Results, path: Path) -> None:
+    """The picture has the validation loss along each run."""
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for result in results:
+        factor = result["bits_per_byte"] / result["val_loss"] if result["val_loss"] else 0.0
+        points = [(tokens, loss) for tokens, _, loss in result["curve"] if loss is not None]
+        axes.plot(
+            [tokens / 1e6 for tokens, _ in points],
+            [loss * factor for _, loss in points],
+            color=COLORS[result["arm"]],
+            label=f"{result['arm']}, seed {result['seed']}",
+        )
+    _finish(figure, axes, path, "tokens trained, millions")
+
+
+def _finish(figure: plt.Figure, axes: plt.Axes, path: Path, what: str) -> None:
+    axes.set_xlabel(what)
+    axes.set_ylabel("validation loss, bits per byte")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

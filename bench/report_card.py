@@ -1,0 +1,188 @@
+"""Measure what this GPU reaches, in about five minutes, for an issue and for plans.
+
+    python -m bench.report_card [--out FOLDER] [--as-capability 8.6]
+
+Environment, clocks and power; ceilings; every kernel against its floor and its prediction; option a
+at its defaults, projected against measured. The folder gets report_card.md and report_card.json,
+from which `hamner.plan --report-card` plans.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import triton
+
+from bench import card_kernels, ceilings
+from bench.as_capability import as_capability
+from bench.card_step import Load, measure_step
+from bench.card_text import to_markdown
+from bench.conditions import conditions
+from bench.timing import use_recordable_stream
+from hamner.cli import read_flags, run_command
+from hamner.errors import UserError
+from hamner.files import write_whole
+from hamner.hardware import Gpu
+from hamner.plan.measured_efficiency import measured_efficiency
+from hamner.plan.report_card import Device, ReportCard
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ReportCardConfig:
+    """Measure what this GPU reaches, in about five minutes, for an issue and for plans."""
+
+    out: Path = Path("report-card")
+    """folder to write report_card.md and report_card.json into"""
+    as_capability: str | None = None
+    """measure the kernels of this older capability, such as 8.6, whose code a newer GPU executes"""
+
+
+class Progress:
+    """The progress is a line at a time, with the seconds since the start."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+
+    def __call__(self, line: str) -> None:
+        print(f"[{time.perf_counter() - self.started:4.0f} s] {line}", flush=True)
+
+    def each(self, items: Iterator[T], describe: Callable[[T], str]) -> tuple[T, ...]:
+        """The method says each result, and gives them all; memory is free again after each."""
+        found = []
+        for item in items:
+            self(describe(item))
+            found.append(item)
+            torch.cuda.empty_cache()
+        return tuple(found)
+
+
+def describe_device() -> Device:
+    """The function gives the GPU, its driver and its limits."""
+    properties, said = torch.cuda.get_device_properties(), conditions()
+
+    def number(name: str) -> float | None:
+        try:
+            return float(said[name])
+        except (KeyError, ValueError):
+            return None
+
+    return Device(
+        gpu=torch.cuda.get_device_name(),
+        capability=(properties.major, properties.minor),
+        compiled_for=torch.cuda.get_device_capability(),
+        driver=said.get("driver", "unknown"),
+        torch=torch.__version__,
+        triton=triton.__version__,
+        memory_bytes=properties.total_memory,
+        power_limit_w=number("power_limit_w"),
+        max_clock_mhz=number("max_sm_clock_mhz"),
+        load_clock_mhz=None,
+    )
+
+
+def measure_ceilings(say: Progress) -> ReportCard:
+    """The function measures all but kernels and training."""
+    say("keeping the GPU busy until it is warm")
+    card_kernels.warm_up()
+    device, copy = describe_device(), ceilings.measure().copy_gb_per_s
+    say(f"a copy: {copy:,.0f} GB/s")
+    return ReportCard(
+        date=datetime.date.today().isoformat(),
+        commit=conditions()["commit"],
+        device=device,
+        bandwidth_gbs=copy,
+        matmuls=say.each(
+            card_kernels.matmul_rates(),
+            lambda rate: f"matmul {rate.m} x {rate.k} x {rate.n}: {rate.tflops:.1f} TFLOP/s",
+        ),
+        attention=say.each(
+            card_kernels.attention_rates(),
+            lambda rate: (
+                f"attention {rate.direction}, T {rate.seq_len}, head size "
+                f"{rate.head_size}: {rate.tflops:.1f} TFLOP/s"
+            ),
+        ),
+        kernels=(),
+        step=None,
+    )
+
+
+def measure(is_older: bool, say: Progress) -> tuple[ReportCard, Gpu, Load | None, list[str]]:
+    """The function measures everything.
+
+    Args:
+        is_older: the kernels are those of an older GPU.
+        say: shows how far it is.
+
+    Returns:
+        The card, the GPU that it is held against, what the GPU did while it trained, and notes.
+    """
+    card, load, notes = measure_ceilings(say), None, []
+    gpu, _ = measured_efficiency(card)
+    card = dataclasses.replace(
+        card,
+        kernels=say.each(
+            card_kernels.kernel_times(gpu),
+            lambda kernel: (
+                f"{kernel.name}: {kernel.measured_ms:.3f} ms, floor {kernel.floor_ms:.3f}"
+            ),
+        ),
+    )
+    if is_older:
+        notes.append(
+            "The kernels are those of compute capability {}.{}, executed on a newer GPU, which the "
+            "floors and predictions are of. Attention in training is Triton's.".format(
+                *card.device.compiled_for
+            )
+        )
+    try:
+        # Other attention would be the GPU's own code.
+        step, load = measure_step(gpu, "triton" if is_older else "auto", say)
+    except UserError as error:
+        notes.append(f"Option a does not train here: {error}")
+        say(notes[-1])
+    else:
+        clock = sorted(load.clock_mhz)[len(load.clock_mhz) // 2] if load.clock_mhz else None
+        device = dataclasses.replace(card.device, load_clock_mhz=clock)
+        card = dataclasses.replace(card, step=step, device=device)
+    return card, gpu, load, notes
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """While it is open, a folder that cannot be written is the user's to mend."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--out {folder} cannot be written: {error.strerror}") from error
+
+
+def main(args: Sequence[str]) -> None:
+    """The command measures, and writes both files."""
+    config = read_flags(ReportCardConfig, args, "bench.report_card")
+    if not torch.cuda.is_available():
+        raise UserError("no CUDA GPU found: a report card is measured on the GPU it is about")
+    older = config.as_capability
+    with as_capability(older) if older else contextlib.nullcontext():
+        with writing(config.out):
+            config.out.mkdir(parents=True, exist_ok=True)
+        use_recordable_stream()
+        card, gpu, load, notes = measure(older is not None, Progress())
+    page = to_markdown(card, gpu, load, notes)
+    with writing(config.out):
+        card.write(config.out / "report_card.json")
+        write_whole(config.out / "report_card.md", page)
+    print(page)
+    print(f"wrote {config.out}/report_card.md and {config.out}/report_card.json: attach both")
+
+
+if __name__ == "__main__":
+    run_command(main)

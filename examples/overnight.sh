@@ -1,0 +1,71 @@
+#!/bin/bash
+# From nothing to a chatbot on one GPU: shards, pre-training, fine-tuning, evaluation, chat. Started
+# again after Ctrl-C, a kill or a power cut it goes on where it was. From the repository:
+#
+#   examples/overnight.sh                               1B tokens: a night of a 3090 (projected, 11 h)
+#   nohup examples/overnight.sh > overnight.txt &       without a terminal
+#   TOKENS=10e9 FOLDER=runs/plan examples/overnight.sh  the whole plan: five days
+#   examples/overnight.sh --vram-budget 20              flags of hamner.train, at every start
+#
+# The shards are all of --data, some 10B tokens in 20 GB by default; training reads TOKENS of them.
+# A stage that is done leaves FOLDER/STAGE.done: remove the file, and the next start does it again.
+set -euo pipefail
+
+PYTHON=${PYTHON:-.venv/bin/python}
+OPTION=${OPTION:-a}
+RECIPE=${RECIPE:-muon}
+TOKENS=${TOKENS:-1e9}
+DATA=${DATA:-hf:HuggingFaceFW/fineweb-edu:sample-10BT} # SPECs of hamner.data, by spaces
+PERSONAL=${PERSONAL:-}                                 # a SPEC that a twentieth of the tokens is of
+CONVERSATIONS=${CONVERSATIONS:-builtin}                # SPECs of hamner.sft, by spaces
+FOLDER=${FOLDER:-runs/overnight}
+
+mkdir -p "$FOLDER"
+exec 9> "$FOLDER/lock"
+if ! flock --nonblock 9; then
+    echo "error: an earlier start, or a command that it left, still works in $FOLDER" >&2
+    exit 2
+fi
+read -ra data <<< "$DATA"
+read -ra conversations <<< "$CONVERSATIONS"
+vocabulary=()
+if [ "$OPTION" = tiny ]; then vocabulary=(--vocab-size 4096); fi
+mixture=("shards:$FOLDER/shards")
+if [ -n "$PERSONAL" ]; then mixture=("shards:$FOLDER/shards=0.95" "$PERSONAL=0.05"); fi
+
+is_left() { # STAGE
+    if [ -e "$FOLDER/$1.done" ]; then
+        echo "== $1: done before"
+        return 1
+    fi
+    echo "== $1"
+}
+
+if is_left shards; then # goes on by itself
+    "$PYTHON" -m hamner.data prepare --data "${data[@]}" --output "$FOLDER/shards" "${vocabulary[@]}"
+    touch "$FOLDER/shards.done"
+fi
+
+if is_left base; then
+    begin=(--option "$OPTION" --recipe "$RECIPE" --data "${mixture[@]}")
+    if [ -e "$FOLDER/base/config.json" ]; then begin=(--resume); fi
+    "$PYTHON" -m hamner.train "${begin[@]}" --tokens "$TOKENS" --run-dir "$FOLDER/base" "$@"
+    touch "$FOLDER/base.done"
+fi
+
+if is_left chat; then
+    begin=(--checkpoint "$FOLDER/base" --data "${conversations[@]}")
+    if [ -e "$FOLDER/chat/config.json" ]; then begin=(--resume); fi
+    "$PYTHON" -m hamner.sft "${begin[@]}" --run-dir "$FOLDER/chat"
+    touch "$FOLDER/chat.done"
+fi
+
+if is_left evaluation; then
+    "$PYTHON" -m hamner.evaluate --checkpoint "$FOLDER/base" "$FOLDER/chat" \
+        --output "$FOLDER/evaluation.json"
+    touch "$FOLDER/evaluation.done"
+fi
+
+exec 9>&-
+if [ -t 0 ] && [ -t 1 ]; then exec "$PYTHON" -m hamner.chat --checkpoint "$FOLDER/chat"; fi
+echo "talk to it: $PYTHON -m hamner.chat --checkpoint $FOLDER/chat"

@@ -1,0 +1,215 @@
+"""A report card is what one GPU reached, measured by `python -m bench.report_card`.
+
+It is a JSON file that its owner can attach to an issue, and that `hamner.plan --report-card` plans
+with. Torch-free.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from hamner.errors import UserError
+from hamner.files import read_json, write_whole
+
+FORMAT = 1
+"""number of the layout of the file; another layout is another number"""
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device is one physical GPU under one driver, with the limits that it ran under."""
+
+    gpu: str
+    """the driver's name for it"""
+    capability: tuple[int, int]
+    """compute capability of the GPU"""
+    compiled_for: tuple[int, int]
+    """compute capability that the kernels were compiled for: another one under --as-capability"""
+    driver: str
+    torch: str
+    triton: str
+    memory_bytes: int
+    power_limit_w: float | None
+    """None here and below: the driver did not say"""
+    max_clock_mhz: float | None
+    """highest clock of the multiprocessors that the driver allows"""
+    load_clock_mhz: float | None
+    """median of that clock while option a trained"""
+
+
+@dataclass(frozen=True)
+class MatmulRate:
+    """A rate is of one bf16 matmul (m, k) x (k, n) of torch, accumulated in fp32."""
+
+    m: int
+    k: int
+    n: int
+    tflops: float
+
+
+@dataclass(frozen=True)
+class AttentionRate:
+    """A rate is of Hamner's causal attention in bf16, half of the square counted.
+
+    Forward is two products, backward five (`hamner.plan.costs.attention`).
+    """
+
+    seq_len: int
+    head_size: int
+    direction: Literal["forward", "backward"]
+    tflops: float
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """A time is of one kernel, or of the few that make one operation, at one shape."""
+
+    name: str
+    shape: str
+    """for a reader, such as 24576 x 1024"""
+    kind: str
+    """what the step model calls such work (`hamner.plan.step_time.Op.kind`), such as norm, swiglu,
+    rope, loss, optimizer, routing or matmul_grouped; empty where it has no such kind"""
+    flops: float
+    """by `hamner.plan.costs`, as the bytes"""
+    bytes: float
+    measured_ms: float
+    floor_ms: float
+    """at the card's peak and its full bandwidth"""
+    predicted_ms: float | None
+    """by the step model without this report card; None where it has no such kind"""
+
+
+@dataclass(frozen=True)
+class StepMeasurement:
+    """A measurement is of option a at its defaults, beside what was projected before it ran."""
+
+    steps: int
+    """timed ones"""
+    tokens_per_second: float
+    """median"""
+    tokens_per_second_p10: float
+    tokens_per_second_p90: float
+    peak_bytes: int
+    """of memory, as torch allocated it"""
+    projected_low: float
+    """tokens/s, as the next two"""
+    projected: float
+    projected_high: float
+    projected_peak_bytes: int
+
+
+@dataclass(frozen=True)
+class ReportCard:
+    """A report card is of one session on one GPU."""
+
+    date: str
+    """as 2026-11-29"""
+    commit: str
+    """of Hamner"""
+    device: Device
+    bandwidth_gbs: float
+    """of a large copy, bytes read and written (10^9) a second"""
+    matmuls: tuple[MatmulRate, ...]
+    attention: tuple[AttentionRate, ...]
+    kernels: tuple[KernelTime, ...]
+    step: StepMeasurement | None
+    """None where option a was not trained"""
+    format: int = FORMAT
+
+    def write(self, path: Path) -> None:
+        """The card is written as one JSON object.
+
+        Raises:
+            OSError: the disk does not take it.
+            ValueError: a number is not finite.
+        """
+        write_whole(path, json.dumps(asdict(self), indent=1, allow_nan=False) + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> "ReportCard":
+        """The card is read back, every field of it checked.
+
+        Raises:
+            UserError: the file is not a report card of this format, or damaged.
+        """
+        again = "make it again with python -m bench.report_card"
+        values = read_json(path, _Unreadable)
+        if not {"format", "device", "matmuls"} <= values.keys():
+            raise UserError(f"--report-card {path} is not a report card: {again}")
+        if values["format"] != FORMAT:
+            raise UserError(
+                f"--report-card {path} has format {values['format']!r}, this version reads "
+                f"{FORMAT}: {again}"
+            )
+        try:
+            card = _decode(cls, values, "")
+            card._check_rates()
+        except ValueError as error:
+            raise UserError(f"--report-card {path} is damaged, {error}: {again}") from None
+        return card
+
+    def _check_rates(self) -> None:
+        """A rate that is missing or 0, which nothing could be divided by, is a ValueError."""
+        measured = {
+            "bandwidth_gbs": [self.bandwidth_gbs],
+            "device.memory_bytes": [self.device.memory_bytes],
+            "matmuls": [value for rate in self.matmuls for value in asdict(rate).values()],
+            "attention": [rate.tflops for rate in self.attention],
+            "kernels": [kernel.measured_ms for kernel in self.kernels],
+        }
+        if self.step:
+            measured["step"] = [self.step.tokens_per_second_p10, self.step.tokens_per_second]
+        for name, values in measured.items():
+            if not values:
+                raise ValueError(f"{name} is empty")
+            if not all(values):
+                raise ValueError(f"{name} has a 0")
+
+
+class _Unreadable(UserError):
+    """The error names the flag before the file."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(f"--report-card {message}")
+
+
+def _decode(wanted: Any, value: Any, where: str) -> Any:
+    """The function makes `wanted` of what JSON holds, or says in a ValueError what is wrong."""
+    if is_dataclass(wanted):
+        return _decode_fields(wanted, value, where)
+    origin, arguments = get_origin(wanted), get_args(wanted)
+    if origin is UnionType:
+        inner = next(argument for argument in arguments if argument is not type(None))
+        return None if value is None else _decode(inner, value, where)
+    if origin is Literal and value in arguments:
+        return value
+    if origin is tuple and isinstance(value, list):
+        if arguments[1:] == (...,):
+            arguments = arguments[:1] * len(value)
+        if len(arguments) == len(value):
+            pairs = enumerate(zip(arguments, value, strict=True))
+            return tuple(_decode(kind, item, f"{where}[{i}]") for i, (kind, item) in pairs)
+    if wanted is str and isinstance(value, str):
+        return value
+    is_number = isinstance(value, int) if wanted is int else isinstance(value, (int, float))
+    # The limit is before what no float can hold; NaN is not below it.
+    if wanted in (int, float) and is_number and not isinstance(value, bool) and 0 <= value <= 1e30:
+        return value
+    raise ValueError(f"{where} is {json.dumps(value)[:40]}")
+
+
+def _decode_fields(wanted: Any, value: Any, where: str) -> Any:
+    """Every field must be there; those that this version does not know are passed over."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where} is {json.dumps(value)[:40]}")
+    types, decoded = get_type_hints(wanted), {}
+    for field in fields(wanted):
+        name = f"{where}.{field.name}".lstrip(".")
+        if field.name not in value:
+            raise ValueError(f"{name} is missing")
+        decoded[field.name] = _decode(types[field.name], value[field.name], name)
+    return wanted(**decoded)

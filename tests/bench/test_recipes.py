@@ -1,0 +1,295 @@
+"""Recipes are compared: what is tried next, runs that are left and gone on with, the statistics."""
+
+import itertools
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+
+from bench import recipe_trials, recipes
+from bench.recipe_fit import SEVERAL_SEEDS, fit
+from bench.recipe_report import report
+from bench.recipe_statistics import Ratio, tokens_at, trend
+from bench.recipe_trials import LEAST_TRIALS, START, Scope, Trial, neighbours, plan, tuned
+from hamner.errors import UserError
+from tests.corpus import write_predictable
+
+TUNE = Scope("tune", ("adamw", "muon"), (20_000_000,), (0,))
+LADDER = Scope("ladder", ("plan", "adamw", "muon"), (25_000_000, 50_000_000, 100_000_000), (0, 1))
+SMALL = (
+    *("--option", "tiny", "--hidden-size", "64", "--num-layers", "1", "--num-attention-heads", "4"),
+    *("--num-kv-heads", "2", "--expert-intermediate-size", "128", "--vocab-size", "261"),
+    *("--max-seq-len", "64", "--seq-len", "64", "--batch-size", "2", "--device", "cpu"),
+)
+
+
+def result(trial: Trial, loss: float | None, **more) -> dict:
+    """The line of a run that was not made."""
+    return {
+        **vars(trial),
+        "val_loss": loss,
+        "bits_per_byte": None if loss is None else loss / 3,
+        "diverged": loss is None,
+        "tokens_per_second": 400_000 if trial.arm != "muon" else 380_000,
+        "seconds": 50.0,
+        "steps": 1000,
+        "batch_size": 24,
+        "seq_len": 1024,
+        "parameters": 59_000_000,
+        "data": {
+            "digest": "0",
+            "train_tokens": 112_000_000,
+            "validation_tokens": 700_000,
+            "epochs": 0.2,
+        },
+        "curve": [[trial.tokens // 2, 5.0, None], [trial.tokens, 4.5, loss]],
+        "conditions": {"gpu": "X"},
+        **more,
+    }
+
+
+def search(loss_at, scope: Scope = TUNE, results=()) -> list[dict]:
+    """The results of a search whose losses follow from the point."""
+    results = list(results)
+    while todo := plan(scope, results):
+        results.append(result(todo[0], loss_at(todo[0].arm, todo[0].point)))
+    return results
+
+
+def bowl(arm: str, point) -> float | None:
+    """The best of adamw is a step away, of muon several; large learning rates diverge."""
+    best = {"adamw": (0, 0, 1, 0), "muon": (2, -1, 0, 2)}[arm]
+    if point[0] > 3:
+        return None
+    return 4.0 + sum((a - b) ** 2 for a, b in zip(point, best, strict=True))
+
+
+def test_a_search_ends_inside_and_gives_every_arm_as_many_trials():
+    results = search(bowl)
+    by_arm = {arm: [r for r in results if r["arm"] == arm] for arm in TUNE.arms}
+    counts = {arm: len(own) for arm, own in by_arm.items()}
+    assert counts["adamw"] == counts["muon"] >= LEAST_TRIALS
+    for arm, own in by_arm.items():
+        points = [r["point"] for r in own]
+        assert points[0] == START
+        assert len(set(points)) == len(points)
+        best = min(own, key=recipe_trials.loss_of)
+        assert best["val_loss"] == 4.0, arm
+        assert set(neighbours(best["point"], recipe_trials.DIMENSIONS)) <= set(points)
+
+
+def test_a_search_goes_on_from_lines_in_any_session():
+    results = search(bowl)
+    read = [json.loads(json.dumps(line)) for line in results]
+    for done in range(0, len(read), 5):
+        assert plan(TUNE, read[:done])[0].key == Trial.of(results[done]).key
+    assert plan(TUNE, read) == []
+
+
+def test_a_search_that_diverges_lowers_the_learning_rate():
+    point = recipe_trials.next_point({START: math.inf}, START, recipe_trials.DIMENSIONS)
+    assert point == (-1, 0, 0, 0)
+
+
+def test_the_learning_rate_is_chosen_again_on_current_and_the_ladder_has_it():
+    current = Scope("current", ("adamw", "muon"), (25_000_000,), (0,))
+    with pytest.raises(UserError, match="no result of adamw in the part `tune`"):
+        plan(current, [])
+    tune = search(bowl)
+    with pytest.raises(UserError, match="no result of muon in the part `current`"):
+        plan(LADDER, tune)
+
+    def finer(arm, point):
+        return abs(point[0] - {"adamw": 0, "muon": 1}[arm])
+
+    results = search(finer, current, tune)
+    points = [r["point"] for r in results if (r["part"], r["arm"]) == ("current", "muon")]
+    assert points == [(2, -1, 0, 2), (3, -1, 0, 2), (1, -1, 0, 2), (0, -1, 0, 2)]
+    ladder = plan(LADDER, results)
+    assert {t.lr for t in ladder if t.arm == "muon"} == {tuned((1, -1, 0, 2), "muon")["lr"]}
+    assert {t.lr for t in ladder if t.arm == "plan"} == {2e-4}
+    assert len(ladder) == 2 * (3 * 3 + 2)
+    assert [t.tokens for t in ladder] == sorted(t.tokens for t in ladder)
+    assert not {t.seed for t in ladder} & {recipe_trials.TUNING_SEED}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    train, other = folder / "train.jsonl", folder / "all.jsonl"
+    write_predictable(other, documents=70)
+    lines = other.read_text().splitlines(keepends=True)
+    train.write_text("".join(lines[:60]))
+    valid = folder / "valid.jsonl"
+    valid.write_text("".join(lines[60:]))
+    return ["--data", str(train), "--validation", str(valid)]
+
+
+def test_runs_are_trained_left_and_gone_on_with(data, tmp_path, capsys, monkeypatch):
+    """The long pair on a minute model: one call ends in the middle of a run."""
+    monkeypatch.setitem(recipes.RESERVE_SECONDS, "long", 0.0)
+    monkeypatch.setattr(recipes, "START_SECONDS", 0.0)
+    tune = [result(t, 4.0) for t in plan(TUNE, [])]
+    known = tmp_path / "known"
+    known.mkdir()
+    current = [{**line, "part": "current"} for line in tune]
+    (known / "current.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in current))
+    command = ["long", *data, "--output", str(tmp_path / "out"), "--known", str(known)]
+    command += ["--tokens", "1280", *SMALL]
+    steps = itertools.count(1)
+    late = SimpleNamespace(monotonic=lambda: math.inf if next(steps) == 4 else 0.0)
+    monkeypatch.setattr(recipes.runs, "time", late)
+    assert recipes.main(command) == 0
+    assert "long: 2 or more runs are left" in capsys.readouterr().out
+    assert recipes.read_results(tmp_path / "out") == []
+    assert next(steps) == 5
+    assert recipes.main(command) == 0
+    plain, muon = recipes.read_results(tmp_path / "out")
+    assert (plain["arm"], muon["arm"], muon["recipe"]["optimizer"]) == ("plan", "muon", "muon")
+    for line in (plain, muon):
+        assert line["steps"] == line["curve"][-1][0] // 128 == 10
+        assert line["curve"][-1][2] == pytest.approx(line["val_loss"], abs=1e-4)
+        # One byte a token, but for the ends of documents.
+        share = line["data"]["validation_tokens"] / line["data"]["validation_bytes"]
+        assert 1 < share < 1.01
+        assert line["bits_per_byte"] == pytest.approx(line["val_loss"] / math.log(2) * share, 1e-4)
+        assert line["recipe"]["warmup_steps"] == 1
+    said = next((tmp_path / "out" / "runs").glob("long-plan*.txt")).read_text()
+    assert "resum" in said
+    assert recipes.main(command) == 0
+    assert "long: done" in capsys.readouterr().out
+
+
+def test_data_on_both_sides_or_read_twice_is_refused(data, tmp_path):
+    def run(*flags: str):
+        recipes.main(["tune", *flags, "--output", str(tmp_path), "--known", "none", *SMALL])
+
+    with pytest.raises(UserError, match="--validation .*: 60 of its documents are in --data too"):
+        run(*data[:2], "--validation", data[1], "--tokens", "1280")
+    with pytest.raises(UserError, match="a run of 1,000,000 would read some twice"):
+        run(*data, "--tokens", "1e6")
+
+
+def test_other_data_than_that_of_the_results_is_refused(data, tmp_path):
+    trial = plan(Scope("tune", ("adamw",), (1280,), (0,), SMALL), [])[0]
+    (tmp_path / "tune.jsonl").write_text(json.dumps(result(trial, 4.0)) + "\n")
+    with pytest.raises(UserError, match="measured on other documents"):
+        recipes.main(
+            [
+                "tune",
+                *data,
+                "--output",
+                str(tmp_path),
+                "--tokens",
+                "1280",
+                "--known",
+                "none",
+                *SMALL,
+            ]
+        )
+
+
+def test_tokens_to_a_loss_are_interpolated_in_their_logarithm():
+    ends = {25_000_000: 5.0, 50_000_000: 4.5, 100_000_000: 4.25}
+    inside, beyond = tokens_at(4.75, ends), tokens_at(4.0, ends)
+    assert inside.tokens == pytest.approx(25e6 * 2**0.5)
+    assert inside.is_inside
+    assert beyond.tokens == pytest.approx(200e6)
+    assert not beyond.is_inside
+    assert tokens_at(5.5, ends).tokens == pytest.approx(12.5e6)
+    assert tokens_at(4.0, {1: 5.0}) is None
+    assert tokens_at(4.0, {1: 5.0, 2: 5.0}) is None
+
+
+def test_ratios_have_student_t_intervals():
+    ratio = Ratio.of([2.0, 4.0, 8.0])
+    assert ratio.mean == pytest.approx(4.0)
+    # t = 4.303 with two degrees of freedom, standard error ln 2 / sqrt 3.
+    assert ratio.high / ratio.mean == pytest.approx(2 ** (4.302653 / 3**0.5), rel=1e-5)
+    assert ratio.low * ratio.high == pytest.approx(16.0)
+    # (ln 4 - 0) / (ln 2 / sqrt 3) = 3.4641
+    assert ratio.p_above(1.0) == pytest.approx(0.0371, abs=1e-4)
+    assert ratio.p_above(4.0) == pytest.approx(0.5)
+    assert Ratio.of([2.0]).p_above(1.0) is None
+
+
+def test_a_trend_is_taken_to_another_length():
+    falling = {25_000_000: 4.0, 50_000_000: 2.0}
+    found = trend([falling, falling], 100e6)
+    assert found.per_doubling.mean == pytest.approx(0.5)
+    assert found.at.mean == pytest.approx(1.0)
+    assert trend([{25_000_000: 4.0}], 100e6) is None
+
+
+def power_law(arm: str, tokens: int, seed: int) -> float:
+    """Muon needs a third of the plan's tokens, and half of adamw's."""
+    factor = {"plan": 1 / 3, "adamw": 1 / 2, "muon": 1.0}[arm]
+    return 8 - 0.5 * math.log2(factor * tokens / 1e6) + 0.01 * seed
+
+
+def test_the_report_says_how_many_times_the_tokens(tmp_path):
+    results = [
+        line | {"val_loss": line["val_loss"] + 0.01 * (line["arm"] == "muon") * line["seed"]}
+        for line in ladder_results()
+    ]
+    diverged = result(plan(TUNE, [])[0], None)
+    long = Trial("long", "muon", 0, 250_000_000, 2e-3, 2e-3, 0.1, 0.95)
+    text = report([*results, diverged, result(long, 3.5)], tmp_path)
+    cells = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines()]
+    reached = [row for row in cells if row[:1] == ["50"] and len(row) == 7]
+    assert [row[3].split()[0] for row in reached] == ["2.98", "2.98", "1.99", "1.99"]
+    assert [row[1] for row in reached] == ["16.8", "149.0*", "25.2", "99.3"]
+    # Muon's step costs 1/0.95.
+    assert reached[0][6].startswith("2.83")
+    assert any(row[:1] == ["adamw"] and "diverged" in row for row in cells)
+    assert "not yet inside" not in text
+    assert {path.name for path in tmp_path.iterdir()} == {"ladder.png", "long.png"}
+
+
+def ladder_results(lengths=LADDER.tokens) -> list[dict]:
+    chosen = [
+        {**vars(t), "part": "current", "diverged": False, "val_loss": 4.0} for t in plan(TUNE, [])
+    ]
+    scope = Scope("ladder", LADDER.arms, lengths, LADDER.seeds)
+    return [result(t, power_law(t.arm, t.tokens, t.seed)) for t in plan(scope, chosen)]
+
+
+def test_the_ladder_says_what_the_plan_says_of_recipes(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipes, "RATIOS", tmp_path / "ratios.json")
+    lines = "".join(f"{json.dumps(line)}\n" for line in ladder_results())
+    (tmp_path / "ladder.jsonl").write_text(lines)
+    recipes.main(["fit", str(tmp_path)])
+    written = json.loads((tmp_path / "ratios.json").read_text())
+    assert (
+        "22 runs of option current, 6.25M to 100M tokens of English, 2 seeds" in written["source"]
+    )
+    for recipe, ratio in (("adamw", 1.5), ("muon", 3.0)):
+        points = written["ratios"][recipe]
+        assert [point[1] for point in points] == pytest.approx([ratio] * len(points))
+        assert {point[2] for point in points} == {SEVERAL_SEEDS}
+    # Each of the plan's lengths, and those of Muon's whose loss lies between the plan's.
+    assert [point[0] / 1e6 for point in written["ratios"]["muon"]] == pytest.approx(
+        [25 / 3, 12.5, 50 / 3, 25, 100 / 3], rel=1e-3
+    )
+    with pytest.raises(UserError, match="between which adamw and plan reach one loss"):
+        fit(ladder_results((25_000_000,)))
+
+
+def test_the_plan_is_fitted_to_the_committed_results():
+    """Whoever commits a ladder runs `python -m bench.recipes fit`."""
+    committed = recipes.read_results(recipes.COMMITTED)
+    if any(line["part"] == "ladder" for line in committed):
+        assert recipes.RATIOS.read_text() == fit(committed)
+    ratios = json.loads(recipes.RATIOS.read_text())["ratios"]
+    assert all(tokens > 0 and ratio > 0 for own in ratios.values() for tokens, ratio, _ in own)
+
+
+def test_a_report_of_nothing_and_unknown_parts_are_refused(tmp_path):
+    with pytest.raises(UserError, match="has no .*jsonl with results"):
+        recipes.main(["report", str(tmp_path)])
+    with pytest.raises(UserError, match="pigeons is not one of tune, current, ladder, long"):
+        recipes.main(["pigeons"])
+    (tmp_path / "x.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match="line 1 is not a result"):
+        recipes.main(["report", str(tmp_path)])

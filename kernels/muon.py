@@ -323,8 +323,8 @@ def symmetric_product(
         check_contiguous("factors", factors)
     out = x.new_empty((x.shape[0], x.shape[1], x.shape[1]), dtype=out_dtype or x.dtype)
     torch.ops.hamner.symmetric_product_(
-        x, y, addend, factors, out, product_factor=product_factor, addend_factor=addend_factor,
-        identity_factor=identity_factor,
+        x, y, addend, factors, out=out, product_factor=product_factor,
+        addend_factor=addend_factor, identity_factor=identity_factor,
     )  # fmt: skip
     return out
 

@@ -14,7 +14,7 @@ from hamner.cli import read_ahead, read_flags, run_command
 from hamner.config.options import OPTIONS
 from hamner.config.sft import SftConfig
 from hamner.config.train import CONFIG_FILE, TrainConfig
-from hamner.errors import EXIT_INTERRUPTED, UserError
+from hamner.errors import UserError
 from hamner.parallel.ranks import is_restart
 
 COMMAND = "hamner.sft"
@@ -72,8 +72,7 @@ def main(args: Sequence[str]) -> int:
     # Torch takes a second or more to load: only now, so that --help and refusals are immediate.
     from hamner.sft.fine_tuning import fine_tune
 
-    result = fine_tune(config)
-    return EXIT_INTERRUPTED if result.interrupted else 0
+    return fine_tune(config).exit_code
 
 
 if __name__ == "__main__":

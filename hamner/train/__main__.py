@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from hamner.cli import read_ahead, read_flags, run_command
 from hamner.config.train import TrainConfig
-from hamner.errors import EXIT_BAD_STEPS, EXIT_INTERRUPTED, UserError
+from hamner.errors import UserError
 from hamner.parallel.ranks import is_restart
 from hamner.train.flags import Origin
 
@@ -66,9 +66,7 @@ def main(args: Sequence[str], on_phase: Callable[[str, int], None] | None = None
     from hamner.train.loop import train
 
     result = train(config) if on_phase is None else train(config, on_phase=on_phase)
-    if result.diagnosis:
-        return EXIT_BAD_STEPS
-    return EXIT_INTERRUPTED if result.interrupted else 0
+    return result.exit_code
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hamner.config.train import TrainConfig
+from hamner.errors import EXIT_BAD_STEPS, EXIT_INTERRUPTED
 from hamner.train.display import count, duration
 from hamner.train.evaluation import EarlyStopping
 from hamner.train.log import TrainLog
@@ -28,6 +29,13 @@ class TrainResult:
     interrupted: bool
     diagnosis: str | None = None
     """why the run stopped itself, or None"""
+
+    @property
+    def exit_code(self) -> int:
+        """The commands that train end with this code."""
+        if self.diagnosis:
+            return EXIT_BAD_STEPS
+        return EXIT_INTERRUPTED if self.interrupted else 0
 
 
 def introduction(log: TrainLog, saves: Saves, *, has_validation: bool) -> list[str]:

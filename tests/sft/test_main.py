@@ -13,8 +13,9 @@ from hamner.config.model import ModelConfig
 from hamner.config.sft import SftConfig
 from hamner.config.train import TrainConfig
 from hamner.errors import UserError
-from hamner.sft.__main__ import parse
+from hamner.sft.__main__ import main, parse
 from hamner.train.__main__ import parse as parse_training
+from hamner.train.messages import TrainResult
 from tests import forked
 from tests.models import DENSE, build
 from tests.saved import save_run
@@ -121,6 +122,13 @@ def test_bad_flags(base, monkeypatch, args, named):
     monkeypatch.chdir(base.parent)
     with pytest.raises(UserError, match=named):
         parse(args)
+
+
+def test_a_run_that_stops_itself_does_not_end_with_code_0(base, monkeypatch):
+    stopped = TrainResult(7, 0, None, None, interrupted=False, diagnosis="no finite loss")
+    monkeypatch.setattr("hamner.sft.fine_tuning.fine_tune", lambda config: stopped)
+    monkeypatch.chdir(base.parent)
+    assert main(["--checkpoint", "base"]) == 3
 
 
 def test_bad_data_is_one_sentence_and_exit_2(base, tmp_path):

@@ -74,6 +74,7 @@ def test_bad_steps_are_skipped_counted_shown_and_kept(config, capsys):
     result = run_to_end(made)
     assert result.step == 20
     assert result.diagnosis is None
+    assert result.exit_code == 0
     records = metrics(config.run_dir)
     counts = [0, *(record["skipped_steps"] for record in records)]
     bad = [step for step, (a, b) in enumerate(zip(counts, counts[1:], strict=False), 1) if b > a]
@@ -130,6 +131,7 @@ def test_five_bad_steps_in_a_row_stop_the_run(config, capsys):
     made.step.forward = overflow
     result = run_to_end(made)
     assert result.step == 11
+    assert result.exit_code == 3
     assert "5 steps in a row had no finite loss or gradient (step 11: loss" in result.diagnosis
     assert "The weights are finite" in result.diagnosis
     assert result.diagnosis in capsys.readouterr().out

@@ -27,7 +27,7 @@ import pytest
 from hamner.config.train import TrainConfig
 
 NOTHING_TO_COMPILE = frozenset(
-    {"eager", "torch", "torch fused", "loop", "grouped_mm"}
+    {"eager", "torch", "torch fused", "loop", "grouped_mm", "cuBLAS bf16"}
     | {"sdpa-flash", "sdpa-cudnn", "flash-attn", "Hugging Face"}
 )
 """implementations and trainers that come compiled"""

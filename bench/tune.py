@@ -1,7 +1,7 @@
 """Measure the launch tables of the kernels on the GPU at hand and print the best rows.
 
     python -m bench.tune [rms_norm swiglu rope qk_norm cross_entropy adamw router_linear
-        grouped_matmul] [--as-capability 8.6] [--output FILE]
+        grouped_matmul int8_matmul int8_quantize] [--as-capability 8.6] [--output FILE]
 
 Shapes are those of option a (c for router_linear and grouped_matmul) at 24 x 1024, bf16. A row goes
 into CONFIGS of the kernel's module; tests/kernels/test_compile_gate.py then says whether it fits
@@ -198,6 +198,40 @@ def moe_weight_grad(m):
     return run
 
 
+def int8_matmul(grouped: bool, m):
+    """The three matmuls of option a's widest layer, of which the weight's gradient is grouped."""
+    from hamner.kernels.int8_quantize import quantize_int8
+
+    x, d_out, weight = randn(N, D), randn(N, 2 * INTERMEDIATE), randn(2 * INTERMEDIATE, D)
+    pairs = [
+        tuple(
+            quantize_int8(operand, transposed=transposed, grouped=grouped)
+            for operand, transposed in pair
+        )
+        for pair in (
+            ((x, False), (weight, False)),
+            ((d_out, False), (weight, True)),
+            ((d_out, True), (x, True)),
+        )
+    ]
+
+    def run():
+        for a, b in pairs:
+            m.int8_matmul(a, b)
+
+    return run
+
+
+def quantise(transposed: bool, m):
+    x, d_out = randn(N, D), randn(N, 2 * INTERMEDIATE)
+
+    def run():
+        m.quantize_int8(x, transposed=transposed, grouped=transposed)
+        m.quantize_int8(d_out, transposed=transposed, grouped=transposed)
+
+    return run
+
+
 def grouped(matrices: int) -> Cost:
     """The function gives the work of all routed rows with so many matrices of width x inner."""
     return Cost(matrices * costs.matmul(N * TOP_K, MOE_D, MOE_I).flops)
@@ -212,6 +246,16 @@ def matmul_tiles(stages: tuple[int, ...], accumulators: int = 1) -> list[tuple]:
         (tile,)
         for tile in grid((64, 128, 256), (64, 128, 256), (32, 64), (4, 8), stages)
         if 32 <= accumulators * tile[0] * tile[1] / (32 * tile[3]) <= 128
+    ]
+
+
+def int8_tiles(registers: int) -> list[tuple]:
+    """The function gives tiles of results that take this many registers each, 64 to 128 of a
+    thread in all."""
+    return [
+        (tile,)
+        for tile in grid((64, 128, 256), (128, 256), (64, 128), (4, 8), (3, 4, 5))
+        if 64 <= registers * tile[0] * tile[1] / (32 * tile[3]) <= 128
     ]
 
 
@@ -336,6 +380,32 @@ KERNELS: dict[str, dict[str, Tunable]] = {
             matmul_tiles((3, 4, 6)),
             moe_weight_grad,
             grouped(3),
+        ),
+    },
+    "int8_matmul": {
+        mode: Tunable(
+            "int8_matmul",
+            (mode,),
+            int8_tiles(registers),
+            functools.partial(int8_matmul, mode == "grouped"),
+            Cost(3 * costs.matmul(N, D, 2 * INTERMEDIATE).flops),
+        )
+        for mode, registers in (("rows", 1), ("grouped", 2))
+    },
+    "int8_quantize": {
+        "rows": Tunable(
+            "int8_quantize",
+            ("tile", "warps"),
+            grid((1024, 2048, 4096, 8192), (2, 4, 8)),
+            functools.partial(quantise, False),
+            costs.quantize_int8(N * (D + 2 * INTERMEDIATE)),
+        ),
+        "columns": Tunable(
+            "int8_quantize",
+            ("columns", "column_warps"),
+            grid((32, 64, 128), (4, 8, 16)),
+            functools.partial(quantise, True),
+            costs.quantize_int8(N * (D + 2 * INTERMEDIATE)),
         ),
     },
 }

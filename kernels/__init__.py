@@ -23,6 +23,8 @@ from hamner.kernels.fused_linear import (
     swiglu_linear,
 )
 from hamner.kernels.grouped_matmul import moe_mlp
+from hamner.kernels.int8_matmul import int8_matmul
+from hamner.kernels.int8_quantize import Int8Matrix, quantize_int8
 from hamner.kernels.moe_routing import Routing, moe_route
 from hamner.kernels.muon import muon_apply_, muon_momentum_, orthogonalize_, symmetric_product
 from hamner.kernels.norm_attention import add_rms_norm_attention
@@ -33,6 +35,7 @@ from hamner.kernels.router_linear import router_linear
 from hamner.kernels.swiglu import swiglu
 
 __all__ = [
+    "Int8Matrix",
     "Routing",
     "adamw_",
     "add_rms_norm",
@@ -44,6 +47,7 @@ __all__ = [
     "flash_attention_qkv",
     "global_grad_norm",
     "join_master",
+    "int8_matmul",
     "linear_cross_entropy",
     "moe_mlp",
     "moe_route",
@@ -51,6 +55,7 @@ __all__ = [
     "muon_momentum_",
     "orthogonalize_",
     "qk_norm_rope",
+    "quantize_int8",
     "rms_norm",
     "rms_norm_linear",
     "rope",

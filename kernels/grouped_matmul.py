@@ -44,7 +44,7 @@ from hamner.kernels.checks import (
     check_same_device,
     check_shape,
 )
-from hamner.kernels.launch import capability
+from hamner.kernels.launch import capability, swizzled_tile
 from hamner.kernels.moe_routing import MAX_EXPERTS, Routing
 
 
@@ -102,23 +102,10 @@ FLOAT32_CONFIG = Config(
 # Eight elements a thread: one 16-byte load of bf16 from each input. The blocks divide 768 and 1536.
 SWIGLU_GRAD_CONFIG = {"BLOCK_M": 4, "BLOCK_N": 512, "num_warps": 8}
 SUM_SLOTS_CONFIG = {"BLOCK_M": 4, "BLOCK_N": 256, "num_warps": 4}
-# Row tiles that run over the same columns before moving on, so that both stay in the L2 cache.
-GROUP_M = tl.constexpr(8)
 
 
 def _config(x: Tensor) -> Config:
     return FLOAT32_CONFIG if x.dtype == torch.float32 else CONFIGS[capability(x.device)]
-
-
-@triton.jit
-def _swizzle(num_m, num_n):
-    """A program's tile is (m, n): GROUP_M row tiles share their column tiles before moving on."""
-    pid = tl.program_id(0)
-    group = pid // (GROUP_M * num_n)
-    first_m = group * GROUP_M
-    rows = tl.minimum(num_m - first_m, GROUP_M)
-    within = pid - group * (GROUP_M * num_n)
-    return first_m + within % rows, within // rows
 
 
 @triton.jit
@@ -179,7 +166,7 @@ def gate_up_kernel(
     BLOCK_K: tl.constexpr,
 ):
     num_n_tiles: tl.constexpr = triton.cdiv(INTERMEDIATE, BLOCK_N)
-    m_tile, n_tile = _swizzle(tl.num_programs(0) // num_n_tiles, num_n_tiles)
+    m_tile, n_tile = swizzled_tile(tl.num_programs(0) // num_n_tiles, num_n_tiles)
     expert, row, row_end = _find_rows(offsets_ptr, m_tile, NUM_EXPERTS, BLOCK_M)
     if expert >= NUM_EXPERTS:
         return
@@ -241,7 +228,7 @@ def grouped_matmul_kernel(
     BLOCK_K: tl.constexpr,
 ):
     num_n_tiles: tl.constexpr = triton.cdiv(NUM_COLS, BLOCK_N)
-    m_tile, n_tile = _swizzle(tl.num_programs(0) // num_n_tiles, num_n_tiles)
+    m_tile, n_tile = swizzled_tile(tl.num_programs(0) // num_n_tiles, num_n_tiles)
     expert, row, row_end = _find_rows(offsets_ptr, m_tile, NUM_EXPERTS, BLOCK_M)
     if expert >= NUM_EXPERTS:
         return
@@ -295,7 +282,7 @@ def weight_grad_kernel(
     BLOCK_K: tl.constexpr,
 ):
     expert = tl.program_id(1).to(tl.int64)
-    m_tile, n_tile = _swizzle(triton.cdiv(NUM_OUT, BLOCK_M), triton.cdiv(NUM_IN, BLOCK_N))
+    m_tile, n_tile = swizzled_tile(triton.cdiv(NUM_OUT, BLOCK_M), triton.cdiv(NUM_IN, BLOCK_N))
     start = tl.load(offsets_ptr + expert)
     end = tl.load(offsets_ptr + expert + 1)
 

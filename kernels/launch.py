@@ -1,4 +1,5 @@
-"""Launches share the choice of an op's table row by device, and the sum of partial sums.
+"""Launches share the choice of an op's table row by device, the order of a matmul's tiles, and the
+sum of partial sums.
 
 Every op keeps a small table ``{"8.6": ..., "8.0": ..., "9.0": ...}``; tuning is a command, never a
 surprise at step one. Rows must fit the smallest card that uses them:
@@ -19,6 +20,8 @@ CAPABILITIES = ("8.6", "8.0", "9.0")
 # Of sum_partials: narrow columns of all rows at once. What costs is the latency of a load, so there
 # should be one after the other as seldom as possible (profiles/LOG.md: 6 us, where 64 x 32 took 9).
 BLOCK_P, BLOCK_D, NUM_WARPS = tl.constexpr(256), tl.constexpr(8), 16
+# Row tiles that run over the same columns before moving on, so that both stay in the L2 cache.
+GROUP_M = tl.constexpr(8)
 
 
 def capability(device: torch.device) -> str:
@@ -32,6 +35,17 @@ def capability(device: torch.device) -> str:
     if major in (9, 10):
         return "9.0"
     return "8.6" if (major, minor) in ((8, 6), (8, 7)) else "8.0"
+
+
+@triton.jit
+def swizzled_tile(num_m, num_n):
+    """A program's tile is (m, n): GROUP_M row tiles share their column tiles before moving on."""
+    pid = tl.program_id(0)
+    group = pid // (GROUP_M * num_n)
+    first_m = group * GROUP_M
+    rows = tl.minimum(num_m - first_m, GROUP_M)
+    within = pid - group * (GROUP_M * num_n)
+    return first_m + within % rows, within // rows
 
 
 @triton.jit

@@ -94,6 +94,11 @@ def matmul(rows: int, k: int, n: int, element_size: int = BF16, *, experts: int 
     return Cost(flops=2 * rows * k * n, bytes=moved * element_size)
 
 
+def quantize_int8(elements: int, element_size: int = BF16) -> Cost:
+    """Quantisation reads its input and writes a byte an element; scales are too few to count."""
+    return Cost(bytes=elements * (element_size + 1))
+
+
 def moe_mlp(
     elements: int,
     routed_rows: int,

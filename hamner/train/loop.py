@@ -342,8 +342,8 @@ class TrainingLoop:
         """Rank 0 draws the plots, says where the run is and how to go on."""
         if not self.log.is_main:
             return
-        self.display.working("drawing the plots")
-        self.pictures.finish()
+        with self.display.status.task("drawing the plots"):
+            self.pictures.finish()
         is_finished = self.is_finished and not (result.interrupted and self._owes_evaluation)
         self.display.messages(
             messages.conclusion(self.log, result, self.early_stopping, is_finished=is_finished)

@@ -29,7 +29,10 @@ def test_smoke_of_the_quick_rows(tmp_path):
     file = tmp_path / "results.json"
     modules = [
         f"bench/test_{name}.py"
-        for name in ("options", "trainers", "dense_kernels", "flash_attention", "moe_kernels")
+        for name in (
+            *("options", "trainers", "dense_kernels", "flash_attention", "moe_kernels"),
+            "int8_matmul",
+        )
     ]
     rows_file = tmp_path / "rows.jsonl"
     output = (f"--benchmark-json={file}", "--rows", str(rows_file))

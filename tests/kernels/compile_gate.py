@@ -26,7 +26,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from bench.as_capability import SHARED_MEMORY_LIMIT, cubin_file
-from bench.cubin import registers_and_stack
+from bench.cubin import instructions, registers_and_stack
 from tests.kernels import compile_cases
 
 
@@ -46,6 +46,8 @@ class CompileCase:
         divisible_by_16: integer parameters that are multiples of 16 at this shape; Triton
             specialises on that at launch, and vectorises with it.
         max_registers: a thread may use; None leaves it to the compiler.
+        fp_fusion: whether a product and a sum may become one instruction.
+        disassembles: whether the result has the machine's instructions.
     """
 
     name: str
@@ -57,11 +59,14 @@ class CompileCase:
     capability: str
     divisible_by_16: tuple[str, ...] = ()
     max_registers: int | None = None
+    fp_fusion: bool = True
+    disassembles: bool = False
 
 
 @dataclass(frozen=True)
 class CompileResult:
-    """What a case became: registers a thread, bytes of stack and of shared memory, matmuls."""
+    """What a case became: registers a thread, bytes of stack and of shared memory, matmuls, and the
+    names of its instructions with their modifiers, if asked for."""
 
     name: str
     capability: str
@@ -69,6 +74,7 @@ class CompileResult:
     stack: int
     shared: int
     uses_tensor_cores: bool = False
+    instructions: tuple[str, ...] = ()
 
     def row(self, op: str) -> str:
         """A line of the table that the tests print."""
@@ -116,9 +122,11 @@ def compile_case(case: CompileCase) -> CompileResult:
             "num_warps": case.num_warps,
             "num_stages": case.num_stages,
             "maxnreg": case.max_registers,
+            "enable_fp_fusion": case.fp_fusion,
         },
     )
-    registers, stack = registers_and_stack(cubin_file(compiled))
+    cubin = cubin_file(compiled)
+    registers, stack = registers_and_stack(cubin)
     return CompileResult(
         case.name,
         case.capability,
@@ -127,6 +135,7 @@ def compile_case(case: CompileCase) -> CompileResult:
         shared=compiled.metadata.shared,
         # mma.sync or wgmma.mma_async
         uses_tensor_cores="mma" in compiled.asm["ptx"],
+        instructions=instructions(cubin) if case.disassembles else (),
     )
 
 

@@ -11,7 +11,7 @@ from hamner.kernels.launch import CAPABILITIES
 from tests.kernels import compile_cases
 from tests.kernels.compile_gate import CompileResult, compile_op_in_subprocess, ops
 
-MATMUL_OPS = ("flash_attention", "moe", "muon")
+MATMUL_OPS = ("flash_attention", "int8_matmul", "moe", "muon")
 
 
 @pytest.mark.parametrize("op", ops())
@@ -26,6 +26,19 @@ def test_fits(op, record_property):
     assert not problems, "\n".join(problems)
     # Triton may make a dot of a product and a sum, less exact than fp32: no other op wants one.
     assert any(result.uses_tensor_cores for result in results) == (op in MATMUL_OPS)
+
+    if op == "int8_matmul":
+        assert_reads_whole_words(results)
+
+
+def assert_reads_whole_words(results: list[CompileResult]):
+    """An int8 matmul of sm_86 has its largest tensor-core instruction, and loads no bytes from
+    shared memory, which is what operands in another order become."""
+    matmuls = [r for r in results if r.capability == "8.6" and r.uses_tensor_cores]
+    assert len(matmuls) == 3
+    for result in matmuls:
+        assert any(name.startswith("IMMA.16832.S8.S8") for name in result.instructions), result
+        assert not {"LDS.U8", "LDS.S8"}.intersection(result.instructions), result
 
 
 def test_no_kernel_is_left_out():

@@ -85,8 +85,8 @@ def test_options_train(option, batches, record_property, request):
     their distances to the GPU's own code is the unit, of which the older code may be twice as far,
     the factor by which kernels may differ from torch in their own tests.
     """
-    if option != "a" and request.config.getoption("as_capability") is None:
-        pytest.skip("without --as-capability only a trains: the others take four minutes")
+    if request.config.getoption("as_capability") is None:
+        pytest.skip("needs --as-capability: the five options take five minutes")
     config = configure(option)
     with another_gpu("8.6"):
         older, weights = train(config, batches)

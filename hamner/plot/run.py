@@ -99,7 +99,8 @@ def expect(run: RunFolder, log: RunLog) -> ExpectedLoss | None:
         kept = np.isfinite(rows).all(0) & (rows[1] > 0)
         readings = (Reading(*row) for row in rows.T[kept].tolist())
         curve = join_readings(run.metrics, readings, math.log(config.model.vocab_size))
-        return ExpectedLoss(fit_run(curve), curve, total_tokens(config))
+        end = total_tokens(config)
+        return ExpectedLoss(fit_run(curve, end), curve, end)
     except UserError:  # NoLaw among them
         return None
 

@@ -48,7 +48,12 @@ COMMANDS = [
     *((f"hamner.{name}",) for name in ("train", "sft", "chat", "evaluate", "export")),
     *((f"hamner.{name}",) for name in ("plan", "plot", "profile")),
     *(("hamner.data", "prepare"), ("hamner.data", "train-tokenizer")),
-    *(("hamner.checkpoint", "import"), ("hamner.profile", "read"), ("bench.tune",)),
+    *(
+        ("hamner.checkpoint", "import"),
+        ("hamner.profile", "read"),
+        ("bench.tune",),
+        ("bench.scaling",),
+    ),
 ]
 """whose flags a sentence may name without them"""
 PASS_ON = ("bench.kills", "bench.scaling", "bench.recipes")

@@ -18,9 +18,9 @@ from hamner.data.batch import Batch
 from hamner.hardware import GIB
 from hamner.parallel.processes import SingleProcess, open_processes
 from hamner.parallel.tensors import local
-from hamner.progress import SILENT, Status
+from hamner.progress import SILENT
 from hamner.train import health, messages, resume
-from hamner.train.data import DataPosition, OpenData, RunData, open_documents
+from hamner.train.data import DataPosition, OpenData, open_documents
 from hamner.train.display import Display, count, duration
 from hamner.train.evaluation import EarlyStopping, Inspector
 from hamner.train.first_steps import FirstSteps
@@ -94,20 +94,18 @@ class TrainingLoop:
         self.step.messages += warn_of_missing_chat_tokens(self.tokenizer, config)
         is_gpu = self.step.compute.device.type == "cuda"
         self.display.budget_gib = self.step.compute.budget_bytes / GIB if is_gpu else None
-        self.data = self._read_data(open_data, shown, pin_memory=is_gpu)
+        reading = f"reading {' '.join(config.data) or 'the built-in corpus'}"
+        if self.processes.rank.is_main:
+            self.display.message(reading)
+        with shown.task(reading):
+            self.data = open_data(config, self.tokenizer, is_gpu, shown)
         self.position = DataPosition(self.data.loader, config, self.step.messages)
         self.progress = Progress()
         self.early_stopping = EarlyStopping(config.patience)
         self.log = TrainLog(self.run, self.step, self.display)
         self.pictures = Pictures(self.run.path, self.log.beside)
-        parts = (
-            self.progress,
-            self.step.optimizer,
-            self.log,
-            self.schedule,
-            self.early_stopping,
-            self.position,
-        )
+        learning = (self.progress, self.step.optimizer, self.log, self.schedule)
+        parts = (*learning, self.early_stopping, self.position)
         self.saves = Saves(self.log, self.progress, parts, self.tokenizer)
         if config.resume:
             with shown.task("reading the checkpoint"):
@@ -127,14 +125,6 @@ class TrainingLoop:
         )
         self.first_steps = FirstSteps(self.log, is_compiled=is_gpu or config.compile)
         self.first_step = self.progress.step
-
-    def _read_data(self, open_data: OpenData, shown: Status, *, pin_memory: bool) -> RunData:
-        """The loop says what it reads, which may take minutes, and gives it."""
-        reading = f"reading {' '.join(self.config.data) or 'the built-in corpus'}"
-        if self.processes.rank.is_main:
-            self.display.message(reading)
-        with shown.task(reading):
-            return open_data(self.config, self.tokenizer, pin_memory, shown)
 
     def _start_folder(self) -> None:
         """The run's folder, its logs and the services are there once nothing refuses any more."""

@@ -198,10 +198,11 @@ def test_singular_values_come_into_a_band(shape, dtype, device):
     orthogonalize_(updates, [shape[0]])
     assert updates.dtype == dtype
     for update, gradient in zip(updates, before, strict=True):
+        u, given, vh = torch.linalg.svd(gradient.double(), full_matrices=False)
+        within_reach = given > 0.003 * given.norm()
         values = singular_values(update, *shape)
-        assert values.min() > 0.6 and values.max() < 1.3, values
+        assert values[: within_reach.sum()].min() > 0.6 and values.max() < 1.3, values
         # And the directions are those of the gradient.
-        u, _, vh = torch.linalg.svd(gradient.double(), full_matrices=False)
         exact = RMS * math.sqrt(max(shape)) * (u @ vh)
         cosine = torch.nn.functional.cosine_similarity(
             update.double().flatten(), exact.flatten(), 0

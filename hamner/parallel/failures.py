@@ -5,6 +5,7 @@ thread that lets the others know, through the launcher's store, that it lives an
 that ends the process once another is dead or has failed.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -26,6 +27,8 @@ SILENT = 30.0
 operating system is asked"""
 GRACE = 10.0
 """seconds that a process has to leave by itself once another has failed"""
+CLAIM_POLL = 0.05
+"""seconds between two looks for a message of another process"""
 _PACKAGE = str(Path(hamner.__file__).parent)
 _HERE = str(Path(__file__).parent)
 
@@ -83,6 +86,14 @@ class FailureWatch:
     def wait_for_cause(self) -> None:
         """The watch has time to find why a collective failed; it ends the process if it does."""
         self._stop.wait(4 * INTERVAL)
+
+    def wait_for_claim(self) -> None:
+        """This process stays until another has begun to say why the job ends: the launcher sends
+        all a signal once one is gone, and who has not begun would not speak any more."""
+        deadline = time.monotonic() + GRACE
+        with contextlib.suppress(RuntimeError):  # the store is gone with who has spoken
+            while not self.store.check(["failures"]) and time.monotonic() < deadline:
+                time.sleep(CLAIM_POLL)
 
     def where_it_hangs(self) -> str:
         """The function says which ranks hold up the others: those behind that wait for nobody."""

@@ -35,6 +35,10 @@ _LOST_PROCESS = ("gloo", "NCCL", "ProcessGroup", "Connection closed", "Connectio
 """in what a collective raises when another process is gone"""
 
 
+class FoundByMain(UserError):
+    """The exception is bad input that rank 0 has found, and speaks of."""
+
+
 class SingleProcess:
     """The only process of a run agrees with itself."""
 
@@ -58,7 +62,11 @@ class SingleProcess:
         return -self.all_reduce_max([-number])[0]
 
     def from_main(self, function: Callable[[], T]) -> T:
-        """The result is what `function` returns in rank 0, the only one to call it."""
+        """The result is what `function` returns in rank 0, the only one to call it.
+
+        Raises:
+            UserError: `function` raised it; in the other ranks a `FoundByMain` that says the same.
+        """
         return function()
 
     def sum_(self, tensor: Tensor) -> None:
@@ -133,9 +141,20 @@ class MultipleProcesses(SingleProcess):
         return values.tolist()
 
     def from_main(self, function):
-        value = [function() if self.rank.is_main else None]
-        dist.broadcast_object_list(value, device=torch.device("cpu"))
-        return value[0]
+        value = found = None
+        if self.rank.is_main:
+            try:
+                value = function()
+            except UserError as error:
+                found = error
+        outcome = [value, found and str(found)]
+        dist.broadcast_object_list(outcome, device=torch.device("cpu"))
+        if found is not None:
+            raise found
+        value, sentence = outcome
+        if sentence is not None:
+            raise FoundByMain(sentence)
+        return value
 
     def sum_(self, tensor):
         dist.all_reduce(tensor)
@@ -187,6 +206,9 @@ class MultipleProcesses(SingleProcess):
         is_bad_input = isinstance(error, UserError)
         if self.log is not None:
             traceback.print_exception(error, file=self.log)
+        if isinstance(error, FoundByMain):
+            self.failures.wait_for_claim()
+            return EXIT_BAD_INPUT
         if isinstance(error, RuntimeError) and any(word in str(error) for word in _LOST_PROCESS):
             # Another process has ended: its own message, or the watch's, says more than this one.
             self.failures.wait_for_cause()

@@ -1,25 +1,25 @@
-"""All GPUs of this machine are compared with one of them, in tokens/s, and slow links with fast
-ones.
+"""All GPUs of this machine are compared with one of them: speed, losses, messages, resumed runs.
 
     python -m bench.scaling --output scaling --options a c [flags of hamner.train]
 
 For each option one GPU, then DDP and FSDP2 on all of them with the same batch for each, default
 flags, real data through the real loader. One GPU also takes the first steps of the others' whole
-batch, in micro-batches: theirs must have its losses. Then option --slow-option with DDP where NCCL
-is held back to what a PCIe-class link carries, by micro-batches a step and size of DDP's buckets.
+batch, in micro-batches: theirs must have its losses. A trace of three more steps says how long
+messages take and what of that nothing hides. Then the first option is killed on all GPUs and
+resumed on one, and the other way round. Last, option --slow-option with DDP where NCCL is held back
+to what a PCIe-class link carries, by micro-batches a step and size of DDP's buckets.
 
-    results.jsonl   one object a row, as soon as it is measured; a row that is there is not measured
-                    again, so a run that was cut off goes on
-    report.md       the tables, which are printed last
-    *.txt           what the processes said
+    results.jsonl     one object a row, as soon as it is measured; a row that is there is not
+                      measured again, so a run that was cut off goes on
+    moves.jsonl       the same of the runs that were killed and resumed
+    report.md         the tables, which are printed last
+    scaling.png       times one GPU, by GPUs
+    *.trace.json.gz   for `hamner.profile read`
+    *.txt             what the processes said
 """
 
 import itertools
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -28,10 +28,11 @@ from pathlib import Path
 import torch
 import tyro
 
-from bench.scaling_job import Row
+from bench import launch, moves
+from bench.scaling_job import Row, configure
+from bench.scaling_report import describe, draw, row_of
 from hamner.cli import PATHS, run_command
 from hamner.errors import UserError
-from hamner.profile.report import table
 
 TRANSPORTS = {
     "links": {},
@@ -47,6 +48,7 @@ BUCKETS_MIB = (100, 400)
 COMPARED_LOSSES = 10
 START_SECONDS, ROW_SECONDS = 90, 60
 """longest that the start of a job and each of its rows may take"""
+NO_TIME = "no time was left"
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,11 @@ class Scaling:
     """of hamner.train"""
     steps: int = 30
     """timed in a row; a third of them on slow links"""
-    gpus: int = torch.cuda.device_count()
-    """of this machine, at least 2"""
+    gpus: tuple[int, ...] = (torch.cuda.device_count(),)
+    """of this machine, at least 2; several numbers are measured one after another, and what is
+    measured once is measured on the last"""
+    moves: bool = True
+    """kill runs of the first option and resume them on other numbers of GPUs"""
     slow_option: str = "a"
     """that trains on slow links"""
     transports: tuple[str, ...] = ("shm-1", "sockets")
@@ -69,8 +74,9 @@ class Scaling:
     """after which nothing new is started"""
 
     def __post_init__(self) -> None:
-        if self.gpus < 2:
-            raise UserError(f"--gpus is {self.gpus}; a comparison needs at least 2")
+        if min(self.gpus, default=0) < 2:
+            given = " ".join(map(str, self.gpus)) or "empty"
+            raise UserError(f"--gpus is {given}; a comparison needs at least 2")
         unknown = set(self.transports) - set(TRANSPORTS)
         if unknown:
             raise UserError(f"--transports {min(unknown)} is not one of {', '.join(TRANSPORTS)}")
@@ -78,91 +84,38 @@ class Scaling:
 
 def plan(settings: Scaling) -> list[list[Row]]:
     """The function gives the rows by job: those of a job share processes and transport."""
-    several = [
-        Row(option, engine, settings.gpus, settings.steps, losses=COMPARED_LOSSES)
-        for option in settings.options
-        for engine in ("ddp", "fsdp")
-    ]
     # The reference's speed is of no interest; two steps are the fewest that have deciles.
     one = [
         row
         for option in settings.options
         for row in (
-            Row(option, "one", 1, settings.steps),
-            Row(option, "one", 1, 2, micro_batches=settings.gpus, losses=COMPARED_LOSSES),
+            Row(option, "one", 1, settings.steps, trace=True),
+            *(
+                Row(option, "one", 1, 2, micro_batches=gpus, losses=COMPARED_LOSSES)
+                for gpus in settings.gpus
+            ),
         )
     ]
-    steps = max(2, settings.steps // 3)
-    slow = [
+    several = [
         [
-            *(
-                Row(
-                    settings.slow_option,
-                    engine="ddp",
-                    gpus=settings.gpus,
-                    steps=steps,
-                    micro_batches=m,
-                    transport=transport,
-                )
-                for m in MICRO_BATCHES
-            ),
-            *(
-                Row(
-                    settings.slow_option,
-                    engine="ddp",
-                    gpus=settings.gpus,
-                    steps=steps,
-                    micro_batches=1,
-                    bucket_mib=mib,
-                    transport=transport,
-                )
-                for mib in BUCKETS_MIB
-            ),
+            Row(option, engine, gpus, settings.steps, losses=COMPARED_LOSSES, trace=True)
+            for option in settings.options
+            for engine in ("ddp", "fsdp")
         ]
-        for transport in settings.transports
+        for gpus in settings.gpus
     ]
-    return [one, several, *slow]
+    return [one, *several, *(slow_rows(settings, transport) for transport in settings.transports)]
 
 
-def run_job(name: str, rows: Sequence[Row], settings: Scaling, flags: Sequence[str], end: float):
-    """The function measures rows in processes of their own, until all are there, one fails or time
-    is up.
-
-    Returns:
-        Why it ended early, or None.
-    """
-    job, said = settings.output / f"{name}.json", settings.output / f"{name}.txt"
-    results = settings.output / "results.jsonl"
-    job.write_text(
-        json.dumps({"rows": [asdict(r) for r in rows], "flags": flags, "results": str(results)})
-    )
-    launcher = ["-m", "bench.scaling_job", str(job)]
-    if rows[0].gpus > 1:
-        count = str(rows[0].gpus)
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", count] + (
-            launcher
-        )
-    limit = min(end, time.monotonic() + START_SECONDS + ROW_SECONDS * len(rows))
-    known = len(read(settings.output))
-    with said.open("w") as file:
-        process = subprocess.Popen(
-            [sys.executable, *launcher],
-            stdout=file,
-            stderr=file,
-            env={**os.environ, **TRANSPORTS[rows[0].transport]},
-            start_new_session=True,
-        )
-        while process.poll() is None and time.monotonic() < limit:
-            time.sleep(0.5)
-            known = show(settings.output, known)
-        if process.returncode is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            return "it took too long"
-    show(settings.output, known)
-    lines = [line for line in said.read_text().splitlines() if "error: " in line]
-    reason = lines[0] if lines else f"exit code {process.returncode}, see {said}"
-    return reason if process.returncode else None
+def slow_rows(settings: Scaling, transport: str) -> list[Row]:
+    """The function gives the rows of a slow link."""
+    sizes = [{"micro_batches": count} for count in MICRO_BATCHES]
+    sizes += [{"bucket_mib": mib} for mib in BUCKETS_MIB]
+    steps = max(2, settings.steps // 3)
+    return [
+        Row(settings.slow_option, "ddp", settings.gpus[-1], steps, transport=transport, **size)
+        for size in sizes
+    ]
 
 
 def read(output: Path) -> list[dict]:
@@ -171,125 +124,110 @@ def read(output: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def show(output: Path, known: int) -> int:
-    """The function prints the rows beyond the first `known`, and returns how many there are."""
-    results = read(output)
-    for result in results[known:]:
-        print(f"{row_of(result).name}: {result['p50_ms']:.1f} ms a step", flush=True)
-    return len(results)
-
-
-def row_of(result: dict) -> Row:
-    """The function gives the row that a result is of."""
-    return Row(**{name: result[name] for name in Row.__dataclass_fields__})
-
-
-def describe(results: Sequence[dict], failures: dict[str, str]) -> str:
-    """The function gives the tables of what was measured, and what was not."""
-    by_row = {
-        (r["option"], r["engine"], r["micro_batches"]): r
-        for r in results
-        if r["transport"] == "links"
-    }
-    parts = [f"Conditions: {c}." for c in dict.fromkeys(map(_conditions, results))]
-    rows = [
-        _scaling_cells(r, by_row) for r in results if r["transport"] == "links" and _is_speed(r)
-    ]
-    if rows:
-        head = ("option", "GPUs", "engine", "graph", "tokens/s", "p10-p90", "peak GiB")
-        parts.append(table((*head, "x one GPU", "losses apart"), rows))
-    slow = [_slow_cells(r, by_row) for r in results if r["transport"] != "links"]
-    if slow:
-        head = ("link", "GB/s", "option", "micro-batches", "bucket MiB", "ms a step", "tokens/s")
-        parts.append(table((*head, "x one GPU"), slow))
-    parts += [f"Not measured: {name}: {reason}." for name, reason in failures.items()]
-    return "\n\n".join(parts)
-
-
-def _is_speed(result: dict) -> bool:
-    """The function says whether its speed counts: a reference has only losses."""
-    return result["micro_batches"] == 1
-
-
-def _conditions(result: dict) -> str:
-    found = result["conditions"]
-    return ", ".join(f"{name} {value}" for name, value in found.items() if "clock" not in name)
-
-
-def _speed(result: dict, percentile: str = "p50") -> float:
-    """The function gives tokens/s of all GPUs."""
-    return result["tokens_per_step"] / result[f"{percentile}_ms"] * 1e3
-
-
-def _times_one(result: dict, by_row: dict) -> str:
-    one = by_row.get((result["option"], "one", 1))
-    return f"{_speed(result) / _speed(one):.3f}" if one else ""
-
-
-def _scaling_cells(result: dict, by_row: dict) -> tuple[str, ...]:
-    reference = by_row.get((result["option"], "one", result["gpus"]))
-    apart = ""
-    if reference and result["losses"]:
-        pairs = zip(reference["losses"], result["losses"], strict=True)
-        apart = f"{max(abs(a - b) for a, b in pairs):.5f}"
-    return (
-        result["option"],
-        str(result["gpus"]),
-        result["engine"],
-        "yes" if result["cuda_graph"] else "no",
-        f"{_speed(result):,.0f}",
-        f"{_speed(result, 'p90'):,.0f}-{_speed(result, 'p10'):,.0f}",
-        f"{result['peak_gib']:.1f}",
-        _times_one(result, by_row),
-        apart,
-    )
-
-
-def _slow_cells(result: dict, by_row: dict) -> tuple[str, ...]:
-    link = "" if result["bus_gbs"] is None else f"{result['bus_gbs']:.1f}"
-    return (
-        result["transport"],
-        link,
-        result["option"],
-        str(result["micro_batches"]),
-        str(result["bucket_mib"]),
-        f"{result['p50_ms']:.1f}",
-        f"{_speed(result):,.0f}",
-        _times_one(result, by_row),
-    )
-
-
 def unmeasured(rows: Sequence[Row], output: Path) -> Iterator[Row]:
     """The function gives those that are not in the results yet."""
     done = {row_of(result).name for result in read(output)}
     return itertools.filterfalse(lambda row: row.name in done, rows)
 
 
+class Measurement:
+    """The rows are measured until time is up, and what fails is named.
+
+    Args:
+        settings: which rows.
+        flags: of `hamner.train`.
+    """
+
+    def __init__(self, settings: Scaling, flags: Sequence[str]) -> None:
+        self.settings, self.output, self.flags = settings, settings.output, list(flags)
+        self.end = time.monotonic() + 60 * settings.minutes
+        self.failures: dict[str, str] = {}
+        self.shown = len(read(self.output))
+
+    @property
+    def is_over(self) -> bool:
+        """Nothing new is started any more."""
+        return time.monotonic() >= self.end
+
+    def measure(self, rows: Sequence[Row]) -> None:
+        """The rows of a job are measured; one that fails takes its processes with it, and those
+        after it get new ones."""
+        for attempt in itertools.count():
+            todo = [r for r in unmeasured(rows, self.output) if r.name not in self.failures]
+            if not todo:
+                return
+            if self.is_over:
+                self.failures |= {row.name: NO_TIME for row in todo}
+                return
+            name = f"{todo[0].transport}-{todo[0].gpus}-{attempt}"
+            reason = self.run_job(name, todo)
+            if reason is not None:
+                self._note(next(unmeasured(todo, self.output)).name, reason)
+
+    def run_job(self, name: str, rows: Sequence[Row]) -> str | None:
+        """Rows are measured in processes of their own, until all are there, one fails or time is
+        up.
+
+        Returns:
+            Why it ended early, or None.
+        """
+        job = self.output / f"{name}.json"
+        results = str(self.output / "results.jsonl")
+        rows_ = [asdict(row) for row in rows]
+        job.write_text(json.dumps({"rows": rows_, "flags": self.flags, "results": results}))
+        reason = launch.launch(
+            ["bench.scaling_job", str(job)],
+            rows[0].gpus,
+            job.with_suffix(".txt"),
+            limit=min(self.end, time.monotonic() + START_SECONDS + ROW_SECONDS * len(rows)),
+            environment=TRANSPORTS[rows[0].transport],
+            meanwhile=self.show,
+        )
+        self.show()
+        return reason
+
+    def show(self) -> None:
+        """The rows that are new are printed."""
+        results = read(self.output)
+        for result in results[self.shown :]:
+            print(f"{row_of(result).name}: {result['p50_ms']:.1f} ms a step", flush=True)
+        self.shown = len(results)
+
+    def move(self) -> None:
+        """Runs of the first option are killed and resumed on another number of GPUs."""
+        option, gpus = self.settings.options[0], self.settings.gpus[-1]
+        config = configure(Row(option, "fsdp", gpus, 1), self.flags)
+        batch = ("--batch-size", str(config.batch_size))
+        micro_batch = ("--micro-batch-size", str(config.micro_batch_size))
+        runs = moves.Moves(self.output, option, gpus, [*self.flags, *batch, *micro_batch])
+        for move in runs.missing():
+            reason = NO_TIME if self.is_over else runs.measure(move, self.end)
+            if reason is not None:
+                self._note(move.name, reason)
+
+    def _note(self, name: str, reason: str) -> None:
+        self.failures[name] = reason
+        print(f"{name}: {reason}", flush=True)
+
+
 def main(settings: Scaling, flags: Sequence[str]) -> int:
     """The command measures and prints; it returns 1 if a row is missing."""
     settings.output.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + 60 * settings.minutes
-    failures: dict[str, str] = {}
-    for number, rows in enumerate(plan(settings)):
-        for attempt in itertools.count():
-            todo = [r for r in unmeasured(rows, settings.output) if r.name not in failures]
-            if not todo:
-                break
-            if time.monotonic() >= end:
-                failures |= {row.name: "no time was left" for row in todo}
-                break
-            reason = run_job(
-                f"job{number}_{attempt}", rows=todo, settings=settings, flags=flags, end=end
-            )
-            if reason is not None:
-                # A row that fails takes its processes with it; the others get new ones.
-                failed = next(unmeasured(todo, settings.output))
-                failures[failed.name] = reason
-                print(f"{failed.name}: {reason}", flush=True)
-    text = describe(read(settings.output), failures)
+    measurement = Measurement(settings, flags)
+    jobs = plan(settings)
+    of_links = 1 + len(settings.gpus)
+    for rows in jobs[:of_links]:
+        measurement.measure(rows)
+    if settings.moves:
+        measurement.move()
+    for rows in jobs[of_links:]:
+        measurement.measure(rows)
+    results = read(settings.output)
+    text = describe(results, moves.read(settings.output), measurement.failures)
     (settings.output / "report.md").write_text(text + "\n")
+    draw(results, settings.output / "scaling.png")
     print(f"\n{text}")
-    return 1 if failures else 0
+    return 1 if measurement.failures else 0
 
 
 if __name__ == "__main__":

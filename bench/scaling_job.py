@@ -21,11 +21,16 @@ from hamner.config.train import TrainConfig
 from hamner.hardware import GIB
 from hamner.parallel.processes import SingleProcess, open_processes
 from hamner.plan.communication import all_reduce_bytes
+from hamner.profile.capture import TracedRun
+from hamner.profile.ranges import Ranges
 from hamner.profile.steps import LR, is_on_gpu, open_steps, time_calls, time_steps, warm_up
+from hamner.profile.summary import summarize
+from hamner.profile.trace import read_trace
 from hamner.train import __main__ as train
 
 ALL_REDUCE_BYTES = 256 * 2**20
 ALL_REDUCES = 10
+TRACED_STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -47,12 +52,19 @@ class Row:
     """of the first so many steps, kept to be compared"""
     warm_up: int = 4
     """least steps before those that are timed"""
+    trace: bool = False
+    """trace TRACED_STEPS more, for what of its messages is exposed"""
 
     @property
     def name(self) -> str:
         """The name is unlike that of any other row."""
         size = f"{self.micro_batches}x, {self.bucket_mib} MiB"
         return f"{self.option}, {self.engine} on {self.gpus}, {self.transport}, {size}"
+
+    @property
+    def trace_file(self) -> str:
+        """The trace has this name in the folder of the results."""
+        return f"{self.option}-{self.engine}-{self.gpus}.trace.json.gz"
 
 
 def configure(row: Row, flags: list[str]) -> TrainConfig:
@@ -71,10 +83,14 @@ def configure(row: Row, flags: list[str]) -> TrainConfig:
     )
 
 
-def measure(row: Row, flags: list[str], processes: SingleProcess) -> dict:
-    """The function gives the row's figures, the same in every process but for its own clock."""
-    config = configure(row, flags)
-    with open_steps(config, processes) as (step, loader):
+def measure(row: Row, flags: list[str], processes: SingleProcess, folder: Path) -> dict:
+    """The function gives the row's figures, the same in every process but for its own clock.
+
+    Args:
+        folder: of its trace, which rank 0 writes.
+    """
+    config, ranges = configure(row, flags), Ranges()
+    with open_steps(config, processes, ranges) as (step, loader):
         if is_on_gpu(step):
             torch.cuda.reset_peak_memory_stats()
         losses = [step.step(next(loader), LR).loss for _ in range(row.losses)]
@@ -82,6 +98,8 @@ def measure(row: Row, flags: list[str], processes: SingleProcess) -> dict:
         milliseconds = time_steps(step, loader, row.steps)
         peak = torch.cuda.max_memory_allocated() if is_on_gpu(step) else 0
         is_graphed = step.is_graphed
+        if row.trace:
+            TracedRun(step, loader, ranges).trace_time(folder / row.trace_file, TRACED_STEPS)
     deciles = statistics.quantiles(milliseconds, n=10)
     return {
         "tokens_per_step": config.tokens_per_step,
@@ -91,6 +109,19 @@ def measure(row: Row, flags: list[str], processes: SingleProcess) -> dict:
         "peak_gib": round(processes.all_reduce_max([peak])[0] / GIB, 3),
         "cuda_graph": is_graphed,
         "losses": [loss.item() for loss in losses],
+        **(communication(folder / row.trace_file) if row.trace and processes.rank.is_main else {}),
+    }
+
+
+def communication(trace: Path) -> dict[str, float]:
+    """The function gives a step's milliseconds of messages, and those in which nothing else ran;
+    nothing where no GPU sent any."""
+    found = summarize(read_trace(trace)).communication
+    if found is None:
+        return {}
+    return {
+        "communication_ms": round(found.milliseconds, 3),
+        "exposed_ms": round(found.exposed_ms, 3),
     }
 
 
@@ -120,7 +151,7 @@ def main(args: list[str]) -> None:
         link = bus_bandwidth(processes.rank.world_size) if several and on_gpu else None
         common = {"bus_gbs": link, "conditions": conditions() if is_main else None}
         for row in rows:
-            result = measure(row, job["flags"], processes)
+            result = measure(row, job["flags"], processes, Path(job["results"]).parent)
             # The next row's peak must not have this one's memory in it.
             gc.collect()
             if on_gpu:

@@ -53,7 +53,7 @@ def capture(config: TrainConfig, out: Path, *, steps: int, warmup: int) -> Summa
         processes.from_main(lambda: _require_new(out))
         with open_steps(config, processes, ranges) as (step, loader):
             processes.from_main(lambda: out.mkdir(parents=True, exist_ok=True))
-            run = _TracedRun(step, loader, ranges)
+            run = TracedRun(step, loader, ranges)
             is_graphed = step.is_graphed
             step.launch_one_by_one()
             take(step, loader, warmup)
@@ -113,7 +113,7 @@ def _require_new(out: Path) -> None:
         raise UserError(f"--out {out} already holds something: give a new folder")
 
 
-class _TracedRun:
+class TracedRun:
     """A run's steps are traced with ranges that say what each part of the trace is for."""
 
     def __init__(self, step: TrainStep, loader: TrainLoader, ranges: Ranges) -> None:

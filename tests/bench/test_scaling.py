@@ -1,16 +1,20 @@
 """The comparison of several GPUs with one: run small on the CPU, and its tables."""
 
 import json
+import time
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
-from bench import scaling
-from bench.scaling import Scaling, describe, main, plan
+from bench import launch, moves, scaling
+from bench.scaling import Scaling, main, plan
 from bench.scaling_job import Row
+from bench.scaling_report import describe
 from hamner.errors import UserError
 from tests import forked
 from tests.corpus import write_predictable
+from tests.parallel.jobs import run_job, run_module, said
 from tests.train.test_main import SMALL
 
 pytestmark = pytest.mark.xdist_group("parallel")
@@ -39,43 +43,108 @@ def result(row: Row, milliseconds: float, losses=(), **more) -> dict:
     }
 
 
-def test_small_rows_are_measured_once_and_have_the_losses_of_one_process(
-    tmp_path, capsys, monkeypatch
-):
-    monkeypatch.setattr(scaling, "subprocess", forked)
-    settings = Scaling(tmp_path / "out", options=("tiny",), steps=2, gpus=2, transports=())
-    assert main(settings, flags(tmp_path)) == 0, capsys.readouterr().out
+def launch_forked(command, count, output, *, limit, meanwhile=lambda: None, **_) -> str | None:
+    """What torchrun would start is forked with torch loaded: see `bench.launch.launch`."""
+    folder = output.with_suffix("")
+    codes = run_job(run_module, count, folder / "ranks", command, timeout=100)
+    output.write_text(said(folder / "ranks", count))
+    meanwhile()
+    return launch.reason(output, max(codes, key=abs)) if any(codes) else None
+
+
+def test_four_and_eight_have_the_losses_of_one_process(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(launch, "launch", launch_forked)
+    monkeypatch.setattr(scaling, "COMPARED_LOSSES", 4)
+    settings = Scaling(
+        tmp_path / "out", options=("tiny",), steps=2, gpus=(4, 8), moves=False, transports=()
+    )
+    *others, eight = plan(settings)
+    monkeypatch.setattr(scaling, "plan", lambda _: [*others, eight[:1]])  # FSDP2 is slow here
+    one_layer = [*flags(tmp_path), "--num-layers", "1"]
+    assert main(settings, one_layer) == 0, capsys.readouterr().out
     results = scaling.read(settings.output)
-    names = [(r["engine"], r["micro_batches"]) for r in results]
-    assert names == [("one", 1), ("one", 2), ("ddp", 1), ("fsdp", 1)]
-    reference, ddp, fsdp = (r["losses"] for r in results[1:])
-    assert len(reference) == scaling.COMPARED_LOSSES
-    assert ddp == pytest.approx(reference, rel=1e-6)
-    assert fsdp == pytest.approx(reference, rel=1e-6)
+    references = {r["micro_batches"]: r["losses"] for r in results if r["engine"] == "one"}
+    several = [r for r in results if r["gpus"] > 1]
+    assert [(r["gpus"], r["engine"]) for r in several] == [*((4, "ddp"), (4, "fsdp"), (8, "ddp"))]
+    for r in several:
+        assert len(r["losses"]) == 4
+        assert r["losses"] == pytest.approx(references[r["gpus"]], rel=1e-6)
+        assert (settings.output / f"tiny-{r['engine']}-{r['gpus']}.trace.json.gz").exists()
+    assert (settings.output / "scaling.png").read_bytes().startswith(b"\x89PNG")
     written = (settings.output / "report.md").read_text()
-    assert main(settings, flags(tmp_path)) == 0
-    assert len(scaling.read(settings.output)) == 4
+    monkeypatch.delattr(launch, "launch")  # what is there is not measured again
+    assert main(settings, one_layer) == 0
+    assert scaling.read(settings.output) == results
     assert (settings.output / "report.md").read_text() == written
 
 
+def test_runs_are_killed_and_resumed_on_another_number(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(launch, "launch", launch_forked)
+    for name, value in {"STEPS": 8, "SAVE_EVERY": 3, "KILL_STEP": 5}.items():
+        monkeypatch.setattr(moves, name, value)
+    monkeypatch.setattr(scaling, "plan", lambda settings: [])
+    settings = Scaling(tmp_path / "out", options=("tiny",), gpus=(2,), transports=())
+    assert main(settings, flags(tmp_path)) == 0, capsys.readouterr().out
+    killed_on_two, killed_on_one = moves.read(settings.output)
+    assert (killed_on_two["before"], killed_on_two["after"]) == (2, 1)
+    assert (killed_on_one["before"], killed_on_one["after"]) == (1, 2)
+    for result in (killed_on_two, killed_on_one):
+        assert result["resumed_from"] == 3
+        assert result["apart"] < 1e-5
+    assert killed_on_two["sentence"].startswith("error: rank 1 on ")
+    assert "is dead" in killed_on_two["sentence"]
+    assert "exit code -9" in killed_on_one["sentence"]
+    assert "killed on" in (settings.output / "report.md").read_text()
+    assert not list(settings.output.glob("*/checkpoints"))
+
+
 def test_a_row_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch):
-    settings = Scaling(tmp_path / "out", options=("tiny", "a"), gpus=2, transports=())
+    settings = Scaling(
+        tmp_path / "out", options=("tiny", "a"), gpus=(2,), moves=False, transports=()
+    )
     results = settings.output / "results.jsonl"
 
-    def run_job(name, rows, **_):
+    def launch_rows(command, *_, **__):
         """The second row of three that are left always fails."""
-        for row in rows:
-            if (row.option, row.engine) == ("tiny", "fsdp"):
+        for row in json.loads(Path(command[-1]).read_text())["rows"]:
+            if (row["option"], row["engine"]) == ("tiny", "fsdp"):
                 return "out of memory"
             with results.open("a") as file:
-                file.write(json.dumps(result(row, 100.0)) + "\n")
+                file.write(json.dumps(result(Row(**row), 100.0)) + "\n")
         return None
 
-    monkeypatch.setattr(scaling, "run_job", run_job)
+    monkeypatch.setattr(launch, "launch", launch_rows)
     assert main(settings, []) == 1
     assert len(scaling.read(settings.output)) == 7
     report = (settings.output / "report.md").read_text()
     assert "Not measured: tiny, fsdp on 2, links, 1x, 25 MiB: out of memory." in report
+
+
+def timeit(statement: str) -> list[str]:
+    """The command runs a statement once, in a module without torch."""
+    return ["timeit", "-n", "1", "-r", "1", "-s", "import os, time", statement]
+
+
+def launched(command: list[str], count: int, output: Path, seconds: float = 100) -> str | None:
+    return launch.launch(command, count, output, limit=time.monotonic() + seconds)
+
+
+def test_torchrun_starts_a_module_in_several_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "subprocess", forked)
+    output = tmp_path / "said.txt"
+    assert launched(timeit("print('rank', os.environ['RANK'])"), 2, output) is None
+    assert {"rank 0", "rank 1"} <= set(output.read_text().splitlines())
+    fail = timeit(
+        "print('error: no luck', flush=True) or os._exit(1) if os.environ['RANK'] == '1' else "
+        "time.sleep(60)"
+    )
+    assert launched(fail, 2, output) == "error: no luck"
+
+
+def test_what_takes_too_long_is_ended(tmp_path):
+    output = tmp_path / "said.txt"
+    assert launched(timeit("time.sleep(60)"), 1, output, 0.2) == launch.TOO_LONG
+    assert launched(timeit("os._exit(7)"), 1, output) == f"exit code 7, see {output}"
 
 
 def test_tables(tmp_path):
@@ -86,26 +155,31 @@ def test_tables(tmp_path):
         [
             result(one, 100.0),
             result(reference, 200.0, [8.0, 7.5]),
-            result(ddp, 102.0, [8.0, 7.502]),
+            result(ddp, 102.0, [8.0, 7.502], communication_ms=3.92, exposed_ms=0.561),
             result(slow, 600.0, bus_gbs=1.25),
+        ],
+        [
+            asdict(moves.Move("a", 2, 1))
+            | {"resumed_from": 8, "steps": 20, "apart": 2e-4, "apart_after": 1e-4}
         ],
         {},
     )
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
     speeds = "481,882", "477,204-486,653"
-    assert ["a", "2", "ddp", "yes", *speeds, "15.7", "1.961", "0.00200"] in rows
+    assert ["a", "2", "ddp", "yes", *speeds, "15.7", "1.961", "0.00200", "3.92", "0.56"] in rows
+    assert ["a", "2", "1", "8", "20", "0.00020", "0.00010"] in rows
     assert ["sockets", "1.2", "a", "4", "25", "600.0", "327,680", "1.333"] in rows
     assert "Conditions: gpu X." in text
 
 
 def test_the_plan_has_every_row_once_and_links_apart():
-    jobs = plan(Scaling(gpus=2))
+    jobs = plan(Scaling(gpus=(4, 8)))
     names = [row.name for job in jobs for row in job]
     assert len(names) == len(set(names))
     assert all(len({(row.transport, row.gpus) for row in job}) == 1 for job in jobs)
 
 
-@pytest.mark.parametrize("wrong", [{"gpus": 1}, {"gpus": 2, "transports": ("pigeons",)}])
+@pytest.mark.parametrize("wrong", [{"gpus": (1, 4)}, {"gpus": (2,), "transports": ("pigeons",)}])
 def test_what_cannot_be_measured_is_refused(wrong):
-    with pytest.raises(UserError, match="--gpus is 1|pigeons is not one of"):
+    with pytest.raises(UserError, match="--gpus is 1 4|pigeons is not one of"):
         Scaling(**wrong)

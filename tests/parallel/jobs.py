@@ -6,7 +6,9 @@ would put into their environment is put there.
 
 import os
 import random
+import runpy
 import socket
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -63,6 +65,13 @@ def run_job(
         process.join()
     assert not late, f"ranks {late} did not end in {timeout} s\n{said(output, count)}"
     return [process.exitcode for process in processes]
+
+
+def run_module(ports: list[int], command: Sequence[str]) -> None:
+    """A process runs `python -m COMMAND`; the function is its body."""
+    enter(ports)
+    sys.argv = list(command)
+    runpy.run_module(command[0], run_name="__main__", alter_sys=True)
 
 
 def said(output: Path, count: int) -> str:

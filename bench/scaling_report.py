@@ -1,0 +1,142 @@
+"""The tables and the picture of `bench.scaling` are made from its rows."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.scaling_job import Row
+from hamner.profile.report import table
+
+MESSAGES = ("communication_ms", "exposed_ms")
+
+
+def row_of(result: dict) -> Row:
+    """The function gives the row that a result is of."""
+    return Row(**{name: result[name] for name in Row.__dataclass_fields__ if name in result})
+
+
+def describe(results: Sequence[dict], moved: Sequence[dict], failures: dict[str, str]) -> str:
+    """The function gives the tables of what was measured, and what was not.
+
+    Args:
+        results: rows.
+        moved: runs that were killed and resumed on other GPUs.
+        failures: reasons by name.
+    """
+    by_row = _by_row(results)
+    parts = [f"Conditions: {c}." for c in dict.fromkeys(map(_conditions, results))]
+    rows = [
+        _scaling_cells(r, by_row) for r in results if r["transport"] == "links" and _is_speed(r)
+    ]
+    if rows:
+        head = ("option", "GPUs", "engine", "graph", "tokens/s", "p10-p90", "peak GiB")
+        head += ("x one GPU", "losses apart", "messages ms", "exposed ms")
+        parts.append(table(head, rows))
+    if moved:
+        head = ("option", "killed on", "resumed on", "from step", "of", "losses apart", "then")
+        parts.append(table(head, [_moved_cells(r) for r in moved]))
+    slow = [_slow_cells(r, by_row) for r in results if r["transport"] != "links"]
+    if slow:
+        head = ("link", "GB/s", "option", "micro-batches", "bucket MiB", "ms a step", "tokens/s")
+        parts.append(table((*head, "x one GPU"), slow))
+    parts += [f"Not measured: {name}: {reason}." for name, reason in failures.items()]
+    return "\n\n".join(parts)
+
+
+def draw(results: Sequence[dict], path: Path) -> None:
+    """The function draws how many times as fast as one GPU several are, as a PNG."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    by_row = _by_row(results)
+    lines: dict[tuple[str, str], dict[int, float]] = {}
+    for r in results:
+        one = by_row.get((r["option"], "one", 1))
+        if one and r["gpus"] > 1 and r["transport"] == "links" and _is_speed(r):
+            line = lines.setdefault((r["option"], r["engine"]), {1: 1.0})
+            line[r["gpus"]] = _speed(r) / _speed(one)
+    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    most = max((gpus for line in lines.values() for gpus in line), default=1)
+    axes.plot((1, most), (1, most), color="grey", linestyle="--", linewidth=1, label="as many")
+    for (option, engine), line in sorted(lines.items()):
+        x, y = zip(*sorted(line.items()), strict=True)
+        axes.plot(x, y, marker="o", label=f"{option}, {engine}")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("GPUs")
+    axes.set_ylabel("times one GPU, tokens/s")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, format="png", dpi=120)
+
+
+def _by_row(results: Sequence[dict]) -> dict[tuple[str, str, int], dict]:
+    """The function gives what is compared with: rows of one GPU, by the micro-batches of a step."""
+    return {
+        (r["option"], r["engine"], r["micro_batches"]): r for r in results if r["engine"] == "one"
+    }
+
+
+def _is_speed(result: dict) -> bool:
+    """The function says whether its speed counts: a reference has only losses."""
+    return result["micro_batches"] == 1
+
+
+def _conditions(result: dict) -> str:
+    found = result["conditions"]
+    return ", ".join(f"{name} {value}" for name, value in found.items() if "clock" not in name)
+
+
+def _speed(result: dict, percentile: str = "p50") -> float:
+    """The function gives tokens/s of all GPUs."""
+    return result["tokens_per_step"] / result[f"{percentile}_ms"] * 1e3
+
+
+def _times_one(result: dict, by_row: dict) -> str:
+    one = by_row.get((result["option"], "one", 1))
+    return f"{_speed(result) / _speed(one):.3f}" if one else ""
+
+
+def _scaling_cells(result: dict, by_row: dict) -> tuple[str, ...]:
+    reference = by_row.get((result["option"], "one", result["gpus"]))
+    apart = ""
+    if reference and result["losses"]:
+        pairs = zip(reference["losses"], result["losses"], strict=True)
+        apart = f"{max(abs(a - b) for a, b in pairs):.5f}"
+    return (
+        result["option"],
+        str(result["gpus"]),
+        result["engine"],
+        "yes" if result["cuda_graph"] else "no",
+        f"{_speed(result):,.0f}",
+        f"{_speed(result, 'p90'):,.0f}-{_speed(result, 'p10'):,.0f}",
+        f"{result['peak_gib']:.1f}",
+        _times_one(result, by_row),
+        apart,
+        *(f"{result[name]:.2f}" if name in result else "" for name in MESSAGES),
+    )
+
+
+def _moved_cells(result: dict) -> tuple[str, ...]:
+    return (
+        result["option"],
+        str(result["before"]),
+        str(result["after"]),
+        str(result["resumed_from"]),
+        str(result["steps"]),
+        f"{result['apart']:.5f}",
+        f"{result['apart_after']:.5f}",
+    )
+
+
+def _slow_cells(result: dict, by_row: dict) -> tuple[str, ...]:
+    link = "" if result["bus_gbs"] is None else f"{result['bus_gbs']:.1f}"
+    return (
+        result["transport"],
+        link,
+        result["option"],
+        str(result["micro_batches"]),
+        str(result["bucket_mib"]),
+        f"{result['p50_ms']:.1f}",
+        f"{_speed(result):,.0f}",
+        _times_one(result, by_row),
+    )

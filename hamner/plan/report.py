@@ -310,8 +310,10 @@ def caveats(plan: Plan) -> list[str]:
     ]
     if plan.parallelism.ranks > 1:
         lines.append(
-            "Several GPUs were never measured. Counted: ring collectives, 2 (n-1)/n of the bytes "
-            "for an all-reduce, (n-1)/n for a reduce-scatter or a gather. ddp reduces bf16 "
+            "Of several GPUs only two H200s of one host were measured: efficiency 97% (a) and 96% "
+            "(c) with ddp, where 97% is projected, and 93% with fsdp, where 98% is. "
+            "Counted: ring collectives, 2 (n-1)/n of the bytes for an all-reduce, (n-1)/n for a "
+            "reduce-scatter or a gather. ddp reduces bf16 "
             "gradients (fp32 sums with several micro-batches) once a step beside the last "
             "backward; fsdp gathers bf16 weights and reduces fp32 gradients beside forward and "
             "backward of every micro-batch; the embedding's share is never hidden. Not counted: "

@@ -57,11 +57,12 @@ def draw(results: Sequence[dict], path: Path) -> None:
     figure = Figure(figsize=(6, 4.5), layout="constrained")
     axes = figure.add_subplot()
     most = max((gpus for line in lines.values() for gpus in line), default=1)
-    axes.plot((1, most), (1, most), color="grey", linestyle="--", linewidth=1, label="as many")
+    axes.plot((1, most), (1, most), color="grey", linestyle="--", linewidth=1, label="linear")
     for (option, engine), line in sorted(lines.items()):
         x, y = zip(*sorted(line.items()), strict=True)
         axes.plot(x, y, marker="o", label=f"{option}, {engine}")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylim(bottom=0)
     axes.set_xlabel("GPUs")
     axes.set_ylabel("times one GPU, tokens/s")
     axes.grid(alpha=0.3)

@@ -115,9 +115,10 @@ def test_torchrun_starts_a_failed_job_again(tmp_path):
     assert job.returncode == 0, job.stderr
     resumed = re.findall(r"^resuming \S+ from (.*)$", job.stdout, re.MULTILINE)
     assert len(resumed) == 2, job.stdout
-    # The save of step 4 may have been under way in step 7; none after step 8 was whole.
+    # The save of step 4 may have been under way in step 7, and then again in step 8, which put its
+    # save off by some steps; none from step 12 on was whole.
     assert resumed[0].startswith("the start") or resumed[0].endswith("step_00000004")
-    assert resumed[1].endswith("step_00000008")
+    assert int(resumed[1].rpartition("_")[2]) in range(8, 12)
     assert re.findall(r"^error: rank (\d) on \S+ is dead", job.stderr, re.MULTILINE) == ["1", "0"]
     assert not list((folder / "checkpoints").glob(".saving_*"))
 

@@ -5,6 +5,7 @@ from hamner.kernels import qk_norm
 from hamner.kernels.fused_linear import add_rms_norm_qkv_rope, add_rms_norm_qkv_rope_reference
 from hamner.kernels.norm_attention import add_rms_norm_attention, add_rms_norm_attention_reference
 from hamner.kernels.qk_norm import qk_norm_rope, qk_norm_rope_reference
+from tests.kernels.accuracy import assert_as_accurate_as_torch
 from tests.kernels.gradients import (
     DTYPES,
     assert_derivative,
@@ -370,11 +371,21 @@ class TestOnGpu:
         ops, settings = torch.ops.hamner, {"num_heads": 16, "num_kv_heads": 4, "eps": 1e-5}
         out = qk_norm_rope(qkv, *weights, cos, sin, 16, 4, positions)
         last = slice(-5, None)
-        few = qkv[:, last].clone().requires_grad_()
-        expected = qk_norm_rope_reference(few, *weights, cos, sin, 16, 4, positions[:, last])
-        torch.testing.assert_close(out[:, last], expected)
+        torch_results, exact = (
+            self.reference_at(qkv[:, last].to(dtype), weights, cos, sin, positions[:, last])
+            for dtype in (torch.bfloat16, torch.float64)
+        )
+        assert_as_accurate_as_torch("out", out[:, last], torch_results[0], exact[0])
         del out
         d_out = torch.ones_like(qkv)
-        expected.backward(d_out[:, last])
         ops.qk_norm_rope_backward_(d_out, qkv, *weights, cos, sin, positions, **settings)
-        torch.testing.assert_close(d_out[:, last], few.grad, rtol=0.02, atol=0.02)
+        assert_as_accurate_as_torch("d_qkv", d_out[:, last], torch_results[1], exact[1])
+
+    def reference_at(self, qkv, weights, cos, sin, positions):
+        """The reference's result, and the gradient of its sum, in the dtype of qkv."""
+        qkv = qkv.clone().requires_grad_()
+        if qkv.dtype == torch.float64:
+            weights, cos, sin = [w.double() for w in weights], cos.double(), sin.double()
+        out = qk_norm_rope_reference(qkv, *weights, cos, sin, 16, 4, positions)
+        out.sum().backward()
+        return out.detach(), qkv.grad

@@ -89,12 +89,16 @@ def test_a_save_in_the_background_does_not_change_the_run(config):
 
 
 def peak_of(config: TrainConfig) -> int:
-    """Beyond what other tests of the process, and earlier runs, still hold."""
+    """Beyond what other tests of the process, and earlier runs, still hold.
+
+    The run waits for the GPU in every phase: how many readings of steps are under way at once, each
+    a block of 512 bytes, would depend on the host's speed.
+    """
     gc.collect()  # the trainer before, whose memory hangs on reference cycles
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated()
-    train(config)
+    train(config, on_phase=lambda phase, step: torch.cuda.synchronize())
     return torch.cuda.max_memory_allocated() - held
 
 

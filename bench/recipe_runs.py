@@ -173,7 +173,7 @@ def run(trial: Trial, data: Prepared, folder: Path, end: float) -> dict | None:
         with folder.with_suffix(".txt").open("a") as said, contextlib.redirect_stdout(said):
             outcome = run_training(
                 config,
-                open_data=lambda config, tokenizer, pin_memory: RunData(
+                open_data=lambda config, tokenizer, pin_memory, status: RunData(
                     open_loader(config, tokenizer, pin_memory), data.validation
                 ),
                 on_phase=look_at_clock,

@@ -132,12 +132,16 @@ class Analysis:
 
     @property
     def local_law(self) -> LossLaw:
-        """The law is shifted through the run under way, or else through the known 164M run."""
+        """The law is shifted to the end of the run under way, or through the known 164M run."""
         return (self.run and self.run.law) or BESIROGLU.through(*KNOWN_RUN)
+
+    def law_reaching(self, loss: float) -> LossLaw:
+        """The law is shifted to where the run under way reaches `loss`, if there is one."""
+        return (self.run and self.run.law_near(loss)) or self.local_law
 
     @property
     def law_is_the_runs(self) -> bool:
-        """`local_law` passes through the run under way."""
+        """`local_law` is that of the run under way."""
         return self.run is not None and self.run.law is not None
 
 

@@ -155,7 +155,7 @@ def fit_run(curve: RunCurve, end: float) -> LossFit:
         NoLaw: fewer than MIN_POINTS points are left, the loss is not falling, or falls otherwise.
     """
     seen = float(curve.trained[-1])
-    start = max(_FITTED_FROM * seen, 2 * curve.warmup_tokens)
+    start = _fitted_from(curve)
     settled = curve.trained >= start
     points = int(settled.sum())
     if points < MIN_POINTS:
@@ -184,6 +184,11 @@ def fit_run(curve: RunCurve, end: float) -> LossFit:
         raise TooEarly(_too_early(trend, curve.start + again, is_beyond=again > end))
     decay = _DECAY * abs(laws.slope()) * seen * curve.rate_left
     return LossFit(laws, wander, _drift(tokens, loss, noise), decay=decay, end=end)
+
+
+def _fitted_from(curve: RunCurve) -> float:
+    """A law holds from so many tokens on: those trained on, not the first ones."""
+    return max(_FITTED_FROM * float(curve.trained[-1]), 2 * curve.warmup_tokens)
 
 
 def _too_early(trend: Slowing, again: float, *, is_beyond: bool) -> str:
@@ -294,14 +299,30 @@ class RunProjection:
 
     @property
     def law(self) -> LossLaw | None:
-        """The published law is shifted to pass through the run; None where it says nothing of it.
+        """The published law is shifted to where the run is projected to end.
 
-        That is where it would have to be shifted by more than tells a run from a wrong one: it was
-        fitted to models of 44M parameters and more.
+        None where it says nothing of the run: where it would have to be shifted by more than tells
+        a run from a wrong one. It was fitted to models of 44M parameters and more.
+        """
+        return self._law_through(self.tokens_at_end)
+
+    def law_near(self, loss: float) -> LossLaw | None:
+        """The published law is shifted to where the run has this loss, or comes nearest to it.
+
+        So it says of the run's own size what its log and its projection say. None as in `law`.
         """
         if not self.projected:
             return None
-        law = BESIROGLU.through(self.parameters, self.tokens_seen, self.loss_now)
+        end = max(self.tokens_seen, self.tokens_at_end)
+        tokens = np.geomspace(_fitted_from(self.curve), end, 2_000)
+        nearest = np.abs(self.projected.laws.loss(tokens) - loss).argmin()
+        return self._law_through(float(tokens[nearest]))
+
+    def _law_through(self, tokens: float) -> LossLaw | None:
+        """The published law is shifted to the run's own law after `tokens`."""
+        if not self.projected:
+            return None
+        law = BESIROGLU.through(self.parameters, tokens, self.projected.loss(tokens))
         is_near = abs(law.irreducible - BESIROGLU.irreducible) <= FAR_ABOVE
         return law if is_near else None
 
@@ -339,8 +360,8 @@ class RunProjection:
             )
         elif self.no_law:
             found.append(f"Nothing is projected: {self.no_law}.")
-        if self.law:
-            found.append(self._capacity(self.law))
+        if self.projected and self.law:
+            found.append(self._capacity(self.projected, self.law))
         elif self.projected:
             found.append(
                 "Nothing is said of other sizes: the published law is far from this run, so small "
@@ -348,9 +369,10 @@ class RunProjection:
             )
         return found
 
-    def _capacity(self, law: LossLaw) -> str:
+    def _capacity(self, fit: LossFit, law: LossLaw) -> str:
+        """What tokens bring is told by the run's own law, and of other sizes it knows nothing."""
         seen, optimal = self.tokens_seen, compute_optimal_tokens(self.parameters)
-        from_tokens = law.data_term(seen) - law.data_term(2 * seen)
+        from_tokens = fit.loss(seen) - fit.loss(2 * seen)
         from_parameters = law.capacity_term(self.parameters)
         from_parameters -= law.capacity_term(2 * self.parameters)
         verdict = "No capacity wall yet"
@@ -361,6 +383,6 @@ class RunProjection:
         return (
             f"{verdict}: {seen / 1e9:.2f}B tokens seen is {seen / optimal:.0%} of the "
             f"compute-optimal {optimal / 1e9:.2f}B ({TOKENS_PER_PARAMETER} per parameter); as many "
-            f"tokens again would take {from_tokens:.2f} off the loss, twice the parameters "
-            f"{from_parameters:.2f}."
+            f"tokens again would take {from_tokens:.2f} off the loss, as the run goes, twice the "
+            f"parameters {from_parameters:.2f}, by the published law."
         )

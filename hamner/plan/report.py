@@ -237,7 +237,7 @@ def coherence_table(analysis: Analysis) -> str:
     for plan in analysis.plans:
         # The law of a run under way is that of its own recipe.
         recipe = "plan" if analysis.law_is_the_runs else plan.config.recipe
-        law, size = analysis.local_law, plan.active_parameters
+        law, size = analysis.law_reaching(COHERENT_LOSS), plan.active_parameters
         bounds = tokens_to_reach(COHERENT_LOSS, recipe, size, law)
         if bounds is None:
             rows.append([plan.config.option, "never", "", "model too small"])
@@ -306,7 +306,7 @@ def caveats(plan: Plan) -> list[str]:
         f"absolute values. A {count(parameters)} model reached {loss} after "
         f"{count(tokens)} tokens (constant learning rate) where the law says "
         f"{BESIROGLU.loss(parameters, tokens):.2f}. When a loss is reached is told by the law "
-        "shifted through that run, or through the run under --metrics.",
+        "shifted through that run, or to where the run under --metrics has it or should have it.",
     ]
     if plan.parallelism.ranks > 1:
         lines.append(
@@ -463,7 +463,7 @@ experts counted by its active parameters. It takes {best.prediction.peak_gib:.1f
 Expected loss: {_range(best.loss_range(BESIROGLU), 2)} by {BESIROGLU.source};
 {_range(best.loss_range(HOFFMANN), 2)} by {HOFFMANN.source};
 {_range(best.loss_range(analysis.local_law), 2)} by the former shifted through
-{"the run so far" if analysis.law_is_the_runs else "the model under Evidence"}.
+{"the end of the run so far, as projected" if analysis.law_is_the_runs else "the model under Evidence"}.
 
 ## Training plan
 

@@ -133,11 +133,20 @@ def test_diagnosis_follows_tokens_against_compute_optimal(parameters, last, verd
     assert found.startswith(verdict)
 
 
-def test_projection_shifts_the_law_through_the_run():
-    tokens = np.linspace(1e7, 2.45e9, 300)
-    run = project(tokens, truth(tokens))
-    assert run.law.loss(SIZE, 2.45e9) == pytest.approx(truth(2.45e9), abs=1e-3)
-    assert run.loss_now == run.fit.loss(2.45e9)
+def test_published_law_is_shifted_to_what_the_run_does():
+    """A run slower than the published law: what is said of its size is as its own law has it."""
+    tokens, loss = through((MEASURED[0], MEASURED[1][0]), 2.45e9)
+    run = project(tokens, loss)
+    assert run.law.loss(SIZE, END) == pytest.approx(run.fit.loss(END))
+    for goal in (3.6, 3.45, run.fit.loss(5e9)):
+        reached = run.law_near(goal).tokens_to_reach(goal, SIZE)
+        assert run.fit.loss(reached) == pytest.approx(goal, abs=2e-3)
+    # Beyond the end nothing is projected, and no earlier end is promised.
+    never = run.fit.loss(END) - 0.05
+    assert (run.law_near(never).tokens_to_reach(never, SIZE) or np.inf) > END
+    off = run.fit.loss(2.45e9) - run.fit.loss(4.9e9)
+    (found,) = (text for text in run.diagnosis() if "as many tokens again" in text)
+    assert f"would take {off:.2f} off the loss, as the run goes" in found
 
 
 def through(points, last, count=500):

@@ -17,5 +17,14 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         """The sentence stands on one line, and is short even if it quotes what a file holds."""
-        text = " ".join(super().__str__().splitlines())
-        return text if len(text) <= HEAD + TAIL else f"{text[:HEAD]} ... {text[-TAIL:]}"
+        text = self._line
+        return f"{text[:HEAD]} ... {text[-TAIL:]}" if self.is_shortened else text
+
+    @property
+    def is_shortened(self) -> bool:
+        """The value says whether the middle of the sentence is left out."""
+        return len(self._line) > HEAD + TAIL
+
+    @property
+    def _line(self) -> str:
+        return " ".join(super().__str__().splitlines())

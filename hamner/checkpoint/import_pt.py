@@ -312,6 +312,6 @@ def _model_config(file: Path, config: Mapping) -> ModelConfig:
         values["num_experts"] = config["num_experts"]
         values["num_experts_per_token"] = config.get("num_active_experts", 2)
     try:
-        return build(ModelConfig, values, file)
+        return build(ModelConfig, values, Path("config"))
     except UserError as error:
-        raise UserError(f"its config does not describe a model: {error}") from error
+        raise UserError(f"{file}: its config does not describe a model: {error}") from error

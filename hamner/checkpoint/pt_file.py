@@ -1,5 +1,6 @@
 """A `.pt` file of PyTorch is read without running what is in it, and only if it is whole."""
 
+import contextlib
 import warnings
 import zipfile
 from pathlib import Path
@@ -10,6 +11,7 @@ from hamner.errors import UserError
 from hamner.progress import SILENT, Status
 
 _CHUNK_BYTES = 2**24
+_ZIP_MAGIC = b"PK\x03\x04"
 
 
 def read_pt(file: Path, status: Status = SILENT) -> object:
@@ -31,10 +33,32 @@ def read_pt(file: Path, status: Status = SILENT) -> object:
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # a damaged pickle raises of every kind
-        raise UserError(
-            f"{file} is not a checkpoint of tensors and plain values, or is damaged; nothing else "
-            "in it is loaded, because unpickling can run any program"
-        ) from error
+        raise UserError(f"{file} {_fault(file, is_zip=is_zip)}") from error
+
+
+def _fault(file: Path, *, is_zip: bool) -> str:
+    """The text says what is wrong with a file that cannot be loaded, and what mends it."""
+    if is_zip:
+        # Its parts match their checksums.
+        with contextlib.suppress(Exception):
+            if found := sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file)):
+                return (
+                    f"holds {', '.join(found)} beside tensors and plain values, and is not loaded, "
+                    "because unpickling can run any program; save it again without what is of "
+                    "these kinds"
+                )
+    elif _is_cut_short(file):
+        return "is damaged: its end is missing; copy it again, or take an older checkpoint"
+    return (
+        "is not a checkpoint of tensors and plain values, or is damaged; nothing else in it is "
+        "loaded, because unpickling can run any program"
+    )
+
+
+def _is_cut_short(file: Path) -> bool:
+    """The answer is whether the file is empty, or begins like an archive and has no end of one."""
+    with file.open("rb") as stream:
+        return stream.read(len(_ZIP_MAGIC)) in (b"", _ZIP_MAGIC)
 
 
 def _require_intact(file: Path, status: Status) -> None:

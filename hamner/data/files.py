@@ -259,6 +259,23 @@ def _from_json(files: State, sizes: Sequence[int]) -> dict[int, Scan]:
 
 
 def _open(path: Path) -> "_ParquetFile | _TextFile":
+    check_content(path)
+    reader = READERS[data_format(path)](path)
+    if isinstance(reader, _ParquetFile):
+        reader.check()
+    return reader
+
+
+def check_content(path: Path) -> None:
+    """The function refuses a file whose content is another than its name says.
+
+    That is one compressed otherwise, and text of UTF-16 or UTF-32, which may be UTF-8 with NUL
+    bytes too.
+
+    Raises:
+        UserError: says what it is, or what is wrong with a compressed file.
+        OSError: it cannot be read.
+    """
     with path.open("rb") as stream:
         head = stream.read(4)
     suffix = path.suffix.lower()
@@ -268,9 +285,34 @@ def _open(path: Path) -> "_ParquetFile | _TextFile":
         raise UserError(f"--data {path}: its content is not {suffix[1:]}, though its name says so")
     if expected is None and found is not None:
         raise UserError(f"--data {path}: its content is {found[1:]}; rename it to end in {found}")
-    reader = READERS[data_format(path)](path)
-    reader.check()
-    return reader
+    if suffix != ".parquet" and (encoding := _wide_encoding(path)):
+        raise UserError(
+            f"--data {path}: is {encoding[:6]}, not UTF-8; convert it, such as with "
+            f"iconv -f {encoding} -t UTF-8"
+        )
+
+
+def _wide_encoding(path: Path) -> str | None:
+    """The name is that of the text's encoding, if it is UTF-16 or UTF-32."""
+    with open_bytes(path) as stream:
+        head = _read(path, stream, WIDE_HEAD_BYTES)
+    marked = next((name for mark, name in WIDE_MARKS.items() if head.startswith(mark)), None)
+    for encoding in WIDE_ENCODINGS if 0 in head and marked is None else ():
+        try:
+            text = codecs.getincrementaldecoder(encoding)().decode(head)
+        except UnicodeDecodeError:
+            continue
+        # Taken for UTF-16, ASCII is Chinese.
+        if text and "\0" not in text and sum(c < "\u2e80" for c in text) >= 0.9 * len(text):
+            return encoding
+    return marked
+
+
+def _read(path: Path, stream: IO[bytes], size: int) -> bytes:
+    try:
+        return stream.read(size)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise UserError(f"--data {path}: damaged compressed file ({error})") from error
 
 
 def open_bytes(path: Path) -> IO[bytes]:
@@ -460,10 +502,7 @@ class _TextFile:
             yield offset, buffer
 
     def _read(self, stream: IO[bytes], size: int) -> bytes:
-        try:
-            return stream.read(size)
-        except (OSError, EOFError, ValueError, zlib.error) as error:
-            raise UserError(f"--data {self._path}: damaged compressed file ({error})") from error
+        return _read(self._path, stream, size)
 
     def _cut_after(self, stream: IO[bytes], position: int) -> int:
         """The offset is the first from `position` on at which a block may begin."""
@@ -492,30 +531,6 @@ class _TextFile:
         if "\0" in decoded:
             return BadRow(str(self._path), offset + text.index(0), NUL_BYTES)
         return decoded.removeprefix("\ufeff") if offset == 0 else decoded
-
-    def check(self) -> None:
-        """The function refuses a file of UTF-16 or UTF-32, which may be UTF-8 with NUL bytes too.
-
-        Raises:
-            UserError: says the encoding, or what is wrong with a compressed file.
-        """
-        with open_bytes(self._path) as stream:
-            head = self._read(stream, WIDE_HEAD_BYTES)
-        marked = next((name for mark, name in WIDE_MARKS.items() if head.startswith(mark)), None)
-        for encoding in WIDE_ENCODINGS if 0 in head and marked is None else ():
-            try:
-                text = codecs.getincrementaldecoder(encoding)().decode(head)
-            except UnicodeDecodeError:
-                continue
-            # Taken for UTF-16, ASCII is Chinese.
-            if text and "\0" not in text and sum(c < "\u2e80" for c in text) >= 0.9 * len(text):
-                marked = encoding
-                break
-        if marked:
-            raise UserError(
-                f"--data {self._path}: is {marked[:6]}, not UTF-8; convert it, such as with "
-                f"iconv -f {marked} -t UTF-8"
-            )
 
 
 class _JsonLinesFile(_TextFile):

@@ -143,7 +143,11 @@ class Tokenizer:
         """
         token_id = self._backend.token_to_id(name)
         if token_id is None:
-            raise UserError(f"--tokenizer {self.name}: it has no special token {name}")
+            raise UserError(
+                f"--tokenizer {self.name}: it has no special token {name}, which conversations "
+                "need; a run from its weights can have one: hamner.train --init-from RUN "
+                "--reserve-chat-tokens"
+            )
         return token_id
 
     def with_text_tags(self) -> "Tokenizer":

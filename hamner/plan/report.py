@@ -463,7 +463,7 @@ experts counted by its active parameters. It takes {best.prediction.peak_gib:.1f
 Expected loss: {_range(best.loss_range(BESIROGLU), 2)} by {BESIROGLU.source};
 {_range(best.loss_range(HOFFMANN), 2)} by {HOFFMANN.source};
 {_range(best.loss_range(analysis.local_law), 2)} by the former shifted through
-{"the end of the run so far, as projected" if analysis.law_is_the_runs else "the model under Evidence"}.
+{"the projected end of the run so far" if analysis.law_is_the_runs else "the model under Evidence"}.
 
 ## Training plan
 

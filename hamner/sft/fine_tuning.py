@@ -9,7 +9,7 @@ from hamner.checkpoint.saved_model import find_saved_model
 from hamner.config.sft import SftConfig
 from hamner.config.train import TrainConfig
 from hamner.data.conversations import lint
-from hamner.data.conversations.examples import load_examples, most_used_system
+from hamner.data.conversations.examples import UnusableRows, load_examples, most_used_system
 from hamner.data.conversations.loader import ConversationLoader, validation_batch
 from hamner.data.tokenizer import Tokenizer
 from hamner.parallel.ranks import Rank
@@ -38,7 +38,11 @@ def fine_tune(config: SftConfig) -> TrainResult:
 
     tokenizer = initial.tokenizer if initial else run.open_tokenizer(training)
     with waiting("reading the conversations") as status:
-        sources = load_examples(training, tokenizer, status)
+        try:
+            sources = load_examples(training, tokenizer, status)
+        except UnusableRows as error:
+            lint.show_unusable(error, open_console())
+            raise
     training = replace(training, sft=replace(config.sft, system=most_used_system(sources)))
     if Rank.read().is_main:
         lint.show(sources, tokenizer, open_console())

@@ -1,5 +1,6 @@
 """A run starts from random weights, or with `--init-from` from those of another run."""
 
+import contextlib
 from dataclasses import fields
 
 from hamner.checkpoint import format as checkpoint
@@ -36,7 +37,10 @@ def find_initial(config: TrainConfig) -> SavedModel | None:
         if name not in free and getattr(config.model, name) != getattr(theirs, name)
     ]
     if config.tokenizer != saved.config.tokenizer:
-        named = load_tokenizer(config.tokenizer, config.model.vocab_size)
+        named = load_tokenizer(config.tokenizer)
+        # One that cannot be cut to the model's vocabulary is another one.
+        with contextlib.suppress(UserError):
+            named = named.cut(config.model.vocab_size)
         if named.fingerprint != saved.tokenizer.fingerprint:
             differences.append(
                 f"--tokenizer {config.tokenizer} (fingerprint {named.fingerprint[:12]}) is not its "

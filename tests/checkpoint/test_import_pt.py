@@ -250,8 +250,9 @@ def damaged(name):
     ],
 )
 def test_what_cannot_be_imported_is_named_and_nothing_written(content, named, tmp_path):
-    with pytest.raises(UserError, match=named):
+    with pytest.raises(UserError, match=named) as caught:
         imported(tmp_path, SHAPE, **content)
+    assert str(caught.value).count(".pt") == 1
     assert not (tmp_path / "run").exists()
 
 
@@ -264,7 +265,7 @@ class Bomb:
 
 def test_nothing_is_unpickled(tmp_path):
     Bomb.target = str(tmp_path / "exploded")
-    with pytest.raises(UserError, match="not a checkpoint of tensors and plain values"):
+    with pytest.raises(UserError, match=r"holds \w+\.mkdir beside tensors and plain values"):
         imported(tmp_path, SHAPE, extra=Bomb())
     assert not (tmp_path / "exploded").exists()
     (tmp_path / "noise.pt").write_bytes(b"no checkpoint at all")
@@ -282,11 +283,17 @@ def test_a_damaged_file_is_refused(tmp_path):
     tokenizer = str(small_tokenizer(tmp_path))
     with pytest.raises(UserError, match=r"latest.pt is damaged: its part \S+/data/\d+ does not"):
         import_checkpoint(file, tmp_path / "run", tokenizer)
-    for is_legacy in (True, False):
+    for is_legacy, named in (
+        (True, "is not a checkpoint .*, or is damaged"),
+        (False, "is damaged: its end is missing; copy it again"),
+    ):
         write(file, SHAPE, weights, is_legacy=is_legacy)
         file.write_bytes(file.read_bytes()[:-2_000])
-        with pytest.raises(UserError, match="latest.pt is not a checkpoint .*, or is damaged"):
+        with pytest.raises(UserError, match=f"latest.pt {named}"):
             import_checkpoint(file, tmp_path / "run", tokenizer)
+    file.write_bytes(b"")
+    with pytest.raises(UserError, match="latest.pt is damaged: its end is missing"):
+        import_checkpoint(file, tmp_path / "run", tokenizer)
     assert not (tmp_path / "run").exists()
 
 

@@ -317,7 +317,7 @@ def test_command_does_not_sell_a_larger_model_to_wrong_labels(capsys, tmp_path):
     for said in (capsys.readouterr().out, report):
         said = " ".join(said.split())
         assert "Check labels and data before you buy a larger model" in said
-        for word in ("wall", "reached after", "80% interval", "the run so far, as"):
+        for word in ("wall", "reached after", "80% interval", "end of the run so far"):
             assert word not in said
 
 

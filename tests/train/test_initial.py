@@ -119,6 +119,12 @@ def test_another_tokenizer_is_refused_by_name(source, tmp_path):
     other = foreign(tmp_path, 4)
     with pytest.raises(UserError, match=rf"--tokenizer {other} \(fingerprint \w+\) is not its"):
         find_initial(parse([*args, str(other)]))
+    # It has more entries than the model, and is no less another one for that.
+    larger = json.loads(other.read_text())
+    larger["model"]["vocab"] |= {"Ġzebras": 300, "Ġzebra": 301}
+    other.write_text(json.dumps(larger))
+    with pytest.raises(UserError, match=rf"--tokenizer {other} \(fingerprint \w+\) is not its"):
+        find_initial(parse([*args, str(other)]))
 
 
 def of(path: Path, vocab_size: int = 300, **changes) -> tuple:

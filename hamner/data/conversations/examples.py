@@ -88,6 +88,18 @@ class ConversationSource:
         return texts
 
 
+class UnusableRows(UserError):
+    """The exception is that more rows are no conversation than may be left out.
+
+    Attributes:
+        sources: that have them.
+    """
+
+    def __init__(self, sources: Sequence[ConversationSource], sentence: str) -> None:
+        super().__init__(sentence)
+        self.sources = sources
+
+
 def load_examples(
     config: DataConfig | TrainConfig, tokenizer: Tokenizer, status: Status = SILENT
 ) -> list[ConversationSource]:
@@ -99,7 +111,8 @@ def load_examples(
     rows.
 
     Raises:
-        UserError: a spec or file that cannot be read, or too many rows of it; no special tokens.
+        UnusableRows: too many rows of a source are no conversation.
+        UserError: a spec or file that cannot be read; no special tokens.
     """
     seen: set[str] = set()
     sources = []
@@ -148,9 +161,10 @@ def _refuse_unusable(sources: Sequence[ConversationSource], share: float) -> Non
             f"({'; '.join(source.describe_unusable())})"
             for source in refused
         )
-        raise UserError(
+        raise UnusableRows(
+            refused,
             f"{reasons}; mend them, or let hamner.sft leave out more with --bad-rows SHARE "
-            f"(now {share:g})"
+            f"(now {share:g})",
         )
 
 

@@ -6,7 +6,7 @@ from itertools import groupby
 from rich.console import Console
 from rich.text import Text
 
-from hamner.data.conversations.examples import ConversationSource, Example
+from hamner.data.conversations.examples import ConversationSource, Example, UnusableRows
 from hamner.data.tokenizer import Tokenizer
 
 NAMED = 5
@@ -23,6 +23,16 @@ def show(sources: Sequence[ConversationSource], tokenizer: Tokenizer, console: C
     example = next((example for source in sources for example in source.train), None)
     if example is not None:
         console.print(preview(example, tokenizer, coloured=console.color_system is not None))
+
+
+def show_unusable(error: UnusableRows, console: Console) -> None:
+    """`show_unusable` prints the kinds of rows that cannot be used where the sentence of the error
+    is too short for all."""
+    if error.is_shortened:
+        for source in error.sources:
+            console.print(Text(f"{source.name}: cannot be used:"), soft_wrap=True)
+            for text in source.describe_unusable():
+                console.print(Text(f"  {text}"), soft_wrap=True)
 
 
 def describe(source: ConversationSource) -> list[str]:

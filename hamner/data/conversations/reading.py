@@ -14,7 +14,7 @@ from typing import IO, Any, NamedTuple
 
 from hamner.data.chat_template import Message
 from hamner.data.conversations.rows import FIELDS, parse_conversation
-from hamner.data.files import find_files, open_bytes
+from hamner.data.files import check_content, find_files, open_bytes
 from hamner.data.hub import open_location
 from hamner.data.retry import RetriedSource
 from hamner.data.shuffle import State
@@ -102,6 +102,8 @@ def _rows(spec: Spec) -> Iterator[Row]:
 def _file_rows(path: Path) -> Iterator[Row]:
     name = path.name.lower()
     try:
+        if name.endswith((".parquet", ".json", *SUFFIXES)):
+            check_content(path)
         if name.endswith(".parquet"):
             yield from _parquet_rows(path)
         elif name.endswith((".json", *SUFFIXES)):

@@ -1,11 +1,13 @@
 """The lint before fine-tuning: counts, names of odd conversations, a preview."""
 
+import io
 import json
 
+import pytest
 from rich.console import Console
 
-from hamner.data.conversations.examples import load_examples
-from hamner.data.conversations.lint import describe, preview, show
+from hamner.data.conversations.examples import UnusableRows, load_examples
+from hamner.data.conversations.lint import describe, preview, show, show_unusable
 from hamner.data.loader import DataConfig
 from hamner.data.tokenizer import load_tokenizer
 
@@ -78,3 +80,18 @@ def test_show_prints_everything_and_escapes_nothing_twice(tmp_path):
     assert "1 conversations to train on" in text
     assert "[red]Hi[/red]" in text
     assert "[[Hey!<|end|>]]" in text
+
+
+@pytest.mark.parametrize("kinds", [2, 8])
+def test_kinds_that_the_sentence_has_no_room_for_are_listed_before_it(tmp_path, kinds):
+    path = tmp_path / "rows.jsonl"
+    names = [str(number) * 40 for number in range(kinds)]
+    path.write_text("".join(f'{{"{name}": "{name * 2}"}}\n' for name in names))
+    with pytest.raises(UnusableRows) as caught:
+        load_examples(DataConfig((str(path),), 64, 1, 0, 0.0), TOKENIZER)
+    console = Console(record=True, file=io.StringIO())
+    show_unusable(caught.value, console)
+    text = console.export_text()
+    said = str(caught.value) + text
+    assert all(f"(it has {name}): rows.jsonl:{n}" in said for n, name in enumerate(names, 1))
+    assert bool(text) == (kinds == 8)

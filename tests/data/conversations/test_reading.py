@@ -166,8 +166,8 @@ def test_a_data_set_is_read_on_after_an_error(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "content", "named"),
     [
-        ("a.jsonl.gz", gzip.compress(b"{}" * 50, mtime=0)[:-9], "cannot be read"),
-        ("a.jsonl.zst", b"no zstd", "cannot be read"),
+        ("a.jsonl.gz", gzip.compress(b"{}" * 50, mtime=0)[:-9], "damaged compressed file"),
+        ("a.jsonl.zst", b"no zstd", "its content is not zst"),
         ("a.txt", b"Hi", "read from .jsonl files"),
         ("a.parquet", b"PAR1 no parquet", "not a readable parquet file"),
     ],
@@ -186,3 +186,21 @@ def test_other_kinds_of_data_are_refused():
         read("shards:x")
     with pytest.raises(UserError, match="no such file or folder"):
         read("missing.jsonl")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32-le"])
+def test_wide_encodings_are_named(tmp_path, name, encoding):
+    data = f"{json.dumps(OPENAI)}\n".encode(encoding)
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(data, mtime=0) if name.endswith(".gz") else data)
+    with pytest.raises(UserError, match=rf"is {encoding[:6].upper()}, not UTF-8; convert it"):
+        read(str(path))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet", "a.jsonl.zst"])
+def test_content_of_another_kind_than_the_name_says_is_named(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(json.dumps(OPENAI).encode(), mtime=0))
+    with pytest.raises(UserError, match=r"its content is (gz; rename|not (parquet|zst), though)"):
+        read(str(path))

@@ -60,8 +60,8 @@ def main(args: Sequence[str]) -> int:
     print(describe(imported))
     guessing = loss_of_guessing(imported.config.model)
     try:
-        with waiting("trying it on built-in English"):
-            loss = english_loss(imported)
+        with waiting("loading it to try it on built-in English") as status:
+            loss = english_loss(imported, status)
     except UserError as error:
         print(f"WARNING: the tokenizer was not tried on English ({error})")
         return 0

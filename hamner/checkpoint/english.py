@@ -8,6 +8,7 @@ from hamner.checkpoint.saved_model import SavedModel
 from hamner.config.model import ModelConfig
 from hamner.data.builtin import builtin_documents
 from hamner.data.shuffle import permutation
+from hamner.progress import SILENT, Status
 
 MAX_TOKENS = 4_096
 """so many take a model of 300M parameters a few seconds on a CPU"""
@@ -18,8 +19,10 @@ of another model, one that was trained for long is worse than guessing."""
 
 
 @torch.no_grad()
-def english_loss(saved: SavedModel) -> float:
+def english_loss(saved: SavedModel, status: Status = SILENT) -> float:
     """The function has the model predict built-in English and gives its loss, nats a token.
+
+    The status shows how far it is.
 
     Raises:
         UserError: this Python has no such text.
@@ -34,7 +37,12 @@ def english_loss(saved: SavedModel) -> float:
             break
     rows = max(1, MAX_TOKENS // (seq_len + 1))
     text = torch.tensor(ids[: rows * (seq_len + 1)]).view(rows, -1)
-    return model(text[:, :-1], text[:, 1:].contiguous()).cross_entropy.item()
+    losses = []
+    with status.task("trying it on built-in English", rows * seq_len, "tokens") as task:
+        for row in text.split(1):
+            losses.append(model(row[:, :-1], row[:, 1:].contiguous()).cross_entropy.item())
+            task.advance(seq_len)
+    return sum(losses) / rows
 
 
 def loss_of_guessing(model: ModelConfig) -> float:

@@ -20,6 +20,7 @@ from hamner.model.attention import document_positions
 from hamner.model.generate import PROMPTS, Generator, answer, generate
 from hamner.model.sampling import Sampling
 from hamner.model.transformer import Transformer
+from hamner.parallel.device import CPU_MICRO_BATCH_TOKENS
 from hamner.progress import SILENT, Status, Task
 
 logger = logging.getLogger(__name__)
@@ -180,7 +181,11 @@ def token_losses(
     """
     device = model.embed.weight.device
     rows, seq_len = batch.inputs.shape
-    step = max(1, MAX_LOGITS // (seq_len * model.config.vocab_size))
+    tokens = MAX_LOGITS // model.config.vocab_size
+    if device.type == "cpu":
+        # The count goes on with each pass.
+        tokens = min(tokens, CPU_MICRO_BATCH_TOKENS)
+    step = max(1, tokens // seq_len)
     losses = [torch.empty((0, seq_len), dtype=torch.float64)]
     for start in range(0, rows, step):
         part = slice(start, start + step)

@@ -26,6 +26,7 @@ from hamner.errors import UserError
 from hamner.export.hf import write_hugging_face
 from hamner.model.generate import answer
 from hamner.model.sampling import Sampling
+from hamner.progress import Task
 from hamner.train.loop import TrainingLoop
 from tests.models import DENSE, MOE
 from tests.scripted import Script
@@ -416,7 +417,9 @@ def unigram_weights(tokenizer) -> dict[str, torch.Tensor]:
     return weights
 
 
-def test_a_wrong_tokenizer_is_noticed(tmp_path, capsys):
+def test_a_wrong_tokenizer_is_noticed(tmp_path, capsys, monkeypatch):
+    counted = []
+    monkeypatch.setattr(Task, "advance", lambda task, by=1: counted.append((task.what, by)))
     right = small_tokenizer(tmp_path)
     definition = json.loads(right.read_text())
     vocab = definition["model"]["vocab"]
@@ -434,6 +437,8 @@ def test_a_wrong_tokenizer_is_noticed(tmp_path, capsys):
         assert ("WARNING" in printed) == (tokenizer == wrong)
         losses.append(float(re.search(r"loss on built-in English: (\S+) nats", printed)[1]))
     assert losses[0] < 0.9 * math.log(300) < losses[1]
+    # Whoever waits sees how far it is: 63 rows of 64 tokens, twice.
+    assert counted.count(("trying it on built-in English", 64)) == 2 * 63
 
 
 def test_a_tokenizer_too_large_for_the_model_is_refused(tmp_path):

@@ -16,6 +16,7 @@ from hamner.evaluate.evaluation import (
     loss_by_position,
     open_held_out,
 )
+from hamner.progress import Task
 from tests.models import DENSE, build
 from tests.saved import sharp
 
@@ -68,6 +69,19 @@ def test_loss_is_the_models_own(documents, document_mask, monkeypatch):
         assert result.loss == pytest.approx(expected, rel=1e-5)
     assert result.perplexity == pytest.approx(math.exp(expected), rel=1e-4)
     assert result.tokens == source.batch.targets.numel()
+
+
+def test_a_cpu_counts_every_few_rows(documents, monkeypatch):
+    """A pass of many rows would show nothing for minutes."""
+    monkeypatch.setattr(evaluation, "CPU_MICRO_BATCH_TOKENS", 64)
+    amounts = []
+    monkeypatch.setattr(Task, "advance", lambda task, by=1: amounts.append((task.total, by)))
+    source = text(documents)
+    amounts.clear()
+    evaluate_source(uniform(), TOKENIZER, source)
+    rows = len(source.batch.inputs)
+    assert amounts[0] == (rows, 2)
+    assert sum(amount for _, amount in amounts) == rows
 
 
 def test_a_token_a_byte_costs_log2_of_the_vocabulary(documents):

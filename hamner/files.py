@@ -98,6 +98,18 @@ def expand_home(path: str | Path, flag: str) -> Path:
     return Path(expanded)
 
 
+def refuse_pipe(path: Path, name: str) -> None:
+    """The function refuses a pipe or a device: reading one may wait for ever, and only once.
+
+    Raises:
+        UserError: it begins with `name`, of the flag or the file.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UserError(
+            f"{name}: is a pipe or a device, not a file; write it to a file and give that"
+        )
+
+
 def flush(path: Path) -> None:
     """The function has the operating system put a file or folder on disk.
 

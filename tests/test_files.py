@@ -1,14 +1,20 @@
 """The tests make files that are whole or not there, and read JSON that is damaged."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from hamner.checkpoint.format import CheckpointError
+from hamner.checkpoint.pt_file import read_pt
+from hamner.data.tokenizer import load_tokenizer
 from hamner.errors import UserError
-from hamner.files import made_whole, read_json, usual_permissions
+from hamner.files import made_whole, read_json, refuse_pipe, usual_permissions
+from hamner.plan.report_card import ReportCard
+from hamner.plan.run_curve import read_run
+from hamner.profile.trace import read_trace
 
 
 def test_a_file_is_replaced_at_the_end(tmp_path):
@@ -78,3 +84,21 @@ def test_json_that_cannot_be_read(tmp_path, content, reason, error):
         path.write_bytes(content)
     with pytest.raises(error, match=reason):
         read_json(path, error)
+
+
+def test_a_pipe_is_refused_before_it_is_waited_for(tmp_path):
+    """All that reads a file which people name: no writer comes, so reading would never end."""
+    for name in ("pipe.jsonl", "pipe.json", "pipe.pt"):
+        os.mkfifo(tmp_path / name)
+    for read, name in (
+        (read_run, "pipe.jsonl"),
+        (ReportCard.read, "pipe.json"),
+        (read_trace, "pipe.json"),
+        (lambda path: load_tokenizer(str(path)), "pipe.json"),
+        (read_pt, "pipe.pt"),
+    ):
+        with pytest.raises(UserError, match=rf"{name}: is a pipe or a device, not a file"):
+            read(tmp_path / name)
+    # A file, a folder and nothing are other readers' business.
+    for path in (tmp_path, tmp_path / "nothing", Path(__file__)):
+        refuse_pipe(path, "--data")

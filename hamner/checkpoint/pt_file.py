@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from hamner.errors import UserError
+from hamner.files import refuse_pipe
 from hamner.progress import SILENT, Status
 
 _CHUNK_BYTES = 2**24
@@ -22,6 +23,7 @@ def read_pt(file: Path, status: Status = SILENT) -> object:
     Raises:
         UserError: the file cannot be read, is damaged, or holds more than tensors and plain values.
     """
+    refuse_pipe(file, str(file))
     try:
         is_zip = zipfile.is_zipfile(file)
         if is_zip:

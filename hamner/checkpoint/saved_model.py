@@ -10,7 +10,7 @@ from torch import Tensor
 from hamner.checkpoint import format as checkpoint
 from hamner.checkpoint.format import MODEL_FILE, OPTIMIZER_FILE, Checkpoint, CheckpointError
 from hamner.checkpoint.run_folder import RunFolder
-from hamner.config.train import CONFIG_FILE, TrainConfig, run_of
+from hamner.config.train import CONFIG_FILE, TrainConfig, no_run, run_of
 from hamner.data.tokenizer import Tokenizer
 from hamner.errors import UserError
 from hamner.model.attention import AttentionShape, get_attention
@@ -102,7 +102,7 @@ def _find_checkpoint(path: Path, flag: str) -> Checkpoint:
         if not saved:
             raise UserError(f"{flag} {path}: this run has not saved a checkpoint yet")
         return checkpoint.best(folder) or saved[-1]
-    raise UserError(f"{flag} {path} is neither a run's folder nor one of its checkpoints (step_*)")
+    raise no_run(path, flag)
 
 
 def _newest_run() -> Path:

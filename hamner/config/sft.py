@@ -12,6 +12,7 @@ from hamner.config.train import (
     FineTuning,
     RunConfig,
     TrainConfig,
+    no_run,
     run_of,
 )
 from hamner.errors import UserError
@@ -104,9 +105,7 @@ class SftConfig:
         """
         run = run_of(path)
         if not (run / CONFIG_FILE).is_file():
-            raise UserError(
-                f"--checkpoint {path} is neither a run's folder nor one of its checkpoints (step_*)"
-            )
+            raise no_run(path, "--checkpoint")
         base = TrainConfig.read(run / CONFIG_FILE)
         named = run if run.name not in ("", "..") else run.resolve()
         return cls(

@@ -48,6 +48,16 @@ def run_of(path: Path) -> Path:
     return path
 
 
+def no_run(path: Path, flag: str) -> UserError:
+    """The error is that the path which `flag` names is neither a run's folder nor a checkpoint."""
+    mend = ""
+    if path.is_file():
+        mend = "; python -m hamner.checkpoint import makes a run of a .pt file"
+    return UserError(
+        f"{flag} {path} is neither a run's folder nor one of its checkpoints (step_*){mend}"
+    )
+
+
 def require_finite(config: Any) -> None:
     """The function refuses numbers that are infinite or not a number.
 

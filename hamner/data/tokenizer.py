@@ -21,7 +21,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from hamner.data.reserved import inside_definition, reserved_tokens, text_definition
 from hamner.data.runs import encode_in_parts, parts_of
 from hamner.errors import UserError
-from hamner.files import parse_json, write_whole
+from hamner.files import parse_json, refuse_pipe, write_whole
 
 END_OF_TEXT = "<|endoftext|>"
 SPECIAL_TOKENS = (END_OF_TEXT, "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
@@ -289,6 +289,7 @@ def _read_definition(name: str) -> str:
                 "or a Hugging Face name owner/name"
             )
         path = _download(name)
+    refuse_pipe(path, f"--tokenizer {name}")
     try:
         return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:

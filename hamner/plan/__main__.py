@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Literal
 
 from hamner.cli import read_flags, run_command
-from hamner.config.model import flag
+from hamner.config.model import ModelConfig, flag
 from hamner.config.options import OPTIONS
 from hamner.config.recipe import RECIPES, Recipe
+from hamner.config.train import CONFIG_FILE, TrainConfig
 from hamner.errors import UserError
 from hamner.hardware import GPUS, PCIE4, Gpu
 from hamner.plan import report
@@ -176,6 +177,24 @@ def plan_option(
     return make_plan(option, gpu, parallelism, vram_budget=config.vram_budget, reached=reached)
 
 
+def find_model(metrics: Path, planned: TrainConfig) -> ModelConfig:
+    """The model is that of the run, whose configuration may lie beside its log, or the planned one.
+
+    Raises:
+        UserError: it is a run of another option.
+    """
+    try:
+        run = TrainConfig.read(metrics.with_name(CONFIG_FILE))
+    except UserError:
+        return planned.model
+    if run.option != planned.option:
+        raise UserError(
+            f"--metrics {metrics} is of a run of option {run.option}, not of --option "
+            f"{planned.option}: give --option {run.option}"
+        )
+    return run.model
+
+
 def analyse(config: PlanConfig) -> Analysis:
     """The function does what the flags ask, short of printing it.
 
@@ -203,9 +222,10 @@ def analyse(config: PlanConfig) -> Analysis:
     plan = asked or recommended
     run = None
     if config.metrics:
-        curve = read_run(config.metrics, math.log(plan.config.model.vocab_size))
+        model = find_model(config.metrics, plan.config)
+        curve = read_run(config.metrics, math.log(model.vocab_size))
         end = max(plan.config.tokens, float(curve.tokens[-1]))
-        run = RunProjection(curve, plan.active_parameters, end)
+        run = RunProjection(curve, model.num_parameters(active=True), end)
     by_recipe = []
     for recipe in RECIPES:
         with contextlib.suppress(UserError):  # Muon's update has to fit too

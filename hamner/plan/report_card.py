@@ -12,7 +12,7 @@ from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from hamner.errors import UserError
-from hamner.files import read_json, write_whole
+from hamner.files import read_json, refuse_pipe, write_whole
 
 FORMAT = 1
 """number of the layout of the file; another layout is another number"""
@@ -137,6 +137,7 @@ class ReportCard:
             UserError: the file is not a report card of this format, or damaged.
         """
         again = "make it again with python -m bench.report_card"
+        refuse_pipe(path, f"--report-card {path}")
         values = read_json(path, _Unreadable)
         if not {"format", "device", "matmuls"} <= values.keys():
             raise UserError(f"--report-card {path} is not a report card: {again}")

@@ -12,7 +12,7 @@ import numpy as np
 
 from hamner.config.train import CONFIG_FILE
 from hamner.errors import UserError
-from hamner.files import parse_json, read_json
+from hamner.files import parse_json, read_json, refuse_pipe
 
 UNTRAINED_LOSS = math.log(49_152)
 """nats per token of a guess among the vocabulary of every option but `tiny`"""
@@ -204,6 +204,7 @@ def _readings(path: Path) -> Iterator[Reading]:
     }
     if path.suffix not in formats:
         raise UserError(f"--metrics {path} is neither .jsonl nor .csv")
+    refuse_pipe(path, f"--metrics {path}")
     records, names = formats[path.suffix]
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines(keepends=True)

@@ -21,6 +21,7 @@ from operator import attrgetter
 from pathlib import Path
 
 from hamner.errors import UserError
+from hamner.files import refuse_pipe
 from hamner.profile import nsight
 
 METADATA_KEY = "hamner"
@@ -165,6 +166,7 @@ def read_trace(path: Path) -> Trace:
     Raises:
         UserError: the file is not readable or not such a trace.
     """
+    refuse_pipe(path, str(path))
     document = _read_document(path)
     header = document if isinstance(document, dict) else {"traceEvents": document}
     events = header.get("traceEvents")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hamner.config.options import find_option, for_option
 from hamner.config.recipe import Recipe
-from hamner.config.train import CONFIG_FILE, TrainConfig, run_of
+from hamner.config.train import CONFIG_FILE, TrainConfig, no_run, run_of
 from hamner.errors import UserError
 
 
@@ -76,10 +76,7 @@ class Origin:
         """
         run = run_of(self.init_from)
         if not (run / CONFIG_FILE).is_file():
-            raise UserError(
-                f"--init-from {self.init_from} is neither a run's folder nor one of its "
-                "checkpoints (step_*)"
-            )
+            raise no_run(self.init_from, "--init-from")
         base = TrainConfig.read(run / CONFIG_FILE)
         default = for_option(self.option or base.option, self.recipe)
         model = default.model if self.option else base.model

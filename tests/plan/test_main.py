@@ -1,10 +1,11 @@
 """The plan's sums, its flags, and the command as a person runs it."""
 
+import json
 import math
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -303,6 +304,19 @@ def test_command_reads_metrics(capsys, metrics):
     assert "after 2.45B tokens" in out
     assert "Near the capacity wall" in out
     assert "loss 3.5 (perplexity 33)" in out
+
+
+def test_a_run_is_taken_for_what_its_own_configuration_says(metrics):
+    model = replace(OPTIONS["current"].model, num_layers=10)
+    config = replace(OPTIONS["current"], model=model)
+    metrics.with_name("config.json").write_text(json.dumps(asdict(config), default=str))
+    run = analyse(PlanConfig(option="current", metrics=metrics)).run
+    assert run.parameters == model.num_parameters()
+    with pytest.raises(UserError, match="of a run of option current, not of --option a: give"):
+        analyse(PlanConfig(option="a", metrics=metrics))
+    metrics.with_name("config.json").write_text("{")
+    run = analyse(PlanConfig(option="a", metrics=metrics)).run
+    assert run.parameters == OPTIONS["a"].model.num_parameters()
 
 
 def test_command_does_not_sell_a_larger_model_to_wrong_labels(capsys, tmp_path):

@@ -75,6 +75,10 @@ def test_defaults_are_the_model_of_the_weights(source):
     assert parse([f"--init-from={checkpoint}", "--lr", "5e-4"]).model == SHAPE
     with pytest.raises(UserError, match="--init-from nowhere is neither a run"):
         parse(["--init-from", "nowhere"])
+    file = source.with_name("old.pt")
+    file.write_bytes(b"PK")
+    with pytest.raises(UserError, match="hamner.checkpoint import makes a run of a .pt file"):
+        parse(["--init-from", str(file)])
 
 
 @pytest.mark.parametrize(

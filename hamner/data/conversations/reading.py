@@ -14,7 +14,7 @@ from typing import IO, Any, NamedTuple
 
 from hamner.data.chat_template import Message
 from hamner.data.conversations.rows import FIELDS, parse_conversation
-from hamner.data.files import check_content, find_files, open_bytes
+from hamner.data.files import NUL_BYTES, check_content, find_files, open_bytes
 from hamner.data.hub import open_location
 from hamner.data.retry import RetriedSource
 from hamner.data.shuffle import State
@@ -122,8 +122,19 @@ def _file_rows(path: Path) -> Iterator[Row]:
 def _lines(stream: IO[bytes], name: str) -> Iterator[Row]:
     for number, line in enumerate(stream, start=1):
         if line.strip():
-            # A byte order mark may open the first line.
-            yield Row(name, number, lambda line=line: parse_json(line.decode("utf-8-sig")))
+            yield Row(name, number, lambda line=line: _parse_line(line))
+
+
+def _parse_line(line: bytes) -> Any:
+    """The value is that of one line of JSON.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if 0 in line:
+        raise ValueError(NUL_BYTES)
+    # A byte order mark may open the first line.
+    return parse_json(line.decode("utf-8-sig"))
 
 
 def _json_rows(stream: IO[bytes], name: str) -> Iterator[Row]:

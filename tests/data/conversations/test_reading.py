@@ -204,3 +204,13 @@ def test_content_of_another_kind_than_the_name_says_is_named(tmp_path, name):
     path.write_bytes(gzip.compress(json.dumps(OPENAI).encode(), mtime=0))
     with pytest.raises(UserError, match=r"its content is (gz; rename|not (parquet|zst), though)"):
         read(str(path))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_nul_bytes_are_named(tmp_path, name):
+    """A crash leaves them at the end of a file."""
+    path = write(tmp_path / name, OPENAI)
+    path.write_bytes(path.read_bytes() + bytes(4096))
+    good, bad = read(str(path))
+    assert good.messages == MESSAGES
+    assert (bad.kind, bad.number) == ("holds NUL bytes, as binary files and those of a crash do", 2)

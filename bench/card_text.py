@@ -1,13 +1,24 @@
 """A report card for readers is one Markdown file."""
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from bench.card_step import Load
 from hamner.hardware import GIB, Gpu
 from hamner.plan import costs
-from hamner.plan.report_card import Device, KernelTime, MatmulRate, ReportCard, StepMeasurement
+from hamner.plan.report_card import (
+    AttentionRate,
+    Device,
+    KernelTime,
+    MatmulRate,
+    ReportCard,
+    StepMeasurement,
+)
 from hamner.plan.step_time import Op
+from hamner.plan.words import table
+
+KERNEL_COLUMNS = ("kernel", "shape", "measured ms", "floor ms", "of the floor")
+KERNEL_COLUMNS += ("predicted ms", "error")
 
 
 def to_markdown(card: ReportCard, gpu: Gpu, load: Load | None, notes: Sequence[str]) -> str:
@@ -24,44 +35,35 @@ def to_markdown(card: ReportCard, gpu: Gpu, load: Load | None, notes: Sequence[s
         f"# Report card: {device.gpu}",
         f"{card.date}, Hamner {card.commit}",
         *notes,
-        table(("", ""), environment(device, load)),
+        table([("", ""), *environment(device, load)]),
         "## Training",
-        "Option a was not trained." if card.step is None else table(("", ""), training(card.step)),
+        "Option a was not trained."
+        if card.step is None
+        else table([("", ""), *training(card.step)]),
         "## Ceilings",
         f"A copy of 1 GiB: {card.bandwidth_gbs:,.0f} GB/s, "
         f"{card.bandwidth_gbs / gpu.bandwidth_gbs:.0%} of {gpu.bandwidth_gbs:,.0f}.",
         table(
-            ("bf16 matmul, m x k x n", "TFLOP/s", f"of {gpu.bf16_tflops:g}", "predicted"),
-            (matmul_row(rate, gpu) for rate in card.matmuls),
+            [
+                ("bf16 matmul, m x k x n", "TFLOP/s", f"of {gpu.bf16_tflops:g}", "predicted"),
+                *(matmul_row(rate, gpu) for rate in card.matmuls),
+            ]
         ),
         "## Attention",
         table(
-            ("T", "head size", "direction", "TFLOP/s", f"of {gpu.bf16_tflops:g}"),
-            (
-                (
-                    *(rate.seq_len, rate.head_size, rate.direction, f"{rate.tflops:.1f}"),
-                    f"{rate.tflops / gpu.bf16_tflops:.0%}",
-                )
-                for rate in card.attention
-            ),
+            [
+                ("T", "head size", "direction", "TFLOP/s", f"of {gpu.bf16_tflops:g}"),
+                *(attention_row(rate, gpu) for rate in card.attention),
+            ]
         ),
         "## Kernels",
-        table(
-            ("kernel", "shape", "measured ms", "floor ms", "of the floor", "predicted ms", "error"),
-            (kernel_row(kernel) for kernel in card.kernels),
-        ),
+        table([KERNEL_COLUMNS, *(kernel_row(kernel) for kernel in card.kernels)]),
         "The floor is the longer of arithmetic at the card's peak and traffic at its full "
         "bandwidth; the prediction is the step model's, before this card was measured. Attach "
         "this file and report_card.json to an issue; plan with "
         "`python -m hamner.plan --option a --report-card report_card.json`.",
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """The function makes a table of Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def environment(device: Device, load: Load | None) -> list[tuple[str, str]]:
@@ -133,6 +135,12 @@ def matmul_row(rate: MatmulRate, gpu: Gpu) -> tuple[str, ...]:
         f"{rate.tflops / gpu.bf16_tflops:.0%}",
         f"{predicted:.1f} ({predicted / rate.tflops - 1:+.0%})",
     )
+
+
+def attention_row(rate: AttentionRate, gpu: Gpu) -> tuple[object, ...]:
+    """The function gives the row of one direction of attention."""
+    share = f"{rate.tflops / gpu.bf16_tflops:.0%}"
+    return rate.seq_len, rate.head_size, rate.direction, f"{rate.tflops:.1f}", share
 
 
 def kernel_row(kernel: KernelTime) -> tuple[str, ...]:

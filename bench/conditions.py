@@ -4,6 +4,7 @@ import functools
 import importlib.metadata
 import platform
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -33,6 +34,11 @@ def conditions() -> dict[str, str]:
         ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     )
     return found
+
+
+def in_words(found: Mapping[str, str]) -> str:
+    """The function lists conditions, but for the clocks, which are another at every moment."""
+    return ", ".join(f"{name} {value}" for name, value in found.items() if "clock" not in name)
 
 
 def _gpu() -> dict[str, str]:

@@ -1,7 +1,6 @@
 """A run is killed on some GPUs and resumed on others; its losses stay those of the run left in
 peace."""
 
-import json
 import shutil
 import time
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from bench import launch
 from bench.launch import TOO_LONG
 from hamner.checkpoint import format as checkpoint
 from hamner.checkpoint.run_folder import append_record
-from hamner.files import read_records
+from hamner.files import read_objects, read_records
 
 STEPS, SAVE_EVERY, KILL_STEP = 20, 8, 12
 """of a run; before its KILL_STEP is taken, the last process is killed, the first checkpoint being
@@ -119,12 +118,9 @@ class Moves:
 
 def losses(folder: Path) -> dict[int, float]:
     """The function gives the loss of each step of a run, if it has begun."""
-    path = folder / "metrics.jsonl"
-    return {r["step"]: r["loss"] for r in read_records(path)} if path.exists() else {}
+    return {r["step"]: r["loss"] for r in read_records(folder / "metrics.jsonl")}
 
 
 def read(output: Path) -> list[dict]:
     """The function gives the results so far."""
-    path = output / RESULTS
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines]
+    return list(read_objects(output / RESULTS))

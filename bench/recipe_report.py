@@ -5,10 +5,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
+from bench.conditions import in_words
 from bench.recipe_statistics import Crossing, Ratio, tokens_at, trend
 from bench.recipe_trials import ARMS, DIMENSIONS, TUNED, Part, best_of, loss_of, neighbours
+from hamner.plot.figure import write_figure
 from hamner.profile.report import table
 
 FASTEST = "muon"
@@ -43,8 +46,7 @@ def conditions_of(results: Results) -> str:
     """The function names all conditions under which the results were measured, each once."""
     lines = []
     for result in results:
-        found, data = result["conditions"], result["data"]
-        names = ", ".join(f"{k} {v}" for k, v in found.items() if "clock" not in k)
+        names, data = in_words(result["conditions"]), result["data"]
         lines.append(
             f"- {result['part']}: {names}; {result['batch_size']} x {result['seq_len']:,} tokens a "
             f"step, {result['parameters'] / 1e6:.0f}M parameters, data of "
@@ -214,7 +216,7 @@ def _interval(ratio: Ratio) -> str:
 
 def draw_ladder(results: Results, path: Path) -> None:
     """The picture has the loss at the end of every run, and each recipe's means."""
-    figure, axes = plt.subplots(figsize=(7, 4.5))
+    axes = Figure(figsize=(7, 4.5), layout="constrained").add_subplot()
     for arm, color in COLORS.items():
         own = [r for r in results if r["arm"] == arm and not r["diverged"]]
         by_tokens = defaultdict(list)
@@ -226,12 +228,12 @@ def draw_ladder(results: Results, path: Path) -> None:
         points = [(x, loss) for x, losses in by_tokens.items() for loss in losses]
         axes.scatter(*zip(*points, strict=True) if points else ([], []), color=color, s=12)
     axes.set_xscale("log")
-    _finish(figure, axes, path, "tokens of the whole run, millions")
+    _finish(axes, path, "tokens of the whole run, millions")
 
 
 def draw_curves(results: Results, path: Path) -> None:
     """The picture has the validation loss along each run."""
-    figure, axes = plt.subplots(figsize=(7, 4.5))
+    axes = Figure(figsize=(7, 4.5), layout="constrained").add_subplot()
     for result in results:
         factor = result["bits_per_byte"] / result["val_loss"] if result["val_loss"] else 0.0
         points = [(tokens, loss) for tokens, _, loss in result["curve"] if loss is not None]
@@ -241,14 +243,12 @@ def draw_curves(results: Results, path: Path) -> None:
             color=COLORS[result["arm"]],
             label=f"{result['arm']}, seed {result['seed']}",
         )
-    _finish(figure, axes, path, "tokens trained, millions")
+    _finish(axes, path, "tokens trained, millions")
 
 
-def _finish(figure: plt.Figure, axes: plt.Axes, path: Path, what: str) -> None:
+def _finish(axes: Axes, path: Path, what: str) -> None:
     axes.set_xlabel(what)
     axes.set_ylabel("validation loss, bits per byte")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    write_figure(path, axes.figure)

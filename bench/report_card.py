@@ -27,7 +27,7 @@ from bench.conditions import conditions
 from bench.timing import use_recordable_stream
 from hamner.cli import read_flags, run_command
 from hamner.errors import UserError
-from hamner.files import write_whole
+from hamner.files import write_whole, writing
 from hamner.hardware import Gpu
 from hamner.plan.measured_efficiency import measured_efficiency
 from hamner.plan.report_card import Device, ReportCard
@@ -156,15 +156,6 @@ def measure(is_older: bool, say: Progress) -> tuple[ReportCard, Gpu, Load | None
     return card, gpu, load, notes
 
 
-@contextlib.contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """While it is open, a folder that cannot be written is the user's to mend."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"--out {folder} cannot be written: {error.strerror}") from error
-
-
 def main(args: Sequence[str]) -> None:
     """The command measures, and writes both files."""
     config = read_flags(ReportCardConfig, args, "bench.report_card")
@@ -172,12 +163,12 @@ def main(args: Sequence[str]) -> None:
         raise UserError("no CUDA GPU found: a report card is measured on the GPU it is about")
     older = config.as_capability
     with as_capability(older) if older else contextlib.nullcontext():
-        with writing(config.out):
+        with writing(f"--out {config.out}"):
             config.out.mkdir(parents=True, exist_ok=True)
         use_recordable_stream()
         card, gpu, load, notes = measure(older is not None, Progress())
     page = to_markdown(card, gpu, load, notes)
-    with writing(config.out):
+    with writing(f"--out {config.out}"):
         card.write(config.out / "report_card.json")
         write_whole(config.out / "report_card.md", page)
     print(page)

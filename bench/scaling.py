@@ -33,6 +33,7 @@ from bench.scaling_job import Row, configure
 from bench.scaling_report import describe, draw, row_of
 from hamner.cli import PATHS, run_command
 from hamner.errors import UserError
+from hamner.files import read_objects
 
 TRANSPORTS = {
     "links": {},
@@ -49,6 +50,7 @@ COMPARED_LOSSES = 10
 START_SECONDS, ROW_SECONDS = 90, 60
 """longest that the start of a job and each of its rows may take"""
 NO_TIME = "no time was left"
+RESULTS = "results.jsonl"
 
 
 @dataclass(frozen=True)
@@ -120,8 +122,7 @@ def slow_rows(settings: Scaling, transport: str) -> list[Row]:
 
 def read(output: Path) -> list[dict]:
     """The function gives the rows measured so far."""
-    path = output / "results.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return list(read_objects(output / RESULTS))
 
 
 def unmeasured(rows: Sequence[Row], output: Path) -> Iterator[Row]:
@@ -172,7 +173,7 @@ class Measurement:
             Why it ended early, or None.
         """
         job = self.output / f"{name}.json"
-        results = str(self.output / "results.jsonl")
+        results = str(self.output / RESULTS)
         rows_ = [asdict(row) for row in rows]
         job.write_text(json.dumps({"rows": rows_, "flags": self.flags, "results": results}))
         reason = launch.launch(

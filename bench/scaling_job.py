@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from bench.conditions import conditions
+from hamner.checkpoint.run_folder import append_record
 from hamner.cli import run_command
 from hamner.config.train import TrainConfig
 from hamner.hardware import GIB
@@ -157,8 +158,7 @@ def main(args: list[str]) -> None:
             if on_gpu:
                 torch.cuda.empty_cache()
             if is_main:
-                with Path(job["results"]).open("a") as file:
-                    file.write(json.dumps({**asdict(row), **result, **common}) + "\n")
+                append_record(Path(job["results"]), {**asdict(row), **result, **common})
 
 
 if __name__ == "__main__":

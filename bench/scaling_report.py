@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.conditions import in_words
 from bench.scaling_job import Row
 from hamner.profile.report import table
 
@@ -23,7 +24,7 @@ def describe(results: Sequence[dict], moved: Sequence[dict], failures: dict[str,
         failures: reasons by name.
     """
     by_row = _by_row(results)
-    parts = [f"Conditions: {c}." for c in dict.fromkeys(map(_conditions, results))]
+    parts = [f"Conditions: {c}." for c in dict.fromkeys(in_words(r["conditions"]) for r in results)]
     rows = [
         _scaling_cells(r, by_row) for r in results if r["transport"] == "links" and _is_speed(r)
     ]
@@ -47,6 +48,8 @@ def draw(results: Sequence[dict], path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
+    from hamner.plot.figure import write_figure
+
     by_row = _by_row(results)
     lines: dict[tuple[str, str], dict[int, float]] = {}
     for r in results:
@@ -67,7 +70,7 @@ def draw(results: Sequence[dict], path: Path) -> None:
     axes.set_ylabel("times one GPU, tokens/s")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, format="png", dpi=120)
+    write_figure(path, figure)
 
 
 def _by_row(results: Sequence[dict]) -> dict[tuple[str, str, int], dict]:
@@ -80,11 +83,6 @@ def _by_row(results: Sequence[dict]) -> dict[tuple[str, str, int], dict]:
 def _is_speed(result: dict) -> bool:
     """The function says whether its speed counts: a reference has only losses."""
     return result["micro_batches"] == 1
-
-
-def _conditions(result: dict) -> str:
-    found = result["conditions"]
-    return ", ".join(f"{name} {value}" for name, value in found.items() if "clock" not in name)
 
 
 def _speed(result: dict, percentile: str = "p50") -> float:

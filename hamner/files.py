@@ -170,13 +170,19 @@ def read_json(path: Path, error: type[UserError] = UserError) -> dict:
     return value
 
 
-def read_records(path: Path) -> Iterator[dict]:
-    """The iterator gives the objects of a JSON-lines file that have a step, and no torn line."""
+def read_objects(path: Path) -> Iterator[dict]:
+    """The iterator gives the objects of a JSON-lines file, and no torn line; none without a
+    file."""
     if not path.exists():
         return
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             with contextlib.suppress(ValueError):
-                record = parse_json(line)
-                if isinstance(record, dict) and isinstance(record.get("step"), int):
-                    yield record
+                value = parse_json(line)
+                if isinstance(value, dict):
+                    yield value
+
+
+def read_records(path: Path) -> Iterator[dict]:
+    """The iterator gives the objects of a JSON-lines file that have a step."""
+    return (record for record in read_objects(path) if isinstance(record.get("step"), int))

@@ -9,6 +9,9 @@ from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
 
+LEAVE_SECONDS = 2.0
+"""longest that a thread which is no longer wanted is waited for"""
+
 
 class NotReady(Exception):
     """No item is there yet. It is no TimeoutError, which the iterator itself may have raised."""
@@ -81,4 +84,4 @@ def _stop(output: queue.Queue, stop: threading.Event, thread: threading.Thread) 
     if thread is not threading.current_thread():
         # A thread inside a call to the network does not see the flag. It is a daemon, so it
         # cannot hold up the process's end.
-        thread.join(timeout=2.0)
+        thread.join(timeout=LEAVE_SECONDS)

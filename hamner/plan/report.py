@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from hamner.config.options import OPTIONS
 from hamner.errors import UserError
-from hamner.files import write_whole
+from hamner.files import write_whole, writing
 from hamner.hardware import GIB
 from hamner.plan.analysis import Analysis, Plan
 from hamner.plan.communication import QUIET
@@ -36,7 +36,7 @@ from hamner.plan.recipe_gain import (
     source,
     tokens_to_reach,
 )
-from hamner.plan.words import count
+from hamner.plan.words import count, table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,13 +47,6 @@ _OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon, AdamW for embedding and norms"}
 def _range(bounds: tuple[float, float], digits: int) -> str:
     texts = [f"{bound:.{digits}f}" for bound in bounds]
     return texts[0] if texts[0] == texts[1] else "-".join(texts)
-
-
-def _table(rows: Iterable[Sequence[str]]) -> str:
-    """The first row of the Markdown table is its header, the first column text, others figures."""
-    header, *body = rows
-    rule = ("---", *("---:" for _ in header[1:]))
-    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *body))
 
 
 def _bullets(lines: Iterable[str]) -> str:
@@ -142,7 +135,7 @@ def options_table(plans: Sequence[Plan], hours: float | None = None) -> str:
     """Plans stand side by side, one a column; their loss is compared after `hours`."""
     columns = [_quantities(plan, hours) for plan in plans]
     names = max(columns, key=len)
-    return _table([name, *(column.get(name, "") for column in columns)] for name in names)
+    return table([name, *(column.get(name, "") for column in columns)] for name in names)
 
 
 def _kinds(memory: MemoryAccount) -> dict[str, int]:
@@ -174,7 +167,7 @@ def memory_table(plan: Plan) -> str:
         fits = "yes" if memory.total <= plan.vram_budget else "no"
         speed = f"{other.prediction.tokens_per_second:,.0f}"
         columns.append([name, *(f"{size / GIB:.2f}" for size in sizes), fits, speed])
-    return _table(zip(*columns, strict=True))
+    return table(zip(*columns, strict=True))
 
 
 def step_times(plan: Plan) -> str:
@@ -246,7 +239,7 @@ def coherence_table(analysis: Analysis) -> str:
         hours = plan.hours * tokens / plan.config.tokens
         within = "yes" if tokens <= plan.config.tokens else "no"
         rows.append([plan.config.option, count(tokens), f"{hours:,.1f}", within])
-    return _table(rows)
+    return table(rows)
 
 
 def recipes_table(analysis: Analysis) -> str:
@@ -264,7 +257,7 @@ def recipes_table(analysis: Analysis) -> str:
             cells.append("never" if hours is None else _with_interval(hours, 0))
         loss = loss_at(plan.config.tokens, recipe, size, analysis.local_law)
         rows.append([*cells, _with_interval(loss, 2)])
-    return _table(rows)
+    return table(rows)
 
 
 def _with_interval(bounds: Bounds, digits: int) -> str:
@@ -439,7 +432,7 @@ compute-optimal budget. Above a loss of about {COHERENT_LOSS} its text was incoh
 def _proposal(analysis: Analysis, files: str) -> str:
     plan, best = analysis.plan, analysis.recommended
     option, model = plan.config, plan.config.model
-    table = options_table(analysis.plans or [plan], analysis.hours)
+    options = options_table(analysis.plans or [plan], analysis.hours)
     misfits = f"\n\n{_misfits(analysis)}" if analysis.misfits else ""
     has_goal = analysis.run is None or analysis.law_is_the_runs
     coherence = f"\n\n{coherence_table(analysis)}" if has_goal else ""
@@ -448,7 +441,7 @@ def _proposal(analysis: Analysis, files: str) -> str:
     return f"""\
 ## Options
 
-{table}
+{options}
 
 ![Expected loss]({files}/loss.png){misfits}
 
@@ -497,7 +490,7 @@ def write_report(path: Path, analysis: Analysis) -> None:
     if path.is_dir():
         raise UserError(f"--report {path} is a folder; name a file in it, such as plan.md")
     files = path.with_name(f"{path.stem}_files")
-    try:
+    with writing(f"--report {path}"):
         files.mkdir(exist_ok=True)
         drawn = {
             "memory.png": _draw_memory(analysis.plan),
@@ -511,8 +504,6 @@ def write_report(path: Path, analysis: Analysis) -> None:
             axes.figure.savefig(image, format="png", dpi=150)
             write_whole(files / name, image.getvalue())
         write_whole(path, document(analysis, files.name))
-    except OSError as error:
-        raise UserError(f"--report {path} cannot be written: {error.strerror}") from None
 
 
 def _axes(xlabel: str, ylabel: str) -> "Axes":

@@ -18,7 +18,8 @@ from hamner.checkpoint.run_folder import RunFolder
 from hamner.config.train import TrainConfig
 from hamner.data.tokenizer import Tokenizer
 from hamner.errors import UserError
-from hamner.plot.figure import cut_start, draw_line, show_tokens, tokens_text, write_figure
+from hamner.plan.words import short
+from hamner.plot.figure import cut_start, draw_line, show_tokens, write_figure
 from hamner.plot.log import RunLog, read_log
 
 if TYPE_CHECKING:
@@ -226,7 +227,7 @@ def _row(comparison: Comparison, index: int) -> list[str]:
     is_compared = index > 0 and len(difference) > 0
     return [
         run.name,
-        tokens_text(run.log.last("tokens")),
+        short(run.log.last("tokens")),
         "" if seconds is None else f"{seconds / 3600:.2f}",
         f"{np.median(known):,.0f}" if len(known) else "",
         *("" if loss is None else f"{loss:.4f}" for loss in losses),

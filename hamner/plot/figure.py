@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from hamner.files import write_whole
+from hamner.plan.words import short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -73,15 +74,7 @@ def cut_start(
 def show_tokens(axes: "Axes") -> None:
     """The axis across is of tokens: 2B, 500M."""
     axes.set_xlabel("tokens")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: tokens_text(tokens)))
-
-
-def tokens_text(tokens: float, digits: int = 4) -> str:
-    """The text is short: `2.5B`, `819.2K`."""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if abs(tokens) >= size:
-            return f"{tokens / size:.{digits}g}{unit}"
-    return f"{tokens:.{digits}g}"
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: short(tokens)))
 
 
 def write_panels(path: Path, panels: Iterable[Callable[["Axes"], None]]) -> Path:

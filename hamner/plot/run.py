@@ -16,7 +16,8 @@ from hamner.errors import UserError
 from hamner.files import read_records
 from hamner.plan.projection import LossFit, fit_run
 from hamner.plan.run_curve import Reading, RunCurve, join_readings
-from hamner.plot.figure import cut_start, draw_line, tokens_text, write_panels
+from hamner.plan.words import short
+from hamner.plot.figure import cut_start, draw_line, write_panels
 from hamner.plot.log import RunLog, number, read_log
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ class ExpectedLoss:
     def __str__(self) -> str:
         loss, low, high = self.at(self.end)
         return (
-            f"expected: {loss:.2f} at {tokens_text(self.end)} tokens, {low:.2f} to {high:.2f} in "
+            f"expected: {loss:.2f} at {short(self.end)} tokens, {low:.2f} to {high:.2f} in "
             "80% of runs"
         )
 

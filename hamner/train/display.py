@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hamner.cli import UnfailingStream
+from hamner.plan.words import short
 from hamner.progress import ShownStatus
 from hamner.train.metrics import Record
 
@@ -141,8 +142,5 @@ def duration(seconds: float) -> str:
 
 
 def count(number: float) -> str:
-    """The text is short: `10.00B`, `819.2K`."""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if number >= size:
-            return f"{number / size:.2f}{unit}"
-    return f"{number:.0f}"
+    """The text of tokens has always two decimals, so that it does not jump: `10.00B`, `819.20K`."""
+    return short(number, ".2f")

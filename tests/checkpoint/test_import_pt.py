@@ -4,7 +4,6 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 from dataclasses import asdict, replace
 
@@ -28,6 +27,7 @@ from hamner.model.generate import answer
 from hamner.model.sampling import Sampling
 from hamner.progress import Task
 from hamner.train.loop import TrainingLoop
+from tests import forked
 from tests.models import DENSE, MOE
 from tests.scripted import Script
 
@@ -452,7 +452,7 @@ def test_command(tmp_path):
     tokenizer = foreign_tokenizer(tmp_path, 3)
     args = [str(file), "--run-dir", "run", "--tokenizer", str(tokenizer)]
     command = [sys.executable, "-m", "hamner.checkpoint", "import", *args]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    result = forked.run(command, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "parameters of step 99,000 (2,450,000,000 tokens) into run/" in result.stdout
     assert "not be fine-tuned to chat" in result.stdout

@@ -8,7 +8,7 @@ import datasets
 import pytest
 from datasets.exceptions import DatasetNotFoundError
 
-from hamner.data import hub, retry, sources
+from hamner.data import background, hub, retry, sources
 from hamner.data.hub import HubSource, open_dataset
 from hamner.data.loader import DataConfig, TrainLoader
 from hamner.data.retry import RetriedSource
@@ -138,6 +138,7 @@ def test_a_lost_connection_neither_loses_nor_repeats_documents(repository):
 
 def test_a_stalled_connection_is_left_behind(repository, monkeypatch):
     monkeypatch.setattr(hub, "STALL_SECONDS", 0.5)
+    monkeypatch.setattr(background, "LEAVE_SECONDS", 0.1)
     expected = texts(hub_source(open_local(repository)))
     never = threading.Event()
     source, faults = faulty(repository, (5, never.wait), (25, never.wait))

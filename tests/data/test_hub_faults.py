@@ -10,7 +10,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import hf_file_system
 
-from hamner.data import hub, retry, stages
+from hamner.data import background, hub, retry, stages
 from hamner.data.hub import HubSource
 from hamner.data.loader import DataConfig, TrainLoader
 from hamner.data.retry import RetriedSource
@@ -47,6 +47,7 @@ def server(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(hub, "BLOCK_DOCUMENTS", 20)
     monkeypatch.setattr(hub, "STALL_SECONDS", 0.8)
+    monkeypatch.setattr(background, "LEAVE_SECONDS", 0.1)
     monkeypatch.setattr(retry, "ATTEMPTS", 3)
     monkeypatch.setattr(retry, "FIRST_DELAY_SECONDS", 0.001)
     yield server

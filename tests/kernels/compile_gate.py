@@ -10,13 +10,15 @@ Run by hand (TRITON_INTERPRET must be unset), for all ops or for those named:
     python -m tests.kernels.compile_gate [op ...]
 """
 
+import contextlib
 import importlib
 import json
 import os
 import pkgutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,6 +30,9 @@ from triton.runtime.jit import JITFunction
 from bench.as_capability import SHARED_MEMORY_LIMIT, cubin_file
 from bench.cubin import instructions, registers_and_stack
 from tests.kernels import compile_cases
+
+ONE_BY_ONE = "-"
+"""the argument with which ops are read from the standard input, and an empty line ends each"""
 
 
 @dataclass(frozen=True)
@@ -158,26 +163,47 @@ def compile_op(op: str) -> Iterator[CompileResult]:
         yield compile_case(case)
 
 
-def compile_op_in_subprocess(op: str) -> list[CompileResult]:
-    """Compile every case of an op in a process without TRITON_INTERPRET.
+@contextlib.contextmanager
+def compiler() -> Iterator[Callable[[str], list[CompileResult]]]:
+    """While it is open, a function compiles every case of an op in a process that has no
+    TRITON_INTERPRET, the same for all ops.
 
     Under the interpreter `@triton.jit` makes functions that cannot be compiled, so the test
     process, which sets it where there is no GPU, cannot compile.
     """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.compile_gate", op],
-        cwd=Path(__file__).parents[2],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode != 0:
-        raise RuntimeError(f"compiling {op} failed:\n{done.stdout}{done.stderr}")
-    return [CompileResult(**json.loads(line)) for line in done.stdout.splitlines()]
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.kernels.compile_gate", ONE_BY_ONE],
+            cwd=Path(__file__).parents[2],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+
+        def compile_there(op: str) -> list[CompileResult]:
+            with contextlib.suppress(BrokenPipeError):  # what ended it is in its errors
+                print(op, file=process.stdin, flush=True)
+            results = []
+            for line in process.stdout:
+                if not line.strip():
+                    return results
+                results.append(CompileResult(**json.loads(line)))
+            errors.seek(0)
+            raise RuntimeError(f"compiling {op} failed:\n{errors.read()}")
+
+        with process:
+            yield compile_there
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or ops():
+    is_one_by_one = sys.argv[1:] == [ONE_BY_ONE]
+    for name in map(str.strip, sys.stdin) if is_one_by_one else sys.argv[1:] or ops():
         for result in compile_op(name):
             print(json.dumps(asdict(result)), flush=True)
+        if is_one_by_one:
+            print(flush=True)

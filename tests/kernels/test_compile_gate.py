@@ -9,14 +9,20 @@ import pytest
 import hamner.kernels
 from hamner.kernels.launch import CAPABILITIES
 from tests.kernels import compile_cases
-from tests.kernels.compile_gate import CompileResult, compile_op_in_subprocess, ops
+from tests.kernels.compile_gate import CompileResult, compiler, ops
 
 MATMUL_OPS = ("flash_attention", "int8_matmul", "moe", "muon")
 
 
+@pytest.fixture(scope="module")
+def compile_op():
+    with compiler() as compile_there:
+        yield compile_there
+
+
 @pytest.mark.parametrize("op", ops())
-def test_fits(op, record_property):
-    results = compile_op_in_subprocess(op)
+def test_fits(op, compile_op, record_property):
+    results = compile_op(op)
     # tests/conftest.py prints these rows at the end, from whichever process ran this.
     record_property("compile_gate", [result.row(op) for result in results])
     assert {result.capability for result in results} == set(CAPABILITIES)

@@ -32,8 +32,11 @@ def make_inputs(shape, dtype, device):
     }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+# The widest row takes the interpreter four seconds, and has the same code in any dtype.
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [(s, d) for s in SHAPES for d in DTYPES if s[2] < MAX_WIDTH or d != torch.float32],
+)
 def test_matches_reference(shape, dtype, device):
     inputs = make_inputs(shape, dtype, device)
     assert_matches_reference(router_linear, router_linear_reference, inputs)

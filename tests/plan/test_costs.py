@@ -24,7 +24,7 @@ def value(product: str) -> int:
 
 def products(text: str) -> list[str]:
     """The products in a cell: runs of numbers and symbols."""
-    factor = rf"(?:\d+|(?:{'|'.join(SYMBOLS)})(?:\^2)?|\(H \+ KV\))(?!\w)"
+    factor = rf"(?:\d+|(?:{'|'.join(SYMBOLS)})(?:\^[23])?|\(H \+ KV\))(?!\w)"
     return re.findall(rf"(?<!\w){factor}(?: {factor})*", text)
 
 
@@ -56,6 +56,9 @@ def expected() -> dict[str, list[tuple[str, float]]]:
     )
     shape = {"width": d, "inner": inner, "experts": experts}
     product, square = costs.symmetric_product(batch, d, inner), batch * d * d * e
+    iteration = costs.orthogonalize(d, inner).flops
+    on_matrix = 2 * costs.symmetric_product(1, d, inner).flops
+    on_matrix += 2 * costs.matmul(d, d, inner).flops
     mlp = costs.moe_mlp(n * d, n * per_token, **shape)
     mlp_back = costs.moe_mlp(n * d, n * per_token, backward=True, **shape)
     return {
@@ -92,6 +95,7 @@ def expected() -> dict[str, list[tuple[str, float]]]:
             ("B D I e", product.bytes - square),
             ("B D^2 e", square),
         ],
+        "orthogonalize_": [("10 D^3", iteration - on_matrix), ("6 D^2 I", on_matrix)],
         "flash_attention": [
             ("2 B H T^2 hd", attention.flops),
             ("5 B H T^2 hd", attention_back.flops),

@@ -9,13 +9,15 @@ commit trained when it resumed that folder.
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests import forked
+
+pytestmark = pytest.mark.xdist_group("an earlier run")
 EARLIER = Path(__file__).parent / "earlier_run"
 TRAINED = ("loss", "val_loss", "grad_norm", "router")
 """what the arithmetic of the CPU takes part in"""
@@ -26,13 +28,13 @@ def rows(tmp_path_factory) -> list[dict]:
     """The metrics of the steps that today's command trains when it resumes the folder."""
     folder = tmp_path_factory.mktemp("earlier") / "work"
     shutil.copytree(EARLIER, folder)
-    subprocess.run(
+    done = forked.run(
         [sys.executable, "-m", "hamner.train", "--resume", "--run-dir", "run"],
         cwd=folder,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        check=True,
-        capture_output=True,
+        text=True,
     )
+    assert done.returncode == 0, done.stderr
     lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines][8:]
 

@@ -200,40 +200,35 @@ def title(layer: str, matmul: str) -> str:
     return f"{layer} {inputs}x{outputs} {matmul}"
 
 
-@pytest.mark.parametrize(("implementation", "layer", "matmul"), rows(IMPLEMENTATIONS, QUICK))
-def test_matmul(benchmark, ceilings, implementation, layer, matmul):
-    skip_fp8_on_the_cpu(implementation)
+def measure_matmul(benchmark, ceilings, row, suffix=""):
+    """The row's matmul is checked, then measured on operands quantised before."""
+    implementation, layer, matmul = row
     operands = operands_of(layer, matmul)
     assert_agrees(implementation, operands)
-    quantise, multiply = IMPLEMENTATIONS[implementation][:2]
+    quantise, multiply = (IMPLEMENTATIONS | AS_8_6)[implementation][:2]
     a, b = (quantise(operand) for operand in operands)
     measure(
         benchmark,
         ceilings,
         call=lambda: multiply(a, b),
         layer=layer,
-        op=f"int8 {title(layer, matmul)}",
+        op=f"int8 {title(layer, matmul)}{suffix}",
         name=implementation,
     )
+
+
+@pytest.mark.parametrize(("implementation", "layer", "matmul"), rows(IMPLEMENTATIONS, QUICK))
+def test_matmul(benchmark, ceilings, implementation, layer, matmul):
+    skip_fp8_on_the_cpu(implementation)
+    measure_matmul(benchmark, ceilings, (implementation, layer, matmul))
 
 
 @pytest.mark.parametrize(("implementation", "layer", "matmul"), rows(AS_8_6))
 def test_matmul_as_8_6(benchmark, ceilings, implementation, layer, matmul):
     if scale.SMOKE:
         pytest.skip("executes a GPU's code")
-    operands = operands_of(layer, matmul)
-    quantise, multiply = AS_8_6[implementation][:2]
     with as_capability("8.6"):
-        assert_agrees(implementation, operands)
-        a, b = (quantise(operand) for operand in operands)
-        measure(
-            benchmark,
-            ceilings,
-            call=lambda: multiply(a, b),
-            layer=layer,
-            op=f"int8 {title(layer, matmul)} as 8.6",
-            name=implementation,
-        )
+        measure_matmul(benchmark, ceilings, (implementation, layer, matmul), " as 8.6")
 
 
 @pytest.mark.parametrize(("implementation", "layer", "matmul"), rows(QUANTISED))

@@ -6,9 +6,11 @@
 A driver compiles the PTX of any earlier capability for the GPU it has. So while the manager is open
 Triton is given the older GPU's capability and shared memory, the launch tables choose that GPU's
 rows, and each kernel is handed to the driver as PTX instead of as a binary. What comes out is the
-older GPU's code, instruction for instruction as far as PTX goes (`mma.sync`, never `wgmma`); the
-registers are allocated anew, and clocks, caches and the number of multiprocessors are the newer
-GPU's. cuBLAS and other compiled libraries keep to the GPU's own code.
+older GPU's code, instruction for instruction as far as PTX goes (`mma.sync`, never `wgmma`), and no
+more blocks of a kernel share a multiprocessor than shared memory allows there: what starves on the
+older GPU for want of warps would not starve where there is room for twice as many. The registers
+are allocated anew, and clocks, caches and the number of multiprocessors are the newer GPU's. cuBLAS
+and other compiled libraries keep to the GPU's own code.
 """
 
 import contextlib
@@ -18,13 +20,14 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import torch
 import triton
 import triton.compiler.compiler
 from triton.backends.compiler import GPUTarget
-from triton.compiler.compiler import CompiledKernel
+from triton.compiler.compiler import CompiledKernel, make_backend
 from triton.runtime.jit import JITFunction
 
 from hamner.errors import UserError
@@ -34,6 +37,24 @@ SMALLEST = {"8.6": "rtx-3090", "8.0": "rtx-4090", "9.0": "h200"}
 """launch table row -> the GPU with the smallest shared memory that uses it: "8.0" serves 8.9 too"""
 SHARED_MEMORY_LIMIT = {row: GPUS[name].shared_memory_bytes for row, name in SMALLEST.items()}
 """launch table row -> bytes of shared memory a block may use"""
+
+
+class Multiprocessor(NamedTuple):
+    """A multiprocessor has room for so many blocks, threads and bytes of shared memory at once."""
+
+    blocks: int
+    threads: int
+    shared: int
+
+
+# CUDA C++ programming guide, technical specifications per compute capability.
+MULTIPROCESSORS = {
+    "8.6": Multiprocessor(16, 1536, 102_400),
+    "8.0": Multiprocessor(24, 1536, 102_400),
+}
+"""launch table row -> of the same GPU"""
+RESERVED = 1024
+"""bytes of shared memory that CUDA itself takes of each block, from 8.0 on"""
 OLDER = ((8, 6), (8, 0))
 """the capabilities whose code a newer GPU can execute: that of 9.0 (sm_90a) is for 9.0 only"""
 
@@ -138,10 +159,50 @@ def _loader(capability: str, is_own: bool) -> Callable[[CompiledKernel], None]:
             check_code(kernel.name, kernel.asm["ptx"], capability)
             # The driver reads to the first zero byte.
             kernel.kernel = kernel.asm["ptx"].encode() + b"\0"
-        _init_handles(kernel)
+        if is_own or kernel.metadata.shared > SHARED_MEMORY_LIMIT[capability]:
+            _init_handles(kernel)
+        else:
+            _load_as_on(MULTIPROCESSORS[capability], kernel)
         _loaded[capability].append(_describe(kernel, capability))
 
     return init_handles
+
+
+def _load_as_on(older: Multiprocessor, kernel: CompiledKernel) -> None:
+    """The function loads a kernel with more shared memory than it uses, if that is what keeps more
+    blocks from a multiprocessor than the older one has room for.
+
+    `kernel.metadata` goes on to say what the kernel uses.
+    """
+    metadata = kernel.metadata
+    device = triton.runtime.driver.active.get_current_device()
+    own = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+    taken = shared_memory_to_take(older, metadata.shared, 32 * metadata.num_warps, own)
+    kernel.metadata = metadata._replace(shared=taken)
+    kernel.packed_metadata = make_backend(metadata.target).pack_metadata(kernel.metadata)
+    with mock.patch.object(triton.compiler.compiler, "max_shared_mem", _max_shared_mem):
+        _init_handles(kernel)
+    kernel.metadata = metadata
+
+
+def shared_memory_to_take(older: Multiprocessor, shared: int, threads: int, own: int) -> int:
+    """The function gives the shared memory of a block, bytes, with which a newer multiprocessor
+    holds as many blocks as the older one, if it is shared memory that limits them there.
+
+    Otherwise it is what the block uses: registers limit both alike, and of 16 blocks or 48 warps
+    against 32 or 64 little is seen, less than of an L1 cache that has to make room.
+
+    Args:
+        older: the older multiprocessor.
+        shared: what the block uses, bytes.
+        threads: of the block.
+        own: shared memory of the newer multiprocessor, bytes.
+    """
+    blocks = older.shared // (shared + RESERVED)
+    if blocks >= min(older.blocks, older.threads // threads):
+        return shared
+    one_too_many = blocks + 1
+    return max(shared, own // one_too_many + 1 - RESERVED)
 
 
 def check_code(name: str, ptx: str, capability: str) -> None:

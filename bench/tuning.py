@@ -166,13 +166,16 @@ def mma_matmul_subject() -> Subject:
 class Worker:
     """A worker is a process that compiles what others, too, find in the caches on disk."""
 
+    older_gpu: AbstractContextManager[list[LoadedKernel]]
+    """kept, as it ends when it is garbage"""
     loaded: list[LoadedKernel]
     subjects: dict[str, Subject]
 
     @classmethod
     def start(cls, row: str | None, subjects: Subjects) -> None:
         """The worker begins, as a GPU of this capability."""
-        cls.loaded = as_capability(row).__enter__()
+        cls.older_gpu = as_capability(row)
+        cls.loaded = cls.older_gpu.__enter__()
         cls.subjects = {subject.name: subject for subject in subjects()}
 
     @staticmethod

@@ -70,25 +70,27 @@ class Config(NamedTuple):
 
 
 # By capability, then by (head size, value head size) rounded up to 64 or 128. `python -m
-# bench.tune_flash_attention` measures on the GPU at hand and prints a row. 8.6 is chosen by
-# reasoning and by what ptxas says of registers, not measured.
+# bench.tune_flash_attention` measures on the GPU at hand and prints a row. 8.6 at 64, 64 and at
+# 128, 128 is what an H200 that executes sm_86's code runs fastest (profiles/LOG.md, 2026-11-29), of
+# what spills with neither Triton 3.6 nor 3.9, except dq at 64, 64: 128 x 32 is 6% faster there, but
+# computes 6% more under the diagonal at T 1024, and what it saves is reads of shared memory, which
+# an sm_86, with a quarter of the matmuls a clock, has time for. 64, 128 is by reasoning.
 #
 # sm_86 does 256 fused multiply-adds a clock and multiprocessor in bf16, so the matmuls are what
-# costs, and a short tile in the inner loop (block_n; block_m in dk_dv) is cheap. What matters is to
-# have eight warps resident, in two blocks of four or one of eight, that fill the tensor cores in
-# each other's softmax: of 255 registers a thread, they take all 65,536. With four warps, 128 x 64
-# tiles spill in forward at head size 64. Share of 101,376 bytes of shared memory, registers a
-# thread (the most that Triton 3.6 or 3.9 takes, documents and RoPE or not), blocks resident:
+# costs. What matters is to have eight warps resident, in two blocks of four or one of eight, that
+# fill the tensor cores in each other's softmax: of 255 registers a thread, they take all 65,536.
+# Share of 101,376 bytes of shared memory, registers a thread (the most that Triton 3.6 or 3.9
+# takes, documents and RoPE or not), blocks resident:
 #
 #                 forward                  dq                       dk_dv
-#     64, 64      32%  222  2 of 4 warps   48%  242  2 of 4 warps   33%  193  2 of 4 warps
-#     64, 128     65%  246  1 of 8         48%  168  2 of 4         61%  250  1 of 8
-#     128, 128    97%  253  1 of 8         81%  189  1 of 8         81%  223  1 of 8
+#     64, 64      48%  255  2 of 4 warps   48%  243  2 of 4 warps   49%  255  2 of 4 warps
+#     64, 128     65%  246  1 of 8         48%  168  2 of 4         61%  255  1 of 8
+#     128, 128    97%  253  1 of 8         97%  195  1 of 8         81%  224  1 of 8
 _SM86 = {
     (64, 64): Config(
-        forward=Tile(128, 32, 4, 3),
+        forward=Tile(128, 64, 4, 3),
         dq=Tile(64, 64, 4, 3),
-        dk_dv=Tile(32, 64, 4, 3),
+        dk_dv=Tile(64, 64, 4, 3),
     ),
     (64, 128): Config(
         forward=Tile(128, 64, 8, 3),
@@ -97,7 +99,7 @@ _SM86 = {
     ),
     (128, 128): Config(
         forward=Tile(128, 64, 8, 3),
-        dq=Tile(128, 32, 8, 2),
+        dq=Tile(128, 32, 8, 3),
         dk_dv=Tile(16, 128, 8, 3),
     ),
 }
@@ -314,8 +316,6 @@ def flash_attention_forward_kernel(
     q_ptr, stride_qt = _select_head(q, batch, head)
     k_ptr, stride_kt = _select_head(k, batch, head // GROUP)
     v_ptr, stride_vt = _select_head(v, batch, head // GROUP)
-    out_ptr += (batch * T * H + head) * V_HEAD_SIZE
-    lse_ptr += (batch * H + head) * T
 
     first = block * BLOCK_M
     offs_m = first + tl.arange(0, BLOCK_M)
@@ -355,9 +355,13 @@ def flash_attention_forward_kernel(
             acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision="ieee")
             row_max = new_max
 
+    # From 32 bits again: with 64-bit pointers kept over the loops, 128 x 64 tiles of four warps
+    # spill.
+    lse_ptr += any_head.to(tl.int64) * T
+    tl.store(lse_ptr + offs_m, row_max + tl.log2(row_sum), mask=offs_m < T)
+    out_ptr += ((any_head // H).to(tl.int64) * T * H + any_head % H) * V_HEAD_SIZE
     out = acc / row_sum[:, None]
     _store_tile(out_ptr, H * V_HEAD_SIZE, first, T, out, V_HEAD_SIZE)
-    tl.store(lse_ptr + offs_m, row_max + tl.log2(row_sum), mask=offs_m < T)
 
 
 @triton.jit

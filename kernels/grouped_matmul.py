@@ -72,17 +72,17 @@ class Config(NamedTuple):
     weight_grad: MatmulConfig
 
 
-# 9.0 as measured on an H100 (`python -m bench.tune grouped_matmul`), the others by reasoning. On
-# 8.6, 128 x 128 tiles with three steps of 32 in flight take 48 KiB and under 256 registers, so that
-# two blocks share a multiprocessor and one multiplies while the other waits for memory or stores
-# its tile; 8.0 serves 8.9 too, which has the same shared memory. On 9.0 wgmma wants wide tiles, but
-# weight_grad must fill 132 multiprocessors with those of 4 experts. It finds rows through `order`:
-# a step loads its indices first, so that the pipeline needs about twice the stages for as many
-# steps in flight.
+# As measured (`python -m bench.tune grouped_matmul`, profiles/LOG.md), 9.0 on an H100, the others
+# on an H200 that executes sm_86's code. There 128 x 128 tiles with three steps of 32 in flight take
+# 48 KiB and under 256 registers, so that two blocks share a multiprocessor and one multiplies while
+# the other waits for memory or stores its tile; of weight_grad's three do. 8.0 serves 8.9 too,
+# which has the same shared memory. On 9.0 wgmma wants wide tiles, but weight_grad must fill 132
+# multiprocessors with those of 4 experts. It finds rows through `order`: a step loads its indices
+# first, so that the pipeline needs about twice the stages for as many steps in flight.
 AMPERE_CONFIG = Config(
     gate_up=MatmulConfig(128, 64, 32, 4, 4),
     matmul=MatmulConfig(128, 128, 32, 4, 4),
-    weight_grad=MatmulConfig(128, 128, 32, 4, 7),
+    weight_grad=MatmulConfig(128, 64, 32, 4, 6),
 )
 CONFIGS = {
     "8.6": AMPERE_CONFIG,

@@ -61,9 +61,10 @@ class Config(NamedTuple):
     grouped: Tile
 
 
-# By reasoning, from what compiles without spilling (tests/kernels/compile_gate.py): `grouped` holds
-# int32 sums and fp32 totals, two registers a result, and a step's scales.
-AMPERE_CONFIG = Config(rows=Tile(128, 256, 64, 8, 3), grouped=Tile(128, 128, 64, 8, 4))
+# Of what compiles without spilling (tests/kernels/compile_gate.py): `grouped` holds int32 sums and
+# fp32 totals, two registers a result, and a step's scales. AMPERE_CONFIG is what an H200 that
+# executes sm_86's code runs fastest (profiles/LOG.md), 9.0 by reasoning.
+AMPERE_CONFIG = Config(rows=Tile(64, 256, 64, 4, 3), grouped=Tile(64, 128, 128, 4, 3))
 CONFIGS = {
     "8.6": AMPERE_CONFIG,
     "8.0": AMPERE_CONFIG,

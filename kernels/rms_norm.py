@@ -49,13 +49,13 @@ class Config(NamedTuple):
     """rows of tiles that are under way to shared memory at once; 1 loads each when it is needed"""
 
 
-# 9.0 as measured on an H100 (`python -m bench.tune rms_norm`, profiles/LOG.md). The others by
-# reasoning: 16 elements a thread are two 16-byte loads of bf16 from each input in flight, and leave
-# backward, which also accumulates the weight's gradient, few enough registers for the programs of a
-# multiprocessor to be resident at once.
+# As measured (`python -m bench.tune rms_norm`, profiles/LOG.md), 9.0 on an H100, the others as what
+# an H200 that executes sm_86's code runs fastest: 16 elements a thread are two 16-byte loads of
+# bf16 from each input in flight, and backward, which also accumulates the weight's gradient, has
+# the next rows under way meanwhile.
 CONFIGS = {
-    "8.6": Config(2048, 4, 2048, 4, 4, 1),
-    "8.0": Config(2048, 4, 2048, 4, 4, 1),
+    "8.6": Config(2048, 4, 2048, 4, 2, 3),
+    "8.0": Config(2048, 4, 2048, 4, 2, 3),
     "9.0": Config(2048, 2, 2048, 4, 2, 3),
 }
 

@@ -49,12 +49,11 @@ class Config(NamedTuple):
 
 
 # Forward: a warp alone holds two rows of 768 or 1024, so that dot products cross no warps.
-# Backward: rows of a tile are runs of 128 bytes. 9.0 is the fastest on an H100 (`python -m
-# bench.tune router_linear`, profiles/LOG.md); the others are by reasoning: 32 elements a thread, so
-# that x and d_x both stay in registers.
+# Backward: rows of a tile are runs of 128 bytes. These are the fastest on an H100 and, as sm_86's
+# code, on an H200 (`python -m bench.tune router_linear`, profiles/LOG.md).
 CONFIGS = {
-    "8.6": Config(2048, 1, 128, 64, 8),
-    "8.0": Config(2048, 1, 128, 64, 8),
+    "8.6": Config(2048, 1, 64, 64, 2),
+    "8.0": Config(2048, 1, 64, 64, 2),
     "9.0": Config(2048, 1, 64, 64, 2),
 }
 

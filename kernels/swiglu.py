@@ -38,13 +38,12 @@ class Config(NamedTuple):
     backward_warps: int
 
 
-# 9.0 as measured on an H100 (`python -m bench.tune swiglu`): whole rows, though a quarter of the
-# lanes idles at I 2816. The others by reasoning: 256 columns divide the intermediate sizes of the
-# options (2816, 2048, 1536), so no lane idles, and are runs of 512 bytes; 16 elements a thread
-# forward, 8 backward with three inputs, keep the same bytes in flight.
+# As measured (`python -m bench.tune swiglu`, profiles/LOG.md), 9.0 on an H100, the others as what
+# an H200 that executes sm_86's code runs fastest: whole rows, though a quarter of the lanes idles
+# at I 2816.
 CONFIGS = {
-    "8.6": Config(8, 256, 4, 4, 256, 4),
-    "8.0": Config(8, 256, 4, 4, 256, 4),
+    "8.6": Config(2, 4096, 16, 1, 4096, 4),
+    "8.0": Config(2, 4096, 16, 1, 4096, 4),
     "9.0": Config(1, 4096, 16, 2, 4096, 16),
 }
 

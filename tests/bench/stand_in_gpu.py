@@ -15,7 +15,7 @@ class Driver:
     """Triton's driver, as far as a launch needs it."""
 
     def __init__(self):
-        self.binaries = []
+        self.binaries, self.shared = [], []
         self.utils = SimpleNamespace(
             load_binary=self.load_binary,
             get_device_properties=lambda device: {"max_shared_mem": 232_448},
@@ -24,6 +24,7 @@ class Driver:
 
     def load_binary(self, name, binary, shared, device):
         self.binaries.append(binary)
+        self.shared.append(shared)
         return len(self.binaries), 1, 32, 0, 1024
 
     def launcher_cls(self, src, metadata):
@@ -53,4 +54,7 @@ def _with_driver(check: Callable[[Driver], None]) -> None:
     driver = Driver()
     triton.runtime.driver.set_active(driver)
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
+    torch.cuda.get_device_properties = lambda device=None: SimpleNamespace(
+        shared_memory_per_multiprocessor=233_472
+    )
     check(driver)

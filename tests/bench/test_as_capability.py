@@ -9,7 +9,13 @@ import triton.language as tl
 from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
 
-from bench.as_capability import WrongCodeError, as_capability, check_code
+from bench.as_capability import (
+    MULTIPROCESSORS,
+    WrongCodeError,
+    as_capability,
+    check_code,
+    shared_memory_to_take,
+)
 from hamner.errors import UserError
 from hamner.kernels.launch import capability
 from tests.bench.stand_in_gpu import Driver, on_h200
@@ -75,6 +81,36 @@ def check_shared_memory(driver):
 
 def test_shared_memory_is_that_of_the_older_gpu():
     on_h200(check_shared_memory)
+
+
+def check_occupancy(driver):
+    launch = launcher()
+    for name, wanted in (("8.6", 115_713), (None, 65_536)):
+        with as_capability(name) as loaded:
+            kernel = launch(64)
+            kernel.module, kernel.metadata = None, kernel.metadata._replace(shared=65_536)
+            kernel._init_handles()
+            assert driver.shared[-1] == wanted
+            assert wanted in kernel.packed_metadata or name is None
+            assert kernel.metadata.shared == loaded[-1].shared == 65_536
+
+
+def test_no_more_blocks_share_a_multiprocessor():
+    on_h200(check_occupancy)
+
+
+@pytest.mark.parametrize(
+    ("shared", "threads", "blocks"),
+    [(0, 128, None), (4096, 128, None), (49_152, 128, 2), (49_152, 512, 2), (50_176, 128, 2)]
+    + [(50_177, 128, 1), (101_376, 256, 1), (16_384, 512, None), (16_384, 128, 5)],
+)
+def test_shared_memory_of_a_block(shared, threads, blocks):
+    """None: threads or the number of blocks, not shared memory, limit those of an RTX 3090."""
+    taken = shared_memory_to_take(MULTIPROCESSORS["8.6"], shared, threads, own=233_472)
+    if blocks is None:
+        assert taken == shared
+    else:
+        assert (102_400 // (shared + 1024), 233_472 // (taken + 1024)) == (blocks, blocks)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What is timed is made up here; what is compiled, installed and printed is not."""
 
 import functools
+import gc
 import importlib
 import json
 from contextlib import nullcontext
@@ -114,6 +115,16 @@ def check_worker(driver):
 
 def test_workers_say_what_does_not_fit():
     on_h200(check_worker)
+
+
+def check_start(driver):
+    Worker.start("8.6", list)
+    gc.collect()
+    assert torch.cuda.get_device_capability() == (8, 6)
+
+
+def test_workers_stay_the_older_gpu():
+    on_h200(check_start)
 
 
 SUBJECTS = {

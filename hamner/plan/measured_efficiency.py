@@ -191,9 +191,10 @@ def _through_step(reached: Efficiency, gpu: Gpu, step: StepMeasurement) -> Effic
             f"{projected.step_ms:,.0f}: make it again with python -m bench.report_card, on a GPU "
             "that does nothing else"
         )
+    # A run's speed is that of many steps, which differ less in their mean.
     spread = (
-        step.tokens_per_second_p10 / step.tokens_per_second,
-        step.tokens_per_second_p90 / step.tokens_per_second,
+        (step.tokens_per_second_p10 / step.tokens_per_second) ** (step.steps**-0.5),
+        (step.tokens_per_second_p90 / step.tokens_per_second) ** (step.steps**-0.5),
     )
     return replace(
         reached,
@@ -202,7 +203,7 @@ def _through_step(reached: Efficiency, gpu: Gpu, step: StepMeasurement) -> Effic
         ranges={**reached.ranges, "step": spread, "model": _MODEL},
         why={
             **reached.why,
-            "step": f"p10 to p90 of {step.steps} steps of option a on this card",
+            "step": f"p10 to p90 of {step.steps} steps of option a on this card, in their mean",
             "model": "from option a to another step",
         },
         provenance=f"{reached.provenance}, all multiplied by {factor:.2f}, at which option a's "

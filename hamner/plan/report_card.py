@@ -174,7 +174,7 @@ class ReportCard:
         }
         if self.step:
             speeds = [value for name, value in asdict(self.step).items() if "tokens_per_s" in name]
-            measured["step"] = [*speeds, self.step.micro_batch_size]
+            measured["step"] = [*speeds, self.step.micro_batch_size, self.step.steps]
         for name, values in measured.items():
             if not values:
                 raise ValueError(f"{name} is empty")

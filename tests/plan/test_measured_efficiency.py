@@ -157,7 +157,10 @@ def test_a_measured_step_is_what_is_projected():
     gpu, reached = measured_efficiency(replace(card, step=step))
     prediction = make_plan(OPTIONS["a"], gpu, reached=reached).prediction
     assert prediction.tokens_per_second == pytest.approx(slower)
-    assert reached.ranges["step"] == pytest.approx((0.98, 1.01))
+    # The mean of 40 steps, each 0.98 to 1.01 of their median in eight of ten cases.
+    assert reached.ranges["step"] == pytest.approx(
+        (1 - 0.02 / 40**0.5, 1 + 0.01 / 40**0.5), abs=1e-4
+    )
     assert "all multiplied by 0.95" in reached.provenance
     b = make_plan(OPTIONS["b"], gpu, reached=reached).prediction
     before = make_plan(OPTIONS["b"], gpu, reached=by_kernels).prediction

@@ -94,6 +94,7 @@ def test_a_number_that_is_not_finite_is_not_written(tmp_path):
         ({"step": {**asdict(STEP), "steps": None}}, r"is damaged, step.steps is null: "),
         ({"step": {**asdict(STEP), "tokens_per_second_p90": 0}}, r"is damaged, step has a 0: "),
         ({"step": {**asdict(STEP), "micro_batch_size": 0}}, r"is damaged, step has a 0: "),
+        ({"step": {**asdict(STEP), "steps": 0}}, r"is damaged, step has a 0: "),
         ({"attention": [{**asdict(CARD.attention[0]), "direction": "up"}]}, r"direction is \"up\""),
     ],
 )

@@ -10,6 +10,9 @@ from functools import cache
 from hamner.errors import UserError
 from hamner.hardware import Gpu
 
+_UTMOST = 2
+"""times its own clock or power no card goes"""
+
 
 @dataclass(frozen=True)
 class Efficiency:
@@ -51,13 +54,18 @@ class Efficiency:
         """The arithmetic runs at a clock that is known: what nvidia-smi shows under load.
 
         Raises:
-            UserError: the clock that the shares are of is not known.
+            UserError: the clock that the shares are of is not known, or far below this one.
         """
         known = self.clock_mhz or gpu.clock_mhz
         if known is None:
             raise UserError(
                 f"--clock {clock_mhz:g}: the clock of the {gpu.name} is not known, leave the flag "
                 "out"
+            )
+        if clock_mhz > _UTMOST * known:
+            raise UserError(
+                f"--clock {clock_mhz:g} is more than {_UTMOST} times the {known:,.0f} MHz of the "
+                f"{gpu.name}: give MHz"
             )
         why = f"held at {clock_mhz:,.0f} MHz, {clock_mhz / known:.0%} of {known:,.0f}"
         return self._scaled(clock_mhz / known, (0.98, 1.02), why)
@@ -70,13 +78,18 @@ class Efficiency:
         a hot card under full load the speed goes with the power, which is the low end.
 
         Raises:
-            UserError: the power limit that the shares are of is not known.
+            UserError: the power limit that the shares are of is not known, or far below this one.
         """
         known = self.power_w or gpu.power_w
         if known is None:
             raise UserError(
                 f"--power-limit {power_w:g}: the power limit of the {gpu.name} is not known, leave "
                 "the flag out"
+            )
+        if power_w > _UTMOST * known:
+            raise UserError(
+                f"--power-limit {power_w:g} is more than {_UTMOST} times the {known:g} W of the "
+                f"{gpu.name}: give watts"
             )
         share = power_w / known
         factor = share ** (1 / 3)
@@ -186,8 +199,8 @@ _STAND_INS = dict.fromkeys(("H100 PCIe", "A100 40GB", "A100 80GB"), "H100 SXM")
 # tests/plan/public_runs.py: by the H100's shares an A100's steps are 17-22% too fast, by the 3090's
 # a 4090's up to 11% too slow.
 _STAND_IN_RANGES = {
-    "H100 SXM": ((0.80, 1.05), "another trainer's steps on an A100 took 17-22% longer"),
-    "RTX 3090": ((0.93, 1.12), "another trainer's steps on a 4090 took up to 11% less"),
+    "H100 SXM": ((0.80, 1.05), "another trainer's largest steps on an A100 took 17-22% longer"),
+    "RTX 3090": ((0.93, 1.12), "another trainer's largest steps on a 4090 took 2-11% less"),
 }
 
 

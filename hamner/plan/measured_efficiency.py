@@ -82,7 +82,7 @@ def measured_efficiency(card: ReportCard) -> tuple[Gpu, Efficiency]:
             "model": "kernels were timed on this card, no step",
         },
         provenance=f"kernel efficiencies measured on this {device.gpu} on {card.date}"
-        + _compiled_for(card),
+        f"{_compiled_for(card)} (routing as norms, Muon's iteration as of such cards)",
         clock_mhz=device.load_clock_mhz,
         power_w=device.power_limit_w,
     )

@@ -193,6 +193,8 @@ def test_slow_links_are_made_up_for_by_micro_batches():
         ({"gpus": 5}, "--batch-size 24 is shared by all GPUs and must be a multiple of their"),
         ({"gpus": 5}, "number, 5: try --batch-size 25"),
         ({"clock": 0.0}, "--clock 0 must be above 0 and finite"),
+        ({"clock": 15e3}, "--clock 15000 is more than 2 times the 1,695 MHz of the RTX 3090: give"),
+        ({"power_limit": 2800.0}, "--power-limit 2800 is more than 2 times the 350 W of the RTX"),
         ({"power_limit": math.nan}, "--power-limit nan must be above 0 and finite"),
         ({"clock": 1500.0, "power_limit": 280.0}, "--power-limit is there to guess the clock"),
         (CUSTOM | {"clock": 1500.0}, "--clock 1500: the clock of the custom GPU is not known"),

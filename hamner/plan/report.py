@@ -184,7 +184,7 @@ def speed_interval(plan: Plan) -> str:
     return (
         f"Nine of ten runs of option {plan.config.option} should reach {interval.low:,.0f} to "
         f"{interval.high:,.0f} tokens/s and take {_days(plan)[1]} days. "
-        "Of that:\n\n" + _bullets(str(cause) for cause in interval.causes)
+        "Each cause by itself:\n\n" + _bullets(str(cause) for cause in interval.causes)
     )
 
 

@@ -18,8 +18,9 @@ from bench.tuning import COPIES, ROUNDS
 from hamner.hardware import Gpu
 from hamner.plan import costs
 from hamner.plan.costs import Cost
+from hamner.plan.efficiency import Efficiency
 from hamner.plan.report_card import AttentionRate, KernelTime, MatmulRate
-from hamner.plan.step_time import Op
+from hamner.plan.step_time import ATTENTION_LAUNCHES, GRAPH_GAP_US, Op
 
 MATMULS = (
     # Option a's: qkv, o, gate and up, down, a chunk of the head, and a weight's gradient.
@@ -71,7 +72,27 @@ def attention_rates() -> Iterator[AttentionRate]:
         for direction in ("forward", "backward"):
             cost = attention_work(seq_len, head_size, direction)
             spent = milliseconds(functools.partial(attention, seq_len, head_size, direction))
-            yield AttentionRate(seq_len, head_size, direction, tflops=cost.flops / spent / 1e9)
+            rate = cost.flops / spent / 1e9
+            yield AttentionRate(seq_len, head_size, direction, milliseconds=spent, tflops=rate)
+
+
+def predicted_ms(op: Op, gpu: Gpu, reached: Efficiency) -> float:
+    """The function gives what the step model counts for an op, its gaps between kernels
+    included."""
+    return 1e3 * op.seconds(gpu, reached) + 1e-3 * GRAPH_GAP_US * op.launches
+
+
+def matmul_op(rate: MatmulRate) -> Op:
+    """The function describes a matmul as the step model does."""
+    shape = rate.m, rate.k, rate.n
+    return Op("matmul", costs.matmul(*shape), smallest_dim=min(shape))
+
+
+def attention_op(seq_len: int, head_size: int, direction: str) -> Op:
+    """The function describes one direction of attention as the step model does."""
+    cost = attention_work(seq_len, head_size, direction)
+    launches = ATTENTION_LAUNCHES[direction]
+    return Op(f"attention_{direction}", cost, launches, smallest_dim=seq_len)
 
 
 def attention(seq_len: int, head_size: int, direction: str) -> Callable[[], object]:
@@ -114,55 +135,57 @@ def tuned(kernel: str, direction: str) -> tuple[Build, Cost]:
     return functools.partial(tunable.build, module), tunable.cost
 
 
-def kernels() -> Iterator[tuple[str, str, str, Build, Cost]]:
-    """The function lists every kernel: name, shape, kind in the step model, call and work."""
+def kernels() -> Iterator[tuple[str, str, Build, Op]]:
+    """The function lists every kernel: name, shape, call, and what it is to the step model."""
     n, d, inner = tune.N, tune.D, tune.INTERMEDIATE
     updated = sum(rows * columns for rows, columns in tune.UPDATED)
     experts = f"{n} x {tune.TOP_K} of {tune.EXPERTS}, {tune.MOE_D} x {tune.MOE_I}"
-    for name, shape, kind, kernel, direction in (
-        ("norm forward", f"{n} x {d}", "norm", "rms_norm", "forward"),
-        ("norm backward", f"{n} x {d}", "norm", "rms_norm", "backward"),
-        ("SwiGLU forward", f"{n} x {inner}", "swiglu", "swiglu", "forward"),
-        ("SwiGLU backward", f"{n} x {inner}", "swiglu", "swiglu", "backward"),
-        ("RoPE", f"{n} x {tune.HEADS + tune.KV_HEADS} x {tune.HEAD_DIM}", "rope", "rope", "packed"),
-        ("AdamW", f"{updated:,}", "optimizer", "adamw", "update"),
-        ("router forward", f"{n} x {tune.MOE_D}", "", "router_linear", "forward"),
-        ("router backward", f"{n} x {tune.MOE_D}", "", "router_linear", "backward"),
-        ("grouped gate and up", experts, "matmul_grouped", "grouped_matmul", "gate_up"),
-        ("grouped products", experts, "matmul_grouped", "grouped_matmul", "matmul"),
-        ("grouped weight gradients", experts, "matmul_grouped", "grouped_matmul", "weight_grad"),
+    heads = f"{n} x {tune.HEADS + tune.KV_HEADS} x {tune.HEAD_DIM}"
+    for name, shape, kind, kernel, direction, launches in (
+        ("norm forward", f"{n} x {d}", "norm", "rms_norm", "forward", 1),
+        ("norm backward", f"{n} x {d}", "norm", "rms_norm", "backward", 2),
+        ("SwiGLU forward", f"{n} x {inner}", "swiglu", "swiglu", "forward", 1),
+        ("SwiGLU backward", f"{n} x {inner}", "swiglu", "swiglu", "backward", 1),
+        ("RoPE", heads, "rope", "rope", "packed", 1),
+        ("AdamW", f"{updated:,}", "optimizer", "adamw", "update", 1),
+        ("router forward", f"{n} x {tune.MOE_D}", "", "router_linear", "forward", 1),
+        ("router backward", f"{n} x {tune.MOE_D}", "", "router_linear", "backward", 2),
+        ("grouped gate and up", experts, "matmul_grouped", "grouped_matmul", "gate_up", 1),
+        ("grouped products", experts, "matmul_grouped", "grouped_matmul", "matmul", 3),
+        ("grouped weight gradients", experts, "matmul_grouped", "grouped_matmul", "weight_grad", 2),
     ):
-        yield name, shape, kind, *tuned(kernel, direction)
+        build, cost = tuned(kernel, direction)
+        yield name, shape, build, Op(kind, cost, launches)
     # The step model counts that the logits are read twice.
     rows, vocabulary = tune.LOSS_ROWS, tune.V
     loss = Cost(bytes=costs.linear_cross_entropy(rows, d, vocabulary, logit_passes=3).bytes)
     call, _ = tuned("cross_entropy", "rows")
-    yield "loss and gradient", f"{rows} x {vocabulary}", "loss", call, loss
-    yield "gradient norm", f"{updated:,}", "optimizer", grad_norm, costs.gradient_norm(updated)
+    yield "loss and gradient", f"{rows} x {vocabulary}", call, Op("loss", loss)
+    norm = Op("optimizer", costs.gradient_norm(updated))
+    yield "gradient norm", f"{updated:,}", grad_norm, norm
     distinct = len(text_like_tokens().unique())
-    scattered = costs.tied_embedding_backward(n, distinct, d)
-    yield "embedding gradient", f"{n} x {d}", "", embedding, scattered
+    scattered = Op("", costs.tied_embedding_backward(n, distinct, d))
+    yield "embedding gradient", f"{n} x {d}", embedding, scattered
     for direction in ("forward", "backward"):
         yield (
             f"attention {direction}",
             f"{TOKENS} at T 1024, head size 64",
-            f"attention_{direction}",
             functools.partial(attention, 1024, 64, direction),
-            attention_work(1024, 64, direction),
+            attention_op(1024, 64, direction),
         )
 
 
-def kernel_times(gpu: Gpu) -> Iterator[KernelTime]:
+def kernel_times(gpu: Gpu, reached: Efficiency) -> Iterator[KernelTime]:
     """The function measures every kernel beside its floor and prediction on such a GPU."""
-    for name, shape, kind, build, cost in kernels():
-        op = Op(kind, cost, smallest_dim=1024 if kind.startswith("attention") else 0)
+    for name, shape, build, op in kernels():
         yield KernelTime(
             name,
             shape,
-            kind,
-            flops=cost.flops,
-            bytes=cost.bytes,
+            op.kind,
+            flops=op.cost.flops,
+            bytes=op.cost.bytes,
+            launches=op.launches,
             measured_ms=milliseconds(build),
-            floor_ms=1e3 * cost.floor_seconds(gpu, "bf16"),
-            predicted_ms=1e3 * op.seconds(gpu) if kind else None,
+            floor_ms=1e3 * op.cost.floor_seconds(gpu, "bf16"),
+            predicted_ms=predicted_ms(op, gpu, reached) if op.kind else None,
         )

@@ -11,6 +11,8 @@ import torch
 from bench.conditions import nvidia_smi
 from hamner.config.options import for_option
 from hamner.hardware import Gpu
+from hamner.plan.efficiency import Efficiency
+from hamner.plan.memory import describe
 from hamner.plan.report_card import StepMeasurement
 from hamner.plan.step_time import predict
 from hamner.profile.steps import open_steps, time_steps, warm_up
@@ -56,12 +58,13 @@ def watched() -> Iterator[Load]:
 
 
 def measure_step(
-    gpu: Gpu, attention: str, say: Callable[[str], None]
+    gpu: Gpu, reached: Efficiency, attention: str, say: Callable[[str], None]
 ) -> tuple[StepMeasurement, Load]:
     """The function trains option a, and says how far it is.
 
     Args:
         gpu: what its speed is projected for.
+        reached: the efficiencies to project it with.
         attention: as `--attention`.
         say: takes a line of progress.
 
@@ -79,8 +82,8 @@ def measure_step(
                 times += time_steps(step, batches, STEPS_SHOWN)
                 speed = config.tokens_per_step / statistics.median(times) * 1e3
                 say(f"option a: step {len(times)} of {STEPS}, {speed:,.0f} tokens/s")
-        plan = step.plan
-    prediction = predict(config, gpu, plan.policies, plan.micro_batch_size)
+        plan, attention = step.plan, step.attention.name
+    prediction = predict(config, gpu, plan.policies, plan.micro_batch_size, reached=reached)
     fast, *_, slow = statistics.quantiles(times, n=10)
     return (
         StepMeasurement(
@@ -89,6 +92,9 @@ def measure_step(
             tokens_per_second_p10=config.tokens_per_step / slow * 1e3,
             tokens_per_second_p90=config.tokens_per_step / fast * 1e3,
             peak_bytes=torch.cuda.max_memory_allocated(),
+            recompute=describe(plan.policies),
+            micro_batch_size=plan.micro_batch_size,
+            attention=attention,
             projected_low=prediction.interval.low,
             projected=prediction.tokens_per_second,
             projected_high=prediction.interval.high,

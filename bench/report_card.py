@@ -10,6 +10,7 @@ from which `hamner.plan --report-card` plans.
 import contextlib
 import dataclasses
 import datetime
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,15 +22,15 @@ import triton
 
 from bench import card_kernels, ceilings
 from bench.as_capability import as_capability
-from bench.card_step import Load, measure_step
+from bench.card_step import Load, measure_step, watched
 from bench.card_text import to_markdown
 from bench.conditions import conditions
 from bench.timing import use_recordable_stream
 from hamner.cli import read_flags, run_command
 from hamner.errors import UserError
 from hamner.files import write_whole, writing
-from hamner.hardware import Gpu
-from hamner.plan.measured_efficiency import measured_efficiency
+from hamner.hardware import identify
+from hamner.plan.measured_efficiency import known_gpu
 from hamner.plan.report_card import Device, ReportCard
 
 T = TypeVar("T")
@@ -88,13 +89,21 @@ def describe_device() -> Device:
     )
 
 
-def measure_ceilings(say: Progress) -> ReportCard:
-    """The function measures all but kernels and training."""
+def with_clock(device: Device, load: Load) -> Device:
+    """The function notes the clock of a load, if it is known."""
+    if not load.clock_mhz:
+        return device
+    return dataclasses.replace(device, load_clock_mhz=statistics.median(load.clock_mhz))
+
+
+def measure_ceilings(say: Progress) -> tuple[ReportCard, Load]:
+    """The function measures all but kernels and training, and watches the GPU get warm."""
     say("keeping the GPU busy until it is warm")
-    card_kernels.warm_up()
-    device, copy = describe_device(), ceilings.measure().copy_gb_per_s
+    with watched() as load:
+        card_kernels.warm_up()
+    device, copy = with_clock(describe_device(), load), ceilings.measure().copy_gb_per_s
     say(f"a copy: {copy:,.0f} GB/s")
-    return ReportCard(
+    card = ReportCard(
         date=datetime.date.today().isoformat(),
         commit=conditions()["commit"],
         device=device,
@@ -113,9 +122,10 @@ def measure_ceilings(say: Progress) -> ReportCard:
         kernels=(),
         step=None,
     )
+    return card, load
 
 
-def measure(is_older: bool, say: Progress) -> tuple[ReportCard, Gpu, Load | None, list[str]]:
+def measure(is_older: bool, say: Progress) -> tuple[ReportCard, dict[str, Load], list[str]]:
     """The function measures everything.
 
     Args:
@@ -123,37 +133,55 @@ def measure(is_older: bool, say: Progress) -> tuple[ReportCard, Gpu, Load | None
         say: shows how far it is.
 
     Returns:
-        The card, the GPU that it is held against, what the GPU did while it trained, and notes.
+        The card, what the GPU did under which load, and notes.
     """
-    card, load, notes = measure_ceilings(say), None, []
-    gpu, _ = measured_efficiency(card)
+    card, load = measure_ceilings(say)
+    loads, (gpu, reached) = {"in matmuls of 8192^3": load}, known_gpu(card)
+    notes = notes_on(card, is_older)
     card = dataclasses.replace(
         card,
         kernels=say.each(
-            card_kernels.kernel_times(gpu),
+            card_kernels.kernel_times(gpu, reached),
             lambda kernel: (
                 f"{kernel.name}: {kernel.measured_ms:.3f} ms, floor {kernel.floor_ms:.3f}"
             ),
         ),
     )
-    if is_older:
-        notes.append(
-            "The kernels are those of compute capability {}.{}, executed on a newer GPU, which the "
-            "floors and predictions are of. Attention in training is Triton's.".format(
-                *card.device.compiled_for
-            )
-        )
     try:
         # Other attention would be the GPU's own code.
-        step, load = measure_step(gpu, "triton" if is_older else "auto", say)
+        attention = "triton" if is_older else "auto"
+        step, loads["while training"] = measure_step(gpu, reached, attention, say)
     except UserError as error:
         notes.append(f"Option a does not train here: {error}")
         say(notes[-1])
     else:
-        clock = sorted(load.clock_mhz)[len(load.clock_mhz) // 2] if load.clock_mhz else None
-        device = dataclasses.replace(card.device, load_clock_mhz=clock)
+        device = with_clock(card.device, loads["while training"])
         card = dataclasses.replace(card, step=step, device=device)
-    return card, gpu, load, notes
+    return card, loads, notes
+
+
+def notes_on(card: ReportCard, is_older: bool) -> list[str]:
+    """The function says what the predictions are of."""
+    device, notes = card.device, []
+    known = identify(device.gpu)
+    if known is None:
+        notes.append(
+            "Hamner's table lacks this GPU: its peak is taken to be the fastest matmul below, its "
+            "bandwidth that of the copy, and its shares of them those of an RTX 3090."
+        )
+    elif device.power_limit_w and round(device.power_limit_w) != known.power_w:
+        notes.append(
+            f"The GPU is limited to {device.power_limit_w:g} W, where such cards are sold with "
+            f"{known.power_w}: predictions are at this limit, floors are not."
+        )
+    if is_older:
+        notes.append(
+            "The kernels are those of compute capability {}.{}, executed on a newer GPU, which the "
+            "floors and predictions are of. Attention in training is Triton's.".format(
+                *device.compiled_for
+            )
+        )
+    return notes
 
 
 def main(args: Sequence[str]) -> None:
@@ -166,13 +194,17 @@ def main(args: Sequence[str]) -> None:
         with writing(f"--out {config.out}"):
             config.out.mkdir(parents=True, exist_ok=True)
         use_recordable_stream()
-        card, gpu, load, notes = measure(older is not None, Progress())
-    page = to_markdown(card, gpu, load, notes)
+        card, loads, notes = measure(older is not None, Progress())
+    page = to_markdown(card, loads, notes)
     with writing(f"--out {config.out}"):
         card.write(config.out / "report_card.json")
         write_whole(config.out / "report_card.md", page)
     print(page)
-    print(f"wrote {config.out}/report_card.md and {config.out}/report_card.json: attach both")
+    print(
+        f"wrote {config.out}/report_card.md and {config.out}/report_card.json: attach both to an "
+        f"issue, plan with python -m hamner.plan --option a --report-card "
+        f"{config.out}/report_card.json"
+    )
 
 
 if __name__ == "__main__":

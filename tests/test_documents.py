@@ -335,8 +335,9 @@ def test_readme_has_the_options_and_their_projections():
         projected = ""
         if name in COMPARED:
             prediction = make_plan(config, GPUS["rtx-3090"]).prediction
-            speed, gib = prediction.interval.best, prediction.peak_gib
-            projected = f"{speed:,.0f} tokens/s, {gib:.1f} GiB"
+            speed, gib = prediction.interval, prediction.peak_gib
+            projected = f"{speed.best:,.0f} ({speed.low:,.0f}–{speed.high:,.0f}) tokens/s, "
+            projected += f"{gib:.1f} GiB"
         cells = f"{model.num_layers} × {model.hidden_size} | {parameters} | "
         cells += f"{config.batch_size} × {config.seq_len} | {projected}"
         (row,) = [row for row in rows if row.startswith(f"| `{name}` | {model.num_layers} ×")]

@@ -10,6 +10,9 @@ from functools import cache
 from hamner.errors import UserError
 from hamner.hardware import Gpu
 
+_UTMOST = 2
+"""times its own clock or power no card goes"""
+
 
 @dataclass(frozen=True)
 class Efficiency:
@@ -51,11 +54,19 @@ class Efficiency:
         """The arithmetic runs at a clock that is known: what nvidia-smi shows under load.
 
         Raises:
-            UserError: the clock that the shares are of is not known.
+            UserError: the clock that the shares are of is not known, or far below this one.
         """
         known = self.clock_mhz or gpu.clock_mhz
         if known is None:
-            raise UserError(f"--clock {clock_mhz:g}: the clock of the {gpu.name} is not known")
+            raise UserError(
+                f"--clock {clock_mhz:g}: the clock of the {gpu.name} is not known, leave the flag "
+                "out"
+            )
+        if clock_mhz > _UTMOST * known:
+            raise UserError(
+                f"--clock {clock_mhz:g} is more than {_UTMOST} times the {known:,.0f} MHz of the "
+                f"{gpu.name}: give MHz"
+            )
         why = f"held at {clock_mhz:,.0f} MHz, {clock_mhz / known:.0%} of {known:,.0f}"
         return self._scaled(clock_mhz / known, (0.98, 1.02), why)
 
@@ -67,12 +78,18 @@ class Efficiency:
         a hot card under full load the speed goes with the power, which is the low end.
 
         Raises:
-            UserError: the power limit that the shares are of is not known.
+            UserError: the power limit that the shares are of is not known, or far below this one.
         """
         known = self.power_w or gpu.power_w
         if known is None:
             raise UserError(
-                f"--power-limit {power_w:g}: the power limit of the {gpu.name} is not known"
+                f"--power-limit {power_w:g}: the power limit of the {gpu.name} is not known, leave "
+                "the flag out"
+            )
+        if power_w > _UTMOST * known:
+            raise UserError(
+                f"--power-limit {power_w:g} is more than {_UTMOST} times the {known:g} W of the "
+                f"{gpu.name}: give watts"
             )
         share = power_w / known
         factor = share ** (1 / 3)
@@ -123,7 +140,7 @@ _H100 = Efficiency(
     ranges={"clock": (0.97, 1.02), "model": (0.96, 1.04)},
     why={
         "clock": "the same step took 2.5% longer on the same card once it was warm",
-        "model": "all rows measured there",
+        "model": "all steps measured on an H100 and an H200 were within 4%",
     },
     provenance="kernel efficiencies measured on an H100 SXM (routing assumed as norms)",
 )
@@ -165,12 +182,12 @@ _RTX_3090 = Efficiency(
         "model": (0.95, 1.05),
     },
     why={
-        "clock": "1.70 GHz where cards ran at 1.75-1.95 and, hot, down to 1.37",
-        "matmul": "66-70 TFLOP/s at large sizes, by which steps are fitted; 72-75 in short runs",
+        "clock": "1.49-1.83 GHz where 1.70 is taken; cards ran at 1.75-1.95 and, hot, down to 1.37",
+        "matmul": "66-70 TFLOP/s at large sizes, by which steps are fitted; 72-77 in short runs",
         "attention": "35-47 TFLOP/s at T 1,024: other cards' shares of peak, as nobody published "
         "a 3090's backward pass",
         "bandwidth": "700-830 GB/s of memory-bound kernels",
-        "model": "nine of ten steps of another trainer that were not fitted",
+        "model": "nine of ten steps of another trainer that were not fitted were within 4%",
     },
     provenance="kernel efficiencies fitted to steps of another trainer on an RTX 3090, attention's "
     "and grouped matmuls' assumed from other cards, none measured with these kernels: at large "
@@ -182,8 +199,8 @@ _STAND_INS = dict.fromkeys(("H100 PCIe", "A100 40GB", "A100 80GB"), "H100 SXM")
 # tests/plan/public_runs.py: by the H100's shares an A100's steps are 17-22% too fast, by the 3090's
 # a 4090's up to 11% too slow.
 _STAND_IN_RANGES = {
-    "H100 SXM": ((0.80, 1.05), "another trainer's steps on an A100 took 17-22% longer"),
-    "RTX 3090": ((0.93, 1.12), "another trainer's steps on a 4090 took up to 11% less"),
+    "H100 SXM": ((0.80, 1.05), "another trainer's largest steps on an A100 took 17-22% longer"),
+    "RTX 3090": ((0.93, 1.12), "another trainer's largest steps on a 4090 took 2-11% less"),
 }
 
 
@@ -198,7 +215,10 @@ def efficiency(gpu: Gpu) -> Efficiency:
     return replace(
         base,
         ranges={**base.ranges, "stand-in": factors},
-        why={**base.why, "stand-in": f"the {stand_in}'s shares of peak: {why}"},
+        why={
+            **{cause: f"as of the {stand_in}: {reason}" for cause, reason in base.why.items()},
+            "stand-in": f"the {stand_in}'s shares of peak: {why}",
+        },
         provenance=f"kernel efficiencies assumed, not measured: the {stand_in}'s shares of peak",
     )
 

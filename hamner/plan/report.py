@@ -16,7 +16,7 @@ from hamner.hardware import GIB
 from hamner.plan.analysis import Analysis, Plan
 from hamner.plan.communication import QUIET
 from hamner.plan.costs import flops_per_token
-from hamner.plan.efficiency import MEASURED_ERRORS
+from hamner.plan.efficiency import MEASURED_ERRORS, efficiency
 from hamner.plan.loss import (
     BESIROGLU,
     COHERENT_LOSS,
@@ -84,27 +84,28 @@ def _scaling(plan: Plan) -> dict[str, str]:
     """These rows are of several GPUs."""
     if plan.parallelism.ranks == 1:
         return {}
-    efficiency = plan.efficiency
+    share = plan.efficiency
     return {
         "parallel": plan.parallelism.kind,
         "batch per GPU": str(plan.rows_per_gpu),
         "sent per GPU and step, GB": f"{plan.prediction.communication.bytes_sent / 1e9:.2f}",
         "communication, share of a step": f"{plan.communication_share:.1%}",
         f"efficiency against {plan.parallelism.ranks} GPUs alone": (
-            "does not fit one" if efficiency is None else f"{efficiency:.0%}"
+            "does not fit one" if share is None else f"{share:.0%}"
         ),
     }
 
 
-def _days(plan: Plan) -> str:
-    """The shortest and the longest that the run should take, in days."""
+def _days(plan: Plan) -> tuple[str, str]:
+    """How long the run should take, in days: the projected, and the shortest and the longest."""
     shortest, longest = (h / 24 for h in plan.prediction.interval.hours(plan.config.tokens))
-    return _range((shortest, longest), 1 if shortest > 1 else 2)
+    digits = 1 if shortest > 1 else 2
+    return f"{plan.hours / 24:.{digits}f}", _range((shortest, longest), digits)
 
 
 def _quantities(plan: Plan, hours: float | None) -> dict[str, str]:
     option, model, prediction = plan.config, plan.config.model, plan.prediction
-    interval = prediction.interval
+    interval, (days, shortest_longest) = prediction.interval, _days(plan)
     gib = "VRAM, GiB" if plan.parallelism.ranks == 1 else "VRAM of each GPU, GiB"
     return {
         "": option.option,
@@ -124,8 +125,8 @@ def _quantities(plan: Plan, hours: float | None) -> dict[str, str]:
         "tokens": count(plan.config.tokens),
         "steps": f"{plan.steps:,}",
         "hours (projected)": f"{plan.hours:,.1f}",
-        "days (projected)": f"{plan.hours / 24:.1f}",
-        "days, low-high": _days(plan),
+        "days (projected)": days,
+        "days, low-high": shortest_longest,
         "compute-optimal tokens": count(compute_optimal_tokens(plan.active_parameters)),
         **_losses(plan, hours),
     }
@@ -182,8 +183,8 @@ def speed_interval(plan: Plan) -> str:
     interval = plan.prediction.interval
     return (
         f"Nine of ten runs of option {plan.config.option} should reach {interval.low:,.0f} to "
-        f"{interval.high:,.0f} tokens/s and take {_days(plan)} days. "
-        "Of that:\n\n" + _bullets(str(cause) for cause in interval.causes)
+        f"{interval.high:,.0f} tokens/s and take {_days(plan)[1]} days. "
+        "Each cause by itself:\n\n" + _bullets(str(cause) for cause in interval.causes)
     )
 
 
@@ -283,7 +284,9 @@ def caveats(plan: Plan) -> list[str]:
     option, prediction = plan.config, plan.prediction
     whole_square = flops_per_token(option.model, option.seq_len, causal=False)
     runs, lowest, highest = zip(*MEASURED_ERRORS.values(), strict=True)
-    _, *here = MEASURED_ERRORS.get(plan.gpu.name, (0,))
+    here = []
+    if prediction.reached == efficiency(plan.gpu):  # and no clock, limit or report card
+        _, *here = MEASURED_ERRORS.get(plan.gpu.name, (0,))
     ends = dict.fromkeys(f"{error:+.0%}" for error in here)
     on_this_card = f", on this card {' to '.join(ends)}" if here else ""
     parameters, tokens, loss = KNOWN_RUN
@@ -450,7 +453,7 @@ def _proposal(analysis: Analysis, files: str) -> str:
 Train **{best.config.option}** ({count(best.parameters)} parameters): of the options trained on
 their full context it has the lowest expected loss after {analysis.hours:,.0f} hours, a mixture of
 experts counted by its active parameters. It takes {best.prediction.peak_gib:.1f} GiB with recompute
-{describe(best.memory.policies)} and, projected, {best.hours / 24:.1f} days for
+{describe(best.memory.policies)} and, projected, {_days(best)[0]} days for
 {count(best.config.tokens)} tokens at {best.prediction.tokens_per_second:,.0f} tokens/s.
 
 Expected loss: {_range(best.loss_range(BESIROGLU), 2)} by {BESIROGLU.source};

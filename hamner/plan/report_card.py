@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from hamner.errors import UserError
 from hamner.files import read_json, refuse_pipe, write_whole
 
-FORMAT = 1
+FORMAT = 2
 """number of the layout of the file; another layout is another number"""
 
 
@@ -37,7 +37,7 @@ class Device:
     max_clock_mhz: float | None
     """highest clock of the multiprocessors that the driver allows"""
     load_clock_mhz: float | None
-    """median of that clock while option a trained"""
+    """median of that clock while option a trained or, where it does not, in matmuls of 8192^3"""
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class MatmulRate:
     k: int
     n: int
     tflops: float
+    """of one call after the other in a CUDA graph, the gaps between them included, as below"""
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class AttentionRate:
     seq_len: int
     head_size: int
     direction: Literal["forward", "backward"]
+    milliseconds: float
+    """of a call"""
     tflops: float
 
 
@@ -76,6 +79,8 @@ class KernelTime:
     flops: float
     """by `hamner.plan.costs`, as the bytes"""
     bytes: float
+    launches: int
+    """as the step model counts them"""
     measured_ms: float
     floor_ms: float
     """at the card's peak and its full bandwidth"""
@@ -95,6 +100,11 @@ class StepMeasurement:
     tokens_per_second_p90: float
     peak_bytes: int
     """of memory, as torch allocated it"""
+    recompute: str
+    """as `--recompute`, with the next what fitted the free memory"""
+    micro_batch_size: int
+    attention: str
+    """whose kernels, as `--attention`"""
     projected_low: float
     """tokens/s, as the next two"""
     projected: float
@@ -159,11 +169,12 @@ class ReportCard:
             "bandwidth_gbs": [self.bandwidth_gbs],
             "device.memory_bytes": [self.device.memory_bytes],
             "matmuls": [value for rate in self.matmuls for value in asdict(rate).values()],
-            "attention": [rate.tflops for rate in self.attention],
+            "attention": [v for r in self.attention for v in (r.tflops, r.milliseconds, r.seq_len)],
             "kernels": [kernel.measured_ms for kernel in self.kernels],
         }
         if self.step:
-            measured["step"] = [self.step.tokens_per_second_p10, self.step.tokens_per_second]
+            speeds = [value for name, value in asdict(self.step).items() if "tokens_per_s" in name]
+            measured["step"] = [*speeds, self.step.micro_batch_size, self.step.steps]
         for name, values in measured.items():
             if not values:
                 raise ValueError(f"{name} is empty")
@@ -172,10 +183,13 @@ class ReportCard:
 
 
 class _Unreadable(UserError):
-    """The error names the flag before the file."""
+    """The error names the flag before the file, and which file it should be."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(f"--report-card {message}")
+        super().__init__(
+            f"--report-card {message}; give the report_card.json that python -m bench.report_card "
+            "wrote"
+        )
 
 
 def _decode(wanted: Any, value: Any, where: str) -> Any:

@@ -40,6 +40,8 @@ LAUNCH_GAP_US, GRAPH_GAP_US = 6.4, 3.3
 of idle GPU, measured in steps of option a on an H100, and 2.1 of multiprocessors that wait for the
 kernel's last blocks, fitted to the steps in several micro-batches there and on an H200"""
 
+ATTENTION_LAUNCHES = {"forward": 1, "backward": 3}
+
 
 @dataclass(frozen=True)
 class Op:
@@ -117,8 +119,9 @@ class MicroBatch:
         # Tiles of queries read k and v again, which comes to about once more from memory; in
         # backward as much is written and read again of their gradients.
         cost += Cost(bytes=costs.BF16 * 2 * keys * (2 if backward else 1))
-        kind, launches = ("backward", 3) if backward else ("forward", 1)
-        ops = [Op(f"attention_{kind}", cost, launches, smallest_dim=self.seq_len)]
+        direction = "backward" if backward else "forward"
+        launches = ATTENTION_LAUNCHES[direction]
+        ops = [Op(f"attention_{direction}", cost, launches, smallest_dim=self.seq_len)]
         if self.model.use_differential_attention:
             combination = costs.differential_combination(queries, backward=backward)
             ops.append(Op("attention", combination))
@@ -327,6 +330,12 @@ def compare_with_reality(
     """A line for the log holds measured speed, peak memory and length against the projected."""
     speed = tokens_per_second / prediction.tokens_per_second
     memory, expected = peak_gib - prediction.peak_gib, prediction.interval
+    advice = ""
+    if expected.position(tokens_per_second) == "below":
+        advice = (
+            "; python -m hamner.plan --clock MHZ, with what nvidia-smi shows under load, says "
+            "whether that is the GPU's clock"
+        )
     days, projected_days = (
         total_tokens / rate / 86_400 for rate in (tokens_per_second, prediction.tokens_per_second)
     )
@@ -336,5 +345,5 @@ def compare_with_reality(
         f"interval, {expected.low:,.0f}-{expected.high:,.0f}; peak {peak_gib:.1f} GiB, "
         f"{abs(memory):.1f} GiB {'above' if memory > 0 else 'below'} the projected "
         f"{prediction.peak_gib:.1f}; the whole run takes {days:.2f} days, "
-        f"projected {projected_days:.2f}"
+        f"projected {projected_days:.2f}{advice}"
     )

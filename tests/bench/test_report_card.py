@@ -1,5 +1,6 @@
 """Times are made up, and option a is a minute model; the rest is as on a GPU."""
 
+import contextlib
 import math
 import time
 from dataclasses import replace
@@ -18,8 +19,10 @@ from hamner.errors import UserError
 from hamner.hardware import GIB, GPUS
 from hamner.plan import costs
 from hamner.plan.__main__ import main as plan
+from hamner.plan.efficiency import efficiency
+from hamner.plan.memory import NONE
 from hamner.plan.report_card import ReportCard, StepMeasurement
-from hamner.plan.step_time import CATEGORIES
+from hamner.plan.step_time import CATEGORIES, predict
 from tests.corpus import write_predictable
 
 CONDITIONS = {
@@ -44,7 +47,7 @@ def gpu(monkeypatch):
             for shape in card_kernels.ATTENTION
             for direction in ("forward", "backward")
         ]
-        + [1e3 * cost.floor_seconds(card, "bf16") for *_, cost in card_kernels.kernels()]
+        + [1e3 * op.cost.floor_seconds(card, "bf16") for *_, op in card_kernels.kernels()]
     )
     copy = Ceilings(copy_gb_per_s=card.bandwidth_gbs * SHARE, matmul_tflop_per_s=60.0)
     for owner, name, value in (
@@ -55,6 +58,7 @@ def gpu(monkeypatch):
         (report_card, "conditions", lambda: CONDITIONS),
         (report_card, "use_recordable_stream", lambda: None),
         (card_kernels, "warm_up", lambda: None),
+        (report_card, "watched", lambda: contextlib.nullcontext(Load([1600.0, 1700.0]))),
         (card_kernels, "milliseconds", lambda build: next(floors) / SHARE),
         (ceilings, "measure", lambda: copy),
     ):
@@ -62,13 +66,26 @@ def gpu(monkeypatch):
     return card
 
 
-def made_up_step(gpu, attention, say):
+def made_up_step(gpu, reached, attention, say):
     assert attention == "auto"
+    assert reached == efficiency(gpu)
     say("option a")
     load = Load([1700.0, 1710.0, 1690.0], [340.0, 350.0], [])
-    return StepMeasurement(
-        60, 24_000.0, 23_900.0, 24_100.0, 15 * GIB, 21e3, 25e3, 28e3, 16 * GIB
-    ), load
+    step = StepMeasurement(
+        steps=60,
+        tokens_per_second=24_000.0,
+        tokens_per_second_p10=23_900.0,
+        tokens_per_second_p90=24_100.0,
+        peak_bytes=15 * GIB,
+        recompute="selective",
+        micro_batch_size=24,
+        attention="triton",
+        projected_low=21e3,
+        projected=24_001.0,
+        projected_high=28e3,
+        projected_peak_bytes=16 * GIB,
+    )
+    return step, load
 
 
 def test_both_files_are_written_and_the_plan_reads_them(gpu, monkeypatch, tmp_path, capsys):
@@ -84,12 +101,25 @@ def test_both_files_are_written_and_the_plan_reads_them(gpu, monkeypatch, tmp_pa
         "| power limit | not said |",
         "| clock while training | 1,700 MHz (1,690 to 1,710) |",
         "| temperature while training | not said |",
-        "| projected | 25,000 (+4.2%), between 21,000 and 28,000: measured inside |",
+        "| with | recompute selective, micro-batch 24, attention triton |",
+        "| projected tokens/s | 24,001 (+0.0%), between 21,000 and 28,000: measured inside |",
         "| memory peak | 15.00 GiB, projected 16.00 (+6.7%) |",
         "A copy of 1 GiB: 749 GB/s, 80% of 936.",
+        "| clock in matmuls of 8192^3 | 1,650 MHz (1,600 to 1,700) |",
+        "| bf16 matmul, m x k x n | TFLOP/s | of 71.2 | predicted | error |",
+        # 66.4 TFLOP/s x 1,024 / (1,024 + 95), and a gap of 3.3 us.
+        "| 24576 x 1024 x 1536 | 57.0 | 80% | 60.6 | +6% |",
+        "| router forward | 24576 x 768 | 0.051 | 0.041 | 80% | none |  |",
     ):
         assert line in page
-    assert "| 24576 x 1024 x 1536 | 57.0 | 80% | " in page
+    # 47 TFLOP/s at T 1,024.
+    assert "| 1024 | 64 | forward | 57.0 | 80% | 47.0 | -17% |" in page
+    rows = [kernel for kernel in card.kernels if kernel.kind == "matmul_grouped"]
+    assert len(rows) == 3
+    predicted, measured = (
+        sum(getattr(row, name) for row in rows) for name in ("predicted_ms", "measured_ms")
+    )
+    assert f", grouped {predicted / measured - 1:+.0%}." in page
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("[") for line in lines) > len(card.kernels) + len(card.matmuls)
 
@@ -106,6 +136,23 @@ def test_a_card_that_option_a_does_not_fit(gpu, monkeypatch, tmp_path):
     assert ReportCard.read(tmp_path / "report_card.json").step is None
     page = (tmp_path / "report_card.md").read_text()
     assert "Option a does not train here: it takes 15.5 GiB of 8.0" in page
+    # What its kernels were measured at.
+    assert ReportCard.read(tmp_path / "report_card.json").device.load_clock_mhz == 1650
+
+
+def test_a_gpu_that_is_limited_is_held_against_the_speed_at_its_limit(gpu, monkeypatch, tmp_path):
+    monkeypatch.setattr(report_card, "conditions", lambda: CONDITIONS | {"power_limit_w": "280.00"})
+
+    def measure_step(gpu, reached, *_):
+        assert reached == efficiency(gpu).at_power(gpu, 280)
+        raise UserError("no text")
+
+    monkeypatch.setattr(report_card, "measure_step", measure_step)
+    main(["--out", str(tmp_path)])
+    page = (tmp_path / "report_card.md").read_text()
+    assert "The GPU is limited to 280 W, where such cards are sold with 350: " in page
+    # 93% of 66.4 TFLOP/s x 1,024 / (1,024 + 95).
+    assert "| 24576 x 1024 x 5632 | 57.0 | 80% | 56.4 | -1% |" in page
 
 
 def test_a_gpu_that_no_table_has(gpu, monkeypatch, tmp_path):
@@ -113,6 +160,9 @@ def test_a_gpu_that_no_table_has(gpu, monkeypatch, tmp_path):
     monkeypatch.setattr(report_card, "measure_step", made_up_step)
     main(["--out", str(tmp_path)])
     assert ReportCard.read(tmp_path / "report_card.json").device.gpu == "Unheard-of 1"
+    page = (tmp_path / "report_card.md").read_text()
+    assert "Hamner's table lacks this GPU: its peak is taken to be the fastest matmul" in page
+    assert "| bf16 matmul, m x k x n | TFLOP/s | of 57.0 | predicted | error |" in page
 
 
 @pytest.mark.parametrize(
@@ -132,11 +182,11 @@ def test_bad_input(gpu, flags, has_gpu, message, monkeypatch, tmp_path):
 
 def test_every_kernel_has_work_and_a_kind_of_the_step_model():
     names = set()
-    for name, shape, kind, build, cost in card_kernels.kernels():
+    for name, shape, build, op in card_kernels.kernels():
         assert callable(build)
         assert shape
-        assert not kind or kind.partition("_")[0] in CATEGORIES
-        assert cost.flops or cost.bytes
+        assert not op.kind or op.kind.partition("_")[0] in CATEGORIES
+        assert op.cost.flops or op.cost.bytes
         names.add(name)
     assert len(names) == 16
 
@@ -151,7 +201,12 @@ def test_step_is_timed_beside_its_projection(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 7)
     lines = []
-    step, load = card_step.measure_step(GPUS["rtx-3090"], "sdpa", lines.append)
+    card = GPUS["rtx-3090"]
+    reached = efficiency(card).at_clock(card, 1500)
+    step, load = card_step.measure_step(card, reached, "sdpa", lines.append)
+    assert (step.recompute, step.micro_batch_size, step.attention) == ("none", 2, "sdpa")
+    prediction = predict(minute_config(data), card, (NONE,), 2, reached=reached)
+    assert step.projected == prediction.tokens_per_second
     assert (step.steps, step.peak_bytes) == (6, 7)
     assert step.tokens_per_second_p10 <= step.tokens_per_second <= step.tokens_per_second_p90
     assert step.projected_low < step.projected < step.projected_high

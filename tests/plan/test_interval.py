@@ -7,7 +7,7 @@ import pytest
 
 from hamner.errors import UserError
 from hamner.hardware import GPUS
-from hamner.plan.efficiency import EFFICIENCIES
+from hamner.plan.efficiency import EFFICIENCIES, efficiency
 from hamner.plan.interval import find_interval
 
 RTX_3090 = GPUS["rtx-3090"]
@@ -46,6 +46,12 @@ def test_causes_add_up_as_squares_and_the_largest_is_named_first():
     assert [cause.name for cause in interval.causes] == ["clock", "model", "attention"]
     slowest = [math.log(1 + cause.slowest) ** 2 for cause in interval.causes]
     assert math.log(interval.best / interval.low) == pytest.approx(math.sqrt(sum(slowest)))
+
+
+def test_reasons_that_are_another_cards_say_so():
+    whose = dict(efficiency(GPUS["rtx-4090"]).why)
+    assert whose.pop("stand-in").startswith("the RTX 3090's shares of peak: ")
+    assert whose == {name: f"as of the RTX 3090: {why}" for name, why in REACHED.why.items()}
 
 
 def test_nothing_unknown_is_no_interval():

@@ -193,6 +193,8 @@ def test_slow_links_are_made_up_for_by_micro_batches():
         ({"gpus": 5}, "--batch-size 24 is shared by all GPUs and must be a multiple of their"),
         ({"gpus": 5}, "number, 5: try --batch-size 25"),
         ({"clock": 0.0}, "--clock 0 must be above 0 and finite"),
+        ({"clock": 15e3}, "--clock 15000 is more than 2 times the 1,695 MHz of the RTX 3090: give"),
+        ({"power_limit": 2800.0}, "--power-limit 2800 is more than 2 times the 350 W of the RTX"),
         ({"power_limit": math.nan}, "--power-limit nan must be above 0 and finite"),
         ({"clock": 1500.0, "power_limit": 280.0}, "--power-limit is there to guess the clock"),
         (CUSTOM | {"clock": 1500.0}, "--clock 1500: the clock of the custom GPU is not known"),
@@ -228,8 +230,14 @@ def test_command_says_between_which_speeds_and_why(capsys):
     assert f"of option a should reach {low} to {high} tokens/s and take" in out
     for cause in expected.causes:
         assert f"{cause.name} {cause.slowest:+.0%} to {cause.fastest:+.0%} (" in out
-    days = [1e10 / speed / 86_400 for speed in (expected.high, expected.low)]
-    assert "days, low-high {:.1f}-{:.1f}".format(*days) in out
+    days = [1e10 / speed / 86_400 for speed in (expected.best, expected.high, expected.low)]
+    assert "days (projected) {:.1f} days, low-high {:.1f}-{:.1f}".format(*days) in out
+    # Of less than a day in hundredths, all three.
+    main(["--gpu", "h200"])
+    out = " ".join(capsys.readouterr().out.split())
+    expected = make_plan(OPTIONS["a"], GPUS["h200"]).prediction.interval
+    days = [1e10 / speed / 86_400 for speed in (expected.best, expected.high, expected.low)]
+    assert "days (projected) {:.2f} days, low-high {:.2f}-{:.2f}".format(*days) in out
 
 
 def test_command_plans_at_a_power_limit_a_clock_and_from_a_report_card(capsys, tmp_path):
@@ -250,6 +258,9 @@ def test_command_plans_at_a_power_limit_a_clock_and_from_a_report_card(capsys, t
     own, out = best("--report-card", str(tmp_path / "card.json"))
     assert own == pytest.approx(CARD.step.tokens_per_second, rel=1e-3)
     assert "kernel efficiencies measured on this NVIDIA GeForce RTX 3090 on 2026-11-29" in out
+    # That is said of the table's efficiencies.
+    assert "on this card -5%" in best()[1]
+    assert "on this card -5%" not in out
 
 
 def test_the_page_has_the_projections():

@@ -263,9 +263,12 @@ def test_compare_with_reality():
         f"measured {0.8 * speed:,.0f} tokens/s, 80% of the projected {speed:,.0f} and below its "
         f"interval, {prediction.interval.low:,.0f}-{prediction.interval.high:,.0f}; "
         f"peak {peak + 0.5:.1f} GiB, 0.5 GiB above the projected {peak:.1f}; "
-        f"the whole run takes {days / 0.8:.2f} days, projected {days:.2f}"
+        f"the whole run takes {days / 0.8:.2f} days, projected {days:.2f}; python -m hamner.plan "
+        "--clock MHZ, with what nvidia-smi shows under load, says whether that is the GPU's clock"
     )
-    assert "1.0 GiB below" in compare_with_reality(prediction, speed, peak - 1, 1)
+    inside = compare_with_reality(prediction, speed, peak - 1, 1)
+    assert "1.0 GiB below" in inside
+    assert "nvidia-smi" not in inside
 
 
 def test_kernels_beat_plain_compile():

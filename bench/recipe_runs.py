@@ -170,7 +170,10 @@ def run(trial: Trial, data: Prepared, folder: Path, end: float) -> dict | None:
             signal.raise_signal(signal.SIGINT)
 
     try:
-        with folder.with_suffix(".txt").open("a") as said, contextlib.redirect_stdout(said):
+        with (
+            folder.with_name(f"{folder.name}.txt").open("a") as said,
+            contextlib.redirect_stdout(said),
+        ):
             outcome = run_training(
                 config,
                 open_data=lambda config, tokenizer, pin_memory, status: RunData(

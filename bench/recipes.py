@@ -24,8 +24,10 @@ first goes on with random points around its best until both have had as many tri
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated
 
@@ -141,28 +143,63 @@ def compare(part: Part, settings: Compare, extra: Sequence[str]) -> int:
                 f"--data has {data.train_tokens:,} tokens, a run of {longest:,} would read some "
                 "twice: give more, or smaller --tokens"
             )
-    while todo and time.monotonic() < end - START_SECONDS:
-        folder = settings.output / "runs" / todo[0].name
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        result = runs.run(todo[0], data, folder, end)
-        if result is None:
-            break
-        append_record(settings.output / RESULTS, result)
-        print(line_of(result), flush=True)
-        if part != "long":
-            shutil.rmtree(folder)
-        results.append(result)
-        todo = plan(scope, results)
+        todo = work_through(
+            partial(plan, scope), results, data, settings.output, end=end, stays=_is_long
+        )
     print(f"{part}: " + (f"{len(todo)} or more runs are left" if todo else "done"), flush=True)
     return 0
 
 
-def line_of(result: dict) -> str:
-    """The function says in a line how a run ended."""
-    trial = Trial.of(result)
+def _is_long(trial: Trial) -> bool:
+    return trial.part == "long"
+
+
+def work_through(
+    plan: Callable[[list[dict]], list[Trial]],
+    results: list[dict],
+    data: runs.Prepared,
+    output: Path,
+    *,
+    end: float,
+    stays: Callable[[Trial], bool],
+    name_of: Callable[[Trial], str] = attrgetter("name"),
+) -> list[Trial]:
+    """The function runs what `plan` says, until nothing is left or the time is up.
+
+    Args:
+        plan: gives the trials that are left, from the results so far; asked again after each.
+        results: so far; each new one joins them, and results.jsonl.
+        data: of all trials.
+        output: folder of results and runs.
+        end: `time.monotonic()` at which it has come back.
+        stays: whether a trial's run is kept once it is done.
+        name_of: gives the name of a trial's run, unlike those of all others.
+
+    Returns:
+        The trials that are left.
+    """
+    todo = plan(results)
+    while todo and time.monotonic() < end - START_SECONDS:
+        name = name_of(todo[0])
+        folder = output / "runs" / name
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        result = runs.run(todo[0], data, folder, end)
+        if result is None:
+            break
+        append_record(output / RESULTS, result)
+        print(f"{name}: {end_of(result)}", flush=True)
+        if not stays(todo[0]):
+            shutil.rmtree(folder)
+        results.append(result)
+        todo = plan(results)
+    return todo
+
+
+def end_of(result: dict) -> str:
+    """The function says in a few words how a run ended."""
     end = "diverged" if result["diverged"] else f"{result['val_loss']:.4f} nats a token"
     speed = f"{result['tokens_per_second']:,} tokens/s" if result["tokens_per_second"] else "?"
-    return f"{trial.name}: {end}, {speed}, {result['seconds']} s"
+    return f"{end}, {speed}, {result['seconds']} s"
 
 
 def read(name: str, args: Sequence[str]) -> int:

@@ -53,6 +53,8 @@ class Gpu:
     """of the multiprocessors, at which the peaks are reached; None: not known"""
     power_w: int | None = None
     """power limit as sold; None: not known"""
+    int8_tops: float | None = None
+    """dense int8 matmul peak, TOP/s; None: not known"""
 
     def peak_tflops(self, precision: str) -> float:
         """The peak for `precision` ("bf16" or "fp32") is in TFLOP/s."""
@@ -60,27 +62,43 @@ class Gpu:
 
 
 GPUS: dict[str, Gpu] = {
-    "rtx-3090": Gpu("RTX 3090", r"3090(?! Ti)", 71.2, 35.6, 936, 24, 101_376, PCIE4, 1695, 350),
-    "rtx-3090-ti": Gpu("RTX 3090 Ti", r"3090 Ti", 80.0, 40.0, 1008, 24, 101_376, PCIE4, 1860, 450),
+    "rtx-3090": Gpu(
+        "RTX 3090", r"3090(?! Ti)", 71.2, 35.6, 936, 24, 101_376, PCIE4, 1695, 350, 284
+    ),
+    "rtx-3090-ti": Gpu(
+        "RTX 3090 Ti", r"3090 Ti", 80.0, 40.0, 1008, 24, 101_376, PCIE4, 1860, 450, 320
+    ),
     "rtx-4090": Gpu(
-        "RTX 4090", r"RTX 4090(?! D)", 165.2, 82.6, 1008, 24, 101_376, PCIE4, 2520, 450
+        "RTX 4090", r"RTX 4090(?! D)", 165.2, 82.6, 1008, 24, 101_376, PCIE4, 2520, 450, 660.6
     ),
     "rtx-5090": Gpu(
-        "RTX 5090", r"RTX 5090(?! D)", 209.5, 104.8, 1792, 32, 101_376, PCIE5, 2407, 575
+        "RTX 5090", r"RTX 5090(?! D)", 209.5, 104.8, 1792, 32, 101_376, PCIE5, 2407, 575, 838
     ),
     "a100-40gb": Gpu(
-        "A100 40GB", r"A100.*40GB", 312.0, 19.5, 1555, 40, 166_912, NVLINK3, 1410, 400
+        "A100 40GB", r"A100.*40GB", 312.0, 19.5, 1555, 40, 166_912, NVLINK3, 1410, 400, 624
     ),
     "a100-80gb": Gpu(
-        "A100 80GB", r"A100.*80GB", 312.0, 19.5, 2039, 80, 166_912, NVLINK3, 1410, 400
+        "A100 80GB", r"A100.*80GB", 312.0, 19.5, 2039, 80, 166_912, NVLINK3, 1410, 400, 624
     ),
     "h100": Gpu(
-        "H100 SXM", r"H100(?! PCIe| NVL).*80GB", 989.4, 66.9, 3352, 80, 232_448, NVLINK4, 1830, 700
+        "H100 SXM",
+        r"H100(?! PCIe| NVL).*80GB",
+        989.4,
+        66.9,
+        3352,
+        80,
+        232_448,
+        NVLINK4,
+        1830,
+        700,
+        1978.9,
     ),
     "h100-pcie": Gpu(
-        "H100 PCIe", r"H100 PCIe", 756.0, 51.2, 2039, 80, 232_448, PCIE5_PEER, 1620, 350
+        "H100 PCIe", r"H100 PCIe", 756.0, 51.2, 2039, 80, 232_448, PCIE5_PEER, 1620, 350, 1513
     ),
-    "h200": Gpu("H200", r"H200(?! NVL)", 989.4, 66.9, 4800, 141, 232_448, NVLINK4, 1830, 700),
+    "h200": Gpu(
+        "H200", r"H200(?! NVL)", 989.4, 66.9, 4800, 141, 232_448, NVLINK4, 1830, 700, 1978.9
+    ),
 }
 
 

@@ -23,11 +23,13 @@ from hamner.kernels.fused_linear import (
     swiglu_linear,
 )
 from hamner.kernels.grouped_matmul import moe_mlp
+from hamner.kernels.int8_linear import Matmul, int8_linear
 from hamner.kernels.int8_matmul import int8_matmul
 from hamner.kernels.int8_quantize import Int8Matrix, quantize_int8
 from hamner.kernels.moe_routing import Routing, moe_route
 from hamner.kernels.muon import muon_apply_, muon_momentum_, orthogonalize_, symmetric_product
 from hamner.kernels.norm_attention import add_rms_norm_attention
+from hamner.kernels.norm_mlp import add_rms_norm_mlp
 from hamner.kernels.qk_norm import qk_norm_rope
 from hamner.kernels.rms_norm import add_rms_norm, rms_norm
 from hamner.kernels.rope import rope, rope_packed_
@@ -36,17 +38,20 @@ from hamner.kernels.swiglu import swiglu
 
 __all__ = [
     "Int8Matrix",
+    "Matmul",
     "Routing",
     "adamw_",
     "add_rms_norm",
     "add_rms_norm_attention",
     "add_rms_norm_linear",
+    "add_rms_norm_mlp",
     "add_rms_norm_qkv_rope",
     "clip_coefficient",
     "flash_attention",
     "flash_attention_qkv",
     "global_grad_norm",
     "join_master",
+    "int8_linear",
     "int8_matmul",
     "linear_cross_entropy",
     "moe_mlp",

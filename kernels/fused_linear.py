@@ -24,13 +24,25 @@ the matmuls, whose FLOPs are the usual 2 N in out forward and 4 N in out backwar
 In `add_rms_norm_qkv_rope` the fresh matmul result is rotated in place, and backward rotates the
 gradient back before its matmuls: no split, copy or concatenation of q, k and v remains. With
 qk-norm it is kept as it was, and its heads are normed and rotated into a new tensor (qk_norm.py).
-The matmuls are torch's (cuBLAS); rms_norm.py, swiglu.py and rope.py have the kernels around them.
+The matmuls are torch's (cuBLAS) or those of int8_linear.py; rms_norm.py, swiglu.py and rope.py have
+the kernels around them.
 """
 
 import torch
 from torch import Tensor
 
 from hamner.kernels.checks import check_like, check_shape
+from hamner.kernels.int8_linear import (
+    Matmul,
+    check_matmul,
+    data_gradient,
+    empty_errors,
+    forward_int8,
+    measure_errors,
+    products,
+    weight_gradient,
+)
+from hamner.kernels.int8_quantize import Int8Matrix, empty_int8
 from hamner.kernels.qk_norm import check_qk_norm, qk_norm_rope, qk_norm_rope_reference
 from hamner.kernels.rms_norm import (
     check_norm_arguments,
@@ -67,9 +79,18 @@ def _rms_norm_linear_op(
     positions: Tensor | None = None,
     num_heads: int = 0,
     num_kv_heads: int = 0,
+    matmul: str = "bf16",
+    errors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    normed, new_residual, rstd = launch_rms_norm(x, residual, norm_weight, eps)
-    out = torch.nn.functional.linear(normed, weight)
+    if "forward" not in products(matmul):
+        normed, new_residual, rstd = launch_rms_norm(x, residual, norm_weight, eps)
+        out = torch.nn.functional.linear(normed, weight)
+    else:
+        quantised = empty_int8(x, x.shape, grouped=False)
+        normed, new_residual, rstd = launch_rms_norm(
+            x, residual, norm_weight, eps, quantised=quantised, writes_y=not recompute
+        )
+        out = forward_int8(quantised, weight, x.shape)
     if cos is not None:
         launch_packed_rotation(
             out, cos, sin, num_heads=num_heads, num_kv_heads=num_kv_heads, positions=positions,
@@ -79,7 +100,7 @@ def _rms_norm_linear_op(
 
 
 @_rms_norm_linear_op.register_fake
-def _(x, residual, norm_weight, weight, eps, recompute, *_rope):
+def _(x, residual, norm_weight, weight, eps, recompute, *_rope_and_matmul):
     _, new_residual, rstd = empty_results(x, residual)
     out = x.new_empty(*x.shape[:-1], weight.shape[0])
     return out, new_residual, rstd, x.new_empty(0 if recompute else x.shape)
@@ -99,7 +120,11 @@ def _rms_norm_linear_backward_op(
     positions: Tensor | None = None,
     num_heads: int = 0,
     num_kv_heads: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
+    matmul: str = "bf16",
+    measures: bool = False,
+    values: Tensor | None = None,  # d_out quantised by rows, where there is no RoPE, and its scales
+    scales: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if cos is not None:
         # Not in place: the gradient may have other readers.
         d_out = launch_packed_rotation(
@@ -107,25 +132,37 @@ def _rms_norm_linear_backward_op(
             inverse=True, in_place=False,
         )  # fmt: skip
     d_out = d_out.reshape(-1, weight.shape[0])
-    d_normed = torch.mm(d_out, weight)
+    rows = None if values is None else Int8Matrix(values, scales)
+    d_normed = data_gradient(d_out, weight, matmul, rows=rows)
     recomputed = d_normed if normed is None else None
     d_x, d_norm_weight = launch_rms_norm_backward(
         d_normed, d_residual, x, weight=norm_weight, rstd=rstd, y=recomputed
     )
     operand = recomputed if normed is None else normed.reshape(-1, weight.shape[1])
-    return d_x, d_norm_weight, torch.mm(d_out.t(), operand)
+    errors = measure_errors(d_out, operand, weight, matmul, measures=measures)
+    return d_x, d_norm_weight, weight_gradient(d_out, operand, matmul), errors
 
 
 @_rms_norm_linear_backward_op.register_fake
-def _(d_out, d_residual, x, rstd, normed, norm_weight, weight, *_rope):
-    return tuple(like.new_empty(like.shape) for like in (x, norm_weight, weight))
+def _(
+    d_out, d_residual, x, rstd, normed, norm_weight, weight, cos=None, sin=None, positions=None,
+    num_heads=0, num_kv_heads=0, matmul="bf16", measures=False, values=None, scales=None,
+):  # fmt: skip
+    gradients = (like.new_empty(like.shape) for like in (x, norm_weight, weight))
+    return *gradients, empty_errors(x, measures=measures)
 
 
 def _rms_norm_linear_setup_context(ctx, inputs, output):
-    x, residual, norm_weight, weight, _, recompute, *tables, num_heads, num_kv_heads = inputs
+    x, residual, norm_weight, weight, _, recompute, *rest = inputs
+    *tables, num_heads, num_kv_heads, matmul, errors = rest
     _, new_residual, rstd, normed = output
     ctx.has_residual = residual is not None
-    ctx.heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
+    ctx.settings = {
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "matmul": matmul,
+        "measures": errors is not None,
+    }
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(rstd, normed, *(() if ctx.has_residual else (new_residual,)))
     normed_input = new_residual if ctx.has_residual else x
@@ -134,13 +171,15 @@ def _rms_norm_linear_setup_context(ctx, inputs, output):
 
 
 def _rms_norm_linear_backward(ctx, d_out, d_residual, _d_rstd, _d_normed):
-    no_gradients = (None,) * 7
+    no_gradients = (None,) * 8
     if d_out is None:
-        return d_residual, d_residual, None, None, *no_gradients
-    d_x, d_norm_weight, d_weight = _rms_norm_linear_backward_op(
-        d_out, d_residual, *ctx.saved_tensors, **ctx.heads
+        return d_residual, d_residual, None, None, *no_gradients, None
+    d_x, d_norm_weight, d_weight, d_errors = _rms_norm_linear_backward_op(
+        d_out, d_residual, *ctx.saved_tensors, **ctx.settings
     )
-    return d_x, d_x if ctx.has_residual else None, d_norm_weight, d_weight, *no_gradients
+    d_errors = d_errors if ctx.settings["measures"] else None
+    d_residual = d_x if ctx.has_residual else None
+    return d_x, d_residual, d_norm_weight, d_weight, *no_gradients, d_errors
 
 
 _rms_norm_linear_op.register_autograd(
@@ -149,14 +188,26 @@ _rms_norm_linear_op.register_autograd(
 
 
 @torch.library.custom_op("hamner::swiglu_linear", mutates_args=())
-def _swiglu_linear_op(gate_up: Tensor, weight: Tensor, recompute: bool) -> tuple[Tensor, Tensor]:
-    h = launch_swiglu(gate_up)
-    out = torch.nn.functional.linear(h, weight)
+def _swiglu_linear_op(
+    gate_up: Tensor,
+    weight: Tensor,
+    recompute: bool,
+    matmul: str = "bf16",
+    errors: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    if "forward" not in products(matmul):
+        h = launch_swiglu(gate_up)
+        out = torch.nn.functional.linear(h, weight)
+    else:
+        shape = *gate_up.shape[:-1], gate_up.shape[-1] // 2
+        quantised = empty_int8(gate_up, shape, grouped=True)
+        h = launch_swiglu(gate_up, quantised=quantised, writes_h=not recompute)
+        out = forward_int8(quantised, weight, shape)
     return out, h.new_empty(0) if recompute else h
 
 
 @_swiglu_linear_op.register_fake
-def _(gate_up, weight, recompute):
+def _(gate_up, weight, recompute, matmul="bf16", errors=None):
     out = gate_up.new_empty(*gate_up.shape[:-1], weight.shape[0])
     h_shape = (*gate_up.shape[:-1], weight.shape[1])
     return out, gate_up.new_empty(0 if recompute else h_shape)
@@ -164,30 +215,47 @@ def _(gate_up, weight, recompute):
 
 @torch.library.custom_op("hamner::swiglu_linear_backward", mutates_args=())
 def _swiglu_linear_backward_op(
-    d_out: Tensor, gate_up: Tensor, h: Tensor | None, weight: Tensor
-) -> tuple[Tensor, Tensor]:
+    d_out: Tensor,
+    gate_up: Tensor,
+    h: Tensor | None,
+    weight: Tensor,
+    matmul: str = "bf16",
+    measures: bool = False,
+    quantises: bool = False,  # d_gate_up by rows, too
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     d_out = d_out.reshape(-1, weight.shape[0])
-    d_h = torch.mm(d_out, weight)
+    d_h = data_gradient(d_out, weight, matmul)
     recomputed = d_h if h is None else None
-    d_gate_up = launch_swiglu_backward(d_h, gate_up, h=recomputed)
+    quantised = empty_int8(gate_up, gate_up.shape if quantises else (0, 0), grouped=False)
+    d_gate_up = launch_swiglu_backward(
+        d_h, gate_up, h=recomputed, quantised=quantised if quantises else None
+    )
     operand = recomputed if h is None else h.reshape(-1, weight.shape[1])
-    return d_gate_up, torch.mm(d_out.t(), operand)
+    how = {"measures": measures, "grouped": True}
+    errors = measure_errors(d_out, operand, weight, matmul, **how)
+    return d_gate_up, weight_gradient(d_out, operand, matmul), errors, *quantised
 
 
 @_swiglu_linear_backward_op.register_fake
-def _(d_out, gate_up, h, weight):
-    return gate_up.new_empty(gate_up.shape), weight.new_empty(weight.shape)
+def _(d_out, gate_up, h, weight, matmul="bf16", measures=False, quantises=False):
+    gradients = gate_up.new_empty(gate_up.shape), weight.new_empty(weight.shape)
+    quantised = empty_int8(gate_up, gate_up.shape if quantises else (0, 0), grouped=False)
+    return *gradients, empty_errors(gate_up, measures=measures), *quantised
 
 
 def _swiglu_linear_setup_context(ctx, inputs, output):
-    gate_up, weight, recompute = inputs
+    gate_up, weight, recompute, ctx.matmul, errors = inputs
+    ctx.measures = errors is not None
     _, h = output
     ctx.mark_non_differentiable(h)
     ctx.save_for_backward(gate_up, None if recompute else h, weight)
 
 
 def _swiglu_linear_backward(ctx, d_out, _d_h):
-    return *_swiglu_linear_backward_op(d_out, *ctx.saved_tensors), None
+    d_gate_up, d_weight, d_errors, *_ = _swiglu_linear_backward_op(
+        d_out, *ctx.saved_tensors, matmul=ctx.matmul, measures=ctx.measures
+    )
+    return d_gate_up, d_weight, None, None, d_errors if ctx.measures else None
 
 
 _swiglu_linear_op.register_autograd(
@@ -223,7 +291,14 @@ def check_qkv_rope_arguments(
 
 
 def rms_norm_linear(
-    x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float = 1e-5, *, recompute: bool = True
+    x: Tensor,
+    norm_weight: Tensor,
+    weight: Tensor,
+    eps: float = 1e-5,
+    *,
+    recompute: bool = True,
+    matmul: Matmul | str = "bf16",
+    errors: Tensor | None = None,
 ) -> Tensor:
     """The op is `rms_norm`, then a matmul.
 
@@ -233,6 +308,8 @@ def rms_norm_linear(
         weight: (outputs, D), dtype of x.
         eps: added to the mean of squares.
         recompute: keep x only and write the normed x again in backward; else keep both.
+        matmul: how to multiply, see int8_linear.py; "bf16" is torch in the dtype of x.
+        errors: as in `int8_linear`.
 
     Returns:
         (..., outputs) in the dtype of x.
@@ -240,7 +317,8 @@ def rms_norm_linear(
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
     """
-    return add_rms_norm_linear(x, None, norm_weight, weight, eps=eps, recompute=recompute)[0]
+    settings = {"eps": eps, "recompute": recompute, "matmul": matmul, "errors": errors}
+    return add_rms_norm_linear(x, None, norm_weight, weight, **settings)[0]
 
 
 def add_rms_norm_linear(
@@ -251,11 +329,13 @@ def add_rms_norm_linear(
     eps: float = 1e-5,
     *,
     recompute: bool = True,
+    matmul: Matmul | str = "bf16",
+    errors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The op is `add_rms_norm`, then a matmul.
 
     Args:
-        x, norm_weight, weight, eps: as in `rms_norm_linear`.
+        x, norm_weight, weight, eps, matmul, errors: as in `rms_norm_linear`.
         residual: as x, or None where the residual stream begins.
         recompute: keep new_residual only and write the normed one again in backward, or keep both.
 
@@ -268,9 +348,11 @@ def add_rms_norm_linear(
     """
     check_norm_arguments(x, residual, norm_weight, "norm_weight")
     _check_matmul_weight("weight", weight, "x", x, width=x.shape[-1])
+    check_matmul(matmul, "weight", weight)
     out, new_residual, _, _ = _rms_norm_linear_op(
-        x, residual, norm_weight, weight, eps=eps, recompute=recompute
-    )
+        x, residual, norm_weight, weight,
+        eps=eps, recompute=recompute, matmul=matmul, errors=errors,
+    )  # fmt: skip
     return out, x if residual is None else new_residual
 
 
@@ -287,13 +369,15 @@ def add_rms_norm_qkv_rope(
     eps: float = 1e-5,
     *,
     recompute: bool = True,
+    matmul: Matmul | str = "bf16",
+    errors: Tensor | None = None,
     qk_norm: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The op is `add_rms_norm`, the packed qkv matmul, and the rotation of q and k in its result.
 
     Args:
         x: (B, T, D) float32, float16 or bfloat16, D up to 8192.
-        residual, norm_weight, eps, recompute: as in `add_rms_norm_linear`.
+        residual, norm_weight, eps, recompute, matmul, errors: as in `add_rms_norm_linear`.
         qkv_weight: ((H + 2 KV) hd, D), dtype of x: query heads, key heads, value heads.
         cos, sin, num_heads, num_kv_heads, positions: as in `rope_packed_`, tables of at least T
             positions; they get no gradient.
@@ -312,22 +396,33 @@ def add_rms_norm_qkv_rope(
         "num_heads": num_heads, "num_kv_heads": num_kv_heads,
     }  # fmt: skip
     check_qkv_rope_arguments(x, residual, norm_weight, qkv_weight, qk_norm=qk_norm, **rope)
+    check_matmul(matmul, "qkv_weight", qkv_weight)
     qkv, new_residual, _, _ = _rms_norm_linear_op(
         x, residual, norm_weight, qkv_weight,
-        eps=eps, recompute=recompute, **({} if qk_norm else rope),
+        eps=eps, recompute=recompute, matmul=matmul, errors=errors,
+        **({} if qk_norm else rope),
     )  # fmt: skip
     if qk_norm is not None:
         qkv = qk_norm_rope(qkv, *qk_norm, **rope, eps=eps)
     return qkv, x if residual is None else new_residual
 
 
-def swiglu_linear(gate_up: Tensor, weight: Tensor, *, recompute: bool = True) -> Tensor:
+def swiglu_linear(
+    gate_up: Tensor,
+    weight: Tensor,
+    *,
+    recompute: bool = True,
+    matmul: Matmul | str = "bf16",
+    errors: Tensor | None = None,
+) -> Tensor:
     """The op is `swiglu`, then a matmul.
 
     Args:
         gate_up: (..., 2I) float32, float16 or bfloat16, gate first.
         weight: (outputs, I), dtype of gate_up.
         recompute: keep gate_up only and write swiglu's result again in backward; else keep both.
+        matmul, errors: as in `rms_norm_linear`; in int8 swiglu's result has a scale each 256
+            elements.
 
     Returns:
         (..., outputs) in the dtype of gate_up.
@@ -337,7 +432,8 @@ def swiglu_linear(gate_up: Tensor, weight: Tensor, *, recompute: bool = True) ->
     """
     check_gate_up(gate_up)
     _check_matmul_weight("weight", weight, "gate_up", gate_up, width=gate_up.shape[-1] // 2)
-    return _swiglu_linear_op(gate_up, weight, recompute)[0]
+    check_matmul(matmul, "weight", weight)
+    return _swiglu_linear_op(gate_up, weight, recompute, matmul=matmul, errors=errors)[0]
 
 
 def rms_norm_linear_reference(

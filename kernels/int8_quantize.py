@@ -26,6 +26,8 @@ is quantised as if that were its maximum, so zeros have a scale that is not zero
 the inverse would overflow, and the product of two scales would be no number of fp32's.
 """
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,8 +36,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hamner.kernels.checks import check_contiguous, check_dtype, check_shape
-from hamner.kernels.launch import capability
-from hamner.kernels.rms_norm import tile_shape
+from hamner.kernels.launch import capability, tile_shape
 
 GROUP = tl.constexpr(256)  # elements along K that share a scale
 LARGEST = tl.constexpr(127.0)
@@ -180,17 +181,19 @@ def quantize_columns_kernel(
     tl.store(values_ptr + offs, values, mask=tl.trans(mask))
 
 
+def empty_int8(like: Tensor, shape: Sequence[int], *, grouped: bool) -> Int8Matrix:
+    """The function allocates, where `like` is, the rows of a quantised (..., K) of this shape."""
+    *leading, length = shape
+    rows = math.prod(leading)
+    values = like.new_empty(rows, length, dtype=torch.int8)
+    return Int8Matrix(
+        values, like.new_empty(num_groups(length, grouped), rows, dtype=torch.float32)
+    )
+
+
 def num_groups(length: int, grouped: bool) -> int:
     """The function gives the scales of a row of this length."""
     return max(1, triton.cdiv(length, GROUP.value)) if grouped else 1
-
-
-def _empty_result(x: Tensor, transposed: bool, grouped: bool) -> tuple[Tensor, Tensor]:
-    rows, length = (x.shape[1], x.shape[0]) if transposed else x.shape
-    return (
-        x.new_empty(rows, length, dtype=torch.int8),
-        x.new_empty(num_groups(length, grouped), rows, dtype=torch.float32),
-    )
 
 
 def _launch_rows(x: Tensor, values: Tensor, scales: Tensor, config: Config) -> None:
@@ -221,7 +224,7 @@ def _launch_columns(
 
 @torch.library.custom_op("hamner::quantize_int8", mutates_args=())
 def _quantize_int8_op(x: Tensor, transposed: bool, grouped: bool) -> tuple[Tensor, Tensor]:
-    values, scales = _empty_result(x, transposed, grouped)
+    values, scales = empty_int8(x, x.shape[::-1] if transposed else x.shape, grouped=grouped)
     if x.numel() == 0:
         return values, scales.fill_(SMALLEST_MAXIMUM.value / LARGEST.value)
     config = CONFIGS[capability(x.device)]
@@ -235,7 +238,7 @@ def _quantize_int8_op(x: Tensor, transposed: bool, grouped: bool) -> tuple[Tenso
 
 @_quantize_int8_op.register_fake
 def _(x, transposed, grouped):
-    return _empty_result(x, transposed, grouped)
+    return tuple(empty_int8(x, x.shape[::-1] if transposed else x.shape, grouped=grouped))
 
 
 def quantize_int8(x: Tensor, *, transposed: bool = False, grouped: bool = False) -> Int8Matrix:

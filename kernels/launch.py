@@ -1,5 +1,5 @@
-"""Launches share the choice of an op's table row by device, the order of a matmul's tiles, and the
-sum of partial sums.
+"""Launches share the choice of an op's table row by device, tiles of whole rows, the order of a
+matmul's tiles, and the sum of partial sums.
 
 Every op keeps a small table ``{"8.6": ..., "8.0": ..., "9.0": ...}``; tuning is a command, never a
 surprise at step one. Rows must fit the smallest card that uses them:
@@ -35,6 +35,12 @@ def capability(device: torch.device) -> str:
     if major in (9, 10):
         return "9.0"
     return "8.6" if (major, minor) in ((8, 6), (8, 7)) else "8.0"
+
+
+def tile_shape(tile: int, warps: int, width: int) -> tuple[int, int, int]:
+    """The function gives rows and columns of a program's tile at this row width, and its warps."""
+    block_d = triton.next_power_of_2(width)
+    return max(1, tile // block_d), block_d, warps * max(1, block_d // tile)
 
 
 @triton.jit

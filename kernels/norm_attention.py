@@ -32,6 +32,7 @@ from hamner.kernels.flash_attention import (
     split_qkv,
 )
 from hamner.kernels.fused_linear import add_rms_norm_qkv_rope_reference, check_qkv_rope_arguments
+from hamner.kernels.int8_linear import Matmul, check_matmul
 
 
 class _NormAttention(torch.autograd.Function):
@@ -40,13 +41,13 @@ class _NormAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, x, residual, norm_weight, qkv_weight, q_norm_weight, k_norm_weight, cos, sin,
-        num_heads, num_kv_heads, positions, documents, eps, recompute,
+        num_heads, num_kv_heads, positions, documents, eps, recompute, matmul, errors,
     ):  # fmt: skip
         ctx.heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
         ctx.eps, ctx.has_qk_norm = eps, q_norm_weight is not None
         rope = {"cos": cos, "sin": sin, "positions": positions}
         qkv, new_residual, rstd, normed = torch.ops.hamner.rms_norm_linear(
-            x, residual, norm_weight, qkv_weight, eps=eps, recompute=recompute,
+            x, residual, norm_weight, qkv_weight, eps=eps, recompute=recompute, matmul=matmul,
             **({} if ctx.has_qk_norm else rope | ctx.heads),
         )  # fmt: skip
         q, k, v = split_qkv(qkv, num_heads, num_kv_heads)
@@ -58,7 +59,8 @@ class _NormAttention(torch.autograd.Function):
         out, lse = torch.ops.hamner.flash_attention(
             q, k, v, documents, causal=True, scale=ctx.scale
         )
-        ctx.has_residual = residual is not None
+        ctx.has_residual, ctx.matmul = residual is not None, matmul
+        ctx.measures = errors is not None
         ctx.set_materialize_grads(False)
         if not ctx.has_residual:
             # Through here all the same: backward then adds the stream's gradient in its one pass.
@@ -72,10 +74,10 @@ class _NormAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_out, d_residual):
-        no_gradients = (None,) * 8
+        no_gradients = (None,) * 9
         if d_out is None:
             d_x = d_residual
-            return d_x, d_x if ctx.has_residual else None, *(None,) * 4, *no_gradients
+            return d_x, d_x if ctx.has_residual else None, *(None,) * 4, *no_gradients, None
         *norm, qkv, normed_qk, q_weight, k_weight, out, lse, documents, cos, sin, positions = (
             ctx.saved_tensors
         )
@@ -92,11 +94,11 @@ class _NormAttention(torch.autograd.Function):
             d_qk_weights = torch.ops.hamner.qk_norm_rope_backward_(
                 d_qkv, qkv, q_weight, k_weight, **rope, **ctx.heads, eps=ctx.eps
             ).unbind()
-        d_x, d_norm_weight, d_qkv_weight = torch.ops.hamner.rms_norm_linear_backward(
-            d_qkv, d_residual, *norm
+        d_x, *d_weights, d_errors = torch.ops.hamner.rms_norm_linear_backward(
+            d_qkv, d_residual, *norm, matmul=ctx.matmul, measures=ctx.measures
         )
-        d_weights = d_norm_weight, d_qkv_weight, *d_qk_weights
-        return d_x, d_x if ctx.has_residual else None, *d_weights, *no_gradients
+        d_residual, d_errors = d_x if ctx.has_residual else None, d_errors if ctx.measures else None
+        return d_x, d_residual, *d_weights, *d_qk_weights, *no_gradients, d_errors
 
 
 def _norm_and_rotate(ctx, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, **rope) -> Tensor:
@@ -120,13 +122,15 @@ def add_rms_norm_attention(
     eps: float = 1e-5,
     *,
     recompute: bool = True,
+    matmul: Matmul | str = "bf16",
+    errors: Tensor | None = None,
     qk_norm: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The op is `add_rms_norm_qkv_rope`, then causal `flash_attention_qkv` of scale 1 / sqrt(hd).
 
     Args:
-        x, residual, norm_weight, qkv_weight, cos, sin, positions, eps, recompute,
-            qk_norm: as in `add_rms_norm_qkv_rope`, hd even, up to 128.
+        x, residual, norm_weight, qkv_weight, cos, sin, positions, eps, recompute, matmul,
+            errors, qk_norm: as in `add_rms_norm_qkv_rope`, hd even, up to 128.
         num_heads: H, a multiple of KV.
         num_kv_heads: KV.
         document_ids: as in `flash_attention`.
@@ -142,12 +146,13 @@ def add_rms_norm_attention(
         x, residual, norm_weight, qkv_weight, cos=cos, sin=sin,
         num_heads=num_heads, num_kv_heads=num_kv_heads, positions=positions, qk_norm=qk_norm,
     )  # fmt: skip
+    check_matmul(matmul, "qkv_weight", qkv_weight)
     check_packed_width(qkv_weight.shape[0], num_heads, num_kv_heads)
     check_device("x", x)
     documents = optional_document_bounds(document_ids, x)
     return _NormAttention.apply(
         x, residual, norm_weight, qkv_weight, *(qk_norm or (None, None)), cos, sin,
-        num_heads, num_kv_heads, positions, documents, eps, recompute,
+        num_heads, num_kv_heads, positions, documents, eps, recompute, matmul, errors,
     )  # fmt: skip
 
 

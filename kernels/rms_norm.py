@@ -5,7 +5,8 @@
 
 Fused forward: the addition, the statistics, the scaling. Fused backward: the norm's own gradient,
 the gradient that arrives at new_residual, and the partial sums of the weight's gradient; on
-request also y again, for whoever did not keep it (fused_linear.py). d_x and d_residual are equal,
+request also y again, for whoever did not keep it (fused_linear.py). Forward can give y as
+int8 and scales, beside y or in its place. d_x and d_residual are equal,
 so one tensor is written and serves as both.
 
 Bytes that must move, e = bytes an element of x, an (N, D) input:
@@ -29,7 +30,13 @@ import triton.language as tl
 from torch import Tensor
 
 from hamner.kernels.checks import check_dtype, check_like, check_same_device, check_shape
-from hamner.kernels.launch import capability, sum_partials
+from hamner.kernels.int8_quantize import (
+    Int8Matrix,
+    magnitude_bits,
+    scale_and_inverse,
+    to_int8,
+)
+from hamner.kernels.launch import capability, sum_partials, tile_shape
 
 MAX_WIDTH = 8192  # a row is held in registers
 
@@ -60,18 +67,14 @@ CONFIGS = {
 }
 
 
-def tile_shape(tile: int, warps: int, width: int) -> tuple[int, int, int]:
-    """The function gives rows and columns of a program's tile at this row width, and its warps."""
-    block_d = triton.next_power_of_2(width)
-    return max(1, tile // block_d), block_d, warps * max(1, block_d // tile)
-
-
 @triton.jit
 def rms_norm_forward_kernel(
     x_ptr,  # (N, D) input dtype
     residual_ptr,  # (N, D) input dtype, or None
     weight_ptr,  # (D,) fp32 or input dtype
-    y_ptr,  # (N, D) input dtype
+    y_ptr,  # (N, D) input dtype, or None
+    values_ptr,  # (N, D) int8: y quantised, or None
+    scales_ptr,  # (N,) fp32: its scales, or None
     new_residual_ptr,  # (N, D) input dtype, written where there is a residual
     rstd_ptr,  # (N,) fp32: 1 / root mean square
     N,
@@ -97,8 +100,13 @@ def rms_norm_forward_kernel(
     rstd = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)
     tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)
     weight = tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
-    y = x * rstd[:, None] * weight[None, :]
-    tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+    y = (x * rstd[:, None] * weight[None, :]).to(x_ptr.dtype.element_ty)
+    if y_ptr is not None:
+        tl.store(y_ptr + offs, y, mask=mask)
+    if values_ptr is not None:
+        scale, inverse = scale_and_inverse(tl.max(magnitude_bits(y), axis=1))
+        tl.store(scales_ptr + offs_m, scale, mask=mask_m)
+        tl.store(values_ptr + offs, to_int8(y, inverse[:, None]), mask=mask)
 
 
 @triton.jit
@@ -151,23 +159,38 @@ def rms_norm_backward_kernel(
     tl.store(d_weight_ptr + pid * D + offs_d, tl.sum(d_weight, axis=0), mask=mask_d)
 
 
-def empty_results(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def empty_results(
+    x: Tensor, residual: Tensor | None, writes_y: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
     """The function allocates what `launch_rms_norm` returns."""
+    y = x.new_empty(x.shape if writes_y else 0)
     rstd = x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
-    return x.new_empty(x.shape), x.new_empty(0 if residual is None else x.shape), rstd
+    return y, x.new_empty(0 if residual is None else x.shape), rstd
 
 
 def launch_rms_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    *,
+    quantised: Int8Matrix | None = None,
+    writes_y: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The launcher norms x + residual.
 
+    Args:
+        x, residual, weight, eps: as in `add_rms_norm`.
+        quantised: where to write y as `quantize_int8` gives it, too.
+        writes_y: whether y itself is wanted.
+
     Returns:
-        (y, new_residual, rstd): y shaped as x, new_residual too or empty where there is no
+        (y, new_residual, rstd): y shaped as x or empty, new_residual too or empty where there is no
         residual, rstd (N,) fp32.
     """
     x = x.contiguous()
-    y, new_residual, rstd = empty_results(x, residual)
+    y, new_residual, rstd = empty_results(x, residual, writes_y)
+    values, scales = (None, None) if quantised is None else quantised
     width, num_rows = x.shape[-1], len(rstd)
     if num_rows == 0:
         return y, new_residual, rstd
@@ -177,7 +200,8 @@ def launch_rms_norm(
     block_m, block_d, warps = tile_shape(config.forward_tile, config.forward_warps, width)
     with torch.cuda.device_of(x):
         rms_norm_forward_kernel[(triton.cdiv(num_rows, block_m),)](
-            x, residual, weight.contiguous(), y, new_residual, rstd, num_rows, eps,
+            x, residual, weight.contiguous(), y if writes_y else None, values, scales,
+            new_residual, rstd, num_rows, eps,
             D=width, BLOCK_M=block_m, BLOCK_D=block_d, num_warps=warps,
         )  # fmt: skip
     return y, new_residual, rstd
@@ -233,7 +257,11 @@ def launch_rms_norm_backward(
     return d_x, sum_partials(partial_sums, weight)
 
 
-_rms_norm_op = torch.library.custom_op("hamner::rms_norm", launch_rms_norm, mutates_args=())
+@torch.library.custom_op("hamner::rms_norm", mutates_args=())
+def _rms_norm_op(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return launch_rms_norm(x, residual, weight, eps)
 
 
 @_rms_norm_op.register_fake

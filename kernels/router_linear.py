@@ -30,8 +30,8 @@ import triton.language as tl
 from torch import Tensor
 
 from hamner.kernels.checks import check_dtype, check_like, check_shape
-from hamner.kernels.launch import capability, sum_partials
-from hamner.kernels.rms_norm import MAX_WIDTH, tile_shape
+from hamner.kernels.launch import capability, sum_partials, tile_shape
+from hamner.kernels.rms_norm import MAX_WIDTH
 
 
 class Config(NamedTuple):

@@ -3,8 +3,9 @@
     gate, up = gate_up[..., :I], gate_up[..., I:]
     h = silu(gate) * up
 
-One pass forward. One pass backward, which on request also writes h again, over the gradient it has
-just read, for whoever did not keep it (fused_linear.py).
+One pass forward, which can give h as int8 and scales, beside h or in its place. One pass backward,
+which on request also writes h again, over the gradient it has just read, for whoever did not keep
+it (fused_linear.py), and can give the gradient as int8 and scales beside it (norm_mlp.py).
 
 Bytes that must move, e = bytes an element, h an (N, I) result:
 
@@ -24,6 +25,13 @@ import triton.language as tl
 from torch import Tensor
 
 from hamner.kernels.checks import check_dtype
+from hamner.kernels.int8_quantize import (
+    GROUP,
+    Int8Matrix,
+    magnitude_bits,
+    scale_and_inverse,
+    to_int8,
+)
 from hamner.kernels.launch import capability
 
 
@@ -54,6 +62,13 @@ def tile_shape(block_m: int, block_i: int, intermediate: int) -> tuple[int, int]
     return block_m * (block_i // columns), columns
 
 
+def row_tile(intermediate: int) -> tuple[int, int, int]:
+    """The function gives rows, columns and warps of a tile of one whole row of h, with eight
+    elements a thread as far as a program has threads."""
+    columns = triton.next_power_of_2(intermediate)
+    return 1, columns, max(1, min(32, columns // 256))
+
+
 @triton.jit
 def _load_gate_and_up(
     gate_up_ptr, N, INTERMEDIATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr
@@ -73,7 +88,9 @@ def _load_gate_and_up(
 @triton.jit
 def swiglu_forward_kernel(
     gate_up_ptr,  # (N, 2I) input dtype
-    h_ptr,  # (N, I) input dtype
+    h_ptr,  # (N, I) input dtype, or None
+    values_ptr,  # (N, I) int8: h quantised, or None
+    scales_ptr,  # (groups, N) fp32: its scales, each of BLOCK_I elements, or None
     N,
     INTERMEDIATE: tl.constexpr,  # I
     BLOCK_M: tl.constexpr,
@@ -82,8 +99,15 @@ def swiglu_forward_kernel(
     gate, up, offs_gate, offs_h, mask = _load_gate_and_up(
         gate_up_ptr, N, INTERMEDIATE, BLOCK_M, BLOCK_I
     )
-    h = gate * tl.sigmoid(gate) * up
-    tl.store(h_ptr + offs_h, h.to(h_ptr.dtype.element_ty), mask=mask)
+    h = (gate * tl.sigmoid(gate) * up).to(gate_up_ptr.dtype.element_ty)
+    if h_ptr is not None:
+        tl.store(h_ptr + offs_h, h, mask=mask)
+    if values_ptr is not None:
+        scale, inverse = scale_and_inverse(tl.max(magnitude_bits(h), axis=1))
+        offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        offs_scale = tl.program_id(1).to(tl.int64) * N + offs_m
+        tl.store(scales_ptr + offs_scale, scale, mask=offs_m < N)
+        tl.store(values_ptr + offs_h, to_int8(h, inverse[:, None]), mask=mask)
 
 
 @triton.jit
@@ -91,6 +115,8 @@ def swiglu_backward_kernel(
     d_h_ptr,  # (N, I) input dtype
     gate_up_ptr,  # (N, 2I) input dtype
     d_gate_up_ptr,  # (N, 2I) input dtype
+    values_ptr,  # (N, 2I) int8: d_gate_up quantised, where BLOCK_I covers I; or None
+    scales_ptr,  # (N,) fp32: its scales, or None
     h_ptr,  # (N, I) input dtype: forward's result again, or None; may be d_h_ptr
     N,
     INTERMEDIATE: tl.constexpr,  # I
@@ -103,44 +129,66 @@ def swiglu_backward_kernel(
     d_h = tl.load(d_h_ptr + offs_h, mask=mask, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
-    d_gate = d_h * up * (sigmoid + silu * (1.0 - sigmoid))
-    d_up = d_h * silu
     element = d_gate_up_ptr.dtype.element_ty
-    tl.store(d_gate_up_ptr + offs_gate, d_gate.to(element), mask=mask)
-    tl.store(d_gate_up_ptr + offs_gate + INTERMEDIATE, d_up.to(element), mask=mask)
+    d_gate = (d_h * up * (sigmoid + silu * (1.0 - sigmoid))).to(element)
+    d_up = (d_h * silu).to(element)
+    tl.store(d_gate_up_ptr + offs_gate, d_gate, mask=mask)
+    tl.store(d_gate_up_ptr + offs_gate + INTERMEDIATE, d_up, mask=mask)
+    if values_ptr is not None:
+        largest = tl.maximum(magnitude_bits(d_gate), magnitude_bits(d_up))
+        scale, inverse = scale_and_inverse(tl.max(largest, axis=1))
+        offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        tl.store(scales_ptr + offs_m, scale, mask=offs_m < N)
+        tl.store(values_ptr + offs_gate, to_int8(d_gate, inverse[:, None]), mask=mask)
+        tl.store(values_ptr + offs_gate + INTERMEDIATE, to_int8(d_up, inverse[:, None]), mask=mask)
     if h_ptr is not None:
         # Safe over d_h: same offsets and dtype, so the thread that writes an element is the one
         # that has read it.
         tl.store(h_ptr + offs_h, (silu * up).to(element), mask=mask)
 
 
-def launch_swiglu(gate_up: Tensor) -> Tensor:
-    """The launcher computes h, (..., I), from gate_up, (..., 2I)."""
+def launch_swiglu(
+    gate_up: Tensor, *, quantised: Int8Matrix | None = None, writes_h: bool = True
+) -> Tensor:
+    """The launcher computes h, (..., I), from gate_up, (..., 2I).
+
+    Args:
+        gate_up: (..., 2I).
+        quantised: where to write h as `quantize_int8` gives it, a scale each 256 elements, too.
+        writes_h: whether h itself is wanted; else the result is empty.
+    """
     gate_up = gate_up.contiguous()
     intermediate = gate_up.shape[-1] // 2
-    h = gate_up.new_empty(*gate_up.shape[:-1], intermediate)
-    if h.numel() == 0:
+    h = gate_up.new_empty((*gate_up.shape[:-1], intermediate) if writes_h else 0)
+    if gate_up.numel() == 0:
         return h
-    num_rows = h.numel() // intermediate
+    num_rows = gate_up.numel() // (2 * intermediate)
     config = CONFIGS[capability(gate_up.device)]
     block_m, block_i = tile_shape(config.forward_block_m, config.forward_block_i, intermediate)
+    values = scales = None
+    if quantised is not None:
+        values, scales = quantised
+        block_m, block_i = block_m * block_i // GROUP.value, GROUP.value
     grid = (triton.cdiv(num_rows, block_m), triton.cdiv(intermediate, block_i))
     with torch.cuda.device_of(gate_up):
         swiglu_forward_kernel[grid](
-            gate_up, h, num_rows,
+            gate_up, h if writes_h else None, values, scales, num_rows,
             INTERMEDIATE=intermediate, BLOCK_M=block_m, BLOCK_I=block_i,
             num_warps=config.forward_warps,
         )  # fmt: skip
     return h
 
 
-def launch_swiglu_backward(d_h: Tensor, gate_up: Tensor, *, h: Tensor | None = None) -> Tensor:
+def launch_swiglu_backward(
+    d_h: Tensor, gate_up: Tensor, *, h: Tensor | None = None, quantised: Int8Matrix | None = None
+) -> Tensor:
     """The launcher computes d_gate_up, (..., 2I).
 
     Args:
         d_h: (..., I).
         gate_up: (..., 2I).
         h: where to write forward's result again; `d_h` itself, to write it over d_h.
+        quantised: where to write d_gate_up as `quantize_int8` gives it, a scale a row, too.
     """
     gate_up = gate_up.contiguous()
     d_h = d_h.contiguous()
@@ -151,17 +199,22 @@ def launch_swiglu_backward(d_h: Tensor, gate_up: Tensor, *, h: Tensor | None = N
     num_rows = d_h.numel() // intermediate
     config = CONFIGS[capability(gate_up.device)]
     block_m, block_i = tile_shape(config.backward_block_m, config.backward_block_i, intermediate)
+    values, scales, warps = None, None, config.backward_warps
+    if quantised is not None:
+        values, scales = quantised
+        block_m, block_i, warps = row_tile(intermediate)
     grid = (triton.cdiv(num_rows, block_m), triton.cdiv(intermediate, block_i))
     with torch.cuda.device_of(gate_up):
         swiglu_backward_kernel[grid](
-            d_h, gate_up, d_gate_up, h, num_rows,
-            INTERMEDIATE=intermediate, BLOCK_M=block_m, BLOCK_I=block_i,
-            num_warps=config.backward_warps,
+            d_h, gate_up, d_gate_up, values, scales, h, num_rows,
+            INTERMEDIATE=intermediate, BLOCK_M=block_m, BLOCK_I=block_i, num_warps=warps,
         )  # fmt: skip
     return d_gate_up
 
 
-_swiglu_op = torch.library.custom_op("hamner::swiglu", launch_swiglu, mutates_args=())
+@torch.library.custom_op("hamner::swiglu", mutates_args=())
+def _swiglu_op(gate_up: Tensor) -> Tensor:
+    return launch_swiglu(gate_up)
 
 
 @_swiglu_op.register_fake

@@ -40,7 +40,17 @@ BESIDE = ("CONTRIBUTING.md", "CHANGELOG.md", "kernels/README.md", "profiles/READ
 DOCUMENTS = (*PAGES, *BESIDE, "profiles/history.md")
 
 MODULE = re.compile(r"-m (hamner\.\w+|bench\.\w+)\b")
-SUBCOMMANDS = ("prepare", "train-tokenizer", "import", "read", "tune", "current", "ladder", "long")
+SUBCOMMANDS = (
+    "prepare",
+    "train-tokenizer",
+    "import",
+    "read",
+    "tune",
+    "current",
+    "ladder",
+    "long",
+    "run",
+)
 SUBCOMMANDS += ("report", "fit")
 NEEDS_MORE = re.compile(r"torchrun|hf:|--serve|pytest|bench\.|tests\.|venv|nsys")
 """what keeps a block of commands from being run here"""

@@ -19,6 +19,9 @@ CONFIG_FILE, TOKENIZER_FILE = "config.json", "tokenizer.json"
 CHECKPOINTS = "checkpoints"
 """the folder of a run's checkpoints, in the run's"""
 
+Matmul = Literal["bf16", "int8", "int8-all"]
+"""arithmetic of linear layers"""
+
 COUNTS = (
     *("batch_size", "seq_len", "steps", "tokens", "micro_batch_size", "stop_after"),
     *("eval_tokens", "ddp_bucket_mib"),
@@ -122,6 +125,9 @@ class ComputeConfig:
     """attention backend; auto is the fastest measured on this GPU"""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """compute precision; auto is bf16 with fp32 masters on a GPU, fp32 on a CPU"""
+    matmul: Matmul = "bf16"
+    """arithmetic of the linear layers, on a GPU of compute capability 8.0 or more: int8 multiplies
+    int8 matrices forward and for the gradients of activations, int8-all for those of weights too"""
     compile: bool = False
     """run the model through torch.compile"""
     cuda_graph: bool = True

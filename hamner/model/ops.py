@@ -41,8 +41,9 @@ class Ops:
 
     Shapes: B batch, T time, D width, N = B T tokens, H query heads, KV key and value heads, V
     vocabulary, E experts, I intermediate size. A `residual` of None means that `x` itself is the
-    residual stream. `recompute` trades bandwidth for memory: the matmul's operand is computed again
-    in backward instead of kept.
+    residual stream. The Triton ops with a linear layer also take what `Int8Linears.settings` gives
+    for it, `norm_mlp` with the layer's name before. `recompute` trades bandwidth for memory: the
+    matmul's operand is computed again in backward instead of kept.
     """
 
     tied_embedding: Callable[..., tuple[Tensor, Tensor]]
@@ -62,8 +63,13 @@ class Ops:
     what `norm_qkv_rope` gives (B, T, H head_size), new residual)"""
     attention: Callable[..., Tensor]
     """see hamner.model.attention.AttentionBackend.unpacked"""
+    linear: Callable[..., Tensor]
+    """(x (..., inputs), weight (outputs, inputs)) -> (..., outputs)"""
     swiglu_linear: Callable[..., Tensor]
     """(gate_up (..., 2I), weight (D, I), *, recompute) -> (..., D)"""
+    norm_mlp: Callable[..., tuple[Tensor, Tensor]]
+    """(x, residual, norm_weight, gate_up_weight, down_weight, *, eps, recompute) -> (swiglu_linear
+    of what `norm_linear` gives, new residual)"""
     linear_cross_entropy: Callable[..., Tensor]
     """(hidden (N, D), weight (V, D), targets (N,)) -> mean over kept targets, fp32"""
     router_linear: Callable[..., Tensor]
@@ -92,46 +98,27 @@ class Ops:
 
 def build_ops(kernels: str, attention_backend: AttentionBackend) -> Ops:
     """`build_ops` gives those of `--kernels {triton,torch,liger}` with the chosen attention."""
-    attend = attention_backend.function
     if kernels == "triton":
-        norm_attention = partial(_fused_norm_attention, attend)
-        if attention_backend.name == "triton":
-            norm_attention = fused.add_rms_norm_attention
-        return Ops(
-            tied_embedding=fused.tied_embedding,
-            rms_norm=fused.rms_norm,
-            add_rms_norm=fused.add_rms_norm,
-            norm_linear=fused.add_rms_norm_linear,
-            norm_qkv_rope=fused.add_rms_norm_qkv_rope,
-            norm_attention=norm_attention,
-            attention=attention_backend.unpacked,
-            swiglu_linear=fused.swiglu_linear,
-            linear_cross_entropy=fused.linear_cross_entropy,
-            router_linear=fused.router_linear,
-            moe_route=fused.moe_route,
-            moe_mlp=fused.moe_mlp,
-            recomputing=recomputed_in_backward,
-            adamw_=fused.adamw_,
-            splits_masters=True,
-            global_grad_norm=fused.global_grad_norm,
-            muon_momentum_=fused.muon_momentum_,
-            orthogonalize_=fused.orthogonalize_,
-            muon_apply_=fused.muon_apply_,
-        )
+        return _triton_ops(attention_backend)
+    attend = attention_backend.function
     if kernels == "liger":
         from hamner.model import liger as source  # optional extra
     else:
         source = _TORCH
     norm_qkv_rope = partial(_norm_qkv_rope, source)
+    norm_linear = partial(_norm_linear, source.rms_norm_linear)
+    swiglu_linear = partial(_recomputed, source.swiglu_linear)
     return Ops(
         tied_embedding=tied_embedding_reference,
         rms_norm=source.rms_norm,
         add_rms_norm=source.add_rms_norm,
-        norm_linear=partial(_norm_linear, source.rms_norm_linear),
+        norm_linear=norm_linear,
         norm_qkv_rope=norm_qkv_rope,
         norm_attention=partial(_norm_attention, norm_qkv_rope, attend),
         attention=attention_backend.unpacked,
-        swiglu_linear=partial(_recomputed, source.swiglu_linear),
+        linear=torch.nn.functional.linear,
+        swiglu_linear=swiglu_linear,
+        norm_mlp=partial(_norm_mlp, norm_linear, swiglu_linear),
         linear_cross_entropy=source.linear_cross_entropy,
         router_linear=router_linear_reference,
         moe_route=moe_route_reference,
@@ -145,6 +132,39 @@ def build_ops(kernels: str, attention_backend: AttentionBackend) -> Ops:
         orthogonalize_=partial(fused.orthogonalize_, product=symmetric_product_reference),
         muon_apply_=muon_apply_reference_,
     )
+
+
+def _triton_ops(attention_backend: AttentionBackend) -> Ops:
+    norm_attention = partial(_fused_norm_attention, attention_backend.function)
+    if attention_backend.name == "triton":
+        norm_attention = fused.add_rms_norm_attention
+    return Ops(
+        tied_embedding=fused.tied_embedding,
+        rms_norm=fused.rms_norm,
+        add_rms_norm=fused.add_rms_norm,
+        norm_linear=fused.add_rms_norm_linear,
+        norm_qkv_rope=fused.add_rms_norm_qkv_rope,
+        norm_attention=norm_attention,
+        attention=attention_backend.unpacked,
+        linear=_fused_linear,
+        swiglu_linear=fused.swiglu_linear,
+        norm_mlp=fused.add_rms_norm_mlp,
+        linear_cross_entropy=fused.linear_cross_entropy,
+        router_linear=fused.router_linear,
+        moe_route=fused.moe_route,
+        moe_mlp=fused.moe_mlp,
+        recomputing=recomputed_in_backward,
+        adamw_=fused.adamw_,
+        splits_masters=True,
+        global_grad_norm=fused.global_grad_norm,
+        muon_momentum_=fused.muon_momentum_,
+        orthogonalize_=fused.orthogonalize_,
+        muon_apply_=fused.muon_apply_,
+    )
+
+
+def _fused_linear(x: Tensor, weight: Tensor, **int8) -> Tensor:
+    return fused.int8_linear(x, weight, **int8) if int8 else torch.nn.functional.linear(x, weight)
 
 
 def _recomputed(function: Callable, *args, recompute: bool):
@@ -177,6 +197,12 @@ def _norm_qkv_rope(source, *inputs, eps, recompute, qk_norm=None, **rope):
     return _recomputed(norm_and_rotate, qkv, *qk_norm, recompute=recompute), stream
 
 
+def _norm_mlp(norm_linear, swiglu_linear, *inputs, eps, recompute):
+    *norm, down_weight = inputs
+    gate_up, stream = norm_linear(*norm, eps=eps, recompute=recompute)
+    return swiglu_linear(gate_up, down_weight, recompute=recompute), stream
+
+
 def _norm_attention(norm_qkv_rope, attend, *inputs, document_ids, **settings):
     qkv, stream = norm_qkv_rope(*inputs, **settings)
     heads = settings["num_heads"], settings["num_kv_heads"]
@@ -195,8 +221,9 @@ def _fused_norm_attention(attend, *inputs, document_ids, **settings):
             norm_qkv_rope, attend, *inputs, document_ids=document_ids, **settings
         )
     eps, weights = settings.pop("eps"), settings.pop("qk_norm")
-    recompute = settings.pop("recompute")
-    qkv, stream = fused.add_rms_norm_linear(*inputs, eps=eps, recompute=recompute)
+    names = {"recompute", "matmul", "errors"} & settings.keys()
+    how = {name: settings.pop(name) for name in names}
+    qkv, stream = fused.add_rms_norm_linear(*inputs, eps=eps, **how)
     arguments = (qkv, *weights)
     normed = fused.qk_norm_rope(*arguments, **settings, eps=eps)
     detached = [x.detach() for x in arguments]

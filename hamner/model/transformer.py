@@ -12,7 +12,7 @@ predict, and only the data loader makes them.
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from hamner.model.attention import (
     sdpa,
     split_halves,
 )
+from hamner.model.int8 import Int8Linears
 from hamner.model.kv_cache import KVCache
 from hamner.model.ops import Ops
 from hamner.model.recompute import run_block
@@ -46,6 +47,9 @@ class Context(NamedTuple):
     """(B, T) int32 when documents may not attend to each other"""
     cache: KVCache | None
     """keys and values of the tokens before these, when decoding"""
+    int8: Mapping[str, dict[str, Any]] = {}
+    """of the block at hand: how linear layers multiply in int8, see `Int8Linears.settings`; those
+    it lacks do not"""
 
 
 class RouterStatistics(NamedTuple):
@@ -82,6 +86,17 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
 
+class Linear(nn.Linear):
+    """A linear layer without bias multiplies as `Ops.linear` does."""
+
+    def __init__(self, inputs: int, outputs: int, ops: Ops) -> None:
+        super().__init__(inputs, outputs, bias=False)
+        self.ops = ops
+
+    def forward(self, x: Tensor, **int8) -> Tensor:
+        return self.ops.linear(x, self.weight, **int8)
+
+
 class Attention(nn.Module):
     """Attention has grouped queries (arXiv:2305.13245) and one packed qkv projection.
 
@@ -97,7 +112,7 @@ class Attention(nn.Module):
         d = config.hidden_size
         self.norm = RMSNorm(d, config.rms_norm_eps)
         self.qkv_proj = nn.Linear(d, config.qkv_size, bias=False)
-        self.o_proj = nn.Linear(d, d, bias=False)
+        self.o_proj = Linear(d, d, ops)
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_size, config.rms_norm_eps)
             self.k_norm = RMSNorm(config.head_size, config.rms_norm_eps)
@@ -117,17 +132,19 @@ class Attention(nn.Module):
         settings = {**context.rope, "eps": self.norm.eps, "recompute": recompute}
         if config.qk_norm:
             settings["qk_norm"] = self.q_norm.weight, self.k_norm.weight
+        settings |= context.int8.get("qkv", {})
+        o_settings = context.int8.get("o", {})
         if context.cache is None and not config.use_differential_attention:
             out, residual = ops.norm_attention(
                 *inputs, document_ids=context.document_ids, **settings
             )
-            return self.o_proj(out), residual
+            return self.o_proj(out, **o_settings), residual
         qkv, residual = ops.norm_qkv_rope(*inputs, **settings)
         if config.use_differential_attention:
             out = self.subtract_maps(qkv, context)
         else:
             out = sdpa(*context.cache.extend(self.layer, qkv)).flatten(-2)
-        return self.o_proj(out), residual
+        return self.o_proj(out, **o_settings), residual
 
     def subtract_maps(self, qkv: Tensor, context: Context) -> Tensor:
         """Map 1 minus lambda times map 2 is the differential attention of (B, T, qkv_size)."""
@@ -163,11 +180,17 @@ class DenseMLP(nn.Module):
         self.down_proj = nn.Linear(width, d, bias=False)
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, recompute: bool
+        self, x: Tensor, residual: Tensor | None, context: Context, recompute: bool
     ) -> tuple[Tensor, Tensor, None]:
-        inputs = x, residual, self.norm.weight, self.gate_up_proj.weight
-        gate_up, residual = self.ops.norm_linear(*inputs, eps=self.norm.eps, recompute=recompute)
-        out = self.ops.swiglu_linear(gate_up, self.down_proj.weight, recompute=recompute)
+        weights = self.norm.weight, self.gate_up_proj.weight, self.down_proj.weight
+        int8 = {
+            f"{linear}_{name}": value
+            for linear in ("gate_up", "down")
+            for name, value in context.int8.get(linear, {}).items()
+        }
+        out, residual = self.ops.norm_mlp(
+            x, residual, *weights, eps=self.norm.eps, recompute=recompute, **int8
+        )
         return out, residual, None
 
 
@@ -194,7 +217,7 @@ class MoEMLP(nn.Module):
             self.shared = nn.ModuleDict({"gate_up_proj": up, "down_proj": down})
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, recompute: bool
+        self, x: Tensor, residual: Tensor | None, context: Context, recompute: bool
     ) -> tuple[Tensor, Tensor, Routing]:
         norm, ops = self.norm, self.ops
         normed, residual = ops.add_rms_norm(x, residual, norm.weight, norm.eps)
@@ -229,7 +252,7 @@ class Block(nn.Module):
         """The module maps (B, T, D) branch and residual in; branch, residual and `Routing` (or
         None) out."""
         x, residual = self.attention(x, residual, context, recompute)
-        return self.mlp(x, residual, recompute)
+        return self.mlp(x, residual, context, recompute)
 
 
 class Transformer(nn.Module):
@@ -254,6 +277,8 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.int8: Int8Linears | None = None
+        """how forward passes with gradients multiply; those without do as if there were none"""
         self.rotary_tables: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
 
     @torch.no_grad()
@@ -297,8 +322,12 @@ class Transformer(nn.Module):
             x, head_weight = self.embed(inputs), self.lm_head.weight
         residual = None
         context = self.context(inputs, document_ids, cache)
+        int8 = ({},) * len(self.layers)
+        if self.int8 is not None and torch.is_grad_enabled():
+            int8 = self.int8.settings()
         routings = []
-        for layer, policy in zip(self.layers, self.policies, strict=True):
+        for layer, policy, how in zip(self.layers, self.policies, int8, strict=True):
+            context = context._replace(int8=how)
             x, residual, routing = run_block(policy, layer, x, residual, context)
             routings.append(routing)
         hidden, _ = self.ops.add_rms_norm(x, residual, self.norm.weight, self.norm.eps)

@@ -14,6 +14,8 @@ from hamner.parallel.ranks import Rank
 
 RAM_SHARE = 0.6
 """of the free memory of a machine without a GPU"""
+MAX_INT8_INNER = 16_384
+"""half of the longest row that hamner.kernels.quantize_int8 takes with one scale"""
 CPU_MICRO_BATCH_TOKENS = 1_024
 """A CPU gains nothing from more, and an interrupt waits for the end of a micro-batch."""
 
@@ -68,6 +70,8 @@ def select(config: TrainConfig) -> Compute:
         raise UserError("--precision bf16 needs a GPU; use --precision fp32 on a CPU")
     if config.kernels in ("triton", "liger"):
         raise UserError(f"--kernels {config.kernels} needs a GPU; use --kernels torch on a CPU")
+    if config.matmul != "bf16":
+        raise UserError(f"--matmul {config.matmul} needs a GPU; use --matmul bf16 on a CPU")
     free_ram = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     ram = RAM_SHARE * free_ram / Rank.read().local_world_size
     budget = config.vram_budget * GIB if config.vram_budget else ram
@@ -85,6 +89,11 @@ def select(config: TrainConfig) -> Compute:
 def _select_gpu(config: TrainConfig) -> Compute:
     device = torch.device("cuda", torch.cuda.current_device())
     properties = torch.cuda.get_device_properties(device)
+    if config.matmul != "bf16" and (properties.major, properties.minor) < (7, 5):
+        raise UserError(
+            f"--matmul {config.matmul}: {properties.name} has no int8 tensor cores (compute "
+            f"capability {properties.major}.{properties.minor}, 7.5 needed); use --matmul bf16"
+        )
     if config.precision != "fp32" and properties.major < 8:
         raise UserError(
             f"{properties.name} has no bf16 matmuls (compute capability {properties.major}."
@@ -94,6 +103,7 @@ def _select_gpu(config: TrainConfig) -> Compute:
         raise UserError(
             "--kernels liger: liger-kernel is not installed; pip install 'hamner[liger]'"
         )
+    require_int8(config)
     memory_gib = properties.total_memory / GIB
     budget = config.vram_budget or memory_gib - RESERVE_GIB
     if budget > memory_gib:
@@ -108,6 +118,29 @@ def _select_gpu(config: TrainConfig) -> Compute:
         kernels="triton" if config.kernels == "auto" else config.kernels,
         budget_bytes=int(budget * GIB),
     )
+
+
+def require_int8(config: TrainConfig) -> None:
+    """The function refuses `--matmul int8` where it cannot be.
+
+    Raises:
+        UserError: it names the flag to change.
+    """
+    if config.matmul == "bf16":
+        return
+    if config.precision == "fp32":
+        raise UserError(f"--matmul {config.matmul} is for --precision bf16; use --matmul bf16")
+    if config.kernels in ("torch", "liger"):
+        raise UserError(
+            f"--matmul {config.matmul} is of --kernels triton; use --matmul bf16 with "
+            f"--kernels {config.kernels}"
+        )
+    inner = config.model.expert_intermediate_size
+    if inner > MAX_INT8_INNER and not config.model.is_moe:
+        raise UserError(
+            f"--matmul {config.matmul} takes --expert-intermediate-size up to {MAX_INT8_INNER:,}, "
+            f"and it is {inner:,}; use --matmul bf16"
+        )
 
 
 def cap_memory(compute: Compute, config: TrainConfig) -> None:

@@ -22,7 +22,7 @@ from hamner.cli import read_flags, run_command
 from hamner.config.model import ModelConfig, flag
 from hamner.config.options import OPTIONS
 from hamner.config.recipe import RECIPES, Recipe
-from hamner.config.train import CONFIG_FILE, TrainConfig
+from hamner.config.train import CONFIG_FILE, Matmul, TrainConfig
 from hamner.errors import UserError
 from hamner.hardware import GPUS, PCIE4, Gpu
 from hamner.plan import report
@@ -43,6 +43,8 @@ class PlanConfig:
     """option to plan (tiny, current, a, a-short, b, c, c-shared), or all to compare them"""
     recipe: Recipe = "plan"
     """how the model learns, as in hamner.train: memory and speed are this recipe's"""
+    matmul: Matmul = "bf16"
+    """arithmetic of the linear layers, as in hamner.train; how fast int8 is, is assumed"""
     gpu: str | None = None
     """card: a name in hamner.hardware.GPUS, or custom with --gpu-spec; None: rtx-3090, or the card
     of --report-card"""
@@ -164,6 +166,7 @@ def plan_option(
         option,
         batch_size=config.batch_size or option.batch_size,
         recipe=config.recipe,
+        matmul=config.matmul,
         **RECIPES[config.recipe],
     )
     tokens = option.tokens if config.tokens is None else config.tokens

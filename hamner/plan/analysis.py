@@ -9,6 +9,7 @@ from hamner.errors import UserError
 from hamner.hardware import GIB, RESERVE_GIB, Gpu
 from hamner.plan.communication import ONE_GPU, QUIET, Parallelism
 from hamner.plan.efficiency import Efficiency
+from hamner.plan.interval import Gain, find_gain
 from hamner.plan.loss import BESIROGLU, KNOWN_RUN, LossLaw
 from hamner.plan.memory import MemoryPlan, Policy, choose
 from hamner.plan.projection import RunProjection
@@ -63,14 +64,25 @@ class Plan:
 
         It is None where a single GPU has too little memory.
         """
-        option = OPTIONS[self.config.option]
+        batch_size = OPTIONS[self.config.option].batch_size
+        single = replace(self.config, batch_size=batch_size, micro_batch_size=None)
         try:
             budget, reached = self.vram_budget / GIB, self.prediction.reached
-            single = make_plan(option, self.gpu, vram_budget=budget, reached=reached)
+            single = make_plan(single, self.gpu, vram_budget=budget, reached=reached)
         except UserError:
             return None
         speed = self.prediction.tokens_per_second / self.parallelism.ranks
         return speed / single.prediction.tokens_per_second
+
+    @property
+    def gain_of_int8(self) -> Gain | None:
+        """The gain is over the plan with `--matmul bf16`; None for that plan itself."""
+        if self.config.matmul == "bf16":
+            return None
+        config, reached = replace(self.config, matmul="bf16"), self.prediction.reached
+        how = {"vram_budget": self.vram_budget / GIB, "reached": reached}
+        bf16 = make_plan(config, self.gpu, self.parallelism, **how)
+        return find_gain(bf16.prediction.milliseconds, self.prediction.milliseconds, reached)
 
     def under(self, policies: tuple[Policy, ...], **changes: int) -> "Plan":
         """The plan becomes that of other policies, and of a configuration with `changes`.
@@ -154,7 +166,7 @@ def make_plan(
     policies: tuple[Policy, ...] | None = None,
     reached: Efficiency | None = None,
 ) -> Plan:
-    """The function plans a bf16 run of `option`.
+    """The function plans a run of `option`.
 
     Args:
         option: model, batch (over all GPUs) and length.

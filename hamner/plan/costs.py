@@ -29,14 +29,23 @@ class Cost:
 
     flops: float = 0
     bytes: float = 0
+    int8_flops: float = 0
+    """of the flops, those of int8 matmuls"""
 
     def floor_seconds(self, gpu: Gpu, precision: str) -> float:
-        """The floor is the longer of arithmetic at peak and traffic at full bandwidth."""
-        peak = gpu.peak_tflops(precision) * 1e12
-        return max(self.flops / peak, self.bytes / (gpu.bandwidth_gbs * 1e9))
+        """The floor is the longer of arithmetic at peak and traffic at full bandwidth; int8 of a
+        card whose peak is not known counts as traffic alone."""
+        arithmetic = (self.flops - self.int8_flops) / (gpu.peak_tflops(precision) * 1e12)
+        if gpu.int8_tops:
+            arithmetic += self.int8_flops / (gpu.int8_tops * 1e12)
+        return max(arithmetic, self.bytes / (gpu.bandwidth_gbs * 1e9))
 
     def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.flops + other.flops, self.bytes + other.bytes)
+        int8_flops = self.int8_flops + other.int8_flops
+        return Cost(self.flops + other.flops, self.bytes + other.bytes, int8_flops)
+
+    def __mul__(self, times: float) -> "Cost":
+        return Cost(times * self.flops, times * self.bytes, times * self.int8_flops)
 
 
 def rms_norm(
@@ -97,6 +106,12 @@ def matmul(rows: int, k: int, n: int, element_size: int = BF16, *, experts: int 
 def quantize_int8(elements: int, element_size: int = BF16) -> Cost:
     """Quantisation reads its input and writes a byte an element; scales are too few to count."""
     return Cost(bytes=elements * (element_size + 1))
+
+
+def int8_matmul(rows: int, k: int, n: int, element_size: int = BF16) -> Cost:
+    """An int8 matmul reads a byte an element of both operands and writes a wider result."""
+    flops = 2 * rows * k * n
+    return Cost(flops, rows * k + k * n + rows * n * element_size, int8_flops=flops)
 
 
 def moe_mlp(

@@ -100,6 +100,30 @@ class Efficiency:
         )
         return self._scaled(factor, (min(low, share / factor), high), why)
 
+    def for_matmul(self, matmul: str, gpu: Gpu) -> "Efficiency":
+        """The linear layers multiply as `--matmul` says; in int8 they reach so many times what bf16
+        ones do, assumed, see `_int8_ratios`.
+
+        Raises:
+            UserError: the card's int8 rate is not known.
+        """
+        if matmul == "bf16" or "int8" in self.flops:
+            return self
+        if gpu.int8_tops is None:
+            raise UserError(
+                f"--matmul {matmul}: the int8 rate of the {gpu.name} is not known; use --matmul "
+                "bf16"
+            )
+        low, ratio, high = _int8_ratios(gpu)
+        assumed = f"int8 matmuls assumed {ratio:g} times as fast as bf16, {low:g} to {high:g}"
+        return replace(
+            self,
+            flops={**self.flops, "int8": ratio * self.flops["matmul"]},
+            ranges={**self.ranges, "int8": (low / ratio, high / ratio)},
+            why={**self.why, "int8": f"{assumed}, not measured"},
+            provenance=f"{self.provenance}; {assumed}, not measured",
+        )
+
     def _scaled(self, factor: float, clock: tuple[float, float], why: str) -> "Efficiency":
         return replace(
             self,
@@ -107,6 +131,20 @@ class Efficiency:
             ranges={**self.ranges, "clock": clock},
             why={**self.why, "clock": why},
         )
+
+
+# Of a GeForce, whose peaks are 4 to 1, both were reached on a 4090 (676 and 179 TFLOP/s); an A100's
+# peaks are 2 to 1.
+_INT8_BY_PEAKS = {4: (2.4, 2.8, 3.2), 2: (1.2, 1.5, 1.8)}
+# 735, 788, 983 and 1,099 TFLOP/s of an untuned Triton kernel at option a's four shapes beside
+# cuBLAS's 691, 681, 696 and 702 in bf16 (H200); without the quantisation.
+_INT8_BY_CARD = dict.fromkeys(("H100 SXM", "H100 PCIe", "H200"), (1.05, 1.25, 1.5))
+
+
+def _int8_ratios(gpu: Gpu) -> tuple[float, float, float]:
+    """The numbers are how many times faster than bf16 an int8 matmul is on this card, assumed: low
+    end, value, high end."""
+    return _INT8_BY_CARD.get(gpu.name) or _INT8_BY_PEAKS[round(gpu.int8_tops / gpu.bf16_tflops)]
 
 
 # H100 SXM and H200. Matmuls, grouped ones and what a kernel costs beside its work are fitted to the

@@ -6,8 +6,14 @@ from dataclasses import dataclass
 
 from hamner.plan.efficiency import Efficiency
 
-_ARITHMETIC = {"matmul", "attention"}
-_AFFECTED = {"clock": _ARITHMETIC, "matmul": {"matmul"}, "attention": {"attention"}}
+_ARITHMETIC = {"matmul", "int8", "attention"}
+_AFFECTED = {
+    "clock": _ARITHMETIC,
+    # Rates of int8 are multiples of those of bf16.
+    "matmul": {"matmul", "int8"},
+    "int8": {"int8"},
+    "attention": {"attention"},
+}
 """cause: the categories of work that it makes faster or slower"""
 _NEITHER = {"gaps", "communication"}
 """categories that are neither arithmetic nor traffic of memory"""
@@ -63,13 +69,48 @@ def find_interval(milliseconds: Mapping[str, float], tokens: int, reached: Effic
     step = sum(milliseconds.values())
     best, causes, squares = tokens / step * 1e3, [], [0.0, 0.0]
     for name, factors in reached.ranges.items():
-        affected = sum(ms for kind, ms in milliseconds.items() if _affects(name, kind))
-        changes = [step / (step + affected * (1 / factor - 1)) for factor in factors]
+        changes = [step / _step_at(milliseconds, name, factor) for factor in factors]
         squares = [s + math.log(c) ** 2 for s, c in zip(squares, changes, strict=True)]
         causes.append(Cause(name, changes[0] - 1, changes[1] - 1, reached.why[name]))
     low, high = (math.exp(math.sqrt(total)) for total in squares)
     causes.sort(key=lambda cause: cause.slowest - cause.fastest)
     return Interval(best / low, best, best * high, tuple(causes))
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A gain is how many times faster one step is than another on the same card."""
+
+    low: float
+    """where about nine of ten should lie, as in `Interval`"""
+    best: float
+    high: float
+
+
+def find_gain(before: Mapping[str, float], after: Mapping[str, float], reached: Efficiency) -> Gain:
+    """The function says between which gains the change from one step to another should lie.
+
+    What makes both steps slower, such as the clock, says little of the gain.
+
+    Args:
+        before, after: milliseconds of both steps, by category, from the same efficiencies.
+        reached: those efficiencies, with their ranges.
+    """
+    best, squares = sum(before.values()) / sum(after.values()), [0.0, 0.0]
+    for name, factors in reached.ranges.items():
+        gains = (_step_at(before, name, f) / _step_at(after, name, f) for f in factors)
+        changes = [math.log(gain / best) for gain in gains]
+        squares[0] += min(0.0, *changes) ** 2
+        squares[1] += max(0.0, *changes) ** 2
+    low, high = (math.exp(math.sqrt(total)) for total in squares)
+    return Gain(best / low, best, best * high)
+
+
+def _step_at(milliseconds: Mapping[str, float], cause: str, factor: float) -> float:
+    """The step takes so many milliseconds if the work that the cause affects is `factor` times as
+    fast."""
+    affected = sum(ms for kind, ms in milliseconds.items() if _affects(cause, kind))
+    return sum(milliseconds.values()) + affected * (1 / factor - 1)
 
 
 def _affects(cause: str, category: str) -> bool:

@@ -177,7 +177,7 @@ def account(
     for layer, policy in enumerate(policies):
         held += tokens * policy.kept_bytes(model, size, fused=fused)
         formed = (head + (len(policies) - 1 - layer) * block) * gradient_size // shards
-        working = tokens * _backward_bytes(model, policy, size, fused=fused)
+        working = tokens * _backward_bytes(model, policy, size, fused=fused, matmul=config.matmul)
         peak = max(peak, held + formed + working)
     # After the last block: a norm and the head, which in plain torch keeps its operand as well.
     tail = costs.norm_kept(model.hidden_size, size, fused=fused, recompute=False)
@@ -206,11 +206,15 @@ def _optimizer_bytes(config: TrainConfig, precision: str, *, is_split: bool) -> 
     return held - (4 * costs.hidden_parameters(config.model) if config.optimizer == "muon" else 0)
 
 
-def _backward_bytes(model: ModelConfig, policy: Policy, size: int, *, fused: bool) -> int:
+def _backward_bytes(
+    model: ModelConfig, policy: Policy, size: int, *, fused: bool, matmul: str = "bf16"
+) -> int:
     """A block's backward pass holds this many bytes a token beside what was kept for it."""
     d, routed = model.hidden_size, costs.routed_width(model)
     # The MLP is the widest: gradient of its result, recomputed operand, gradient of gate_up.
     working = (2 * d + 3 * max(costs.dense_width(model), routed)) * size
+    if matmul != "bf16" and not model.is_moe:
+        working = max(working, _int8_backward_bytes(model, size, matmul))
     if routed:
         # A row of x's gradient from each expert, what they add up to, and x itself, recomputed.
         working += (model.num_experts_per_token + 2) * d * size
@@ -220,6 +224,16 @@ def _backward_bytes(model: ModelConfig, policy: Policy, size: int, *, fused: boo
     if policy == FULL:
         working += SELECTIVE.kept_bytes(model, size, fused=fused)
     return working
+
+
+def _int8_backward_bytes(model: ModelConfig, size: int, matmul: str) -> int:
+    """A dense MLP's int8 backward pass holds this many bytes a token at its widest point, the
+    gradient of down's weight; weights in int8 are too few to count."""
+    d, inner = model.hidden_size, model.expert_intermediate_size
+    # Gradient of the result, recomputed operand, and gradient of gate_up with int8 of it; with
+    # int8-all, int8 of the first two.
+    held = (2 * d + 3 * inner) * size + 2 * inner
+    return held + (d + inner if matmul == "int8-all" else 0)
 
 
 def evaluation_bytes(model: ModelConfig, tokens: int, precision: str, *, fused: bool) -> int:
@@ -261,9 +275,15 @@ def choose(
     `max_micro_batch_tokens` bounds what is chosen, as far as one sequence allows.
 
     Raises:
-        UserError: not even one sequence with every block recomputed fits, or the GPUs cannot share
-            the batch evenly.
+        UserError: not even one sequence with every block recomputed fits, the GPUs cannot share
+            the batch evenly, or FSDP2 is to train with int8.
     """
+    if config.matmul != "bf16" and parallelism.kind == "fsdp" and parallelism.ranks > 1:
+        raise UserError(
+            f"--matmul {config.matmul} trains with --parallel ddp only, and fsdp is asked for or "
+            "what the memory needs; use --matmul bf16, or --parallel ddp and a smaller "
+            "--micro-batch-size"
+        )
     rows = parallelism.rows_per_gpu(config.batch_size)
     bound = max(1, (max_micro_batch_tokens or rows * config.seq_len) // config.seq_len)
     sizes = [size for size in range(min(bound, rows), 0, -1) if rows % size == 0]

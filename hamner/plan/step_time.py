@@ -32,8 +32,16 @@ from hamner.plan.memory import FULL, NONE, Policy, account
 
 CATEGORIES = (
     *("matmul", "attention", "norm", "swiglu", "rope", "routing", "loss", "optimizer", "gaps"),
-    "communication",
+    *("communication", "int8", "quantisation"),
 )
+
+INT8_PRODUCTS = {
+    "bf16": (),
+    "int8": ("forward", "data_gradient"),
+    "int8-all": ("forward", "data_gradient", "weight_gradient"),
+}
+"""by --matmul, as hamner.kernels.int8_linear has it, said again for want of torch; a test keeps the
+two equal"""
 
 LAUNCH_GAP_US, GRAPH_GAP_US = 6.4, 3.3
 """what each kernel costs beside its work, launched by itself and inside a CUDA graph: 4.3 and 1.2
@@ -62,6 +70,29 @@ class Op:
         return max(arithmetic, reached.traffic_seconds(self.kind, self.cost.bytes, gpu))
 
 
+def quantisation(product: str, tokens: int, shapes: Sequence[tuple[int, int]]) -> Op:
+    """The operands of these int8 matmuls, (K, N) of qkv, o and perhaps gate_up and down, that
+    nothing else quantises take passes of their own; and the error of each is measured on a sample,
+    which takes a launch."""
+    inputs, outputs = (tokens * sum(sizes) for sizes in zip(*shapes, strict=True))
+    weights, launches = sum(k * n for k, n in shapes), 4 * len(shapes)
+    if product == "forward":
+        # Norm and SwiGLU write theirs; not attention, whose result is as wide as the first input.
+        cost = costs.quantize_int8(weights + tokens * shapes[0][0])
+        launches += 1 - len(shapes)
+    elif product == "data_gradient":
+        # Columns of weights have one scale: their maxima take another read and two launches.
+        cost = costs.quantize_int8(weights + outputs) + Cost(bytes=weights * costs.BF16)
+        launches += 2 * len(shapes)
+        if len(shapes) > 2:
+            # SwiGLU's backward quantises gate_up's as it writes it.
+            cost += Cost(bytes=-tokens * shapes[2][1] * costs.BF16)
+            launches -= 1
+    else:
+        cost = costs.quantize_int8(inputs + outputs)
+    return Op("quantisation", cost, launches=launches)
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """A micro-batch has these ops with the Triton kernels; tests derive other trainers' from it."""
@@ -71,6 +102,8 @@ class MicroBatch:
     tokens: int
     hidden_optimizer: str = "adamw"
     """of the hidden matrices"""
+    arithmetic: str = "bf16"
+    """of linear layers: bf16, int8 or int8-all"""
     is_graphed: ClassVar[bool] = True
     """one GPU replays forward and backward as a CUDA graph"""
     update: ClassVar[Cost] = costs.gradient_norm(1) + costs.adamw(1, split_master=True)
@@ -84,24 +117,36 @@ class MicroBatch:
     def of(cls, config: TrainConfig, size: int) -> "MicroBatch":
         """The method gives a run's micro-batch of `size` sequences."""
         tokens = size * config.seq_len
-        return cls(config.model, config.seq_len, tokens, hidden_optimizer=config.optimizer)
+        how = {"hidden_optimizer": config.optimizer, "arithmetic": config.matmul}
+        return cls(config.model, config.seq_len, tokens, **how)
 
     @property
     def by_muon(self) -> int:
         """Muon updates this many parameters."""
         return costs.hidden_parameters(self.model) if self.hidden_optimizer == "muon" else 0
 
-    def matmul(self, k: int, n: int) -> Op:
-        """Every token is a row of this matmul."""
-        cost, smallest = costs.matmul(self.tokens, k, n), min(self.tokens, k, n)
-        return Op("matmul", cost, smallest_dim=smallest)
+    def matmul(self, k: int, n: int, *, in_int8: bool = False) -> Op:
+        """Every token is a row of this matmul, whose int8 operands are quantised already."""
+        kind, cost = ("int8", costs.int8_matmul) if in_int8 else ("matmul", costs.matmul)
+        return Op(kind, cost(self.tokens, k, n), smallest_dim=min(self.tokens, k, n))
 
-    def block_matmuls(self) -> list[Op]:
-        """One block's forward has these matmuls; each has two of the same size in backward."""
+    def block_matmuls(self, product: str = "forward") -> list[Op]:
+        """One block's forward has these matmuls, and as large ones of each kind in backward.
+
+        Those of attention and of a dense MLP may be int8; then norm and SwiGLU quantise what they
+        write forward, counted as in bf16, SwiGLU what it writes backward, and all other operands
+        take passes of their own.
+        """
         model, d, dense = self.model, self.model.hidden_size, costs.dense_width(self.model)
-        ops = [self.matmul(d, model.qkv_size), self.matmul(d, d)]
-        if dense:
-            ops += [self.matmul(d, 2 * dense), self.matmul(dense, d)]
+        attention, mlp = [(d, model.qkv_size), (d, d)], [(d, 2 * dense), (dense, d)]
+        if not dense:
+            mlp = []
+        may_be_int8 = attention if model.is_moe else attention + mlp
+        ops = [self.matmul(k, n) for k, n in attention + mlp]
+        if product in INT8_PRODUCTS[self.arithmetic]:
+            rest = ops[len(may_be_int8) :]
+            ops = [self.matmul(k, n, in_int8=True) for k, n in may_be_int8]
+            ops += [quantisation(product, self.tokens, may_be_int8), *rest]
         if model.is_moe:
             rows, inner = self.tokens * model.num_experts_per_token, model.expert_intermediate_size
             ops += [
@@ -180,7 +225,8 @@ class MicroBatch:
             ops.append(self.rope())
         if self.model.qk_norm:
             ops += [self.qk_norm_backward(), *([self.rope()] if recompute else [])]
-        ops += 2 * self.block_matmuls()
+        for product in ("data_gradient", "weight_gradient"):
+            ops += self.block_matmuls(product)
         if recompute:
             # Counted as passes of their own.
             norms = costs.rms_norm(2 * self.tokens * self.model.hidden_size)
@@ -272,7 +318,7 @@ def predict(
     kind: type[MicroBatch] = MicroBatch,
     reached: Efficiency | None = None,
 ) -> StepPrediction:
-    """The prediction is of a bf16 training step.
+    """The prediction is of a training step in bf16, or with linear layers in int8.
 
     Args:
         config: model and batch, over all GPUs: each GPU's share is a multiple of
@@ -295,7 +341,7 @@ def predict(
         raise ValueError(f"policies has {len(policies)} entries for {model.num_layers} layers")
     micro_batch = kind.of(config, micro_batch_size)
     is_graphed = kind.is_graphed and parallelism.ranks == 1
-    reached = reached or efficiency(gpu)
+    reached = (reached or efficiency(gpu)).for_matmul(config.matmul, gpu)
     gap_ms = 1e-3 * (GRAPH_GAP_US if is_graphed else LAUNCH_GAP_US)
     milliseconds = dict.fromkeys(CATEGORIES, 0.0)
 

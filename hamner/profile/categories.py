@@ -52,7 +52,7 @@ _RULES = (
         "matmul",
         r"gemm|nvjet|cutlass|cublas|xmma|splitk|gemv|grouped_mm|grouped_matmul_kernel"
         r"|\bgate_up_kernel\b|\bweight_grad_kernel\b|triton_tem_fused"
-        r"|int8_matmul|quantize_(int8|rows|columns)|\bcolumn_maxima_kernel\b"
+        r"|int8_matmul|quantize_(int8|rows|columns)|quantization_error|\bcolumn_maxima_kernel\b"
         r"|aten::(mm|addmm|bmm|baddbmm|matmul|linear|dot|mv)\b|mkldnn_linear",
     ),
 )

@@ -200,7 +200,7 @@ def _kernels(
         share = None
         if work is not None and together[key] > 0:
             part = activity.duration / together[key]
-            share = Cost(work.flops * part, work.bytes * part)
+            share = work * part
             total += share
         groups[short_name(activity.name), key[1]].append((activity, share))
     rows = [

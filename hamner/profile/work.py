@@ -24,6 +24,7 @@ _ELEMENT_BYTES = {
     "short int": 2,
     "bool": 1,
     "unsigned char": 1,
+    "signed char": 1,
 }
 
 Formula = Callable[[Range], Cost]
@@ -55,6 +56,13 @@ def _matmul(operation: Range, first: int = 0) -> Cost:
         raise ValueError("not a matmul's shapes")
     size = _element_size(operation, first)
     return costs.matmul(rows, left[-1], right[-1], experts=experts, element_size=size)
+
+
+def _int8_matmul(operation: Range) -> Cost:
+    """Values are (M, K) and (N, K), each before its scales; the result is in bf16, as in training,
+    since the profiler records no dtype that is asked for."""
+    (rows, k), columns = operation.dims[0], operation.dims[2][0]
+    return costs.int8_matmul(rows, k, columns)
 
 
 def _moe_matmuls(operation: Range, x: int, down_weight: int) -> Cost:
@@ -230,6 +238,10 @@ _FORMULAS: dict[str, dict[str, Formula]] = {
         "aten::addmm": partial(_matmul, first=1),
         "aten::addmm_": partial(_matmul, first=1),
         "aten::baddbmm": partial(_matmul, first=1),
+        "hamner::int8_matmul": _int8_matmul,
+        "hamner::quantize_int8": lambda op: costs.quantize_int8(
+            _count(op, 0), _element_size(op, 0)
+        ),
         "hamner::moe_mlp": partial(_moe_matmuls, x=0, down_weight=5),
         "hamner::moe_mlp_backward": partial(_moe_matmuls, x=1, down_weight=8),
     },

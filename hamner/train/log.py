@@ -20,6 +20,7 @@ from hamner.train import health
 from hamner.train.beside import Beside
 from hamner.train.display import Display
 from hamner.train.health import StarvationDetector, StepHealth, StepReading
+from hamner.train.int8_guard import Int8Guard
 from hamner.train.metrics import Mfu, Record, Spike, Stopwatch, describe_routers, peak_vram_gib
 from hamner.train.pictures import Pictures
 from hamner.train.reporters import Reporter
@@ -75,7 +76,7 @@ class PendingStep:
     reading: StepReading
     """without loss and gradient norm; its batch is kept so that a bad one can be written down"""
     values: AsyncCopy
-    """(2 + layers x (experts + 1),) fp32: loss, gradient norm, `StepResult.router`"""
+    """fp32: loss, gradient norm, `StepResult.router` and `StepResult.int8`, flat"""
     line: LogLine | None = None
     """the log line that ends with this step, if one does"""
 
@@ -118,6 +119,7 @@ class TrainLog:
         self.last: StepReading | None = None
         self.skipped_steps = 0
         self.starvation = StarvationDetector(config.model) if config.model.is_moe else None
+        self.int8_guard = Int8Guard(train_step.model.int8)
         router_sum = train_step.router_sum
         self.interval = Interval(torch.zeros((0,) if router_sum is None else router_sum.shape))
         self.is_before_first_line = True
@@ -131,8 +133,7 @@ class TrainLog:
     def record(self, launched: StepReading, result: StepResult) -> None:
         """A step that was launched joins the queue; those that have arrived are judged."""
         values = [result.loss[None], result.grad_norm[None]]
-        if result.router is not None:
-            values.append(result.router.flatten())
+        values += [x.flatten() for x in (result.router, result.int8) if x is not None]
         self.queue.append(PendingStep(launched, AsyncCopy(torch.cat(values))))
         self.drain(max_pending=MAX_PENDING)
 
@@ -179,6 +180,7 @@ class TrainLog:
             "loss_sum": self.interval.loss_sum.item(),
             "loss_steps": self.interval.loss_steps,
             **self.health.state_dict(),
+            **self.int8_guard.state_dict(),
         }
         if self.starvation:
             state["router_sum"] = self.interval.router_sum.tolist()
@@ -193,6 +195,7 @@ class TrainLog:
         self.interval.loss_sum = torch.tensor(float(state["loss_sum"]))
         self.interval.loss_steps = state["loss_steps"]
         self.health.load_state_dict(state)
+        self.int8_guard.load_state_dict(state)
         if self.starvation and "router_sum" in state:
             self.interval.router_sum = torch.tensor(state["router_sum"])
             self.starvation.load_state_dict(state["starvation"])
@@ -214,7 +217,10 @@ class TrainLog:
             return
         interval.loss_sum += values[0]
         interval.loss_steps += 1
-        interval.router_sum += values[2:].view_as(interval.router_sum)
+        router, int8 = values[2:].tensor_split([interval.router_sum.numel()])
+        interval.router_sum += router.view_as(interval.router_sum)
+        if len(int8) and (sentence := self.int8_guard.judge(reading.step, int8)):
+            self.display.message(sentence)
         if score is not None:
             interval.spikes.append(Spike(reading.step, reading.tokens, loss, score))
             self.display.message(
@@ -240,6 +246,7 @@ class TrainLog:
             seconds=seconds,
             skipped_steps=self.skipped_steps,
             router=describe_routers(interval.router_sum, steps) if self.starvation else None,
+            int8=self.int8_guard.describe(),
             spikes=tuple(interval.spikes),
             **vars(line),
         )

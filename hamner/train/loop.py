@@ -223,6 +223,7 @@ class TrainingLoop:
         progress = self.progress
         lr = self.schedule(progress.tokens + batch.inputs.numel())
         should_abort = partial(self._should_abort, time.perf_counter())
+        self.step.fall_back(self.log.int8_guard.due(progress.step + 1))
         try:
             result = self.step.step(batch, lr, should_abort)
         except StepDoesNotFit as error:

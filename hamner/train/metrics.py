@@ -56,6 +56,9 @@ class Record:
     router: dict | None = None
     """per layer expert load (shares of the routed assignments) and entropy (nats), means over the
     same steps as the loss, and dropped (assignments that no expert took: none ever); or None"""
+    int8: dict | None = None
+    """by linear layer and operand, one a layer: relative error of quantisation in the last good
+    step, None for an operand that is bf16; or None"""
     spikes: tuple[Spike, ...] = ()
     """steps since the last record whose loss stood out"""
 
@@ -70,7 +73,7 @@ class Record:
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in asdict(self).items()
         }
-        for name in ("router", "sources", "spikes"):
+        for name in ("router", "sources", "int8", "spikes"):
             if not values[name]:
                 del values[name]
         return values

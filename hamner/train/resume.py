@@ -18,6 +18,7 @@ from hamner.config.model import NOT_THE_MODEL, ModelConfig, flag
 from hamner.config.train import TrainConfig
 from hamner.data.tokenizer import Tokenizer
 from hamner.errors import UserError
+from hamner.train.int8_guard import Int8Guard
 from hamner.train.saves import STATE_FORMAT, Stateful
 from hamner.train.step import TrainStep
 
@@ -179,6 +180,22 @@ def require_router_state(found: Checkpoint, state: dict, model: ModelConfig) -> 
             )
 
 
+def require_int8_state(found: Checkpoint, state: dict) -> None:
+    """The list of int8 operands that fell back is refused if it is damaged; most checkpoints have
+    none.
+
+    Raises:
+        CheckpointError: it is not what it must be.
+    """
+    try:
+        Int8Guard(None).load_state_dict(state)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{found.path / checkpoint.STATE_FILE}: {Int8Guard.KEY} must be a list of operands; "
+            f"{_ANOTHER}"
+        ) from error
+
+
 def restore(
     run: RunFolder, tokenizer: Tokenizer, step: TrainStep, parts: Sequence[Stateful]
 ) -> Checkpoint | None:
@@ -199,6 +216,7 @@ def restore(
     require_same_model(found, state, step.config, tokenizer)
     require_same_optimizer(found, state, step.config)
     require_router_state(found, state, step.config.model)
+    require_int8_state(found, state)
     step.optimizer.restore(found)
     for part in parts:
         part.load_state_dict(state)

@@ -8,7 +8,7 @@ Nothing in a step waits for the GPU: losses, the gradient norm and the skip of a
 the device, and the number of kept targets is counted on the CPU before a batch leaves it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +19,7 @@ from hamner.config.train import TrainConfig
 from hamner.data.batch import IGNORED_TARGET, Batch
 from hamner.errors import UserError
 from hamner.model.attention import get_attention
+from hamner.model.int8 import Int8Linears, Operand
 from hamner.model.ops import build_ops
 from hamner.model.transformer import RouterStatistics, Transformer
 from hamner.parallel import device
@@ -43,7 +44,8 @@ OnPhase = Callable[[str, int], None]
 
 @dataclass(frozen=True)
 class StepResult:
-    """A result is what a step came to, on the device; the next step overwrites `router`."""
+    """A result is what a step came to, on the device; the next step overwrites all but loss and
+    norm."""
 
     loss: Tensor
     """() fp32, mean cross-entropy over the kept targets of all processes, nats per token"""
@@ -53,6 +55,8 @@ class StepResult:
     """of the whole batch"""
     router: Tensor | None
     """(layers, experts + 1) fp32: shares of the assignments, then the entropy in nats; or None"""
+    int8: Tensor | None
+    """(linear layers, operands, 2) fp32, see `Int8Linears.take_errors`; or None"""
 
 
 class StepDoesNotFit(UserError):
@@ -116,6 +120,9 @@ class TrainStep:
         if config.model.is_moe:
             shape = (config.model.num_layers, config.model.num_experts + 1)
             self.router_sum = torch.zeros(shape, device=self.compute.device)
+        int8 = self.model.int8
+        self.int8_sum = None if int8 is None else int8.take_errors()
+        """of the step under way, see `StepResult.int8`"""
         self.steps_taken = 0
         self.may_step_down = may_step_down
         self.messages: list[str] = []
@@ -155,6 +162,8 @@ class TrainStep:
             model.initialize(self.config.seed)
         else:
             initial.load_model(model.state_dict())
+        if self.config.matmul != "bf16":
+            model.int8 = Int8Linears(self.config.model, self.config.matmul, self.compute.device)
         return model
 
     @property
@@ -244,8 +253,9 @@ class TrainStep:
         all_kept = int((batch.targets != IGNORED_TARGET).sum())
         starts = self.processes.share(range(0, number_of_rows, size))
         loss = torch.zeros((), device=self.compute.device)
-        if self.router_sum is not None:
-            self.router_sum.zero_()
+        for sums in (self.router_sum, self.int8_sum):
+            if sums is not None:
+                sums.zero_()
         for number, start in enumerate(starts):
             rows, is_last = slice(start, start + size), number == len(starts) - 1
             kept = int((batch.targets[rows] != IGNORED_TARGET).sum())
@@ -254,12 +264,14 @@ class TrainStep:
                 arguments = self.to_device(batch, rows)
                 if self.is_graphed:
                     self._enter("graph")
-                cross_entropy, router = self.forward_backward(*arguments, share)
+                cross_entropy, router, int8 = self.forward_backward(*arguments, share)
             self._enter("")
             loss += cross_entropy * share
             if self.router_sum is not None:
                 means = torch.cat((router.load, router.entropy[:, None]), dim=1)
                 self.router_sum += means * (len(batch.inputs[rows]) / number_of_rows)
+            if self.int8_sum is not None:
+                self.int8_sum += int8
             if len(starts) > 1:
                 self._enter("accumulate")
                 self.engine.accumulate(self.optimizer, is_last=is_last)
@@ -268,33 +280,43 @@ class TrainStep:
                 self.optimizer.drop_gradients()
                 return None
         self.processes.sum_(loss)
-        if self.router_sum is not None:
-            self.processes.sum_(self.router_sum)
+        for sums in (self.router_sum, self.int8_sum):
+            if sums is not None:
+                self.processes.sum_(sums)
         self._enter("optimizer")
         grad_norm = self.optimizer.step(lr, loss)
         self._enter("")
         if self.router_sum is not None and self.config.model.router_balance == "bias":
             self.model.balance_routers(self.router_sum[:, :-1], torch.isfinite(grad_norm))
         self.steps_taken += 1
-        return StepResult(loss, grad_norm, batch.inputs.numel(), self.router_sum)
+        return StepResult(
+            loss, grad_norm, batch.inputs.numel(), router=self.router_sum, int8=self.int8_sum
+        )
 
     def _forward_backward(
         self, inputs: Tensor, targets: Tensor, document_ids: Tensor | None, share: Tensor
-    ) -> tuple[Tensor, RouterStatistics | None]:
+    ) -> tuple[Tensor, RouterStatistics | None, Tensor | None]:
         """The gradients of `share` of a micro-batch's mean loss are left in the parameters.
 
         Returns:
-            The micro-batch's mean cross-entropy, 0-d, and what its routers did.
+            The micro-batch's mean cross-entropy, 0-d, what its routers did, and what quantisation
+            lost.
         """
         self._enter("forward")
         output = self.forward(inputs, targets, document_ids)
         self._enter("backward")
         self.engine.backward(output.loss * share)
         router = output.router and RouterStatistics(*(x.detach() for x in output.router))
-        return output.cross_entropy.detach(), router
+        int8 = self.model.int8 and self.model.int8.take_errors()
+        return output.cross_entropy.detach(), router, int8
 
     def _enter(self, phase: str) -> None:
         self.on_phase(phase, self.optimizer.steps + 1)
+
+    def fall_back(self, operands: Collection[Operand]) -> None:
+        """The steps from the next one on multiply these operands, and no others, in bf16."""
+        if self.model.int8 is not None and self.model.int8.fall_back(operands):
+            self.follow(self.plan)
 
     def _step_down(self, reason: str) -> bool:
         """The step plans for a tenth less memory, once, and says whether there is such a plan.

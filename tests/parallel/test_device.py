@@ -1,10 +1,15 @@
-"""`--device` says which device a command computes on."""
+"""`--device` says which device a command computes on, and `--matmul` what it must be able to do."""
+
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from hamner.config.options import for_option
 from hamner.errors import UserError
-from hamner.parallel.device import select_device
+from hamner.kernels.int8_quantize import MAX_ROW
+from hamner.parallel.device import MAX_INT8_INNER, require_int8, select, select_device
 
 
 def test_device():
@@ -13,3 +18,60 @@ def test_device():
         assert select_device("auto") == torch.device("cpu")
         with pytest.raises(UserError, match="--device cuda: PyTorch finds no CUDA GPU"):
             select_device("cuda")
+
+
+def test_int8_needs_a_gpu():
+    config = replace(for_option("tiny"), device="cpu", matmul="int8")
+    with pytest.raises(UserError, match="--matmul int8 needs a GPU; use --matmul bf16 on a CPU"):
+        select(config)
+
+
+@pytest.mark.parametrize(
+    ("capability", "matmul", "message"),
+    [
+        ((7, 0), "int8", "--matmul int8: Old has no int8 tensor cores .* 7.0, 7.5 needed"),
+        ((7, 5), "int8", "Old has no bf16 matmuls"),
+        ((7, 0), "bf16", "Old has no bf16 matmuls"),
+    ],
+)
+def test_int8_of_an_old_card(capability, matmul, message, monkeypatch):
+    major, minor = capability
+    card = SimpleNamespace(name="Old", major=major, minor=minor, total_memory=2**34)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    with pytest.raises(UserError, match=message) as error:
+        select(replace(for_option("tiny"), matmul=matmul))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"precision": "fp32"}, "--matmul int8-all is for --precision bf16"),
+        ({"kernels": "torch"}, "use --matmul bf16 with --kernels torch"),
+        ({"kernels": "liger"}, "use --matmul bf16 with --kernels liger"),
+    ],
+)
+def test_int8_with_other_flags(change, message):
+    config = replace(for_option("tiny"), matmul="int8-all")
+    require_int8(config)
+    with pytest.raises(UserError, match=message):
+        require_int8(replace(config, **change))
+    require_int8(replace(config, matmul="bf16", **change))
+
+
+def test_int8_of_a_wide_mlp():
+    assert 2 * MAX_INT8_INNER == MAX_ROW
+    config = replace(for_option("tiny"), matmul="int8")
+    widest, wider = (
+        replace(config, model=replace(config.model, expert_intermediate_size=inner))
+        for inner in (MAX_INT8_INNER, MAX_INT8_INNER + 1)
+    )
+    require_int8(widest)
+    with pytest.raises(
+        UserError, match="--expert-intermediate-size up to 16,384, and it is 16,385"
+    ):
+        require_int8(wider)
+    experts = replace(wider.model, num_experts=4, num_experts_per_token=2)
+    require_int8(replace(wider, model=experts))  # experts stay bf16

@@ -63,7 +63,7 @@ class Languini(MicroBatch):
         embeddings = (2 * self.model.vocab_size + self.seq_len + 2) * d
         return self.model.num_layers * block + embeddings
 
-    def block_matmuls(self) -> list[Op]:
+    def block_matmuls(self, product: str = "forward") -> list[Op]:
         d, mlp = self.model.hidden_size, self.model.expert_intermediate_size
         return [
             *3 * [self.matmul(d, self.heads_width)],

@@ -113,7 +113,7 @@ def expected() -> dict[str, list[tuple[str, float]]]:
             ("N D e", costs.quantize_int8(n * d).bytes - n * d),
             ("N D", costs.quantize_int8(n * d, element_size=0).bytes),
         ],
-        "int8_matmul": [("2 N D I", costs.matmul(n, d, inner).flops)],
+        "int8_matmul": [("2 N D I", costs.int8_matmul(n, d, inner).flops)],
         "moe_mlp": [
             ("6 N K D I", mlp.flops),
             ("12 N K D I", mlp_back.flops),

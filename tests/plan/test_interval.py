@@ -8,7 +8,7 @@ import pytest
 from hamner.errors import UserError
 from hamner.hardware import GPUS
 from hamner.plan.efficiency import EFFICIENCIES, efficiency
-from hamner.plan.interval import find_interval
+from hamner.plan.interval import find_gain, find_interval
 
 RTX_3090 = GPUS["rtx-3090"]
 REACHED = EFFICIENCIES["RTX 3090"]
@@ -92,3 +92,24 @@ def test_a_card_without_known_clock_or_power():
         REACHED.at_clock(unknown, 1500)
     with pytest.raises(UserError, match="--power-limit 280: the power limit of the X is not known"):
         REACHED.at_power(unknown, 280)
+
+
+def test_a_gain_is_sure_of_what_both_steps_share():
+    """Half of a step of 100 ms becomes 10 ms of another kind, and the rest stays."""
+    before, after = {"matmul": 50.0, "norm": 50.0}, {"int8": 10.0, "norm": 50.0}
+
+    def gain_of(**ranges):
+        reached = replace(REACHED, ranges=ranges, why=dict.fromkeys(ranges, "a reason"))
+        return find_gain(before, after, reached)
+
+    shared = gain_of(model=(0.8, 1.25))
+    assert shared.low == shared.best == shared.high == pytest.approx(100 / 60)
+    own = gain_of(int8=(0.5, 2.0))
+    assert (own.low, own.high) == (pytest.approx(100 / 70), pytest.approx(100 / 55))
+    # Slower matmuls leave more to gain, slower memory less.
+    clock, memory = gain_of(clock=(0.5, 1.0)), gain_of(bandwidth=(0.5, 1.0))
+    assert (clock.low, clock.high) == (clock.best, pytest.approx(150 / 70))
+    assert (memory.low, memory.high) == (pytest.approx(150 / 110), memory.best)
+    both = gain_of(int8=(0.5, 1.0), bandwidth=(0.5, 1.0))
+    changes = [math.log(own.best / x.low) for x in (own, memory)]
+    assert math.log(both.best / both.low) == pytest.approx(math.hypot(*changes))

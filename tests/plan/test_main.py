@@ -135,6 +135,24 @@ def test_two_3090s_share_the_options_batch():
     assert 0.9 < two.efficiency < 1
 
 
+def test_int8_is_planned_as_it_is_started_and_compared_with_itself_and_bf16(capsys):
+    plan = plan_of(gpus=2, matmul="int8")
+    assert 0.9 < plan.efficiency < 1
+    gain = plan.gain_of_int8
+    assert gain.best == pytest.approx(
+        plan.prediction.tokens_per_second / plan_of(gpus=2).prediction.tokens_per_second
+    )
+    assert 1.25 < gain.low < gain.best < gain.high < 1.45
+    main(["--option", "a", "--matmul", "int8"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "times as fast as with --matmul bf16, 1.31 to 1.40." in out
+    assert out.count("int8 matmuls assumed 2.8 times") == 2  # as a cause, and in what it rests on
+    text = document(analyse(PlanConfig(matmul="int8")), "files")
+    assert "-m hamner.train --option a --matmul int8 --tokens" in text
+    with pytest.raises(UserError, match="--matmul int8: the int8 rate of the custom GPU is not"):
+        plan_of(**CUSTOM, matmul="int8")
+
+
 def test_batch_size_is_of_all_gpus():
     one, two = plan_of(batch_size=12), plan_of(gpus=2, batch_size=24)
     assert two.rows_per_gpu == one.rows_per_gpu == 12

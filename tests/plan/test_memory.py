@@ -14,6 +14,7 @@ from hamner.model.attention import AttentionShape, get_attention
 from hamner.model.ops import build_ops
 from hamner.model.transformer import Transformer
 from hamner.plan import costs, memory
+from hamner.plan.communication import Parallelism
 from hamner.plan.memory import FULL, NONE, SELECTIVE
 
 A = OPTIONS["a"].model
@@ -192,3 +193,23 @@ def test_automatic_micro_batch_may_be_bounded():
     assert choose(70, max_micro_batch_tokens=100).micro_batch_size == 1
     given = replace(OPTIONS["a"], micro_batch_size=12)
     assert choose(70, given, max_micro_batch_tokens=100).micro_batch_size == 12
+
+
+@pytest.mark.parametrize("option", ["a", "c"])
+def test_int8_takes_at_most_two_percent_more(option):
+    config, policies = OPTIONS[option], (SELECTIVE,) * OPTIONS[option].model.num_layers
+    bf16, *int8 = (
+        memory.account(replace(config, matmul=matmul), policies, 24).total
+        for matmul in ("bf16", "int8", "int8-all")
+    )
+    assert all(bf16 <= total <= 1.02 * bf16 for total in int8)
+
+
+def test_int8_is_refused_with_fsdp():
+    config = replace(OPTIONS["a"], matmul="int8")
+    ddp, fsdp = (Parallelism(kind, 2, 1) for kind in ("ddp", "fsdp"))
+    memory.choose(config, 20 * GIB, parallelism=ddp)
+    with pytest.raises(UserError, match="--matmul int8 trains with --parallel ddp only") as error:
+        memory.choose(config, 20 * GIB, parallelism=fsdp)
+    assert "\n" not in str(error.value)
+    memory.choose(replace(config, matmul="bf16"), 20 * GIB, parallelism=fsdp)

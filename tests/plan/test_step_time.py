@@ -8,11 +8,19 @@ import pytest
 from hamner.config.model import ModelConfig
 from hamner.config.options import OPTIONS
 from hamner.hardware import GPUS, Gpu
+from hamner.kernels.int8_linear import products
 from hamner.plan.communication import Parallelism
 from hamner.plan.costs import Cost, flops_per_token
 from hamner.plan.efficiency import MEASURED_ERRORS, efficiency
 from hamner.plan.memory import FULL, NONE, SELECTIVE, mixed
-from hamner.plan.step_time import CATEGORIES, Op, compare_with_reality, predict
+from hamner.plan.step_time import (
+    CATEGORIES,
+    INT8_PRODUCTS,
+    MicroBatch,
+    Op,
+    compare_with_reality,
+    predict,
+)
 from tests.plan.measured_runs import (
     MEASURED_RUNS,
     TRAINERS,
@@ -275,3 +283,49 @@ def test_kernels_beat_plain_compile():
     ours = predict_option("a", gpu=H100)
     plain = predict_option("a", gpu=H100, policy=NONE, kind=Compiled)
     assert ours.tokens_per_second > plain.tokens_per_second
+
+
+class TestInt8:
+    """Linear layers in int8: what is multiplied stays, how fast is assumed."""
+
+    def step(self, option: str, matmul: str, gpu: str = "rtx-3090"):
+        config = replace(OPTIONS[option], matmul=matmul)
+        policies = (SELECTIVE,) * config.model.num_layers
+        return predict(config, GPUS[gpu], policies, config.batch_size)
+
+    def test_products_are_the_kernels(self):
+        for matmul, expected in INT8_PRODUCTS.items():
+            assert products(matmul) == expected
+
+    @pytest.mark.parametrize("option", ["a", "c-shared"])
+    def test_flops_stay(self, option):
+        config = OPTIONS[option]
+        flops = {}
+        for matmul in INT8_PRODUCTS:
+            micro_batch = MicroBatch.of(replace(config, matmul=matmul), config.batch_size)
+            ops = [*micro_batch.forward(), *micro_batch.backward(SELECTIVE)]
+            flops[matmul] = sum(op.cost.flops for op in ops)
+            int8 = sum(op.cost.flops for op in ops if op.kind == "int8")
+            assert int8 == sum(op.cost.int8_flops for op in ops)
+            model, tokens = config.model, config.tokens_per_step
+            weights = model.hidden_size * (model.qkv_size + model.hidden_size)
+            if not model.is_moe:  # experts, shared ones too, stay
+                weights += 3 * model.hidden_size * model.expert_intermediate_size
+            assert int8 == len(INT8_PRODUCTS[matmul]) * 2 * tokens * weights
+        assert len(set(flops.values())) == 1
+
+    def test_gain_on_a_3090_is_of_an_assumed_rate(self):
+        bf16, int8, everywhere = (self.step("a", m) for m in INT8_PRODUCTS)
+        assert bf16.milliseconds["int8"] == bf16.milliseconds["quantisation"] == 0
+        assert "int8" not in bf16.reached.provenance
+        assert 1.25 < int8.tokens_per_second / bf16.tokens_per_second < 1.45
+        assert 1.45 < everywhere.tokens_per_second / bf16.tokens_per_second < 1.75
+        assert "int8 matmuls assumed 2.8 times as fast as bf16" in int8.reached.provenance
+        causes = {cause.name: cause for cause in everywhere.interval.causes}
+        assert causes["int8"].slowest < -0.03 < 0.03 < causes["int8"].fastest
+        assert "not measured" in causes["int8"].why
+        # Of a token and layer: gradients of qkv, o and down, o's input, and gate_up's gradient
+        # written by SwiGLU; of a layer all weights, twice, and read once more for their columns.
+        weights = 1024 * (1536 + 1024 + 5632 + 2816)
+        moved = 24_576 * (3 * (1536 + 3 * 1024) + 5632) + (3 + 5) * weights
+        assert int8.milliseconds["quantisation"] == pytest.approx(24 * moved / 776e6)

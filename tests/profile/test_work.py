@@ -1,7 +1,10 @@
 """What operations must do, from their recorded arguments."""
 
+from dataclasses import replace
+
 import pytest
 
+from hamner.hardware import GPUS
 from hamner.profile.trace import Range
 from hamner.profile.work import work_of
 
@@ -78,3 +81,27 @@ def test_bytes_of_the_router_projection():
         operation = Range(name, 0, 1, is_operation=True, dims=dims, types=types)
         _, work = work_of("routing", operation)
         assert (work.bytes, work.flops) == (size, 0)
+
+
+def test_work_of_int8():
+    """A matmul of (30, 8) by (20, 8), and a matrix that is quantised."""
+    operation = Range(
+        "hamner::int8_matmul",
+        0,
+        1,
+        is_operation=True,
+        dims=[[30, 8], [1, 30], [20, 8], [1, 20], []],
+        types=["signed char", FP32, "signed char", FP32, "Scalar"],
+    )
+    _, work = work_of("matmul", operation)
+    assert work.flops == work.int8_flops == 2 * 30 * 8 * 20
+    assert work.bytes == 30 * 8 + 20 * 8 + 2 * 30 * 20
+    card = replace(GPUS["rtx-3090"], bandwidth_gbs=1e9)
+    assert work.floor_seconds(card, "bf16") == pytest.approx(work.flops / 284e12)
+    half = work * 0.5 + work * 0.5
+    assert half == work
+    quantized = Range(
+        "hamner::quantize_int8", 0, 1, is_operation=True, dims=[[30, 8]], types=[BF16]
+    )
+    _, work = work_of("matmul", quantized)
+    assert (work.bytes, work.flops) == (3 * 30 * 8, 0)

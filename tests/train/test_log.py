@@ -40,7 +40,7 @@ def result(
 ) -> StepResult:
     router = torch.tensor([[*load, entropy]] * 2, device=device)
     numbers = (torch.tensor(number, device=device) for number in (loss, norm))
-    return StepResult(*numbers, 6, router)
+    return StepResult(*numbers, 6, router, None)
 
 
 def record(log: TrainLog, *results: StepResult) -> None:

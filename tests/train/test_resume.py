@@ -239,6 +239,7 @@ def test_other_data_is_refused_unless_insisted(stopped, tmp_path, capsys):
         ("rng", []),
         ("schedule", {"warmup_steps": 3}),
         ("tokenizer", 7),
+        ("int8_fallback", [["down"]]),
     ],
 )
 def test_a_state_of_the_wrong_kind_is_one_sentence(stopped, name, value):

@@ -1,10 +1,9 @@
 """The int8 matmul in both modes, and the quantisers, at shapes of option a."""
 
-from hamner.kernels import int8_quantize
+from hamner.kernels import int8_error, int8_quantize
 from hamner.kernels.int8_matmul import CONFIGS, int8_matmul_kernel
 from hamner.kernels.int8_quantize import GROUP, MAX_ROW
-from hamner.kernels.launch import CAPABILITIES
-from hamner.kernels.rms_norm import tile_shape
+from hamner.kernels.launch import CAPABILITIES, tile_shape
 from tests.kernels.compile_gate import CompileCase
 
 WIDTH = 1024
@@ -23,6 +22,10 @@ def cases() -> list[CompileCase]:
             _columns("columns", capability, maxima="*i32"),
             _columns("groups of columns", capability, maxima=None),
             _maxima(capability),
+            _error("rows", capability, by_rows=True),
+            _error("groups of rows", capability, by_rows=True, grouped=True),
+            _error("columns", capability, by_rows=False),
+            _error("groups of columns", capability, by_rows=False, grouped=True),
         )
     ]
 
@@ -107,4 +110,30 @@ def _maxima(capability: str) -> CompileCase:
         num_stages=3,
         capability=capability,
         divisible_by_16=("N",),
+    )
+
+
+def _error(name: str, capability: str, *, by_rows: bool, grouped: bool = False) -> CompileCase:
+    elements = int8_error.ROW_ELEMENTS if by_rows else int8_error.COLUMN_ELEMENTS
+    unit, other = ("element_stride", "line_stride")[:: 1 if by_rows else -1]
+    return CompileCase(
+        name=f"quantization_error/{name}",
+        kernel=int8_error.quantization_error_kernel,
+        signature={
+            "x_ptr": "*bf16",
+            "sums_ptr": "*fp32",
+            "num_lines": "i32",
+            "length": "i32",
+            other: "i32",
+        },
+        constexprs={
+            unit: 1,
+            "GROUPED": grouped,
+            "BLOCK_L": int8_error.BLOCK_ROWS if by_rows else int8_error.BLOCK_COLUMNS,
+            "BLOCK_E": GROUP.value if grouped else elements,
+        },
+        num_warps=int8_error.NUM_WARPS,
+        num_stages=3,
+        capability=capability,
+        divisible_by_16=("num_lines", "length", other),
     )

@@ -1,13 +1,12 @@
 """RMSNorm at the widths of the options (256 to 1024) and at the widest that is supported."""
 
 from hamner.kernels import launch
-from hamner.kernels.launch import CAPABILITIES
+from hamner.kernels.launch import CAPABILITIES, tile_shape
 from hamner.kernels.rms_norm import (
     CONFIGS,
     MAX_WIDTH,
     rms_norm_backward_kernel,
     rms_norm_forward_kernel,
-    tile_shape,
 )
 from tests.kernels.compile_gate import CompileCase
 
@@ -24,26 +23,36 @@ def cases() -> list[CompileCase]:
             _backward(capability, width),
             sum_partials(capability, width),
         )
+    ] + [
+        _forward(capability, width, quantises=True)
+        for capability in CAPABILITIES
+        for width in (1024, MAX_WIDTH)
     ]
 
 
-def _forward(capability: str, width: int) -> CompileCase:
+def _forward(capability: str, width: int, *, quantises: bool = False) -> CompileCase:
     config = CONFIGS[capability]
     block_m, block_d, warps = tile_shape(config.forward_tile, config.forward_warps, width)
     return CompileCase(
-        name=f"rms_norm_forward/D={width}",
+        name=f"rms_norm_forward/D={width}{'/int8' if quantises else ''}",
         kernel=rms_norm_forward_kernel,
         signature={
             "x_ptr": "*bf16",
             "residual_ptr": "*bf16",
             "weight_ptr": "*fp32",
             "y_ptr": "*bf16",
+            **({"values_ptr": "*i8", "scales_ptr": "*fp32"} if quantises else {}),
             "new_residual_ptr": "*bf16",
             "rstd_ptr": "*fp32",
             "N": "i32",
             "eps": "fp32",
         },
-        constexprs={"D": width, "BLOCK_M": block_m, "BLOCK_D": block_d},
+        constexprs={
+            **({} if quantises else {"values_ptr": None, "scales_ptr": None}),
+            "D": width,
+            "BLOCK_M": block_m,
+            "BLOCK_D": block_d,
+        },
         num_warps=warps,
         num_stages=3,
         capability=capability,

@@ -1,8 +1,8 @@
 """The router's projection compiles at option c's shape and at its largest E and width."""
 
-from hamner.kernels.launch import CAPABILITIES
+from hamner.kernels.launch import CAPABILITIES, tile_shape
 from hamner.kernels.moe_routing import MAX_EXPERTS
-from hamner.kernels.rms_norm import MAX_WIDTH, tile_shape
+from hamner.kernels.rms_norm import MAX_WIDTH
 from hamner.kernels.router_linear import (
     CONFIGS,
     router_linear_backward_kernel,

@@ -1,8 +1,10 @@
 """SwiGLU at the intermediate sizes of the options."""
 
+from hamner.kernels.int8_quantize import GROUP
 from hamner.kernels.launch import CAPABILITIES
 from hamner.kernels.swiglu import (
     CONFIGS,
+    row_tile,
     swiglu_backward_kernel,
     swiglu_forward_kernel,
     tile_shape,
@@ -18,17 +20,32 @@ def cases() -> list[CompileCase]:
         for capability in CAPABILITIES
         for intermediate in INTERMEDIATE_SIZES
         for case in (_forward(capability, intermediate), _backward(capability, intermediate))
+    ] + [
+        case
+        for capability in CAPABILITIES
+        for case in (
+            _forward(capability, 2816, quantises=True),
+            _backward(capability, 2816, quantises=True),
+        )
     ]
 
 
-def _forward(capability: str, intermediate: int) -> CompileCase:
+def _forward(capability: str, intermediate: int, *, quantises: bool = False) -> CompileCase:
     config = CONFIGS[capability]
     block_m, block_i = tile_shape(config.forward_block_m, config.forward_block_i, intermediate)
+    if quantises:
+        block_m, block_i = block_m * block_i // GROUP.value, GROUP.value
     return CompileCase(
-        name=f"swiglu_forward/I={intermediate}",
+        name=f"swiglu_forward/I={intermediate}{'/int8' if quantises else ''}",
         kernel=swiglu_forward_kernel,
-        signature={"gate_up_ptr": "*bf16", "h_ptr": "*bf16", "N": "i32"},
+        signature={
+            "gate_up_ptr": "*bf16",
+            "h_ptr": "*bf16",
+            **({"values_ptr": "*i8", "scales_ptr": "*fp32"} if quantises else {}),
+            "N": "i32",
+        },
         constexprs={
+            **({} if quantises else {"values_ptr": None, "scales_ptr": None}),
             "INTERMEDIATE": intermediate,
             "BLOCK_M": block_m,
             "BLOCK_I": block_i,
@@ -40,25 +57,30 @@ def _forward(capability: str, intermediate: int) -> CompileCase:
     )
 
 
-def _backward(capability: str, intermediate: int) -> CompileCase:
+def _backward(capability: str, intermediate: int, *, quantises: bool = False) -> CompileCase:
     config = CONFIGS[capability]
     block_m, block_i = tile_shape(config.backward_block_m, config.backward_block_i, intermediate)
+    warps = config.backward_warps
+    if quantises:
+        block_m, block_i, warps = row_tile(intermediate)
     return CompileCase(
-        name=f"swiglu_backward/I={intermediate}",
+        name=f"swiglu_backward/I={intermediate}{'/int8' if quantises else ''}",
         kernel=swiglu_backward_kernel,
         signature={
             "d_h_ptr": "*bf16",
             "gate_up_ptr": "*bf16",
             "d_gate_up_ptr": "*bf16",
+            **({"values_ptr": "*i8", "scales_ptr": "*fp32"} if quantises else {}),
             "h_ptr": "*bf16",
             "N": "i32",
         },
         constexprs={
+            **({} if quantises else {"values_ptr": None, "scales_ptr": None}),
             "INTERMEDIATE": intermediate,
             "BLOCK_M": block_m,
             "BLOCK_I": block_i,
         },
-        num_warps=config.backward_warps,
+        num_warps=warps,
         num_stages=3,
         capability=capability,
         divisible_by_16=("N",),

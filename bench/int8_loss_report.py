@@ -1,0 +1,164 @@
+"""Runs in int8 are compared with those in bf16 of the same seeds, whose batches they share.
+
+The difference in validation loss at the end has an interval over the seeds, by Student's t, and
+stands beside the spread of bf16's seeds. So has the slope over tokens of the difference in training
+loss; one seed's slope has the interval of a line through the means of parts of the run.
+"""
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from bench.recipe_trials import Trial
+from hamner.config.options import OPTIONS
+from hamner.plan.loss import BESIROGLU
+from hamner.plan.words import short
+
+WANTED_GAP, LARGEST_GAP = 0.005, 0.01
+"""nats a token: what is wanted, and above which int8 does not ship"""
+SLOPE_SHARE = 2 / 3
+"""of a run, its end, over which the slope is taken: the warm-up's losses say little"""
+PARTS = 8
+"""of that, whose means a line is fitted to"""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A pair is a run and bf16's of the same seed."""
+
+    gap: float
+    """validation loss less bf16's, nats a token"""
+    slope: float
+    """of the difference in training loss, nats a token per 100M tokens"""
+    slope_error: float
+    """half of the slope's 95% interval, from the run itself"""
+
+
+def groups_of(results: Sequence[Mapping]) -> dict[tuple[str, str], dict[str, dict[int, Mapping]]]:
+    """The function gives, for all runs that differ in seed and arithmetic only, their option and
+    what they have in common, and their results by arithmetic and seed."""
+    groups: dict = defaultdict(lambda: defaultdict(dict))
+    for result in results:
+        trial = Trial.of(result)
+        *flags, _, matmul = trial.flags
+        common = f"{' '.join(flags)}, {trial.arm}, lr {trial.lr:g}, {short(trial.tokens)} tokens"
+        groups[flags[flags.index("--option") + 1], common][matmul][trial.seed] = result
+    return groups
+
+
+def pair(result: Mapping, base: Mapping) -> Pair:
+    """The function compares two runs on the same batches."""
+    curves = [{tokens: loss for tokens, loss, _ in r["curve"]} for r in (result, base)]
+    common = sorted(
+        tokens
+        for tokens in curves[0].keys() & curves[1].keys()
+        if tokens >= (1 - SLOPE_SHARE) * result["tokens"]
+        and None not in (curves[0][tokens], curves[1][tokens])
+    )
+    differences = [curves[0][tokens] - curves[1][tokens] for tokens in common]
+    slope, error = slope_of(common, differences)
+    return Pair(result["val_loss"] - base["val_loss"], slope, error)
+
+
+def slope_of(tokens: Sequence[int], differences: Sequence[float]) -> tuple[float, float]:
+    """The function fits a line through the means of PARTS parts of a run: neighbouring points are
+    not independent.
+
+    Returns:
+        Its slope per 100M tokens and half of that's 95% interval; NaN where there are too few
+        points.
+    """
+    if len(tokens) < PARTS:
+        return math.nan, math.nan
+    x, y = (
+        [float(np.mean(part)) for part in np.array_split(np.array(values), PARTS)]
+        for values in ([t / 100e6 for t in tokens], differences)
+    )
+    line = stats.linregress(x, y)
+    return line.slope, stats.t.ppf(0.975, PARTS - 2) * line.stderr
+
+
+def half_interval(values: Sequence[float]) -> float:
+    """The number is half of the mean's 95% interval by Student's t; NaN for one value."""
+    if len(values) < 2:
+        return math.nan
+    return stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+
+
+def with_interval(mean: float, half: float) -> str:
+    """The text is a number of nats with its interval."""
+    if math.isnan(half):
+        return f"{mean:+.4f} (no interval)"
+    return f"{mean:+.4f} ({mean - half:+.4f} to {mean + half:+.4f})"
+
+
+def share_of_tokens(gap: float, option: str) -> float:
+    """The function gives the share of an option's tokens after which bf16 has the loss that a run
+    with this gap ends with, by hamner.plan's law."""
+    tokens = OPTIONS[option].tokens
+    parameters = OPTIONS[option].model.num_parameters(active=True)
+    reached = BESIROGLU.tokens_to_reach(BESIROGLU.loss(parameters, tokens) + gap, parameters)
+    return math.inf if reached is None else reached / tokens
+
+
+def describe(
+    arms: Mapping[str, Mapping[int, Mapping]], option: str, speeds: Mapping[str, float]
+) -> list[str]:
+    """The lines compare the arms of a group, of this option, with its bf16."""
+    base = {seed: r for seed, r in arms.get("bf16", {}).items() if not r["diverged"]}
+    losses = [result["val_loss"] for result in base.values()]
+    lines = []
+    if losses:
+        spread = f", standard deviation {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
+        lines.append(f"bf16: {statistics.fmean(losses):.4f} over {len(losses)} seeds{spread}")
+    for matmul, results in arms.items():
+        if matmul == "bf16":
+            continue
+        diverged = sum(result["diverged"] for result in results.values())
+        if diverged:
+            lines.append(f"{matmul}: {diverged} of {len(results)} runs diverged")
+        both = [s for s in sorted(results.keys() & base) if not results[s]["diverged"]]
+        if both:
+            of_both = [(results[seed], base[seed]) for seed in both]
+            lines += describe_pairs(matmul, of_both, option, speeds.get(matmul))
+    return lines
+
+
+def describe_pairs(
+    matmul: str, both: Sequence[tuple[Mapping, Mapping]], option: str, speed: float | None
+) -> list[str]:
+    """The lines are about the runs of an arm, each beside bf16's of the same seed."""
+    found = [pair(*runs_of_a_seed) for runs_of_a_seed in both]
+    gaps, slopes = [p.gap for p in found], [p.slope for p in found]
+    gap, slope = statistics.fmean(gaps), statistics.fmean(slopes)
+    slope_half = found[0].slope_error if len(found) == 1 else half_interval(slopes)
+    verdict = "as wanted"
+    if gap > WANTED_GAP:
+        verdict = "above what is wanted"
+    elif slope - slope_half > 0:
+        verdict = "small, but it grows"
+    if gap > LARGEST_GAP:
+        verdict = "too much to ship"
+    lines = [
+        f"{matmul}: gap {with_interval(gap, half_interval(gaps))} nats a token, {verdict}; "
+        f"slope {with_interval(slope, slope_half)} per 100M tokens"
+    ]
+    speeds = [
+        result["tokens_per_second"] / base["tokens_per_second"]
+        for result, base in both
+        if result["tokens_per_second"] and base["tokens_per_second"]
+    ]
+    if speed is None and speeds:
+        speed = statistics.median(speeds)
+    if speed is not None:
+        share = share_of_tokens(gap, option)
+        lines.append(
+            f"{matmul}: {speed:.3f} times bf16's tokens/s, {share * speed:.3f} net: by the scaling "
+            f"law bf16 has that loss after {share:.1%} of {short(OPTIONS[option].tokens)} tokens"
+        )
+    return lines

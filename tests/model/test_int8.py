@@ -1,0 +1,75 @@
+"""A model with int8 matmuls has, nearly, the loss and the gradients of one without."""
+
+import importlib
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hamner.model.int8 import Int8Linears
+from hamner.model.transformer import Transformer
+from hamner.plan.memory import FULL, NONE, SELECTIVE
+from tests.models import DENSE, MOE, cpu_ops
+
+DENSE_LAYER, MOE_LAYER = (
+    replace(config, num_layers=1, num_shared_experts=shared)
+    for config, shared in ((DENSE, 0), (MOE, 1))
+)
+
+
+def loss_and_gradients(
+    config, matmul: str, policy=NONE, attention: str = "triton"
+) -> tuple[float, dict[str, torch.Tensor]]:
+    model = Transformer(config, cpu_ops("triton", attention), (policy,) * config.num_layers)
+    model.initialize(0)
+    if matmul != "bf16":
+        model.int8 = Int8Linears(config, matmul, "cpu")
+    tokens = torch.randint(config.vocab_size, (1, 25), generator=torch.Generator().manual_seed(0))
+    loss = model(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()).loss
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    if matmul != "bf16":
+        gradients["errors"] = model.int8.errors.grad
+    return loss.item(), gradients
+
+
+def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    return torch.cosine_similarity(a.flatten(), b.flatten(), dim=0).item()
+
+
+def test_gradients_point_where_they_did():
+    loss, exact = loss_and_gradients(DENSE_LAYER, "bf16")
+    int8_loss, gradients = loss_and_gradients(DENSE_LAYER, "int8-all")
+    assert int8_loss == pytest.approx(loss, abs=1e-3)
+    for name, gradient in exact.items():
+        # Quantisation is there, and small: a cosine of 0.999 is an error of 4.5% of the norm.
+        assert cosine(gradients[name], gradient) > 0.999, name
+        assert not torch.equal(gradients[name], gradient), name
+
+
+@pytest.mark.parametrize("attention", ["triton", "sdpa"])
+def test_with_qk_norm_around_any_attention(attention):
+    config = replace(DENSE_LAYER, qk_norm=True)
+    _, kept = loss_and_gradients(config, "int8", attention=attention)
+    for policy in (SELECTIVE, FULL):
+        _, recomputed = loss_and_gradients(config, "int8", policy, attention)
+        for name, gradient in kept.items():
+            assert torch.equal(recomputed[name], gradient), (policy, name)
+    qkv = kept["errors"][0].sum(dim=1)
+    assert (qkv[:4, 0] > 0).all() and (qkv[4:] == 0).all()
+
+
+def test_experts_and_router_are_not_int8(monkeypatch):
+    """Of a mixture's layer two matmuls are int8, qkv, whose input the norm quantises, and o."""
+    module = importlib.import_module("hamner.kernels.int8_linear")
+    quantize, quantised = module.quantize_int8, []
+
+    def record(x, **how):
+        quantised.append(tuple(x.shape))
+        return quantize(x, **how)
+
+    monkeypatch.setattr(module, "quantize_int8", record)
+    loss_and_gradients(MOE_LAYER, "int8")
+    d, qkv = MOE.hidden_size, MOE.qkv_size
+    forward = [(qkv, d), (24, d), (d, d)]
+    assert quantised == [*forward, (24, d), (d, d), (24, qkv), (qkv, d)]

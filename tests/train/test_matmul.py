@@ -1,0 +1,118 @@
+"""`--matmul int8` through the whole loop, with its kernels in Triton's interpreter."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench.int8_gradients import LINEAR_OPS
+from hamner.checkpoint import format as checkpoint
+from hamner.config.train import TrainConfig
+from hamner.data.batch import Batch
+from hamner.kernels.int8_linear import OPERANDS
+from hamner.model.attention import AttentionBackend
+from hamner.model.ops import Ops, build_ops
+from hamner.parallel import device
+from hamner.train import int8_guard
+from hamner.train import step as train_step
+from hamner.train.evaluation import validation_loss
+from hamner.train.loop import train
+from hamner.train.step import TrainStep
+from tests.parallel.jobs import enter, run_job, said
+from tests.train.test_loop import metrics, small_config
+
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has test_matmul_gpu.py"),
+    pytest.mark.timeout(300),
+]
+
+_select = device.select
+
+
+def select(config: TrainConfig) -> device.Compute:
+    """The CPU takes part, which no user can ask for."""
+    return _select(replace(config, matmul="bf16"))
+
+
+def linears_only(kernels: str, attention: AttentionBackend) -> Ops:
+    """Ops with a linear layer are kernels, the others plain torch, which is faster here."""
+    ours = build_ops("triton", attention)
+    linears = {name: getattr(ours, name) for name in LINEAR_OPS}
+    return replace(build_ops(kernels, attention), **linears)
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch) -> TrainConfig:
+    monkeypatch.setattr(device, "select", select)
+    monkeypatch.setattr(train_step, "build_ops", linears_only)
+    small = small_config(tmp_path)
+    return replace(
+        small,
+        model=replace(small.model, num_layers=1, expert_intermediate_size=32, max_seq_len=16),
+        attention="sdpa",
+        matmul="int8-all",
+        recompute="selective",
+        seq_len=16,
+        batch_size=2,
+        micro_batch_size=1,
+        steps=4,
+        log_every=1,
+        eval_every=4,
+        eval_tokens=32,
+    )
+
+
+def test_a_run_logs_errors_falls_back_and_goes_on(config, monkeypatch, capsys):
+    monkeypatch.setattr(int8_guard, "MAX_ERROR", 0.0)
+    train(replace(config, stop_after=1))
+    train(replace(config, stop_after=2, resume=True))
+    rows = metrics(config.run_dir)
+    assert list(rows[0]["int8"]) == ["qkv", "o", "gate_up", "down"]
+    for errors in rows[0]["int8"].values():
+        assert list(errors) == list(OPERANDS)
+        assert all(0.001 < error < 0.02 for (error,) in errors.values())
+    assert [any(row["int8"].values()) for row in rows] == [True, True, False]
+    assert "matmuls are bf16 from step 3 on" in " ".join(capsys.readouterr().out.split())
+    state = checkpoint.find(config.run_dir / "checkpoints")[-1].state()
+    assert ["qkv", "input", 3] in [row[1:] for row in state["int8_fallback"]]
+    # Also through a start in bf16.
+    train(replace(config, resume=True, matmul="bf16"))
+    newest = checkpoint.find(config.run_dir / "checkpoints")[-1].state()
+    assert newest["int8_fallback"] == state["int8_fallback"]
+    assert "int8" not in metrics(config.run_dir)[-1]
+
+
+def test_evaluations_are_bf16(config):
+    """Weights are evaluated as they will be used."""
+    step = TrainStep(replace(config, matmul="int8"))
+    inputs, targets = torch.randint(100, (2, 2, 16))
+    rows = Batch(inputs, targets, torch.zeros(2, 16, dtype=torch.int32))
+    loss = validation_loss(step, rows)
+    trained = step.model(inputs, targets).cross_entropy.item()
+    step.model.int8 = None
+    assert validation_loss(step, rows) == loss != trained
+    assert loss == pytest.approx(trained, abs=0.01)
+
+
+def train_all(ports: list[int], configs: list[TrainConfig]) -> None:
+    """The body of a process of a job."""
+    device.select, train_step.build_ops = select, linears_only
+    for each in configs:
+        enter(ports)
+        train(each)
+
+
+def test_two_processes_train_as_one(config, tmp_path, monkeypatch):
+    """With DDP every process sees the errors of all, and falls back at the same step."""
+    single, job = (
+        replace(config, run_dir=tmp_path / name, matmul="int8", steps=2, eval_every=0)
+        for name in ("one", "two")
+    )
+    train(single)
+    codes = run_job(train_all, 2, tmp_path, [replace(job, parallel="ddp")])
+    assert codes == [0, 0], said(tmp_path, 2)
+    for expected, found in zip(metrics(single.run_dir), metrics(job.run_dir), strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        for linear, errors in expected["int8"].items():
+            for name, (error,) in errors.items():
+                assert found["int8"][linear][name][0] == pytest.approx(error, rel=0.02)

@@ -9,22 +9,27 @@
     python -m bench.recipes fit     FOLDER  the ladder's ratios, for hamner.plan
 
 A command runs what is not done yet of its part, and leaves before --seconds are over; called again,
-it goes on, with a run that it left from its checkpoint. Done is what stands in FOLDER/results.jsonl
-or in the committed results (--known). Flags that are not its own go to `hamner.train`.
+it goes on, with a run that it left from its checkpoint. It begins none that will not be done by
+then, but for its first. Done is what stands in FOLDER/results.jsonl or in the committed results
+(--known). Flags that are not its own go to `hamner.train`.
 
     FOLDER/results.jsonl    one object a finished run; goes to profiles/recipes/PART.jsonl
     FOLDER/shards-*/        the data, tokenized once
     FOLDER/runs/            runs under way; those of `long` stay, for `hamner.sft`
 
-`tune` searches by coordinates, on a model of 12 layers x 512: from the recipe's values, the
-neighbours of the best so far, first in the learning rate, then in the embedding's share of it,
-weight decay and beta2, until the best is better than both neighbours in each. The arm that is done
-first goes on with random points around its best until both have had as many trials.
+`tune` searches by coordinates, on a model of 12 layers x 512: from the recipe's values, both sides
+of the best so far, first of the learning rate, then of the embedding's share of it, of weight decay
+and beta2, until larger and smaller ones than the best's have been tried of each. Then neighbours of
+the best, then random points beside it, until both arms have had as many trials. Two commands with
+one FOLDER, `--arms adamw` and `--arms muon`, search at once: the one starts a run while the
+other trains. All other parts measure speeds too and refuse company.
 """
 
+import contextlib
+import fcntl
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -32,7 +37,17 @@ from typing import Annotated
 import tyro
 
 from bench import recipe_runs as runs
-from bench.recipe_trials import ARMS, LADDER_SEEDS, TOKENS, Part, Scope, Trial, plan
+from bench.recipe_trials import (
+    ARMS,
+    LADDER_SEEDS,
+    SHARING,
+    TOKENS,
+    Part,
+    Scope,
+    Trial,
+    expected_seconds,
+    plan,
+)
 from hamner.checkpoint.run_folder import append_record
 from hamner.cli import PATHS, run_command
 from hamner.config.recipe import Recipe
@@ -46,7 +61,7 @@ COMMITTED = Path(__file__).parents[1] / "profiles" / "recipes"
 RESERVE_SECONDS = {"tune": 10.0, "current": 20.0, "ladder": 20.0, "long": 40.0}
 """before the end, in which a run is evaluated and saved"""
 START_SECONDS = 15.0
-"""a run is not started for less"""
+"""before a run trains; none is started for less"""
 
 
 @dataclass(frozen=True)
@@ -122,6 +137,31 @@ def compare(part: Part, settings: Compare, extra: Sequence[str]) -> int:
         UserError: flags or data do not allow it.
     """
     end = time.monotonic() + settings.seconds - RESERVE_SECONDS[part]
+    settings.output.mkdir(parents=True, exist_ok=True)
+    with locked(settings.output / "lock", is_shared=part in SHARING):
+        return _compare(part, settings, extra, end=end)
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, is_shared: bool) -> Iterator[None]:
+    """The context has a file's lock, with others that share it or by itself.
+
+    Raises:
+        UserError: another process has it.
+    """
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"--output {path.parent} is in use by another command of bench.recipes, and speeds "
+                "are measured one run at a time: wait for its end"
+            ) from None
+        yield
+
+
+def _compare(part: Part, settings: Compare, extra: Sequence[str], *, end: float) -> int:
+    """The function is `compare` up to `end`, a time of `time.monotonic()`."""
     scope = Scope(
         part=part,
         arms=settings.arms or ARMS[part],
@@ -133,7 +173,9 @@ def compare(part: Part, settings: Compare, extra: Sequence[str]) -> int:
     todo = plan(scope, results)
     if todo:
         config = runs.configure(todo[0], settings.output)
-        data = runs.prepare_data(settings.data, settings.validation, config, settings.output)
+        with (settings.output / "data.lock").open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # the second waits for the first one's shards
+            data = runs.prepare_data(settings.data, settings.validation, config, settings.output)
         require_same_data(results, part, data)
         longest = max(scope.tokens)
         if part != "long" and longest > data.train_tokens:
@@ -141,20 +183,41 @@ def compare(part: Part, settings: Compare, extra: Sequence[str]) -> int:
                 f"--data has {data.train_tokens:,} tokens, a run of {longest:,} would read some "
                 "twice: give more, or smaller --tokens"
             )
-    while todo and time.monotonic() < end - START_SECONDS:
-        folder = settings.output / "runs" / todo[0].name
+    is_first = True
+    while trial := choose(todo, results, settings.output, end=end, is_first=is_first):
+        folder = folder_of(trial, settings.output)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        result = runs.run(todo[0], data, folder, end)
+        result = runs.run(trial, data, folder, end)
         if result is None:
             break
         append_record(settings.output / RESULTS, result)
         print(line_of(result), flush=True)
         if part != "long":
             shutil.rmtree(folder)
-        results.append(result)
-        todo = plan(scope, results)
+        # Those of a command beside this one too.
+        results = read_results(settings.known, settings.output)
+        todo, is_first = plan(scope, results), False
     print(f"{part}: " + (f"{len(todo)} or more runs are left" if todo else "done"), flush=True)
     return 0
+
+
+def folder_of(trial: Trial, output: Path) -> Path:
+    """The function gives the folder of a trial's run."""
+    return output / "runs" / trial.name
+
+
+def choose(
+    todo: Sequence[Trial], results: Sequence[dict], output: Path, *, end: float, is_first: bool
+) -> Trial | None:
+    """The function picks the run to go on with: one that was left, else one that will be done by
+    `end`. The first of a command runs in any case, so that several short commands get it done too.
+    """
+    left = end - START_SECONDS - time.monotonic()
+    if left <= 0:
+        return None
+    begun = (trial for trial in todo if folder_of(trial, output).exists())
+    fitting = (trial for trial in todo if expected_seconds(trial, results) <= left)
+    return next(begun, None) or next(fitting, None) or (todo[0] if todo and is_first else None)
 
 
 def line_of(result: dict) -> str:

@@ -120,8 +120,6 @@ def conclusion(
         )
     if stopping.best_step is not None:
         loss += f" (best {stopping.best_loss:.4f} at step {stopping.best_step:,}, kept)"
-    lines.append(
-        f"done: {count(result.tokens)} tokens in {duration(log.watch.read())}{loss}; "
-        f"model in {where}, plots in {log.run.plots}"
-    )
+    kept = f"; model in {where}, plots in {log.run.plots}" if where else ""
+    lines.append(f"done: {count(result.tokens)} tokens in {duration(log.watch.read())}{loss}{kept}")
     return lines

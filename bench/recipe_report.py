@@ -63,7 +63,7 @@ def searched(part: Part, results: Results) -> str:
     for arm in dict.fromkeys((*TUNED, *(result["arm"] for result in results))):
         own = sorted((r for r in results if r["arm"] == arm), key=loss_of)
         rows += [_trial_cells(result) for result in own]
-        best = best_of(own, part, arm)
+        best = best_of(results, part, arm)
         if best is None or best["point"] is None:
             continue
         measured = {tuple(result["point"]) for result in own}

@@ -57,6 +57,11 @@ TUNING_SEED = 100
 LADDER_SEEDS = (0, 1, 2)
 LEAST_TRIALS, MOST_TRIALS = 12, 32
 """of an arm's search"""
+BETTER = 0.005
+"""nats by which a trial must be better than the best before it, a quarter of what a seed moves: or
+a dimension that does nothing would lead a search on and on"""
+BETA2_STEPS = range(-4, 9)
+"""0.2 to 0.9998, so that it stays between 0 and 1"""
 SEARCH_SEED = 26
 """of the trials that an arm gets beyond its search, so that all arms have the same number"""
 
@@ -169,7 +174,22 @@ def loss_of(result: Mapping) -> float:
 def best_of(results: Sequence[Mapping], part: Part, arm: Recipe) -> Mapping | None:
     """The function gives the best result of an arm's search, None without one that converged."""
     found = [r for r in results if (r["part"], r["arm"]) == (part, arm) and not r["diverged"]]
-    return min(found, key=loss_of, default=None)
+    return found[_best([loss_of(result) for result in found])] if found else None
+
+
+def _best(losses: Sequence[float]) -> int:
+    """The best of some losses, in the order of their trials, is the last that was better than the
+    one before by more than `BETTER`; the function gives its number."""
+    best = 0
+    for number, loss in enumerate(losses):
+        if loss < losses[best] - BETTER:
+            best = number
+    return best
+
+
+def best_point(losses: Mapping[Point, float]) -> Point:
+    """The function gives the best point of a search."""
+    return list(losses)[_best(list(losses.values()))]
 
 
 def neighbours(point: Point, dimensions: Sequence[str]) -> list[Point]:
@@ -181,7 +201,7 @@ def neighbours(point: Point, dimensions: Sequence[str]) -> list[Point]:
                 moved = list(point)
                 moved[number] += step
                 found.append(tuple(moved))
-    return found
+    return [point for point in found if point[-1] in BETA2_STEPS]
 
 
 def open_sides(points: Collection[Point], best: Point, dimensions: Sequence[str]) -> list[Point]:
@@ -210,7 +230,7 @@ def next_point(
     """
     if start not in losses:
         return start
-    best = min(losses, key=losses.__getitem__)
+    best = best_point(losses)
     if math.isinf(losses[best]):  # all have diverged: smaller learning rates
         return (min(point[0] for point in losses) - 1, *start[1:])
     return next(iter(open_sides(losses, best, dimensions)), None)
@@ -219,7 +239,7 @@ def next_point(
 def finer_point(losses: Mapping[Point, float], arm: Recipe) -> Point:
     """The function goes on where the best point is interior: with its neighbours that were not
     tried, then beside it in several dimensions at once."""
-    best = min(losses, key=losses.__getitem__)
+    best = best_point(losses)
     for point in neighbours(best, DIMENSIONS):
         if point not in losses:
             return point
@@ -227,7 +247,7 @@ def finer_point(losses: Mapping[Point, float], arm: Recipe) -> Point:
     for reach in itertools.count(1):
         steps = itertools.product(range(-reach, reach + 1), repeat=len(DIMENSIONS))
         box = [tuple(a + b for a, b in zip(best, step, strict=True)) for step in steps]
-        fresh = [point for point in box if point not in losses]
+        fresh = [point for point in box if point not in losses and point[-1] in BETA2_STEPS]
         if fresh:
             return generator.choice(fresh)
     raise AssertionError("there is always a larger box")

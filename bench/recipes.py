@@ -96,13 +96,14 @@ class Read:
 
 
 def read_results(*folders: Path) -> list[dict]:
-    """The function gives the results in the *.jsonl of some folders, each run once.
+    """The function gives the results in the *.jsonl of some folders, each run once, in the order of
+    the folders and of the lines, in which searches have found them.
 
     Raises:
         UserError: a line is none.
     """
     results: dict[tuple, dict] = {}
-    for path in sorted(path for folder in folders for path in folder.glob("*.jsonl")):
+    for path in (path for folder in folders for path in sorted(folder.glob("*.jsonl"))):
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             try:
                 result = parse_json(line)

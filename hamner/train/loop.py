@@ -172,13 +172,14 @@ class TrainingLoop:
             self.log.pause()
             diagnosis = self._diagnose()
             is_interrupted = self.processes.any(self.interrupt.requested)
-            if self.keeps_end or not self.has_length or self._owes_evaluation:
+            is_kept = self.keeps_end or not self.has_length or self._owes_evaluation
+            if is_kept:
                 self.saves.save_last()
             result = TrainResult(
                 step=progress.step,
                 tokens=progress.tokens,
                 val_loss=progress.val_loss,
-                checkpoint=self.saves.last.path if self.saves.last else None,
+                checkpoint=self.saves.last.path if is_kept and self.saves.last else None,
                 interrupted=is_interrupted,
                 diagnosis=diagnosis,
             )

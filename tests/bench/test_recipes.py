@@ -189,21 +189,28 @@ def test_runs_are_trained_left_and_gone_on_with(data, tmp_path, capsys, monkeypa
 
 
 def test_a_trial_leaves_its_numbers_and_nothing_else(data, tmp_path, monkeypatch):
-    """Of a run that chooses or compares nobody reads a checkpoint or a plot; nor does the clock
-    stop one whose last step is done."""
+    """Of a run that chooses or compares nobody reads a checkpoint or a plot, unless it is left in
+    its middle; nor does the clock stop one whose last step is done."""
     monkeypatch.setattr(recipes, "choose", lambda todo, results, *_, **__: not results and todo[0])
     asked = itertools.count(1)
-    clock = SimpleNamespace(monotonic=lambda: math.inf if next(asked) == 10 else 0.0)
+    clock = SimpleNamespace(monotonic=lambda: math.inf if next(asked) in (4, 10) else 0.0)
     monkeypatch.setattr(recipes.runs, "time", clock)
     command = ["tune", *data, "--output", str(tmp_path), "--known", "none", "--arms", "muon"]
-    assert recipes.main([*command, "--tokens", "1280", *SMALL]) == 0
+    command += ["--tokens", "1280", *SMALL]
+    assert recipes.main(command) == 0
+    assert recipes.read_results(tmp_path) == []
+    (said,) = (tmp_path / "runs").glob("*.txt")
+    before = len(said.read_text())
+    assert recipes.main(command) == 0
     (line,) = recipes.read_results(tmp_path)
     assert (line["arm"], line["steps"], line["tokens_per_second"]) == ("muon", 10, None)
     assert line["val_loss"] > 0
-    (said,) = (tmp_path / "runs").iterdir()
-    assert "done: 1.28K tokens" in said.read_text()
-    assert "saved" not in said.read_text()
-    assert "plots" not in said.read_text()
+    ended = said.read_text()[before:]
+    assert "the 6 to come" in ended
+    assert "done: 1.28K tokens" in ended
+    assert "saved" not in ended
+    assert "plots" not in ended
+    assert list((tmp_path / "runs").iterdir()) == [said]
 
 
 def test_a_command_begins_what_it_can_end(tmp_path):

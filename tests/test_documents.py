@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[1]
 README = "README.md"
 PAGES = (README, *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
 BESIDE = ("CONTRIBUTING.md", "CHANGELOG.md", "kernels/README.md", "profiles/README.md")
-DOCUMENTS = (*PAGES, *BESIDE, "profiles/history.md")
+DOCUMENTS = (*PAGES, *BESIDE, "profiles/history.md", "profiles/plan.md")
 
 MODULE = re.compile(r"-m (hamner\.\w+|bench\.\w+)\b")
 SUBCOMMANDS = ("prepare", "train-tokenizer", "import", "read", "tune", "current", "ladder", "long")

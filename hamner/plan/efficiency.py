@@ -1,6 +1,6 @@
 """An efficiency says what share of a card's peak each kind of kernel reaches, and how surely.
 
-Each figure has its source beside it; docs/planning.md says how they were fitted and what is left
+Each figure has its source beside it; profiles/plan.md says how they were fitted and what is left
 when rows that were not fitted are predicted.
 """
 
@@ -110,7 +110,7 @@ class Efficiency:
 
 
 # H100 SXM and H200. Matmuls, grouped ones and what a kernel costs beside its work are fitted to the
-# steps of docs/planning.md: 24576x1024x1536 678 TFLOP/s, x5632 677, x49152 641, 24576x2816x1024
+# steps of profiles/plan.md: 24576x1024x1536 678 TFLOP/s, x5632 677, x49152 641, 24576x2816x1024
 # 700, 49152x768x3072 629, 49152x1536x768 659 and 8192^3 776, measured apart, are within 9% of 800 *
 # m / (m + 152), m the smallest dimension. Attention, head size 64, forward and backward TFLOP/s at
 # T 512 (225, 217), 1024 (311, 277), 2048 (378, 317), 8192 (422, 350), and the GB/s of kernels, are
@@ -232,5 +232,5 @@ MEASURED_ERRORS: dict[str, tuple[int, float, float]] = {
     "RTX 3090": (1, -0.05, -0.05),
     "H200": (20, -0.02, 0.03),
 }
-"""card: how many runs were measured on it (docs/planning.md), and the lowest and highest error of
+"""card: how many runs were measured on it (profiles/plan.md), and the lowest and highest error of
 the speed predicted for them; a test holds them to the runs"""

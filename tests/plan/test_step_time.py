@@ -53,7 +53,7 @@ def test_what_a_plan_says_of_its_errors(gpu):
 
 
 def test_page_lists_every_measured_run():
-    page = (Path(__file__).parents[2] / "docs" / "planning.md").read_text()
+    page = (Path(__file__).parents[2] / "profiles" / "plan.md").read_text()
     assert "\n".join(markdown_rows(MEASURED_RUNS)) in page
 
 

@@ -60,7 +60,7 @@ RESULTS = "results.jsonl"
 COMMITTED = Path(__file__).parents[1] / "profiles" / "recipes"
 RESERVE_SECONDS = {"tune": 10.0, "current": 20.0, "ladder": 20.0, "long": 40.0}
 """before the end, in which a run is evaluated and saved"""
-START_SECONDS = 15.0
+START_SECONDS = 10.0
 """before a run trains; none is started for less"""
 
 

@@ -27,6 +27,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -34,7 +35,13 @@ import tyro
 
 from bench import recipe_runs as runs
 from bench.recipe_trials import Trial, written
-from bench.recipes import RESERVE_SECONDS, read_results, require_same_data, work_through
+from bench.recipes import (
+    RESERVE_SECONDS,
+    locked,
+    read_results,
+    require_same_data,
+    work_through,
+)
 from hamner.cli import PATHS, run_command
 from hamner.config.recipe import Recipe
 from hamner.config.train import Matmul
@@ -111,7 +118,15 @@ def run(settings: RunConfig, extra: Sequence[str]) -> int:
         UserError: flags or data do not allow it.
     """
     end = time.monotonic() + settings.seconds - RESERVE_SECONDS[PART]
-    wanted = trials(settings, extra)
+    settings.output.mkdir(parents=True, exist_ok=True)
+    with locked(settings.output / "lock", is_shared=False):
+        todo = _run(settings, trials(settings, extra), end=end)
+    print(f"{len(todo)} runs are left" if todo else "done", flush=True)
+    return 0
+
+
+def _run(settings: RunConfig, wanted: Sequence[Trial], *, end: float) -> list[Trial]:
+    """The function is `run` up to `end`, a time of `time.monotonic()`; it returns what is left."""
 
     def left(results: Sequence[dict]) -> list[Trial]:
         done = {Trial.of(result).key for result in results}
@@ -124,15 +139,14 @@ def run(settings: RunConfig, extra: Sequence[str]) -> int:
         require_same_data(results, PART, data)
         todo = work_through(
             left,
-            results,
+            partial(read_results, settings.output),
             data,
             settings.output,
             end=end,
             stays=lambda trial: matmul_of(trial) == "bf16" and trial.seed == settings.seeds[0],
             name_of=lambda trial: f"{settings.option}-{trial.name}-{matmul_of(trial)}",
         )
-    print(f"{len(todo)} runs are left" if todo else "done", flush=True)
-    return 0
+    return todo
 
 
 def report(settings: ReportConfig) -> int:

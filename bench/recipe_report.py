@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 
 from bench.conditions import in_words
 from bench.recipe_statistics import Crossing, Ratio, tokens_at, trend
-from bench.recipe_trials import ARMS, DIMENSIONS, TUNED, Part, best_of, loss_of, neighbours
+from bench.recipe_trials import ARMS, DIMENSIONS, TUNED, Part, best_of, loss_of, open_sides
+from hamner.errors import UserError
 from hamner.plot.figure import write_figure
 from hamner.profile.report import table
 
@@ -62,13 +63,13 @@ def searched(part: Part, results: Results) -> str:
     for arm in dict.fromkeys((*TUNED, *(result["arm"] for result in results))):
         own = sorted((r for r in results if r["arm"] == arm), key=loss_of)
         rows += [_trial_cells(result) for result in own]
-        best = best_of(own, part, arm)
+        best = best_of(results, part, arm)
         if best is None or best["point"] is None:
             continue
         measured = {tuple(result["point"]) for result in own}
         dimensions = DIMENSIONS[:1] if part == "current" else DIMENSIONS
-        missing = [p for p in neighbours(tuple(best["point"]), dimensions) if p not in measured]
-        verdict = "not yet inside: the search goes on" if missing else "inside in every dimension"
+        is_open = open_sides(measured, tuple(best["point"]), dimensions)
+        verdict = "not yet inside: the search goes on" if is_open else "inside in every dimension"
         notes.append(f"{arm}: {len(own)} trials, the best is {verdict}.")
     head = ("recipe", "lr", "embedding lr", "weight decay", "beta2", "bits per byte", "nats")
     return table((*head, "tokens/s"), rows) + "\n\n" + "\n".join(notes)
@@ -110,10 +111,21 @@ def lengths(results: Results) -> str:
 
 
 def ends_by_seed(results: Results, arm: str) -> dict[int, dict[int, float]]:
-    """The function gives a recipe's losses in nats by seed, then by tokens."""
+    """The function gives a recipe's losses in nats by seed, then by tokens.
+
+    Raises:
+        UserError: its runs are not of one setting, so that a line through them means nothing.
+    """
     ends: dict[int, dict[int, float]] = defaultdict(dict)
-    for result in results:
-        if result["arm"] == arm and not result["diverged"]:
+    own = [result for result in results if result["arm"] == arm]
+    settings = {(*(r[name] for name in DIMENSIONS), *r["flags"]) for r in own}
+    if len(settings) > 1:
+        first, second, *_ = sorted(map(str, settings))
+        raise UserError(
+            f"the ladder has runs of {arm} with {first} and with {second}: take one of them out"
+        )
+    for result in own:
+        if not result["diverged"]:
             ends[result["seed"]][result["tokens"]] = result["val_loss"]
     return dict(ends)
 
@@ -126,52 +138,64 @@ def equal_losses(results: Results) -> list[str]:
         other = ends_by_seed(results, arm)
         if not (other and fastest):
             continue
-        speed = _speed(results, FASTEST) / _speed(results, arm)
+        own, others = _speeds(results, FASTEST), _speeds(results, arm)
+        speeds = {seed: own[seed] / others[seed] for seed in own.keys() & others.keys()}
         here = (
             f"### {FASTEST} reaches {arm}'s loss",
-            _ratios(fastest, of=other, arm=arm, speed=speed, is_inverse=True),
+            _ratios(fastest, of=other, arm=arm, speeds=speeds, is_inverse=True),
         )
         there = (
             f"### {arm} reaches {FASTEST}'s loss",
-            _ratios(other, of=fastest, arm=arm, speed=speed, is_inverse=False),
+            _ratios(other, of=fastest, arm=arm, speeds=speeds, is_inverse=False),
         )
         sections += [*here, *there]
     sections.append(
         "The ratio is tokens of the other by those of muon, geometric mean over seeds with its 95% "
-        "interval; p is one-sided, of the ratio being no more than what is wanted. Time is that of "
-        "the GPU, at each recipe's own tokens/s. A * marks tokens beyond the lengths that were run."
+        "interval; p is one-sided, of the ratio being no more than the number beside it. Time is "
+        "that of the GPU, Muon's iteration included: each recipe at the tokens/s of its runs of "
+        "that seed. A * marks tokens beyond the lengths that were run, which the trend leaves out."
     )
     return sections
 
 
-def _speed(results: Results, arm: str) -> float:
-    speeds = (r["tokens_per_second"] for r in results if r["arm"] == arm)
-    return statistics.median(speed for speed in speeds if speed)
+def _speeds(results: Results, arm: str) -> dict[int, float]:
+    """The function gives a recipe's median tokens/s by seed, as the seeds of all recipes were run
+    on one machine each."""
+    speeds = defaultdict(list)
+    for result in results:
+        if result["arm"] == arm and result["tokens_per_second"]:
+            speeds[result["seed"]].append(result["tokens_per_second"])
+    return {seed: statistics.median(own) for seed, own in speeds.items()}
 
 
-def _ratios(reaching: Mapping, *, of: Mapping, arm: str, speed: float, is_inverse: bool) -> str:
+def _ratios(reaching: Mapping, *, of: Mapping, arm: str, speeds: Mapping, is_inverse: bool) -> str:
     """The function compares two recipes at each length of one of them.
 
     Args:
         reaching: losses by seed and tokens of the recipe that reaches the other's loss.
         of: those of the recipe whose losses are reached.
         arm: the recipe that is compared with the fastest.
-        speed: tokens/s of the fastest by those of `arm`.
+        speeds: tokens/s of the fastest by those of `arm`, of each seed.
         is_inverse: whether the fastest is the one that reaches.
     """
-    rows, by_seed = [], defaultdict(dict)
+    rows, inside = [], defaultdict(dict)
     for tokens in sorted({tokens for ends in of.values() for tokens in ends}):
         crossings = dict(_crossings(reaching, of, tokens))
         if not crossings:
             continue
+        ratios = {seed: crossing.tokens / tokens for seed, crossing in crossings.items()}
+        if is_inverse:
+            ratios = {seed: 1 / ratio for seed, ratio in ratios.items()}
         for seed, crossing in crossings.items():
-            ratio = crossing.tokens / tokens
-            by_seed[seed][tokens] = 1 / ratio if is_inverse else ratio
-        ratio = Ratio.of([by_seed[seed][tokens] for seed in crossings])
-        rows.append(_ratio_cells(tokens, crossings.values(), ratio, speed=speed, arm=arm))
-    head = ("M tokens", "M tokens of the other", "seeds", "ratio", "p", "p of > 1", "time ratio")
+            if crossing.is_inside:
+                inside[seed][tokens] = ratios[seed]
+        times = [ratio * speeds[seed] for seed, ratio in ratios.items() if seed in speeds]
+        tokens_cells = _tokens_cells(tokens, crossings.values())
+        ratio_cells = _ratio_cells(list(ratios.values()), arm)
+        rows.append((*tokens_cells, *ratio_cells, *_ratio_cells(times, arm)))
+    head = ("M tokens", "M tokens of the other", "seeds", "ratio", "p", "time ratio", "p of time")
     lines = [table(head, rows)]
-    line = trend(list(by_seed.values()), PLANNED_TOKENS)
+    line = trend(list(inside.values()), PLANNED_TOKENS)
     if line:
         lines.append(
             f"Twice the tokens change the ratio by {_interval(line.per_doubling)}; on that line it "
@@ -190,22 +214,24 @@ def _crossings(reaching: Mapping, of: Mapping, tokens: int) -> Iterable[tuple[in
                 yield seed, crossing
 
 
-def _ratio_cells(
-    tokens: int, crossings: Iterable[Crossing], ratio: Ratio, *, speed: float, arm: str
-) -> tuple[str, ...]:
+def _tokens_cells(tokens: int, crossings: Iterable[Crossing]) -> tuple[str, ...]:
+    """The cells are a length, the tokens of the other recipe, and of how many seeds."""
     found = list(crossings)
     mean = statistics.geometric_mean(crossing.tokens for crossing in found)
     mark = "" if all(crossing.is_inside for crossing in found) else "*"
-    p = ratio.p_above(WANTED[arm])
-    return (
-        f"{tokens / 1e6:g}",
-        f"{mean / 1e6:.1f}{mark}",
-        str(len(found)),
-        _interval(ratio),
-        "" if p is None else f"{p:.4f} (> {WANTED[arm]:g})",
-        "" if p is None else f"{ratio.p_above(1.0):.4f}",
-        _interval(ratio.times(speed)),
-    )
+    return f"{tokens / 1e6:g}", f"{mean / 1e6:.1f}{mark}", str(len(found))
+
+
+def _ratio_cells(values: Sequence[float], arm: str) -> tuple[str, str]:
+    """The cells are a ratio with its interval, and p of it being no more than what is wanted of
+    `arm`, and no more than 1."""
+    if not values:
+        return "", ""
+    ratio = Ratio.of(values)
+    if len(values) < 2:
+        return _interval(ratio), ""
+    bounds = (WANTED[arm], 1.0)
+    return _interval(ratio), ", ".join(f"{ratio.p_above(b):.4f} (> {b:g})" for b in bounds)
 
 
 def _interval(ratio: Ratio) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from bench.conditions import conditions
-from bench.recipe_trials import DIMENSIONS, WARMUP_SHARE, Trial
+from bench.recipe_trials import DIMENSIONS, SHARING, WARMUP_SHARE, Trial
 from hamner.checkpoint import format as checkpoint
 from hamner.checkpoint.run_folder import RunFolder
 from hamner.config.recipe import RecipeConfig
@@ -129,6 +129,8 @@ def configure(trial: Trial, folder: Path, data: Prepared | None = None) -> Train
     """
     flags = {
         **{name.replace("_", "-"): getattr(trial, name) for name in DIMENSIONS},
+        # What `auto` finds fastest on the day rounds otherwise, so it would be another run.
+        "attention": "triton" if torch.cuda.is_available() else "auto",
         "seed": trial.seed,
         "sample-every": 0,
         "keep": 1,
@@ -159,14 +161,18 @@ def run(trial: Trial, data: Prepared, folder: Path, end: float) -> dict | None:
 
     Returns:
         The result as a line of results.jsonl; None if time, or the user, came first.
+
+    Raises:
+        UserError: it could not be evaluated.
     """
     config = configure(trial, folder, data)
     if not config.resume and folder.exists():
         shutil.rmtree(folder)  # it was killed before its first save
 
     def look_at_clock(phase: str, step: int) -> None:
-        """The observer stops the run as a Ctrl-C would, between two steps."""
-        if phase == "step done" and time.monotonic() >= end:
+        """The observer stops the run as a Ctrl-C would, between two steps; after the last one
+        comes only the evaluation."""
+        if phase == "step done" and step < config.steps and time.monotonic() >= end:
             signal.raise_signal(signal.SIGINT)
 
     try:
@@ -180,16 +186,20 @@ def run(trial: Trial, data: Prepared, folder: Path, end: float) -> dict | None:
                     open_loader(config, tokenizer, pin_memory), data.validation
                 ),
                 on_phase=look_at_clock,
+                keeps_end=trial.part == "long",
             )
     finally:
         # The next run's plan must not meet this one's memory.
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    diverged = outcome.diagnosis is not None
-    if outcome.interrupted:  # perhaps in its last evaluation, which the next call makes up
+            torch.cuda.reset_peak_memory_stats()
+    diverged, loss = outcome.diagnosis is not None, outcome.val_loss
+    is_whole = trial.part != "long" and loss is not None  # evaluated at their end only
+    if outcome.interrupted and not is_whole:
         return None
-    loss = outcome.val_loss
+    if loss is None and not diverged:
+        raise UserError(f"{folder.name} could not be evaluated: see {folder}.txt, then start again")
     diverged |= loss is None or not math.isfinite(loss)
     return describe(trial, config, data, None if diverged else loss)
 
@@ -197,12 +207,15 @@ def run(trial: Trial, data: Prepared, folder: Path, end: float) -> dict | None:
 def describe(trial: Trial, config: TrainConfig, data: Prepared, loss: float | None) -> dict:
     """The function gives the line of a run that has ended: what it was, and what it came to.
 
+    A trial of `tune` has no speed, as others may have shared its GPU.
+
     Args:
         loss: on the validation rows, nats per token; None if it diverged.
     """
     records = list(read_records(RunFolder(config.folder).metrics))
     # The first third has compilation, and a graph that is recorded, in it.
     speeds = [record["tokens_per_second"] for record in records[len(records) // 3 :]]
+    has_speed = bool(speeds) and trial.part not in SHARING
     recipe = {field.name: getattr(config, field.name) for field in fields(RecipeConfig)}
     return {
         **{name: getattr(trial, name) for name in Trial.__dataclass_fields__},
@@ -210,7 +223,7 @@ def describe(trial: Trial, config: TrainConfig, data: Prepared, loss: float | No
         "bits_per_byte": None if loss is None else round(data.bits_per_byte(loss), 5),
         "diverged": loss is None,
         "seconds": round(records[-1]["seconds"], 2) if records else None,
-        "tokens_per_second": round(statistics.median(speeds)) if speeds else None,
+        "tokens_per_second": round(statistics.median(speeds)) if has_speed else None,
         "peak_vram_gib": records[-1]["peak_vram_gib"] if records else None,
         "steps": config.steps,
         "batch_size": config.batch_size,

@@ -76,10 +76,6 @@ class Ratio:
             return 0.0 if logs[0] > math.log(bound) else 1.0
         return float(stats.ttest_1samp(logs, math.log(bound), alternative="greater").pvalue)
 
-    def times(self, factor: float) -> "Ratio":
-        """The method scales the ratio, as from tokens to seconds."""
-        return Ratio.of([value * factor for value in self.values])
-
 
 @dataclass(frozen=True)
 class Trend:

@@ -7,7 +7,8 @@ are there to the next trial, so that it goes on wherever the results were made.
 import itertools
 import math
 import random
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
@@ -37,6 +38,8 @@ ARMS: dict[Part, tuple[Recipe, ...]] = {
     "long": ("plan", "muon"),
 }
 """what each part compares by default"""
+SHARING: tuple[Part, ...] = ("tune",)
+"""parts of which commands may share a GPU, one an arm: nobody compares how fast their runs are"""
 TUNED = ("adamw", "muon")
 """arms whose hyper-parameters are searched; the plan's are as they were written"""
 TOKENS: dict[Part, tuple[float, ...]] = {
@@ -54,6 +57,11 @@ TUNING_SEED = 100
 LADDER_SEEDS = (0, 1, 2)
 LEAST_TRIALS, MOST_TRIALS = 12, 32
 """of an arm's search"""
+BETTER = 0.005
+"""nats by which a trial must be better than the best before it, a quarter of what a seed moves: or
+a dimension that does nothing would lead a search on and on"""
+BETA2_STEPS = range(-4, 9)
+"""0.2 to 0.9998, so that it stays between 0 and 1"""
 SEARCH_SEED = 26
 """of the trials that an arm gets beyond its search, so that all arms have the same number"""
 
@@ -146,6 +154,18 @@ def written(arm: Recipe) -> dict[str, float]:
     }
 
 
+def expected_seconds(trial: Trial, results: Sequence[Mapping]) -> float:
+    """The function gives the seconds of training that a run should take, from those of the same
+    model and recipe; 0 without any."""
+    pace = [
+        result["seconds"] / result["tokens"]
+        for result in results
+        if (result["arm"], tuple(result["flags"])) == (trial.arm, trial.flags)
+        and not result["diverged"]
+    ]
+    return statistics.median(pace) * trial.tokens if pace else 0.0
+
+
 def loss_of(result: Mapping) -> float:
     """The function gives a result's validation loss; infinity if it diverged."""
     return math.inf if result["diverged"] else result["val_loss"]
@@ -154,7 +174,22 @@ def loss_of(result: Mapping) -> float:
 def best_of(results: Sequence[Mapping], part: Part, arm: Recipe) -> Mapping | None:
     """The function gives the best result of an arm's search, None without one that converged."""
     found = [r for r in results if (r["part"], r["arm"]) == (part, arm) and not r["diverged"]]
-    return min(found, key=loss_of, default=None)
+    return found[_best([loss_of(result) for result in found])] if found else None
+
+
+def _best(losses: Sequence[float]) -> int:
+    """The best of some losses, in the order of their trials, is the last that was better than the
+    one before by more than `BETTER`; the function gives its number."""
+    best = 0
+    for number, loss in enumerate(losses):
+        if loss < losses[best] - BETTER:
+            best = number
+    return best
+
+
+def best_point(losses: Mapping[Point, float]) -> Point:
+    """The function gives the best point of a search."""
+    return list(losses)[_best(list(losses.values()))]
 
 
 def neighbours(point: Point, dimensions: Sequence[str]) -> list[Point]:
@@ -166,33 +201,53 @@ def neighbours(point: Point, dimensions: Sequence[str]) -> list[Point]:
                 moved = list(point)
                 moved[number] += step
                 found.append(tuple(moved))
+    return [point for point in found if point[-1] in BETA2_STEPS]
+
+
+def open_sides(points: Collection[Point], best: Point, dimensions: Sequence[str]) -> list[Point]:
+    """The function gives the neighbours of the best point on whose side of it no value of their
+    dimension has been tried: without any the best is interior."""
+    found = []
+    for point in neighbours(best, dimensions):
+        number = next(i for i, (a, b) in enumerate(zip(point, best, strict=True)) if a != b)
+        step = point[number] - best[number]
+        if not any((tried[number] - best[number]) * step > 0 for tried in points):
+            found.append(point)
     return found
 
 
 def next_point(
     losses: Mapping[Point, float], start: Point, dimensions: Sequence[str]
 ) -> Point | None:
-    """The function goes on with a coordinate search: the neighbours of the best point.
+    """The function goes on with a coordinate search: one dimension after the other is tried on both
+    sides of the best point.
+
+    Not each neighbour again whenever another dimension has moved: where a dimension matters less
+    than rounding does, such a search wanders from point to point.
 
     Returns:
-        The next point; None once the best is better than both neighbours in every dimension.
+        The next point; None once the best is interior in every dimension.
     """
     if start not in losses:
         return start
-    best = min(losses, key=losses.__getitem__)
+    best = best_point(losses)
     if math.isinf(losses[best]):  # all have diverged: smaller learning rates
         return (min(point[0] for point in losses) - 1, *start[1:])
-    return next((point for point in neighbours(best, dimensions) if point not in losses), None)
+    return next(iter(open_sides(losses, best, dimensions)), None)
 
 
-def random_point(losses: Mapping[Point, float], arm: Recipe) -> Point:
-    """The function gives a point beside the best one, in several dimensions at once."""
-    best = min(losses, key=losses.__getitem__)
+def finer_point(losses: Mapping[Point, float], arm: Recipe) -> Point:
+    """The function goes on where the best point is interior: with its neighbours that were not
+    tried, then beside it in several dimensions at once."""
+    best = best_point(losses)
+    for point in neighbours(best, DIMENSIONS):
+        if point not in losses:
+            return point
     generator = random.Random(f"{SEARCH_SEED} {arm} {len(losses)}")
     for reach in itertools.count(1):
         steps = itertools.product(range(-reach, reach + 1), repeat=len(DIMENSIONS))
         box = [tuple(a + b for a, b in zip(best, step, strict=True)) for step in steps]
-        fresh = [point for point in box if point not in losses]
+        fresh = [point for point in box if point not in losses and point[-1] in BETA2_STEPS]
         if fresh:
             return generator.choice(fresh)
     raise AssertionError("there is always a larger box")
@@ -291,5 +346,5 @@ def _next_of_arm(
         return next_point(losses, start, DIMENSIONS[:1])
     point = next_point(losses, START, DIMENSIONS)
     if point is None and len(losses) < wanted:
-        return random_point(losses, arm)
+        return finer_point(losses, arm)
     return point

@@ -9,22 +9,27 @@
     python -m bench.recipes fit     FOLDER  the ladder's ratios, for hamner.plan
 
 A command runs what is not done yet of its part, and leaves before --seconds are over; called again,
-it goes on, with a run that it left from its checkpoint. Done is what stands in FOLDER/results.jsonl
-or in the committed results (--known). Flags that are not its own go to `hamner.train`.
+it goes on, with a run that it left from its checkpoint. It begins none that will not be done by
+then, but for its first. Done is what stands in FOLDER/results.jsonl or in the committed results
+(--known). Flags that are not its own go to `hamner.train`.
 
     FOLDER/results.jsonl    one object a finished run; goes to profiles/recipes/PART.jsonl
     FOLDER/shards-*/        the data, tokenized once
     FOLDER/runs/            runs under way; those of `long` stay, for `hamner.sft`
 
-`tune` searches by coordinates, on a model of 12 layers x 512: from the recipe's values, the
-neighbours of the best so far, first in the learning rate, then in the embedding's share of it,
-weight decay and beta2, until the best is better than both neighbours in each. The arm that is done
-first goes on with random points around its best until both have had as many trials.
+`tune` searches by coordinates, on a model of 12 layers x 512: from the recipe's values, both sides
+of the best so far, first of the learning rate, then of the embedding's share of it, of weight decay
+and beta2, until larger and smaller ones than the best's have been tried of each. Then neighbours of
+the best, then random points beside it, until both arms have had as many trials. Two commands with
+one FOLDER, `--arms adamw` and `--arms muon`, search at once: the one starts a run while the
+other trains. All other parts measure speeds too and refuse company.
 """
 
+import contextlib
+import fcntl
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
@@ -34,7 +39,17 @@ from typing import Annotated
 import tyro
 
 from bench import recipe_runs as runs
-from bench.recipe_trials import ARMS, LADDER_SEEDS, TOKENS, Part, Scope, Trial, plan
+from bench.recipe_trials import (
+    ARMS,
+    LADDER_SEEDS,
+    SHARING,
+    TOKENS,
+    Part,
+    Scope,
+    Trial,
+    expected_seconds,
+    plan,
+)
 from hamner.checkpoint.run_folder import append_record
 from hamner.cli import PATHS, run_command
 from hamner.config.recipe import Recipe
@@ -47,8 +62,8 @@ RESULTS = "results.jsonl"
 COMMITTED = Path(__file__).parents[1] / "profiles" / "recipes"
 RESERVE_SECONDS = {"tune": 10.0, "current": 20.0, "ladder": 20.0, "long": 40.0}
 """before the end, in which a run is evaluated and saved"""
-START_SECONDS = 15.0
-"""a run is not started for less"""
+START_SECONDS = 10.0
+"""before a run trains; none is started for less"""
 
 
 @dataclass(frozen=True)
@@ -83,13 +98,14 @@ class Read:
 
 
 def read_results(*folders: Path) -> list[dict]:
-    """The function gives the results in the *.jsonl of some folders, each run once.
+    """The function gives the results in the *.jsonl of some folders, each run once, in the order of
+    the folders and of the lines, in which searches have found them.
 
     Raises:
         UserError: a line is none.
     """
     results: dict[tuple, dict] = {}
-    for path in sorted(path for folder in folders for path in folder.glob("*.jsonl")):
+    for path in (path for folder in folders for path in sorted(folder.glob("*.jsonl"))):
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             try:
                 result = parse_json(line)
@@ -124,6 +140,31 @@ def compare(part: Part, settings: Compare, extra: Sequence[str]) -> int:
         UserError: flags or data do not allow it.
     """
     end = time.monotonic() + settings.seconds - RESERVE_SECONDS[part]
+    settings.output.mkdir(parents=True, exist_ok=True)
+    with locked(settings.output / "lock", is_shared=part in SHARING):
+        return _compare(part, settings, extra, end=end)
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, is_shared: bool) -> Iterator[None]:
+    """The context has a file's lock, with others that share it or by itself.
+
+    Raises:
+        UserError: another process has it.
+    """
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"--output {path.parent} is in use by another command of bench.recipes, and speeds "
+                "are measured one run at a time: wait for its end"
+            ) from None
+        yield
+
+
+def _compare(part: Part, settings: Compare, extra: Sequence[str], *, end: float) -> int:
+    """The function is `compare` up to `end`, a time of `time.monotonic()`."""
     scope = Scope(
         part=part,
         arms=settings.arms or ARMS[part],
@@ -135,7 +176,9 @@ def compare(part: Part, settings: Compare, extra: Sequence[str]) -> int:
     todo = plan(scope, results)
     if todo:
         config = runs.configure(todo[0], settings.output)
-        data = runs.prepare_data(settings.data, settings.validation, config, settings.output)
+        with (settings.output / "data.lock").open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # the second waits for the first one's shards
+            data = runs.prepare_data(settings.data, settings.validation, config, settings.output)
         require_same_data(results, part, data)
         longest = max(scope.tokens)
         if part != "long" and longest > data.train_tokens:
@@ -144,19 +187,20 @@ def compare(part: Part, settings: Compare, extra: Sequence[str]) -> int:
                 "twice: give more, or smaller --tokens"
             )
         todo = work_through(
-            partial(plan, scope), results, data, settings.output, end=end, stays=_is_long
+            partial(plan, scope),
+            partial(read_results, settings.known, settings.output),
+            data,
+            settings.output,
+            end=end,
+            stays=lambda trial: trial.part == "long",
         )
     print(f"{part}: " + (f"{len(todo)} or more runs are left" if todo else "done"), flush=True)
     return 0
 
 
-def _is_long(trial: Trial) -> bool:
-    return trial.part == "long"
-
-
 def work_through(
     plan: Callable[[list[dict]], list[Trial]],
-    results: list[dict],
+    read: Callable[[], list[dict]],
     data: runs.Prepared,
     output: Path,
     *,
@@ -168,7 +212,7 @@ def work_through(
 
     Args:
         plan: gives the trials that are left, from the results so far; asked again after each.
-        results: so far; each new one joins them, and results.jsonl.
+        read: gives the results so far, those of a command beside this one too.
         data: of all trials.
         output: folder of results and runs.
         end: `time.monotonic()` at which it has come back.
@@ -178,21 +222,49 @@ def work_through(
     Returns:
         The trials that are left.
     """
+    results, is_first = read(), True
     todo = plan(results)
-    while todo and time.monotonic() < end - START_SECONDS:
-        name = name_of(todo[0])
-        folder = output / "runs" / name
+    how = {"end": end, "name_of": name_of}
+    while trial := choose(todo, results, output, is_first=is_first, **how):
+        name, folder = name_of(trial), folder_of(trial, output, name_of)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        result = runs.run(todo[0], data, folder, end)
+        result = runs.run(trial, data, folder, end)
         if result is None:
             break
         append_record(output / RESULTS, result)
         print(f"{name}: {end_of(result)}", flush=True)
-        if not stays(todo[0]):
+        if not stays(trial):
             shutil.rmtree(folder)
-        results.append(result)
-        todo = plan(results)
+        results = read()
+        todo, is_first = plan(results), False
     return todo
+
+
+def folder_of(
+    trial: Trial, output: Path, name_of: Callable[[Trial], str] = attrgetter("name")
+) -> Path:
+    """The function gives the folder of a trial's run."""
+    return output / "runs" / name_of(trial)
+
+
+def choose(
+    todo: Sequence[Trial],
+    results: Sequence[dict],
+    output: Path,
+    *,
+    end: float,
+    is_first: bool,
+    name_of: Callable[[Trial], str] = attrgetter("name"),
+) -> Trial | None:
+    """The function picks the run to go on with: one that was left, else one that will be done by
+    `end`. The first of a command runs in any case, so that several short commands get it done too.
+    """
+    left = end - START_SECONDS - time.monotonic()
+    if left <= 0:
+        return None
+    begun = (trial for trial in todo if folder_of(trial, output, name_of).exists())
+    fitting = (trial for trial in todo if expected_seconds(trial, results) <= left)
+    return next(begun, None) or next(fitting, None) or (todo[0] if todo and is_first else None)
 
 
 def end_of(result: dict) -> str:

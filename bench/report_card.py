@@ -1,4 +1,4 @@
-"""Measure what this GPU reaches, in about five minutes, for an issue and for plans.
+"""Measure what this GPU reaches, in minutes, for an issue and for plans.
 
     python -m bench.report_card [--out FOLDER] [--as-capability 8.6]
 
@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ReportCardConfig:
-    """Measure what this GPU reaches, in about five minutes, for an issue and for plans."""
+    """Measure what this GPU reaches, in minutes, for an issue and for plans."""
 
     out: Path = Path("report-card")
     """folder to write report_card.md and report_card.json into"""

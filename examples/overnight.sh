@@ -1,8 +1,9 @@
 #!/bin/bash
 # From nothing to a chatbot on one GPU: shards, pre-training, fine-tuning, evaluation, chat. Started
-# again after Ctrl-C, a kill or a power cut it goes on where it was. From the repository:
+# again after Ctrl-C, a kill or a power cut it goes on where it was. From the repository, set up as
+# README.md says:
 #
-#   examples/overnight.sh                               1B tokens: a night of a 3090 (projected, 11 h)
+#   examples/overnight.sh                               1B tokens: a night of a 3090 (projected, 12 h)
 #   nohup examples/overnight.sh > overnight.txt &       without a terminal
 #   TOKENS=10e9 FOLDER=runs/plan examples/overnight.sh  the whole plan: five days
 #   examples/overnight.sh --vram-budget 20              flags of hamner.train, at every start
@@ -16,7 +17,7 @@ OPTION=${OPTION:-a}
 RECIPE=${RECIPE:-muon}
 TOKENS=${TOKENS:-1e9}
 DATA=${DATA:-hf:HuggingFaceFW/fineweb-edu:sample-10BT} # SPECs of hamner.data, by spaces
-PERSONAL=${PERSONAL:-}                                 # a SPEC that a twentieth of the tokens is of
+PERSONAL=${PERSONAL:-}                                 # a SPEC; a twentieth of the tokens is its
 CONVERSATIONS=${CONVERSATIONS:-builtin}                # SPECs of hamner.sft, by spaces
 FOLDER=${FOLDER:-runs/overnight}
 

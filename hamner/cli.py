@@ -203,6 +203,7 @@ def read_flags(
     *,
     default: Any = tyro.MISSING_NONPROP,
     lists: Sequence[str] = ("--data",),
+    description: str | None = None,
 ) -> Any:
     """The function reads a command line into an instance of the dataclass `form`.
 
@@ -212,6 +213,7 @@ def read_flags(
         command: the module that `python -m` starts.
         default: what the flags are that are not given; default those of `form`.
         lists: flags that may be repeated to make their list longer; of any other the last counts.
+        description: what the command does; default the docstring of `form`, which subcommands lack.
 
     Raises:
         UserError: values that make no sense, alone or together.
@@ -222,6 +224,7 @@ def read_flags(
         args=_join(args, lists),
         default=default,
         prog=f"python -m {command}",
+        description=description,
         config=(tyro.conf.HelptextFromCommentsOff, tyro.conf.SuppressFixed),
         registry=PATHS,
     )

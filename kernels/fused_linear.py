@@ -5,7 +5,7 @@
     swiglu_linear             out = swiglu(gate_up) @ weight^T
 
 A matmul needs its operand again for its weight's gradient, so plain autograd keeps both the cheap
-op's input and its result. These ops keep the input alone (recompute=True) and write the operand a
+op's input and its result. These ops keep only the input (recompute=True) and write the operand a
 second time in the one pass that backward makes over the input anyway:
 
     d_operand = d_out @ weight                            matmul

@@ -13,7 +13,7 @@ from pathlib import Path
 import grimp
 import pytest
 
-from docs.draw_architecture import EDGES, read_imports
+from docs.draw_architecture import EDGES, read_imports, summary_of
 
 ROOT = Path(__file__).parents[1]
 LIMITS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hamner"]["limits"]
@@ -163,3 +163,4 @@ def test_kernels_need_torch_and_triton_alone():
 def test_the_picture_shows_what_the_code_imports():
     drawn = [tuple(edge) for edge in json.loads(EDGES.read_text())]
     assert drawn == read_imports(), "draw it again: python -m docs.draw_architecture"
+    assert all(summary_of(package) for edge in drawn for package in edge)

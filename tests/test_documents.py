@@ -26,8 +26,10 @@ from torch.distributed.run import get_args_parser
 
 from bench.conftest import pytest_addoption as add_bench_options
 from hamner.config.options import OPTIONS
+from hamner.config.recipe import RECIPES
 from hamner.hardware import GPUS
 from hamner.plan.analysis import COMPARED, make_plan
+from hamner.plan.communication import Parallelism
 from tests.corpus import write_predictable
 
 # One worker, whose pages share the runs of the first.
@@ -37,7 +39,7 @@ ROOT = Path(__file__).parents[1]
 README = "README.md"
 PAGES = (README, *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
 BESIDE = ("CONTRIBUTING.md", "CHANGELOG.md", "kernels/README.md", "profiles/README.md")
-DOCUMENTS = (*PAGES, *BESIDE, "profiles/history.md")
+DOCUMENTS = (*PAGES, *BESIDE, "profiles/history.md", "profiles/plan.md")
 
 MODULE = re.compile(r"-m (hamner\.\w+|bench\.\w+)\b")
 SUBCOMMANDS = (
@@ -352,6 +354,26 @@ def test_readme_has_the_options_and_their_projections():
         cells += f"{config.batch_size} × {config.seq_len} | {projected}"
         (row,) = [row for row in rows if row.startswith(f"| `{name}` | {model.num_layers} ×")]
         assert row.startswith(f"| `{name}` | {cells}".rstrip()), cells
+
+
+def test_sentences_quote_the_plan():
+    """Hours, milliseconds and tokens/s of an RTX 3090 that stand in sentences are the plan's."""
+    option, card = OPTIONS["a"], GPUS["rtx-3090"]
+    muon = replace(option, recipe="muon", **RECIPES["muon"])
+    hours = [make_plan(replace(muon, tokens=n), card).hours for n in (10**9, 10**10)]
+    assert f"projected at {hours[0]:.0f} hours" in read("docs/chatbot.md")[0]
+    overnight = (ROOT / "examples/overnight.sh").read_text()
+    assert f"(projected, {hours[0]:.0f} h)" in overnight
+    assert f"{hours[1] / 24:.0f}" == "5"
+    assert "the whole plan: five days" in overnight
+    assert "about five days" in read(README)[0]
+    normed = replace(option, model=replace(option.model, qk_norm=True))
+    with_it, without = (make_plan(o, card).prediction.step_ms for o in (normed, option))
+    more = f"{with_it - without:.1f} ms longer on a 3090 ({with_it / without - 1:.1%})"
+    assert more in read("docs/recipes.md")[0]
+    two = make_plan(option, card, Parallelism("auto", 2, 1, 10.0))
+    said = f"{two.prediction.tokens_per_second:,.0f} tokens/s, {two.efficiency:.0%} of twice"
+    assert said in read("docs/several-gpus.md")[0]
 
 
 def test_readme_has_the_results_of_the_page_about_measuring():

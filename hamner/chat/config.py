@@ -22,7 +22,7 @@ class ChatConfig:
     system: str | None = None
     """system prompt; default the one that the model's conversations used most, "" is none"""
     max_new_tokens: int = 512
-    """most tokens of an answer"""
+    """longest answer, in tokens"""
     seq_len: int | None = None
     """tokens of context; default the length the model was trained at"""
     seed: int | None = None
@@ -33,10 +33,10 @@ class ChatConfig:
     """instead of the terminal, serve a chat page and OpenAI's protocol for chats and completions on
     this port (0: any free port)"""
     host: str = HOST
-    """with --serve, address to answer at; default this machine's own alone. Others reach it at
-    0.0.0.0, without a password"""
+    """with --serve, address to answer at; default this machine only; with 0.0.0.0 others reach it
+    too, without a password"""
     max_requests: int = 8
-    """with --serve, most requests at a time: one is answered, the others wait"""
+    """with --serve, requests at a time, at most: one is answered, the others wait"""
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "seq_len", "max_requests"):

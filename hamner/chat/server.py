@@ -44,9 +44,7 @@ try:
         ServedModel,
     )
 except ModuleNotFoundError as error:
-    raise UserError(
-        f"--serve needs the package {error.name}: pip install 'hamner[serve]'"
-    ) from error
+    raise UserError(f"--serve needs the package {error.name}: pip install -e '.[serve]'") from error
 
 from hamner.chat.config import HOST
 from hamner.model.generate import Completion

@@ -1,4 +1,4 @@
-"""`python -m hamner.checkpoint import OLD.pt` works on checkpoints from the command line."""
+"""`python -m hamner.checkpoint import OLD.pt` makes a run of the earlier trainer's .pt file."""
 
 import sys
 

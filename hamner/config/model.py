@@ -27,7 +27,7 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The class is the shape of a decoder-only transformer (hamner/model/transformer.py).
+    """These flags are the shape of the decoder-only transformer (hamner/model/transformer.py).
 
     Raises:
         UserError: No model can be built from the combination.

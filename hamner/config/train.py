@@ -134,13 +134,13 @@ class ComputeConfig:
     """replay forward and backward as one CUDA graph where that is possible; with several processes
     where each has one micro-batch a step"""
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
-    """with several processes (torchrun): ddp, the whole model on every GPU; fsdp, its state divided
-    over the GPUs of a machine; auto is ddp where the model fits"""
+    """with several processes (torchrun): ddp, the whole model on every GPU; fsdp, sharded over the
+    GPUs of a machine; auto is ddp where the model fits"""
     ddp_bucket_mib: int = 25
     """with ddp: MiB of gradients that are sent together, while backward computes the next ones"""
     fsdp_reshard: bool = True
     """with fsdp: free a block's gathered weights after its forward pass and gather them again for
-    backward; without, they stay, which takes memory and saves messages"""
+    backward; without, they stay, which takes memory and saves communication"""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """where to train"""
 

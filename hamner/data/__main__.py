@@ -27,22 +27,22 @@ class Prepare:
     """`prepare` tokenizes documents once into shards that training reads with --data shards:DIR."""
 
     output: Path
-    """Folder to write; a repeated command goes on with an unfinished one."""
+    """folder to write; a repeated command goes on with an unfinished one"""
     data: tuple[str, ...] = ()
     """SPEC to read, repeatable: builtin, a file, folder or glob of .txt, .jsonl or .parquet, or
-    hf:owner/name[:config[:split]]; none means builtin."""
+    hf:owner/name[:config[:split]]; none means builtin"""
     tokenizer: NameOrPath = "builtin"
-    """builtin, the path of a tokenizer.json, or a Hugging Face name owner/name."""
+    """builtin, the path of a tokenizer.json, or a Hugging Face name owner/name"""
     vocab_size: int | None = None
-    """Vocabulary of the model (entries), to cut the built-in tokenizer; None keeps it whole."""
+    """vocabulary of the model (entries), to cut the built-in tokenizer; None keeps it whole"""
     reserve_chat_tokens: bool = False
-    """As --reserve-chat-tokens of hamner.train, for a run that has it."""
+    """as --reserve-chat-tokens of hamner.train, for a run that has it"""
     shard_tokens: int = 100_000_000
-    """Size of a shard (tokens); one is held in memory at 2 bytes a token."""
+    """size of a shard (tokens); one is held in memory at 2 bytes a token"""
     val_fraction: float = 0.01
-    """Share of documents held out for validation (0 to 1)."""
+    """share of documents held out for validation (0 to 1)"""
     bad_rows: float = DEFAULT_SHARE
-    """Share of a source's rows that may hold no document and are passed over (0 to 1)."""
+    """share of a source's rows that may hold no document and are passed over (0 to 1)"""
 
     def run(self) -> None:
         _check_shares(self.val_fraction, self.bad_rows)
@@ -78,18 +78,18 @@ class TrainTokenizer:
     """`train-tokenizer` learns a byte-level BPE from text; validation documents are left out."""
 
     output: Path
-    """The tokenizer.json to write."""
+    """the tokenizer.json to write"""
     data: tuple[str, ...] = ()
     """SPEC to read, repeatable: builtin, a file, folder or glob of .txt, .jsonl or .parquet, or
-    hf:owner/name[:config[:split]]; none means builtin."""
+    hf:owner/name[:config[:split]]; none means builtin"""
     vocab_size: int = VOCAB_SIZE
-    """Entries, the 5 special tokens and the 256 bytes included."""
+    """entries, the 5 special tokens and the 256 bytes included"""
     max_mib: int = 1024
-    """Text to read from each SPEC at most (MiB)."""
+    """text to read from each SPEC at most (MiB)"""
     val_fraction: float = 0.01
-    """Share of documents held out for validation (0 to 1)."""
+    """share of documents held out for validation (0 to 1)"""
     bad_rows: float = DEFAULT_SHARE
-    """Share of a source's rows that may hold no document and are passed over (0 to 1)."""
+    """share of a source's rows that may hold no document and are passed over (0 to 1)"""
 
     def run(self) -> None:
         _check_shares(self.val_fraction, self.bad_rows)
@@ -122,7 +122,8 @@ def _check_shares(val_fraction: float, bad_rows: float) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     """The function parses the arguments and runs the subcommand."""
-    read_flags(Prepare | TrainTokenizer, arguments, "hamner.data").run()
+    what = "Tokenize data once into shards, or train a tokenizer."
+    read_flags(Prepare | TrainTokenizer, arguments, "hamner.data", description=what).run()
 
 
 if __name__ == "__main__":

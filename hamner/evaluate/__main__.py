@@ -52,7 +52,7 @@ class EvaluateConfig:
     eval_tokens: int | None = None
     """most tokens of a source; default as in training"""
     tasks: tuple[str, ...] = ()
-    """tasks of lm-evaluation-harness: hellaswag arc_easy ... (pip install 'hamner[harness]')"""
+    """tasks of lm-evaluation-harness: hellaswag arc_easy ... (pip install -e '.[harness]')"""
     task_folder: Path | None = None
     """folder of task files to take the tasks from"""
     task_limit: int | None = None
@@ -100,7 +100,7 @@ def evaluate(config: EvaluateConfig) -> list[ModelResult]:
     # class for Hugging Face's format needs.
     packages = ("lm_eval", "transformers", "accelerate") if config.tasks else ()
     if not all(map(importlib.util.find_spec, packages)):
-        raise UserError("--tasks needs lm-evaluation-harness: pip install 'hamner[harness]'")
+        raise UserError("--tasks needs lm-evaluation-harness: pip install -e '.[harness]'")
     device = select_device(config.device)
     models = [find_saved_model(path) for path in config.checkpoint]
     for saved in models if config.tasks else ():

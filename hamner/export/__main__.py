@@ -63,7 +63,7 @@ def export(config: ExportConfig) -> Path:
             from hamner.export.gguf import write_gguf
         except ModuleNotFoundError as error:
             raise UserError(
-                f"--to gguf needs the package {error.name}: pip install 'hamner[gguf]'"
+                f"--to gguf needs the package {error.name}: pip install -e '.[gguf]'"
             ) from error
         write = partial(write_gguf, matrices=config.type)
     with writing(str(config.output)):

@@ -17,7 +17,7 @@ from hamner.errors import UserError
 from hamner.files import read_records
 from hamner.train.messages import recipe
 
-LICENCE = "license: state yours here before you publish the model"
+LICENSE = "license: state yours here before you publish the model"
 
 
 def model_card(saved: SavedModel, model_config: dict) -> str:
@@ -39,9 +39,9 @@ def model_card(saved: SavedModel, model_config: dict) -> str:
         _usage(saved),
         "## What it is not",
         _limits(saved),
-        "## Licence",
-        "None is stated. Whoever publishes this model names its licence here and in the front "
-        "matter, and sees to it that the licences of the data allow it.",
+        "## License",
+        "None is stated. Whoever publishes this model names its license here and in the front "
+        "matter, and sees to it that the licenses of the data allow it.",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -53,18 +53,19 @@ def _front_matter(saved: SavedModel, kind: str) -> str:
     lines = ["library_name: transformers", "pipeline_tag: text-generation", "tags:"]
     lines += [f"- {tag}" for tag in ("hamner", kind, *(["conversational"] * saved.is_chat))]
     lines += ["datasets:", *(f"- {name}" for name in dict.fromkeys(names))] if names else []
-    return "\n".join(["---", *lines, f"# {LICENCE}", "---"])
+    return "\n".join(["---", *lines, f"# {LICENSE}", "---"])
 
 
 def _summary(saved: SavedModel) -> str:
     parameters = saved.config.model.num_parameters()
-    what = "chat model, fine-tuned on conversations" if saved.is_chat else "base model"
+    what = "chat model" if saved.is_chat else "base model"
+    tuned = "fine-tuned on conversations, " if saved.is_chat else ""
     how = f"with Hamner {saved.checkpoint.state().get('versions', {}).get('hamner', '')}".rstrip()
     if _is_imported(saved):
         how = "elsewhere, and imported into Hamner"
     elif saved.config.init_from is None and saved.config.sft is None:
         how = f"from random weights {how}"
-    return f"A {what} of {parameters:,} parameters, trained {how}."
+    return f"A {what} of {parameters:,} parameters, {tuned}trained {how}."
 
 
 def _is_imported(saved: SavedModel) -> bool:

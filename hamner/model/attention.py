@@ -97,7 +97,7 @@ def _flash_attn_unsupported_reason(shape: AttentionShape) -> str | None:
     if shape.head_size > 256 or shape.head_size % 8:
         return f"it takes head sizes that are multiples of 8 up to 256, not {shape.head_size}"
     if importlib.util.find_spec("flash_attn") is None:
-        return "not installed (pip install 'hamner[flash]' --no-build-isolation)"
+        return "not installed (pip install -e '.[flash]' --no-build-isolation)"
     return None
 
 

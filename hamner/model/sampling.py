@@ -12,7 +12,7 @@ PENALTY = 1.1
 
 @dataclass(frozen=True)
 class Sampling:
-    """The settings choose among the model's next tokens; they apply in the order of the fields.
+    """These flags choose among the model's next tokens; they apply in this order.
 
     Raises:
         UserError: a value outside its range.

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -12,6 +13,8 @@ from hamner.errors import UserError
 from hamner.hardware import GIB, RESERVE_GIB, Gpu, identify
 from hamner.parallel.ranks import Rank
 
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+"""is there where the driver is loaded"""
 RAM_SHARE = 0.6
 """of the free memory of a machine without a GPU"""
 MAX_INT8_INNER = 16_384
@@ -44,6 +47,19 @@ class Compute:
 def uses_gpu(name: Literal["auto", "cuda", "cpu"]) -> bool:
     """The function says whether `--device` means a GPU that is here."""
     return name != "cpu" and torch.cuda.is_available()
+
+
+def why_no_gpu(name: Literal["auto", "cuda", "cpu"]) -> str:
+    """The function says why `--device` means the CPU here."""
+    if name == "cpu" and torch.cuda.is_available():
+        return "--device cpu"
+    if not NVIDIA_DRIVER.exists():
+        return "no GPU found"
+    built_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs only"
+    return (
+        f"no GPU found by PyTorch {torch.__version__}, built for {built_for}, though an NVIDIA "
+        "driver is here (a newer driver, or another build of PyTorch, may find it)"
+    )
 
 
 def select_device(name: Literal["auto", "cuda", "cpu"]) -> torch.device:
@@ -100,9 +116,7 @@ def _select_gpu(config: TrainConfig) -> Compute:
             f"{properties.minor}, 8.0 needed); use --precision fp32"
         )
     if config.kernels == "liger" and importlib.util.find_spec("liger_kernel") is None:
-        raise UserError(
-            "--kernels liger: liger-kernel is not installed; pip install 'hamner[liger]'"
-        )
+        raise UserError("--kernels liger: liger-kernel is not installed; pip install -e '.[liger]'")
     require_int8(config)
     memory_gib = properties.total_memory / GIB
     budget = config.vram_budget or memory_gib - RESERVE_GIB

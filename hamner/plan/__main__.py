@@ -46,8 +46,8 @@ class PlanConfig:
     matmul: Matmul = "bf16"
     """arithmetic of the linear layers, as in hamner.train; how fast int8 is, is assumed"""
     gpu: str | None = None
-    """card: a name in hamner.hardware.GPUS, or custom with --gpu-spec; None: rtx-3090, or the card
-    of --report-card"""
+    """card: rtx-3090, rtx-3090-ti, rtx-4090, rtx-5090, a100-40gb, a100-80gb, h100, h100-pcie, h200,
+    or custom with --gpu-spec; None: rtx-3090, or the card of --report-card"""
     gpu_spec: tuple[float, float, float, float] | None = None
     """a custom card: dense bf16 TFLOP/s, GB/s, GiB, fp32 TFLOP/s"""
     report_card: Path | None = None

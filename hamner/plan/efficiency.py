@@ -1,6 +1,6 @@
 """An efficiency says what share of a card's peak each kind of kernel reaches, and how surely.
 
-Each figure has its source beside it; docs/planning.md says how they were fitted and what is left
+Each figure has its source beside it; profiles/plan.md says how they were fitted and what is left
 when rows that were not fitted are predicted.
 """
 
@@ -148,7 +148,7 @@ def _int8_ratios(gpu: Gpu) -> tuple[float, float, float]:
 
 
 # H100 SXM and H200. Matmuls, grouped ones and what a kernel costs beside its work are fitted to the
-# steps of docs/planning.md: 24576x1024x1536 678 TFLOP/s, x5632 677, x49152 641, 24576x2816x1024
+# steps of profiles/plan.md: 24576x1024x1536 678 TFLOP/s, x5632 677, x49152 641, 24576x2816x1024
 # 700, 49152x768x3072 629, 49152x1536x768 659 and 8192^3 776, measured apart, are within 9% of 800 *
 # m / (m + 152), m the smallest dimension. Attention, head size 64, forward and backward TFLOP/s at
 # T 512 (225, 217), 1024 (311, 277), 2048 (378, 317), 8192 (422, 350), and the GB/s of kernels, are
@@ -196,17 +196,21 @@ _H200 = replace(
 # whose multiprocessors have a 3090's ratio of tensor cores to the rest (tl_doc/flash_perf.md in a
 # fork of apache/tvm), and 53 and 52 TFLOP/s at T 4096 on a GPU not named that fits a 3090
 # (flash-attention issue 416). Where it halves: on an RTX A5000, without a mask, forward and
-# backward together reach 0.53, 0.60, 0.66 and 0.69 of peak at T 512, 1024, 2048 and 4096 (gpu-mode/
-# ring-attention issue 10), so at 190, and under the mask tiles on the diagonal cost a tenth at T
-# 1024: 300. Between the two cards, so 47 and 39 at T 1024. Grouped: a batched product of 20 experts
-# has 53.7 and 57.7 where a dense one has 74.7 (AvrovaDonz2026/CAT-YOKO, artifacts/autodl-rtx3090),
-# so three quarters of dense ones' 66.4. Muon's iteration is assumed: batches of small products.
+# backward together reach 0.53, 0.60, 0.66 and 0.69 of peak at T 512, 1024, 2048 and 4096
+# (gpu-mode/ring-attention issue 10), so at 190, and under the mask tiles on the diagonal cost a
+# tenth at T 1024: 300. Between the two cards, so 47 and 39 at T 1024. These kernels, as sm_86's
+# code on an H200, reach 0.60 and 0.43 of a plain mma.sync matmul's rate there (profiles/LOG.md,
+# 2026-11-29): 40 and 29 of a 3090's 66.4, if all else cost as much beside the matmuls as there, and
+# 52 and 39 as those take 3.8 times the clocks on an sm_86. Grouped: likewise 0.81 at 768 columns,
+# and on a 3090 a batched product of 20 experts has 0.72 and 0.77 of a dense one's rate
+# (AvrovaDonz2026/CAT-YOKO, artifacts/autodl-rtx3090); between, so 51. Muon's iteration is
+# assumed: batches of small products.
 _RTX_3090 = Efficiency(
     flops={
         "matmul": 66.4 / 71.2,
         "attention_forward": 61 / 71.2,
         "attention_backward": 50 / 71.2,
-        "matmul_grouped": 49 / 71.2,
+        "matmul_grouped": 51 / 71.2,
         "optimizer_muon": 50 / 71.2,
     },
     half_dim=95,
@@ -223,13 +227,13 @@ _RTX_3090 = Efficiency(
         "clock": "1.49-1.83 GHz where 1.70 is taken; cards ran at 1.75-1.95 and, hot, down to 1.37",
         "matmul": "66-70 TFLOP/s at large sizes, by which steps are fitted; 72-77 in short runs",
         "attention": "35-47 TFLOP/s at T 1,024: other cards' shares of peak, as nobody published "
-        "a 3090's backward pass",
+        "a 3090's backward pass; 31-42 by these kernels' code on an H200",
         "bandwidth": "700-830 GB/s of memory-bound kernels",
         "model": "nine of ten steps of another trainer that were not fitted were within 4%",
     },
     provenance="kernel efficiencies fitted to steps of another trainer on an RTX 3090, attention's "
-    "and grouped matmuls' assumed from other cards, none measured with these kernels: at large "
-    "sizes matmuls 66.4 of 71.2 TFLOP/s, grouped ones 49, attention 61 and 50 forward and "
+    "and grouped matmuls' taken from other cards, none measured with these kernels: at large "
+    "sizes matmuls 66.4 of 71.2 TFLOP/s, grouped ones 51, attention 61 and 50 forward and "
     "backward, 776 of 936 GB/s",
 )
 EFFICIENCIES = {"H100 SXM": _H100, "H200": _H200, "RTX 3090": _RTX_3090}
@@ -266,5 +270,5 @@ MEASURED_ERRORS: dict[str, tuple[int, float, float]] = {
     "RTX 3090": (1, -0.05, -0.05),
     "H200": (20, -0.02, 0.03),
 }
-"""card: how many runs were measured on it (docs/planning.md), and the lowest and highest error of
+"""card: how many runs were measured on it (profiles/plan.md), and the lowest and highest error of
 the speed predicted for them; a test holds them to the runs"""

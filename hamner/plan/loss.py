@@ -1,6 +1,6 @@
 """The loss is expected before a run by the Chinchilla form L(N, D) = E + A / N^alpha + B / D^beta.
 
-Its coefficients are published ones, from another tokeniser and corpus: compare options by them, do
+Its coefficients are published ones, from another tokenizer and corpus: compare options by them, do
 not trust an absolute value. What a size really reaches is one measured run's curve.
 """
 
@@ -45,7 +45,7 @@ class LossLaw:
         return (self.b / left) ** (1 / self.beta) if left > 0 else None
 
     def through(self, parameters: float, tokens: float, loss: float) -> "LossLaw":
-        """The law is shifted through a measured run: another tokeniser, corpus, schedule."""
+        """The law is shifted through a measured run: another tokenizer, corpus, schedule."""
         shift = loss - self.loss(parameters, tokens)
         return replace(self, irreducible=self.irreducible + shift)
 

@@ -3,7 +3,7 @@
 L(D) = floor + scale * D^-exponent is fitted for every exponent of a grid; each counts by its
 likelihood and by how near it is to the known ones. The interval adds what the law does not
 know, measured on the run itself: how far projections from its earlier parts were off. Its width was
-calibrated on logs of runs (docs/planning.md).
+calibrated on logs of runs (profiles/plan.md).
 """
 
 import math

@@ -41,11 +41,18 @@ from hamner.plan.words import count, table
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+_LAW = "loss by the published law"
 _OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon, AdamW for embedding and norms"}
 
 
+def _decimal(value: float, digits: int) -> str:
+    """The text has so many decimals, or one significant digit where those would all be zero."""
+    text = f"{value:,.{digits}f}"
+    return text if float(text.replace(",", "")) or not value else f"{value:.1g}"
+
+
 def _range(bounds: tuple[float, float], digits: int) -> str:
-    texts = [f"{bound:.{digits}f}" for bound in bounds]
+    texts = [_decimal(bound, digits) for bound in bounds]
     return texts[0] if texts[0] == texts[1] else "-".join(texts)
 
 
@@ -60,14 +67,14 @@ def _perplexity(loss: float) -> str:
 def _losses(plan: Plan, hours: float | None) -> dict[str, str]:
     bounds = plan.loss_range(BESIROGLU)
     if bounds[1] > math.log(plan.config.model.vocab_size):
-        return {"expected loss": "too small for the law"}  # it would be worse than guessing
+        return {_LAW: "too small for the law"}  # it would be worse than guessing
     rows = {
-        "expected loss": _range(bounds, 2),
-        "expected perplexity": _range((math.exp(bounds[0]), math.exp(bounds[1])), 1),
+        _LAW: _range(bounds, 2),
+        "perplexity by it": _range((math.exp(bounds[0]), math.exp(bounds[1])), 1),
     }
     if hours is not None:
         bounds = plan.loss_range(BESIROGLU, plan.tokens_in(hours))
-        rows[f"loss after {hours:,.0f} h"] = _range(bounds, 2)
+        rows[f"loss by it after {hours:,.0f} h"] = _range(bounds, 2)
     return rows
 
 
@@ -90,7 +97,7 @@ def _scaling(plan: Plan) -> dict[str, str]:
         "batch per GPU": str(plan.rows_per_gpu),
         "sent per GPU and step, GB": f"{plan.prediction.communication.bytes_sent / 1e9:.2f}",
         "communication, share of a step": f"{plan.communication_share:.1%}",
-        f"efficiency against {plan.parallelism.ranks} GPUs alone": (
+        f"efficiency against {plan.parallelism.ranks} single GPUs": (
             "does not fit one" if share is None else f"{share:.0%}"
         ),
     }
@@ -100,7 +107,16 @@ def _days(plan: Plan) -> tuple[str, str]:
     """How long the run should take, in days: the projected, and the shortest and the longest."""
     shortest, longest = (h / 24 for h in plan.prediction.interval.hours(plan.config.tokens))
     digits = 1 if shortest > 1 else 2
-    return f"{plan.hours / 24:.{digits}f}", _range((shortest, longest), digits)
+    return _decimal(plan.hours / 24, digits), _range((shortest, longest), digits)
+
+
+def _length(plan: Plan) -> str:
+    """The shortest and the longest the run should take, in the unit of its length."""
+    bounds = plan.prediction.interval.hours(plan.config.tokens)
+    units = {"days": 24.0, "hours": 1.0, "minutes": 1 / 60}
+    unit = next((unit for unit, hours in units.items() if bounds[0] >= hours), "seconds")
+    hours = units.get(unit, 1 / 3600)
+    return f"{_range((bounds[0] / hours, bounds[1] / hours), 1)} {unit}"
 
 
 def _quantities(plan: Plan, hours: float | None) -> dict[str, str]:
@@ -124,7 +140,7 @@ def _quantities(plan: Plan, hours: float | None) -> dict[str, str]:
         "MFU (projected)": f"{prediction.mfu:.0%}",
         "tokens": count(plan.config.tokens),
         "steps": f"{plan.steps:,}",
-        "hours (projected)": f"{plan.hours:,.1f}",
+        "hours (projected)": _decimal(plan.hours, 1),
         "days (projected)": days,
         "days, low-high": shortest_longest,
         "compute-optimal tokens": count(compute_optimal_tokens(plan.active_parameters)),
@@ -188,7 +204,7 @@ def speed_interval(plan: Plan) -> str:
         )
     return (
         f"Nine of ten runs of option {plan.config.option} should reach {interval.low:,.0f} to "
-        f"{interval.high:,.0f} tokens/s and take {_days(plan)[1]} days. "
+        f"{interval.high:,.0f} tokens/s and take {_length(plan)}. "
         "Each cause by itself:\n\n" + _bullets(str(cause) for cause in interval.causes) + than_bf16
     )
 
@@ -303,11 +319,12 @@ def caveats(plan: Plan) -> list[str]:
         "active per token (tied head once) + 6 x layers x width x sequence, causal attention as "
         "half of the square; counting all of it, "
         f"{prediction.mfu * whole_square / prediction.flops_per_token:.0%}.",
-        f"Loss by {BESIROGLU.source}: another tokeniser and corpus, so compare options and not "
+        f"Loss by {BESIROGLU.source}: another tokenizer and corpus, so compare options and not "
         f"absolute values. A {count(parameters)} model reached {loss} after "
         f"{count(tokens)} tokens (constant learning rate) where the law says "
-        f"{BESIROGLU.loss(parameters, tokens):.2f}. When a loss is reached is told by the law "
-        "shifted through that run, or to where the run under --metrics has it or should have it.",
+        f"{BESIROGLU.loss(parameters, tokens):.2f}. Recipes, and when a loss is reached, are "
+        "by the law shifted through that run, or to where the run under --metrics has it or should "
+        "have it.",
     ]
     if plan.parallelism.ranks > 1:
         lines.append(
@@ -319,7 +336,7 @@ def caveats(plan: Plan) -> list[str]:
             "backward; fsdp gathers bf16 weights and reduces fp32 gradients beside forward and "
             "backward of every micro-batch; the embedding's share is never hidden. Not counted: "
             "latency, arithmetic slowed by what is sent beside it. Efficiency is against as many "
-            "GPUs, each alone at the option's own batch."
+            "GPUs, each by itself at the option's own batch."
         )
     if option.model.is_moe:
         lines.append(
@@ -458,9 +475,9 @@ def _proposal(analysis: Analysis, files: str) -> str:
 ## Recommendation
 
 Train **{best.config.option}** ({count(best.parameters)} parameters): of the options trained on
-their full context it has the lowest expected loss after {analysis.hours:,.0f} hours, a mixture of
-experts counted by its active parameters. It takes {best.prediction.peak_gib:.1f} GiB with recompute
-{describe(best.memory.policies)} and, projected, {_days(best)[0]} days for
+their full context it has the lowest loss by the published law after {analysis.hours:,.0f} hours,
+a mixture of experts counted by its active parameters. It takes {best.prediction.peak_gib:.1f} GiB
+with recompute {describe(best.memory.policies)} and, projected, {_days(best)[0]} days for
 {count(best.config.tokens)} tokens at {best.prediction.tokens_per_second:,.0f} tokens/s.
 
 Expected loss: {_range(best.loss_range(BESIROGLU), 2)} by {BESIROGLU.source};

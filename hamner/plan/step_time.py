@@ -3,7 +3,7 @@
 A step is a list of ops, each with its cost (`hamner.plan.costs`, bf16). An op takes the longer of
 arithmetic and traffic, each at the share of the card's peak that its kind of kernel reaches. Those
 shares are data, with their provenance, in `hamner.plan.efficiency`; whatever they were not measured
-on is a projection. docs/planning.md lists the real runs that the model is held against.
+on is a projection. profiles/plan.md lists the real runs that the model is held against.
 
 Left out, being below 1% of a step: the embedding's gather and scatter, the router's matmul, softmax
 statistics. Not modelled: a data loader that cannot keep up, a card that throttles.

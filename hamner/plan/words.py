@@ -4,7 +4,9 @@ from collections.abc import Iterable, Sequence
 
 
 def count(number: float) -> str:
-    """The text of parameters or tokens in a plan is `1.23B`, or `4.5M` below a billion."""
+    """The text of parameters or tokens in a plan is `1.23B`, `4.5M` below a billion, or `6.7K`."""
+    if number < 1e5:
+        return f"{number / 1e3:.1f}K"
     return f"{number / 1e9:.2f}B" if number >= 1e9 else f"{number / 1e6:.1f}M"
 
 

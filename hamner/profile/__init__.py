@@ -1,0 +1,1 @@
+"""The package traces warm steps of a run, and reads traces, also those of other trainers."""

@@ -75,7 +75,7 @@ def _headline(summary: Summary) -> str:
         lines.append(f"{summary.tokens_per_second:,.0f} tokens/s{together}, {utilisation}.")
     if summary.counted_tflops is not None:
         lines.append(
-            f"Operations of known shape do {summary.counted_tflops:.1f} TFLOP/s over the step, "
+            f"Operations of known shape do {summary.counted_tflops:,.3g} TFLOP/s over the step, "
             "recomputation included."
         )
     return "\n".join(lines)

@@ -68,6 +68,8 @@ class TrainingLoop:
         run: the run's folder; default that of `config`.
         on_phase: called when a phase begins: those of `TrainStep`, "data", "step done",
             "evaluation", "" where none follows, and by the writer's thread "save" and "saved".
+        keeps_end: whether the run, once it has its length, is saved, and plots are drawn of it. Who
+            reads nothing but its numbers need not wait for either.
     """
 
     def __init__(
@@ -78,8 +80,11 @@ class TrainingLoop:
         on_phase: OnPhase = ignore_phase,
         processes: SingleProcess | None = None,
         run: RunFolder | None = None,
+        *,
+        keeps_end: bool = True,
     ) -> None:
         self.config, self.run = config, run or RunFolder(config.folder)
+        self.keeps_end = keeps_end
         self.processes = processes or SingleProcess()
         self.processes.from_main(lambda: self.run.open(resume=config.resume))
         require_installed(config.report_to)
@@ -132,7 +137,8 @@ class TrainingLoop:
         self.display.connect(*self.processes.open_log(self.run.logs))
         if self.log.is_main:
             self.data.keep()
-            self.log.reporters.append(self.pictures)
+            if self.keeps_end:
+                self.log.reporters.append(self.pictures)
             self.log.reporters += open_reporters(self.config, self.log.beside)
 
     def close(self) -> None:
@@ -166,12 +172,14 @@ class TrainingLoop:
             self.log.pause()
             diagnosis = self._diagnose()
             is_interrupted = self.processes.any(self.interrupt.requested)
-            self.saves.save_last()
+            is_kept = self.keeps_end or not self.has_length or self._owes_evaluation
+            if is_kept:
+                self.saves.save_last()
             result = TrainResult(
                 step=progress.step,
                 tokens=progress.tokens,
                 val_loss=progress.val_loss,
-                checkpoint=self.saves.last.path if self.saves.last else None,
+                checkpoint=self.saves.last.path if is_kept and self.saves.last else None,
                 interrupted=is_interrupted,
                 diagnosis=diagnosis,
             )
@@ -274,7 +282,8 @@ class TrainingLoop:
             self.log.request_line(LogLine(progress.val_loss, progress.val_step, sources))
         if is_better:
             self.saves.save_best()
-        if self.saves.save_when_due(due(config.save_every) and not done) and self.log.is_main:
+        has_begun = self.saves.save_when_due(due(config.save_every) and not done)
+        if has_begun and self.keeps_end and self.log.is_main:
             self.pictures.begin()
         if due(config.sample_every) or (done and config.sample_every):
             self.inspector.sample()
@@ -333,8 +342,9 @@ class TrainingLoop:
         """Rank 0 draws the plots, says where the run is and how to go on."""
         if not self.log.is_main:
             return
-        with self.display.status.task("drawing the plots"):
-            self.pictures.finish()
+        if self.keeps_end:
+            with self.display.status.task("drawing the plots"):
+                self.pictures.finish()
         is_finished = self.is_finished and not (result.interrupted and self._owes_evaluation)
         self.display.messages(
             messages.conclusion(self.log, result, self.early_stopping, is_finished=is_finished)

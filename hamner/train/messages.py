@@ -6,6 +6,7 @@ from pathlib import Path
 
 from hamner.config.train import TrainConfig
 from hamner.errors import EXIT_BAD_STEPS, EXIT_INTERRUPTED
+from hamner.parallel.device import why_no_gpu
 from hamner.train.display import count, duration
 from hamner.train.evaluation import EarlyStopping
 from hamner.train.log import TrainLog
@@ -13,7 +14,7 @@ from hamner.train.saves import Saves
 
 ENGINES = {
     "ddp": "each with the whole model (DDP)",
-    "fsdp": "with weights, gradients and moments divided over them (FSDP2)",
+    "fsdp": "with weights, gradients and moments sharded over them (FSDP2)",
 }
 
 
@@ -66,7 +67,8 @@ def introduction(log: TrainLog, saves: Saves, *, has_validation: bool) -> list[s
     if step.compute.device.type == "cuda":
         lines.append("the first step compiles its kernels, which a new machine takes a while for")
     if step.compute.device.type == "cpu":
-        lines.append("no GPU found: training on the CPU, which suits --option tiny only")
+        why = why_no_gpu(config.device)
+        lines.append(f"{why}: training on the CPU, which suits --option tiny only")
     if not has_validation:
         lines.append("the data is too small to hold out validation documents: no evaluation")
     if config.resume:
@@ -120,8 +122,6 @@ def conclusion(
         )
     if stopping.best_step is not None:
         loss += f" (best {stopping.best_loss:.4f} at step {stopping.best_step:,}, kept)"
-    lines.append(
-        f"done: {count(result.tokens)} tokens in {duration(log.watch.read())}{loss}; "
-        f"model in {where}, plots in {log.run.plots}"
-    )
+    kept = f"; model in {where}, plots in {log.run.plots}" if where else ""
+    lines.append(f"done: {count(result.tokens)} tokens in {duration(log.watch.read())}{loss}{kept}")
     return lines

@@ -57,7 +57,7 @@ def require_installed(names: Sequence[str]) -> None:
             importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError as error:
             raise UserError(
-                f"--report-to {name}: it is not installed; run pip install 'hamner[{name}]'"
+                f"--report-to {name}: it is not installed; run pip install -e '.[{name}]'"
             ) from error
 
 

@@ -1,5 +1,6 @@
 """Recipes are compared: what is tried next, runs that are left and gone on with, the statistics."""
 
+import fcntl
 import itertools
 import json
 import math
@@ -11,7 +12,7 @@ from bench import recipe_trials, recipes
 from bench.recipe_fit import SEVERAL_SEEDS, fit
 from bench.recipe_report import report
 from bench.recipe_statistics import Ratio, tokens_at, trend
-from bench.recipe_trials import LEAST_TRIALS, START, Scope, Trial, neighbours, plan, tuned
+from bench.recipe_trials import LEAST_TRIALS, START, Scope, Trial, plan, tuned
 from hamner.errors import UserError
 from tests.corpus import write_predictable
 
@@ -76,7 +77,33 @@ def test_a_search_ends_inside_and_gives_every_arm_as_many_trials():
         assert len(set(points)) == len(points)
         best = min(own, key=recipe_trials.loss_of)
         assert best["val_loss"] == 4.0, arm
-        assert set(neighbours(best["point"], recipe_trials.DIMENSIONS)) <= set(points)
+        for number, value in enumerate(best["point"]):
+            tried = [point[number] for point in points]
+            assert min(tried) < value < max(tried), (arm, recipe_trials.DIMENSIONS[number])
+
+
+def test_a_search_tells_the_learning_rate_first_and_does_not_wander():
+    """The less weight decay the better, by less than a seed: nobody goes on and on for that."""
+
+    def flat(arm: str, point) -> float:
+        return 4.0 + (point[0] - 1) ** 2 + point[1] ** 2 + 0.004 * point[2] - 0.004 * point[3]
+
+    results = search(flat)
+    points = [r["point"] for r in results if r["arm"] == "muon"]
+    assert points[:3] == [START, (1, 0, 0, 0), (2, 0, 0, 0)]
+    assert [point[1] for point in points[3:5]] == [1, -1]
+    assert points[5:9] == [(1, 0, 1, 0), (1, 0, -1, 0), (1, 0, 0, 1), (1, 0, 0, -1)]
+    # Its neighbours were all tried: beside it in several dimensions at once.
+    assert len(points) == LEAST_TRIALS
+    assert all(max(abs(a - b) for a, b in zip(p, points[1], strict=True)) == 1 for p in points[9:])
+    assert recipe_trials.best_of(results, "tune", "muon")["point"] == points[1]
+
+
+def test_beta2_stays_below_one():
+    falling = search(lambda arm, point: 4.0 - point[3])
+    assert max(r["beta2"] for r in falling) == 0.9998
+    assert min(r["beta2"] for r in search(lambda arm, point: 4.0 + point[3])) == 0.2
+    assert plan(TUNE, falling) == []
 
 
 def test_a_search_goes_on_from_lines_in_any_session():
@@ -161,6 +188,60 @@ def test_runs_are_trained_left_and_gone_on_with(data, tmp_path, capsys, monkeypa
     assert "long: done" in capsys.readouterr().out
 
 
+def test_a_trial_leaves_its_numbers_and_nothing_else(data, tmp_path, monkeypatch):
+    """Of a run that chooses or compares nobody reads a checkpoint or a plot, unless it is left in
+    its middle; nor does the clock stop one whose last step is done."""
+    monkeypatch.setattr(recipes, "choose", lambda todo, results, *_, **__: not results and todo[0])
+    asked = itertools.count(1)
+    clock = SimpleNamespace(monotonic=lambda: math.inf if next(asked) in (4, 10) else 0.0)
+    monkeypatch.setattr(recipes.runs, "time", clock)
+    command = ["tune", *data, "--output", str(tmp_path), "--known", "none", "--arms", "muon"]
+    command += ["--tokens", "1280", *SMALL]
+    assert recipes.main(command) == 0
+    assert recipes.read_results(tmp_path) == []
+    (said,) = (tmp_path / "runs").glob("*.txt")
+    before = len(said.read_text())
+    assert recipes.main(command) == 0
+    (line,) = recipes.read_results(tmp_path)
+    assert (line["arm"], line["steps"], line["tokens_per_second"]) == ("muon", 10, None)
+    assert line["val_loss"] > 0
+    ended = said.read_text()[before:]
+    assert "the 6 to come" in ended
+    assert "done: 1.28K tokens" in ended
+    assert "saved" not in ended
+    assert "plots" not in ended
+    assert list((tmp_path / "runs").iterdir()) == [said]
+
+
+def test_a_command_begins_what_it_can_end(tmp_path):
+    scope = Scope("ladder", ("plan",), (25_000_000, 50_000_000), (0,))
+    short, long = todo = plan(scope, [])
+    results = [result(short, 4.0, seconds=60.0), result(long, None, seconds=1.0)]
+    now = recipes.time.monotonic()
+
+    def chosen(seconds: float, *, is_first: bool = False) -> Trial | None:
+        end = now + seconds
+        return recipes.choose(todo, results, tmp_path, end=end, is_first=is_first)
+
+    assert chosen(1000.0) is chosen(100.0) is short
+    todo.remove(short)
+    assert chosen(1000.0) is long
+    assert chosen(100.0) is None
+    assert chosen(100.0, is_first=True) is long  # or several short commands would never do it
+    assert chosen(10.0, is_first=True) is None
+    recipes.folder_of(long, tmp_path).mkdir(parents=True)
+    assert chosen(100.0) is long  # it was left there
+
+
+def test_speeds_are_measured_without_company(data, tmp_path):
+    with (tmp_path / "lock").open("ab") as other:
+        fcntl.flock(other, fcntl.LOCK_SH)
+        with pytest.raises(UserError, match="in use by another command"):
+            recipes.main(["ladder", *data, "--output", str(tmp_path), "--known", "none"])
+        with recipes.locked(tmp_path / "lock", is_shared=True):
+            pass
+
+
 def test_data_on_both_sides_or_read_twice_is_refused(data, tmp_path):
     def run(*flags: str):
         recipes.main(["tune", *flags, "--output", str(tmp_path), "--known", "none", *SMALL])
@@ -240,11 +321,43 @@ def test_the_report_says_how_many_times_the_tokens(tmp_path):
     reached = [row for row in cells if row[:1] == ["50"] and len(row) == 7]
     assert [row[3].split()[0] for row in reached] == ["2.98", "2.98", "1.99", "1.99"]
     assert [row[1] for row in reached] == ["16.8", "149.0*", "25.2", "99.3"]
-    # Muon's step costs 1/0.95.
-    assert reached[0][6].startswith("2.83")
+    # Muon's step costs 1/0.95, which is more than the ratio wanted can bear.
+    assert reached[0][5].startswith("2.83")
+    # By hand: logarithms of 3 and 3 / 2 ** 0.02, so t = (mean - ln 3) / (0.02 ln 2 / 2) = -1 with
+    # one degree of freedom, p = 3 / 4.
+    assert reached[0][4].startswith("0.7500 (> 3)")
+    # Seeds that differ by 0.02 doublings: a slope of nothing, and the ratio itself at 10B.
+    assert "would be 2.98" in text
     assert any(row[:1] == ["adamw"] and "diverged" in row for row in cells)
     assert "not yet inside" not in text
     assert {path.name for path in tmp_path.iterdir()} == {"ladder.png", "long.png"}
+
+
+def test_time_has_each_seeds_own_speed_and_trends_no_extrapolation(tmp_path):
+    slow = [
+        line | {"tokens_per_second": line["tokens_per_second"] // (1 + line["seed"])}
+        for line in ladder_results()
+    ]
+    # Beyond its longest run Muon would seem to need ever fewer tokens.
+    steep = [
+        line | {"val_loss": 0.0} if (line["arm"], line["tokens"]) == ("plan", 100_000_000) else line
+        for line in slow
+    ]
+    text = report(steep, tmp_path)
+    cells = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines()]
+    reached = [row for row in cells if row[:1] == ["50"] and len(row) == 7]
+    assert reached[0][5] == "2.85 (2.85-2.85)"
+    beyond = next(row for row in cells if row[:1] == ["100"] and row[1].endswith("*"))
+    assert float(beyond[3].split()[0]) < 0.1
+    assert "change the ratio by 1.00 (1.00-1.00); on that line it would be 3.00" in text
+
+
+def test_runs_of_two_settings_make_no_line(tmp_path):
+    other = {**ladder_results()[0], "lr": 7e-4, "tokens": 1}
+    with pytest.raises(
+        UserError, match="the ladder has runs of muon with .*0.0007.* and with .*0.002"
+    ):
+        report([*ladder_results(), other], tmp_path)
 
 
 def ladder_results(lengths=LADDER.tokens) -> list[dict]:

@@ -530,7 +530,7 @@ def test_an_address_that_is_not_here_is_named(script, host):
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.delitem(sys.modules, "hamner.chat.server")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    with pytest.raises(UserError, match=r"needs the package uvicorn: pip install 'hamner\[serve"):
+    with pytest.raises(UserError, match=r"needs the package uvicorn: pip install -e '\.\[serve"):
         importlib.import_module("hamner.chat.server")
 
 

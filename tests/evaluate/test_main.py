@@ -87,7 +87,7 @@ def test_tasks_of_a_model_that_has_no_export(tmp_path, monkeypatch, changes, rea
 @pytest.mark.parametrize("missing", ["lm_eval", "transformers", "accelerate"])
 def test_tasks_without_the_harness(tmp_path, monkeypatch, missing):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else name)
-    with pytest.raises(UserError, match=r"--tasks needs .+ pip install 'hamner\[harness\]'"):
+    with pytest.raises(UserError, match=r"--tasks needs .+ pip install -e '\.\[harness\]'"):
         evaluate(EvaluateConfig(checkpoint=(tmp_path,), tasks=("hellaswag",), device="cpu"))
 
 

@@ -302,7 +302,7 @@ def test_what_no_reader_knows_is_refused(shape, to, reason, tmp_path):
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "hamner.export.gguf", raising=False)
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(UserError, match=r"needs the package gguf: pip install 'hamner\[gguf\]'"):
+    with pytest.raises(UserError, match=r"needs the package gguf: pip install -e '\.\[gguf\]'"):
         exported(tmp_path, sharp(DENSE_), "gguf")
 
 

@@ -267,8 +267,9 @@ def test_wrong_arguments(error, message, change):
 
 @pytest.mark.gpu
 class TestOnGpu:
-    def test_training_shape(self):
-        inputs = make_inputs(4096 + 77, 49_152, 1024, torch.bfloat16, "cuda")
+    @pytest.mark.parametrize("vocabulary", [4096, 49_152])
+    def test_training_shape(self, vocabulary):
+        inputs = make_inputs(4096 + 77, vocabulary, 1024, torch.bfloat16, "cuda")
         op = with_options(linear_cross_entropy, chunk_size=1024)
         assert_matches_reference(op, linear_cross_entropy_reference, inputs)
         assert_same_bits(op, op, inputs)

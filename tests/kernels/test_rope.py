@@ -84,12 +84,18 @@ def test_scores_depend_on_distance_alone(device):
 )
 def test_packed(num_heads, num_kv_heads, head_dim, has_positions, dtype, device):
     qkv = make_packed(2, 11, num_heads, num_kv_heads, head_dim, dtype, device)
-    cos, sin = make_tables(11, head_dim, device)
     positions = None
     if has_positions:  # two documents in the first sequence, three in the second
         positions = torch.tensor(
             [[*range(4), *range(7)], [*range(2), *range(8), 0]], dtype=torch.int32, device=device
         )
+    check_packed(qkv, num_heads, num_kv_heads, positions)
+
+
+def check_packed(qkv, num_heads, num_kv_heads, positions=None):
+    """Compare with the reference in fp64, leave v as it is, and rotate back."""
+    head_dim = qkv.shape[-1] // (num_heads + 2 * num_kv_heads)
+    cos, sin = make_tables(qkv.shape[1], head_dim, qkv.device)
     heads = (num_heads, num_kv_heads, positions)
     rotated = rope_packed_(qkv.clone(), cos, sin, *heads)
     same_dtype = rope_packed_reference(qkv, cos, sin, *heads)
@@ -100,7 +106,7 @@ def test_packed(num_heads, num_kv_heads, head_dim, has_positions, dtype, device)
     assert torch.equal(launch_packed_rotation(qkv, cos, sin, *heads, in_place=False), rotated)
 
     back = rope_packed_(rotated.clone(), cos, sin, *heads, inverse=True)
-    tolerance = 8 * torch.finfo(dtype).eps
+    tolerance = 8 * torch.finfo(qkv.dtype).eps
     torch.testing.assert_close(back, qkv, rtol=tolerance, atol=tolerance)
 
 
@@ -236,6 +242,10 @@ class TestOnGpu:
     def test_training_shape(self):
         inputs = make_inputs((24, 1024, 16, 64), 4, torch.bfloat16, "cuda")
         assert_matches_reference(rope, rope_reference, inputs)
+
+    @pytest.mark.parametrize("head_dim", [64, 128])
+    def test_packed_training_shape(self, head_dim):
+        check_packed(make_packed(24, 1024, 16, 4, head_dim, torch.bfloat16, "cuda"), 16, 4)
 
     @pytest.mark.xdist_group("most of the GPU's memory")
     def test_more_elements_than_int32(self):

@@ -292,7 +292,7 @@ class TestRefusals:
         monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: None)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
         gpu = torch.device("cuda", 0)
-        with pytest.raises(UserError, match=r"pip install 'hamner\[flash\]'.*use --attention trit"):
+        with pytest.raises(UserError, match=r"pip install -e '\.\[flash\]'.*use --attention trit"):
             choose("flash-attn", gpu, dtype=torch.bfloat16)
         with pytest.raises(UserError, match="does not compute in float32"):
             choose("flash-attn", gpu)

@@ -9,7 +9,13 @@ import torch
 from hamner.config.options import for_option
 from hamner.errors import UserError
 from hamner.kernels.int8_quantize import MAX_ROW
-from hamner.parallel.device import MAX_INT8_INNER, require_int8, select, select_device
+from hamner.parallel.device import (
+    MAX_INT8_INNER,
+    require_int8,
+    select,
+    select_device,
+    why_no_gpu,
+)
 
 
 def test_device():
@@ -75,3 +81,15 @@ def test_int8_of_a_wide_mlp():
         require_int8(wider)
     experts = replace(wider.model, num_experts=4, num_experts_per_token=2)
     require_int8(replace(wider, model=experts))  # experts stay bf16
+
+
+def test_why_a_run_is_on_the_cpu(monkeypatch, tmp_path):
+    driver = tmp_path / "version"
+    monkeypatch.setattr("hamner.parallel.device.NVIDIA_DRIVER", driver)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert why_no_gpu("auto") == why_no_gpu("cpu") == "no GPU found"
+    driver.write_text("NVRM version")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert "built for CUDA 13.0, though an NVIDIA driver is here" in why_no_gpu("auto")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert why_no_gpu("cpu") == "--device cpu"

@@ -1,6 +1,6 @@
 """Logs of runs, real and drawn: what the intervals of a projection are calibrated on.
 
-`python -m tests.plan.loss_curves` prints the table of docs/planning.md.
+`python -m tests.plan.loss_curves` prints the table of profiles/plan.md.
 """
 
 from collections.abc import Sequence
@@ -164,7 +164,7 @@ def calibrated_width() -> float:
 
 
 def markdown_rows(groups: dict[str, list[Outcome]]) -> list[str]:
-    """docs/planning.md's table has these rows."""
+    """profiles/plan.md's table has these rows."""
     return [
         f"| {name} | {len(found)} | {found.count('too early')} | {found.count('no law')} "
         f"| {len(ends(found))} | {np.mean([end.is_inside for end in ends(found)]):.0%} "

@@ -166,7 +166,7 @@ MEASURED_RUNS = (
 
 
 def markdown_rows(runs: Iterable[MeasuredRun]) -> list[str]:
-    """docs/planning.md's table has these rows."""
+    """profiles/plan.md's table has these rows."""
     rows = []
     for run in runs:
         name = f"{run.option}, {TRAINERS[run.trainer]}, recompute {run.policy.name}"

@@ -6,7 +6,7 @@ License 2.0. Of the RTX 3090 all rows with a batch of at least 4 (smaller ones w
 of two other cards the largest batch of each size. torch 2.0, fp16 autocast, means of 14 steps.
 
 `python -m tests.plan.public_runs` fits the 3090's efficiencies to some sizes and prints what comes
-out, with the table of docs/planning.md.
+out, with the table of profiles/plan.md.
 """
 
 import csv
@@ -268,7 +268,7 @@ def quantiles(runs: Iterable[PublicRun]) -> tuple[float, float, float]:
 
 
 def markdown_rows(runs: Iterable[PublicRun]) -> list[str]:
-    """docs/planning.md has these rows of every run of the RTX 3090."""
+    """profiles/plan.md has these rows of every run of the RTX 3090."""
     return [
         f"| {run.size} | {run.batch_size} | {run.tokens_per_second:,.0f} | "
         f"{run.predict().tokens_per_second:,.0f} | {run.error:+.1%} | "
@@ -278,7 +278,7 @@ def markdown_rows(runs: Iterable[PublicRun]) -> list[str]:
 
 
 def quantile_row(name: str, runs: Sequence[PublicRun]) -> str:
-    """docs/planning.md has such a row of the fitted runs, of the others, of other cards."""
+    """profiles/plan.md has such a row of the fitted runs, of the others, of other cards."""
     middle, ninth, largest = quantiles(runs)
     mean = np.mean([run.error for run in runs])
     return f"| {name} | {len(runs)} | {middle:.1%} | {ninth:.1%} | {largest:.1%} | {mean:+.1%} |"

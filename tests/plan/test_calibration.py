@@ -46,7 +46,7 @@ def test_a_law_is_refused_to_few_long_runs(held_out):
 
 
 def test_the_table_is_what_the_logs_give(held_out):
-    document = (Path(__file__).parents[2] / "docs" / "planning.md").read_text()
+    document = (Path(__file__).parents[2] / "profiles" / "plan.md").read_text()
     assert "\n".join(markdown_rows(held_out)) in document
 
 

@@ -292,6 +292,12 @@ def test_the_page_has_the_projections():
         assert f"| {name} | {' | '.join(cells)} |" in page
 
 
+def test_help_names_the_cards(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert ", ".join(GPUS) in " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
 def test_command_compares_all(capsys):
     main(["--option", "all", "--gpu", "h100"])
     out = capsys.readouterr().out

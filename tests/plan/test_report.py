@@ -148,5 +148,17 @@ def test_a_model_the_law_does_not_know():
     """Option tiny: the law would put it above the loss of guessing."""
     rows = cells(options_table([analyse(PlanConfig(option="tiny")).plan]))
     assert rows["tokens"] == ["1.1M"]
-    assert rows["expected loss"] == ["too small for the law"]
-    assert "expected perplexity" not in rows
+    assert rows["loss by the published law"] == ["too small for the law"]
+    assert "perplexity by it" not in rows
+
+
+def test_a_short_run_has_its_length_in_a_unit_of_its_length():
+    plan = analyse(PlanConfig(option="tiny", tokens=20_480)).plan
+    rows = cells(options_table([plan]))
+    assert rows["tokens"] == ["20.5K"]
+    assert float(rows["hours (projected)"][0]) > 0
+    assert float(rows["days (projected)"][0]) > 0
+    assert " seconds. Each cause" in report.speed_interval(plan)
+    day = analyse(PlanConfig(tokens=1e9)).plan
+    assert " hours. Each cause" in report.speed_interval(day)
+    assert " days. Each cause" in report.speed_interval(analyse(PlanConfig()).plan)

@@ -333,7 +333,7 @@ def test_data_without_a_document_leaves_no_run_folder(config, tmp_path, val_frac
 
 
 def test_missing_tracker_leaves_no_run_folder(config):
-    with pytest.raises(UserError, match=r"--report-to wandb: .* pip install 'hamner\[wandb\]'"):
+    with pytest.raises(UserError, match=r"--report-to wandb: .* pip install -e '\.\[wandb\]'"):
         train(replace(config, report_to=("wandb",)))
     assert not config.run_dir.exists()
 

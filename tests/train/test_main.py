@@ -217,5 +217,5 @@ def test_second_interrupt_leaves_at_once(long_run, tmp_path):
 def test_training_on_a_cpu_is_said_plainly(long_run):
     result = forked.run(command(*long_run, "--stop-after", "2"), text=True)
     assert result.returncode == 0
-    assert "no GPU found" in result.stdout
+    assert "training on the CPU, which suits --option tiny only" in result.stdout
     assert re.search(r"measured on this CPU: about [\d,]+ tokens/s.*would take", result.stdout)

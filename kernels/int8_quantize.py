@@ -106,6 +106,20 @@ def to_int8(x, inverse):
 
 
 @triton.jit
+def beside(values_ptr, offs, x):
+    """What x (rows, columns) is quantised to is written to these pointers, from a kernel that
+    writes x too, or might.
+
+    A thread writes as many int8 at once as it reads of x in 16 bytes. It could write 16, but then
+    the compiler would have it hold 16: a sum over a row of what it holds would be in another order,
+    so of other bits, than in the same kernel without int8, and tensors of x's dtype would go
+    through shared memory.
+    """
+    at_once: tl.constexpr = 128 // x.dtype.primitive_bitwidth
+    return tl.max_contiguous(values_ptr + offs, (1, at_once))
+
+
+@triton.jit
 def quantize_rows_kernel(
     x_ptr,  # (N, D) input dtype
     values_ptr,  # (N, D) int8

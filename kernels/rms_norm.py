@@ -32,6 +32,7 @@ from torch import Tensor
 from hamner.kernels.checks import check_dtype, check_like, check_same_device, check_shape
 from hamner.kernels.int8_quantize import (
     Int8Matrix,
+    beside,
     magnitude_bits,
     scale_and_inverse,
     to_int8,
@@ -106,7 +107,7 @@ def rms_norm_forward_kernel(
     if values_ptr is not None:
         scale, inverse = scale_and_inverse(tl.max(magnitude_bits(y), axis=1))
         tl.store(scales_ptr + offs_m, scale, mask=mask_m)
-        tl.store(values_ptr + offs, to_int8(y, inverse[:, None]), mask=mask)
+        tl.store(beside(values_ptr, offs, y), to_int8(y, inverse[:, None]), mask=mask)
 
 
 @triton.jit

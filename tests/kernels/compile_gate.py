@@ -15,6 +15,7 @@ import importlib
 import json
 import os
 import pkgutil
+import re
 import subprocess
 import sys
 import tempfile
@@ -70,8 +71,9 @@ class CompileCase:
 
 @dataclass(frozen=True)
 class CompileResult:
-    """What a case became: registers a thread, bytes of stack and of shared memory, matmuls, and the
-    names of its instructions with their modifiers, if asked for."""
+    """What a case became: registers a thread, bytes of stack and of shared memory, matmuls, the
+    layouts of the tiles that it sums up, which decide the order of the sums, and the names of its
+    instructions with their modifiers, if asked for."""
 
     name: str
     capability: str
@@ -79,6 +81,7 @@ class CompileResult:
     stack: int
     shared: int
     uses_tensor_cores: bool = False
+    summed: tuple[str, ...] = ()
     instructions: tuple[str, ...] = ()
 
     def row(self, op: str) -> str:
@@ -140,8 +143,16 @@ def compile_case(case: CompileCase) -> CompileResult:
         shared=compiled.metadata.shared,
         # mma.sync or wgmma.mma_async
         uses_tensor_cores="mma" in compiled.asm["ptx"],
+        summed=_summed(compiled.asm["ttgir"]),
         instructions=instructions(cubin) if case.disassembles else (),
     )
+
+
+def _summed(ttgir: str) -> tuple[str, ...]:
+    """The function finds the layouts of the fp32 tiles that a kernel sums over an axis."""
+    layouts = dict(re.findall(r"^(#\w+) = (#ttg\..*)$", ttgir, re.MULTILINE))
+    tiles = re.findall(r"\}\) : \(tensor<([\dx]+)xf32, (#\w+)>\) ->", ttgir)
+    return tuple(f"{shape} {layouts[name]}" for shape, name in tiles)
 
 
 def _leaves(path: tuple[int, ...], kind: str | tuple) -> Iterator[tuple[tuple[int, ...], str]]:

@@ -35,6 +35,8 @@ def test_fits(op, compile_op, record_property):
 
     if op == "int8_matmul":
         assert_reads_whole_words(results)
+    if op == "rms_norm":
+        assert_norms_as_without_int8(results)
 
 
 def assert_reads_whole_words(results: list[CompileResult]):
@@ -45,6 +47,18 @@ def assert_reads_whole_words(results: list[CompileResult]):
     for result in matmuls:
         assert any(name.startswith("IMMA.16832.S8.S8") for name in result.instructions), result
         assert not {"LDS.U8", "LDS.S8"}.intersection(result.instructions), result
+
+
+def assert_norms_as_without_int8(results: list[CompileResult]):
+    """A norm that writes int8 sums up its squares in the order of one that does not, or what it
+    quantises would not be, to the bit, what the other writes."""
+    summed = {(result.name, result.capability): result.summed for result in results}
+    quantising = [label for label in summed if label[0].endswith("/int8")]
+    assert len(quantising) == 2 * 2 * len(CAPABILITIES)
+    for name, capability in quantising:
+        assert summed[name, capability], name
+        without = summed[name.removesuffix("/int8").removesuffix("/no y"), capability]
+        assert summed[name, capability] == without, name
 
 
 def test_no_kernel_is_left_out():

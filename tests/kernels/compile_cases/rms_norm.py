@@ -24,23 +24,27 @@ def cases() -> list[CompileCase]:
             sum_partials(capability, width),
         )
     ] + [
-        _forward(capability, width, quantises=True)
+        _forward(capability, width, writes_y=writes_y, quantises=True)
         for capability in CAPABILITIES
         for width in (1024, MAX_WIDTH)
+        for writes_y in (True, False)
     ]
 
 
-def _forward(capability: str, width: int, *, quantises: bool = False) -> CompileCase:
+def _forward(
+    capability: str, width: int, *, writes_y: bool = True, quantises: bool = False
+) -> CompileCase:
     config = CONFIGS[capability]
     block_m, block_d, warps = tile_shape(config.forward_tile, config.forward_warps, width)
+    variant = ("" if writes_y else "/no y") + ("/int8" if quantises else "")
     return CompileCase(
-        name=f"rms_norm_forward/D={width}{'/int8' if quantises else ''}",
+        name=f"rms_norm_forward/D={width}{variant}",
         kernel=rms_norm_forward_kernel,
         signature={
             "x_ptr": "*bf16",
             "residual_ptr": "*bf16",
             "weight_ptr": "*fp32",
-            "y_ptr": "*bf16",
+            **({"y_ptr": "*bf16"} if writes_y else {}),
             **({"values_ptr": "*i8", "scales_ptr": "*fp32"} if quantises else {}),
             "new_residual_ptr": "*bf16",
             "rstd_ptr": "*fp32",
@@ -48,6 +52,7 @@ def _forward(capability: str, width: int, *, quantises: bool = False) -> Compile
             "eps": "fp32",
         },
         constexprs={
+            **({} if writes_y else {"y_ptr": None}),
             **({} if quantises else {"values_ptr": None, "scales_ptr": None}),
             "D": width,
             "BLOCK_M": block_m,

@@ -80,6 +80,31 @@ def swiglu_backward(m):
     return lambda: m.launch_swiglu_backward(d_h, gate_up, h=d_h)
 
 
+def rms_norm_int8(m):
+    """As forward keeps y for nobody: the table has one row for both, so that both sum up alike."""
+    from hamner.kernels.int8_quantize import empty_int8
+
+    x, residual, weight = randn(N, D), randn(N, D), torch.ones(D, device="cuda")
+    quantised = empty_int8(x, x.shape, grouped=False)
+    return lambda: m.launch_rms_norm(x, residual, weight, 1e-5, quantised=quantised, writes_y=False)
+
+
+def swiglu_int8_forward(m):
+    from hamner.kernels.int8_quantize import empty_int8
+
+    gate_up = randn(N, 2 * INTERMEDIATE)
+    quantised = empty_int8(gate_up, (N, INTERMEDIATE), grouped=True)
+    return lambda: m.launch_swiglu(gate_up, quantised=quantised, writes_h=False)
+
+
+def swiglu_int8_backward(m):
+    from hamner.kernels.int8_quantize import empty_int8
+
+    d_h, gate_up = randn(N, INTERMEDIATE), randn(N, 2 * INTERMEDIATE)
+    quantised = empty_int8(gate_up, gate_up.shape, grouped=False)
+    return lambda: m.launch_swiglu_backward(d_h, gate_up, h=d_h, quantised=quantised)
+
+
 def rope(m):
     qkv = randn(N // T, T, (HEADS + 2 * KV_HEADS) * HEAD_DIM)
     angles = torch.rand(T, HEAD_DIM // 2, device="cuda")
@@ -275,6 +300,13 @@ KERNELS: dict[str, dict[str, Tunable]] = {
             rms_norm_backward,
             costs.rms_norm(N * D, adds_residual=True, backward=True, recompute=True),
         ),
+        "int8": Tunable(
+            "rms_norm",
+            ("forward_tile", "forward_warps"),
+            _ROW_TILES,
+            rms_norm_int8,
+            Cost(bytes=7 * N * D),  # x, residual and their sum, and a byte an element of y
+        ),
     },
     "swiglu": {
         "forward": Tunable(
@@ -290,6 +322,26 @@ KERNELS: dict[str, dict[str, Tunable]] = {
             grid((1, 2, 4), (256, 1024, 2048, 4096), (2, 4, 8, 16)),
             swiglu_backward,
             costs.swiglu(N * INTERMEDIATE, backward=True, recompute=True),
+        ),
+        "int8 forward": Tunable(
+            "swiglu",
+            ("int8_forward_block_m", "int8_forward_warps"),
+            # 4 to 32 elements a thread
+            [
+                row
+                for row in grid((2, 4, 8, 16, 32), (1, 2, 4, 8, 16))
+                if 4 <= 8 * row[0] / row[1] <= 32
+            ],
+            swiglu_int8_forward,
+            Cost(bytes=5 * N * INTERMEDIATE),  # gate and up, and a byte an element of h
+        ),
+        "int8 backward": Tunable(
+            "swiglu",
+            ("int8_backward_elements",),
+            grid((4, 8, 16, 32)),
+            swiglu_int8_backward,
+            costs.swiglu(N * INTERMEDIATE, backward=True, recompute=True)
+            + Cost(bytes=2 * N * INTERMEDIATE),
         ),
     },
     "rope": {

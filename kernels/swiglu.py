@@ -37,7 +37,10 @@ from hamner.kernels.launch import capability
 
 
 class Config(NamedTuple):
-    """A config is a program's tile of h and its warps, for each direction."""
+    """A config is a program's tile of h and its warps, for each direction, with int8 and without.
+
+    What shares a scale is in one tile: forward 256 columns, backward whole rows.
+    """
 
     forward_block_m: int
     forward_block_i: int
@@ -45,15 +48,20 @@ class Config(NamedTuple):
     backward_block_m: int
     backward_block_i: int
     backward_warps: int
+    int8_forward_block_m: int
+    int8_forward_warps: int
+    int8_backward_elements: int
+    """that a thread holds of a row"""
 
 
 # As measured (`python -m bench.tune swiglu`, profiles/LOG.md), 9.0 on an H100, the others as what
 # an H200 that executes sm_86's code runs fastest: whole rows, though a quarter of the lanes idles
-# at I 2816.
+# at I 2816. With int8 by reasoning: forward as many elements as without, backward a 16-byte load of
+# bf16 a thread from each input.
 CONFIGS = {
-    "8.6": Config(2, 4096, 16, 1, 4096, 4),
-    "8.0": Config(2, 4096, 16, 1, 4096, 4),
-    "9.0": Config(1, 4096, 16, 2, 4096, 16),
+    "8.6": Config(2, 4096, 16, 1, 4096, 4, 32, 16, 8),
+    "8.0": Config(2, 4096, 16, 1, 4096, 4, 32, 16, 8),
+    "9.0": Config(1, 4096, 16, 2, 4096, 16, 16, 16, 8),
 }
 
 
@@ -63,11 +71,11 @@ def tile_shape(block_m: int, block_i: int, intermediate: int) -> tuple[int, int]
     return block_m * (block_i // columns), columns
 
 
-def row_tile(intermediate: int) -> tuple[int, int, int]:
-    """The function gives rows, columns and warps of a tile of one whole row of h, with eight
+def row_tile(elements: int, intermediate: int) -> tuple[int, int, int]:
+    """The function gives rows, columns and warps of a tile of one whole row of h, with so many
     elements a thread as far as a program has threads."""
     columns = triton.next_power_of_2(intermediate)
-    return 1, columns, max(1, min(32, columns // 256))
+    return 1, columns, max(1, min(32, columns // (32 * elements)))
 
 
 @triton.jit
@@ -168,16 +176,16 @@ def launch_swiglu(
     num_rows = gate_up.numel() // (2 * intermediate)
     config = CONFIGS[capability(gate_up.device)]
     block_m, block_i = tile_shape(config.forward_block_m, config.forward_block_i, intermediate)
-    values = scales = None
+    values, scales, warps = None, None, config.forward_warps
     if quantised is not None:
         values, scales = quantised
-        block_m, block_i = block_m * block_i // GROUP.value, GROUP.value
+        block_m, block_i = config.int8_forward_block_m, GROUP.value
+        warps = config.int8_forward_warps
     grid = (triton.cdiv(num_rows, block_m), triton.cdiv(intermediate, block_i))
     with torch.cuda.device_of(gate_up):
         swiglu_forward_kernel[grid](
             gate_up, h if writes_h else None, values, scales, num_rows,
-            INTERMEDIATE=intermediate, BLOCK_M=block_m, BLOCK_I=block_i,
-            num_warps=config.forward_warps,
+            INTERMEDIATE=intermediate, BLOCK_M=block_m, BLOCK_I=block_i, num_warps=warps,
         )  # fmt: skip
     return h
 
@@ -205,7 +213,7 @@ def launch_swiglu_backward(
     values, scales, warps = None, None, config.backward_warps
     if quantised is not None:
         values, scales = quantised
-        block_m, block_i, warps = row_tile(intermediate)
+        block_m, block_i, warps = row_tile(config.int8_backward_elements, intermediate)
     grid = (triton.cdiv(num_rows, block_m), triton.cdiv(intermediate, block_i))
     with torch.cuda.device_of(gate_up):
         swiglu_backward_kernel[grid](

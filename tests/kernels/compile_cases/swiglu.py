@@ -33,8 +33,10 @@ def cases() -> list[CompileCase]:
 def _forward(capability: str, intermediate: int, *, quantises: bool = False) -> CompileCase:
     config = CONFIGS[capability]
     block_m, block_i = tile_shape(config.forward_block_m, config.forward_block_i, intermediate)
+    warps = config.forward_warps
     if quantises:
-        block_m, block_i = block_m * block_i // GROUP.value, GROUP.value
+        block_m, block_i = config.int8_forward_block_m, GROUP.value
+        warps = config.int8_forward_warps
     return CompileCase(
         name=f"swiglu_forward/I={intermediate}{'/int8' if quantises else ''}",
         kernel=swiglu_forward_kernel,
@@ -50,7 +52,7 @@ def _forward(capability: str, intermediate: int, *, quantises: bool = False) -> 
             "BLOCK_M": block_m,
             "BLOCK_I": block_i,
         },
-        num_warps=config.forward_warps,
+        num_warps=warps,
         num_stages=3,
         capability=capability,
         divisible_by_16=("N",),
@@ -62,7 +64,7 @@ def _backward(capability: str, intermediate: int, *, quantises: bool = False) ->
     block_m, block_i = tile_shape(config.backward_block_m, config.backward_block_i, intermediate)
     warps = config.backward_warps
     if quantises:
-        block_m, block_i, warps = row_tile(intermediate)
+        block_m, block_i, warps = row_tile(config.int8_backward_elements, intermediate)
     return CompileCase(
         name=f"swiglu_backward/I={intermediate}{'/int8' if quantises else ''}",
         kernel=swiglu_backward_kernel,

@@ -203,7 +203,7 @@ class Optimizer:
             )
             if is_sharded(weights[0]):
                 updates = torch.stack([whole(shard) for shard in shards])
-            self.ops.orthogonalize_(updates.view(-1, *shape[-2:]), splits)
+            self.ops.orthogonalize_([updates.view(-1, *shape[-2:])], [splits])
             if is_sharded(weights[0]):
                 for shard, update in zip(shards, updates, strict=True):
                     fill(shard, update)

@@ -288,11 +288,15 @@ def muon_held(model: ModelConfig, element_size: int) -> int:
     """Muon's update holds so many bytes beside its state.
 
     They are the updates of one kind of packed parameter, of all layers, the largest being gate and
-    up, and of each of its logical matrices a copy and three squares.
+    up, and of each of its logical matrices a copy and three squares; or of as many other kinds as
+    are no larger together, for down with q and o more squares.
     """
     d = model.hidden_size
     kinds = (dense_width(model), 1), (model.expert_intermediate_size, model.num_experts)
-    elements = (4 * number * width * d + 6 * number * min(width, d) ** 2 for width, number in kinds)
+    elements = (
+        4 * number * width * d + 3 * max(2 * number, number + 2) * min(width, d) ** 2
+        for width, number in kinds
+    )
     return model.num_layers * max(elements) * element_size
 
 

@@ -282,6 +282,7 @@ def effect(values):
         gram = step.scale * values**2
         polynomial = gram
         for square, linear, constant in step.quadratics:
+            assert polynomial.square().max() < torch.finfo(torch.float16).max
             addend = gram if step.adds_gram else polynomial
             polynomial = square * polynomial**2 + linear * addend + constant
         values = values * polynomial
@@ -298,6 +299,13 @@ def test_every_singular_value_within_reach_comes_to_one():
     for a, b, c in POLAR_EXPRESS:
         quintics = a * quintics + b * quintics**3 + c * quintics**5
     assert (effect(small) > quintics).all()
+
+
+def exact_iteration(update):
+    """The function is the iteration in fp64 on (m, n), by its singular values."""
+    u, values, vh = torch.linalg.svd(update.double(), full_matrices=False)
+    values = effect(values / (1.02 * values.norm()))
+    return RMS * math.sqrt(max(update.shape)) * (u * values @ vh)
 
 
 def iterated_on_x(update):
@@ -331,8 +339,7 @@ def test_polynomials_are_more_accurate_than_quintics_on_x(spectrum):
     update = (left * values @ right.mT).bfloat16()
     rounded = update.clone()[None]
     orthogonalize_([rounded], [[rows]], product=product_summed_in_fp32)
-    u, given, vh = torch.linalg.svd(update.double(), full_matrices=False)
-    exact = RMS * math.sqrt(columns) * (u * effect(given / (1.02 * given.norm())) @ vh)
+    exact = exact_iteration(update)
     error = (rounded[0] - exact).norm() / exact.norm()
     quintics = iterated_on_x(update.double())
     assert error < 0.03
@@ -382,6 +389,19 @@ class TestOnGpu:
         check_product(x, {})
         factors = {"product_factor": 0.3, "addend_factor": -1.7, "identity_factor": 2.5}
         check_product(symmetric_product(x), factors, symmetric_product(x))
+
+    def test_iteration_at_training_shape(self):
+        updates = [
+            normal(2, *shape, device="cuda", dtype=torch.bfloat16, seed=seed)
+            for seed, shape in enumerate(self.SHAPES)
+        ]
+        splits = [(1024, 256, 256), (1024,), (2816, 2816), (1024,)]
+        before = [update.clone() for update in updates]
+        orthogonalize_(updates, splits)
+        for update, given, rows in zip(updates, before, splits, strict=True):
+            for part, start in zip(update[1].split(rows), given[1].split(rows), strict=True):
+                exact = exact_iteration(start)
+                assert (part - exact).norm() < 0.02 * exact.norm()
 
     def test_momentum_at_training_shape(self):
         check_momentum(self.SHAPES, 0.75, torch.bfloat16, "cuda")

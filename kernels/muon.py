@@ -6,36 +6,41 @@
     master   -= lr * weight_decay * master + lr * update
     param     = master, rounded
 
-U V^T comes from an iteration that drives every singular value towards 1 (Newton-Schulz; here with
-the coefficients of Polar Express, Amsel et al. 2025, arXiv:2505.16932, each step's the best for
-what the one before it leaves). With X the wide side of a matrix, m <= n, one step is
+U V^T comes from an iteration that drives every singular value towards 1. With X the wide side of a
+matrix, m <= n, its two steps are
 
-    G = X X^T,   Q = a I + b G + c G G,   X <- Q X
+    G = X X^T,   X <- T(G) X
 
-Q commutes with G, so several steps need X only at their ends ("Gram Newton-Schulz"): the product
-of their Q is gathered while G <- Q G Q. Only small m x m products are left, all of them symmetric,
-and `symmetric_product` computes half of each: the tiles on and below the diagonal, of which it
-stores a mirrored copy. Rounding errors of G grow like a^2 a step where eigenvalues are small, and
-turn them negative, which the polynomials carry away: so G is computed anew from X after the first
-two steps, in whose coefficients a is large, and float16 holds it, not bfloat16. Measured against
-the same steps in fp32 this is closer than X in bfloat16 all the way (tests/kernels/test_muon.py).
-Four steps are 10 m^3 + 6 m^2 n FLOPs, against 4 m^3 + 12 m^2 n with X all the way.
+Newton-Schulz has a quadratic T in each of four or five steps (Polar Express, Amsel et al. 2025,
+arXiv:2505.16932, with coefficients that are each step's best for what the one before it leaves).
+Here T is quadratics one after the other, which is a polynomial of degree 16 in G for four products
+of symmetric m x m matrices, and of degree 8 for three: two steps do what four quintics do, which
+with X multiplied only at two ends ("Gram Newton-Schulz") take ten such products. All of them are of
+a matrix with its own transpose, and `symmetric_product` computes half of each: the tiles on and
+below the diagonal, of which it stores a mirrored copy.
+
+One step would do without the second X and G, but rounding leaves G no small eigenvalues: the second
+is computed from what the first step has lifted. float16 holds G and its polynomials, not bfloat16.
+Measured against the same steps in fp64 the result is closer than quintics on X in bfloat16
+(tests/kernels/test_muon.py, profiles/LOG.md). In all 7 m^3 + 6 m^2 n FLOPs; quintics on X would be
+4 m^3 + 12 m^2 n.
 
 A model keeps several logical matrices in one parameter (q, k and v; gate and up; the experts):
 `splits` says where they part, and matrices of one shape go through the iteration together, over all
 layers. Nothing is copied for that: the updates of all layers are written into one tensor, of which
-each kind of logical matrix is a strided view, read transposed where it is tall.
+each kind of logical matrix is a strided view, read transposed where it is tall. The m x m products
+of all kinds with one m are one launch: few matrices leave a part of the GPU idle at its end.
 
 Bytes that must move, an element, beside the matmuls, for bf16 with a split master (adamw.py): grad
 read (2), momentum read and written (8), update written (2) and read (2), param and remainder read
 and written (8): 22, four fewer than AdamW's, whose second moment is not there. For the 270M hidden
-weights of option A the iteration's four steps are 2.9 TFLOP, 4 ms at 690 TFLOP/s and 41 ms at 71.2.
+weights of option A the iteration is 2.5 TFLOP, 4 ms at 690 TFLOP/s and 35 ms at 71.2.
 
 A clip_coef that is not finite changes nothing, as in adamw.py.
 """
 
-import itertools
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -58,27 +63,54 @@ from hamner.kernels.adamw import (
 from hamner.kernels.checks import (
     check_contiguous,
     check_dtype,
-    check_like,
     check_same_device,
     check_shape,
 )
 from hamner.kernels.launch import capability, define_in_place
 
-POLAR_EXPRESS = (
-    (8.089256959190564, -22.297789245260553, 15.747758400660448),
-    (3.943378132484332, -2.784615046554493, 0.5038087073896522),
-    (3.4729456505183145, -2.5005020560788345, 0.47892752482413115),
-    (2.5523222055131347, -1.8868219743979882, 0.4426195090056677),
+
+class Step(NamedTuple):
+    """A step multiplies X by a polynomial of G = scale X X^T, quadratic after quadratic:
+
+    Y = G, then Y <- square Y Y + linear Z + constant I, where Z is G if `adds_gram`, else Y.
+    """
+
+    scale: float
+    quadratics: tuple[tuple[float, float, float], ...]
+    """(square, linear, constant)"""
+    adds_gram: bool = False
+
+
+STEPS = (
+    Step(
+        128.0,
+        (
+            (0.03176248084367252, -4.172934823796818, 0.0),
+            (0.023926944855978474, 3.559991318108019, 0.0),
+            (-0.00937082059840711, -1.6165908743214075, 0.0),
+            (0.012258402933930011, -1.4694267674949268, 44.76112243812889),
+        ),
+    ),
+    Step(
+        1.0,
+        (
+            (0.411983509783345, -1.7384473275445926, 1.161726821195274),
+            (1.6130665867477771, -0.056784103090464944, -0.30930534661160414),
+            (1.5213756770975542, -0.32382796479980064, 1.3666053559553961),
+        ),
+        adds_gram=True,
+    ),
 )
-"""(a, b, c) of each step, the best four for singular values from 0.003 to 1, which come into
-0.76-1.23 (arXiv:2505.16932, algorithm 1, with its safety of 1.02 and cushion of 0.02)"""
+"""Of degree 33 and 17 in singular values, found by minimax over such quadratics, the second step's
+for what the first leaves: 0.003 to 1 comes into 0.13-1.87 and then into 0.796-1.204, and what is
+smaller is multiplied by 299 (four steps of Polar Express for the same interval: 0.76-1.23, 283).
+Where float16 would round small eigenvalues coarsely, they are kept small, as polynomials that are 0
+at 0, and scaled up, as far as no square leaves float16."""
 SAFETY = 1.02
 """X is divided by so many Frobenius norms: rounding must not lift a singular value above 1, from
 where the first step's polynomial would carry it away"""
 RMS = 0.2
 """root mean square of AdamW's updates, which Muon's are scaled to"""
-FIRST_STEPS = 2
-"""of the iteration, after which the Gram matrix is computed anew"""
 SMALLEST_NORM = 1e-15
 """of Frobenius, below which an update counts as zero"""
 
@@ -103,11 +135,10 @@ FLOAT32_PRODUCT = ProductConfig(32, 32, 4, 1)
 @triton.jit
 def symmetric_product_kernel(
     x_ptr,  # (B, M, K) input dtype
-    y_ptr,  # (B, M, K) input dtype
     addend_ptr,  # (B, M, M), symmetric, or None
     factors_ptr,  # (B,) fp32, or None
     out_ptr,  # (B, M, M)
-    stride_b,  # of x and y
+    stride_b,  # of x
     stride_m,
     stride_k,
     M,
@@ -119,7 +150,7 @@ def symmetric_product_kernel(
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The result is factor (product_factor x y^T + addend_factor addend + identity_factor I)."""
+    """The result is factor (product_factor x x^T + addend_factor addend + identity_factor I)."""
     blocks = tl.cdiv(M, BLOCK)
     tiles = blocks * (blocks + 1) // 2
     pid = tl.program_id(0)
@@ -135,7 +166,7 @@ def symmetric_product_kernel(
     columns = M - column * BLOCK
     # The position of a tile is 64-bit, offsets inside it 32-bit.
     left_ptr = x_ptr + batch * stride_b + tl.cast(row * BLOCK, tl.int64) * stride_m
-    right_ptr = y_ptr + batch * stride_b + tl.cast(column * BLOCK, tl.int64) * stride_m
+    right_ptr = x_ptr + batch * stride_b + tl.cast(column * BLOCK, tl.int64) * stride_m
     offs_x = offs[:, None] * stride_m + offs_k[None, :] * stride_k
     step = tl.cast(BLOCK_K, tl.int64) * stride_k
     acc = tl.zeros((BLOCK, BLOCK), tl.float32)
@@ -242,7 +273,6 @@ def apply_kernel(
 
 def _launch_symmetric_product(
     x: Tensor,
-    y: Tensor,
     addend: Tensor | None,
     factors: Tensor | None,
     out: Tensor,
@@ -259,7 +289,7 @@ def _launch_symmetric_product(
     if programs:
         with torch.cuda.device_of(x):
             symmetric_product_kernel[(programs,)](
-                x, y, addend, factors, out, *x.stride(), rows, depth,
+                x, addend, factors, out, *x.stride(), rows, depth,
                 product_factor, addend_factor, identity_factor,
                 EVEN=rows % config.block == 0 and depth % config.block_k == 0,
                 BLOCK=config.block, BLOCK_K=config.block_k,
@@ -272,58 +302,52 @@ define_in_place("hamner::symmetric_product_", _launch_symmetric_product, mutates
 
 def symmetric_product(
     x: Tensor,
-    y: Tensor | None = None,
     *,
     product_factor: float = 1.0,
     addend: Tensor | None = None,
     addend_factor: float = 0.0,
     identity_factor: float = 0.0,
     factors: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """The op computes a polynomial of symmetric matrices, by half.
+    """The op computes a matrix times its own transpose, by half, and adds to it.
 
-    The result is factors (product_factor x y^T + addend_factor addend + identity_factor I).
-
-    It computes the tiles on and below the diagonal and mirrors the others.
+    The result is factors (product_factor x x^T + addend_factor addend + identity_factor I). It
+    computes the tiles on and below the diagonal and mirrors the others.
 
     Args:
         x: (B, M, K) float32, float16 or bfloat16, any strides.
-        y: (B, M, K) of the dtype and the strides of x, such that x y^T is symmetric but for
-            rounding; x itself by default.
-        product_factor: of x y^T, summed in float32.
+        product_factor: of x x^T, summed in float32.
         addend: (B, M, M) float32, float16 or bfloat16, symmetric, contiguous.
         addend_factor: of addend.
         identity_factor: of the identity.
         factors: (B,) float32, by which the whole result is multiplied.
-        out_dtype: of the result; that of x by default.
+        out: (B, M, M) float32, float16 or bfloat16, contiguous, not x or addend; written. By
+            default a new one of the dtype of x.
 
     Returns:
-        (B, M, M), contiguous.
+        out.
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
     """
     check_shape("x", x.shape, ("B", "M", "K"))
     check_dtype("x", x)
-    y = x if y is None else y
-    check_shape("y", y.shape, x.shape)
-    check_like("y", y, "x", x)
-    if y.stride() != x.stride():
-        raise ValueError(f"y has strides {y.stride()}, x has {x.stride()}; they must agree")
-    if addend is not None:
-        check_shape("addend", addend.shape, (x.shape[0], x.shape[1], x.shape[1]))
-        check_dtype("addend", addend)
-        check_same_device("addend", addend, "x", x)
-        check_contiguous("addend", addend)
+    square = (x.shape[0], x.shape[1], x.shape[1])
+    out = x.new_empty(square) if out is None else out
+    for name, tensor in (("addend", addend), ("out", out)):
+        if tensor is not None:
+            check_shape(name, tensor.shape, square)
+            check_dtype(name, tensor)
+            check_same_device(name, tensor, "x", x)
+            check_contiguous(name, tensor)
     if factors is not None:
         check_shape("factors", factors.shape, (x.shape[0],))
         check_dtype("factors", factors, (torch.float32,))
         check_same_device("factors", factors, "x", x)
         check_contiguous("factors", factors)
-    out = x.new_empty((x.shape[0], x.shape[1], x.shape[1]), dtype=out_dtype or x.dtype)
     torch.ops.hamner.symmetric_product_(
-        x, y, addend, factors, out=out, product_factor=product_factor,
+        x, addend, factors, out=out, product_factor=product_factor,
         addend_factor=addend_factor, identity_factor=identity_factor,
     )  # fmt: skip
     return out
@@ -331,109 +355,123 @@ def symmetric_product(
 
 def symmetric_product_reference(
     x: Tensor,
-    y: Tensor | None = None,
     *,
     product_factor: float = 1.0,
     addend: Tensor | None = None,
     addend_factor: float = 0.0,
     identity_factor: float = 0.0,
     factors: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """The function is `symmetric_product` in plain torch."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    out = product_factor * (x @ (x if y is None else y).mT).to(wide)
+    result = product_factor * (x @ x.mT).to(wide)
     if addend is not None:
-        out = out + addend_factor * addend
-    out = out + identity_factor * torch.eye(x.shape[1], device=x.device)
+        result = result + addend_factor * addend
+    result = result + identity_factor * torch.eye(x.shape[1], device=x.device)
     if factors is not None:
-        out = out * factors[:, None, None]
-    return out.to(out_dtype or x.dtype)
+        result = result * factors[:, None, None]
+    return result.to(x.dtype) if out is None else out.copy_(result)
 
 
-Coefficients = Sequence[tuple[float, float, float]]
 Product = Callable[..., Tensor]
 
 
 def orthogonalize_(
-    updates: Tensor,
-    splits: Sequence[int],
-    coefficients: Coefficients = POLAR_EXPRESS,
+    updates: Sequence[Tensor],
+    splits: Sequence[Sequence[int]],
+    steps: Sequence[Step] = STEPS,
     safety: float = SAFETY,
     product: Product = symmetric_product,
 ) -> None:
     """The function replaces each logical matrix by 0.2 sqrt(max(m, n)) times its U V^T, in place.
 
     Args:
-        updates: (B, R, C), contiguous, float32, float16 or bfloat16.
-        splits: rows of the logical matrices, R in all; neighbours of one size are iterated on
-            together.
-        coefficients: (a, b, c) of each step of the iteration, more than `FIRST_STEPS`.
+        updates: (B, R, C) each, contiguous, float32, float16 or bfloat16, of one dtype.
+        splits: of each, rows of the logical matrices, R in all. Matrices whose shorter sides are
+            equal go through the iteration together.
+        steps: of the iteration, two or more.
         safety: what the Frobenius norm is multiplied by before X is divided by it.
         product: `symmetric_product` or its reference.
 
     Raises:
         ValueError: the splits are not R rows.
     """
-    check_contiguous("updates", updates)
-    if sum(splits) != updates.shape[1]:
-        raise ValueError(f"splits {tuple(splits)} are not the {updates.shape[1]} rows of updates")
-    if updates.numel() == 0:
-        return
-    start = 0
-    for rows, neighbours in itertools.groupby(splits):
-        end = start + rows * len(list(neighbours))
-        packed = updates[:, start:end].unflatten(1, (-1, rows))
-        start = end
-        # A copy where the parameter packs other matrices beside several of this size.
-        matrices = packed.reshape(-1, *packed.shape[2:])
-        _orthogonalize_together_(matrices, coefficients, safety=safety, product=product)
-        if matrices.data_ptr() != packed.data_ptr():
-            packed.copy_(matrices.view_as(packed))
+    by_side = defaultdict(list)
+    for update, rows in zip(updates, splits, strict=True):
+        check_contiguous("updates", update)
+        if sum(rows) != update.shape[1]:
+            raise ValueError(f"splits {tuple(rows)} are not the {update.shape[1]} rows of updates")
+        for matrices in _logical_matrices(update, rows):
+            if matrices.numel():
+                by_side[min(matrices.shape[1:])].append(matrices)
+    for together in by_side.values():
+        _orthogonalize_together_(together, steps, safety=safety, product=product)
+
+
+def _logical_matrices(update: Tensor, rows: Sequence[int]) -> Sequence[Tensor]:
+    """The function views (B, R, C) as few tensors (B', rows, C) of a logical matrix each."""
+    if len(set(rows)) == 1:
+        return [update.view(-1, rows[0], update.shape[2])]
+    return update.split(list(rows), dim=1)
 
 
 def _orthogonalize_together_(
-    matrices: Tensor, coefficients: Coefficients, *, safety: float, product: Product
+    matrices: Sequence[Tensor], steps: Sequence[Step], *, safety: float, product: Product
 ) -> None:
-    """The function is `orthogonalize_` for (B, rows, columns) matrices, each of them a logical one.
+    """The function is `orthogonalize_` for (B, rows, columns) tensors with the same shorter side,
+    each element of B being a logical matrix."""
+    wide = torch.promote_types(matrices[0].dtype, torch.float32)
+    norms = [torch.linalg.vector_norm(x, dim=(1, 2), dtype=wide) for x in matrices]
+    # X is never divided by its norm: its first Gram matrix is, and what multiplies X first.
+    factors = 1.0 / (safety * torch.cat(norms).clamp(min=SMALLEST_NORM))
+    current = _multiplied(matrices, _transforms(matrices, steps[0], product, factors))
+    for step in steps[1:-1]:
+        current = _multiplied(current, _transforms(current, step, product))
+    transforms = _transforms(current, steps[-1], product)
+    for out, x, transform in zip(matrices, current, transforms, strict=True):
+        scale = RMS * math.sqrt(max(out.shape[1:]))
+        out.baddbmm_(*_in_order(x, transform), beta=0, alpha=scale)
 
-    G and the product of the Q are float16 where the matrices are bfloat16: their elements are at
-    most their largest singular value, 32, and bfloat16 would round eight times as coarsely.
+
+def _multiplied(matrices: Sequence[Tensor], transforms: Sequence[Tensor]) -> list[Tensor]:
+    pairs = zip(matrices, transforms, strict=True)
+    return [torch.bmm(*_in_order(x, transform)) for x, transform in pairs]
+
+
+def _in_order(x: Tensor, transform: Tensor) -> tuple[Tensor, Tensor]:
+    """The transform multiplies a matrix along its shorter side."""
+    return (transform, x) if x.shape[1] <= x.shape[2] else (x, transform)
+
+
+def _transforms(
+    matrices: Sequence[Tensor], step: Step, product: Product, factors: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """The function gives what a step multiplies its matrices by, after they were multiplied by
+    their factors.
+
+    Gram matrices and what is computed of them are float16 where the matrices are bfloat16, which
+    would round eight times as coarsely.
     """
-    is_wide = matrices.shape[1] <= matrices.shape[2]
-    dtype = torch.float16 if matrices.dtype == torch.bfloat16 else matrices.dtype
-    norm = torch.linalg.vector_norm(
-        matrices, dim=(1, 2), dtype=torch.promote_types(matrices.dtype, torch.float32)
+    dtype, counts = matrices[0].dtype, [len(x) for x in matrices]
+    squared = [None] * len(counts) if factors is None else factors.square().split(counts)
+    side = min(matrices[0].shape[1:])
+    gram = matrices[0].new_empty(
+        (sum(counts), side, side), dtype=torch.float16 if dtype == torch.bfloat16 else dtype
     )
-    # X is never divided by its norm: its Gram matrix is, and the first steps' product.
-    factors = 1.0 / (safety * norm.clamp(min=SMALLEST_NORM))
-    gram = product(matrices if is_wide else matrices.mT, factors=factors.square(), out_dtype=dtype)
-    transform = _transform(
-        gram, coefficients[:FIRST_STEPS], product, factors=factors, out_dtype=matrices.dtype
-    )
-    x = torch.bmm(*((transform, matrices) if is_wide else (matrices, transform)))
-    gram = product(x if is_wide else x.mT, out_dtype=dtype)
-    transform = _transform(gram, coefficients[FIRST_STEPS:], product, out_dtype=matrices.dtype)
-    scale = RMS * math.sqrt(max(matrices.shape[1:]))
-    matrices.baddbmm_(*((transform, x) if is_wide else (x, transform)), beta=0, alpha=scale)
-
-
-def _transform(gram: Tensor, steps: Coefficients, product: Product, **ends_with) -> Tensor:
-    """The function gives the product of the steps' Q, of which the last has these options."""
-    transform = None
-    for number, (a, b, c) in enumerate(steps):
-        is_last = number == len(steps) - 1
+    for x, factor, out in zip(matrices, squared, gram.split(counts), strict=True):
+        across = x if x.shape[1] == side else x.mT
+        product(across, product_factor=step.scale, factors=factor, out=out)
+    polynomial = gram
+    for number, (square, linear, constant) in enumerate(step.quadratics, 1):
+        is_last = number == len(step.quadratics)
         polynomial = product(
-            gram, product_factor=c, addend=gram, addend_factor=b, identity_factor=a,
-            **(ends_with if is_last and transform is None else {}),
+            polynomial, product_factor=square, addend=gram if step.adds_gram else polynomial,
+            addend_factor=linear, identity_factor=constant,
+            factors=factors if is_last else None,
+            out=torch.empty_like(gram, dtype=dtype) if is_last else None,
         )  # fmt: skip
-        if transform is None:
-            transform = polynomial
-        else:
-            transform = product(polynomial, transform, **(ends_with if is_last else {}))
-        if not is_last:
-            gram = product(product(polynomial, gram), polynomial)
-    return transform
+    return polynomial.split(counts)
 
 
 def _launch_momentum(

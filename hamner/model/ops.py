@@ -91,7 +91,7 @@ class Ops:
     muon_momentum_: Callable[..., None]
     """see hamner.kernels.muon.muon_momentum_"""
     orthogonalize_: Callable[..., None]
-    """(updates (B, R, C), rows of the logical matrices): see hamner.kernels.muon.orthogonalize_"""
+    """([updates (B, R, C)], [rows of the logical matrices]): see hamner.kernels.muon"""
     muon_apply_: Callable[..., None]
     """see hamner.kernels.muon.muon_apply_"""
 

@@ -18,9 +18,9 @@ from hamner.hardware import GIB, Gpu
 
 BF16, FP32 = 2, 4
 """bytes an element"""
-MUON_STEPS = 4
-"""of Muon's iteration: `hamner.kernels.muon.POLAR_EXPRESS` has so many, said again for want of
-torch; a test keeps the two equal"""
+MUON_STEPS, MUON_QUADRATICS = 2, 7
+"""of Muon's iteration: `hamner.kernels.muon.STEPS` has so many, said again for want of torch; a
+test keeps the two equal"""
 
 
 @dataclass(frozen=True)
@@ -267,14 +267,16 @@ def symmetric_product(
 
 
 def orthogonalize(rows: int, columns: int, element_size: int = BF16) -> Cost:
-    """Muon's iteration takes the product of a matrix's shorter side with itself twice, a polynomial
-    of it in every step, products of those with each other, and the matrix by the last, twice."""
+    """Muon's iteration takes in each step the product of a matrix's shorter side with itself,
+    quadratics of it, one after the other, and the matrix by the last of them."""
     m, n = min(rows, columns), max(rows, columns)
-    gram, square = (symmetric_product(1, m, k, element_size) for k in (n, m))
-    polynomial = symmetric_product(1, m, m, element_size, has_addend=True)
-    whole = matmul(m, m, n, element_size)
-    squares = 3 * (MUON_STEPS - 2)
-    parts = ((2, gram), (MUON_STEPS, polynomial), (squares, square), (2, whole))
+    gram = symmetric_product(1, m, n, element_size)
+    quadratic = symmetric_product(1, m, m, element_size, has_addend=True)
+    parts = (
+        (MUON_STEPS, gram),
+        (MUON_QUADRATICS, quadratic),
+        (MUON_STEPS, matmul(m, m, n, element_size)),
+    )
     return Cost(sum(n * part.flops for n, part in parts), sum(n * part.bytes for n, part in parts))
 
 
@@ -301,11 +303,15 @@ def muon_held(model: ModelConfig, element_size: int) -> int:
     """Muon's update holds so many bytes beside its state.
 
     They are the updates of one kind of packed parameter, of all layers, the largest being gate and
-    up, and of each of its logical matrices a copy and four squares.
+    up, and of each of its logical matrices a copy and three squares; or of as many other kinds as
+    are no larger together, for down with q and o more squares.
     """
     d = model.hidden_size
     kinds = (dense_width(model), 1), (model.expert_intermediate_size, model.num_experts)
-    elements = (number * (4 * width * d + 8 * min(width, d) ** 2) for width, number in kinds)
+    elements = (
+        4 * number * width * d + 3 * max(2 * number, number + 2) * min(width, d) ** 2
+        for width, number in kinds
+    )
     return model.num_layers * max(elements) * element_size
 
 

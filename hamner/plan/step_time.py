@@ -265,7 +265,8 @@ class MicroBatch:
             one = costs.orthogonalize(rows, columns)
             times = self.model.num_layers * count
             total += Cost(times * one.flops, times * one.bytes)
-        return Op("optimizer_muon", total, launches=(4 * costs.MUON_STEPS + 4) * len(kinds))
+        launches = (costs.MUON_QUADRATICS + 2 * costs.MUON_STEPS + 6) * len(kinds)
+        return Op("optimizer_muon", total, launches=launches)
 
 
 @dataclass(frozen=True)

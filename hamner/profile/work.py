@@ -219,7 +219,7 @@ def _muon_apply(operation: Range) -> Cost:
 
 def _symmetric_product(operation: Range) -> Cost:
     batch, rows, k = operation.dims[0]
-    how = {"element_size": _element_size(operation, 0), "has_addend": _given(operation, 2)}
+    how = {"element_size": _element_size(operation, 0), "has_addend": _given(operation, 1)}
     return costs.symmetric_product(batch, rows, k, **how)
 
 

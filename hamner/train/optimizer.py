@@ -11,8 +11,9 @@ Nothing waits for the GPU: the clip coefficient stays on the device, and a step 
 gradient norm is not finite is skipped there.
 """
 
+import itertools
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 
 import torch
@@ -27,6 +28,8 @@ from hamner.parallel.engines import Engine
 from hamner.parallel.tensors import fill, is_sharded, local, whole
 
 EPS = 1e-8
+Kinds = list[list[str]]
+"""names of parameters that differ only in their layer, kind by kind"""
 
 
 class Optimizer:
@@ -147,7 +150,8 @@ class Optimizer:
             norm = norm + (loss - loss)  # 0, or NaN where the loss is infinite or NaN
         clip = clip_coefficient(norm, self.config.grad_clip or math.inf)
         self._step_adamw({n: g for n, g in gradients.items() if n in self.exp_avg_sq}, lr, clip)
-        self._step_muon({n: g for n, g in gradients.items() if n not in self.exp_avg_sq}, lr, clip)
+        for kinds in muon_groups({n: g for n, g in gradients.items() if n not in self.exp_avg_sq}):
+            self._step_muon(gradients, kinds, lr=lr, clip=clip)
         self.drop_gradients()
         return norm
 
@@ -176,46 +180,53 @@ class Optimizer:
                 clip_coef=clip,
             )
 
-    def _step_muon(self, gradients: Mapping[str, Tensor], lr: float, clip: Tensor) -> None:
-        """Muon updates at once the matrices of one kind, of all layers.
+    def _step_muon(
+        self, gradients: Mapping[str, Tensor], kinds: Kinds, *, lr: float, clip: Tensor
+    ) -> None:
+        """Muon updates at once the matrices of several kinds, of all layers.
 
         Where processes hold shards, each takes its own into the momentum, gathers the updates,
         makes them orthogonal as the others do, and applies its part.
         """
-        kinds = defaultdict(list)
-        for name, gradient in gradients.items():
-            kinds[name.split(".", 2)[2], gradient.dtype].append(name)
-        for names in kinds.values():
-            weights = [self.parameters[name].data for name in names]
-            shape, splits = weights[0].shape, logical_rows(names[0], self.config.model)
-            if is_sharded(weights[0]):
-                shards = [torch.empty_like(weight, dtype=self.update_dtype) for weight in weights]
-            else:
-                updates = weights[0].new_empty((len(names), *shape), dtype=self.update_dtype)
-                shards = list(updates)
-            parts = [local(shard) for shard in shards]
-            self.ops.muon_momentum_(
-                [local(gradients[name]) for name in names],
-                [local(self.exp_avg[name]) for name in names],
-                parts,
-                beta=self.config.momentum,
-                clip_coef=clip,
-            )
-            if is_sharded(weights[0]):
-                updates = torch.stack([whole(shard) for shard in shards])
-            self.ops.orthogonalize_(updates.view(-1, *shape[-2:]), splits)
-            if is_sharded(weights[0]):
-                for shard, update in zip(shards, updates, strict=True):
-                    fill(shard, update)
-            params = [local(weight) for weight in weights]
-            self.ops.muon_apply_(
-                params,
-                [local(self.masters[n]) for n in names] if names[0] in self.masters else params,
-                parts,
-                lr=lr,
-                weight_decay=self.config.weight_decay,
-                clip_coef=clip,
-            )
+        names = list(itertools.chain(*kinds))
+        weights = {name: self.parameters[name].data for name in names}
+        sharded = is_sharded(weights[names[0]])
+        how = {"dtype": self.update_dtype}
+        if sharded:
+            shards = [[torch.empty_like(weights[name], **how) for name in kind] for kind in kinds]
+        else:
+            firsts = [weights[kind[0]] for kind in kinds]
+            shards = updates = [
+                first.new_empty((len(kind), *first.shape), **how)
+                for first, kind in zip(firsts, kinds, strict=True)
+            ]
+        parts = [local(shard) for shard in itertools.chain(*shards)]
+        self.ops.muon_momentum_(
+            [local(gradients[name]) for name in names],
+            [local(self.exp_avg[name]) for name in names],
+            parts,
+            beta=self.config.momentum,
+            clip_coef=clip,
+        )
+        if sharded:
+            updates = [torch.stack([whole(shard) for shard in kind]) for kind in shards]
+        self.ops.orthogonalize_(
+            [update.view(-1, *update.shape[-2:]) for update in updates],
+            [logical_rows(kind[0], self.config.model) for kind in kinds],
+        )
+        if sharded:
+            pairs = zip(itertools.chain(*shards), itertools.chain(*updates), strict=True)
+            for shard, update in pairs:
+                fill(shard, update)
+        params = [local(weights[name]) for name in names]
+        self.ops.muon_apply_(
+            params,
+            [local(self.masters[n]) for n in names] if names[0] in self.masters else params,
+            parts,
+            lr=lr,
+            weight_decay=self.config.weight_decay,
+            clip_coef=clip,
+        )
 
     def drop_gradients(self) -> None:
         """The gradients are forgotten, accumulated ones too."""
@@ -243,6 +254,28 @@ class Optimizer:
         tensors = {f"master.{name}": tensor for name, tensor in self.masters.items()}
         tensors |= {f"exp_avg.{name}": tensor for name, tensor in self.exp_avg.items()}
         return tensors | {f"exp_avg_sq.{name}": t for name, t in self.exp_avg_sq.items()}
+
+
+def muon_groups(gradients: Mapping[str, Tensor]) -> list[Kinds]:
+    """The function groups kinds that together have no more elements than the largest one, so that
+    their matrices share launches in the memory that the largest needs.
+
+    Args:
+        gradients: of all hidden matrices, by name; a group's are of one dtype.
+    """
+    kinds, sizes = defaultdict(list), Counter()
+    for name, gradient in gradients.items():
+        kind = str(gradient.dtype), name.split(".", 2)[2]
+        kinds[kind].append(name)
+        sizes[kind] += gradient.numel()
+    groups: list[list[tuple[str, str]]] = []
+    for kind in sorted(kinds, key=lambda kind: (kind[0], -sizes[kind])):
+        has_room = groups and sizes[kind] + sum(sizes[k] for k in groups[-1]) <= max(sizes.values())
+        if has_room and groups[-1][0][0] == kind[0]:
+            groups[-1].append(kind)
+        else:
+            groups.append([kind])
+    return [[kinds[kind] for kind in group] for group in groups]
 
 
 def logical_rows(name: str, model: ModelConfig) -> tuple[int, ...]:

@@ -93,11 +93,12 @@ def test_muon_has_no_second_moment():
 
 
 def test_muons_update_may_be_the_peak():
-    """Updates of gate and up, copies, four squares of each, in 16 bits, beside gradients."""
+    """Updates of gate and up, and copies, and three squares of down, q and o, in 16 bits, beside
+    gradients."""
     tiny = replace(OPTIONS["a"], optimizer="muon", batch_size=1, seq_len=64)
     account = memory.account(tiny, (FULL,) * 24, 1)
     assert set(account.parts()) == {"weights", "optimizer", "gradients", "update"}
-    assert account.update == 24 * (4 * 2816 * 1024 + 8 * 1024**2) * 2
+    assert account.update == 24 * (4 * 2816 * 1024 + 9 * 1024**2) * 2
 
 
 def test_peak_is_the_loss_or_the_backward_pass():

@@ -11,7 +11,7 @@ from hamner.checkpoint.writer import BackgroundSaver
 from hamner.config.options import OPTIONS
 from hamner.config.train import TrainConfig
 from hamner.kernels.adamw import split_master
-from hamner.train.optimizer import Optimizer, join_masters, logical_rows
+from hamner.train.optimizer import Optimizer, join_masters, logical_rows, muon_groups
 from hamner.train.schedule import Schedule
 from tests.models import DENSE, MOE, build, cpu_ops, plain_ops
 
@@ -175,6 +175,29 @@ def test_muon_moves_each_logical_matrix_along_all_its_directions(shape):
                 values = torch.linalg.svdvals(part) / (0.2 * max(part.shape) ** 0.5)
                 # A square matrix may hardly have the last of its directions.
                 assert values[:-1].min() > 0.6 and values.max() < 1.3, name
+
+
+def test_muon_updates_kinds_together_that_are_no_larger_than_the_largest():
+    """Option a's: gate and up are as large as the others."""
+    shapes = {
+        "attention.qkv_proj": (1536, 1024),
+        "attention.o_proj": (1024, 1024),
+        "mlp.gate_up_proj": (2 * 2816, 1024),
+        "mlp.down_proj": (1024, 2816),
+    }
+    gradients = {
+        f"layers.{layer}.{name}.weight": torch.empty(shape, device="meta")
+        for layer in range(2)
+        for name, shape in shapes.items()
+    }
+    groups = muon_groups(gradients)
+    names = [[kind[0].split(".")[3] for kind in kinds] for kinds in groups]
+    assert names == [["gate_up_proj"], ["down_proj", "qkv_proj", "o_proj"]]
+    assert all([name[:9] for name in kind] == ["layers.0.", "layers.1."] for kind in groups[1])
+    # Gradients of another dtype are in launches of their own.
+    first = next(iter(gradients))
+    gradients[first] = gradients[first].bfloat16()
+    assert [[first]] in muon_groups(gradients)
 
 
 def test_muon_goes_on_from_a_checkpoint(tmp_path, device):

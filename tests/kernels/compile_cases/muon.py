@@ -36,7 +36,10 @@ def cases() -> list[CompileCase]:
             ),
             _product(
                 "transform", capability, "stride_k",
-                {"x_ptr": "*fp16", "out_ptr": "*bf16", "factors_ptr": "*fp32"},
+                {
+                    "x_ptr": "*fp16", "addend_ptr": "*fp16", "out_ptr": "*bf16",
+                    "factors_ptr": "*fp32",
+                },
             ),
             _elementwise("momentum", momentum_kernel, capability, ("beta", "one_minus_beta"), BF16),
             _elementwise(
@@ -55,7 +58,6 @@ def _product(name: str, capability: str, unit_stride: str, pointers: dict[str, s
     config = PRODUCT_CONFIGS[capability]
     sizes = {"stride_b", "stride_m", "stride_k", "M", "K"} - {unit_stride}
     pointers = {"x_ptr": "*bf16", "out_ptr": "*fp16", **pointers}
-    pointers["y_ptr"] = pointers["x_ptr"]
     absent = {"addend_ptr", "factors_ptr"} - pointers.keys()
     return CompileCase(
         name=f"symmetric_product/{name}",

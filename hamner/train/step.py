@@ -344,6 +344,9 @@ class TrainStep:
         """The steps from the next one on are taken by another plan."""
         self.plan = plan
         self.optimizer.drop_gradients()
+        if self.model.int8 is not None:
+            # A backward pass that broke off may have left sums, in a recording without values.
+            self.model.int8.take_errors()
         self.model.policies = plan.policies
         self.record_graph()
         if self.compute.device.type == "cuda":

@@ -94,6 +94,14 @@ def test_evaluations_are_bf16(config):
     assert loss == pytest.approx(trained, abs=0.01)
 
 
+def test_another_plan_begins_without_the_errors_of_a_step_that_broke_off(config):
+    step = TrainStep(config)
+    int8 = step.model.int8
+    int8.errors.grad = torch.full_like(int8.errors, torch.nan)
+    step.follow(step.plan)
+    assert int8.take_errors().eq(0).all()
+
+
 def train_all(ports: list[int], configs: list[TrainConfig]) -> None:
     """The body of a process of a job."""
     device.select, train_step.build_ops = select, linears_only

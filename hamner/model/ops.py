@@ -52,8 +52,6 @@ class Ops:
     """(x (..., D), weight (D,), eps) -> y"""
     add_rms_norm: Callable[..., tuple[Tensor, Tensor]]
     """(x, residual, weight, eps) -> (y, new residual)"""
-    norm_linear: Callable[..., tuple[Tensor, Tensor]]
-    """(x, residual, norm_weight, weight, *, eps, recompute) -> (out, new residual)"""
     norm_qkv_rope: Callable[..., tuple[Tensor, Tensor]]
     """(x, residual, norm_weight, qkv_weight, *, cos, sin, num_heads, num_kv_heads, positions, eps,
     recompute, qk_norm=None) -> (packed qkv (B, T, (H + 2 KV) head_size), new residual); qk_norm is
@@ -68,8 +66,8 @@ class Ops:
     swiglu_linear: Callable[..., Tensor]
     """(gate_up (..., 2I), weight (D, I), *, recompute) -> (..., D)"""
     norm_mlp: Callable[..., tuple[Tensor, Tensor]]
-    """(x, residual, norm_weight, gate_up_weight, down_weight, *, eps, recompute) -> (swiglu_linear
-    of what `norm_linear` gives, new residual)"""
+    """(x, residual, norm_weight, gate_up_weight, down_weight, *, eps, recompute) -> (what
+    `add_rms_norm`, a matmul and `swiglu_linear` give (..., D), new residual)"""
     linear_cross_entropy: Callable[..., Tensor]
     """(hidden (N, D), weight (V, D), targets (N,)) -> mean over kept targets, fp32"""
     router_linear: Callable[..., Tensor]
@@ -112,7 +110,6 @@ def build_ops(kernels: str, attention_backend: AttentionBackend) -> Ops:
         tied_embedding=tied_embedding_reference,
         rms_norm=source.rms_norm,
         add_rms_norm=source.add_rms_norm,
-        norm_linear=norm_linear,
         norm_qkv_rope=norm_qkv_rope,
         norm_attention=partial(_norm_attention, norm_qkv_rope, attend),
         attention=attention_backend.unpacked,
@@ -142,7 +139,6 @@ def _triton_ops(attention_backend: AttentionBackend) -> Ops:
         tied_embedding=fused.tied_embedding,
         rms_norm=fused.rms_norm,
         add_rms_norm=fused.add_rms_norm,
-        norm_linear=fused.add_rms_norm_linear,
         norm_qkv_rope=fused.add_rms_norm_qkv_rope,
         norm_attention=norm_attention,
         attention=attention_backend.unpacked,

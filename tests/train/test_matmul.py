@@ -104,7 +104,7 @@ def test_another_plan_begins_without_the_errors_of_a_step_that_broke_off(config)
 
 def train_all(ports: list[int], configs: list[TrainConfig]) -> None:
     """The body of a process of a job."""
-    device.select, train_step.build_ops = select, linears_only
+    device.select, train_step.build_ops, int8_guard.MAX_ERROR = select, linears_only, 0.0
     for each in configs:
         enter(ports)
         train(each)
@@ -112,14 +112,17 @@ def train_all(ports: list[int], configs: list[TrainConfig]) -> None:
 
 def test_two_processes_train_as_one(config, tmp_path, monkeypatch):
     """With DDP every process sees the errors of all, and falls back at the same step."""
+    monkeypatch.setattr(int8_guard, "MAX_ERROR", 0.0)
     single, job = (
-        replace(config, run_dir=tmp_path / name, matmul="int8", steps=2, eval_every=0)
+        replace(config, run_dir=tmp_path / name, matmul="int8", steps=3, eval_every=0)
         for name in ("one", "two")
     )
     train(single)
     codes = run_job(train_all, 2, tmp_path, [replace(job, parallel="ddp")])
     assert codes == [0, 0], said(tmp_path, 2)
-    for expected, found in zip(metrics(single.run_dir), metrics(job.run_dir), strict=True):
+    rows = list(zip(metrics(single.run_dir), metrics(job.run_dir), strict=True))
+    assert [any(found["int8"].values()) for _, found in rows] == [True, True, False]
+    for expected, found in rows:
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         for linear, errors in expected["int8"].items():
             for name, (error,) in errors.items():

@@ -2,12 +2,15 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from hamner.config.model import ModelConfig
 from hamner.config.options import OPTIONS
+from hamner.config.train import Matmul
 from hamner.hardware import GPUS, Gpu
+from hamner.kernels.int8_linear import Matmul as KernelMatmul
 from hamner.kernels.int8_linear import products
 from hamner.plan import costs
 from hamner.plan.communication import Parallelism
@@ -297,6 +300,7 @@ class TestInt8:
         return predict(config, GPUS[gpu], policies, config.batch_size)
 
     def test_products_are_the_kernels(self):
+        assert tuple(INT8_PRODUCTS) == get_args(Matmul) == get_args(KernelMatmul)
         for matmul, expected in INT8_PRODUCTS.items():
             assert products(matmul) == expected
 

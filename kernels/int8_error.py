@@ -11,9 +11,10 @@ and 0.0075 for 1,024 normal numbers a scale. The sums leave as the gradient of a
 otherwise used, so autograd adds them up over micro-batches, and they pass through recomputation,
 torch.compile and CUDA graphs like any gradient.
 
-A tile is 4 rows or 32 columns. Bytes that must move, for bf16: twice (once for the maximum) 256
-rows of each operand, 1,024 to 5,632 wide: 1 to 6 MB, and of a transposed weight up to 12 MB; a
-thousandth of a step of option a.
+A tile is 4 rows or 32 columns, of one group where scales are grouped. All of it is read twice, once
+for the maximum. Bytes that must move, for bf16: of an operand by rows, 1,024 to 5,632 wide, 1 to 6
+MB (grouped 0.3), of a transposed weight, whose columns are all or most of them in the sample, 4 to
+23 MB. For option a with "int8" that is 1.4 GB a micro-batch: 1.5 ms at 936 GB/s beside some 700.
 """
 
 import torch

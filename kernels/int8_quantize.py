@@ -106,9 +106,9 @@ def to_int8(x, inverse):
 
 
 @triton.jit
-def beside(values_ptr, offs, x):
-    """What x (rows, columns) is quantised to is written to these pointers, from a kernel that
-    writes x too, or might.
+def int8_pointers(values_ptr, offs, x):
+    """The function gives the pointers by which a kernel that writes x (rows, columns) too, or
+    might, writes what x is quantised to.
 
     A thread writes as many int8 at once as it reads of x in 16 bytes. It could write 16, but then
     the compiler would have it hold 16: a sum over a row of what it holds would be in another order,

@@ -5,9 +5,9 @@
 
 Fused forward: the addition, the statistics, the scaling. Fused backward: the norm's own gradient,
 the gradient that arrives at new_residual, and the partial sums of the weight's gradient; on
-request also y again, for whoever did not keep it (fused_linear.py). Forward can give y as
-int8 and scales, beside y or in its place. d_x and d_residual are equal,
-so one tensor is written and serves as both.
+request also y again, for whoever did not keep it (fused_linear.py). Forward can give y as int8 and
+scales, beside y or in its place. d_x and d_residual are equal, so one tensor is written and serves
+as both.
 
 Bytes that must move, e = bytes an element of x, an (N, D) input:
 
@@ -32,7 +32,7 @@ from torch import Tensor
 from hamner.kernels.checks import check_dtype, check_like, check_same_device, check_shape
 from hamner.kernels.int8_quantize import (
     Int8Matrix,
-    beside,
+    int8_pointers,
     magnitude_bits,
     scale_and_inverse,
     to_int8,
@@ -107,7 +107,7 @@ def rms_norm_forward_kernel(
     if values_ptr is not None:
         scale, inverse = scale_and_inverse(tl.max(magnitude_bits(y), axis=1))
         tl.store(scales_ptr + offs_m, scale, mask=mask_m)
-        tl.store(beside(values_ptr, offs, y), to_int8(y, inverse[:, None]), mask=mask)
+        tl.store(int8_pointers(values_ptr, offs, y), to_int8(y, inverse[:, None]), mask=mask)
 
 
 @triton.jit

@@ -28,7 +28,7 @@ from hamner.kernels.checks import check_dtype
 from hamner.kernels.int8_quantize import (
     GROUP,
     Int8Matrix,
-    beside,
+    int8_pointers,
     magnitude_bits,
     scale_and_inverse,
     to_int8,
@@ -116,7 +116,7 @@ def swiglu_forward_kernel(
         offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         offs_scale = tl.program_id(1).to(tl.int64) * N + offs_m
         tl.store(scales_ptr + offs_scale, scale, mask=offs_m < N)
-        tl.store(beside(values_ptr, offs_h, h), to_int8(h, inverse[:, None]), mask=mask)
+        tl.store(int8_pointers(values_ptr, offs_h, h), to_int8(h, inverse[:, None]), mask=mask)
 
 
 @triton.jit
@@ -148,9 +148,9 @@ def swiglu_backward_kernel(
         scale, inverse = scale_and_inverse(tl.max(largest, axis=1))
         offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         tl.store(scales_ptr + offs_m, scale, mask=offs_m < N)
-        gate_ptrs = beside(values_ptr, offs_gate, d_gate)
+        gate_ptrs = int8_pointers(values_ptr, offs_gate, d_gate)
         tl.store(gate_ptrs, to_int8(d_gate, inverse[:, None]), mask=mask)
-        up_ptrs = beside(values_ptr + INTERMEDIATE, offs_gate, d_up)
+        up_ptrs = int8_pointers(values_ptr + INTERMEDIATE, offs_gate, d_up)
         tl.store(up_ptrs, to_int8(d_up, inverse[:, None]), mask=mask)
     if h_ptr is not None:
         # Safe over d_h: same offsets and dtype, so the thread that writes an element is the one

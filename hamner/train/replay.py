@@ -16,6 +16,7 @@ from hamner.config.train import TrainConfig
 from hamner.errors import UserError
 from hamner.train import health
 from hamner.train.health import StepReading
+from hamner.train.int8_guard import Int8Guard
 from hamner.train.step import TrainStep
 
 EXCERPT_CHARACTERS = 200
@@ -85,6 +86,9 @@ def replay(config: TrainConfig) -> Replay:
     # One row at a time: it says which row is bad, and fits wherever training did.
     one_row = replace(config, batch_size=rows, seq_len=seq_len, micro_batch_size=1)
     step = TrainStep(one_row, initial=nearest)
+    guard = Int8Guard(step.model.int8)
+    guard.load_state_dict(nearest.state() if nearest else {})
+    step.fall_back(guard.due(reading.step))
 
     blamed: list[str] = []
     hooks = [

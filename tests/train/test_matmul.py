@@ -13,10 +13,12 @@ from hamner.kernels.int8_linear import OPERANDS
 from hamner.model.attention import AttentionBackend
 from hamner.model.ops import Ops, build_ops
 from hamner.parallel import device
-from hamner.train import int8_guard
+from hamner.train import health, int8_guard
 from hamner.train import step as train_step
 from hamner.train.evaluation import validation_loss
+from hamner.train.health import StepReading
 from hamner.train.loop import train
+from hamner.train.replay import replay
 from hamner.train.step import TrainStep
 from tests.parallel.jobs import enter, run_job, said
 from tests.train.test_loop import metrics, small_config
@@ -75,6 +77,16 @@ def test_a_run_logs_errors_falls_back_and_goes_on(config, monkeypatch, capsys):
     assert "matmuls are bf16 from step 3 on" in " ".join(capsys.readouterr().out.split())
     state = checkpoint.find(config.run_dir / "checkpoints")[-1].state()
     assert ["qkv", "input", 3] in [row[1:] for row in state["int8_fallback"]]
+    # A replay multiplies as the step did.
+    tokens = torch.randint(100, (2, 1, 16), generator=torch.Generator().manual_seed(0))
+    batch = Batch(*tokens, torch.zeros(1, 16, dtype=torch.int32))
+    losses = {}
+    for step in (2, 3):
+        health.keep(config.run_dir / "bad_steps", StepReading(step, 0, 1e-3, batch))
+        again = replace(config, replay=config.run_dir / f"bad_steps/step_{step:08d}.safetensors")
+        by_matmul = (replay(replace(again, matmul=matmul)) for matmul in ("int8-all", "bf16"))
+        losses[step] = [found.losses for found in by_matmul]
+    assert losses[2][0] != losses[2][1] and losses[3][0] == losses[3][1]
     # Also through a start in bf16.
     train(replace(config, resume=True, matmul="bf16"))
     newest = checkpoint.find(config.run_dir / "checkpoints")[-1].state()

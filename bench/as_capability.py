@@ -172,17 +172,19 @@ def _load_as_on(older: Multiprocessor, kernel: CompiledKernel) -> None:
     """The function loads a kernel with more shared memory than it uses, if that is what keeps more
     blocks from a multiprocessor than the older one has room for.
 
-    `kernel.metadata` goes on to say what the kernel uses.
+    `kernel.metadata` says what the kernel uses again afterwards.
     """
     metadata = kernel.metadata
     device = triton.runtime.driver.active.get_current_device()
     own = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
     taken = shared_memory_to_take(older, metadata.shared, 32 * metadata.num_warps, own)
-    kernel.metadata = metadata._replace(shared=taken)
-    kernel.packed_metadata = make_backend(metadata.target).pack_metadata(kernel.metadata)
-    with mock.patch.object(triton.compiler.compiler, "max_shared_mem", _max_shared_mem):
+    loaded = metadata._replace(shared=taken)
+    kernel.packed_metadata = make_backend(metadata.target).pack_metadata(loaded)
+    with (
+        mock.patch.object(kernel, "metadata", loaded),
+        mock.patch.object(triton.compiler.compiler, "max_shared_mem", _max_shared_mem),
+    ):
         _init_handles(kernel)
-    kernel.metadata = metadata
 
 
 def shared_memory_to_take(older: Multiprocessor, shared: int, threads: int, own: int) -> int:

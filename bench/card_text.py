@@ -18,8 +18,10 @@ from hamner.plan.report_card import (
 )
 from hamner.plan.words import table
 
-KERNEL_COLUMNS = ("kernel", "shape", "measured ms", "floor ms", "of the floor")
-KERNEL_COLUMNS += ("predicted ms", "error")
+KERNEL_COLUMNS = (
+    *("kernel", "shape", "measured ms", "floor ms", "of the floor"),
+    *("predicted ms", "error"),
+)
 LEGEND = (
     "The floor is the longer of arithmetic at the card's peak and traffic at its full bandwidth. A "
     "prediction is what the step model counted before this card was measured, the gap to the next "

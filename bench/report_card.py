@@ -30,7 +30,7 @@ from hamner.cli import read_flags, run_command
 from hamner.errors import UserError
 from hamner.files import write_whole, writing
 from hamner.hardware import identify
-from hamner.plan.measured_efficiency import known_gpu
+from hamner.plan.measured_efficiency import changed_power_limit, known_gpu
 from hamner.plan.report_card import Device, ReportCard
 
 T = TypeVar("T")
@@ -169,9 +169,9 @@ def notes_on(card: ReportCard, is_older: bool) -> list[str]:
             "Hamner's table lacks this GPU: its peak is taken to be the fastest matmul below, its "
             "bandwidth that of the copy, and its shares of them those of an RTX 3090."
         )
-    elif device.power_limit_w and round(device.power_limit_w) != known.power_w:
+    elif limit := changed_power_limit(device, known):
         notes.append(
-            f"The GPU is limited to {device.power_limit_w:g} W, where such cards are sold with "
+            f"The GPU is limited to {limit:g} W, where such cards are sold with "
             f"{known.power_w}: predictions are at this limit, floors are not."
         )
     if is_older:

@@ -12,7 +12,13 @@ from hamner.errors import UserError
 from hamner.hardware import GIB, GPUS, Gpu, identify
 from hamner.plan.efficiency import Efficiency, efficiency
 from hamner.plan.memory import parse
-from hamner.plan.report_card import KernelTime, MatmulRate, ReportCard, StepMeasurement
+from hamner.plan.report_card import (
+    Device,
+    KernelTime,
+    MatmulRate,
+    ReportCard,
+    StepMeasurement,
+)
 from hamner.plan.step_time import ATTENTION_LAUNCHES, GRAPH_GAP_US, StepPrediction, predict
 
 _MODEL = (0.96, 1.04)
@@ -41,9 +47,15 @@ def known_gpu(card: ReportCard) -> tuple[Gpu, Efficiency]:
         gpu = replace(GPUS["rtx-3090"], name=device.gpu, **rates, **unknown)
     gpu = replace(gpu, memory_gib=memory_gib)
     reached = efficiency(gpu)
-    if device.power_limit_w and gpu.power_w and round(device.power_limit_w) != gpu.power_w:
-        reached = reached.at_power(gpu, device.power_limit_w)
+    if limit := changed_power_limit(device, gpu):
+        reached = reached.at_power(gpu, limit)
     return gpu, reached
+
+
+def changed_power_limit(device: Device, gpu: Gpu) -> float | None:
+    """The function gives the power limit, W, where it is known not to be that of a card as sold."""
+    limit, sold_with = device.power_limit_w, gpu.power_w
+    return limit if limit and sold_with and round(limit) != sold_with else None
 
 
 def measured_efficiency(card: ReportCard) -> tuple[Gpu, Efficiency]:

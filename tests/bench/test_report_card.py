@@ -21,9 +21,10 @@ from hamner.plan import costs
 from hamner.plan.__main__ import main as plan
 from hamner.plan.efficiency import efficiency
 from hamner.plan.memory import NONE
-from hamner.plan.report_card import ReportCard, StepMeasurement
+from hamner.plan.report_card import ReportCard
 from hamner.plan.step_time import CATEGORIES, predict
 from tests.corpus import write_predictable
+from tests.plan.test_report_card import STEP
 
 CONDITIONS = {
     "driver": "580.1",
@@ -71,19 +72,16 @@ def made_up_step(gpu, reached, attention, say):
     assert reached == efficiency(gpu)
     say("option a")
     load = Load([1700.0, 1710.0, 1690.0], [340.0, 350.0], [])
-    step = StepMeasurement(
+    step = replace(
+        STEP,
         steps=60,
         tokens_per_second=24_000.0,
         tokens_per_second_p10=23_900.0,
         tokens_per_second_p90=24_100.0,
         peak_bytes=15 * GIB,
-        recompute="selective",
-        micro_batch_size=24,
-        attention="triton",
         projected_low=21e3,
         projected=24_001.0,
         projected_high=28e3,
-        projected_peak_bytes=16 * GIB,
     )
     return step, load
 

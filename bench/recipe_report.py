@@ -254,6 +254,9 @@ def draw_ladder(results: Results, path: Path) -> None:
         points = [(x, loss) for x, losses in by_tokens.items() for loss in losses]
         axes.scatter(*zip(*points, strict=True) if points else ([], []), color=color, s=12)
     axes.set_xscale("log")
+    lengths = sorted({result["tokens"] / 1e6 for result in results})
+    axes.set_xticks(lengths, [f"{length:g}" for length in lengths])
+    axes.set_xticks([], minor=True)
     _finish(axes, path, "tokens of the whole run, millions")
 
 

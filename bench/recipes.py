@@ -17,12 +17,13 @@ then, but for its first. Done is what stands in FOLDER/results.jsonl or in the c
     FOLDER/shards-*/        the data, tokenized once
     FOLDER/runs/            runs under way; those of `long` stay, for `hamner.sft`
 
-`tune` searches by coordinates, on a model of 12 layers x 512: from the recipe's values, both sides
-of the best so far, first of the learning rate, then of the embedding's share of it, of weight decay
-and beta2, until larger and smaller ones than the best's have been tried of each. Then neighbours of
-the best, then random points beside it, until both arms have had as many trials. Two commands with
-one FOLDER, `--arms adamw` and `--arms muon`, search at once: the one starts a run while the
-other trains. All other parts measure speeds too and refuse company.
+`tune` searches by coordinates, on a model of 12 layers x 512: from one learning rate for all
+parameters, weight decay 0.1 and beta2 0.95, both sides of the best so far, first of the learning
+rate, then of the embedding's share of it, of weight decay and beta2, until larger and smaller ones
+than the best's have been tried of each. Then neighbours of the best, then random points beside it,
+until both arms have had as many trials. Two commands with one FOLDER, `--arms adamw` and
+`--arms muon`, search at once: the one starts a run while the other trains. All other parts measure
+speeds too and refuse company.
 """
 
 import contextlib

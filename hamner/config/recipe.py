@@ -48,7 +48,16 @@ class RecipeConfig:
 
 RECIPES: dict[str, dict] = {
     "plan": {},
-    "adamw": {"lr": 1e-3, "min_lr": 0.0, "decay": "linear"},
-    "muon": {"optimizer": "muon", "lr": 2e-3, "min_lr": 0.0, "decay": "linear"},
+    "adamw": {"lr": 1e-3, "embedding_lr": 3e-3, "min_lr": 0.0, "decay": "linear"},
+    "muon": {
+        "optimizer": "muon",
+        "lr": 2e-3,
+        "embedding_lr": 6e-3,
+        "weight_decay": 0.3,
+        "beta2": 0.9875,
+        "min_lr": 0.0,
+        "decay": "linear",
+    },
 }
-"""what each recipe changes of an option's defaults"""
+"""what each recipe changes of an option's defaults: the values that the search of docs/recipes.md
+found"""

@@ -35,7 +35,7 @@ from torch import Tensor
 from bench.conditions import conditions
 from hamner.checkpoint.run_folder import append_record
 from hamner.checkpoint.saved_model import SavedModel, find_saved_model
-from hamner.cli import PATHS, run_command
+from hamner.cli import FLAG_RULES, run_command
 from hamner.config.options import for_option
 from hamner.config.train import TrainConfig
 from hamner.data.batch import Batch
@@ -286,7 +286,7 @@ def find_device() -> torch.device:
 
 def main(args: list[str]) -> int:
     """The command measures with and without outliers, and prints the tables."""
-    flags = tyro.cli(GradientsConfig, args=args, registry=PATHS, prog=COMMAND)
+    flags = tyro.cli(GradientsConfig, args=args, registry=FLAG_RULES, prog=COMMAND)
     saved = find_saved_model(flags.checkpoint) if flags.checkpoint else None
     config = saved.config if saved else for_option(flags.option)
     if config.model.is_moe:

@@ -42,7 +42,7 @@ from bench.recipes import (
     require_same_data,
     work_through,
 )
-from hamner.cli import PATHS, run_command
+from hamner.cli import FLAG_RULES, run_command
 from hamner.config.recipe import Recipe
 from hamner.config.train import Matmul
 from hamner.errors import UserError
@@ -176,7 +176,7 @@ def report(settings: ReportConfig) -> int:
 def main(args: Sequence[str]) -> int:
     """The command runs arms or reports on them."""
     name, rest = (args[0], args[1:]) if args else ("--help", ())
-    how = {"registry": PATHS, "prog": f"{COMMAND} {name}"}
+    how = {"registry": FLAG_RULES, "prog": f"{COMMAND} {name}"}
     if name == "report":
         return report(tyro.cli(ReportConfig, args=rest, **how))
     if name == "run":

@@ -23,7 +23,7 @@ from pathlib import Path
 import tyro
 
 from bench.restarts import RESULT_FILE, RestartedRun, is_same, make_output
-from hamner.cli import PATHS, run_command
+from hamner.cli import FLAG_RULES, run_command
 from hamner.errors import UserError
 
 PHASES = ("save", "evaluation", "step")
@@ -218,5 +218,5 @@ def main(kills: Kills, flags: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    how = {"return_unknown_args": True, "registry": PATHS}
+    how = {"return_unknown_args": True, "registry": FLAG_RULES}
     run_command(lambda args: main(*tyro.cli(Kills, args=args, **how)))

@@ -52,7 +52,7 @@ from bench.recipe_trials import (
     plan,
 )
 from hamner.checkpoint.run_folder import append_record
-from hamner.cli import PATHS, run_command
+from hamner.cli import FLAG_RULES, run_command
 from hamner.config.recipe import Recipe
 from hamner.errors import UserError
 from hamner.files import parse_json, write_whole
@@ -281,7 +281,7 @@ def read(name: str, args: Sequence[str]) -> int:
     from bench.recipe_fit import fit
     from bench.recipe_report import report
 
-    folder = tyro.cli(Read, args=args, registry=PATHS, prog=f"{COMMAND} {name}").folder
+    folder = tyro.cli(Read, args=args, registry=FLAG_RULES, prog=f"{COMMAND} {name}").folder
     results = read_results(folder)
     if not results:
         raise UserError(f"{folder} has no *.jsonl with results")
@@ -303,7 +303,7 @@ def main(args: Sequence[str]) -> int:
         if name in ("-h", "--help"):
             return 0
         raise UserError(f"{name} is not one of {', '.join(ARMS)}, report, fit")
-    how = {"return_unknown_args": True, "registry": PATHS, "prog": f"{COMMAND} {name}"}
+    how = {"return_unknown_args": True, "registry": FLAG_RULES, "prog": f"{COMMAND} {name}"}
     settings, extra = tyro.cli(Compare, args=rest, **how)
     return compare(name, settings, extra)
 

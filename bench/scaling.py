@@ -31,7 +31,7 @@ import tyro
 from bench import launch, moves
 from bench.scaling_job import Row, configure
 from bench.scaling_report import describe, draw, row_of
-from hamner.cli import PATHS, run_command
+from hamner.cli import FLAG_RULES, run_command
 from hamner.errors import UserError
 from hamner.files import read_objects
 
@@ -232,5 +232,5 @@ def main(settings: Scaling, flags: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    how = {"return_unknown_args": True, "registry": PATHS}
+    how = {"return_unknown_args": True, "registry": FLAG_RULES}
     run_command(lambda args: main(*tyro.cli(Scaling, args=args, **how)))

@@ -7,6 +7,7 @@ Importing this module must stay cheap: `--help` answers before torch is loaded.
 """
 
 import contextlib
+import dataclasses
 import io
 import os
 import select
@@ -14,10 +15,17 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from types import NoneType, UnionType
+from typing import Annotated, Any, TextIO, Union, get_args
 
 import tyro
-from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    PrimitiveTypeInfo,
+    StructConstructorSpec,
+    StructTypeInfo,
+)
 
 import hamner
 from hamner.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, UserError
@@ -226,7 +234,7 @@ def read_flags(
         prog=f"python -m {command}",
         description=description,
         config=(tyro.conf.HelptextFromCommentsOff, tyro.conf.SuppressFixed),
-        registry=PATHS,
+        registry=FLAG_RULES,
     )
 
 
@@ -241,7 +249,7 @@ def read_ahead(form: Any, args: Sequence[str], command: str) -> Any:
     """
     prog = f"python -m {command}"
     known, _ = tyro.cli(
-        form, args=args, prog=prog, add_help=False, return_unknown_args=True, registry=PATHS
+        form, args=args, prog=prog, add_help=False, return_unknown_args=True, registry=FLAG_RULES
     )
     return known
 
@@ -287,11 +295,11 @@ def _expanded(text: str) -> str:
     return str(expand_home(text, "the path"))
 
 
-PATHS = ConstructorRegistry()
-"""how flags that are paths are read"""
+FLAG_RULES = ConstructorRegistry()
+"""how flags are read and described"""
 
 
-@PATHS.primitive_rule
+@FLAG_RULES.primitive_rule
 def _read_path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
     """The rule reads every flag of the type Path."""
     if info.type is not Path:
@@ -304,6 +312,44 @@ def _read_path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
         str_from_instance=lambda path: [str(path)],
     )
 
+
+@FLAG_RULES.primitive_rule
+def _read_optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """The rule reads `T | None` as T, of whose values `None` is one that `--help` need not show."""
+    parts = get_args(info.type)
+    if info.type_origin not in (Union, UnionType) or len(parts) != 2 or NoneType not in parts:
+        return None
+    of_value = next(part for part in parts if part is not NoneType)
+    spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(of_value, info.markers))
+    if not isinstance(spec, PrimitiveConstructorSpec):
+        return None
+    return dataclasses.replace(
+        spec,
+        nargs=spec.nargs if spec.nargs in (1, "*") else (1, spec.nargs),
+        choices=spec.choices and (*spec.choices, "None"),
+        instance_from_str=lambda texts: (
+            None if texts == ["None"] else spec.instance_from_str(texts)
+        ),
+        is_instance=lambda value: value is None or spec.is_instance(value),
+        str_from_instance=lambda value: [] if value is None else spec.str_from_instance(value),
+    )
+
+
+@FLAG_RULES.struct_rule
+def _describe_fields(info: StructTypeInfo) -> StructConstructorSpec | None:
+    """The rule leaves the default of a flag out of `--help` where there is none to show."""
+    if not dataclasses.is_dataclass(info.type) or _DESCRIBED in info.markers:
+        return None
+    plain = dataclasses.replace(info, markers=(*info.markers, _DESCRIBED))
+    spec = ConstructorRegistry.get_struct_spec(plain)
+    if not isinstance(spec, StructConstructorSpec):
+        return spec
+    fields = (dataclasses.replace(f, type=Annotated[f.type, _DESCRIBED]) for f in spec.fields)
+    return dataclasses.replace(spec, fields=tuple(fields))
+
+
+_DESCRIBED = tyro.conf.arg(help_behavior_hint=lambda text: text and f"(default: {text})")
+"""describes a default, of which `text` is empty for None and for an empty list"""
 
 NameOrPath = Annotated[
     str,

@@ -5,6 +5,7 @@ import shutil
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -27,6 +28,10 @@ class Flags:
     data: tuple[str, ...] = ("builtin",)
     resume: bool = False
     steps: int = 7
+    kind: Literal["a", "b"] | None = None
+    """default as it is"""
+    pair: tuple[float, float] | None = None
+    lr: float | None = 2.0
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,47 @@ def test_what_is_read_ahead_is_what_is_read(args, run_dir, resume):
 def test_help_waits_for_the_defaults(capsys):
     assert read_ahead(Some, ["--help", "--run-dir", "a", "-h"], "x") == Some(Path("a"))
     assert capsys.readouterr().out == ""
+
+
+def test_help_shows_the_values_of_optional_flags_and_no_default_none(capsys):
+    with pytest.raises(SystemExit):
+        read_flags(Flags, ["--help"], "x")
+    shown = " ".join(capsys.readouterr().out.split())
+    for text in ("--run-dir PATH", "--kind {a,b}", "--pair FLOAT FLOAT", "--lr FLOAT"):
+        assert text in shown
+    assert "default as it is --pair" in shown.replace("│ ", "")
+    assert "(default: 7)" in shown and "(default: 2.0)" in shown and "(default: builtin)" in shown
+    assert "None" not in shown and "(default: )" not in shown
+
+
+@pytest.mark.parametrize(
+    ("args", "values"),
+    [
+        ([], (None, None, 2.0)),
+        (["--kind", "a", "--pair", "1", "2", "--lr=3"], ("a", (1.0, 2.0), 3.0)),
+        (["--kind", "None", "--pair", "None", "--lr", "None"], (None, None, None)),
+    ],
+)
+def test_an_optional_flag_reads_its_values_and_none(args, values):
+    flags = read_flags(Flags, args, "x")
+    assert (flags.kind, flags.pair, flags.lr) == values
+
+
+@pytest.mark.parametrize(
+    ("args", "complaint"),
+    [
+        (["--kind", "c"], "invalid choice 'c' for argument '--kind'"),
+        (["--pair", "1", "2", "3"], "Error parsing --pair: could not parse arguments"),
+        (["--lr", "x"], "Error parsing --lr: could not convert string to float: 'x'"),
+        (["--lr", "none"], "Error parsing --lr: could not convert string to float: 'none'"),
+    ],
+)
+def test_what_an_optional_flag_cannot_be_is_refused(args, complaint, capsys):
+    with pytest.raises(SystemExit) as exit:
+        read_flags(Flags, args, "x")
+    assert exit.value.code == 2
+    output = capsys.readouterr()
+    assert complaint.lower() in " ".join((output.out + output.err).split()).lower()
 
 
 @pytest.mark.parametrize("form", [Origin, SftOrigin])

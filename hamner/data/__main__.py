@@ -34,7 +34,7 @@ class Prepare:
     tokenizer: NameOrPath = "builtin"
     """builtin, the path of a tokenizer.json, or a Hugging Face name owner/name"""
     vocab_size: int | None = None
-    """vocabulary of the model (entries), to cut the built-in tokenizer; None keeps it whole"""
+    """vocabulary of the model (entries), to cut the built-in tokenizer; default whole"""
     reserve_chat_tokens: bool = False
     """as --reserve-chat-tokens of hamner.train, for a run that has it"""
     shard_tokens: int = 100_000_000

@@ -37,7 +37,7 @@ class ExportConfig:
     """a run's folder or one of its checkpoints; default the run in runs/ that saved last"""
     type: GgufType | None = None
     """of gguf's matrices; q8_0: 8 bits a weight and a scale for 32 of them, about half of bf16;
-    None: as trained"""
+    default as trained"""
 
     def __post_init__(self) -> None:
         if self.type and self.to != "gguf":

@@ -19,8 +19,8 @@ class Sampling:
     """
 
     repetition_penalty: float | None = None
-    """divides the odds of tokens already in the context (CTRL, arXiv:1909.05858); 1 is off. None:
-    1.1, and 1 at temperature 0, which is plain greedy decoding"""
+    """divides the odds of tokens already in the context (CTRL, arXiv:1909.05858); 1 is off;
+    default 1.1, and 1 at temperature 0, which is plain greedy decoding"""
     temperature: float = 0.7
     """divides the logits; 0 always takes the likeliest token"""
     top_k: int = 50

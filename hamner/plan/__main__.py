@@ -47,15 +47,15 @@ class PlanConfig:
     """arithmetic of the linear layers, as in hamner.train; how fast int8 is, is assumed"""
     gpu: str | None = None
     """card: rtx-3090, rtx-3090-ti, rtx-4090, rtx-5090, a100-40gb, a100-80gb, h100, h100-pcie, h200,
-    or custom with --gpu-spec; None: rtx-3090, or the card of --report-card"""
+    or custom with --gpu-spec; default rtx-3090, or the card of --report-card"""
     gpu_spec: tuple[float, float, float, float] | None = None
     """a custom card: dense bf16 TFLOP/s, GB/s, GiB, fp32 TFLOP/s"""
     report_card: Path | None = None
     """plan with what this card reached: the JSON that python -m bench.report_card wrote"""
     power_limit: float | None = None
-    """watts, as nvidia-smi -pl sets them; None: as the card is sold"""
+    """watts, as nvidia-smi -pl sets them; default as the card is sold"""
     clock: float | None = None
-    """MHz of the multiprocessors under load, as nvidia-smi shows them; None: not known"""
+    """MHz of the multiprocessors under load, as nvidia-smi shows them; default not known"""
     gpus: int = 1
     """such cards in each node (torchrun --nproc-per-node)"""
     nodes: int = 1
@@ -64,17 +64,17 @@ class PlanConfig:
     """ddp: the whole model on each GPU; fsdp: sharded over the GPUs of a node; auto: ddp where it
     fits, else fsdp"""
     link: float | None = None
-    """GB/s each way between the GPUs of a node, as nccl-tests' busbw; None: what the card has
+    """GB/s each way between the GPUs of a node, as nccl-tests' busbw; default what the card has
     without a bridge"""
     network: float = 1.25
     """GB/s each way of a node's network; 1.25 is Ethernet of 10 Gbit/s"""
     batch_size: int | None = None
     """sequences per optimizer step, over all GPUs, as in hamner.train: N GPUs take an Nth each;
-    None: what the option plans"""
+    default what the option plans"""
     tokens: float | None = None
-    """tokens to train on, such as 10e9; None: what the option plans"""
+    """tokens to train on, such as 10e9; default what the option plans"""
     vram_budget: float | None = None
-    """GiB the run may take of each GPU; None: the card's memory less 2 GiB"""
+    """GiB the run may take of each GPU; default the card's memory less 2 GiB"""
     metrics: Path | None = None
     """metrics.jsonl of a run of --option, or a CSV with columns step, loss, tokens_total and,
     where known, learning_rate"""

@@ -105,15 +105,14 @@ def select(config: TrainConfig) -> Compute:
 def _select_gpu(config: TrainConfig) -> Compute:
     device = torch.device("cuda", torch.cuda.current_device())
     properties = torch.cuda.get_device_properties(device)
-    if config.matmul != "bf16" and (properties.major, properties.minor) < (7, 5):
-        raise UserError(
-            f"--matmul {config.matmul}: {properties.name} has no int8 tensor cores (compute "
-            f"capability {properties.major}.{properties.minor}, 7.5 needed); use --matmul bf16"
-        )
-    if config.precision != "fp32" and properties.major < 8:
+    if properties.major < 8 and (config.precision != "fp32" or config.matmul != "bf16"):
+        # What is not int8 under --matmul int8 is bf16.
+        mend = "--precision fp32"
+        if config.matmul != "bf16":
+            mend += f" without --matmul {config.matmul}"
         raise UserError(
             f"{properties.name} has no bf16 matmuls (compute capability {properties.major}."
-            f"{properties.minor}, 8.0 needed); use --precision fp32"
+            f"{properties.minor}, 8.0 needed); use {mend}"
         )
     if config.kernels == "liger" and importlib.util.find_spec("liger_kernel") is None:
         raise UserError("--kernels liger: liger-kernel is not installed; pip install -e '.[liger]'")

@@ -33,22 +33,30 @@ def test_int8_needs_a_gpu():
 
 
 @pytest.mark.parametrize(
-    ("capability", "matmul", "message"),
+    ("capability", "change", "mend"),
     [
-        ((7, 0), "int8", "--matmul int8: Old has no int8 tensor cores .* 7.0, 7.5 needed"),
-        ((7, 5), "int8", "Old has no bf16 matmuls"),
-        ((7, 0), "bf16", "Old has no bf16 matmuls"),
+        ((7, 0), {"matmul": "int8"}, "--precision fp32 without --matmul int8"),
+        ((7, 5), {"matmul": "int8-all"}, "--precision fp32 without --matmul int8-all"),
+        (
+            (7, 5),
+            {"matmul": "int8", "precision": "fp32"},
+            "--precision fp32 without --matmul int8",
+        ),
+        ((7, 0), {}, "--precision fp32"),
     ],
 )
-def test_int8_of_an_old_card(capability, matmul, message, monkeypatch):
+def test_a_card_without_bf16(capability, change, mend, monkeypatch):
     major, minor = capability
     card = SimpleNamespace(name="Old", major=major, minor=minor, total_memory=2**34)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
-    with pytest.raises(UserError, match=message) as error:
-        select(replace(for_option("tiny"), matmul=matmul))
-    assert "\n" not in str(error.value)
+    with pytest.raises(UserError) as error:
+        select(replace(for_option("tiny"), **change))
+    assert str(error.value) == (
+        f"Old has no bf16 matmuls (compute capability {major}.{minor}, 8.0 needed); use {mend}"
+    )
+    assert select(replace(for_option("tiny"), precision="fp32")).precision == "fp32"
 
 
 @pytest.mark.parametrize(

@@ -395,8 +395,10 @@ def orthogonalize_(
         product: `symmetric_product` or its reference.
 
     Raises:
-        ValueError: the splits are not R rows.
+        ValueError: the splits are not R rows, or there are fewer than two steps.
     """
+    if len(steps) < 2:
+        raise ValueError(f"steps has {len(steps)}; the iteration takes at least 2")
     by_side = defaultdict(list)
     for update, rows in zip(updates, splits, strict=True):
         check_contiguous("updates", update)

@@ -351,6 +351,11 @@ class TestErrors:
         with pytest.raises(ValueError, match=r"splits \(3, 4\) are not the 8 rows"):
             orthogonalize_([torch.zeros(1, 8, 4, device=device)], [[3, 4]])
 
+    @pytest.mark.parametrize("steps", [(), STEPS[:1]], ids=len)
+    def test_steps(self, steps, device):
+        with pytest.raises(ValueError, match=f"steps has {len(steps)}; .* at least 2"):
+            orthogonalize_([torch.zeros(1, 8, 4, device=device)], [[8]], steps)
+
     def test_beta(self, device):
         with pytest.raises(ValueError, match="beta is 1.0"):
             muon_momentum_([], [], [], beta=1.0, clip_coef=one(device))

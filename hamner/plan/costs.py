@@ -21,6 +21,9 @@ BF16, FP32 = 2, 4
 MUON_STEPS, MUON_QUADRATICS = 2, 7
 """of Muon's iteration: `hamner.kernels.muon.STEPS` has so many, said again for want of torch; a
 test keeps the two equal"""
+ERROR_TILES, ERROR_ROWS, ERROR_COLUMNS, INT8_GROUP = 64, 4, 32, 256
+"""of the sample of an int8 operand's error, as hamner.kernels.int8_error has them: tiles, lines of
+a tile by the way they lie, and elements that share a scale where lines are grouped; likewise"""
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,27 @@ def matmul(rows: int, k: int, n: int, element_size: int = BF16, *, experts: int 
 def quantize_int8(elements: int, element_size: int = BF16) -> Cost:
     """Quantisation reads its input and writes a byte an element; scales are too few to count."""
     return Cost(bytes=elements * (element_size + 1))
+
+
+def int8_error(
+    lines: int,
+    length: int,
+    element_size: int = BF16,
+    *,
+    is_transposed: bool = False,
+    is_grouped: bool = False,
+) -> Cost:
+    """The error of an int8 operand is measured on tiles of its lines, which are read twice.
+
+    Args:
+        lines: of the operand, each of `length` elements with a scale of their own.
+        is_transposed: lines are columns of what is read.
+        is_grouped: `INT8_GROUP` elements of a line share a scale, and a tile has no more of it.
+    """
+    if is_grouped:
+        lines, length = lines * -(-length // INT8_GROUP), INT8_GROUP
+    sampled = min(lines, ERROR_TILES * (ERROR_COLUMNS if is_transposed else ERROR_ROWS))
+    return Cost(bytes=2 * sampled * length * element_size)
 
 
 def int8_matmul(rows: int, k: int, n: int, element_size: int = BF16) -> Cost:

@@ -48,6 +48,9 @@ LAUNCH_GAP_US, GRAPH_GAP_US = 6.4, 3.3
 of idle GPU, measured in steps of option a on an H100, and 2.1 of multiprocessors that wait for the
 kernel's last blocks, fitted to the steps in several micro-batches there and on an H200"""
 
+DOWN = 3
+"""of the linear layers of a block, qkv, o, gate_up and down, the number of down"""
+
 ATTENTION_LAUNCHES = {"forward": 1, "backward": 3}
 
 
@@ -73,7 +76,7 @@ class Op:
 def quantisation(product: str, tokens: int, shapes: Sequence[tuple[int, int]]) -> Op:
     """The operands of these int8 matmuls, (K, N) of qkv, o and perhaps gate_up and down, that
     nothing else quantises take passes of their own; and the error of each is measured on a sample,
-    which takes a launch."""
+    in a launch of its own."""
     inputs, outputs = (tokens * sum(sizes) for sizes in zip(*shapes, strict=True))
     weights, launches = sum(k * n for k, n in shapes), 4 * len(shapes)
     if product == "forward":
@@ -90,7 +93,24 @@ def quantisation(product: str, tokens: int, shapes: Sequence[tuple[int, int]]) -
             launches -= 1
     else:
         cost = costs.quantize_int8(inputs + outputs)
-    return Op("quantisation", cost, launches=launches)
+    return Op("quantisation", cost + error_samples(product, tokens, shapes), launches=launches)
+
+
+def error_samples(product: str, tokens: int, shapes: Sequence[tuple[int, int]]) -> Cost:
+    """The errors of these int8 matmuls' operands are measured in every micro-batch."""
+    samples = Cost()
+    for number, (k, n) in enumerate(shapes):
+        if product == "forward":
+            grouped = number == DOWN  # whose input has a scale each 256 elements
+            samples += costs.int8_error(tokens, k, is_grouped=grouped)
+            samples += costs.int8_error(n, k, is_grouped=grouped)
+        elif product == "data_gradient":
+            samples += costs.int8_error(tokens, n)
+            samples += costs.int8_error(k, n, is_transposed=True)
+        else:
+            for lines in (n, k):
+                samples += costs.int8_error(lines, tokens, is_transposed=True, is_grouped=True)
+    return samples
 
 
 @dataclass(frozen=True)

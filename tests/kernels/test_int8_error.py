@@ -12,6 +12,7 @@ from hamner.kernels.int8_error import (
     quantization_error_reference,
 )
 from hamner.kernels.int8_linear import OPERANDS, join_products, products
+from hamner.plan import costs
 from tests.kernels.gradients import assert_same_bits, compiled
 
 MODES = [(transposed, grouped) for transposed in (False, True) for grouped in (False, True)]
@@ -45,6 +46,16 @@ def test_of_a_small_matrix_the_whole_is_measured(transposed, grouped, device):
     x[3, 5] = 40.0
     mode = {"transposed": transposed, "grouped": grouped}
     torch.testing.assert_close(sampled(x, **mode), quantization_error_reference(x, **mode))
+
+
+@pytest.mark.parametrize(("transposed", "grouped"), MODES)
+@pytest.mark.parametrize("lines", [64, 4096])
+def test_the_plan_counts_what_is_read(lines, transposed, grouped, device):
+    length = 512
+    x = torch.ones((length, lines) if transposed else (lines, length), device=device)
+    squares = sampled(x, transposed=transposed, grouped=grouped)[1].item()
+    how = {"is_transposed": transposed, "is_grouped": grouped}
+    assert costs.int8_error(lines, length, costs.FP32, **how).bytes == 2 * costs.FP32 * squares
 
 
 @pytest.mark.parametrize(("transposed", "grouped"), MODES)

@@ -332,4 +332,8 @@ class TestInt8:
         # written by SwiGLU; of a layer all weights, twice, and read once more for their columns.
         weights = 1024 * (1536 + 1024 + 5632 + 2816)
         moved = 24_576 * (3 * (1536 + 3 * 1024) + 5632) + (3 + 5) * weights
+        # Samples are read twice: 256 rows of every operand, of down's forward 256 elements a row,
+        # and of the gradient's transposed weights all columns, 2,048 of down's.
+        moved += 4 * 256 * (2 * (3 * 1024 + 256) + 1536 + 2 * 1024 + 5632)
+        moved += 4 * (1024 * (1536 + 1024 + 5632) + 2048 * 1024)
         assert int8.milliseconds["quantisation"] == pytest.approx(24 * moved / 776e6)

@@ -29,8 +29,11 @@ def write_whole(path: Path, data: bytes | bytearray | str) -> None:
     Its folder must exist; text is written in UTF-8.
 
     Raises:
-        OSError: the disk does not take it; the old one is as it was.
+        OSError: the disk does not take it; the old one is as it was. Or a pipe or a device is
+            there, which no file is to replace.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise FileExistsError(errno.EEXIST, "a pipe or a device is there, not a file")
     temporary = path.with_name(path.name + TEMPORARY)
     temporary.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
     flush(temporary)
@@ -108,6 +111,19 @@ def refuse_pipe(path: Path, name: str) -> None:
         raise UserError(
             f"{name}: is a pipe or a device, not a file; write it to a file and give that"
         )
+
+
+def refuse_unread(path: Path, name: str) -> None:
+    """The function refuses to write to a named pipe, where opening waits until somebody reads.
+
+    Devices, and what stands for an open stream, as /dev/stdout does, are written to.
+
+    Raises:
+        UserError: it begins with `name`, of the flag.
+    """
+    target = path.resolve()
+    if target.is_fifo() or target.is_socket():
+        raise UserError(f"{name} {path} is a pipe, which nobody may ever read: name a file")
 
 
 def flush(path: Path) -> None:

@@ -11,7 +11,15 @@ from hamner.checkpoint.format import CheckpointError
 from hamner.checkpoint.pt_file import read_pt
 from hamner.data.tokenizer import load_tokenizer
 from hamner.errors import UserError
-from hamner.files import made_whole, read_json, refuse_pipe, usual_permissions
+from hamner.files import (
+    made_whole,
+    read_json,
+    refuse_pipe,
+    refuse_unread,
+    usual_permissions,
+    write_whole,
+    writing,
+)
 from hamner.plan.report_card import ReportCard
 from hamner.plan.run_curve import read_run
 from hamner.profile.trace import read_trace
@@ -84,6 +92,34 @@ def test_json_that_cannot_be_read(tmp_path, content, reason, error):
         path.write_bytes(content)
     with pytest.raises(error, match=reason):
         read_json(path, error)
+
+
+def test_a_pipe_is_not_replaced_by_a_file(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with (
+        pytest.raises(UserError, match="--output pipe cannot be written: a pipe or a device is"),
+        writing("--output pipe"),
+    ):
+        write_whole(pipe, "text")
+    assert pipe.is_fifo()
+    assert list(tmp_path.iterdir()) == [pipe]
+
+
+def test_only_a_pipe_that_has_a_name_may_have_no_reader(tmp_path):
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    for path in (pipe, link):
+        with pytest.raises(UserError, match=f"--output {path} is a pipe, which nobody may"):
+            refuse_unread(path, "--output")
+    reader, writer = os.pipe()
+    try:
+        for name in (f"/dev/fd/{writer}", "/dev/null", "/dev/stdout", __file__, tmp_path / "new"):
+            refuse_unread(Path(name), "--output")
+    finally:
+        os.close(reader)
+        os.close(writer)
 
 
 def test_a_pipe_is_refused_before_it_is_waited_for(tmp_path):

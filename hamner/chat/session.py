@@ -13,7 +13,7 @@ from hamner.chat.context import newest_messages, newest_tokens
 from hamner.checkpoint.saved_model import find_saved_model
 from hamner.data.chat_template import Message, render_prompt
 from hamner.errors import UserError
-from hamner.files import expand_home
+from hamner.files import expand_home, refuse_unread
 from hamner.model.generate import Completion, Generator, answer
 from hamner.parallel.device import select_device
 
@@ -106,7 +106,9 @@ class Session:
         if not argument:
             raise UserError("/save needs the name of a file, such as /save talk.jsonl")
         try:
-            with expand_home(argument, "/save").open("a", encoding="utf-8") as file:
+            path = expand_home(argument, "/save")
+            refuse_unread(path, "/save")
+            with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
         except OSError as error:
             raise UserError(f"/save {argument}: {error.strerror}") from error

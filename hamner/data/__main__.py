@@ -93,7 +93,8 @@ class TrainTokenizer:
 
     def run(self) -> None:
         _check_shares(self.val_fraction, self.bad_rows)
-        if not self.output.parent.is_dir() or self.output.is_dir():
+        is_other = self.output.exists() and not self.output.is_file()
+        if not self.output.parent.is_dir() or is_other:
             raise UserError(f"--output {self.output}: must be a file in an existing folder")
         with waiting(f"learning {self.vocab_size:,} entries") as status:
             tokenizer = train_tokenizer(self._texts(status), self.vocab_size)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from hamner.cli import read_flags, run_command
 from hamner.errors import UserError
-from hamner.files import writing
+from hamner.files import refuse_unread, writing
 from hamner.progress import Status, waiting
 
 if TYPE_CHECKING:
@@ -71,6 +71,8 @@ class EvaluateConfig:
             raise UserError(f"--val-fraction {self.val_fraction} must be above 0 and at most 1")
         if self.output is not None and not self.output.parent.is_dir():
             raise UserError(f"--output {self.output}: there is no folder {self.output.parent}")
+        if self.output is not None:
+            refuse_unread(self.output, "--output")
 
 
 @dataclass(frozen=True)

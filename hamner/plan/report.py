@@ -516,6 +516,8 @@ def write_report(path: Path, analysis: Analysis) -> None:
         raise UserError(f"--report {path}: the folder {path.parent} does not exist; create it")
     if path.is_dir():
         raise UserError(f"--report {path} is a folder; name a file in it, such as plan.md")
+    if path.exists() and not path.is_file():
+        raise UserError(f"--report {path} is a pipe or a device; name a file, such as plan.md")
     files = path.with_name(f"{path.stem}_files")
     with writing(f"--report {path}"):
         files.mkdir(exist_ok=True)

@@ -18,7 +18,7 @@ from hamner.config.recipe import RecipeConfig
 from hamner.config.sft import part
 from hamner.config.train import ComputeConfig, RunConfig, TaskConfig, TrainConfig
 from hamner.errors import UserError
-from hamner.files import writing
+from hamner.files import refuse_unread, writing
 from hamner.profile import memory, picture
 from hamner.profile.report import describe, describe_difference, describe_memory
 from hamner.profile.summary import summarize
@@ -96,6 +96,9 @@ class ReadConfig:
             raise UserError("read needs one TRACE, or --compare A B")
         if self.steps is not None and self.steps < 1:
             raise UserError(f"--steps {self.steps} must be above 0")
+        for name in ("memory", "picture"):
+            if path := getattr(self, name):
+                refuse_unread(path, f"--{name}")
 
 
 def read(config: ReadConfig) -> None:

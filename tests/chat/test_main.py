@@ -120,12 +120,13 @@ def test_a_mistake_is_one_line_and_the_conversation_goes_on(tokenizer, line, sho
 
 
 def test_a_file_that_cannot_be_written_is_named(tokenizer, tmp_path):
-    _, text, _ = session(
-        Chat, tokenizer, "Hey!", "Hi", f"/save {tmp_path}", "/save", "/save ~nosuchuser/x"
-    )
+    os.mkfifo(tmp_path / "pipe")
+    lines = f"/save {tmp_path}", f"/save {tmp_path}/pipe", "/save", "/save ~nosuchuser/x"
+    _, text, _ = session(Chat, tokenizer, "Hey!", "Hi", *lines)
     *shown, unknown = text.splitlines()[1:]
     assert shown == [
         f"(/save {tmp_path}: Is a directory)",
+        f"(/save {tmp_path}/pipe is a pipe, which nobody may ever read: name a file)",
         "(/save needs the name of a file, such as /save talk.jsonl)",
     ]
     assert unknown.startswith("(/save ~nosuchuser/x: ")

@@ -1,3 +1,4 @@
+import os
 import signal
 import subprocess
 import sys
@@ -114,6 +115,8 @@ def test_bad_flags_are_refused(tmp_path, flags, message):
         main(["prepare", "--output", str(tmp_path / "out"), *flags])
 
 
-def test_output_of_the_tokenizer_must_have_a_folder(tmp_path):
-    with pytest.raises(UserError, match="--output .*existing folder"):
-        main(["train-tokenizer", "--output", str(tmp_path / "missing" / "tokenizer.json")])
+@pytest.mark.parametrize("name", ["missing/tokenizer.json", "pipe", "."])
+def test_output_of_the_tokenizer_must_be_a_file_in_a_folder(tmp_path, name):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="--output .*a file in an existing folder"):
+        main(["train-tokenizer", "--output", str(tmp_path / name)])

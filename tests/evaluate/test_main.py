@@ -50,6 +50,12 @@ def test_bad_flags(args, named):
         main(["--checkpoint", "run", *args])
 
 
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match=f"--output {tmp_path}/pipe is a pipe"):
+        main(["--checkpoint", "run", "--output", str(tmp_path / "pipe")])
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [

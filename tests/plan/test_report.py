@@ -1,5 +1,6 @@
 """The document: whole, true to the plan, and never half-written."""
 
+import os
 import re
 from pathlib import Path
 
@@ -133,6 +134,9 @@ def test_folder_that_cannot_take_a_report(tmp_path, analysis):
         write_report(tmp_path / "gone" / "plan.md", analysis)
     with pytest.raises(UserError, match="is a folder; name a file in it"):
         write_report(tmp_path, analysis)
+    os.mkfifo(tmp_path / "pipe.md")
+    with pytest.raises(UserError, match=r"pipe\.md is a pipe or a device; name a file"):
+        write_report(tmp_path / "pipe.md", analysis)
     (tmp_path / "plan_files").write_text("in the way")
     with pytest.raises(UserError, match=r"plan\.md cannot be written: File exists"):
         write_report(tmp_path / "plan.md", analysis)

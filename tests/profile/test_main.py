@@ -97,6 +97,9 @@ def test_a_picture_that_cannot_be_written_is_named(captured, flag, trace, tmp_pa
     path = tmp_path / "missing" / "picture.png"
     with pytest.raises(UserError, match=f"{flag} {path} cannot be written"):
         main(["read", str(captured[0] / trace), flag, str(path)])
+    os.mkfifo(pipe := tmp_path / "pipe.png")
+    with pytest.raises(UserError, match=f"{flag} {pipe} is a pipe"):
+        main(["read", str(captured[0] / trace), flag, str(pipe)])
 
 
 def test_ranges_leave_nothing_behind(tmp_path):

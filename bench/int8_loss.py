@@ -84,7 +84,7 @@ class ReportConfig:
     folder: Annotated[Path, tyro.conf.Positional]
     """of results.jsonl"""
     speed: dict[str, float] = field(default_factory=dict)
-    """int8 1.42 int8-all 1.66: times bf16's tokens/s on a card, as hamner.plan --matmul projects it;
+    """int8 1.42 int8-all 1.7: times bf16's tokens/s on a card, as hamner.plan --matmul projects it;
     default: as the runs were"""
 
 

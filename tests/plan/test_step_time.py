@@ -12,6 +12,7 @@ from hamner.config.train import Matmul
 from hamner.hardware import GPUS, Gpu
 from hamner.kernels.int8_linear import Matmul as KernelMatmul
 from hamner.kernels.int8_linear import products
+from hamner.plan import costs
 from hamner.plan.communication import Parallelism
 from hamner.plan.costs import Cost, flops_per_token
 from hamner.plan.efficiency import MEASURED_ERRORS, efficiency

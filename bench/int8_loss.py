@@ -20,7 +20,7 @@ from the means of its parts. What the gap costs in tokens, at the tokens that th
 for, is by the scaling law of hamner.plan; with --speed, how many times faster int8 is, it gives
 what is left of that:
 
-    python -m bench.int8_loss report FOLDER --speed int8 1.35
+    python -m bench.int8_loss report FOLDER --speed int8 1.42
 """
 
 import math
@@ -84,7 +84,7 @@ class ReportConfig:
     folder: Annotated[Path, tyro.conf.Positional]
     """of results.jsonl"""
     speed: dict[str, float] = field(default_factory=dict)
-    """int8 1.35 int8-all 1.6: times bf16's tokens/s on a card, as hamner.plan --matmul projects it;
+    """int8 1.42 int8-all 1.7: times bf16's tokens/s on a card, as hamner.plan --matmul projects it;
     default: as the runs were"""
 
 

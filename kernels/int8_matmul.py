@@ -62,13 +62,14 @@ class Config(NamedTuple):
 
 
 # Of what compiles without spilling (tests/kernels/compile_gate.py): `grouped` holds int32 sums and
-# fp32 totals, two registers a result, and a step's scales. AMPERE_CONFIG is what an H200 that
-# executes sm_86's code runs fastest (profiles/LOG.md), 9.0 by reasoning.
+# fp32 totals, two registers a result, and a step's scales. As measured (`python -m bench.tune
+# int8_matmul`, profiles/LOG.md), 9.0 on an H200, AMPERE_CONFIG as what that runs fastest of sm_86's
+# code; each by the sum of the three products of option a's gate_up.
 AMPERE_CONFIG = Config(rows=Tile(64, 256, 64, 4, 3), grouped=Tile(64, 128, 128, 4, 3))
 CONFIGS = {
     "8.6": AMPERE_CONFIG,
     "8.0": AMPERE_CONFIG,
-    "9.0": Config(rows=Tile(128, 256, 128, 8, 4), grouped=Tile(128, 128, 128, 8, 4)),
+    "9.0": Config(rows=Tile(128, 128, 128, 4, 3), grouped=Tile(64, 128, 128, 4, 3)),
 }
 
 

@@ -71,12 +71,12 @@ class Config(NamedTuple):
 
 
 # 16 bytes of bf16 a load, several of them in flight. 32 columns are runs of 64 bytes read, and 256
-# written once transposed. 8.6 and 8.0 are what an H200 that executes sm_86's code runs fastest
-# (profiles/LOG.md), 9.0 is by reasoning.
+# written once transposed. All are what an H200 runs fastest (`python -m bench.tune int8_quantize`,
+# profiles/LOG.md), of its own code and of sm_86's.
 CONFIGS = {
     "8.6": Config(4096, 2, 32, 4),
     "8.0": Config(4096, 2, 32, 4),
-    "9.0": Config(4096, 4, 64, 8),
+    "9.0": Config(4096, 2, 32, 4),
 }
 
 

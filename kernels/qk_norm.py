@@ -49,14 +49,13 @@ class Config(NamedTuple):
     backward_programs_per_sm: int
 
 
-# 8.6 and 8.0 are, within 5%, what an H200 that executes sm_86's code runs fastest (`python -m
-# bench.tune qk_norm`, profiles/LOG.md), of what spills at no head size: heads whose reductions
-# cross no warps. 9.0 is by reasoning, not measured: all heads of a row where they fit, and 8 pairs
-# a thread, which are 16-byte loads of bf16 from each half.
+# Within 5% of what an H200 runs fastest, of its own code and of sm_86's (`python -m bench.tune
+# qk_norm`, profiles/LOG.md), and of what spills at no head size: heads whose reductions cross no
+# warps.
 CONFIGS = {
     "8.6": Config(256, 2, 256, 1, 16),
     "8.0": Config(256, 2, 256, 1, 16),
-    "9.0": Config(1024, 4, 1024, 4, 4),
+    "9.0": Config(256, 2, 256, 1, 16),
 }
 
 

@@ -44,7 +44,7 @@ class PlanConfig:
     recipe: Recipe = "plan"
     """how the model learns, as in hamner.train: memory and speed are this recipe's"""
     matmul: Matmul = "bf16"
-    """arithmetic of the linear layers, as in hamner.train; how fast int8 is, is assumed"""
+    """arithmetic of the linear layers, as in hamner.train; how fast int8 is, is projected"""
     gpu: str | None = None
     """card: rtx-3090, rtx-3090-ti, rtx-4090, rtx-5090, a100-40gb, a100-80gb, h100, h100-pcie, h200,
     or custom with --gpu-spec; default rtx-3090, or the card of --report-card"""

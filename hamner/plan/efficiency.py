@@ -102,7 +102,7 @@ class Efficiency:
 
     def for_matmul(self, matmul: str, gpu: Gpu) -> "Efficiency":
         """The linear layers multiply as `--matmul` says; in int8 they reach so many times what bf16
-        ones do, assumed, see `_int8_ratios`.
+        ones do, see `_int8_gain`.
 
         Raises:
             UserError: the card's int8 rate is not known.
@@ -114,14 +114,17 @@ class Efficiency:
                 f"--matmul {matmul}: the int8 rate of the {gpu.name} is not known; use --matmul "
                 "bf16"
             )
-        low, ratio, high = _int8_ratios(gpu)
-        assumed = f"int8 matmuls assumed {ratio:g} times as fast as bf16, {low:g} to {high:g}"
+        gain, bf16 = _int8_gain(gpu), self.flops["matmul"]
         return replace(
             self,
-            flops={**self.flops, "int8": ratio * self.flops["matmul"]},
-            ranges={**self.ranges, "int8": (low / ratio, high / ratio)},
-            why={**self.why, "int8": f"{assumed}, not measured"},
-            provenance=f"{self.provenance}; {assumed}, not measured",
+            flops={**self.flops, "int8": gain.rows * bf16, "int8_grouped": gain.grouped * bf16},
+            bandwidth={
+                **self.bandwidth,
+                "quantisation_transposed": _TRANSPOSED * self.bandwidth["norm"],
+            },
+            ranges={**self.ranges, "int8": gain.factors},
+            why={**self.why, "int8": str(gain)},
+            provenance=f"{self.provenance}; {gain}",
         )
 
     def _scaled(self, factor: float, clock: tuple[float, float], why: str) -> "Efficiency":
@@ -133,18 +136,69 @@ class Efficiency:
         )
 
 
-# Of a GeForce, whose peaks are 4 to 1, both were reached on a 4090 (676 and 179 TFLOP/s); an A100's
-# peaks are 2 to 1.
-_INT8_BY_PEAKS = {4: (2.4, 2.8, 3.2), 2: (1.2, 1.5, 1.8)}
-# 735, 788, 983 and 1,099 TFLOP/s of an untuned Triton kernel at option a's four shapes beside
-# cuBLAS's 691, 681, 696 and 702 in bf16 (H200); without the quantisation.
-_INT8_BY_CARD = dict.fromkeys(("H100 SXM", "H100 PCIe", "H200"), (1.05, 1.25, 1.5))
+@dataclass(frozen=True)
+class _Int8Gain:
+    """Int8 matmuls are so many times as fast as bf16 ones of the same shape."""
+
+    rows: float
+    """with one scale a row"""
+    grouped: float
+    """with one each 256 of the reduced axis"""
+    factors: tuple[float, float]
+    """on both, between which about nine of ten cards lie"""
+    source: str
+
+    def __str__(self) -> str:
+        low, high = self.factors
+        rows, grouped = (
+            f"{ratio:.2f} times ({low * ratio:.1f} to {high * ratio:.1f})"
+            for ratio in (self.rows, self.grouped)
+        )
+        return (
+            f"int8 matmuls {rows} as fast as bf16 ones, {grouped} where 256 products share a "
+            f"scale: {self.source}"
+        )
 
 
-def _int8_ratios(gpu: Gpu) -> tuple[float, float, float]:
-    """The numbers are how many times faster than bf16 an int8 matmul is on this card, assumed: low
-    end, value, high end."""
-    return _INT8_BY_CARD.get(gpu.name) or _INT8_BY_PEAKS[round(gpu.int8_tops / gpu.bf16_tflops)]
+# An sm_86's code on an H200, whose mma.sync multiplies int8 at twice bf16's rate (profiles/LOG.md,
+# 2026-11-29): what has one scale a row in a step of option a takes 1.480 ms a layer, a plain bf16
+# matmul of the same shapes 2.642 (single ones 1.61 to 1.98 times as long); down's forward and the
+# gradients of weights 1.632 and 2.316 (1.28 to 1.73). Where int8 has four times bf16's rate, as on
+# GeForce cards, that is taken twice. It holds if int8 comes as near to its peak as bf16 does. That
+# is what the low end doubts: of the 622 TFLOP/s that mma.sync has on an H200 (0.63 of wgmma's,
+# arXiv:2402.13499) the plain matmul reached 366 and 300, where cuBLAS reaches 0.85 of a 3090's at
+# these widths. If int8 stays at the H200's shares of its own peak (653 and 426 of 1,244), it is 2.5
+# and 1.6 times as fast there. And an RTX 5090 at 400 W, of 4 to 1 too, has 2.7 to 2.9 in a Triton
+# kernel with one scale a row, 2.3 to 2.4 with scales of blocks (gau-nernst/gn-kernels, sizes 2,048
+# and 4,096). High end: a 4090's bare instructions, 676 and 179.
+_INT8_AS_8_6 = _Int8Gain(
+    1.79,
+    1.42,
+    (0.67, 1.06),
+    "an RTX 3090's int8 code beside its bf16 code, on an H200 and by this card's ratio of peaks, "
+    "not measured on this card",
+)
+# 1.21 and 0.62 with the launch rows before: the matmuls of a layer of option a less quantisation at
+# 3.8 and 2.8 TB/s, beside 690 TFLOP/s of cuBLAS's. The rows since take 1 / 1.29 and 1 / 1.20 of the
+# time for the three products of gate_up together; taken as 1.16, as the gradient of the weight,
+# which is not one of `rows`, may have gained most, and 1.24, as two layers' gradients had too few
+# programs before.
+_INT8_ON_HOPPER = _Int8Gain(
+    1.40,
+    0.77,
+    (0.87, 1.12),
+    "measured on an H200 with other launch rows, and these rows at one layer",
+)
+_INT8_BY_CARD = dict.fromkeys(("H100 SXM", "H100 PCIe", "H200"), _INT8_ON_HOPPER)
+_TRANSPOSED = 0.85
+"""of a norm's GB/s are the quantiser's where it writes the transpose: 3,203 on an H200"""
+
+
+def _int8_gain(gpu: Gpu) -> _Int8Gain:
+    if gpu.name in _INT8_BY_CARD:
+        return _INT8_BY_CARD[gpu.name]
+    gain, times = _INT8_AS_8_6, round(gpu.int8_tops / gpu.bf16_tflops) / 2
+    return replace(gain, rows=times * gain.rows, grouped=times * gain.grouped)
 
 
 # H100 SXM and H200. Matmuls, grouped ones and what a kernel costs beside its work are fitted to the

@@ -93,7 +93,8 @@ def quantisation(product: str, tokens: int, shapes: Sequence[tuple[int, int]]) -
             launches -= 1
     else:
         cost = costs.quantize_int8(inputs + outputs)
-    return Op("quantisation", cost + error_samples(product, tokens, shapes), launches=launches)
+    kind = "quantisation" if product != "weight_gradient" else "quantisation_transposed"
+    return Op(kind, cost + error_samples(product, tokens, shapes), launches=launches)
 
 
 def error_samples(product: str, tokens: int, shapes: Sequence[tuple[int, int]]) -> Cost:
@@ -145,9 +146,9 @@ class MicroBatch:
         """Muon updates this many parameters."""
         return costs.hidden_parameters(self.model) if self.hidden_optimizer == "muon" else 0
 
-    def matmul(self, k: int, n: int, *, in_int8: bool = False) -> Op:
+    def matmul(self, k: int, n: int, kind: str = "matmul") -> Op:
         """Every token is a row of this matmul, whose int8 operands are quantised already."""
-        kind, cost = ("int8", costs.int8_matmul) if in_int8 else ("matmul", costs.matmul)
+        cost = costs.matmul if kind == "matmul" else costs.int8_matmul
         return Op(kind, cost(self.tokens, k, n), smallest_dim=min(self.tokens, k, n))
 
     def block_matmuls(self, product: str = "forward") -> list[Op]:
@@ -165,7 +166,10 @@ class MicroBatch:
         ops = [self.matmul(k, n) for k, n in attention + mlp]
         if product in INT8_PRODUCTS[self.arithmetic]:
             rest = ops[len(may_be_int8) :]
-            ops = [self.matmul(k, n, in_int8=True) for k, n in may_be_int8]
+            kinds = ["int8_grouped" if product == "weight_gradient" else "int8"] * len(may_be_int8)
+            if product == "forward" and not model.is_moe:
+                kinds[-1] = "int8_grouped"  # down's input is SwiGLU's result
+            ops = [self.matmul(k, n, kind) for (k, n), kind in zip(may_be_int8, kinds, strict=True)]
             ops += [quantisation(product, self.tokens, may_be_int8), *rest]
         if model.is_moe:
             rows, inner = self.tokens * model.num_experts_per_token, model.expert_intermediate_size

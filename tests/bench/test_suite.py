@@ -31,7 +31,7 @@ def test_smoke_of_the_quick_rows(tmp_path):
         f"bench/test_{name}.py"
         for name in (
             *("options", "trainers", "dense_kernels", "flash_attention", "moe_kernels"),
-            "int8_matmul",
+            *("int8_matmul", "muon"),
         )
     ]
     rows_file = tmp_path / "rows.jsonl"

@@ -12,6 +12,7 @@ from hamner.config.train import Matmul
 from hamner.hardware import GPUS, Gpu
 from hamner.kernels.int8_linear import Matmul as KernelMatmul
 from hamner.kernels.int8_linear import products
+from hamner.plan import costs
 from hamner.plan.communication import Parallelism
 from hamner.plan.costs import Cost, flops_per_token
 from hamner.plan.efficiency import MEASURED_ERRORS, efficiency
@@ -289,7 +290,7 @@ def test_kernels_beat_plain_compile():
 
 
 class TestInt8:
-    """Linear layers in int8: what is multiplied stays, how fast is assumed."""
+    """Linear layers in int8: what is multiplied stays, how fast is projected."""
 
     def step(self, option: str, matmul: str, gpu: str = "rtx-3090"):
         config = replace(OPTIONS[option], matmul=matmul)
@@ -309,7 +310,7 @@ class TestInt8:
             micro_batch = MicroBatch.of(replace(config, matmul=matmul), config.batch_size)
             ops = [*micro_batch.forward(), *micro_batch.backward(SELECTIVE)]
             flops[matmul] = sum(op.cost.flops for op in ops)
-            int8 = sum(op.cost.flops for op in ops if op.kind == "int8")
+            int8 = sum(op.cost.flops for op in ops if op.kind.startswith("int8"))
             assert int8 == sum(op.cost.int8_flops for op in ops)
             model, tokens = config.model, config.tokens_per_step
             weights = model.hidden_size * (model.qkv_size + model.hidden_size)
@@ -318,16 +319,35 @@ class TestInt8:
             assert int8 == len(INT8_PRODUCTS[matmul]) * 2 * tokens * weights
         assert len(set(flops.values())) == 1
 
-    def test_gain_on_a_3090_is_of_an_assumed_rate(self):
+    def test_scales_along_the_reduced_axis_are_counted_by_themselves(self):
+        """down's forward and all gradients of weights have them, and are slower."""
+        config = replace(OPTIONS["a"], matmul="int8-all")
+        micro_batch = MicroBatch.of(config, config.batch_size)
+        grouped = {
+            product: [op.cost for op in ops if op.kind == "int8_grouped"]
+            for product in INT8_PRODUCTS["int8-all"]
+            for ops in [micro_batch.block_matmuls(product)]
+        }
+        assert grouped["forward"] == [costs.int8_matmul(config.tokens_per_step, 2816, 1024)]
+        assert grouped["data_gradient"] == []
+        assert len(grouped["weight_gradient"]) == 4
+        for gpu in GPUS.values():
+            flops = efficiency(gpu).for_matmul("int8", gpu).flops
+            assert flops["int8_grouped"] < flops["int8"]
+
+    def test_gain_on_a_3090_is_of_a_rate_not_measured_there(self):
         bf16, int8, everywhere = (self.step("a", m) for m in INT8_PRODUCTS)
         assert bf16.milliseconds["int8"] == bf16.milliseconds["quantisation"] == 0
         assert "int8" not in bf16.reached.provenance
-        assert 1.25 < int8.tokens_per_second / bf16.tokens_per_second < 1.45
-        assert 1.45 < everywhere.tokens_per_second / bf16.tokens_per_second < 1.75
-        assert "int8 matmuls assumed 2.8 times as fast as bf16" in int8.reached.provenance
+        assert 1.35 < int8.tokens_per_second / bf16.tokens_per_second < 1.5
+        assert 1.55 < everywhere.tokens_per_second / bf16.tokens_per_second < 1.75
+        # 1.79 and 1.42 times as fast as bf16's code on an H200, of peaks that are 2 to 1 there.
+        assert int8.reached.flops["int8"] == pytest.approx(3.58 * 66.4 / 71.2)
+        assert int8.reached.flops["int8_grouped"] == pytest.approx(2.84 * 66.4 / 71.2)
+        assert "int8 matmuls 3.58 times (2.4 to 3.8) as fast" in int8.reached.provenance
         causes = {cause.name: cause for cause in everywhere.interval.causes}
-        assert causes["int8"].slowest < -0.03 < 0.03 < causes["int8"].fastest
-        assert "not measured" in causes["int8"].why
+        assert causes["int8"].slowest < -0.1 < 0.01 < causes["int8"].fastest
+        assert "not measured on this card" in causes["int8"].why
         # Of a token and layer: gradients of qkv, o and down, o's input, and gate_up's gradient
         # written by SwiGLU; of a layer all weights, twice, and read once more for their columns.
         weights = 1024 * (1536 + 1024 + 5632 + 2816)
@@ -337,3 +357,29 @@ class TestInt8:
         moved += 4 * 256 * (2 * (3 * 1024 + 256) + 1536 + 2 * 1024 + 5632)
         moved += 4 * (1024 * (1536 + 1024 + 5632) + 2048 * 1024)
         assert int8.milliseconds["quantisation"] == pytest.approx(24 * moved / 776e6)
+        # Transposed, all operands of the gradients of weights, and 64 tiles of each.
+        moved = 24_576 * 3 * (3 * 1024 + 2816 + 1536 + 1024 + 5632 + 1024)
+        moved += 4 * 8 * 64 * 32 * 256
+        transposed = everywhere.milliseconds["quantisation"] - int8.milliseconds["quantisation"]
+        assert transposed == pytest.approx(24 * moved / (0.85 * 776e6))
+
+    def test_on_other_cards_by_their_peaks_or_as_measured(self):
+        for name, rows, grouped in (
+            ("rtx-4090", 3.58, 2.84),
+            ("a100-40gb", 1.79, 1.42),
+            ("h200", 1.40, 0.77),
+        ):
+            reached = efficiency(GPUS[name]).for_matmul("int8-all", GPUS[name])
+            assert reached.flops["int8"] / reached.flops["matmul"] == pytest.approx(rows)
+            assert reached.flops["int8_grouped"] / reached.flops["matmul"] == pytest.approx(grouped)
+
+    def test_an_h200_with_the_rates_of_a_run_takes_as_long(self):
+        """Rates of the matmuls by themselves (profiles/LOG.md, 2026-11-29) predict the steps."""
+        reached = efficiency(GPUS["h200"]).for_matmul("int8-all", GPUS["h200"])
+        bf16 = reached.flops["matmul"]
+        flops = {**reached.flops, "int8": 1.21 * bf16, "int8_grouped": 0.62 * bf16}
+        reached = replace(reached, flops=flops)
+        for matmul, measured in (("bf16", 237_016), ("int8", 234_324), ("int8-all", 194_353)):
+            config = replace(OPTIONS["a"], matmul=matmul)
+            step = predict(config, GPUS["h200"], (NONE,) * 24, 24, reached=reached)
+            assert step.tokens_per_second == pytest.approx(measured, rel=0.035)

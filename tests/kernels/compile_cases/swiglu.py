@@ -25,6 +25,7 @@ def cases() -> list[CompileCase]:
         for capability in CAPABILITIES
         for case in (
             _forward(capability, 2816, quantises=True),
+            _backward(capability, 2048, quantises=True),  # no thread idles
             _backward(capability, 2816, quantises=True),
         )
     ]

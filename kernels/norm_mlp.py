@@ -10,7 +10,8 @@ matmul after it need not read them for that. Saved are a kernel and
     2 N I e bytes
 
 For bf16, N 24,576, I 2816 that is 277 MB a layer: 0.09 ms at 3.0 TB/s, 0.33 ms at 850 GB/s. What is
-kept for backward is what the two ops keep, and else they are called one after the other.
+kept for backward is what the two ops keep, and else they are called one after the other; also where
+a row is too long for a program's registers.
 """
 
 import torch
@@ -20,6 +21,7 @@ from hamner.kernels.checks import check_like, check_shape
 from hamner.kernels.fused_linear import add_rms_norm_linear, swiglu_linear
 from hamner.kernels.int8_linear import Matmul, check_matmul, products
 from hamner.kernels.rms_norm import check_norm_arguments
+from hamner.kernels.swiglu import MAX_INT8_BACKWARD
 
 
 class _NormMlp(torch.autograd.Function):
@@ -100,7 +102,8 @@ def add_rms_norm_mlp(
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
     """
-    if "data_gradient" not in products(gate_up_matmul):
+    joins = "data_gradient" in products(gate_up_matmul)
+    if not joins or down_weight.shape[-1] > MAX_INT8_BACKWARD:
         gate_up, new_residual = add_rms_norm_linear(
             x, residual, norm_weight, gate_up_weight,
             eps=eps, recompute=recompute, matmul=gate_up_matmul, errors=gate_up_errors,

@@ -57,13 +57,15 @@ class Config(NamedTuple):
 # As measured (`python -m bench.tune swiglu`, profiles/LOG.md), 9.0 on an H100, the others as what
 # an H200 that executes sm_86's code runs fastest: whole rows, though a quarter of the lanes idles
 # at I 2816. With int8, 9.0 is as measured on an H200, the others by reasoning: forward as many
-# elements as without, backward a 16-byte load of bf16 a thread from each input. Above I 8192
-# backward with int8 spills in all of them.
+# elements as without, backward a 16-byte load of bf16 a thread from each input.
 CONFIGS = {
     "8.6": Config(2, 4096, 16, 1, 4096, 4, 32, 16, 8),
     "8.0": Config(2, 4096, 16, 1, 4096, 4, 32, 16, 8),
     "9.0": Config(1, 4096, 16, 2, 4096, 16, 8, 4, 32),
 }
+MAX_INT8_BACKWARD = 8_192
+"""largest I at which backward with int8 holds a row in registers: at 16,384 it spills, in all rows
+of the table"""
 
 
 def tile_shape(block_m: int, block_i: int, intermediate: int) -> tuple[int, int]:
@@ -200,7 +202,8 @@ def launch_swiglu_backward(
         d_h: (..., I).
         gate_up: (..., 2I).
         h: where to write forward's result again; `d_h` itself, to write it over d_h.
-        quantised: where to write d_gate_up as `quantize_int8` gives it, a scale a row, too.
+        quantised: where to write d_gate_up as `quantize_int8` gives it, a scale a row, too; for I
+            up to `MAX_INT8_BACKWARD`.
     """
     gate_up = gate_up.contiguous()
     d_h = d_h.contiguous()

@@ -13,6 +13,7 @@ from hamner.kernels import (
     add_rms_norm_qkv_rope,
     flash_attention_qkv,
     int8_linear,
+    norm_mlp,
     rms_norm_linear,
     swiglu,
     swiglu_linear,
@@ -21,6 +22,7 @@ from hamner.kernels.int8_error import SPOTS
 from hamner.kernels.int8_linear import OPERANDS, int8_linear_reference
 from hamner.kernels.int8_matmul import int8_matmul
 from hamner.kernels.int8_quantize import MAX_ROW, quantize_int8
+from hamner.kernels.swiglu import MAX_INT8_BACKWARD
 from tests.kernels.gradients import DTYPES, assert_same_bits, compiled, outputs_and_gradients
 
 MODES = ("int8", "int8-all")
@@ -182,6 +184,14 @@ class TestMlpEqualsItsTwoOps:
         op = mlp(parts=False, gate_up="int8-all", down="int8-all")
         assert_same_bits(op, compiled(op), mlp_inputs(2, 5, 32, inner=24, device=device))
 
+    @pytest.mark.parametrize("longer", [0, 1])
+    def test_a_row_longer_than_the_registers(self, longer, device, monkeypatch):
+        """SwiGLU's backward does not quantise it."""
+        monkeypatch.setattr(norm_mlp, "MAX_INT8_BACKWARD", 24)
+        inputs = mlp_inputs(1, 3, 8, inner=24 + longer, device=device)
+        out = mlp(parts=False, gate_up="int8", down="int8")(**inputs)[0]
+        assert (out.grad_fn.name() == "_NormMlpBackward") == (not longer)
+
     def test_not_finite(self, device):
         """A token that is not finite spoils no other's gradient."""
         inputs = mlp_inputs(1, 20, 32, inner=300, device=device)
@@ -303,4 +313,12 @@ def test_fused_ops_at_a_training_shape(recompute):
 
     how = {"gate_up": "int8-all", "down": "int8-all", "recompute": recompute}
     inputs = mlp_inputs(24, 1024, 1024, inner=2816, **bf16)
+    assert_same_bits(mlp(parts=False, **how), mlp(parts=True, **how), inputs)
+
+
+@pytest.mark.gpu
+def test_the_longest_row_that_swiglus_backward_quantises():
+    bf16 = {"dtype": torch.bfloat16, "device": "cuda"}
+    inputs = mlp_inputs(1, 512, 256, inner=MAX_INT8_BACKWARD, **bf16)
+    how = {"gate_up": "int8", "down": "int8"}
     assert_same_bits(mlp(parts=False, **how), mlp(parts=True, **how), inputs)

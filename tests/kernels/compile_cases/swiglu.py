@@ -4,6 +4,7 @@ from hamner.kernels.int8_quantize import GROUP
 from hamner.kernels.launch import CAPABILITIES
 from hamner.kernels.swiglu import (
     CONFIGS,
+    MAX_INT8_BACKWARD,
     row_tile,
     swiglu_backward_kernel,
     swiglu_forward_kernel,
@@ -27,6 +28,7 @@ def cases() -> list[CompileCase]:
             _forward(capability, 2816, quantises=True),
             _backward(capability, 2048, quantises=True),  # no thread idles
             _backward(capability, 2816, quantises=True),
+            _backward(capability, MAX_INT8_BACKWARD, quantises=True),
         )
     ]
 

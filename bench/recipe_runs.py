@@ -171,9 +171,9 @@ def run(trial: Trial, data: Prepared, folder: Path, end: float) -> dict | None:
 
     def look_at_clock(phase: str, step: int) -> None:
         """The observer stops the run as a Ctrl-C would, between two steps; after the last one
-        comes only the evaluation."""
+        comes only the evaluation. Not by SIGINT, which a script's background commands ignore."""
         if phase == "step done" and step < config.steps and time.monotonic() >= end:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
 
     try:
         with (

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import importlib.util
 import os
+import signal
 from pathlib import Path
 
 # Each worker and each process a test starts gets one thread: more would only wait for each other.
@@ -64,6 +65,10 @@ EXECUTIONS = "executed"
 
 def pytest_configure(config: pytest.Config) -> None:
     """Become the older GPU, in each process, before a test module is imported."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # As in what a script starts in the background; the tests, and processes of theirs, ask
+        # others to end by it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if (capability := config.getoption("as_capability")) is None:
         return
     if not torch.cuda.is_available():

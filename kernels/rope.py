@@ -41,8 +41,8 @@ class Config(NamedTuple):
 
 
 # Small programs in the order of memory: all heads of one row, which share its cos and sin. At head
-# size 64 a thread's 8 pairs are 16-byte loads of bf16 from each half. 9.0 as measured on an H200
-# (profiles/LOG.md), the others by reasoning.
+# size 64 a thread's 8 pairs are 16-byte loads of bf16 from each half. 9.0 as measured on an H200,
+# the others as what it runs fastest of sm_86's code (profiles/LOG.md).
 CONFIGS = {
     "8.6": Config(1, 32, 4),
     "8.0": Config(1, 32, 4),

@@ -2,10 +2,13 @@
 
     Hamner          hamner.train.optimizer.Optimizer, as the step calls it
     TorchMuon       torch.optim.Muon, a matrix at a time, with PyTorch's fused AdamW for the rest
-    BatchedQuintics the fastest published arrangement that we know: weights of one shape in one
-                    stack over layers, element-wise work compiled, five quintic Newton-Schulz steps
-                    on X in bfloat16 (Jordan et al. 2024), X X^T and b A + c A A each computed by
-                    half and mirrored, with the same fused AdamW for the rest
+    BatchedQuintics as modded-nanogpt and Dion arrange it: weights of one shape in one stack over
+                    layers, element-wise work compiled, five quintic Newton-Schulz steps on X in
+                    bfloat16 (Jordan et al. 2024), X X^T and b A + c A A each computed by half and
+                    mirrored, with the same fused AdamW for the rest
+    GramNewtonSchulz the same with the iteration of Dao AI Lab (dao-lab.ai/blog/2026/gram-newton-
+                    schulz): matrices that are not square go through five Polar Express steps in
+                    float16 on their Gram matrix, with X and it computed anew after two
 
 All clip the global gradient norm at 1.0 and update each logical matrix (q, k, v, o, gate, up, down)
 by itself. Theirs have fp32 weights and gradients, as their users have; ours bf16 weights with split
@@ -15,6 +18,7 @@ masters and bf16 gradients.
 import itertools
 import math
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -30,8 +34,62 @@ from hamner.train.optimizer import EPS, Optimizer, logical_rows
 
 LR = 0.02
 GRAD_CLIP = 1.0
-QUINTIC = (3.4445, -4.7750, 2.0315)
-QUINTIC_STEPS = 5
+QUINTICS = [(3.4445, -4.7750, 2.0315)] * 5
+POLAR_EXPRESS = [
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+]
+"""Amsel et al. 2025, arXiv:2505.16932, for singular values from 0.001"""
+RESTART = 2
+
+
+symmetric = symmetric_product_reference if scale.SMOKE else symmetric_product
+
+
+def quintics(x: Tensor, coefficients: Iterable[tuple[float, float, float]] = QUINTICS) -> Tensor:
+    """The function gives X after steps X <- a X + (b A + c A A) X, A = X X^T.
+
+    Args:
+        x: (B, m, n), m <= n, of a Frobenius norm of 1 each.
+    """
+    for a, b, c in coefficients:
+        gram = symmetric(x)
+        polynomial = symmetric(gram, product_factor=c, addend=gram, addend_factor=b)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x
+
+
+def gram_newton_schulz(x: Tensor) -> Tensor:
+    """The function gives X after five Polar Express steps.
+
+    With Z = b G + c G G and Q the product of all a I + Z so far, a step is
+
+        Q <- Q (a I + Z),   G <- (a I + Z) G (a I + Z)
+
+    and X <- Q X, G = X X^T, Q = I after `RESTART` steps, as rounding parts G from X.
+
+    Args:
+        x: (B, m, n), m <= n, of a Frobenius norm of 1 each.
+    """
+    dtype = x.dtype
+    # Rounding must not lift a singular value above 1, where the first step carries it away.
+    x = (x / 1.02).to(torch.float32 if scale.SMOKE else torch.float16)
+    if x.shape[1] == x.shape[2]:
+        return quintics(x, POLAR_EXPRESS).to(dtype)
+    for steps in (POLAR_EXPRESS[:RESTART], POLAR_EXPRESS[RESTART:]):
+        gram, q = symmetric(x), None
+        for number, (a, b, c) in enumerate(steps, 1):
+            factor = symmetric(
+                gram, product_factor=c, addend=gram, addend_factor=b, identity_factor=a
+            )
+            q = factor if q is None else q @ factor
+            if number < len(steps):
+                gram = factor @ gram @ factor
+        x = q @ x
+    return x.to(dtype)
 
 
 class Logical(NamedTuple):
@@ -176,6 +234,8 @@ class TorchMuon(_WithAdamW):
 class BatchedQuintics(_WithAdamW):
     """The logical matrices of one shape are one stack."""
 
+    iterate = staticmethod(quintics)
+
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
         members = defaultdict(list)
@@ -199,13 +259,19 @@ class BatchedQuintics(_WithAdamW):
         self.adamw.step()
         for weight, grad, momentum in self.stacks:
             x = self.direction(grad, momentum, self.config.momentum)
-            x = quintics(x if x.shape[1] <= x.shape[2] else x.mT)
+            x = self.iterate(x if x.shape[1] <= x.shape[2] else x.mT)
             x = x if x.shape == weight.shape else x.mT
             factor = LR * RMS * math.sqrt(max(weight.shape[1:]))
             self.apply(weight, x, factor, LR * self.config.weight_decay)
 
     def weight(self, matrix: Logical) -> Tensor:
         return self.places[matrix].clone()
+
+
+class GramNewtonSchulz(BatchedQuintics):
+    """The stacks have another iteration."""
+
+    iterate = staticmethod(gram_newton_schulz)
 
 
 def _direction(grad: Tensor, momentum: Tensor, beta: float) -> Tensor:
@@ -221,23 +287,9 @@ def _apply(weight: Tensor, update: Tensor, factor: float, decay: float) -> None:
     weight.copy_(weight - decay * weight - factor * update.float())
 
 
-def quintics(x: Tensor) -> Tensor:
-    """The function gives X after five steps X <- a X + (b A + c A A) X, A = X X^T.
-
-    Args:
-        x: (B, m, n), m <= n, of a Frobenius norm of 1 each.
-    """
-    product = symmetric_product_reference if scale.SMOKE else symmetric_product
-    a, b, c = QUINTIC
-    for _ in range(QUINTIC_STEPS):
-        gram = product(x)
-        polynomial = product(gram, product_factor=c, addend=gram, addend_factor=b)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
-    return x
-
-
 CONTENDERS: dict[str, type[Contender]] = {
     "hamner": Hamner,
     "torch.optim.Muon": TorchMuon,
     "batched quintics": BatchedQuintics,
+    "Gram Newton-Schulz": GramNewtonSchulz,
 }

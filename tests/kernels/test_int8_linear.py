@@ -317,8 +317,10 @@ def test_fused_ops_at_a_training_shape(recompute):
 
 
 @pytest.mark.gpu
-def test_the_longest_row_that_swiglus_backward_quantises():
+@pytest.mark.parametrize("inner", [2_048, MAX_INT8_BACKWARD], ids=["one block of 2,048", "longest"])
+def test_rows_that_swiglus_backward_quantises(inner):
+    """Of every width that it has a configuration of its own for, beside those above."""
     bf16 = {"dtype": torch.bfloat16, "device": "cuda"}
-    inputs = mlp_inputs(1, 512, 256, inner=MAX_INT8_BACKWARD, **bf16)
+    inputs = mlp_inputs(1, 512, 256, inner=inner, **bf16)
     how = {"gate_up": "int8", "down": "int8"}
     assert_same_bits(mlp(parts=False, **how), mlp(parts=True, **how), inputs)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from bench import scale
-from hamner.config.model import ModelConfig
+from hamner.config.train import TrainConfig
 from hamner.hardware import GIB, identify
 from hamner.plan.costs import flops_per_token
 from hamner.profile.steps import time_calls
@@ -19,23 +19,14 @@ WARM_UP_STEPS = 4
 STEPS, STEPS_ON_CPU = 14, 4
 
 
-def measure(
-    benchmark,
-    step: Callable[[], object],
-    *,
-    model: ModelConfig,
-    seq_len: int,
-    tokens_per_step: int,
-    started: float,
-) -> None:
+def measure(benchmark, step: Callable[[], object], config: TrainConfig, *, started: float) -> None:
     """The function warms up, then times steps that follow each other without waiting, into
     `extra_info`.
 
     Args:
         benchmark: the fixture.
         step: one optimizer step.
-        model, seq_len: for the FLOPs of a token.
-        tokens_per_step: of one call.
+        config: of that step.
         started: `time.perf_counter()` before the trainer was built.
     """
     if scale.COMPILE_ONLY:
@@ -58,10 +49,10 @@ def measure(
     benchmark.pedantic(steps)
     median = statistics.median(milliseconds)
     deciles = statistics.quantiles(milliseconds, n=10)
-    speed = tokens_per_step / median * 1e3
+    speed = config.tokens_per_step / median * 1e3
     benchmark.extra_info.update(
         tokens_per_second=round(speed),
-        mfu=mfu(model, seq_len, speed),
+        mfu=mfu(config, speed),
         p10_ms=round(deciles[0], 3),
         p50_ms=round(median, 3),
         p90_ms=round(deciles[-1], 3),
@@ -76,13 +67,13 @@ def is_cpu() -> bool:
     return scale.SMOKE or not torch.cuda.is_available()
 
 
-def mfu(model: ModelConfig, seq_len: int, tokens_per_second: float) -> float | None:
+def mfu(config: TrainConfig, tokens_per_second: float) -> float | None:
     """The function gives the share of the bf16 peak, causal FLOPs; None where the peak is
     unknown."""
     gpu = None if is_cpu() else identify(torch.cuda.get_device_name())
     if gpu is None:
         return None
-    flops = tokens_per_second * flops_per_token(model, seq_len)
+    flops = tokens_per_second * flops_per_token(config.model, config.seq_len)
     return round(flops / (gpu.bf16_tflops * 1e12), 4)
 
 

@@ -48,11 +48,4 @@ def test_step(benchmark, policy, matmul, vram_budget):
             trainer=f"hamner --matmul {matmul}, {policy}",
             first_loss=round(loss, 5),
         )
-        steps.measure(
-            benchmark,
-            lambda: take(step, loader, 1),
-            model=config.model,
-            seq_len=config.seq_len,
-            tokens_per_step=config.tokens_per_step,
-            started=started,
-        )
+        steps.measure(benchmark, lambda: take(step, loader, 1), config, started=started)

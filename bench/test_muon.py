@@ -178,11 +178,4 @@ def test_step(benchmark, passes, recipe):
             option="a",
             trainer=f"hamner --recipe {recipe}, {config.batch_size} x {config.seq_len:,}",
         )
-        steps.measure(
-            benchmark,
-            lambda: take(step, loader, 1),
-            model=config.model,
-            seq_len=config.seq_len,
-            tokens_per_step=config.tokens_per_step,
-            started=started,
-        )
+        steps.measure(benchmark, lambda: take(step, loader, 1), config, started=started)

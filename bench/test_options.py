@@ -172,14 +172,7 @@ def test_option(benchmark, option, policy, micro_batches, vram_budget, does_not_
             planned_gib=round(plan.account.total / GIB, 3),
             **projection(config, plan),
         )
-        steps.measure(
-            benchmark,
-            lambda: take(step, loader, 1),
-            model=config.model,
-            seq_len=config.seq_len,
-            tokens_per_step=config.tokens_per_step,
-            started=started,
-        )
+        steps.measure(benchmark, lambda: take(step, loader, 1), config, started=started)
     except (torch.OutOfMemoryError, UserError):
         # "auto" refuses a budget that is too small for a single sequence.
         shared_step.close()

@@ -144,13 +144,6 @@ def compare_and_measure(benchmark, config: TrainConfig, trainer: str) -> None:
                 max_gradient_error=round(most, 5),
             )
         batches = itertools.cycle(batches_of(config.option))
-        steps.measure(
-            benchmark,
-            lambda: contender.step(next(batches)),
-            model=config.model,
-            seq_len=config.seq_len,
-            tokens_per_step=config.tokens_per_step,
-            started=started,
-        )
+        steps.measure(benchmark, lambda: contender.step(next(batches)), config, started=started)
     finally:
         contender.close()

@@ -47,8 +47,8 @@ class CompileCase:
             a tuple of types. Pointers are taken as 16-byte aligned, as torch's allocations are.
         constexprs: the value of every constexpr parameter.
         num_warps: warps a block.
-        num_stages: software pipelining stages.
         capability: the launch table row: "8.6", "8.0" or "9.0".
+        num_stages: software pipelining stages; 3 is Triton's, where a launch does not say.
         divisible_by_16: integer parameters that are multiples of 16 at this shape; Triton
             specialises on that at launch, and vectorises with it.
         max_registers: a thread may use; None leaves it to the compiler.
@@ -61,8 +61,8 @@ class CompileCase:
     signature: dict[str, str | tuple[str, ...]]
     constexprs: dict[str, object]
     num_warps: int
-    num_stages: int
     capability: str
+    num_stages: int = 3
     divisible_by_16: tuple[str, ...] = ()
     max_registers: int | None = None
     fp_fusion: bool = True

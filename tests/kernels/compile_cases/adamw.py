@@ -49,7 +49,6 @@ def cases() -> list[CompileCase]:
                 signature={**TABLE, "partial_ptr": "*fp32"},
                 constexprs={"DTYPE": tl.bfloat16, "ALIGNED": True, "BLOCK": NORM_BLOCK},
                 num_warps=NORM_WARPS,
-                num_stages=3,
                 capability=capability,
             ),
         )
@@ -81,6 +80,5 @@ def _case(
         signature={**TABLE, "clip_coef_ptr": "*fp32", **on_device, **scalars},
         constexprs={**from_host, **dtypes, **blocks, "ALIGNED": True},
         num_warps=config.warps,
-        num_stages=3,
         capability=capability,
     )

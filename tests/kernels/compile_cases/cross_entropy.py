@@ -47,7 +47,6 @@ def _softmax(capability: str, vocabulary: int, write_gradient: bool) -> CompileC
             "BLOCK_V": min(config.block_v, vocabulary),
         },
         num_warps=config.warps,
-        num_stages=3,
         capability=capability,
     )
 
@@ -65,7 +64,6 @@ def _scale(capability: str, x_type: str) -> CompileCase:
         },
         constexprs={"BLOCK": SCALE_BLOCK},
         num_warps=SCALE_WARPS,
-        num_stages=3,
         capability=capability,
         divisible_by_16=("numel",),
     )

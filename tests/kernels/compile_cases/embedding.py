@@ -30,7 +30,6 @@ def cases() -> list[CompileCase]:
             signature=signature,
             constexprs={"BLOCK_N": BLOCK_N, "BLOCK_D": BLOCK_D},
             num_warps=NUM_WARPS,
-            num_stages=3,
             capability=capability,
             divisible_by_16=("N", "D"),
         )

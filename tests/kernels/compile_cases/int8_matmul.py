@@ -69,7 +69,6 @@ def _rows(name: str, capability: str, *, length: int, width: int) -> CompileCase
         signature={"x_ptr": "*bf16", "values_ptr": "*i8", "scales_ptr": "*fp32", "N": "i32"},
         constexprs={"D": length, "WIDTH": width, "BLOCK_M": block_m, "BLOCK_D": block_d},
         num_warps=min(warps, 32),
-        num_stages=3,
         capability=capability,
         divisible_by_16=("N",),
     )
@@ -93,7 +92,6 @@ def _columns(name: str, capability: str, *, maxima: str | None) -> CompileCase:
             "BLOCK_D": config.columns,
         },
         num_warps=config.column_warps,
-        num_stages=3,
         capability=capability,
         divisible_by_16=("N",),
     )
@@ -107,7 +105,6 @@ def _maxima(capability: str) -> CompileCase:
         signature={"x_ptr": "*bf16", "maxima_ptr": "*i32", "N": "i32"},
         constexprs={"D": WIDTH, "BLOCK_D": config.columns},
         num_warps=config.column_warps,
-        num_stages=3,
         capability=capability,
         divisible_by_16=("N",),
     )
@@ -133,7 +130,6 @@ def _error(name: str, capability: str, *, by_rows: bool, grouped: bool = False) 
             "BLOCK_E": GROUP.value if grouped else elements,
         },
         num_warps=int8_error.NUM_WARPS,
-        num_stages=3,
         capability=capability,
         divisible_by_16=("num_lines", "length", other),
     )

@@ -8,7 +8,6 @@ from hamner.kernels.launch import CAPABILITIES
 from tests.kernels.compile_gate import CompileCase
 
 WIDTH, INTERMEDIATE, EXPERTS, TOP_K = 768, 1536, 4, 2
-TRITON_DEFAULT_STAGES = 3
 
 
 def cases() -> list[CompileCase]:
@@ -28,7 +27,6 @@ def _routing(
 ) -> list[CompileCase]:
     shape = {"NUM_EXPERTS": experts, "TOP_K": top_k, **moe_routing.block_shape(experts)}
     suffix = f"E={experts}/K={top_k}"
-    launch = {"num_stages": TRITON_DEFAULT_STAGES, "capability": capability}
     return [
         CompileCase(
             name=f"route/{suffix}",
@@ -49,7 +47,7 @@ def _routing(
                 "BLOCK_K": triton.next_power_of_2(top_k),
             },
             num_warps=moe_routing.NUM_WARPS,
-            **launch,
+            capability=capability,
         ),
         CompileCase(
             name=f"scan/{suffix}",
@@ -63,7 +61,7 @@ def _routing(
             },
             constexprs={"NUM_EXPERTS": experts, "BLOCK": moe_routing.SCAN_BLOCK},
             num_warps=moe_routing.SCAN_WARPS,
-            **launch,
+            capability=capability,
         ),
         CompileCase(
             name=f"scatter/{suffix}",
@@ -83,7 +81,7 @@ def _routing(
             },
             constexprs=shape,
             num_warps=moe_routing.NUM_WARPS,
-            **launch,
+            capability=capability,
         ),
         CompileCase(
             name=f"route_backward/{suffix}",
@@ -100,7 +98,7 @@ def _routing(
             },
             constexprs={**shape, "RENORMALIZE": renormalize},
             num_warps=moe_routing.NUM_WARPS,
-            **launch,
+            capability=capability,
         ),
     ]
 
@@ -219,7 +217,6 @@ def _row_passes(capability: str) -> list[CompileCase]:
                 **_blocks(grouped.SWIGLU_GRAD_CONFIG),
             },
             num_warps=grouped.SWIGLU_GRAD_CONFIG["num_warps"],
-            num_stages=TRITON_DEFAULT_STAGES,
             capability=capability,
         ),
         CompileCase(
@@ -232,7 +229,6 @@ def _row_passes(capability: str) -> list[CompileCase]:
                 **_blocks(grouped.SUM_SLOTS_CONFIG),
             },
             num_warps=grouped.SUM_SLOTS_CONFIG["num_warps"],
-            num_stages=TRITON_DEFAULT_STAGES,
             capability=capability,
         ),
     ]

@@ -10,15 +10,9 @@ from hamner.kernels.muon import (
     momentum_kernel,
     symmetric_product_kernel,
 )
+from tests.kernels.compile_cases.adamw import TABLE
 from tests.kernels.compile_gate import CompileCase
 
-TABLE = {
-    "addresses_ptr": "*i64",
-    "numels_ptr": "*i64",
-    "chunks_ptr": "*i32",
-    "num_tensors": "i32",
-    "clip_coef_ptr": "*fp32",
-}
 FACTORS = dict.fromkeys(("product_factor", "addend_factor", "identity_factor"), "fp32")
 BF16 = {"GRAD": tl.bfloat16, "UPDATE": tl.bfloat16}
 
@@ -82,9 +76,8 @@ def _elementwise(name, kernel, capability, scalars, dtypes) -> CompileCase:
     return CompileCase(
         name=name,
         kernel=kernel,
-        signature={**TABLE, **dict.fromkeys(scalars, "fp32")},
+        signature={**TABLE, "clip_coef_ptr": "*fp32", **dict.fromkeys(scalars, "fp32")},
         constexprs={**dtypes, "ALIGNED": True, "CHUNK": config.chunk, "BLOCK": config.block},
         num_warps=config.warps,
-        num_stages=3,
         capability=capability,
     )

@@ -56,7 +56,6 @@ def _forward(capability: str, head_dim: int, with_v: bool, has_positions: bool) 
         signature={**signature, "out_ptr": "*bf16"},
         constexprs=constexprs,
         num_warps=config.forward_warps,
-        num_stages=3,
         capability=capability,
         divisible_by_16=DIVISIBLE,
     )
@@ -72,7 +71,6 @@ def _backward(capability: str, head_dim: int, with_v: bool, has_positions: bool)
         signature={**signature, **pointers, "rows_per_program": "i32"},
         constexprs=constexprs,
         num_warps=config.backward_warps,
-        num_stages=3,
         capability=capability,
         divisible_by_16=DIVISIBLE,
     )

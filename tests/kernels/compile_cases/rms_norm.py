@@ -59,7 +59,6 @@ def _forward(
             "BLOCK_D": block_d,
         },
         num_warps=warps,
-        num_stages=3,
         capability=capability,
         divisible_by_16=("N",),
     )
@@ -90,7 +89,6 @@ def _backward(capability: str, width: int) -> CompileCase:
             "STAGES": config.backward_stages,
         },
         num_warps=warps,
-        num_stages=3,
         capability=capability,
         divisible_by_16=("N",),
     )
@@ -104,6 +102,5 @@ def sum_partials(capability: str, width: int) -> CompileCase:
         signature={"partial_ptr": "*fp32", "out_ptr": "*fp32", "P": "i32"},
         constexprs={"D": width},
         num_warps=launch.NUM_WARPS,
-        num_stages=3,
         capability=capability,
     )

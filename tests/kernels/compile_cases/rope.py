@@ -45,7 +45,6 @@ def _case(capability: str, head_dim: int, inverse: bool, has_positions: bool) ->
             "BLOCK_HALF": head_dim // 2,
         },
         num_warps=config.warps,
-        num_stages=3,
         capability=capability,
         divisible_by_16=("N", "seq_len", "num_positions", "row_size"),
     )

@@ -11,7 +11,6 @@ from hamner.kernels.router_linear import (
 from tests.kernels.compile_cases.rms_norm import sum_partials
 from tests.kernels.compile_gate import CompileCase
 
-TRITON_DEFAULT_STAGES = 3
 WIDTHS_AND_EXPERTS = ((768, 4), (1024, MAX_EXPERTS), (MAX_WIDTH, 2))
 
 
@@ -45,7 +44,6 @@ def _forward(capability: str, dtype: str, width: int, experts: int) -> CompileCa
         },
         constexprs={"D": width, "NUM_EXPERTS": experts, "BLOCK_M": block_m, "BLOCK_D": block_d},
         num_warps=warps,
-        num_stages=TRITON_DEFAULT_STAGES,
         capability=capability,
     )
 
@@ -70,6 +68,5 @@ def _backward(capability: str, dtype: str, width: int, experts: int) -> CompileC
             "BLOCK_D": config.backward_block_d,
         },
         num_warps=config.backward_warps,
-        num_stages=TRITON_DEFAULT_STAGES,
         capability=capability,
     )

@@ -56,7 +56,6 @@ def _forward(capability: str, intermediate: int, *, quantises: bool = False) -> 
             "BLOCK_I": block_i,
         },
         num_warps=warps,
-        num_stages=3,
         capability=capability,
         divisible_by_16=("N",),
     )
@@ -86,7 +85,6 @@ def _backward(capability: str, intermediate: int, *, quantises: bool = False) ->
             "BLOCK_I": block_i,
         },
         num_warps=warps,
-        num_stages=3,
         capability=capability,
         divisible_by_16=("N",),
     )

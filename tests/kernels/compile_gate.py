@@ -44,7 +44,8 @@ class CompileCase:
         name: what is compiled, unique within its op, e.g. "rms_norm_forward/D=1024".
         kernel: the `@triton.jit` function.
         signature: the type of every parameter that is not constexpr: "*bf16", "*fp32", "i32"..., or
-            a tuple of types. Pointers are taken as 16-byte aligned, as torch's allocations are.
+            a tuple of types; None for what is not given, which becomes a constexpr. Pointers are
+            taken as 16-byte aligned, as torch's allocations are.
         constexprs: the value of every constexpr parameter.
         num_warps: warps a block.
         capability: the launch table row: "8.6", "8.0" or "9.0".
@@ -58,7 +59,7 @@ class CompileCase:
 
     name: str
     kernel: JITFunction
-    signature: dict[str, str | tuple[str, ...]]
+    signature: dict[str, str | tuple[str, ...] | None]
     constexprs: dict[str, object]
     num_warps: int
     capability: str
@@ -116,7 +117,8 @@ def compile_case(case: CompileCase) -> CompileResult:
             f"{case.name}: signature and constexprs must name each parameter once; "
             f"wrong: {sorted(set(given) ^ set(names)) or 'a name given twice'}"
         )
-    signature = {name: case.signature.get(name, "constexpr") for name in names}
+    signature = {name: case.signature.get(name) or "constexpr" for name in names}
+    absent = dict.fromkeys(name for name, kind in case.signature.items() if kind is None)
     attrs = {
         path: [["tt.divisibility", 16]]
         for i, name in enumerate(names)
@@ -124,7 +126,7 @@ def compile_case(case: CompileCase) -> CompileResult:
         if kind.startswith("*") or name in case.divisible_by_16
     }
     compiled = triton.compile(
-        ASTSource(fn=case.kernel, signature=signature, constexprs=case.constexprs, attrs=attrs),
+        ASTSource(case.kernel, signature, constexprs=absent | case.constexprs, attrs=attrs),
         target=GPUTarget("cuda", int(case.capability.replace(".", "")), 32),
         options={
             "num_warps": case.num_warps,

@@ -72,13 +72,13 @@ def _case(
         ),
         "fp32",
     )
-    from_host = dict.fromkeys({"lr_ptr", "step_ptr"} - on_device.keys())
+    pointers = {"lr_ptr": None, "step_ptr": None, **on_device}
     blocks = {"CHUNK": config.chunk, "BLOCK": config.block}
     return CompileCase(
         name=f"adamw/{name}",
         kernel=adamw_kernel,
-        signature={**TABLE, "clip_coef_ptr": "*fp32", **on_device, **scalars},
-        constexprs={**from_host, **dtypes, **blocks, "ALIGNED": True},
+        signature={**TABLE, "clip_coef_ptr": "*fp32", **pointers, **scalars},
+        constexprs={**dtypes, **blocks, "ALIGNED": True},
         num_warps=config.warps,
         capability=capability,
     )

@@ -81,16 +81,12 @@ def _columns(name: str, capability: str, *, maxima: str | None) -> CompileCase:
         kernel=int8_quantize.quantize_columns_kernel,
         signature={
             "x_ptr": "*bf16",
-            **({} if maxima is None else {"maxima_ptr": maxima}),
+            "maxima_ptr": maxima,
             "values_ptr": "*i8",
             "scales_ptr": "*fp32",
             "N": "i32",
         },
-        constexprs={
-            **({"maxima_ptr": None} if maxima is None else {}),
-            "D": WIDTH,
-            "BLOCK_D": config.columns,
-        },
+        constexprs={"D": WIDTH, "BLOCK_D": config.columns},
         num_warps=config.column_warps,
         capability=capability,
         divisible_by_16=("N",),

@@ -33,7 +33,7 @@ def _routing(
             kernel=moe_routing.route_kernel,
             signature={
                 "logits_ptr": "*fp32",
-                **({"bias_ptr": "*fp32"} if biased else {}),
+                "bias_ptr": "*fp32" if biased else None,
                 "weights_ptr": "*fp32",
                 "experts_ptr": "*i32",
                 "counts_ptr": "*i32",
@@ -42,7 +42,6 @@ def _routing(
             },
             constexprs={
                 **shape,
-                **({} if biased else {"bias_ptr": None}),
                 "RENORMALIZE": renormalize,
                 "BLOCK_K": triton.next_power_of_2(top_k),
             },

@@ -51,15 +51,14 @@ def cases() -> list[CompileCase]:
 def _product(name: str, capability: str, unit_stride: str, pointers: dict[str, str]) -> CompileCase:
     config = PRODUCT_CONFIGS[capability]
     sizes = {"stride_b", "stride_m", "stride_k", "M", "K"} - {unit_stride}
-    pointers = {"x_ptr": "*bf16", "out_ptr": "*fp16", **pointers}
-    absent = {"addend_ptr", "factors_ptr"} - pointers.keys()
+    optional = {"addend_ptr": None, "factors_ptr": None}
+    pointers = {"x_ptr": "*bf16", "out_ptr": "*fp16", **optional, **pointers}
     return CompileCase(
         name=f"symmetric_product/{name}",
         kernel=symmetric_product_kernel,
         signature={**pointers, **dict.fromkeys(sorted(sizes), "i32"), **FACTORS},
         constexprs={
             unit_stride: 1,
-            **dict.fromkeys(absent),
             "EVEN": True,
             "BLOCK": config.block,
             "BLOCK_K": config.block_k,

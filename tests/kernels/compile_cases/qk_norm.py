@@ -33,9 +33,8 @@ def _shared(tile: int, head_dim: int, with_v: bool, has_positions: bool) -> tupl
     """The parameters that both kernels have: the signature's part, and the constexprs."""
     written = 24 if with_v else 20
     block_m, block_h, block_half = tile_shape(tile, written, head_dim)
-    positions = {"positions_ptr": "*i32"} if has_positions else {}
+    positions = {"positions_ptr": "*i32" if has_positions else None}
     constexprs = {
-        **({} if has_positions else {"positions_ptr": None}),
         "NUM_Q": 16,
         "NUM_NORMED": 20,
         "NUM_HEADS": written,

@@ -19,7 +19,6 @@ def cases() -> list[CompileCase]:
 
 def _case(capability: str, head_dim: int, inverse: bool, has_positions: bool) -> CompileCase:
     config = CONFIGS[capability]
-    positions = {"positions_ptr": "*i32"} if has_positions else {}
     return CompileCase(
         name=f"rope/head={head_dim},inverse={inverse},positions={has_positions}",
         kernel=rope_kernel,
@@ -28,14 +27,13 @@ def _case(capability: str, head_dim: int, inverse: bool, has_positions: bool) ->
             "out_ptr": "*bf16",
             "cos_ptr": "*fp32",
             "sin_ptr": "*fp32",
-            **positions,
+            "positions_ptr": "*i32" if has_positions else None,
             "N": "i32",
             "seq_len": "i32",
             "num_positions": "i32",
             "row_size": "i32",
         },
         constexprs={
-            **({} if has_positions else {"positions_ptr": None}),
             "NUM_ROTATED": 20,
             "NUM_HEADS": 24 if inverse else 20,
             "HEAD_DIM": head_dim,

@@ -18,6 +18,7 @@ from hamner.plan.__main__ import PlanConfig, analyse, find_gpu, main
 from hamner.plan.analysis import COMPARED, make_plan, recommend
 from hamner.plan.loss import BESIROGLU, KNOWN_RUN
 from hamner.plan.report import document
+from tests.imports import output_without
 from tests.plan.loss_curves import SHIFTED_TWICE
 from tests.plan.test_report_card import CARD
 
@@ -228,15 +229,10 @@ def test_bad_input(flags, message):
 
 
 def test_command_prints_the_plan_without_torch():
-    code = (
-        "import sys; from hamner.plan.__main__ import main; main(['--option', 'a']); "
-        "sys.exit('torch' in sys.modules)"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    output = output_without(["torch"], "hamner.plan", "--option", "a")
     speed = make_plan(OPTIONS["a"], RTX_3090).prediction.tokens_per_second
     for text in ("320.9M", "406,901", "selective", f"{speed:,.0f}", "6.42B", "projected"):
-        assert text in result.stdout
+        assert text in output
 
 
 def test_command_says_between_which_speeds_and_why(capsys):

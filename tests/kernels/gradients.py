@@ -67,6 +67,26 @@ def assert_same_bits(op: Op, other: Op, inputs: dict[str, Tensor]) -> None:
         assert torch.equal(result, other_results[name]), f"{name} differs"
 
 
+def assert_replays_as_a_cuda_graph(op: Op, inputs: dict[str, Tensor]) -> None:
+    """Assert that a CUDA graph of op and its backward gives the gradients that launches give."""
+    leaves = [x for x in inputs.values() if x is not None and x.requires_grad]
+
+    def step() -> tuple[Tensor, ...]:
+        return torch.autograd.grad([out.sum() for out in op(*inputs.values())], leaves)
+
+    expected = step()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    assert all(map(torch.equal, captured, expected))
+
+
 def compiled(op: Op) -> Op:
     """Compile op as one graph; on the CPU, whose Inductor needs a C++ compiler, by AOT alone."""
     backend = "inductor" if torch.cuda.is_available() else "aot_eager"

@@ -10,6 +10,7 @@ from hamner.kernels.norm_attention import add_rms_norm_attention, add_rms_norm_a
 from tests.kernels.gradients import (
     DTYPES,
     assert_matches_reference,
+    assert_replays_as_a_cuda_graph,
     assert_same_bits,
     compiled,
     outputs_and_gradients,
@@ -271,20 +272,4 @@ class TestOnGpu:
 
     def test_replays_as_a_cuda_graph(self, device):
         inputs = make_inputs(torch.bfloat16, device, head_size=64, lengths=LENGTHS)
-        leaves = [x for x in inputs.values() if x is not None and x.requires_grad]
-
-        def step():
-            out, new_residual = fused()(*inputs.values())
-            return torch.autograd.grad((out.sum(), new_residual.sum()), leaves)
-
-        expected = step()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = step()
-        graph.replay()
-        assert all(map(torch.equal, captured, expected))
+        assert_replays_as_a_cuda_graph(fused(), inputs)

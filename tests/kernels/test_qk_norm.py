@@ -10,6 +10,7 @@ from tests.kernels.gradients import (
     DTYPES,
     assert_derivative,
     assert_matches_reference,
+    assert_replays_as_a_cuda_graph,
     assert_same_bits,
     compiled,
     outputs_and_gradients,
@@ -343,23 +344,7 @@ class TestOnGpu:
 
     def test_replays_as_a_cuda_graph(self, device):
         inputs = layer_inputs(torch.bfloat16, device, heads=(4, 2), head_size=64)
-        leaves = [x for x in inputs.values() if x is not None and x.requires_grad]
-
-        def step():
-            out, new_residual = with_attention(add_rms_norm_attention)(*inputs.values())
-            return torch.autograd.grad((out.sum(), new_residual.sum()), leaves)
-
-        expected = step()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = step()
-        graph.replay()
-        assert all(map(torch.equal, captured, expected))
+        assert_replays_as_a_cuda_graph(with_attention(add_rms_norm_attention), inputs)
 
     @pytest.mark.xdist_group("most of the GPU's memory")
     def test_more_elements_than_int32(self):

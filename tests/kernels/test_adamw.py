@@ -15,6 +15,7 @@ from hamner.kernels.adamw import (
 )
 from tests.kernels.accuracy import assert_as_accurate_as_torch
 from tests.kernels.gradients import DTYPES, compiled
+from tests.waiting import no_waiting
 
 OPTIONS = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -431,11 +432,8 @@ class TestOnGpu:
 
         update()
         torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_waiting():
             update()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
     @pytest.mark.xdist_group("most of the GPU's memory")
     def test_more_elements_than_int32(self):

@@ -11,6 +11,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from hamner.kernels.grouped_matmul import moe_mlp, moe_mlp_reference
 from hamner.kernels.moe_routing import Routing, moe_route
 from tests.kernels.accuracy import assert_as_accurate_as_torch
+from tests.waiting import no_waiting
 
 # Triton's interpreter, which runs the kernels where there is no GPU, gets bf16 wrong.
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
@@ -286,11 +287,8 @@ def test_opcheck(recompute, device):
 def test_never_waits_for_the_device(device):
     problem = random_problem((1000, 4, 2, 128, 256), torch.bfloat16, device)
     run(moe_mlp, problem)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         run(moe_mlp, problem)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu

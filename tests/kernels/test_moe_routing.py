@@ -7,6 +7,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from hamner.kernels import moe_routing
 from hamner.kernels.moe_routing import Routing, moe_route, moe_route_reference
 from tests.kernels.accuracy import assert_as_accurate_as_torch
+from tests.waiting import no_waiting
 
 # Triton's interpreter, which runs the kernels where there is no GPU, gets bf16 wrong.
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
@@ -270,12 +271,9 @@ def test_never_waits_for_the_device(device):
     route_and_differentiate(moe_route, logits, 2)
     logits.requires_grad_()
     d_weights = torch.ones(1000, 2, device=device)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         routing = moe_route(logits, 2)
         torch.autograd.backward(routing.weights, d_weights)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """A step and a run on a GPU: no waits inside, kernels against plain torch, memory as planned."""
 
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from hamner.train.evaluation import validation_loss
 from hamner.train.loop import TrainingLoop, train
 from hamner.train.step import TrainStep
 from tests.train.test_loop import assert_equal_weights
+from tests.waiting import no_waiting
 
 pytestmark = pytest.mark.gpu
 
@@ -56,6 +58,17 @@ def random_batch(config: TrainConfig) -> Batch:
     )
 
 
+def assert_step_never_waits(config: TrainConfig) -> None:
+    with closing(TrainStep(config)) as step:
+        batch = random_batch(config)
+        for _ in range(3):  # the third is recorded as a CUDA graph
+            step.step(batch, 1e-3)
+        torch.cuda.synchronize()
+        with no_waiting():
+            result = step.step(batch, 1e-3)
+    assert torch.isfinite(result.grad_norm)
+
+
 KINDS = {
     "dense": {},
     "moe": {"num_experts": 4, "num_experts_per_token": 2, "num_shared_experts": 1},
@@ -80,17 +93,7 @@ def test_a_step_never_waits_for_the_gpu(config, kind, documents, micro_batch_siz
         micro_batch_size=micro_batch_size,
         attention="triton",
     )
-    step, batch = TrainStep(config), random_batch(config)
-    try:
-        for _ in range(3):  # the third is recorded as a CUDA graph
-            step.step(batch, 1e-3)
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        result = step.step(batch, 1e-3)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-        step.close()
-    assert torch.isfinite(result.grad_norm)
+    assert_step_never_waits(config)
 
 
 @pytest.mark.parametrize("kind", KINDS)

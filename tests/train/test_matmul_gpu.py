@@ -11,7 +11,13 @@ from hamner.hardware import GIB
 from hamner.model.int8 import Operand
 from hamner.train.loop import train
 from hamner.train.step import TrainStep
-from tests.train.test_loop_gpu import KINDS, peak_of_steps, random_batch, tiny_config
+from tests.train.test_loop_gpu import (
+    KINDS,
+    assert_step_never_waits,
+    peak_of_steps,
+    random_batch,
+    tiny_config,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -22,17 +28,7 @@ def test_a_step_never_waits_for_the_gpu(tmp_path, kind, matmul):
     config = tiny_config(tmp_path)
     model = replace(config.model, **KINDS[kind])
     config = replace(config, model=model, matmul=matmul, micro_batch_size=4, attention="triton")
-    step, batch = TrainStep(config), random_batch(config)
-    try:
-        for _ in range(3):  # the third is recorded as a CUDA graph
-            step.step(batch, 1e-3)
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        result = step.step(batch, 1e-3)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-        step.close()
-    assert torch.isfinite(result.grad_norm)
+    assert_step_never_waits(config)
 
 
 def test_it_trains_as_bf16_does(tmp_path):

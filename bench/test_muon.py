@@ -34,6 +34,7 @@ from bench.muon_baselines import (
     logical_matrices,
 )
 from bench.test_options import configure
+from bench.timing import elapsed
 from hamner.config.recipe import RECIPES
 from hamner.config.train import TrainConfig
 from hamner.kernels.muon import RMS
@@ -140,24 +141,14 @@ def time_one(contender: Contender) -> float:
         started = time.perf_counter()
         contender.update()
         return (time.perf_counter() - started) * 1e3
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda._sleep(int(AHEAD_MS * cycles_a_millisecond()))
-    start.record()
-    contender.update()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
+    return elapsed(contender.update)
 
 
 @functools.cache
 def cycles_a_millisecond() -> float:
     """The function measures the clock that `torch.cuda._sleep` counts."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    torch.cuda._sleep(CYCLES)
-    end.record()
-    end.synchronize()
-    return CYCLES / start.elapsed_time(end)
+    return CYCLES / elapsed(lambda: torch.cuda._sleep(CYCLES))
 
 
 @pytest.mark.parametrize("recipe", ("plan", "muon"))

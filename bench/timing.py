@@ -67,7 +67,7 @@ class ManyCalls:
     def __init__(self, calls: Sequence[Callable[[], object]], *, milliseconds: float = 4.0) -> None:
         for call in calls:  # compiles, allocates
             call()
-        once = _elapsed(lambda: [call() for call in calls]) / len(calls)
+        once = elapsed(lambda: [call() for call in calls]) / len(calls)
         self.count = max(len(calls), min(self.MOST_CALLS, math.ceil(milliseconds / once)))
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
@@ -77,10 +77,10 @@ class ManyCalls:
 
     def milliseconds(self) -> float:
         """The method measures once, and gives the milliseconds of one call."""
-        return _elapsed(self.graph.replay) / self.count
+        return elapsed(self.graph.replay) / self.count
 
 
-def _elapsed(function: Callable[[], object]) -> float:
+def elapsed(function: Callable[[], object]) -> float:
     """The function gives milliseconds between two events around another."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()

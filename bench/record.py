@@ -7,6 +7,7 @@ import torch
 from bench import scale
 from bench.ceilings import Ceilings
 from bench.timing import quantiles, timed_as
+from hamner.plan.costs import Cost
 
 ROUNDS = 10
 
@@ -18,8 +19,7 @@ def record(
     *,
     op: str,
     implementation: str,
-    num_bytes: int | None = None,
-    flops: int | None = None,
+    cost: Cost,
 ) -> None:
     """The function times another on the GPU, and puts what the times mean into extra_info.
 
@@ -27,11 +27,11 @@ def record(
         benchmark: the fixture; its own columns are wall time with a synchronisation.
         function: what to time.
         ceilings: of this GPU.
-        op: what is computed, direction and shape included: rows of one op compare.
+        op: what is computed, direction and shape included: rows of one op compare, as a group.
         implementation: who computes it.
-        num_bytes: that the op must move, for its GB/s.
-        flops: that it must compute, for its TFLOP/s; at most one of both is given.
+        cost: of the op; its rate is that of the FLOPs, if there are any, else of the bytes.
     """
+    benchmark.group = op
     if scale.COMPILE_ONLY:
         function()
         return
@@ -49,10 +49,10 @@ def record(
         "peak_mib": None if peak is None else round(peak / 2**20, 1),
     }
     rate = {}
-    if num_bytes is not None:
-        rate["gb_per_s"] = num_bytes / median / 1e6
-    elif flops is not None:
-        rate["tflop_per_s"] = flops / median / 1e9
+    if cost.flops:
+        rate["tflop_per_s"] = cost.flops / median / 1e9
+    elif cost.bytes:
+        rate["gb_per_s"] = cost.bytes / median / 1e6
     if rate:
         info |= {name: round(value, 1) for name, value in rate.items()}
         info["of_ceiling"] = round(ceilings.share(**rate), 4)

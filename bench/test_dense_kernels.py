@@ -274,9 +274,7 @@ ROWS = [
 
 @pytest.mark.parametrize(("name", "direction", "implementation"), ROWS)
 def test_op(benchmark, ceilings, name, direction, implementation):
-    benchmark.group = f"{name} {direction}"
     case = CASES[name]
-    cost = case.costs[direction]
     function = implementation_of(case, implementation)
     assert_agrees(case, function)
     try:
@@ -287,8 +285,7 @@ def test_op(benchmark, ceilings, name, direction, implementation):
             ceilings,
             op=f"{name} {direction}",
             implementation=implementation,
-            num_bytes=None if cost.flops else cost.bytes,
-            flops=cost.flops or None,
+            cost=case.costs[direction],
         )
     except torch.OutOfMemoryError:
         pytest.skip("does not fit into this GPU's memory")
@@ -341,7 +338,6 @@ def rotation(direction: str, implementation: str, num_tokens: int) -> Callable:
 @pytest.mark.parametrize("direction", ("forward", "backward"))
 def test_rope(benchmark, ceilings, direction, implementation):
     """By itself; in training option a's backward rotates inside attention's kernels."""
-    benchmark.group = op = f"rope {direction}"
     if implementation == "liger":
         pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
         if scale.SMOKE:
@@ -352,9 +348,9 @@ def test_rope(benchmark, ceilings, direction, implementation):
         benchmark,
         rotation(direction, implementation, N),
         ceilings,
-        op=op,
+        op=f"rope {direction}",
         implementation=implementation,
-        num_bytes=costs.rope(N * (HEADS + KV_HEADS) * HEAD_DIM, ELEMENT).bytes,
+        cost=costs.rope(N * (HEADS + KV_HEADS) * HEAD_DIM, ELEMENT),
     )
 
 
@@ -365,7 +361,6 @@ def test_adamw(benchmark, ceilings, implementation):
     Ours on split masters, as the trainer runs it; torch on whole ones, its faster form. Its own
     fused AdamW has the casts around it.
     """
-    benchmark.group = "adamw"
     function = {
         "hamner": adamw_,
         "eager": adamw_reference_,
@@ -412,7 +407,7 @@ def test_adamw(benchmark, ceilings, implementation):
         ceilings,
         op="adamw",
         implementation=implementation,
-        num_bytes=costs.adamw(parameters, split_master=is_split, gradient_size=ELEMENT).bytes,
+        cost=costs.adamw(parameters, split_master=is_split, gradient_size=ELEMENT),
     )
 
 

@@ -36,6 +36,7 @@ from hamner.kernels.flash_attention import (
 )
 from hamner.kernels.rope import launch_packed_rotation
 from hamner.plan import costs
+from hamner.plan.costs import Cost
 
 pytestmark = [pytest.mark.needs_gpu, pytest.mark.usefixtures("keep_graphs")]
 
@@ -81,8 +82,8 @@ def make_problem(seq_len: int, head_size: int, with_documents: bool) -> Problem:
     )
 
 
-def flops_of(problem: Problem, *, backward: bool) -> float:
-    """The function counts the FLOPs of what is seen."""
+def cost_of(problem: Problem, *, backward: bool) -> Cost:
+    """The function counts the work of what is seen."""
     head_size = problem.q.shape[-1]
     return costs.attention(
         problem.pairs,
@@ -91,7 +92,7 @@ def flops_of(problem: Problem, *, backward: bool) -> float:
         width=HEADS * head_size,
         element_size=DTYPE.itemsize,
         backward=backward,
-    ).flops
+    )
 
 
 def hamner_attention(problem: Problem) -> Attend:
@@ -208,7 +209,7 @@ def test_attention(
     seq_len, head_size, with_documents, implementation, direction, benchmark, ceilings
 ):
     mask = "documents" if with_documents else "causal"
-    benchmark.group = op = f"attention {mask} {seq_len} x {head_size} {direction}"
+    op = f"attention {mask} {seq_len} x {head_size} {direction}"
     problem = make_problem(seq_len, head_size, with_documents)
     attend = IMPLEMENTATIONS[implementation](problem)
     try:
@@ -229,7 +230,7 @@ def test_attention(
         ceilings,
         op=op,
         implementation=implementation,
-        flops=flops_of(problem, backward=direction == "backward"),
+        cost=cost_of(problem, backward=direction == "backward"),
     )
 
 
@@ -265,7 +266,7 @@ def test_backward_with_rope(
     seq_len, head_size, with_documents, implementation, benchmark, ceilings
 ):
     mask = "documents" if with_documents else "causal"
-    benchmark.group = op = f"attention and rope {mask} {seq_len} x {head_size} backward"
+    op = f"attention and rope {mask} {seq_len} x {head_size} backward"
     problem = make_problem(seq_len, head_size, with_documents)
     calls = backward_with_rope(problem)
     folded, apart = (call().float() for call in calls.values())
@@ -277,5 +278,5 @@ def test_backward_with_rope(
         ceilings,
         op=op,
         implementation=implementation,
-        flops=flops_of(problem, backward=True),
+        cost=cost_of(problem, backward=True),
     )

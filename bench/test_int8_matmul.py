@@ -184,14 +184,13 @@ def rows(implementations: Iterable[str], quick: Collection[tuple[str, str, str]]
 def measure(benchmark, ceilings, *, call: Callable[[], Tensor], layer: str, op: str, name: str):
     """The function times a matmul of a layer."""
     inputs, outputs = LAYERS[layer]
-    benchmark.group = op
     record(
         benchmark,
         call,
         ceilings,
         op=op,
         implementation=name,
-        flops=costs.matmul(N, inputs, outputs).flops,
+        cost=costs.matmul(N, inputs, outputs),
     )
 
 
@@ -256,12 +255,11 @@ def test_quantise(benchmark, ceilings, width, way):
     x = torch.randn(N, width, device=DEVICE).to(DTYPE)
     results = zip(quantize_int8(x, **options), quantize_int8_reference(x, **options), strict=True)
     assert all(torch.equal(*pair) for pair in results), "not timed: other bits"
-    benchmark.group = op = f"quantize_int8 {width} {way}"
     record(
         benchmark,
         lambda: quantize_int8(x, **options),
         ceilings,
-        op=op,
+        op=f"quantize_int8 {width} {way}",
         implementation="hamner",
-        num_bytes=costs.quantize_int8(N * width, DTYPE.itemsize).bytes,
+        cost=costs.quantize_int8(N * width, DTYPE.itemsize),
     )

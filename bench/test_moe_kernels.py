@@ -31,6 +31,7 @@ from hamner.kernels.grouped_matmul import (
 from hamner.kernels.moe_routing import Routing, moe_route, moe_route_reference
 from hamner.kernels.router_linear import router_linear, router_linear_reference
 from hamner.plan import costs
+from hamner.plan.costs import Cost
 
 pytestmark = [pytest.mark.needs_gpu, pytest.mark.usefixtures("keep_graphs")]
 
@@ -41,13 +42,11 @@ MAX_RELATIVE_ERROR = 0.02  # of norms: bf16 keeps 8 bits, and backward rounds so
 
 
 class Case(NamedTuple):
-    """A case is what is timed, what it must agree with, and FLOPs or bytes, where one of them is
-    the work."""
+    """A case is what is timed, what it must agree with, and the work."""
 
     call: Callable[[], Tensor | tuple[Tensor, ...]]
     expected: Callable[[], Tensor | tuple[Tensor, ...]]
-    flops: int | None = None
-    num_bytes: int | None = None
+    cost: Cost = Cost()
 
 
 class Problem(NamedTuple):
@@ -130,11 +129,12 @@ def router_linear_case(implementation: str, direction: str, problem: Problem) ->
         inputs = (cast.x, cast.router_weight)
         return in_direction(direction, lambda: (function(*inputs),), inputs)
 
+    # Without its FLOPs, which are not of the tensor cores, whose ceiling they would be held to.
     cost = costs.router_linear(N, D, E, DTYPE.itemsize, backward=direction == "backward")
     return Case(
         call(ROUTER_LINEARS[implementation], DTYPE),
         call(router_linear_reference, torch.float32),
-        num_bytes=cost.bytes,
+        Cost(bytes=cost.bytes),
     )
 
 
@@ -155,7 +155,7 @@ def mlp_case(implementation: str, direction: str, problem: Problem) -> Case:
     return Case(
         call(MLPS[implementation], DTYPE),
         call(moe_mlp_reference, torch.float32),
-        flops=cost.flops,
+        cost,
     )
 
 
@@ -205,8 +205,8 @@ def loop_over_weight_grads(routing: Routing, d_rows: Tensor, rows: Tensor) -> Te
     )
 
 
-def stages_of(problem: Problem) -> dict[str, tuple[Callable, Callable, Callable, int]]:
-    """The grouped matmuls come by stage: ours, torch's, what both must agree with, and FLOPs."""
+def stages_of(problem: Problem) -> dict[str, tuple[Callable, Callable, Callable, Cost]]:
+    """The grouped matmuls come by stage: ours, torch's, what both must agree with, and the work."""
     routing = moe_route(problem.logits, K)
     order = routing.order.long()
     tokens, ends = order // K, routing.offsets[1:]
@@ -223,44 +223,44 @@ def stages_of(problem: Problem) -> dict[str, tuple[Callable, Callable, Callable,
     def by_pair(rows: Tensor) -> Tensor:
         return torch.empty_like(rows).index_copy_(0, order, rows)
 
-    gate_up_flops = costs.matmul(M, D, 2 * I, experts=E).flops
-    down_flops = costs.matmul(M, I, D, experts=E).flops
+    gate_up_cost = costs.matmul(M, D, 2 * I, experts=E)
+    down_cost = costs.matmul(M, I, D, experts=E)
     return {
         "gate_up": (
             lambda: gate_up(x, gate_up_weight=gate_up_weight)[0],
             lambda: torch._grouped_mm(x[tokens], gate_up_weight.mT, offs=ends),
             lambda: loop(x[tokens], gate_up_weight.mT),
-            gate_up_flops,
+            gate_up_cost,
         ),
         "down": (
             lambda: matmul(hidden, weight=down_weight, gather=False, transposed=True),
             lambda: by_pair(torch._grouped_mm(hidden, down_weight.mT, offs=ends)),
             lambda: by_pair(loop(hidden, down_weight.mT)),
-            down_flops,
+            down_cost,
         ),
         "d_hidden": (
             lambda: matmul(d_out, weight=down_weight, gather=True, transposed=False),
             lambda: torch._grouped_mm(d_out[tokens], down_weight, offs=ends),
             lambda: loop(d_out[tokens], down_weight),
-            down_flops,
+            down_cost,
         ),
         "d_x": (
             lambda: matmul(d_gate_up, weight=gate_up_weight, gather=False, transposed=False),
             lambda: by_pair(torch._grouped_mm(d_gate_up, gate_up_weight, offs=ends)),
             lambda: by_pair(loop(d_gate_up, gate_up_weight)),
-            gate_up_flops,
+            gate_up_cost,
         ),
         "d_down_weight": (
             lambda: weight_grad(d_out, inputs=hidden, gather_d_out=True),
             lambda: torch._grouped_mm(d_out[tokens].T, hidden, offs=ends),
             lambda: loop_weight_grad(d_out[tokens], hidden),
-            down_flops,
+            down_cost,
         ),
         "d_gate_up_weight": (
             lambda: weight_grad(d_gate_up, inputs=x, gather_d_out=False),
             lambda: torch._grouped_mm(d_gate_up.T, x[tokens], offs=ends),
             lambda: loop_weight_grad(d_gate_up, x[tokens]),
-            gate_up_flops,
+            gate_up_cost,
         ),
     }
 
@@ -269,47 +269,28 @@ def _tensors(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
-def measure(benchmark, ceilings, case: Case, op: str, implementation: str) -> None:
+def measure(benchmark, ceilings, case: Case, **names: str) -> None:
     """The function compares the outputs, then times."""
     for actual, expected in zip(_tensors(case.call()), _tensors(case.expected()), strict=True):
         error = (actual.float() - expected.float()).norm() / expected.float().norm()
         assert error <= MAX_RELATIVE_ERROR, f"not timed: the output is off by {error:.1%}"
-    benchmark.group = op
-    record(
-        benchmark,
-        case.call,
-        ceilings,
-        op=op,
-        implementation=implementation,
-        num_bytes=case.num_bytes,
-        flops=case.flops,
-    )
+    record(benchmark, case.call, ceilings, **names, cost=case.cost)
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("implementation", ROUTER_LINEARS)
 def test_router_linear(implementation, direction, problem, benchmark, ceilings):
     case = router_linear_case(implementation, direction, problem)
-    measure(
-        benchmark,
-        ceilings=ceilings,
-        case=case,
-        op=f"router_linear {direction}",
-        implementation=implementation,
-    )
+    op = f"router_linear {direction}"
+    measure(benchmark, ceilings, case, op=op, implementation=implementation)
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("implementation", ROUTES)
 def test_route(implementation, direction, problem, benchmark, ceilings):
     case = route_case(implementation, direction, problem)
-    measure(
-        benchmark,
-        ceilings=ceilings,
-        case=case,
-        op=f"moe_route {direction}",
-        implementation=implementation,
-    )
+    op = f"moe_route {direction}"
+    measure(benchmark, ceilings, case, op=op, implementation=implementation)
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
@@ -318,13 +299,8 @@ def test_route(implementation, direction, problem, benchmark, ceilings):
 )
 def test_mlp(implementation, direction, problem, benchmark, ceilings):
     case = mlp_case(implementation, direction, problem)
-    measure(
-        benchmark,
-        ceilings=ceilings,
-        case=case,
-        op=f"moe_mlp {direction}",
-        implementation=implementation,
-    )
+    op = f"moe_mlp {direction}"
+    measure(benchmark, ceilings, case, op=op, implementation=implementation)
 
 
 @pytest.mark.parametrize("implementation", ["hamner", "grouped_mm"])
@@ -332,8 +308,6 @@ def test_mlp(implementation, direction, problem, benchmark, ceilings):
     "stage", ["gate_up", "down", "d_hidden", "d_x", "d_down_weight", "d_gate_up_weight"]
 )
 def test_stage(stage, implementation, problem, benchmark, ceilings):
-    ours, grouped_mm, expected, flops = stages_of(problem)[stage]
-    case = Case(ours if implementation == "hamner" else grouped_mm, expected, flops)
-    measure(
-        benchmark, ceilings=ceilings, case=case, op=f"moe {stage}", implementation=implementation
-    )
+    ours, grouped_mm, expected, cost = stages_of(problem)[stage]
+    case = Case(ours if implementation == "hamner" else grouped_mm, expected, cost)
+    measure(benchmark, ceilings, case, op=f"moe {stage}", implementation=implementation)

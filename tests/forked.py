@@ -102,6 +102,11 @@ def run(command: Sequence[str], *, timeout: float = 120, **how) -> subprocess.Co
     return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
+def run_module(module: str, *args: object, **how) -> subprocess.CompletedProcess:
+    """Run `python -m MODULE ARGS` to the end; what it prints is text."""
+    return run([sys.executable, "-m", module, *map(str, args)], text=True, **how)
+
+
 def _run(module: str, args: list[str], files: list[Path], cwd: str, env: dict[str, str]) -> None:
     """Body of the process."""
     for number, file in enumerate(files):

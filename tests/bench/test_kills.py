@@ -1,7 +1,6 @@
 """The command that kills a training: it meets the phases it is asked for, and finds differences."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -67,8 +66,7 @@ def test_an_output_that_holds_something_else_stays(harness, tmp_path):
         (tmp_path, "it holds thesis.txt"),
         (tmp_path / "thesis.txt", "another folder"),
     ):
-        command = [sys.executable, "-m", f"bench.{harness}", "--output", str(output)]
-        result = forked.run(command, text=True, cwd=ROOT)
+        result = forked.run_module(f"bench.{harness}", "--output", output, cwd=ROOT)
         assert result.returncode == 2, result.stderr
         assert f"--output {output}" in result.stderr and fault in result.stderr
         assert "Traceback" not in result.stderr

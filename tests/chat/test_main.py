@@ -3,9 +3,8 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -208,14 +207,7 @@ def test_flags():
             parse(args)
 
 
-def command(*args: str, **kwargs) -> subprocess.CompletedProcess:
-    return forked.run(
-        [sys.executable, "-m", "hamner.chat", *args],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        **kwargs,
-    )
+command = partial(forked.run_module, "hamner.chat")
 
 
 def greedy(model, tokenizer, prompt: list[int], count: int) -> str:

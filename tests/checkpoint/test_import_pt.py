@@ -4,7 +4,6 @@ import json
 import math
 import os
 import re
-import sys
 from dataclasses import asdict, replace
 
 import pytest
@@ -450,9 +449,8 @@ def test_a_tokenizer_too_large_for_the_model_is_refused(tmp_path):
 def test_command(tmp_path):
     file = write(tmp_path / "latest.pt", SHAPE)
     tokenizer = foreign_tokenizer(tmp_path, 3)
-    args = [str(file), "--run-dir", "run", "--tokenizer", str(tokenizer)]
-    command = [sys.executable, "-m", "hamner.checkpoint", "import", *args]
-    result = forked.run(command, text=True, cwd=tmp_path)
+    args = [file, "--run-dir", "run", "--tokenizer", tokenizer]
+    result = forked.run_module("hamner.checkpoint", "import", *args, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "parameters of step 99,000 (2,450,000,000 tokens) into run/" in result.stdout
     assert "not be fine-tuned to chat" in result.stdout

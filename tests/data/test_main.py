@@ -2,6 +2,7 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 
 import pytest
 
@@ -12,15 +13,7 @@ from hamner.errors import UserError
 from tests import forked
 from tests.imports import output_without
 
-
-def run(*arguments, **options):
-    return forked.run(
-        [sys.executable, "-m", "hamner.data", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        **options,
-    )
+run = partial(forked.run_module, "hamner.data", timeout=300)
 
 
 def test_prepare_writes_shards_that_can_be_read(tmp_path, write_jsonl):

@@ -2,9 +2,9 @@
 
 import json
 import re
-import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import gguf
 import numpy as np
@@ -306,14 +306,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
         exported(tmp_path, sharp(DENSE_), "gguf")
 
 
-def command(*args: str, **kwargs) -> subprocess.CompletedProcess:
-    return forked.run(
-        [sys.executable, "-m", "hamner.export", *args],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        **kwargs,
-    )
+command = partial(forked.run_module, "hamner.export")
 
 
 def test_command(tmp_path):

@@ -2,9 +2,8 @@
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -121,9 +120,7 @@ def test_ranges_leave_nothing_behind(tmp_path):
         assert hooked and not any(m._forward_hooks or m._forward_pre_hooks for m in hooked)
 
 
-def run(*args: str, **kwargs) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "hamner.profile", *args]
-    return forked.run(command, text=True, **kwargs)
+run = partial(forked.run_module, "hamner.profile")
 
 
 def test_help_and_reading_do_not_load_torch(tmp_path):

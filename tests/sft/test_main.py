@@ -2,9 +2,8 @@
 
 import json
 import re
-import subprocess
-import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -23,9 +22,7 @@ from tests.saved import save_run
 SHAPE = replace(DENSE, vocab_size=261)
 
 
-def run(*args: str, **kwargs) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "hamner.sft", *args]
-    return forked.run(command, capture_output=True, text=True, timeout=120, **kwargs)
+run = partial(forked.run_module, "hamner.sft")
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ commit trained when it resumed that folder.
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -28,12 +27,8 @@ def rows(tmp_path_factory) -> list[dict]:
     """The metrics of the steps that today's command trains when it resumes the folder."""
     folder = tmp_path_factory.mktemp("earlier") / "work"
     shutil.copytree(EARLIER, folder)
-    done = forked.run(
-        [sys.executable, "-m", "hamner.train", "--resume", "--run-dir", "run"],
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        text=True,
-    )
+    how = {"cwd": folder, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
+    done = forked.run_module("hamner.train", "--resume", "--run-dir", "run", **how)
     assert done.returncode == 0, done.stderr
     lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines][8:]

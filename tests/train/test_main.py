@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -32,8 +33,7 @@ def command(*args: str) -> list[str]:
     return [sys.executable, "-m", "hamner.train", *args]
 
 
-def run(*args: str, **kwargs) -> subprocess.CompletedProcess:
-    return forked.run(command(*args), capture_output=True, text=True, timeout=120, **kwargs)
+run = partial(forked.run_module, "hamner.train")
 
 
 def test_scripts_import_the_command_from_its_package():
@@ -218,7 +218,7 @@ def test_second_interrupt_leaves_at_once(long_run, tmp_path):
 
 
 def test_training_on_a_cpu_is_said_plainly(long_run):
-    result = forked.run(command(*long_run, "--stop-after", "2"), text=True)
+    result = run(*long_run, "--stop-after", "2")
     assert result.returncode == 0
     assert "training on the CPU, which suits --option tiny only" in result.stdout
     assert re.search(r"measured on this CPU: about [\d,]+ tokens/s.*would take", result.stdout)

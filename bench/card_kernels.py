@@ -16,6 +16,7 @@ from bench.timing import ManyCalls
 from bench.tune_flash_attention import TOKENS, Problem, work
 from bench.tuning import COPIES, ROUNDS
 from hamner.hardware import Gpu
+from hamner.kernels import global_grad_norm
 from hamner.plan import costs
 from hamner.plan.costs import Cost
 from hamner.plan.efficiency import Efficiency
@@ -108,15 +109,12 @@ def attention_work(seq_len: int, head_size: int, direction: str) -> Cost:
 
 def grad_norm() -> Callable[[], object]:
     """The function gives the norm over the gradients of some layers."""
-    from hamner.kernels import global_grad_norm
-
     grads = [tune.randn(*shape) for shape in tune.UPDATED]
     return lambda: global_grad_norm(grads)
 
 
 def embedding() -> Callable[[], object]:
     """The function gives the gradient of a tied embedding, of tokens as rare as a text's."""
-    importlib.import_module("hamner.kernels")
     d_x, d_weight = tune.randn(tune.N, tune.D), tune.randn(tune.V, tune.D)
     tokens = text_like_tokens().cuda()
     return lambda: torch.ops.hamner.add_embedding_gradient_(d_x, tokens, d_weight)

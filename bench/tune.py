@@ -28,7 +28,9 @@ from bench.tuning import (
     rank,
     tuning,
 )
+from hamner.kernels.int8_quantize import empty_int8, quantize_int8
 from hamner.kernels.launch import capability
+from hamner.kernels.moe_routing import moe_route
 from hamner.plan import costs
 from hamner.plan.costs import Cost
 
@@ -82,24 +84,18 @@ def swiglu_backward(m):
 
 def rms_norm_int8(m):
     """As forward keeps y for nobody: the table has one row for both, so that both sum up alike."""
-    from hamner.kernels.int8_quantize import empty_int8
-
     x, residual, weight = randn(N, D), randn(N, D), torch.ones(D, device="cuda")
     quantised = empty_int8(x, x.shape, grouped=False)
     return lambda: m.launch_rms_norm(x, residual, weight, 1e-5, quantised=quantised, writes_y=False)
 
 
 def swiglu_int8_forward(m):
-    from hamner.kernels.int8_quantize import empty_int8
-
     gate_up = randn(N, 2 * INTERMEDIATE)
     quantised = empty_int8(gate_up, (N, INTERMEDIATE), grouped=True)
     return lambda: m.launch_swiglu(gate_up, quantised=quantised, writes_h=False)
 
 
 def swiglu_int8_backward(m):
-    from hamner.kernels.int8_quantize import empty_int8
-
     d_h, gate_up = randn(N, INTERMEDIATE), randn(N, 2 * INTERMEDIATE)
     quantised = empty_int8(gate_up, gate_up.shape, grouped=False)
     return lambda: m.launch_swiglu_backward(d_h, gate_up, h=d_h, quantised=quantised)
@@ -179,11 +175,9 @@ def router_linear_backward(m):
 
 
 class MoeProblem:
-    """The function gives one layer of option c, its tokens routed at random."""
+    """The problem is one layer of option c, its tokens routed at random."""
 
     def __init__(self):
-        from hamner.kernels.moe_routing import moe_route
-
         torch.manual_seed(0)
         self.routing = moe_route(torch.randn(N, EXPERTS, device="cuda"), TOP_K)
         self.order, self.offsets = self.routing.order, self.routing.offsets
@@ -225,8 +219,6 @@ def moe_weight_grad(m):
 
 def int8_matmul(grouped: bool, m):
     """The three matmuls of option a's widest layer, of which the weight's gradient is grouped."""
-    from hamner.kernels.int8_quantize import quantize_int8
-
     x, d_out, weight = randn(N, D), randn(N, 2 * INTERMEDIATE), randn(2 * INTERMEDIATE, D)
     pairs = [
         tuple(

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-GROUP_M = tl.constexpr(8)
+from hamner.kernels.launch import swizzled_tile
 
 
 class MatmulTile(NamedTuple):
@@ -49,12 +49,7 @@ def matmul_kernel(
     BLOCK_K: tl.constexpr,
 ):
     # All sizes are multiples of the blocks.
-    tiles_m, tiles_n = M // BLOCK_M, N // BLOCK_N
-    pid = tl.program_id(0)
-    group = pid // (GROUP_M * tiles_n)
-    rows = min(tiles_m - group * GROUP_M, GROUP_M)
-    tile_m = group * GROUP_M + pid % (GROUP_M * tiles_n) % rows
-    tile_n = pid % (GROUP_M * tiles_n) // rows
+    tile_m, tile_n = swizzled_tile(M // BLOCK_M, N // BLOCK_N)
     offs_m = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     offs_n = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     offs_k = tl.arange(0, BLOCK_K)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import scale
-from bench.baselines import plain_model
+from bench.baselines import GRAD_CLIP, plain_model
 from hamner.config.train import TrainConfig
 from hamner.kernels.muon import RMS, symmetric_product, symmetric_product_reference
 from hamner.model.attention import AttentionShape, get_attention
@@ -33,7 +33,6 @@ from hamner.model.ops import build_ops
 from hamner.train.optimizer import EPS, Optimizer, logical_rows
 
 LR = 0.02
-GRAD_CLIP = 1.0
 QUINTICS = [(3.4445, -4.7750, 2.0315)] * 5
 POLAR_EXPRESS = [
     (8.28721201814563, -23.595886519098837, 17.300387312530933),

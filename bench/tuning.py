@@ -26,7 +26,7 @@ import torch
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from bench.as_capability import LoadedKernel, as_capability
-from bench.ceilings import Ceilings, measure
+from bench.ceilings import MATMUL, Ceilings, measure
 from bench.conditions import conditions
 from bench.cubin import registers_and_stack
 from bench.mma_matmul import CANDIDATES, MatmulTile, matmul
@@ -41,7 +41,6 @@ COPIES = 3
 FINALISTS, ROUNDS = 4, 5
 """configurations timed again, in turn, and how often"""
 SHOWN = 4
-MATMUL = 8192
 MATMUL_NAME = f"plain matmul {MATMUL}^3"
 
 

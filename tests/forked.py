@@ -11,7 +11,8 @@ import runpy
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from tests.kills import CONTEXT
@@ -82,6 +83,14 @@ class Popen:
         if self.process.exitcode is None:
             raise subprocess.TimeoutExpired(self.args, timeout)
         return self.process.exitcode
+
+    def wait_until(self, condition: Callable[[], object], seconds: float = 90) -> None:
+        """Return once `condition` holds, which it must before the process ends."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self.poll() is None, self.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
     def communicate(self, timeout: float | None = None) -> tuple:
         """What it printed on either stream, once it has ended."""

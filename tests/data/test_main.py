@@ -1,7 +1,6 @@
 import os
 import signal
 import sys
-import time
 from functools import partial
 
 import pytest
@@ -34,9 +33,7 @@ def test_interrupted_preparation_exits_with_130_and_goes_on(tmp_path, write_json
     command = [sys.executable, "-m", "hamner.data", "prepare", "--data", str(path)]
     command += ["--output", str(output), "--vocab-size", "512", "--shard-tokens", "100_000"]
     process = forked.Popen(command)
-    while not (output / "train-00001.offsets").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
+    process.wait_until((output / "train-00001.offsets").exists)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (130, b"interrupted\n")

@@ -174,9 +174,9 @@ def test_interrupt_does_not_wait_for_a_dead_stream(tmp_path):
     )
     try:
         metrics = run_dir / "metrics.jsonl"
-        wait_until(process, metrics.exists)
+        process.wait_until(metrics.exists)
         hub.is_down = "times out"
-        wait_until(process, lambda: hub.waiting and is_quiet(metrics))
+        process.wait_until(lambda: hub.waiting and is_quiet(metrics))
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=30)
     finally:
@@ -187,14 +187,6 @@ def test_interrupt_does_not_wait_for_a_dead_stream(tmp_path):
     (saved,) = checkpoint.find(run_dir / "checkpoints")
     saved.verify()
     assert str(saved.path) in output
-
-
-def wait_until(process: forked.Popen, condition) -> None:
-    deadline = time.monotonic() + 90
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def is_quiet(path) -> bool:

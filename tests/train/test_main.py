@@ -5,10 +5,8 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pytest
 
@@ -171,21 +169,13 @@ def long_run(tmp_path):
     return [*SMALL, "--data", str(data), "--run-dir", str(tmp_path / "run"), "--steps", "100000"]
 
 
-def wait_for_steps(run_dir: Path, process: forked.Popen) -> None:
-    deadline = time.monotonic() + 90
-    while not (run_dir / "metrics.jsonl").exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_saves_and_resumes(long_run, tmp_path, number):
     run_dir = tmp_path / "run"
     process = forked.Popen(
         command(*long_run), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    wait_for_steps(run_dir, process)
+    process.wait_until((run_dir / "metrics.jsonl").exists)
     process.send_signal(number)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -208,7 +198,7 @@ def test_second_interrupt_leaves_at_once(long_run, tmp_path):
     process = forked.Popen(
         command(*long_run, "--save-every", "5"), stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
-    wait_for_steps(run_dir, process)
+    process.wait_until((run_dir / "metrics.jsonl").exists)
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)

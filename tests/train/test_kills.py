@@ -14,6 +14,7 @@ import pytest
 from hamner.checkpoint import format as checkpoint
 from tests.corpus import write_predictable
 from tests.kills import PHASES, count_lines, start
+from tests.train.test_loop import metrics
 from tests.train.test_main import SMALL
 
 STEPS = 24
@@ -61,14 +62,6 @@ class Run:
         """Saves that the last start said were finished."""
         return [int(step) for step in re.findall(r"^saved \S*step_(\d+)$", self.printed, re.M)]
 
-    def curve(self) -> list[dict]:
-        """All of metrics.jsonl but what the clock decides."""
-        lines = (self.folder / "metrics.jsonl").read_text().splitlines()
-        records = [json.loads(line) for line in lines]
-        for record in records:
-            del record["tokens_per_second"], record["seconds"]
-        return records
-
     def final_sums(self) -> dict:
         """SHA-256 of the last weights and moments."""
         last = checkpoint.find(self.folder / "checkpoints")[-1]
@@ -91,12 +84,12 @@ def undisturbed(data, tmp_path_factory) -> Run:
     run.seconds = time.monotonic() - started
     assert all(run.lines[phase] for phase in TRAINING_PHASES), run.lines
     assert run.saved_steps[-1] == STEPS, run.printed
-    assert [record["step"] for record in run.curve()] == list(range(1, STEPS + 1))
+    assert [record["step"] for record in metrics(run.folder)] == list(range(1, STEPS + 1))
     return run
 
 
 def assert_same_run(run: Run, undisturbed: Run) -> None:
-    assert run.curve() == undisturbed.curve()
+    assert metrics(run.folder) == metrics(undisturbed.folder)
     assert run.final_sums() == undisturbed.final_sums()
     assert not list((run.folder / "checkpoints").glob(".saving_*"))
 
@@ -166,7 +159,7 @@ def test_interrupted_at_random_moments_loses_nothing(number, undisturbed, data, 
         process.join(TIMEOUT)
         if "stopping: saving first" in run.printed:
             assert process.exitcode == 130, run.printed
-            assert run.saved_steps[-1] == run.curve()[-1]["step"]
+            assert run.saved_steps[-1] == metrics(run.folder)[-1]["step"]
         # Else it came before the loop, or as late as the end.
     run.finish()
     assert_same_run(run, undisturbed)

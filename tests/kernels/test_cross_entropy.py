@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from torch import zeros
 
 from hamner.kernels.cross_entropy import (
     default_chunk_size,
@@ -230,10 +231,6 @@ def test_opcheck(needs_gradient, device):
         torch.ops.hamner.linear_cross_entropy,
         (*inputs.values(), -100, 1e-3, 4, needs_gradient),
     )
-
-
-def zeros(*shape, dtype=torch.float32):
-    return torch.zeros(shape, dtype=dtype)
 
 
 GOOD = {

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import zeros
 
 from hamner.kernels.fused_linear import (
     add_rms_norm_linear,
@@ -240,10 +241,6 @@ def test_opcheck(recompute, device):
     )
     inputs = swiglu_inputs((3, 20), 8, torch.float32, device)
     torch.library.opcheck(torch.ops.hamner.swiglu_linear, (*inputs.values(), recompute))
-
-
-def zeros(*shape, dtype=torch.float32):
-    return torch.zeros(shape, dtype=dtype)
 
 
 @pytest.mark.parametrize(

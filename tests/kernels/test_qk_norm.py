@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import zeros
 
 from hamner.kernels import qk_norm
 from hamner.kernels.fused_linear import add_rms_norm_qkv_rope, add_rms_norm_qkv_rope_reference
@@ -178,10 +179,6 @@ def test_opcheck(device):
     gradient = torch.ones_like(inputs[0])
     for op in (ops.qk_norm_rope_backward, ops.qk_norm_rope_backward_):
         torch.library.opcheck(op, (gradient, *inputs, *settings))
-
-
-def zeros(*shape, dtype=torch.float32):
-    return torch.zeros(shape, dtype=dtype)
 
 
 GOOD = {

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import zeros
 
 from hamner.kernels.rms_norm import (
     MAX_WIDTH,
@@ -124,10 +125,6 @@ def test_opcheck(device):
     for residual in (inputs["residual"], None):
         arguments = inputs["x"], residual, inputs["weight"], 1e-5
         torch.library.opcheck(torch.ops.hamner.rms_norm, arguments)
-
-
-def zeros(*shape, dtype=torch.float32):
-    return torch.zeros(shape, dtype=dtype)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import zeros
 
 from hamner.kernels.rope import (
     launch_packed_rotation,
@@ -179,10 +180,6 @@ def test_opcheck(device):
     qkv = make_packed(2, 5, 3, 1, 16, torch.float32, device)
     tables = make_tables(5, 16, device)
     torch.library.opcheck(torch.ops.hamner.rope_packed_, (qkv, *tables, 3, 1, None, False))
-
-
-def zeros(*shape, dtype=torch.float32):
-    return torch.zeros(shape, dtype=dtype)
 
 
 GOOD = {"q": zeros(2, 5, 4, 8), "k": zeros(2, 5, 2, 8), "cos": zeros(5, 4), "sin": zeros(5, 4)}

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from hamner.config.options import OPTIONS, find_option, for_option, total_tokens
+from hamner.config.sft import SftConfig
 from hamner.config.train import FineTuning, TrainConfig
 from hamner.errors import UserError
 
@@ -40,6 +41,25 @@ def test_what_does_not_fit_is_named(tmp_path, changes, named):
     (tmp_path / "config.json").write_text(json.dumps(for_option("a").to_json() | changes))
     with pytest.raises(UserError, match=named):
         TrainConfig.read(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"hang_minutes": 1e-30}, "--hang-minutes 1e-30 must be between 0.001 and 1,000,000, or 0"),
+        ({"hang_minutes": 1e9}, r"--hang-minutes 1000000000.0 must be between"),
+        ({"batch_size": 10**9}, "--batch-size 1000000000 with --seq-len 256 makes 256,000,000,000"),
+    ],
+)
+def test_what_no_run_can_do_is_refused(changes, named):
+    with pytest.raises(UserError, match=named):
+        replace(for_option("tiny"), **changes)
+    assert replace(for_option("tiny"), hang_minutes=0.0).hang_minutes == 0
+
+
+def test_a_row_of_conversations_is_no_longer_than_a_batch():
+    with pytest.raises(UserError, match="--batch-size 8 with --seq-len 1000000000 makes"):
+        SftConfig(model=OPTIONS["tiny"].model, seq_len=10**9)
 
 
 def test_a_run_is_as_long_as_its_flags_or_its_option_say():

@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 
 from hamner.errors import UserError
+from hamner.profile import capture as capturing
 from hamner.profile.__main__ import ProfileConfig, main, parse
 from hamner.profile.capture import capture
 from hamner.profile.ranges import MODULES, Ranges
@@ -178,3 +180,10 @@ def test_a_folder_in_use_is_left_alone(tmp_path):
     assert result.returncode == 2
     assert "--out" in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(capturing, "open_steps", lambda *_: nullcontext((None, None)))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="--out .*file/out cannot be written: Not a directory"):
+        capture(parse(SMALL).training(), tmp_path / "file" / "out", steps=1, warmup=0)

@@ -58,11 +58,28 @@ def run_of(path: Path) -> Path:
 def no_run(path: Path, flag: str) -> UserError:
     """The error is that the path which `flag` names is neither a run's folder nor a checkpoint."""
     mend = ""
-    if path.is_file():
+    if path.is_file() and path.suffix != ".gguf":
         mend = "; python -m hamner.checkpoint import makes a run of a .pt file"
     return UserError(
         f"{flag} {path} is neither a run's folder nor one of its checkpoints (step_*){mend}"
     )
+
+
+def refuse_export(path: Path, flag: str) -> None:
+    """The function refuses a folder that transformers reads, which has no state of a run.
+
+    Raises:
+        UserError: It begins with the flag that named the folder.
+    """
+    try:
+        values = parse_json((path / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if isinstance(values, dict) and "model_type" in values:
+        raise UserError(
+            f"{flag} {path} is a model in Hugging Face's format, not a run: name the run that it "
+            "was exported from, or one of its checkpoints"
+        )
 
 
 def require_finite(config: Any) -> None:

@@ -17,7 +17,7 @@ from hamner.data.documents import split_of
 from hamner.data.prepare import BAD_ROWS, prepare
 from hamner.data.sources import open_text_source
 from hamner.data.specs import parse_specs
-from hamner.data.tokenizer import VOCAB_SIZE, load_tokenizer, train_tokenizer
+from hamner.data.tokenizer import MIN_VOCAB_SIZE, VOCAB_SIZE, load_tokenizer, train_tokenizer
 from hamner.errors import UserError
 from hamner.files import refuse_pipe, require_writable, writing
 from hamner.progress import Status, waiting
@@ -94,6 +94,13 @@ class TrainTokenizer:
 
     def run(self) -> None:
         _check_shares(self.val_fraction, self.bad_rows)
+        if self.max_mib < 1:
+            raise UserError(f"--max-mib {self.max_mib}: must be at least 1")
+        if not MIN_VOCAB_SIZE <= self.vocab_size < 2**31:
+            raise UserError(
+                f"--vocab-size {self.vocab_size}: must be at least {MIN_VOCAB_SIZE}, the special "
+                "tokens and the 256 bytes, and below 2^31"
+            )
         require_writable(self.output, "--output")
         refuse_pipe(self.output, f"--output {self.output}")
         with waiting(f"learning {self.vocab_size:,} entries") as status:

@@ -130,6 +130,13 @@ def test_output_of_the_tokenizer_must_be_a_file_in_a_folder(tmp_path, name, reas
         main(["train-tokenizer", "--output", str(tmp_path / name)])
 
 
+@pytest.mark.parametrize("flag", ["--max-mib=0", "--vocab-size=260", f"--vocab-size={10**20}"])
+def test_numbers_that_no_tokenizer_has_are_refused(tmp_path, flag):
+    with pytest.raises(UserError, match=f"{flag.replace('=', ' ')}: must be at least"):
+        main(["train-tokenizer", "--output", str(tmp_path / "t.json"), flag])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_disk_that_does_not_take_the_tokenizer(tmp_path, monkeypatch):
     def fail(self, path):
         raise OSError(28, "No space left on device")

@@ -242,15 +242,22 @@ def read_ahead(form: Any, args: Sequence[str], command: str) -> Any:
     """The function reads the flags of `form` among others, as `read_flags` will.
 
     So a command knows what the defaults of the others are before it reads them, and `--help` can
-    show those.
-
-    Raises:
-        SystemExit: code 2 on a flag without its value.
+    show those. Where the command line cannot be read, the defaults of `form` are returned:
+    `read_flags` refuses it too, and says so with all that its own form knows of the flag.
     """
-    prog = f"python -m {command}"
-    known, _ = tyro.cli(
-        form, args=args, prog=prog, add_help=False, return_unknown_args=True, registry=FLAG_RULES
-    )
+    prog, unheard = f"python -m {command}", io.StringIO()
+    try:
+        with contextlib.redirect_stdout(unheard), contextlib.redirect_stderr(unheard):
+            known, _ = tyro.cli(
+                form,
+                args=args,
+                prog=prog,
+                add_help=False,
+                return_unknown_args=True,
+                registry=FLAG_RULES,
+            )
+    except SystemExit:
+        return form()
     return known
 
 

@@ -126,6 +126,21 @@ def refuse_unread(path: Path, name: str) -> None:
         raise UserError(f"{name} {path} is a pipe, which nobody may ever read: name a file")
 
 
+def require_writable(path: Path, name: str) -> None:
+    """The function refuses a file that cannot be written, before hours go into what it is to hold.
+
+    Raises:
+        UserError: it begins with `name`, of the flag, and its path.
+    """
+    if not path.parent.is_dir():
+        raise UserError(f"{name} {path}: the folder {path.parent} does not exist; create it")
+    if path.is_dir():
+        raise UserError(f"{name} {path} is a folder; name a file in it")
+    refuse_unread(path, name)
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"{name} {path} cannot be written: {os.strerror(errno.EACCES)}")
+
+
 def flush(path: Path) -> None:
     """The function has the operating system put a file or folder on disk.
 

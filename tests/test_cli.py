@@ -58,6 +58,24 @@ def test_what_is_read_ahead_is_what_is_read(args, run_dir, resume):
         assert (form.run_dir, form.resume) == expected
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """Nothing is said of these flags here."""
+
+    steps: int = 7
+    kind: Literal["a", "b"] | None = None
+
+
+@pytest.mark.parametrize("args", [["--steps", "1e3"], ["--steps"], ["--kind", "c"]])
+def test_what_is_wrong_is_said_once_with_all_that_is_known_of_the_flag(args, capsys):
+    assert read_ahead(Ahead, args, "x") == Ahead()
+    output = capsys.readouterr()
+    assert output.out + output.err == ""
+    with pytest.raises(SystemExit) as exit:
+        read_flags(Flags, args, "x")
+    assert exit.value.code == 2
+
+
 def test_help_waits_for_the_defaults(capsys):
     assert read_ahead(Some, ["--help", "--run-dir", "a", "-h"], "x") == Some(Path("a"))
     assert capsys.readouterr().out == ""

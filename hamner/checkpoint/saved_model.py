@@ -10,7 +10,7 @@ from torch import Tensor
 from hamner.checkpoint import format as checkpoint
 from hamner.checkpoint.format import MODEL_FILE, OPTIMIZER_FILE, Checkpoint, CheckpointError
 from hamner.checkpoint.run_folder import RunFolder
-from hamner.config.train import CONFIG_FILE, TrainConfig, no_run, run_of
+from hamner.config.train import CONFIG_FILE, TrainConfig, no_run, refuse_export, run_of
 from hamner.data.tokenizer import Tokenizer
 from hamner.errors import UserError
 from hamner.model.attention import AttentionShape, get_attention
@@ -94,6 +94,7 @@ def find_saved_model(path: Path | None, *, flag: str = "--checkpoint") -> SavedM
 
 def _find_checkpoint(path: Path, flag: str) -> Checkpoint:
     """The function finds the checkpoint that `path` names, or the run's that it names."""
+    refuse_export(path, flag)
     if (path / MODEL_FILE).is_file() and (run_of(path) / CONFIG_FILE).is_file():
         return Checkpoint.at(path)
     if (path / CONFIG_FILE).is_file():

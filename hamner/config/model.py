@@ -3,6 +3,7 @@
 Counts follow from the shape alone and are tested against the built model.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,9 @@ NOT_THE_MODEL = {
     "router_bias_update_speed",
 }
 """fields of ModelConfig that say how to train, not what the weights are"""
+MAX_LAYERS = 1_000
+MAX_EXPERTS, MAX_EXPERTS_PER_TOKEN = 64, 8
+"""what routing takes (hamner/kernels/moe_routing.py, which needs torch)"""
 
 
 def flag(field_name: str) -> str:
@@ -82,15 +86,7 @@ class ModelConfig:
     """weight of the router z-loss (ST-MoE, arXiv:2202.08906)"""
 
     def __post_init__(self) -> None:
-        for name in (
-            *("hidden_size", "num_layers", "num_attention_heads", "num_kv_heads"),
-            *("expert_intermediate_size", "max_seq_len", "vocab_size"),
-        ):
-            _require(getattr(self, name) >= 1, f"--{flag(name)} must be at least 1")
-        for name in ("num_experts", "num_experts_per_token", "num_shared_experts"):
-            _require(getattr(self, name) >= 0, f"--{flag(name)} must not be negative")
-        for name in ("rope_theta", "rms_norm_eps", "router_bias_update_speed"):
-            _require(getattr(self, name) > 0, f"--{flag(name)} must be above 0")
+        self._require_ranges()
         if self.rope_scaling != "none":
             _require(
                 0 < self.rope_scaling_from < self.max_seq_len,
@@ -115,9 +111,14 @@ class ModelConfig:
         )
         if self.num_experts:
             _require(
-                1 <= self.num_experts_per_token <= self.num_experts,
+                2 <= self.num_experts <= MAX_EXPERTS,
+                f"--num-experts {self.num_experts} must be between 2 and {MAX_EXPERTS}, or 0 for a "
+                "dense MLP",
+            )
+            _require(
+                1 <= self.num_experts_per_token <= min(self.num_experts, MAX_EXPERTS_PER_TOKEN),
                 f"--num-experts-per-token {self.num_experts_per_token} must be between 1 and "
-                f"--num-experts {self.num_experts}",
+                f"--num-experts {self.num_experts}, and at most {MAX_EXPERTS_PER_TOKEN}",
             )
         else:
             _require(
@@ -139,6 +140,29 @@ class ModelConfig:
                 "--qk-norm and --use-differential-attention do not go together: no model of "
                 "Hugging Face's or llama.cpp's has both; leave one out",
             )
+
+    def _require_ranges(self) -> None:
+        """Numbers that no model has are refused."""
+        for name in (
+            *("hidden_size", "num_layers", "num_attention_heads", "num_kv_heads"),
+            *("expert_intermediate_size", "max_seq_len", "vocab_size"),
+        ):
+            _require(getattr(self, name) >= 1, f"--{flag(name)} must be at least 1")
+        for name in ("num_experts", "num_experts_per_token", "num_shared_experts"):
+            _require(getattr(self, name) >= 0, f"--{flag(name)} must not be negative")
+        for name in ("rope_theta", "rms_norm_eps", "router_bias_update_speed"):
+            _require(
+                0 < getattr(self, name) < math.inf, f"--{flag(name)} must be above 0 and finite"
+            )
+        for name in ("router_aux_loss_coef", "router_z_loss_coef"):
+            _require(
+                0 <= getattr(self, name) < math.inf,
+                f"--{flag(name)} must not be negative, and finite",
+            )
+        _require(
+            self.num_layers <= MAX_LAYERS,
+            f"--num-layers {self.num_layers} must be at most {MAX_LAYERS:,}",
+        )
 
     @property
     def head_size(self) -> int:

@@ -13,6 +13,7 @@ from hamner.config.train import (
     RunConfig,
     TrainConfig,
     no_run,
+    refuse_export,
     run_of,
 )
 from hamner.errors import UserError
@@ -106,6 +107,7 @@ class SftConfig:
         run = run_of(path)
         if not (run / CONFIG_FILE).is_file():
             raise no_run(path, "--checkpoint")
+        refuse_export(run, "--checkpoint")
         base = TrainConfig.read(run / CONFIG_FILE)
         named = run if run.name not in ("", "..") else run.resolve()
         return cls(

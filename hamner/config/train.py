@@ -35,6 +35,10 @@ NOT_NEGATIVE = (
     *("hang_minutes", "log_every", "eval_every", "save_every", "sample_every", "keep_every"),
 )
 """flags that must be 0 or more, where they are given"""
+HANG_MINUTES = (1e-3, 1e6)
+"""the shortest and the longest time that a hang takes to be seen"""
+MAX_STEP_TOKENS = 2**28
+"""of a batch, which is in memory as a whole"""
 BELOW_ONE = ("beta1", "beta2", "momentum", "val_fraction")
 """of those, flags that must be below 1"""
 
@@ -54,11 +58,28 @@ def run_of(path: Path) -> Path:
 def no_run(path: Path, flag: str) -> UserError:
     """The error is that the path which `flag` names is neither a run's folder nor a checkpoint."""
     mend = ""
-    if path.is_file():
+    if path.is_file() and path.suffix != ".gguf":
         mend = "; python -m hamner.checkpoint import makes a run of a .pt file"
     return UserError(
         f"{flag} {path} is neither a run's folder nor one of its checkpoints (step_*){mend}"
     )
+
+
+def refuse_export(path: Path, flag: str) -> None:
+    """The function refuses a folder that transformers reads, which has no state of a run.
+
+    Raises:
+        UserError: It begins with the flag that named the folder.
+    """
+    try:
+        values = parse_json((path / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if isinstance(values, dict) and "model_type" in values:
+        raise UserError(
+            f"{flag} {path} is a model in Hugging Face's format, not a run: name the run that it "
+            "was exported from, or one of its checkpoints"
+        )
 
 
 def require_finite(config: Any) -> None:
@@ -235,6 +256,11 @@ class TrainConfig(RunConfig, ComputeConfig, RecipeConfig, TaskConfig):
                 f"--batch-size {self.batch_size} is not a multiple of "
                 f"--micro-batch-size {self.micro_batch_size}"
             )
+        if self.tokens_per_step > MAX_STEP_TOKENS:
+            raise UserError(
+                f"--batch-size {self.batch_size} with --seq-len {self.seq_len} makes "
+                f"{self.tokens_per_step:,} tokens a step; it must be at most {MAX_STEP_TOKENS:,}"
+            )
         if self.min_lr > self.lr:
             raise UserError(f"--min-lr {self.min_lr} is above --lr {self.lr}")
         if not self.data:
@@ -254,6 +280,12 @@ class TrainConfig(RunConfig, ComputeConfig, RecipeConfig, TaskConfig):
                 value = getattr(self, name)
                 if value is not None and not allows(value):
                     raise UserError(f"--{flag(name)} {value} {sentence}")
+        shortest, longest = HANG_MINUTES
+        if self.hang_minutes and not shortest <= self.hang_minutes <= longest:
+            raise UserError(
+                f"--hang-minutes {self.hang_minutes} must be between {shortest:g} and "
+                f"{longest:,.0f}, or 0 for never"
+            )
 
     @property
     def group_lrs(self) -> dict[str, float]:

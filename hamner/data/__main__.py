@@ -17,8 +17,9 @@ from hamner.data.documents import split_of
 from hamner.data.prepare import BAD_ROWS, prepare
 from hamner.data.sources import open_text_source
 from hamner.data.specs import parse_specs
-from hamner.data.tokenizer import VOCAB_SIZE, load_tokenizer, train_tokenizer
+from hamner.data.tokenizer import MIN_VOCAB_SIZE, VOCAB_SIZE, load_tokenizer, train_tokenizer
 from hamner.errors import UserError
+from hamner.files import refuse_pipe, require_writable, writing
 from hamner.progress import Status, waiting
 
 
@@ -93,12 +94,19 @@ class TrainTokenizer:
 
     def run(self) -> None:
         _check_shares(self.val_fraction, self.bad_rows)
-        is_other = self.output.exists() and not self.output.is_file()
-        if not self.output.parent.is_dir() or is_other:
-            raise UserError(f"--output {self.output}: must be a file in an existing folder")
+        if self.max_mib < 1:
+            raise UserError(f"--max-mib {self.max_mib}: must be at least 1")
+        if not MIN_VOCAB_SIZE <= self.vocab_size < 2**31:
+            raise UserError(
+                f"--vocab-size {self.vocab_size}: must be at least {MIN_VOCAB_SIZE}, the special "
+                "tokens and the 256 bytes, and below 2^31"
+            )
+        require_writable(self.output, "--output")
+        refuse_pipe(self.output, f"--output {self.output}")
         with waiting(f"learning {self.vocab_size:,} entries") as status:
             tokenizer = train_tokenizer(self._texts(status), self.vocab_size)
-        tokenizer.save(self.output)
+        with writing(f"--output {self.output}"):
+            tokenizer.save(self.output)
         print(f"{self.output}: {tokenizer.vocab_size:,} entries, SHA-256 {tokenizer.fingerprint}")
 
     def _texts(self, status: Status) -> Iterator[str]:

@@ -77,6 +77,8 @@ def prepare(
             for spec, source in zip(parsed, sources, strict=True)
         ],
     }
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output} is not a folder: give a new or an empty one")
     try:
         output.mkdir(parents=True, exist_ok=True)
         if (output / INDEX).exists():

@@ -66,6 +66,8 @@ def _split_weight(argument: str) -> tuple[str, float | None]:
             f"--data {argument}: the weight after the last '=' must be a positive number, "
             f"not '{number}', and no file or folder has the whole as its name"
         )
+    if not text:
+        raise UserError(f"--data {argument}: there is no SPEC before the weight")
     return text, weight
 
 

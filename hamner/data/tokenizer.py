@@ -26,6 +26,7 @@ from hamner.files import parse_json, refuse_pipe, write_whole
 END_OF_TEXT = "<|endoftext|>"
 SPECIAL_TOKENS = (END_OF_TEXT, "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 VOCAB_SIZE = 49_152
+MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
 
 #: What ends a document in foreign tokenizers without `<|endoftext|>`.
 FOREIGN_END_OF_TEXT = ("<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "[EOS]", "[SEP]")
@@ -168,8 +169,7 @@ class Tokenizer:
         """
         if vocab_size is None or vocab_size >= self.vocab_size:
             return self
-        minimum = len(SPECIAL_TOKENS) + 256
-        head = [self._backend.id_to_token(i) for i in range(minimum)]
+        head = [self._backend.id_to_token(i) for i in range(MIN_VOCAB_SIZE)]
         has_our_layout = (
             isinstance(self._backend.model, models.BPE)
             and tuple(head[: len(SPECIAL_TOKENS)]) == SPECIAL_TOKENS
@@ -180,9 +180,10 @@ class Tokenizer:
                 f"--tokenizer {self.name} has {self.vocab_size:,} entries and cannot be cut: "
                 f"use --vocab-size {self.vocab_size} or more"
             )
-        if vocab_size < minimum:
+        if vocab_size < MIN_VOCAB_SIZE:
             raise UserError(
-                f"--vocab-size {vocab_size}: the special tokens and the 256 bytes need {minimum}"
+                f"--vocab-size {vocab_size}: the special tokens and the 256 bytes need "
+                f"{MIN_VOCAB_SIZE}"
             )
         model = self.definition["model"]
         vocab, merges = model["vocab"], model["merges"]

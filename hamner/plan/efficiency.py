@@ -10,8 +10,8 @@ from functools import cache
 from hamner.errors import UserError
 from hamner.hardware import Gpu
 
-_UTMOST = 2
-"""times its own clock or power no card goes"""
+_LOWEST, _UTMOST = 0.1, 2
+"""times its own clock or power between which a card is set"""
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,7 @@ class Efficiency:
                 f"--clock {clock_mhz:g}: the clock of the {gpu.name} is not known, leave the flag "
                 "out"
             )
-        if clock_mhz > _UTMOST * known:
-            raise UserError(
-                f"--clock {clock_mhz:g} is more than {_UTMOST} times the {known:,.0f} MHz of the "
-                f"{gpu.name}: give MHz"
-            )
+        _require_unit(f"--clock {clock_mhz:g}", clock_mhz, known, "MHz", gpu=gpu)
         why = f"held at {clock_mhz:,.0f} MHz, {clock_mhz / known:.0%} of {known:,.0f}"
         return self._scaled(clock_mhz / known, (0.98, 1.02), why)
 
@@ -86,11 +82,7 @@ class Efficiency:
                 f"--power-limit {power_w:g}: the power limit of the {gpu.name} is not known, leave "
                 "the flag out"
             )
-        if power_w > _UTMOST * known:
-            raise UserError(
-                f"--power-limit {power_w:g} is more than {_UTMOST} times the {known:g} W of the "
-                f"{gpu.name}: give watts"
-            )
+        _require_unit(f"--power-limit {power_w:g}", power_w, known, "W", gpu=gpu)
         share = power_w / known
         factor = share ** (1 / 3)
         low, high = self.ranges.get("clock", (1.0, 1.0))
@@ -298,6 +290,26 @@ _STAND_IN_RANGES = {
     "H100 SXM": ((0.80, 1.05), "another trainer's largest steps on an A100 took 17-22% longer"),
     "RTX 3090": ((0.93, 1.12), "another trainer's largest steps on a 4090 took 2-11% less"),
 }
+
+
+def _require_unit(given: str, value: float, known: float, unit: str, *, gpu: Gpu) -> None:
+    """The function refuses a value that can only be meant in another unit, such as GHz.
+
+    Args:
+        given: the flag and its value.
+        value: in `unit`, as what the card has as it is sold.
+        known: that.
+        unit: of both.
+        gpu: the card.
+
+    Raises:
+        UserError: it names the unit.
+    """
+    if not _LOWEST <= value / known <= _UTMOST:
+        bound = f"more than {_UTMOST}" if value > known else f"less than {_LOWEST}"
+        raise UserError(
+            f"{given} is {bound} times the {known:,.0f} {unit} of the {gpu.name}: give {unit}"
+        )
 
 
 @cache

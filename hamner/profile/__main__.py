@@ -14,6 +14,7 @@ from typing import Literal
 import tyro
 
 from hamner.cli import read_ahead, read_flags, run_command
+from hamner.config.options import find_option
 from hamner.config.recipe import RecipeConfig
 from hamner.config.sft import part
 from hamner.config.train import ComputeConfig, RunConfig, TaskConfig, TrainConfig
@@ -96,6 +97,9 @@ class ReadConfig:
             raise UserError("read needs one TRACE, or --compare A B")
         if self.steps is not None and self.steps < 1:
             raise UserError(f"--steps {self.steps} must be above 0")
+        for name in ("launches", "memory"):
+            if self.compare is not None and getattr(self, name) is not None:
+                raise UserError(f"--{name} is of one TRACE: leave it out beside --compare")
         for name in ("memory", "picture"):
             if path := getattr(self, name):
                 refuse_unread(path, f"--{name}")
@@ -140,7 +144,9 @@ def parse(args: Sequence[str]) -> ProfileConfig:
     """
     run = replace(read_ahead(Origin, args, COMMAND).defaults(), steps=None, tokens=None)
     parts = (part(cls, run) for cls in (TracedTask, RecipeConfig, ComputeConfig, RunConfig))
-    return read_flags(ProfileConfig, args, COMMAND, default=ProfileConfig(*parts))
+    config = read_flags(ProfileConfig, args, COMMAND, default=ProfileConfig(*parts))
+    find_option(config.task.option)
+    return config
 
 
 def main(args: Sequence[str]) -> None:

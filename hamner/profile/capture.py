@@ -19,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from hamner.config.train import TrainConfig
 from hamner.data.loader import TrainLoader
 from hamner.errors import UserError
+from hamner.files import writing
 from hamner.parallel.processes import open_processes
 from hamner.parallel.tensors import local
 from hamner.plan.costs import flops_per_token
@@ -52,7 +53,7 @@ def capture(config: TrainConfig, out: Path, *, steps: int, warmup: int) -> Summa
     with open_processes(config) as processes:
         processes.from_main(lambda: _require_new(out))
         with open_steps(config, processes, ranges) as (step, loader):
-            processes.from_main(lambda: out.mkdir(parents=True, exist_ok=True))
+            processes.from_main(lambda: _make(out))
             run = TracedRun(step, loader, ranges)
             is_graphed = step.is_graphed
             step.launch_one_by_one()
@@ -111,6 +112,11 @@ def run_for_nsight(config: TrainConfig, *, steps: int, warmup: int) -> None:
 def _require_new(out: Path) -> None:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"--out {out} already holds something: give a new folder")
+
+
+def _make(out: Path) -> None:
+    with writing(f"--out {out}"):
+        out.mkdir(parents=True, exist_ok=True)
 
 
 class TracedRun:

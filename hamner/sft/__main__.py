@@ -59,6 +59,11 @@ def parse(args: Sequence[str]) -> SftConfig:
     """
     default = read_ahead(Origin, args, COMMAND).defaults()
     config = read_flags(SftConfig, args, COMMAND, default=default)
+    if config.run.replay is not None:
+        raise UserError(
+            f"--replay {config.run.replay}: replay a fine-tuning run's batch with "
+            f"python -m hamner.train --replay {config.run.replay}"
+        )
     if config.sft.checkpoint is None and not config.run.resume:
         raise UserError("--checkpoint is needed: name the run to fine-tune, such as runs/a")
     if config.run.resume and config.run_dir is None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from hamner.cli import read_ahead, read_flags, run_command
+from hamner.config.options import find_option
 from hamner.config.train import TrainConfig
 from hamner.errors import UserError
 from hamner.parallel.ranks import is_restart
@@ -34,6 +35,7 @@ def parse(args: Sequence[str]) -> TrainConfig:
         origin = replace(origin, resume=True)
     default = origin.defaults()
     config = read_flags(TrainConfig, args, COMMAND, default=default)
+    find_option(config.option)
     for name in ("option", "recipe"):
         given, saved = getattr(config, name), getattr(default, name)
         if given != saved:

@@ -1,13 +1,16 @@
 """The options have exactly the sizes they are documented with."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
+from hamner.config import model as limits
 from hamner.config.model import ModelConfig
 from hamner.config.options import OPTIONS
 from hamner.errors import UserError
+from hamner.kernels import moe_routing
 from tests.models import plain_ops
 
 SIZES = {
@@ -72,6 +75,17 @@ def test_schedule_of_option_a():
         ({"num_experts": 2, "num_experts_per_token": 3}, "--num-experts-per-token 3"),
         ({"num_experts": 2}, "--num-experts-per-token 0"),
         ({"num_shared_experts": 1}, "--num-experts above 0"),
+        ({"num_layers": 10**20}, "--num-layers 100000000000000000000 must be at most 1,000"),
+        (
+            {"num_experts": 1, "num_experts_per_token": 1},
+            "--num-experts 1 must be between 2 and 64",
+        ),
+        ({"num_experts": 65, "num_experts_per_token": 1}, "--num-experts 65 must be between"),
+        ({"num_experts": 16, "num_experts_per_token": 9}, "--num-experts-per-token 9 must be"),
+        ({"router_aux_loss_coef": -1.0}, "--router-aux-loss-coef must not be negative"),
+        ({"router_aux_loss_coef": math.nan}, "--router-aux-loss-coef must not be negative"),
+        ({"router_z_loss_coef": math.inf}, "--router-z-loss-coef must not be negative, and finite"),
+        ({"rms_norm_eps": math.inf}, "--rms-norm-eps must be above 0 and finite"),
         ({"vocab_size": 0}, "--vocab-size"),
         ({"rope_theta": 0.0}, "--rope-theta"),
         ({"use_differential_attention": True, "num_kv_heads": 1}, "--num-kv-heads 1"),
@@ -83,3 +97,9 @@ def test_nonsense_is_one_sentence(changes, named):
         replace(ModelConfig(), **changes)
     assert named in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_a_mixture_has_the_experts_that_routing_takes():
+    for name in ("MAX_EXPERTS", "MAX_EXPERTS_PER_TOKEN"):
+        assert getattr(limits, name) == getattr(moe_routing, name)
+    replace(ModelConfig(), num_experts=64, num_experts_per_token=8)

@@ -5,9 +5,12 @@ from dataclasses import replace
 
 import pytest
 
+from hamner.checkpoint.saved_model import find_saved_model
 from hamner.config.options import OPTIONS, find_option, for_option, total_tokens
-from hamner.config.train import FineTuning, TrainConfig
+from hamner.config.sft import SftConfig
+from hamner.config.train import FineTuning, TrainConfig, no_run
 from hamner.errors import UserError
+from hamner.train.flags import Origin
 
 
 @pytest.mark.parametrize("sft", [None, FineTuning(epochs=2.0)])
@@ -42,6 +45,25 @@ def test_what_does_not_fit_is_named(tmp_path, changes, named):
         TrainConfig.read(tmp_path / "config.json")
 
 
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"hang_minutes": 1e-30}, "--hang-minutes 1e-30 must be between 0.001 and 1,000,000, or 0"),
+        ({"hang_minutes": 1e9}, r"--hang-minutes 1000000000.0 must be between"),
+        ({"batch_size": 10**9}, "--batch-size 1000000000 with --seq-len 256 makes 256,000,000,000"),
+    ],
+)
+def test_what_no_run_can_do_is_refused(changes, named):
+    with pytest.raises(UserError, match=named):
+        replace(for_option("tiny"), **changes)
+    assert replace(for_option("tiny"), hang_minutes=0.0).hang_minutes == 0
+
+
+def test_a_row_of_conversations_is_no_longer_than_a_batch():
+    with pytest.raises(UserError, match="--batch-size 8 with --seq-len 1000000000 makes"):
+        SftConfig(model=OPTIONS["tiny"].model, seq_len=10**9)
+
+
 def test_a_run_is_as_long_as_its_flags_or_its_option_say():
     option = for_option("tiny")
     assert total_tokens(option) == OPTIONS["tiny"].tokens == 520 * option.tokens_per_step
@@ -49,3 +71,22 @@ def test_a_run_is_as_long_as_its_flags_or_its_option_say():
     assert total_tokens(replace(option, tokens=5_000.0)) == 2 * option.tokens_per_step
     with pytest.raises(UserError, match="--option huge is not one of tiny, "):
         find_option("huge")
+
+
+def test_an_export_is_not_a_run(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "model.safetensors").touch()
+    sentence = f"{tmp_path} is a model in Hugging Face's format, not a run: name the run"
+    for refuse in (
+        lambda: SftConfig.for_checkpoint(tmp_path),
+        lambda: find_saved_model(tmp_path),
+        lambda: Origin(init_from=tmp_path).defaults(),
+    ):
+        with pytest.raises(UserError, match=f"--(checkpoint|init-from) {sentence}"):
+            refuse()
+
+
+def test_only_a_file_that_may_be_a_pt_checkpoint_is_to_be_imported(tmp_path):
+    for name, mends in (("old.pt", True), ("model.gguf", False)):
+        (tmp_path / name).touch()
+        assert ("hamner.checkpoint import" in str(no_run(tmp_path / name, "--checkpoint"))) == mends

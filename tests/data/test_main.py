@@ -7,7 +7,7 @@ import pytest
 
 from hamner.data.__main__ import main
 from hamner.data.shards import ShardSource
-from hamner.data.tokenizer import load_tokenizer
+from hamner.data.tokenizer import Tokenizer, load_tokenizer
 from hamner.errors import UserError
 from tests import forked
 from tests.imports import output_without
@@ -98,8 +98,45 @@ def test_bad_flags_are_refused(tmp_path, flags, message):
         main(["prepare", "--output", str(tmp_path / "out"), *flags])
 
 
-@pytest.mark.parametrize("name", ["missing/tokenizer.json", "pipe", "."])
-def test_output_of_the_tokenizer_must_be_a_file_in_a_folder(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("missing/tokenizer.json", "the folder .*missing does not exist; create it"),
+        ("pipe", "is a pipe, which nobody may ever read"),
+        (".", "is a folder; name a file in it"),
+        ("/dev/null", "is a pipe or a device, not a file"),
+    ],
+)
+def test_output_of_the_tokenizer_must_be_a_file_in_a_folder(tmp_path, name, reason):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(UserError, match="--output .*a file in an existing folder"):
+    with pytest.raises(UserError, match=f"--output .*{reason}"):
         main(["train-tokenizer", "--output", str(tmp_path / name)])
+
+
+@pytest.mark.parametrize("flag", ["--max-mib=0", "--vocab-size=260", f"--vocab-size={10**20}"])
+def test_numbers_that_no_tokenizer_has_are_refused(tmp_path, flag):
+    with pytest.raises(UserError, match=f"{flag.replace('=', ' ')}: must be at least"):
+        main(["train-tokenizer", "--output", str(tmp_path / "t.json"), flag])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_does_not_take_the_tokenizer(tmp_path, monkeypatch):
+    def fail(self, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Tokenizer, "save", fail)
+    with pytest.raises(UserError, match=r"--output .*t\.json cannot be written: No space left on"):
+        main(
+            [
+                "train-tokenizer",
+                "--output",
+                f"{tmp_path}/t.json",
+                *["--vocab-size", "300", "--max-mib", "1"],
+            ]
+        )
+
+
+def test_output_of_shards_must_be_a_folder(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="--output .*file is not a folder: give a new or an empty"):
+        main(["prepare", "--output", str(tmp_path / "file")])

@@ -179,8 +179,10 @@ def test_folder_of_something_else_is_refused(corpus, tmp_path, tokenizer, prepar
         prepare([corpus], tmp_path / "home", tokenizer)
     with pytest.raises(UserError, match=r"--output .*another preparation \(val_fraction was 0.1"):
         prepare([corpus], prepared, tokenizer, shard_tokens=5000, val_fraction=0.2)
-    with pytest.raises(UserError, match="--output .*cannot be written"):
+    with pytest.raises(UserError, match="--output .*letter.txt is not a folder"):
         prepare([corpus], tmp_path / "home" / "letter.txt", tokenizer)
+    with pytest.raises(UserError, match="--output .*cannot be written"):
+        prepare([corpus], tmp_path / "home" / "letter.txt" / "shards", tokenizer)
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,7 @@ def test_bad_weight_is_refused(weight):
         (["hf:a/b:c:d:e"], "hf:owner/name"),
         (["hf:"], "hf:owner/name"),
         ([""], "empty"),
+        (["=1", "a.txt"], "--data =1: there is no SPEC before the weight"),
     ],
 )
 def test_malformed_specs_are_refused(specs, message):

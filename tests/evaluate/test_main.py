@@ -33,7 +33,11 @@ def test_help_explains_every_flag_without_loading_torch():
         (["--eval-tokens", "-1"], "--eval-tokens -1"),
         (["--val-fraction", "0"], "--val-fraction 0"),
         (["--val-fraction", "2"], "--val-fraction 2"),
-        (["--output", "nowhere/x.json"], "no folder nowhere"),
+        (["--seq-len", "99999999999999999999"], "--seq-len 99999999999999999999 must be at most"),
+        (["--output", "nowhere/x.json"], "nowhere/x.json: the folder nowhere does not exist"),
+        (["--output", "."], "--output . is a folder; name a file in it"),
+        (["--task-limit", "5"], "--task-limit 5 needs --tasks beside it"),
+        (["--task-folder", "tasks"], "--task-folder tasks needs --tasks beside it"),
     ],
 )
 def test_bad_flags(args, named):

@@ -214,6 +214,14 @@ def test_slow_links_are_made_up_for_by_micro_batches():
         ({"clock": 0.0}, "--clock 0 must be above 0 and finite"),
         ({"clock": 15e3}, "--clock 15000 is more than 2 times the 1,695 MHz of the RTX 3090: give"),
         ({"power_limit": 2800.0}, "--power-limit 2800 is more than 2 times the 350 W of the RTX"),
+        (
+            {"clock": 1.7},
+            "--clock 1.7 is less than 0.1 times the 1,695 MHz of the RTX 3090: give MHz",
+        ),
+        (
+            {"power_limit": 0.35},
+            "--power-limit 0.35 is less than 0.1 times the 350 W of the RTX 3090",
+        ),
         ({"power_limit": math.nan}, "--power-limit nan must be above 0 and finite"),
         ({"clock": 1500.0, "power_limit": 280.0}, "--power-limit is there to guess the clock"),
         (CUSTOM | {"clock": 1500.0}, "--clock 1500: the clock of the custom GPU is not known"),

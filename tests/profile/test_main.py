@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from hamner.errors import UserError
+from hamner.profile import capture as capturing
 from hamner.profile.__main__ import ProfileConfig, main, parse
 from hamner.profile.capture import capture
 from hamner.profile.ranges import MODULES, Ranges
@@ -146,7 +148,9 @@ def test_takes_every_flag_of_train():
         (["read"], "TRACE"),
         (["read", "a", "--compare", "a", "b"], "TRACE"),
         (["read", "--compare", "a", "b", "--steps", "0"], "--steps 0"),
+        (["read", "--compare", "a", "b", "--memory", "m.png"], "--memory is of one TRACE"),
         (["--option", "huge"], "--option huge"),
+        (["--option", "None"], "--option None is not one of"),
         (["--option", "tiny", "--warmup", "-1"], "--warmup -1"),
         (["--option", "tiny", "--tool", "nsight", "--device", "cpu"], "--tool nsight"),
         (["--option", "tiny", "--data", "missing.txt"], "missing.txt"),
@@ -167,3 +171,10 @@ def test_a_folder_in_use_is_left_alone(tmp_path):
     assert result.returncode == 2
     assert "--out" in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(capturing, "open_steps", lambda *_: nullcontext((None, None)))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="--out .*file/out cannot be written: Not a directory"):
+        capture(parse(SMALL).training(), tmp_path / "file" / "out", steps=1, warmup=0)

@@ -113,6 +113,11 @@ def test_bad_flags(base, monkeypatch, args, named):
         parse(args)
 
 
+def test_a_batch_is_replayed_by_training(base):
+    with pytest.raises(UserError, match="--replay x: .* python -m hamner.train --replay x"):
+        parse(["--checkpoint", str(base), "--replay", "x"])
+
+
 def test_a_run_that_stops_itself_does_not_end_with_code_0(base, monkeypatch):
     stopped = TrainResult(7, 0, None, None, interrupted=False, diagnosis="no finite loss")
     monkeypatch.setattr("hamner.sft.fine_tuning.fine_tune", lambda config: stopped)

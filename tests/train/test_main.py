@@ -115,6 +115,12 @@ def test_a_resume_with_another_option_is_refused(stopped):
         parse(args)
 
 
+@pytest.mark.parametrize("name", ["None", ""])
+def test_no_option_is_no_name_of_one(name):
+    with pytest.raises(UserError, match=f"--option {name} is not one of tiny, current, "):
+        parse(["--option", name])
+
+
 def test_a_replay_has_the_flags_of_its_run(stopped):
     file = stopped.run_dir / "bad_steps" / "step.safetensors"
     file.parent.mkdir()

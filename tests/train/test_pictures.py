@@ -63,6 +63,14 @@ def test_one_process_draws_at_a_time(tmp_path, monkeypatch, drawn, said):
     assert (drawn.process, said) == (None, [])
 
 
+def test_a_folder_whose_name_looks_like_a_flag_is_drawn(tmp_path, monkeypatch, said):
+    monkeypatch.chdir(tmp_path)
+    Path("-x").mkdir()
+    draws(monkeypatch, "import os, sys; sys.exit(not os.path.isabs(sys.argv[1]))")
+    Pictures(Path("-x"), Beside(said.append)).finish()
+    assert said == []
+
+
 def test_the_process_gives_way_and_hears_no_signal_of_the_terminal(tmp_path, monkeypatch, drawn):
     draws(monkeypatch, "import time; time.sleep(1)\n" + NOTE)
     monkeypatch.setenv("OMP_NUM_THREADS", "7")

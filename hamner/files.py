@@ -32,7 +32,7 @@ def write_whole(path: Path, data: bytes | bytearray | str) -> None:
         OSError: the disk does not take it; the old one is as it was. Or a pipe or a device is
             there, which no file is to replace.
     """
-    if path.exists() and not (path.is_file() or path.is_dir()):
+    if is_pipe_or_device(path):
         raise FileExistsError(errno.EEXIST, "a pipe or a device is there, not a file")
     temporary = path.with_name(path.name + TEMPORARY)
     temporary.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
@@ -101,13 +101,18 @@ def expand_home(path: str | Path, flag: str) -> Path:
     return Path(expanded)
 
 
+def is_pipe_or_device(path: Path) -> bool:
+    """The function says whether something is there that is neither a file nor a folder."""
+    return path.exists() and not (path.is_file() or path.is_dir())
+
+
 def refuse_pipe(path: Path, name: str) -> None:
     """The function refuses a pipe or a device: reading one may wait for ever, and only once.
 
     Raises:
         UserError: it begins with `name`, of the flag or the file.
     """
-    if path.exists() and not (path.is_file() or path.is_dir()):
+    if is_pipe_or_device(path):
         raise UserError(
             f"{name}: is a pipe or a device, not a file; write it to a file and give that"
         )

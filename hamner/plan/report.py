@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from hamner.config.options import OPTIONS
 from hamner.errors import UserError
-from hamner.files import require_writable, write_whole, writing
+from hamner.files import is_pipe_or_device, require_writable, write_whole, writing
 from hamner.hardware import GIB
 from hamner.plan.analysis import Analysis, Plan
 from hamner.plan.communication import QUIET
@@ -512,7 +512,7 @@ def write_report(path: Path, analysis: Analysis) -> None:
     Raises:
         UserError: the folder does not exist, or cannot be written.
     """
-    if path.exists() and not (path.is_file() or path.is_dir()):
+    if is_pipe_or_device(path):
         raise UserError(f"--report {path} is a pipe or a device; name a file, such as plan.md")
     require_writable(path, "--report")
     files = path.with_name(f"{path.stem}_files")

@@ -7,13 +7,10 @@ import tyro
 
 from hamner.config.model import ModelConfig
 from hamner.config.train import (
-    CONFIG_FILE,
     ComputeConfig,
     FineTuning,
     RunConfig,
     TrainConfig,
-    no_run,
-    refuse_export,
     run_of,
 )
 from hamner.errors import UserError
@@ -104,11 +101,7 @@ class SftConfig:
         Raises:
             UserError: `path` is neither.
         """
-        run = run_of(path)
-        if not (run / CONFIG_FILE).is_file():
-            raise no_run(path, "--checkpoint")
-        refuse_export(run, "--checkpoint")
-        base = TrainConfig.read(run / CONFIG_FILE)
+        base, run = TrainConfig.of_run(path, "--checkpoint"), run_of(path)
         named = run if run.name not in ("", "..") else run.resolve()
         return cls(
             model=base.model,

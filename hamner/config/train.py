@@ -339,3 +339,17 @@ class TrainConfig(RunConfig, ComputeConfig, RecipeConfig, TaskConfig):
         if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
             raise UserError(f"{path} is not a run's configuration")
         return build(cls, values, path)
+
+    @classmethod
+    def of_run(cls, path: Path, flag: str) -> "TrainConfig":
+        """The method reads the configuration of the run that `flag` names by `path`, its folder or
+        one of its checkpoints.
+
+        Raises:
+            UserError: `path` is neither.
+        """
+        run = run_of(path)
+        if not (run / CONFIG_FILE).is_file():
+            raise no_run(path, flag)
+        refuse_export(run, flag)
+        return cls.read(run / CONFIG_FILE)

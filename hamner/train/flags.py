@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hamner.config.options import find_option, for_option
 from hamner.config.recipe import Recipe
-from hamner.config.train import CONFIG_FILE, TrainConfig, no_run, refuse_export, run_of
+from hamner.config.train import CONFIG_FILE, TrainConfig
 from hamner.errors import UserError
 
 
@@ -74,11 +74,7 @@ class Origin:
         Raises:
             UserError: `init_from` is neither.
         """
-        run = run_of(self.init_from)
-        if not (run / CONFIG_FILE).is_file():
-            raise no_run(self.init_from, "--init-from")
-        refuse_export(run, "--init-from")
-        base = TrainConfig.read(run / CONFIG_FILE)
+        base = TrainConfig.of_run(self.init_from, "--init-from")
         default = for_option(self.option or base.option, self.recipe)
         model = default.model if self.option else base.model
         return replace(

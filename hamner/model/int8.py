@@ -27,6 +27,11 @@ class Operand(NamedTuple):
     """one of LINEARS"""
     name: str
 
+    @property
+    def matmul(self) -> tuple[int, str, str]:
+        """The matmul that it is an operand of is a layer, a linear layer and a product."""
+        return self.layer, self.linear, OPERANDS[self.name]
+
 
 def int8_linears(config: ModelConfig) -> tuple[str, ...]:
     """The function gives the linear layers of a block that can be int8."""
@@ -63,7 +68,7 @@ class Int8Linears:
         if self.fallen == frozenset(operands):
             return False
         self.fallen, before = frozenset(operands), self.matmuls
-        fallen = {(o.layer, o.linear, OPERANDS[o.name]) for o in operands}
+        fallen = {operand.matmul for operand in operands}
         self.matmuls = {
             linear: join_products(p for p in self.products if (*linear, p) not in fallen)
             for linear in self.linears

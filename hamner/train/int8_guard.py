@@ -53,11 +53,11 @@ class Int8Guard:
         """
         lost, squares = sums.view(-1, 2).unbind(dim=1)
         self.errors = (lost / squares).sqrt()
-        matmuls = {(o.layer, o.linear, OPERANDS[o.name]) for o in self.fallen}
+        matmuls = {operand.matmul for operand in self.fallen}
         found = [
             self.operands[i]
             for i in (self.errors > MAX_ERROR).nonzero().flatten().tolist()
-            if (*self.operands[i][:2], OPERANDS[self.operands[i].name]) not in matmuls
+            if self.operands[i].matmul not in matmuls
         ]
         self.fallen |= dict.fromkeys(found, step + LAG)
         return self._sentence(found, step) if found else None

@@ -3,7 +3,7 @@
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import contextmanager
 
 import torch
@@ -12,7 +12,7 @@ from bench import scale
 from hamner.config.train import TrainConfig
 from hamner.hardware import GIB, identify
 from hamner.plan.costs import flops_per_token
-from hamner.profile.steps import time_calls
+from hamner.profile.steps import LR, open_steps, take, time_calls
 
 WARM_UP_STEPS = 4
 """compilation, launch tables, the allocator; the third step records a CUDA graph"""
@@ -60,6 +60,36 @@ def measure(benchmark, step: Callable[[], object], config: TrainConfig, *, start
         warm_up_seconds=round(warm - built, 2),
         **peak(),
     )
+
+
+def measure_run(
+    benchmark,
+    config: TrainConfig,
+    trainer: str,
+    *,
+    first_losses: dict[Hashable, float],
+    key: Hashable,
+    max_error: float = 0.0,
+) -> None:
+    """The function times whole steps of a run on its own data, if their first loss is as expected.
+
+    Args:
+        benchmark: the fixture.
+        config: of the run.
+        trainer: its name in the table.
+        first_losses: of the first row with each key, which the other rows' must be.
+        key: of rows with the same weights and batches.
+        max_error: nats by which a first loss may differ.
+    """
+    started = time.perf_counter()
+    with clean_memory(), open_steps(config) as (step, loader):
+        loss = step.step(next(loader), LR).loss.item()
+        expected = first_losses.setdefault(key, loss)
+        assert abs(loss - expected) <= max_error, f"not timed: loss {loss}, not {expected}"
+        benchmark.extra_info.update(
+            kind="trainer", option=config.option, trainer=trainer, first_loss=round(loss, 5)
+        )
+        measure(benchmark, lambda: take(step, loader, 1), config, started=started)
 
 
 def is_cpu() -> bool:

@@ -6,7 +6,6 @@ Real data through the real loader, the whole batch in one pass. All start from t
 batch; a row whose first loss is not bf16's, as far as int8 allows, is not timed.
 """
 
-import time
 from dataclasses import replace
 from typing import get_args
 
@@ -16,14 +15,13 @@ from bench import scale, steps
 from bench.compile_ahead import few_layers
 from bench.test_options import configure
 from hamner.config.train import Matmul
-from hamner.profile.steps import LR, open_steps, take
 
 pytestmark = pytest.mark.needs_gpu
 
 MAX_LOSS_ERROR = 0.01
 """nats; quantisation is unbiased enough to cancel in the mean over 24,576 tokens"""
 FIRST_LOSSES: dict[str, float] = {}
-"""by policy, of bf16, whose row comes first; a row chosen without it compares with nothing"""
+"""by policy, of bf16, whose row comes first"""
 
 
 @pytest.mark.parametrize("matmul", get_args(Matmul))
@@ -35,17 +33,11 @@ def test_step(benchmark, policy, matmul, vram_budget):
     config = replace(configure("a", policy, vram_budget), matmul=matmul)
     if scale.COMPILE_ONLY:
         config = few_layers(config)
-    started = time.perf_counter()
-    with steps.clean_memory(), open_steps(config) as (step, loader):
-        loss = step.step(next(loader), LR).loss.item()
-        if matmul == "bf16":
-            FIRST_LOSSES[policy] = loss
-        expected = FIRST_LOSSES.get(policy, loss)
-        assert abs(loss - expected) <= MAX_LOSS_ERROR, f"not timed: loss {loss}, not {expected}"
-        benchmark.extra_info.update(
-            kind="trainer",
-            option="a",
-            trainer=f"hamner --matmul {matmul}, {policy}",
-            first_loss=round(loss, 5),
-        )
-        steps.measure(benchmark, lambda: take(step, loader, 1), config, started=started)
+    steps.measure_run(
+        benchmark,
+        config,
+        f"hamner --matmul {matmul}, {policy}",
+        first_losses=FIRST_LOSSES,
+        key=policy,
+        max_error=MAX_LOSS_ERROR,
+    )

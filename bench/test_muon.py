@@ -38,8 +38,6 @@ from bench.timing import elapsed
 from hamner.config.recipe import RECIPES
 from hamner.config.train import TrainConfig
 from hamner.kernels.muon import RMS
-from hamner.profile.steps import LR as STEP_LR
-from hamner.profile.steps import open_steps, take
 
 pytestmark = pytest.mark.needs_gpu
 
@@ -157,16 +155,5 @@ def test_step(benchmark, passes, recipe):
     benchmark.group = "option a by --recipe"
     config = run_of(recipe)
     config = replace(config, batch_size=passes * config.batch_size)
-    started = time.perf_counter()
-    with steps.clean_memory(), open_steps(config) as (step, loader):
-        loss = step.step(next(loader), STEP_LR).loss.item()
-        if recipe == "plan":
-            FIRST_LOSSES[passes] = loss
-        expected = FIRST_LOSSES.get(passes, loss)
-        assert loss == expected, f"not timed: loss {loss}, not {expected}"
-        benchmark.extra_info.update(
-            kind="trainer",
-            option="a",
-            trainer=f"hamner --recipe {recipe}, {config.batch_size} x {config.seq_len:,}",
-        )
-        steps.measure(benchmark, lambda: take(step, loader, 1), config, started=started)
+    trainer = f"hamner --recipe {recipe}, {config.batch_size} x {config.seq_len:,}"
+    steps.measure_run(benchmark, config, trainer, first_losses=FIRST_LOSSES, key=passes)

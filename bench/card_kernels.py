@@ -1,4 +1,4 @@
-"""What a report card says of kernels is timed here: matmuls, attention, and each fused kernel.
+"""What a report card says of kernels is timed here: matmuls, attention, and fused kernels.
 
 A call is timed as a CUDA graph of many, on data several times the L2, on a GPU that is warm.
 """
@@ -134,7 +134,8 @@ def tuned(kernel: str, direction: str) -> tuple[Build, Cost]:
 
 
 def kernels() -> Iterator[tuple[str, str, Build, Op]]:
-    """The function lists every kernel: name, shape, call, and what it is to the step model."""
+    """The function lists the kernels of bf16 training with AdamW: name, shape, call, and what each
+    is to the step model."""
     n, d, inner = tune.N, tune.D, tune.INTERMEDIATE
     updated = sum(rows * columns for rows, columns in tune.UPDATED)
     experts = f"{n} x {tune.TOP_K} of {tune.EXPERTS}, {tune.MOE_D} x {tune.MOE_I}"
@@ -174,7 +175,7 @@ def kernels() -> Iterator[tuple[str, str, Build, Op]]:
 
 
 def kernel_times(gpu: Gpu, reached: Efficiency) -> Iterator[KernelTime]:
-    """The function measures every kernel beside its floor and prediction on such a GPU."""
+    """The function measures each kernel beside its floor and prediction on such a GPU."""
     for name, shape, build, op in kernels():
         yield KernelTime(
             name,

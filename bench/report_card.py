@@ -2,9 +2,9 @@
 
     python -m bench.report_card [--out FOLDER] [--as-capability 8.6]
 
-Environment, clocks and power; ceilings; every kernel against its floor and its prediction; option a
-at its defaults, projected against measured. The folder gets report_card.md and report_card.json,
-from which `hamner.plan --report-card` plans.
+Environment, clocks and power; ceilings; the kernels of bf16 training with AdamW against their
+floors and predictions; option a at its defaults, projected against measured. The folder gets
+report_card.md and report_card.json, from which `hamner.plan --report-card` plans.
 """
 
 import contextlib
@@ -28,12 +28,13 @@ from bench.conditions import conditions
 from bench.timing import use_recordable_stream
 from hamner.cli import read_flags, run_command
 from hamner.errors import UserError
-from hamner.files import write_whole, writing
+from hamner.files import require_writable, write_whole, writing
 from hamner.hardware import identify
 from hamner.plan.measured_efficiency import changed_power_limit, known_gpu
 from hamner.plan.report_card import Device, ReportCard
 
 T = TypeVar("T")
+FILES = PAGE, CARD = "report_card.md", "report_card.json"
 
 
 @dataclass(frozen=True)
@@ -193,17 +194,18 @@ def main(args: Sequence[str]) -> None:
     with as_capability(older) if older else contextlib.nullcontext():
         with writing(f"--out {config.out}"):
             config.out.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            require_writable(config.out / name, "--out")
         use_recordable_stream()
         card, loads, notes = measure(older is not None, Progress())
     page = to_markdown(card, loads, notes)
     with writing(f"--out {config.out}"):
-        card.write(config.out / "report_card.json")
-        write_whole(config.out / "report_card.md", page)
+        card.write(config.out / CARD)
+        write_whole(config.out / PAGE, page)
     print(page)
     print(
-        f"wrote {config.out}/report_card.md and {config.out}/report_card.json: attach both to an "
-        f"issue, plan with python -m hamner.plan --option a --report-card "
-        f"{config.out}/report_card.json"
+        f"wrote {config.out}/{PAGE} and {config.out}/{CARD}: attach both to an issue, plan with "
+        f"python -m hamner.plan --option a --report-card {config.out}/{CARD}"
     )
 
 

@@ -32,7 +32,7 @@ from bench.cubin import registers_and_stack
 from bench.mma_matmul import CANDIDATES, MatmulTile, matmul
 from bench.timing import ManyCalls, use_recordable_stream
 from hamner.errors import UserError
-from hamner.files import write_whole
+from hamner.files import require_writable, write_whole, writing
 from hamner.plan import costs
 from hamner.plan.costs import Cost
 
@@ -122,20 +122,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @contextlib.contextmanager
 def tuning(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Iterator[None]:
-    """While it is open, the GPU can be tuned for; without one, or with flags that cannot be, the
-    command ends with a sentence and exit code 2."""
-    output = arguments.output
+    """While it is open, the GPU can be tuned for; without one, with flags that cannot be, or where
+    no configuration fits, the command ends with a sentence and exit code 2."""
     if not torch.cuda.is_available():
         parser.error("no CUDA GPU found; launch tables are measured on the GPU they are for")
-    if output is not None and (output.is_dir() or not output.parent.is_dir()):
-        parser.error(f"--output {output}: name a file in a folder that exists")
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(as_capability(arguments.as_capability))
-        except UserError as error:
-            parser.error(str(error))
-        use_recordable_stream()
-        yield
+    try:
+        if arguments.output is not None:
+            require_writable(arguments.output, "--output")
+        with as_capability(arguments.as_capability):
+            use_recordable_stream()
+            yield
+    except UserError as error:
+        parser.error(str(error))
 
 
 def mma_matmul_subject() -> Subject:
@@ -285,8 +283,11 @@ def table(rankings: Iterable[Ranking], ceilings: Ceilings) -> list[str]:
 
 
 def conclude(rankings: Sequence[Ranking], row: str, output: Path | None) -> None:
-    """The function writes all times, and prints the short table."""
+    """The function prints the short table, and writes all times."""
     ceilings = measure()
+    print(f"# {torch.cuda.get_device_name()}, row {row}")
+    for line in table(rankings, ceilings):
+        print(line)
     if output is not None:
         results = {
             "conditions": conditions(),
@@ -295,10 +296,8 @@ def conclude(rankings: Sequence[Ranking], row: str, output: Path | None) -> None
             "cublas_tflop_per_s": ceilings.matmul_tflop_per_s,
             "subjects": [described(ranking) for ranking in rankings],
         }
-        write_whole(output, json.dumps(results, indent=1) + "\n")
-    print(f"# {torch.cuda.get_device_name()}, row {row}")
-    for line in table(rankings, ceilings):
-        print(line)
+        with writing(f"--output {output}"):
+            write_whole(output, json.dumps(results, indent=1) + "\n")
 
 
 def described(ranking: Ranking) -> dict:

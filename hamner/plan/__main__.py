@@ -34,6 +34,10 @@ from hamner.plan.projection import RunProjection
 from hamner.plan.report_card import ReportCard
 from hamner.plan.run_curve import read_run
 
+RATES = 1e-3, 1e6
+"""of a card or a link, in its unit: none is beyond them, and numbers would overflow"""
+MOST_TOKENS = 1e15
+
 
 @dataclass(frozen=True)
 class PlanConfig:
@@ -82,19 +86,32 @@ class PlanConfig:
     """also write the analysis here as Markdown, with its plots in a folder beside it"""
 
 
+def require_rates(name: str, values: Sequence[float], unit: str = "") -> None:
+    """The function refuses what no card or link has.
+
+    Raises:
+        UserError: it names the flag.
+    """
+    if not all(RATES[0] <= value <= RATES[1] for value in values):
+        given = " ".join(f"{value:g}" for value in values)
+        low, high = RATES
+        raise UserError(f"--{name} {given} must be between {low:g} and {high:,.0f}{unit}")
+
+
 def find_gpu(name: str | None, spec: tuple[float, float, float, float] | None) -> Gpu:
     """The function finds the card that `--gpu` and `--gpu-spec` mean.
 
     Raises:
-        UserError: an unknown name, or a spec that is missing, superfluous or not positive.
+        UserError: an unknown name, or a spec that is missing, superfluous or absurd.
     """
     name = "rtx-3090" if name is None else name
     if name == "custom":
-        if spec is None or not all(0 < value < math.inf for value in spec):
+        if spec is None:
             raise UserError(
-                "--gpu custom needs --gpu-spec with four numbers above 0: "
+                "--gpu custom needs --gpu-spec with four numbers: "
                 "dense bf16 TFLOP/s, GB/s, GiB, fp32 TFLOP/s"
             )
+        require_rates("gpu-spec", spec)
         bf16, bandwidth, memory, fp32 = spec
         rates = {"bf16_tflops": bf16, "fp32_tflops": fp32, "bandwidth_gbs": bandwidth}
         card = {"shared_memory_bytes": GPUS["rtx-3090"].shared_memory_bytes, "link": PCIE4}
@@ -144,8 +161,7 @@ def find_parallelism(config: PlanConfig, gpu: Gpu) -> Parallelism:
             raise UserError(f"--{flag(name)} {value} must be above 0")
     link = gpu.link.gbs if config.link is None else config.link
     for name, gbs in (("link", link), ("network", config.network)):
-        if not 0 < gbs < math.inf:
-            raise UserError(f"--{name} {gbs:g} must be above 0 and finite, in GB/s")
+        require_rates(name, (gbs,), " GB/s")
     if config.parallel == "fsdp" and config.gpus == 1:
         raise UserError(
             "--parallel fsdp shards the model over the GPUs of a node: give --gpus 2 or more"
@@ -159,7 +175,7 @@ def plan_option(
     """The option is planned with batch, recipe, tokens and budget as the flags ask for them.
 
     Raises:
-        UserError: it does not fit, or has fewer tokens than one step.
+        UserError: it does not fit, or has fewer tokens than one step or absurdly many.
     """
     option = OPTIONS[name]
     option = replace(
@@ -170,10 +186,10 @@ def plan_option(
         **RECIPES[config.recipe],
     )
     tokens = option.tokens if config.tokens is None else config.tokens
-    if not option.tokens_per_step <= tokens < math.inf:
+    if not option.tokens_per_step <= tokens <= MOST_TOKENS:
         raise UserError(
             f"--tokens {tokens:g} must be at least one step of option {name}, "
-            f"{option.tokens_per_step:,}"
+            f"{option.tokens_per_step:,}, and at most {MOST_TOKENS:g}"
         )
     option = replace(option, tokens=int(tokens))
     gpu, reached = card

@@ -11,7 +11,7 @@ from hamner.plan.communication import ONE_GPU, QUIET, Parallelism
 from hamner.plan.efficiency import Efficiency
 from hamner.plan.interval import Gain, find_gain
 from hamner.plan.loss import BESIROGLU, KNOWN_RUN, LossLaw
-from hamner.plan.memory import MemoryPlan, Policy, choose
+from hamner.plan.memory import DoesNotFit, MemoryPlan, Policy, choose
 from hamner.plan.projection import RunProjection
 from hamner.plan.step_time import StepPrediction, predict
 
@@ -173,7 +173,7 @@ def make_plan(
         gpu: the card.
         parallelism: how many of them and what connects them; "auto" is DDP where that fits.
         vram_budget: GiB of each GPU; default: the card's memory less RESERVE_GIB.
-        policies: recomputation, one per layer; default: the fastest that fits.
+        policies: recomputation, one per layer; default: as `choose` fits them in.
         reached: the card's efficiencies; default: what is known of such cards.
 
     Raises:
@@ -184,11 +184,17 @@ def make_plan(
     if parallelism.kind == "auto":
         try:
             return make_plan(option, gpu, replace(parallelism, kind="ddp"), **wishes)
-        except UserError:
+        except DoesNotFit:
             if parallelism.gpus_per_node == 1:
                 raise
             return make_plan(option, gpu, replace(parallelism, kind="fsdp"), **wishes)
-    vram_budget = gpu.memory_gib - RESERVE_GIB if vram_budget is None else vram_budget
+    if vram_budget is None:
+        vram_budget = gpu.memory_gib - RESERVE_GIB
+        if vram_budget <= 0:
+            raise UserError(
+                f"--vram-budget: {RESERVE_GIB:g} GiB are left to the desktop by default, and the "
+                f"{gpu.name} has {gpu.memory_gib:g}; say how many a run may take"
+            )
     if not 0 < vram_budget <= gpu.memory_gib:
         raise UserError(
             f"--vram-budget {vram_budget:g} GiB must be above 0 and at most the "

@@ -43,7 +43,7 @@ def known_gpu(card: ReportCard) -> tuple[Gpu, Efficiency]:
     if gpu is None:
         peak = max(rate.tflops for rate in card.matmuls)
         rates = {"bf16_tflops": peak, "fp32_tflops": peak / 2, "bandwidth_gbs": card.bandwidth_gbs}
-        unknown = {"pattern": "(?!)", "clock_mhz": None, "power_w": None}
+        unknown = {"pattern": "(?!)", "clock_mhz": None, "power_w": None, "int8_tops": None}
         gpu = replace(GPUS["rtx-3090"], name=device.gpu, **rates, **unknown)
     gpu = replace(gpu, memory_gib=memory_gib)
     reached = efficiency(gpu)

@@ -46,6 +46,11 @@ class Policy:
         return kept + (costs.experts_kept(model, element_size, **how) if model.is_moe else 0)
 
 
+class DoesNotFit(UserError):
+    """A run takes more memory than its budget, even with every block recomputed one sequence at a
+    time, or as far as what was given allows."""
+
+
 NONE, SELECTIVE, FULL = Policy("none"), Policy("selective"), Policy("full")
 
 
@@ -273,15 +278,16 @@ def choose(
     max_micro_batch_tokens: int | None = None,
     parallelism: Parallelism = ONE_GPU,
 ) -> MemoryPlan:
-    """`choose` fits a run into `budget` bytes of each GPU: the fastest that fits by the account.
+    """`choose` fits a run into `budget` bytes of each GPU, by the account: the first of these
+    that fits.
 
     Selective everywhere; else full on the fewest layers needed; else a smaller micro-batch with
     accumulation. What is given (`policies`, `config.micro_batch_size`) stays as given.
     `max_micro_batch_tokens` bounds what is chosen, as far as one sequence allows.
 
     Raises:
-        UserError: not even one sequence with every block recomputed fits, the GPUs cannot share
-            the batch evenly, or FSDP2 is to train with int8.
+        DoesNotFit: nothing that `choose` may take fits.
+        UserError: the GPUs cannot share the batch evenly, or FSDP2 is to train with int8.
     """
     if config.matmul != "bf16" and parallelism.kind == "fsdp" and parallelism.ranks > 1:
         raise UserError(
@@ -313,7 +319,7 @@ def choose(
     if config.micro_batch_size and policies:
         # Both were given: the user decides, and the account is only shown.
         return plan
-    raise UserError(
+    raise DoesNotFit(
         f"--vram-budget {budget / GIB:.1f} GiB is too small: the least this model needs is "
         f"{plan.account.total / GIB:.1f} GiB ({plan})"
     )

@@ -329,7 +329,8 @@ def caveats(plan: Plan) -> list[str]:
     if plan.parallelism.ranks > 1:
         lines.append(
             "Of several GPUs only two H200s of one host were measured: efficiency 97% (a) and 96% "
-            "(c) with ddp, where 97% is projected, and 93% with fsdp, where 98% is. "
+            "(c) with ddp, where 97% is projected, and 93% with fsdp, where 98% is; between which "
+            "speeds a run should lie leaves that out, and what is not known of the links. "
             "Counted: ring collectives, 2 (n-1)/n of the bytes for an all-reduce, (n-1)/n for a "
             "reduce-scatter or a gather. ddp reduces bf16 "
             "gradients (fp32 sums with several micro-batches) once a step beside the last "
@@ -406,6 +407,8 @@ def _command(plan: Plan) -> str:
         what += f" --recipe {option.recipe}"
     if option.matmul != "bf16":
         what += f" --matmul {option.matmul}"
+    if parallelism.shards > 1:
+        what += " --parallel fsdp"
     if option.batch_size != OPTIONS[option.option].batch_size:
         batch = f" --batch-size {option.batch_size}"
     return (

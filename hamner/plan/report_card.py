@@ -164,7 +164,8 @@ class ReportCard:
         return card
 
     def _check_rates(self) -> None:
-        """A rate that is missing or 0, which nothing could be divided by, is a ValueError."""
+        """A rate that is missing or 0, which nothing could be divided by, is a ValueError, and so
+        are percentiles out of order."""
         measured = {
             "bandwidth_gbs": [self.bandwidth_gbs],
             "device.memory_bytes": [self.device.memory_bytes],
@@ -180,6 +181,10 @@ class ReportCard:
                 raise ValueError(f"{name} is empty")
             if not all(values):
                 raise ValueError(f"{name} has a 0")
+        if step := self.step:
+            p10, p90 = step.tokens_per_second_p10, step.tokens_per_second_p90
+            if not p10 <= step.tokens_per_second <= p90:
+                raise ValueError("step has a median that is not between p10 and p90")
 
 
 class _Unreadable(UserError):
@@ -208,13 +213,18 @@ def _decode(wanted: Any, value: Any, where: str) -> Any:
         if len(arguments) == len(value):
             pairs = enumerate(zip(arguments, value, strict=True))
             return tuple(_decode(kind, item, f"{where}[{i}]") for i, (kind, item) in pairs)
-    if wanted is str and isinstance(value, str):
+    # It comes from a stranger and goes to a terminal, which control characters steer.
+    if wanted is str and isinstance(value, str) and value.isprintable():
         return value
     is_number = isinstance(value, int) if wanted is int else isinstance(value, (int, float))
-    # The limit is before what no float can hold; NaN is not below it.
-    if wanted in (int, float) and is_number and not isinstance(value, bool) and 0 <= value <= 1e30:
+    if wanted in (int, float) and is_number and not isinstance(value, bool) and _is_usual(value):
         return value
     raise ValueError(f"{where} is {json.dumps(value)[:40]}")
+
+
+def _is_usual(value: float) -> bool:
+    """The limits are before what no float can hold once it is divided; NaN is not between them."""
+    return value == 0 or 1e-30 <= value <= 1e30
 
 
 def _decode_fields(wanted: Any, value: Any, where: str) -> Any:

@@ -125,6 +125,13 @@ def test_both_files_are_written_and_the_plan_reads_them(gpu, monkeypatch, tmp_pa
     assert "24,000" in capsys.readouterr().out
 
 
+def test_a_folder_in_the_way_is_found_before_anything_is_measured(gpu, monkeypatch, tmp_path):
+    (tmp_path / "report_card.json").mkdir()
+    monkeypatch.setattr(report_card, "measure", None)
+    with pytest.raises(UserError, match=r"^--out .*report_card\.json is a folder; name a file"):
+        main(["--out", str(tmp_path)])
+
+
 def test_a_card_that_option_a_does_not_fit(gpu, monkeypatch, tmp_path):
     def measure_step(*_):
         raise UserError("it takes 15.5 GiB of 8.0")

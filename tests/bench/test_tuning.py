@@ -160,7 +160,12 @@ def test_every_configuration_goes_into_the_table_and_out_again(name, row, monkey
     ("flags", "on_gpu", "message"),
     [
         ([], False, "no CUDA GPU found; launch tables are measured on the GPU they are for"),
-        (["--output", "/nowhere/x"], True, "--output /nowhere/x: name a file in a folder that"),
+        (
+            ["--output", "/nowhere/x"],
+            True,
+            "--output /nowhere/x: the folder /nowhere does not exist",
+        ),
+        (["--output", "/"], True, "--output / is a folder; name a file in it"),
         (["--as-capability", "7.5"], True, "--as-capability 7.5: a GPU of capability 9.0 can run"),
     ],
 )
@@ -172,6 +177,40 @@ def test_bad_flags(main, flags, on_gpu, message, monkeypatch, capsys):
         main(flags)
     assert error.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("main", [tune.main, tune_flash_attention.main])
+def test_where_nothing_fits_the_command_ends_with_a_sentence(main, monkeypatch, capsys):
+    def rank(*_):
+        raise tuning.UserError("no configuration of rope packed fits this GPU")
+
+    module = tune if main is tune.main else tune_flash_attention
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
+    for owner, name, value in (
+        (torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
+        (torch.cuda, "is_available", lambda: True),
+        (tuning, "use_recordable_stream", lambda: None),
+        (module, "compile_ahead", lambda *_: {}),
+        (module, "rank", rank),
+    ):
+        monkeypatch.setattr(owner, name, value)
+    with pytest.raises(SystemExit) as error:
+        main([])
+    assert error.value.code == 2
+    assert "error: no configuration of rope packed fits this GPU" in capsys.readouterr().err
+
+
+def test_the_table_is_printed_where_the_disk_does_not_take_the_times(
+    times, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setattr(tuning, "measure", lambda: Ceilings(2.0, 99.0))
+    monkeypatch.setattr(tuning, "conditions", dict)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H200")
+    plain = rank(replace(subject(times), name=tuning.MATMUL_NAME), {})
+    (tmp_path / "times.json").mkdir()
+    with pytest.raises(tuning.UserError, match=r"^--output .*times\.json cannot be written: "):
+        tuning.conclude([plain], "9.0", tmp_path / "times.json")
+    assert "# H200, row 9.0" in capsys.readouterr().out
 
 
 def test_plain_matmul(device):

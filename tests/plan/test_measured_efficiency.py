@@ -201,6 +201,8 @@ def test_an_unknown_gpu_is_measured_against_its_own_fastest():
     assert gpu.bf16_tflops == max(rate.tflops for rate in made_with(60.0, 120.0, 700.0).matmuls)
     assert reached.flops["matmul"] * gpu.bf16_tflops == pytest.approx(60)
     assert make_plan(OPTIONS["tiny"], gpu, reached=reached).prediction.tokens_per_second > 0
+    with pytest.raises(UserError, match="the int8 rate of the NVIDIA RTX Imaginary is not known"):
+        make_plan(replace(OPTIONS["tiny"], matmul="int8"), gpu, reached=reached)
 
 
 def test_kernels_of_another_capability_are_named():

@@ -93,6 +93,12 @@ def test_document_for_several_gpus():
     assert "\n\n\n" not in text
 
 
+def test_the_command_shards_what_the_plan_shards():
+    for flags in ({"parallel": "fsdp"}, {"vram_budget": 4.0, "gpus": 4}):
+        text = document(analyse(PlanConfig(**{"gpus": 2} | flags)), "plan_files")
+        assert " -m hamner.train --option a --parallel fsdp --tokens 10000000000 --vram-" in text
+
+
 def test_memory_table_of_several_gpus_adds_up():
     rows = cells(memory_table(analyse(PlanConfig(gpus=2, parallel="fsdp")).plan))
     kinds = ("weights", "optimizer", "activations", "communication", "loss, or gradients")

@@ -85,6 +85,7 @@ def test_a_number_that_is_not_finite_is_not_written(tmp_path):
         ({"bandwidth_gbs": -1}, r"is damaged, bandwidth_gbs is -1: "),
         ({"bandwidth_gbs": True}, r"is damaged, bandwidth_gbs is true: "),
         ({"bandwidth_gbs": float("inf")}, r"is damaged, bandwidth_gbs is Infinity: "),
+        ({"bandwidth_gbs": 1e-320}, r"is damaged, bandwidth_gbs is 1e-320: "),
         ({"bandwidth_gbs": 0}, r"is damaged, bandwidth_gbs has a 0: "),
         ({"matmuls": []}, r"is damaged, matmuls is empty: "),
         ({"device": []}, r"is damaged, device is \[\]: "),
@@ -95,6 +96,9 @@ def test_a_number_that_is_not_finite_is_not_written(tmp_path):
         ({"step": {**asdict(STEP), "tokens_per_second_p90": 0}}, r"is damaged, step has a 0: "),
         ({"step": {**asdict(STEP), "micro_batch_size": 0}}, r"is damaged, step has a 0: "),
         ({"step": {**asdict(STEP), "steps": 0}}, r"is damaged, step has a 0: "),
+        ({"step": {**asdict(STEP), "tokens_per_second_p10": 25_001}}, r"not between p10 and p90: "),
+        ({"step": {**asdict(STEP), "tokens_per_second_p90": 24_999}}, r"not between p10 and p90: "),
+        ({"device": {**asdict(DEVICE), "gpu": "\x1b[2J"}}, r'device.gpu is "\\u001b\[2J": '),
         ({"attention": [{**asdict(CARD.attention[0]), "direction": "up"}]}, r"direction is \"up\""),
     ],
 )

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hamner.config.options import OPTIONS
 from hamner.errors import UserError
 from hamner.files import is_pipe_or_device, require_writable, write_whole, writing
 from hamner.hardware import GIB
@@ -36,6 +35,7 @@ from hamner.plan.recipe_gain import (
     source,
     tokens_to_reach,
 )
+from hamner.plan.step_time import shared_flags
 from hamner.plan.words import count, table
 
 if TYPE_CHECKING:
@@ -231,8 +231,8 @@ def communication_findings(plan: Plan) -> list[str]:
     larger = plan.with_quiet_communication()
     if larger is None:
         lines.append(
-            f"No batch up to 64 times as large brings that under {QUIET:.0%}; faster links or "
-            "fewer GPUs would."
+            f"No batch up to 64 times as large fits and brings that under {QUIET:.0%}; faster "
+            "links or fewer GPUs would."
         )
     else:
         batch, micro_batch = larger.config.batch_size, larger.memory.micro_batch_size
@@ -397,23 +397,16 @@ def screen(analysis: Analysis, *, every_option: bool) -> str:
 
 def _command(plan: Plan) -> str:
     """The command starts the run; on each node, where there are several (examples/)."""
-    parallelism, option = plan.parallelism, plan.config
-    launcher, batch = "python", ""
+    parallelism = plan.parallelism
+    launcher, sharded = "python", ""
     if parallelism.ranks > 1:
         nodes = f"--nnodes {parallelism.nodes} " if parallelism.nodes > 1 else ""
         launcher = f"torchrun {nodes}--nproc-per-node {parallelism.gpus_per_node}"
-    what = f"--option {option.option}"
-    if option.recipe != "plan":
-        what += f" --recipe {option.recipe}"
-    if option.matmul != "bf16":
-        what += f" --matmul {option.matmul}"
     if parallelism.shards > 1:
-        what += " --parallel fsdp"
-    if option.batch_size != OPTIONS[option.option].batch_size:
-        batch = f" --batch-size {option.batch_size}"
+        sharded = " --parallel fsdp"
     return (
-        f"{launcher} -m hamner.train {what} --tokens {plan.config.tokens}{batch} "
-        f"--vram-budget {plan.vram_budget / GIB:g}"
+        f"{launcher} -m hamner.train {shared_flags(plan.config)} --tokens {plan.config.tokens}"
+        f"{sharded} --vram-budget {plan.vram_budget / GIB:g}"
     )
 
 

@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from hamner.config.model import ModelConfig
+from hamner.config.options import OPTIONS
 from hamner.config.train import TrainConfig
-from hamner.hardware import GIB, Gpu
+from hamner.hardware import GIB, GPUS, Gpu
 from hamner.plan import costs
 from hamner.plan.communication import (
     ONE_GPU,
@@ -395,17 +396,32 @@ def predict(
     return StepPrediction(config, gpu, parallelism.ranks, milliseconds, **rest)
 
 
+def shared_flags(config: TrainConfig) -> str:
+    """The flags say to hamner.train and hamner.plan alike which run this is, as far as both have
+    them: option, and recipe, matmul and batch where they are not the defaults."""
+    flags = f"--option {config.option}"
+    if config.recipe != "plan":
+        flags += f" --recipe {config.recipe}"
+    if config.matmul != "bf16":
+        flags += f" --matmul {config.matmul}"
+    if config.batch_size != OPTIONS.get(config.option, config).batch_size:
+        flags += f" --batch-size {config.batch_size}"
+    return flags
+
+
 def compare_with_reality(
     prediction: StepPrediction, tokens_per_second: float, peak_gib: float, total_tokens: int
 ) -> str:
-    """A line for the log holds measured speed, peak memory and length against the projected."""
+    """A line for the log holds measured speed, peak memory and length against the projected, of a
+    card in `GPUS`."""
     speed = tokens_per_second / prediction.tokens_per_second
     memory, expected = peak_gib - prediction.peak_gib, prediction.interval
     advice = ""
     if expected.position(tokens_per_second) == "below":
+        card = next(name for name, gpu in GPUS.items() if gpu.name == prediction.gpu.name)
         advice = (
-            "; python -m hamner.plan --clock MHZ, with what nvidia-smi shows under load, says "
-            "whether that is the GPU's clock"
+            f"; python -m hamner.plan {shared_flags(prediction.config)} --gpu {card} --clock MHZ, "
+            "with what nvidia-smi shows under load, says whether that is the GPU's clock"
         )
     days, projected_days = (
         total_tokens / rate / 86_400 for rate in (tokens_per_second, prediction.tokens_per_second)

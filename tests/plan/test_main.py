@@ -341,7 +341,7 @@ def test_command_says_what_several_gpus_send(capsys):
     assert "1.25 GB/s between nodes (--network)" in out
     main(["--gpus", "4", "--link", "1", "--parallel", "fsdp"])
     out = " ".join(capsys.readouterr().out.split())
-    assert "No batch up to 64 times as large brings that under 5%" in out
+    assert "No batch up to 64 times as large fits and brings that under 5%" in out
 
 
 def test_one_gpu_hears_nothing_of_several(capsys):

@@ -87,8 +87,8 @@ def test_document_for_several_gpus():
     assert "24 GiB, of which the run may take 22.0 GiB of each." in text
     assert "Communication, projected: each GPU sends" in text
     assert (
-        "`torchrun --nnodes 2 --nproc-per-node 2 -m hamner.train --option a --tokens 10000000000 "
-        "--batch-size 96 --vram-budget 22`"
+        "`torchrun --nnodes 2 --nproc-per-node 2 -m hamner.train --option a --batch-size 96 "
+        "--tokens 10000000000 --vram-budget 22`"
     ) in text
     assert "\n\n\n" not in text
 
@@ -96,7 +96,7 @@ def test_document_for_several_gpus():
 def test_the_command_shards_what_the_plan_shards():
     for flags in ({"parallel": "fsdp"}, {"vram_budget": 4.0, "gpus": 4}):
         text = document(analyse(PlanConfig(**{"gpus": 2} | flags)), "plan_files")
-        assert " -m hamner.train --option a --parallel fsdp --tokens 10000000000 --vram-" in text
+        assert " -m hamner.train --option a --tokens 10000000000 --parallel fsdp --vram-" in text
 
 
 def test_memory_table_of_several_gpus_adds_up():

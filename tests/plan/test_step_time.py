@@ -276,11 +276,19 @@ def test_compare_with_reality():
         f"interval, {prediction.interval.low:,.0f}-{prediction.interval.high:,.0f}; "
         f"peak {peak + 0.5:.1f} GiB, 0.5 GiB above the projected {peak:.1f}; "
         f"the whole run takes {days / 0.8:.2f} days, projected {days:.2f}; python -m hamner.plan "
-        "--clock MHZ, with what nvidia-smi shows under load, says whether that is the GPU's clock"
+        "--option a --gpu rtx-3090 --clock MHZ, with what nvidia-smi shows under load, says "
+        "whether that is the GPU's clock"
     )
     inside = compare_with_reality(prediction, speed, peak - 1, 1)
     assert "1.0 GiB below" in inside
     assert "nvidia-smi" not in inside
+
+
+def test_a_run_below_its_interval_is_asked_about_by_its_own_flags():
+    config = replace(OPTIONS["b"], recipe="muon", matmul="int8", batch_size=12)
+    prediction = predict(config, GPUS["h200"], (SELECTIVE,) * 36, 12)
+    said = "hamner.plan --option b --recipe muon --matmul int8 --batch-size 12 --gpu h200 --clock"
+    assert said in compare_with_reality(prediction, 1.0, 1.0, 1)
 
 
 def test_kernels_beat_plain_compile():

@@ -57,3 +57,9 @@ class ChatConfig:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return self.host == "localhost"
+
+    @property
+    def is_any_address(self) -> bool:
+        """The property says whether `host` stands for every address of this machine, and so is none
+        to open in a browser."""
+        return self.host in ("0.0.0.0", "::")

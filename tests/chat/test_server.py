@@ -516,6 +516,9 @@ def test_an_address_of_this_machine_alone_needs_no_warning(script, monkeypatch, 
 def test_an_address_that_others_reach_is_warned_of_and_has_any_name(script, monkeypatch):
     said = start(script, monkeypatch, host="0.0.0.0")
     assert "warning: whoever reaches --host 0.0.0.0 can use the model" in said
+    # 0.0.0.0 is no address to open.
+    assert "http://localhost:" in said
+    assert f"from other machines: http://{socket.gethostname()}:" in said
     with running(script, serve=0, host="0.0.0.0") as client:
         head = "GET /health HTTP/1.1\nHost: any.example\nConnection: close"
         assert raw(client, head)[0] == 200

@@ -317,6 +317,21 @@ def test_another_tab_has_the_same_conversations(page, author, served):
     expect(page.locator("#list .open")).to_have_count(0)
 
 
+def test_a_message_that_another_tab_removed_may_be_edited(page, author, served):
+    author.says("Aye")
+    for text in ("One", "Two", "Three"):
+        say(page, text)
+    other = page.context.new_page()
+    start(other, page.url)
+    other.get_by_role("button", name="Edit the message").last.click()
+    page.get_by_role("button", name="Edit the message").first.click()
+    say(page, "Uno")
+    expect(other.locator(".turn .body")).to_have_text(["Uno", "Aye"])
+    say(other, "Tres")
+    other.reload()
+    expect(other.locator(".turn .body")).to_have_text(["Uno", "Aye", "Tres", "Aye"])
+
+
 def test_system_prompt_and_settings_reach_the_model(page, author):
     author.says("Aye")
     page.get_by_role("button", name="Settings").click()
@@ -664,6 +679,16 @@ def test_a_phone_is_wide_enough(browser, served, author):
         name.press("Escape")
         page.keyboard.press("Escape")
         expect(page.get_by_role("button", name="New chat")).to_be_hidden()
+        # The input would open the phone's keyboard over what is to be read.
+        page.get_by_role("button", name="Regenerate").click()
+        finish(page)
+        assert page.evaluate("document.activeElement.id") == "scroll"
+        page.get_by_role("button", name="Conversations").click()
+        page.get_by_role("button", name=wide[:60], exact=True).click()
+        assert page.evaluate("document.activeElement.id") == "scroll"
+        page.get_by_role("button", name="Conversations").click()
+        page.get_by_role("button", name="New chat").click()
+        assert page.evaluate("document.activeElement.id") == "input"
 
 
 def test_light_and_dark(page):

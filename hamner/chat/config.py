@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from hamner.config.model import flag
 from hamner.errors import UserError
 from hamner.model.sampling import Sampling
 
@@ -42,11 +43,12 @@ class ChatConfig:
         for name in ("max_new_tokens", "seq_len", "max_requests"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} {value} must be above 0")
+                raise UserError(f"--{flag(name)} {value} must be above 0")
         if self.serve is not None and not 0 <= self.serve < 2**16:
             raise UserError(f"--serve {self.serve} is no port: use 0 to 65535")
-        if self.host != HOST and self.serve is None:
-            raise UserError(f"--host {self.host} needs --serve PORT beside it")
+        for name in ("host", "max_requests") if self.serve is None else ():
+            if (value := getattr(self, name)) != getattr(ChatConfig, name):
+                raise UserError(f"--{flag(name)} {value} needs --serve PORT beside it")
         if not self.host:
             raise UserError("--host is empty: name an address, such as 0.0.0.0 for every one")
 
@@ -57,3 +59,9 @@ class ChatConfig:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return self.host == "localhost"
+
+    @property
+    def is_any_address(self) -> bool:
+        """The property says whether `host` stands for every address of this machine, and so is none
+        to open in a browser."""
+        return self.host in ("0.0.0.0", "::")

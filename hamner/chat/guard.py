@@ -26,6 +26,9 @@ def own_names(host: str) -> list[str]:
 class SameOrigin:
     """The ASGI middleware refuses what a page of another origin asks for.
 
+    A page under a stranger's name that points here can send a GET that looks like a program's. So
+    `is_own_name`, in the request's state, says to whom the server answers more than it must.
+
     Args:
         app: what answers other requests.
         host: where the server answers.
@@ -37,13 +40,15 @@ class SameOrigin:
         self.names = {*own_names(host.lower()), name, f"{name}.local"}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and (refusal := self._refusal(scope)):
-            await refusal.response()(scope, receive, send)
-            return
+        if scope["type"] == "http":
+            headers = Headers(scope=scope)
+            if refusal := self._refusal(scope["path"], headers):
+                await refusal.response()(scope, receive, send)
+                return
+            scope.setdefault("state", {})["is_own_name"] = self._is_own_name(headers)
         await self.app(scope, receive, send)
 
-    def _refusal(self, scope: Scope) -> ApiError | None:
-        headers = Headers(scope=scope)
+    def _refusal(self, path: str, headers: Headers) -> ApiError | None:
         origin = headers.get("origin")
         if origin is not None and not self._is_own(origin, headers.get("host", "")):
             return ApiError(
@@ -53,7 +58,7 @@ class SameOrigin:
             )
         # Browsers send no Origin with a GET that the page cannot read, but nearly all say this.
         is_foreign = headers.get("sec-fetch-site", "none") not in ("same-origin", "none")
-        if is_foreign and scope["path"].startswith("/v1/"):
+        if is_foreign and path.startswith("/v1/"):
             return ApiError(403, "a page of another origin may not use this server")
         return None
 
@@ -70,7 +75,22 @@ class SameOrigin:
             return False
         if not parts.netloc or parts.netloc != host.lower():
             return False
-        return parts.scheme == "https" or name in self.names or _is_address(name)
+        return parts.scheme == "https" or self._knows(name)
+
+    def _is_own_name(self, headers: Headers) -> bool:
+        """The method says whether the request was sent to a name that no stranger can point here.
+
+        Behind a proxy with TLS it is any name: of requests by https, and of no other to a name
+        elsewhere, browsers say that they come from the same origin.
+        """
+        try:
+            name = urlsplit(f"//{headers.get('host', '').lower()}").hostname or ""
+        except ValueError:
+            return False
+        return self._knows(name) or headers.get("sec-fetch-site") == "same-origin"
+
+    def _knows(self, name: str) -> bool:
+        return name in self.names or _is_address(name)
 
 
 def _is_address(name: str) -> bool:

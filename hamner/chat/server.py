@@ -125,19 +125,28 @@ class ChatServer:
                 f"--serve {port}{at}: {reason}; name another port, or 0 for any free one"
                 f"{', and an address of this machine' if at else ''}"
             ) from error
+        bound = listener.getsockname()[1]
         shown = f"[{host}]" if ":" in host else host
-        url = f"http://{shown}:{listener.getsockname()[1]}"
+        if self.config.is_any_address:
+            shown = "localhost"
+        url = f"http://{shown}:{bound}"
         say(
             f"serving the model {self.model.name}: a page to use it at {url}, OpenAI's protocol at "
             f"{url}/v1; Ctrl-C stops"
         )
         if not self.config.is_local:
             say(f"warning: whoever reaches --host {host} can use the model, without a password")
+        if self.config.is_any_address:
+            name = socket.gethostname()
+            say(f"from other machines: http://{name}:{bound}, or this machine's address for {name}")
         self.uvicorn.run(sockets=[listener])
 
-    async def models(self, _: HttpRequest) -> Response:
-        """The method answers GET /v1/models."""
+    async def models(self, http: HttpRequest) -> Response:
+        """The method answers GET /v1/models; of the system prompt and other defaults a name that a
+        stranger may have pointed here learns nothing."""
         model = {**self.model.listing(), "created": self.created}
+        if not http.state.is_own_name:
+            del model["defaults"]
         return JSONResponse({"object": "list", "data": [model]})
 
     async def chat_completions(self, http: HttpRequest) -> Response:

@@ -228,6 +228,11 @@ def chat(config: ChatConfig, terminal: Terminal) -> None:
     """
     device = select_device(config.device)
     saved = find_saved_model(config.checkpoint)
+    if config.system and not saved.is_chat:
+        raise UserError(
+            f"--system: {saved.checkpoint.path} was not fine-tuned on conversations, so it has no "
+            "place for a system prompt: leave the flag out"
+        )
     longest = saved.config.model.max_seq_len
     if config.seq_len is not None and config.seq_len > longest:
         raise UserError(f"--seq-len {config.seq_len} is longer than the model's {longest}")

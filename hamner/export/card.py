@@ -9,6 +9,8 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from hamner.checkpoint import format as checkpoint
+from hamner.checkpoint.format import Checkpoint
 from hamner.checkpoint.run_folder import RunFolder
 from hamner.checkpoint.saved_model import SavedModel
 from hamner.config.train import CONFIG_FILE, TrainConfig, run_of
@@ -61,16 +63,16 @@ def _summary(saved: SavedModel) -> str:
     what = "chat model" if saved.is_chat else "base model"
     tuned = "fine-tuned on conversations, " if saved.is_chat else ""
     how = f"with Hamner {saved.checkpoint.state().get('versions', {}).get('hamner', '')}".rstrip()
-    if _is_imported(saved):
+    if _is_imported(saved.checkpoint):
         how = "elsewhere, and imported into Hamner"
     elif saved.config.init_from is None and saved.config.sft is None:
         how = f"from random weights {how}"
     return f"A {what} of {parameters:,} parameters, {tuned}trained {how}."
 
 
-def _is_imported(saved: SavedModel) -> bool:
+def _is_imported(*saved: Checkpoint) -> bool:
     """An imported model's recipe, batch and data are not known, only its counters."""
-    return "imported_from" in saved.checkpoint.state()
+    return any("imported_from" in one.state() for one in saved)
 
 
 def _shape(saved: SavedModel, architecture: str) -> Iterator[tuple[str, str]]:
@@ -95,7 +97,7 @@ def _training(saved: SavedModel) -> Iterator[tuple[str, str]]:
         yield "started from", origin
     tokens, step = state.get("tokens"), saved.checkpoint.step
     length = f"{tokens:,} in {step:,} steps" if tokens else f"{step:,} steps"
-    if _is_imported(saved):
+    if _is_imported(saved.checkpoint):
         yield "tokens", length
         yield "data", "not known here"
     else:
@@ -122,7 +124,13 @@ def _origin(config: TrainConfig) -> str | None:
     name = f"`{run.name or path.name}`"
     try:
         before = TrainConfig.read(run / CONFIG_FILE)
+        saved = checkpoint.find(RunFolder(run).checkpoints)
+        if (run / checkpoint.STATE_FILE).is_file():  # a checkpoint that was copied elsewhere
+            saved.append(Checkpoint.at(run))
+        is_known = not _is_imported(*saved)
     except UserError:  # moved, or on another machine
+        is_known = False
+    if not is_known:
         return f"{name}, whose training is not known here"
     return f"{name}, trained on {', '.join(map(_data, _specs(before)))}"
 

@@ -48,6 +48,8 @@ class Run:
         """
         folder = RunFolder(path)
         if not folder.metrics.is_file():
+            if folder.config.is_file():
+                raise UserError(f"nothing to compare: {path} has not logged a step yet")
             raise UserError(f"{path} is no run's folder: it has no {folder.metrics.name}")
         log = read_log(folder.metrics)
         config = TrainConfig.read(folder.config) if folder.config.is_file() else None

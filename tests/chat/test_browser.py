@@ -33,6 +33,8 @@ pytestmark = [
     ),
 ]
 TOKENIZER = load_tokenizer(vocab_size=261)
+STRANGER = "stranger.example"
+"""a name that points at this machine"""
 
 
 class Author(Script):
@@ -74,7 +76,8 @@ class Author(Script):
 def browser():
     with playwright.sync_playwright() as started:
         expect.set_options(timeout=30_000)
-        browser = started.chromium.launch(executable_path=CHROMIUM)
+        points_here = f"--host-resolver-rules=MAP {STRANGER} 127.0.0.1"
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=[points_here])
         yield browser
         browser.close()
 
@@ -314,11 +317,27 @@ def test_another_tab_has_the_same_conversations(page, author, served):
     expect(page.locator("#list .open")).to_have_count(0)
 
 
+def test_a_message_that_another_tab_removed_may_be_edited(page, author, served):
+    author.says("Aye")
+    for text in ("One", "Two", "Three"):
+        say(page, text)
+    other = page.context.new_page()
+    start(other, page.url)
+    other.get_by_role("button", name="Edit the message").last.click()
+    page.get_by_role("button", name="Edit the message").first.click()
+    say(page, "Uno")
+    expect(other.locator(".turn .body")).to_have_text(["Uno", "Aye"])
+    say(other, "Tres")
+    other.reload()
+    expect(other.locator(".turn .body")).to_have_text(["Uno", "Aye", "Tres", "Aye"])
+
+
 def test_system_prompt_and_settings_reach_the_model(page, author):
     author.says("Aye")
     page.get_by_role("button", name="Settings").click()
     page.get_by_label("System prompt").fill("Be terse.")
-    assert page.get_by_label("Temperature").get_attribute("placeholder") == "0.5"
+    for label, default in (("Temperature", "0.5"), ("Repetition penalty", "auto"), ("Seed", "")):
+        assert page.get_by_label(label).get_attribute("placeholder") == default
     page.get_by_label("Temperature").fill("0.33")
     page.get_by_label("Top-k").fill("7")
     page.get_by_label("Top-p").fill("2")
@@ -653,8 +672,23 @@ def test_a_phone_is_wide_enough(browser, served, author):
         page.get_by_role("button", name="Conversations").click()
         assert page.evaluate("document.activeElement.id") == "close-side"
         assert page.get_by_role("button", name="New chat").is_visible()
+        # A phone's browser enlarges the page for a field of smaller letters.
+        page.get_by_role("button", name=f"Rename {wide[:60]}").click()
+        name = page.get_by_label("Name of the conversation")
+        assert name.evaluate("(node) => getComputedStyle(node).fontSize") == "16px"
+        name.press("Escape")
         page.keyboard.press("Escape")
         expect(page.get_by_role("button", name="New chat")).to_be_hidden()
+        # The input would open the phone's keyboard over what is to be read.
+        page.get_by_role("button", name="Regenerate").click()
+        finish(page)
+        assert page.evaluate("document.activeElement.id") == "scroll"
+        page.get_by_role("button", name="Conversations").click()
+        page.get_by_role("button", name=wide[:60], exact=True).click()
+        assert page.evaluate("document.activeElement.id") == "scroll"
+        page.get_by_role("button", name="Conversations").click()
+        page.get_by_role("button", name="New chat").click()
+        assert page.evaluate("document.activeElement.id") == "input"
 
 
 def test_light_and_dark(page):
@@ -703,3 +737,21 @@ def test_the_page_of_a_stranger_cannot_use_the_server(page, author, served):
     assert set(outcomes) <= {"refused", "empty"}
     assert author.prompts == []
     assert [frame.url for frame in stranger.frames[1:]] == ["chrome-error://chromewebdata/"]
+
+
+def test_the_page_of_a_name_that_points_here_learns_no_system_prompt(browser):
+    """The server's own page, opened under it, says what to open instead."""
+    author = Author()
+    with (
+        serving(author, serve=0, host="0.0.0.0", system="Be secret.") as url,
+        opened(browser, url.replace("127.0.0.1", STRANGER)) as page,
+    ):
+        listed = page.evaluate("async () => await (await fetch('/v1/models')).text()")
+        assert "mine" in listed
+        assert "secret" not in listed
+        page.get_by_role("button", name="Settings").click()
+        assert page.get_by_label("System prompt").input_value() == ""
+        page.keyboard.press("Escape")
+        say(page, "Hi")
+        expect(page.locator(".note.failed")).to_contain_text("by the address of its machine")
+        assert author.prompts == []

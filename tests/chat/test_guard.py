@@ -1,12 +1,10 @@
 """The tests ask for what another origin's page would, and for what the server's own does."""
 
-import asyncio
 import socket
 
 import pytest
 
 from hamner.chat.config import HOST
-from hamner.chat.guard import SameOrigin
 from tests.chat.requests import ask
 from tests.chat.serving import says, serving
 
@@ -82,23 +80,11 @@ def test_a_name_that_points_here_is_refused_even_with_its_own_origin(url):
         assert ask(url, path, body, headers=headers).status == 400
 
 
-def status_of(origin: str | None, host: str) -> int:
-    """The function asks a server that other machines reach, with these headers."""
-    statuses = []
-
-    async def app(scope, receive, send):
-        statuses.append(200)
-
-    async def send(message):
-        if message["type"] == "http.response.start":
-            statuses.append(message["status"])
-
-    headers = [(b"host", host.encode())]
-    headers += [] if origin is None else [(b"origin", origin.encode())]
-    scope = {"type": "http", "method": "POST", "path": CHAT, "headers": headers}
-    asyncio.run(SameOrigin(app, "0.0.0.0")(scope, None, send))
-    (status,) = statuses
-    return status
+@pytest.fixture(scope="module")
+def shared_url():
+    """The address of a server that other machines reach."""
+    with serving(says("Hello"), serve=0, host="0.0.0.0", system="Be secret.") as url:
+        yield url
 
 
 @pytest.mark.parametrize(
@@ -117,5 +103,33 @@ def status_of(origin: str | None, host: str) -> int:
         ("http://192.168.1.6:8000", "192.168.1.5:8000", 403),
     ],
 )
-def test_a_server_that_others_reach_knows_its_page_by_address_or_name(origin, host, status):
-    assert status_of(origin, host) == status
+def test_a_server_that_others_reach_knows_its_page_by_address_or_name(
+    shared_url, origin, host, status
+):
+    headers = {"Host": host} | ({} if origin is None else {"Origin": origin})
+    assert ask(shared_url, CHAT, QUESTION, headers=headers).status == status
+
+
+@pytest.mark.parametrize(
+    ("host", "site", "may_know"),
+    [
+        ("192.168.1.5:8000", None, True),
+        ("[fd00::5]:8000", None, True),
+        ("LocalHost", None, True),
+        (f"{socket.gethostname()}:8000", None, True),
+        # Behind a proxy with TLS, as a browser asks for its page.
+        ("chat.example", "same-origin", True),
+        # It may point here, and its page looks like a program.
+        ("evil.example:8000", None, False),
+        ("192.168.1.5.evil.example", None, False),
+        ("[", None, False),
+    ],
+)
+def test_the_system_prompt_is_kept_from_names_that_a_stranger_may_point_here(
+    shared_url, host, site, may_know
+):
+    headers = {"Host": host} | ({} if site is None else {"Sec-Fetch-Site": site})
+    (model,) = ask(shared_url, MODELS, headers=headers).json()["data"]
+    assert (model["id"], model["kind"]) == ("mine", "chat")
+    assert ("Be secret." in str(model)) == may_know
+    assert ("defaults" in model) == may_know

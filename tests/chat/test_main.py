@@ -199,6 +199,7 @@ def test_flags():
         (["--serve", "70000"], "--serve 70000"),
         (["--max-new-tokens", "0"], "--max-new-tokens 0"),
         (["--host", "0.0.0.0"], "--host 0.0.0.0 needs --serve PORT"),
+        (["--max-requests", "2"], "--max-requests 2 needs --serve PORT"),
         (["--serve", "0", "--host", ""], "--host is empty"),
         (["--temperature", "inf"], "--temperature inf must be 0 or above and finite"),
         (["--repetition-penalty", "nan"], "--repetition-penalty nan"),
@@ -301,6 +302,7 @@ def test_a_context_without_room_for_a_conversation_is_refused(tmp_path, tokenize
         ([], "--checkpoint: runs/ holds no run"),
         (["--checkpoint", "nowhere"], "--checkpoint nowhere is neither"),
         (["--checkpoint", "run", "--seq-len", "129"], "--seq-len 129 is longer"),
+        (["--checkpoint", "run", "--system", "Be."], "--system: run/checkpoints/step_00000007 was"),
     ],
 )
 def test_bad_input_names_what_to_change(args, named, tmp_path, monkeypatch):

@@ -434,7 +434,7 @@ def asking(client, results: list[str]):
 def test_a_request_waits_for_the_one_before(tokenizer):
     script = SlowScript(tokenizer, [*tokenizer.encode("Hi"), END])
     results = []
-    with running(script, max_requests=2) as client, asking(client, results):
+    with running(script, serve=0, max_requests=2) as client, asking(client, results):
         wait_until(lambda: script.prompts)
         with asking(client, results):
             script.may_speak.set()
@@ -444,7 +444,7 @@ def test_a_request_waits_for_the_one_before(tokenizer):
 def test_requests_beyond_the_bound_are_turned_away(tokenizer):
     script = SlowScript(tokenizer, [*tokenizer.encode("Hi"), END])
     results = []
-    with running(script, max_requests=1) as client:
+    with running(script, serve=0, max_requests=1) as client:
         with asking(client, results):
             wait_until(lambda: script.prompts)
             with pytest.raises(openai.RateLimitError) as caught:
@@ -458,7 +458,7 @@ def test_requests_beyond_the_bound_are_turned_away(tokenizer):
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_hangs_up_stops_its_answer(tokenizer, stream):
     script = SlowScript(tokenizer, [tokenizer.encode("x")[0]] * 100_000, context=200_000)
-    with running(script, max_requests=1, max_new_tokens=100_000) as client:
+    with running(script, serve=0, max_requests=1, max_new_tokens=100_000) as client:
         script.may_speak.set()
         if stream:
             chunks = create(client, stream=True)
@@ -516,6 +516,9 @@ def test_an_address_of_this_machine_alone_needs_no_warning(script, monkeypatch, 
 def test_an_address_that_others_reach_is_warned_of_and_has_any_name(script, monkeypatch):
     said = start(script, monkeypatch, host="0.0.0.0")
     assert "warning: whoever reaches --host 0.0.0.0 can use the model" in said
+    # 0.0.0.0 is no address to open.
+    assert "http://localhost:" in said
+    assert f"from other machines: http://{socket.gethostname()}:" in said
     with running(script, serve=0, host="0.0.0.0") as client:
         head = "GET /health HTTP/1.1\nHost: any.example\nConnection: close"
         assert raw(client, head)[0] == 200

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -111,6 +112,23 @@ def test_what_is_not_known_of_a_model_is_not_claimed(run, monkeypatch):
     assert (table["tokens"], table["data"]) == ("50 in 7 steps", "not known here")
     assert "recipe" not in table
     assert "trained elsewhere, and imported into Hamner" in card_of(run)
+
+
+def test_data_of_an_imported_model_is_not_claimed_of_one_tuned_from_it(run, tmp_path):
+    """Its config.json has the default of --data, which it was not trained on."""
+    folder = save_run(tmp_path / "mine-sft", build(SHAPE), chat=True)
+    step = run / "checkpoints" / "step_00000007"
+    copied = shutil.copytree(step, tmp_path / "copied" / "step_00000007")
+    for origin in (run, step, copied):
+        change(folder, sft=FineTuning(checkpoint=origin))
+        assert "trained on" in rows(card_of(folder))["started from"]
+    for path in (step, copied):
+        state = json.loads((path / "state.json").read_text())
+        (path / "state.json").write_text(json.dumps(state | {"imported_from": "old.pt"}))
+    for origin in (run, step, copied):
+        change(folder, sft=FineTuning(checkpoint=origin))
+        started = rows(card_of(folder))["started from"]
+        assert started.endswith(", whose training is not known here")
 
 
 def test_a_card_is_written_of_data_that_is_gone(run):

@@ -214,6 +214,8 @@ def test_a_run_without_a_logged_step_has_nothing_to_draw(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (line,) = plot(PlotConfig((tmp_path,)))
     assert line == f"nothing to draw: {tmp_path} has not logged a step yet"
+    with pytest.raises(UserError, match=r"nothing to compare: .* has not logged a step yet"):
+        plot(PlotConfig((tmp_path, tmp_path)))
 
 
 def test_what_is_no_run_is_refused(tmp_path):

@@ -20,6 +20,7 @@ from bench.conditions import conditions
 from bench.recipe_trials import DIMENSIONS, SHARING, WARMUP_SHARE, Trial
 from hamner.checkpoint import format as checkpoint
 from hamner.checkpoint.run_folder import RunFolder
+from hamner.config.model import flag
 from hamner.config.recipe import RecipeConfig
 from hamner.config.train import TrainConfig
 from hamner.data.bad_rows import BadRows
@@ -125,19 +126,22 @@ def configure(trial: Trial, folder: Path, data: Prepared | None = None) -> Train
     """The function gives the configuration of a trial's run in `folder`.
 
     Raises:
-        UserError: the flags make no sense.
+        UserError: the flags make no sense, or change what makes the trial.
     """
+    own = {name: getattr(trial, name) for name in (*DIMENSIONS, "seed")}
     flags = {
-        **{name.replace("_", "-"): getattr(trial, name) for name in DIMENSIONS},
+        **own,
         # What `auto` finds fastest on the day rounds otherwise, so it would be another run.
         "attention": "triton" if torch.cuda.is_available() else "auto",
-        "seed": trial.seed,
-        "sample-every": 0,
+        "sample_every": 0,
         "keep": 1,
-        "save-every": SAVE_EVERY,
+        "save_every": SAVE_EVERY,
     }
-    values = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+    values = [text for name, value in flags.items() for text in (f"--{flag(name)}", str(value))]
     config = train.parse(["--recipe", trial.arm, *values, *trial.flags])
+    for name, value in (own | {"recipe": trial.arm}).items():
+        if getattr(config, name) != value:
+            raise UserError(f"--{flag(name)} is chosen for each run: leave the flag out")
     steps = max(1, trial.tokens // config.tokens_per_step)
     return replace(
         config,

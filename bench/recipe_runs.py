@@ -40,6 +40,11 @@ ONE_SHARD = 2**40
 """tokens; one shard is shuffled as a whole, so that a short run is a sample of everything"""
 CURVE_POINTS = 100
 """of a run, in its result"""
+OWN = (
+    *("recipe", *DIMENSIONS, "seed", "run_dir", "resume"),
+    *("steps", "warmup_steps", "eval_every", "log_every"),
+)
+"""what follows from a trial, so that no flag for all runs may set it"""
 SAVE_EVERY = 2_000
 """steps: what a killed machine costs"""
 
@@ -126,11 +131,14 @@ def configure(trial: Trial, folder: Path, data: Prepared | None = None) -> Train
     """The function gives the configuration of a trial's run in `folder`.
 
     Raises:
-        UserError: the flags make no sense, or change what makes the trial.
+        UserError: the flags make no sense, or set what every run has its own of.
     """
-    own = {name: getattr(trial, name) for name in (*DIMENSIONS, "seed")}
+    given = {text.partition("=")[0].replace("_", "-") for text in trial.flags}
+    for name in OWN:
+        if f"--{flag(name)}" in given:
+            raise UserError(f"--{flag(name)} is chosen for each run: leave the flag out")
     flags = {
-        **own,
+        **{name: getattr(trial, name) for name in (*DIMENSIONS, "seed")},
         # What `auto` finds fastest on the day rounds otherwise, so it would be another run.
         "attention": "triton" if torch.cuda.is_available() else "auto",
         "sample_every": 0,
@@ -139,9 +147,6 @@ def configure(trial: Trial, folder: Path, data: Prepared | None = None) -> Train
     }
     values = [text for name, value in flags.items() for text in (f"--{flag(name)}", str(value))]
     config = train.parse(["--recipe", trial.arm, *values, *trial.flags])
-    for name, value in (own | {"recipe": trial.arm}).items():
-        if getattr(config, name) != value:
-            raise UserError(f"--{flag(name)} is chosen for each run: leave the flag out")
     steps = max(1, trial.tokens // config.tokens_per_step)
     return replace(
         config,

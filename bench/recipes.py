@@ -11,7 +11,8 @@
 A command runs what is not done yet of its part, and leaves before --seconds are over; called again,
 it goes on, with a run that it left from its checkpoint. It begins none that will not be done by
 then, but for its first. Done is what stands in FOLDER/results.jsonl or in the committed results
-(--known). Flags that are not its own go to `hamner.train`.
+(--known). Flags that are not its own go to `hamner.train`, but for what each run has its own of,
+such as --lr and --warmup-steps.
 
     FOLDER/results.jsonl    one object a finished run; goes to profiles/recipes/PART.jsonl
     FOLDER/shards-*/        the data, tokenized once

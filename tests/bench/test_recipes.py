@@ -268,8 +268,9 @@ def test_an_arm_is_searched_by_one_command(data, tmp_path):
     ("flags", "message"),
     [
         (("--lr", "1e-5"), "--lr is chosen for each run"),
-        (("--embedding-lr", "1e-5"), "--embedding-lr is chosen for each run"),
+        (("--embedding_lr=1e-5",), "--embedding-lr is chosen for each run"),
         (("--seed", "7"), "--seed is chosen for each run"),
+        (("--warmup-steps", "7"), "--warmup-steps is chosen for each run"),
         (("--recipe", "plan"), "--recipe is chosen for each run"),
         (("--tokens", "inf"), "--tokens inf must be a number of 1 or more"),
         (("--tokens", "0"), "--tokens 0 must be"),

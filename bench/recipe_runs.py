@@ -9,7 +9,7 @@ import shutil
 import signal
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -40,6 +40,8 @@ ONE_SHARD = 2**40
 """tokens; one shard is shuffled as a whole, so that a short run is a sample of everything"""
 CURVE_POINTS = 100
 """of a run, in its result"""
+POINTS_AN_EVALUATION = 5
+"""of a long run, which so is evaluated about twenty times; others are at their end only"""
 OWN = (
     *("recipe", *DIMENSIONS, "seed", "run_dir", "resume"),
     *("steps", "warmup_steps", "eval_every", "log_every"),
@@ -148,6 +150,7 @@ def configure(trial: Trial, folder: Path, data: Prepared | None = None) -> Train
     values = [text for name, value in flags.items() for text in (f"--{flag(name)}", str(value))]
     config = train.parse(["--recipe", trial.arm, *values, *trial.flags])
     steps = max(1, trial.tokens // config.tokens_per_step)
+    log_every = max(1, steps // CURVE_POINTS)
     return replace(
         config,
         run_dir=folder,
@@ -156,8 +159,8 @@ def configure(trial: Trial, folder: Path, data: Prepared | None = None) -> Train
         steps=steps,
         tokens=None,
         warmup_steps=max(1, round(WARMUP_SHARE * steps)),
-        eval_every=max(1, steps // 20) if trial.part == "long" else steps,
-        log_every=max(1, steps // CURVE_POINTS),
+        eval_every=POINTS_AN_EVALUATION * log_every if trial.part == "long" else steps,
+        log_every=log_every,
     )
 
 
@@ -246,9 +249,22 @@ def describe(trial: Trial, config: TrainConfig, data: Prepared, loss: float | No
             "validation_bytes": data.validation_bytes,
             "epochs": round(trial.tokens / data.train_tokens, 3),
         },
-        "curve": [[r["tokens"], _rounded(r["loss"]), _rounded(r["val_loss"])] for r in records],
+        "curve": curve_of(records),
         "conditions": conditions(),
     }
+
+
+def curve_of(records: Sequence[Mapping]) -> list[list]:
+    """The function gives tokens, training loss and validation loss along a run; the latter only
+    where it was measured, as later records repeat it."""
+    return [
+        [
+            record["tokens"],
+            _rounded(record["loss"]),
+            _rounded(record["val_loss"]) if record["val_step"] == record["step"] else None,
+        ]
+        for record in records
+    ]
 
 
 def _rounded(loss: float | None) -> float | None:

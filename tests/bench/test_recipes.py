@@ -175,7 +175,7 @@ def test_runs_are_trained_left_and_gone_on_with(data, tmp_path, capsys, monkeypa
     current = [{**line, "part": "current"} for line in tune]
     (known / "current.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in current))
     command = ["long", *data, "--output", str(tmp_path / "out"), "--known", str(known)]
-    command += ["--tokens", "1280", *SMALL]
+    command += ["--tokens", "1536", *SMALL]
     steps = itertools.count(1)
     late = SimpleNamespace(monotonic=lambda: math.inf if next(steps) == 4 else 0.0)
     monkeypatch.setattr(recipes.runs, "time", late)
@@ -187,7 +187,9 @@ def test_runs_are_trained_left_and_gone_on_with(data, tmp_path, capsys, monkeypa
     plain, muon = recipes.read_results(tmp_path / "out")
     assert (plain["arm"], muon["arm"], muon["recipe"]["optimizer"]) == ("plan", "muon", "muon")
     for line in (plain, muon):
-        assert line["steps"] == line["curve"][-1][0] // 128 == 10
+        assert line["steps"] == line["curve"][-1][0] // 128 == 12
+        # The loss is where it was measured, and at the end.
+        assert [tokens // 128 for tokens, _, loss in line["curve"] if loss] == [5, 10, 12]
         assert line["curve"][-1][2] == pytest.approx(line["val_loss"], abs=1e-4)
         # One byte a token, but for the ends of documents.
         share = line["data"]["validation_tokens"] / line["data"]["validation_bytes"]
@@ -198,6 +200,12 @@ def test_runs_are_trained_left_and_gone_on_with(data, tmp_path, capsys, monkeypa
     assert "resum" in said
     assert recipes.main(command) == 0
     assert "long: done" in capsys.readouterr().out
+
+
+def test_long_runs_are_evaluated_on_steps_that_are_logged(tmp_path):
+    trial = Trial("long", "plan", 0, 250_000_000, 2e-4, 2e-4, 0.1, 0.95, flags=("--option", "a"))
+    config = recipes.runs.configure(trial, tmp_path)
+    assert (config.steps, config.log_every, config.eval_every) == (10_172, 101, 505)
 
 
 def test_a_trial_leaves_its_numbers_and_nothing_else(data, tmp_path, monkeypatch):

@@ -196,10 +196,11 @@ def _ratios(reaching: str, reached: str, *, ends: Mapping, speeds: Mapping) -> s
     lines = [table(head, rows)]
     line = trend(list(inside.values()), PLANNED_TOKENS)
     if line:
+        seeds = len(line.at.values)
         lines.append(
-            f"Twice the tokens change the ratio by {_interval(line.per_doubling)}; on that line it "
-            f"would be {_interval(line.at)} at {PLANNED_TOKENS / 1e9:g}B tokens, far outside what "
-            "was run."
+            f"Twice the tokens change the ratio by {_interval(line.per_doubling)} "
+            f"({seeds} seed{'s' if seeds > 1 else ''}); on that line it would be "
+            f"{_interval(line.at)} at {PLANNED_TOKENS / 1e9:g}B tokens, far outside what was run."
         )
     return "\n\n".join(lines)
 

@@ -420,7 +420,7 @@ def test_time_has_each_seeds_own_speed_and_trends_no_extrapolation(tmp_path):
     assert reached[0][5] == "2.85 (2.85-2.85)"
     beyond = next(row for row in cells if row[:1] == ["100"] and row[1].endswith("*"))
     assert float(beyond[3].split()[0]) < 0.1
-    assert "change the ratio by 1.00 (1.00-1.00); on that line it would be 3.00" in text
+    assert "change the ratio by 1.00 (1.00-1.00) (2 seeds); on that line it would be 3.00" in text
 
 
 def test_runs_of_two_settings_make_no_line(tmp_path):

@@ -24,24 +24,15 @@ what is left of that:
 """
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Annotated, get_args
 
 import tyro
 
-from bench import recipe_runs as runs
 from bench.recipe_trials import Trial, written
-from bench.recipes import (
-    RESERVE_SECONDS,
-    locked,
-    read_results,
-    require_same_data,
-    work_through,
-)
+from bench.recipes import Job, read_results, whole, work
 from hamner.cli import FLAG_RULES, run_command
 from hamner.config.recipe import Recipe
 from hamner.config.train import Matmul
@@ -54,17 +45,10 @@ MATMULS: tuple[Matmul, ...] = get_args(Matmul)
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Job):
     """Run what is not done yet of the arms."""
 
-    data: tuple[str, ...]
-    """what to train on, as for hamner.train; tokenized once"""
-    validation: Path
-    """file of the documents that every run is evaluated on; none of them may be in --data"""
     output: Path = Path("runs/int8")
-    """folder of results, shards and runs"""
-    seconds: float = 3600.0
-    """after which the command has left"""
     option: str = "current"
     """model; every step has 24 sequences"""
     recipe: Recipe = "muon"
@@ -88,15 +72,28 @@ class ReportConfig:
     default: as the runs were"""
 
 
-def trials(settings: RunConfig, extra: Sequence[str]) -> list[Trial]:
+class MatmulTrial(Trial):
+    """The trial is a run by one arithmetic, the last of its flags."""
+
+    @property
+    def matmul(self) -> str:
+        return self.flags[-1]
+
+    @property
+    def name(self) -> str:
+        option = self.flags[self.flags.index("--option") + 1]
+        return f"{option}-{super().name}-{self.matmul}"
+
+
+def trials(settings: RunConfig, extra: Sequence[str]) -> list[MatmulTrial]:
     """The function gives all runs, in order."""
     model = ("--option", settings.option, "--batch-size", "24")
     return [
-        Trial(
+        MatmulTrial(
             part=PART,
             arm=settings.recipe,
             seed=seed,
-            tokens=int(settings.tokens),
+            tokens=whole(settings.tokens),
             **written(settings.recipe),
             # The user's flags first: the last of a flag counts.
             flags=(*model, *extra, "--matmul", matmul),
@@ -106,47 +103,26 @@ def trials(settings: RunConfig, extra: Sequence[str]) -> list[Trial]:
     ]
 
 
-def matmul_of(trial: Trial) -> str:
-    """The function gives a trial's arm."""
-    return trial.flags[-1]
-
-
 def run(settings: RunConfig, extra: Sequence[str]) -> int:
     """The function runs trials until all are done or the time is up; it returns the exit code.
 
     Raises:
         UserError: flags or data do not allow it.
     """
-    end = time.monotonic() + settings.seconds - RESERVE_SECONDS[PART]
-    settings.output.mkdir(parents=True, exist_ok=True)
-    with locked(settings.output / "lock", is_shared=False):
-        todo = _run(settings, trials(settings, extra), end=end)
-    print(f"{len(todo)} runs are left" if todo else "done", flush=True)
-    return 0
-
-
-def _run(settings: RunConfig, wanted: Sequence[Trial], *, end: float) -> list[Trial]:
-    """The function is `run` up to `end`, a time of `time.monotonic()`; it returns what is left."""
+    wanted = trials(settings, extra)
 
     def left(results: Sequence[dict]) -> list[Trial]:
         done = {Trial.of(result).key for result in results}
         return [trial for trial in wanted if trial.key not in done]
 
-    results = read_results(settings.output)
-    if todo := left(results):
-        config = runs.configure(todo[0], settings.output)
-        data = runs.prepare_data(settings.data, settings.validation, config, settings.output)
-        require_same_data(results, PART, data)
-        todo = work_through(
-            left,
-            partial(read_results, settings.output),
-            data,
-            settings.output,
-            end=end,
-            stays=lambda trial: matmul_of(trial) == "bf16" and trial.seed == settings.seeds[0],
-            name_of=lambda trial: f"{settings.option}-{trial.name}-{matmul_of(trial)}",
-        )
-    return todo
+    todo = work(
+        settings,
+        PART,
+        left,
+        stays=lambda trial: trial.matmul == "bf16" and trial.seed == settings.seeds[0],
+    )
+    print(f"{len(todo)} runs are left" if todo else "done", flush=True)
+    return 0
 
 
 def report(settings: ReportConfig) -> int:

@@ -30,7 +30,7 @@ from hamner.config.train import TrainConfig
 from hamner.kernels.muon import RMS, symmetric_product, symmetric_product_reference
 from hamner.model.attention import AttentionShape, get_attention
 from hamner.model.ops import build_ops
-from hamner.train.optimizer import EPS, Optimizer, logical_rows
+from hamner.train.optimizer import EPS, Optimizer, group_of, logical_rows
 
 LR = 0.02
 QUINTICS = [(3.4445, -4.7750, 2.0315)] * 5
@@ -117,7 +117,7 @@ class Contender(Protocol):
 
 def logical_matrices(config: TrainConfig, name: str, parameter: Tensor) -> list[Logical]:
     """The function names the logical matrices of a hidden parameter; none of another parameter."""
-    if parameter.ndim < 2 or name.split(".")[-2] in ("embed", "lm_head", "router"):
+    if group_of(name, parameter) != "hidden":
         return []
     ends = itertools.accumulate(logical_rows(name, config.model), initial=0)
     return [Logical(name, start, end) for start, end in itertools.pairwise(ends)]
@@ -242,11 +242,11 @@ class BatchedQuintics(_WithAdamW):
             members[weight.shape].append((matrix, weight, grad))
         self.stacks: list[tuple[Tensor, Tensor, Tensor]] = []
         """weights, gradients, momenta, (matrices, rows, columns) fp32"""
-        self.places: dict[Logical, Tensor] = {}
+        self.views: dict[Logical, Tensor] = {}
         for stack in members.values():
             matrices, weights, grads = zip(*stack, strict=True)
             weight, grad = torch.stack(weights), torch.stack(grads)
-            self.places |= dict(zip(matrices, weight, strict=True))
+            self.views |= dict(zip(matrices, weight, strict=True))
             self.stacks.append((weight, grad, torch.zeros_like(weight)))
             self.gradients.append(grad)
         self.direction = scale.compiled(_direction)
@@ -264,7 +264,7 @@ class BatchedQuintics(_WithAdamW):
             self.apply(weight, x, factor, LR * self.config.weight_decay)
 
     def weight(self, matrix: Logical) -> Tensor:
-        return self.places[matrix].clone()
+        return self.views[matrix].clone()
 
 
 class GramNewtonSchulz(BatchedQuintics):

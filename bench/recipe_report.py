@@ -1,5 +1,6 @@
 """The results of `bench.recipes` as tables, statistics and pictures."""
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -133,22 +134,13 @@ def ends_by_seed(results: Results, arm: str) -> dict[int, dict[int, float]]:
 def equal_losses(results: Results) -> list[str]:
     """The function compares the tokens, and the GPU time, with which recipes have equal losses."""
     sections = []
-    fastest = ends_by_seed(results, FASTEST)
-    for arm in ("plan", "adamw"):
-        other = ends_by_seed(results, arm)
-        if not (other and fastest):
-            continue
-        own, others = _speeds(results, FASTEST), _speeds(results, arm)
-        speeds = {seed: own[seed] / others[seed] for seed in own.keys() & others.keys()}
-        here = (
-            f"### {FASTEST} reaches {arm}'s loss",
-            _ratios(fastest, of=other, arm=arm, speeds=speeds, is_inverse=True),
-        )
-        there = (
-            f"### {arm} reaches {FASTEST}'s loss",
-            _ratios(other, of=fastest, arm=arm, speeds=speeds, is_inverse=False),
-        )
-        sections += [*here, *there]
+    ends = {arm: ends_by_seed(results, arm) for arm in (FASTEST, *WANTED)}
+    speeds = {arm: _speeds(results, arm) for arm in ends}
+    for arm in WANTED:
+        if ends[arm] and ends[FASTEST]:
+            for reaching, reached in ((FASTEST, arm), (arm, FASTEST)):
+                ratios = _ratios(reaching, reached, ends=ends, speeds=speeds)
+                sections += [f"### {reaching} reaches {reached}'s loss", ratios]
     sections.append(
         "The ratio is tokens of the other by those of muon, geometric mean over seeds with its 95% "
         "interval; p is one-sided, of the ratio being no more than the number beside it. Time is "
@@ -168,39 +160,47 @@ def _speeds(results: Results, arm: str) -> dict[int, float]:
     return {seed: statistics.median(own) for seed, own in speeds.items()}
 
 
-def _ratios(reaching: Mapping, *, of: Mapping, arm: str, speeds: Mapping, is_inverse: bool) -> str:
-    """The function compares two recipes at each length of one of them.
+def _ratios(reaching: str, reached: str, *, ends: Mapping, speeds: Mapping) -> str:
+    """The function compares two recipes, one of them the fastest, at each length of one.
 
     Args:
-        reaching: losses by seed and tokens of the recipe that reaches the other's loss.
-        of: those of the recipe whose losses are reached.
-        arm: the recipe that is compared with the fastest.
-        speeds: tokens/s of the fastest by those of `arm`, of each seed.
-        is_inverse: whether the fastest is the one that reaches.
+        reaching: recipe that comes to the other's losses.
+        reached: recipe at whose lengths they are compared.
+        ends: losses by recipe, seed and tokens.
+        speeds: tokens/s by recipe and seed.
     """
+    arm = reaching if reached == FASTEST else reached
     rows, inside = [], defaultdict(dict)
-    for tokens in sorted({tokens for ends in of.values() for tokens in ends}):
-        crossings = dict(_crossings(reaching, of, tokens))
+    for tokens in sorted({tokens for own in ends[reached].values() for tokens in own}):
+        crossings = dict(_crossings(ends[reaching], ends[reached], tokens))
         if not crossings:
             continue
         ratios = {seed: crossing.tokens / tokens for seed, crossing in crossings.items()}
-        if is_inverse:
+        if reaching == FASTEST:
             ratios = {seed: 1 / ratio for seed, ratio in ratios.items()}
         for seed, crossing in crossings.items():
             if crossing.is_inside:
                 inside[seed][tokens] = ratios[seed]
-        times = [ratio * speeds[seed] for seed, ratio in ratios.items() if seed in speeds]
+        times = [
+            ratio * speeds[FASTEST][seed] / speeds[arm][seed]
+            for seed, ratio in ratios.items()
+            if seed in speeds[FASTEST] and seed in speeds[arm]
+        ]
         tokens_cells = _tokens_cells(tokens, crossings.values())
         ratio_cells = _ratio_cells(list(ratios.values()), arm)
         rows.append((*tokens_cells, *ratio_cells, *_ratio_cells(times, arm)))
-    head = ("M tokens", "M tokens of the other", "seeds", "ratio", "p", "time ratio", "p of time")
+    if not rows:
+        return f"Not known yet: that takes two lengths of {reaching}, the longer with a lower loss."
+    sizes = (f"M tokens of {reached}", f"M tokens of {reaching}")
+    head = (*sizes, "seeds", "ratio", "p", "time ratio", "p of time")
     lines = [table(head, rows)]
     line = trend(list(inside.values()), PLANNED_TOKENS)
     if line:
+        seeds = len(line.at.values)
         lines.append(
-            f"Twice the tokens change the ratio by {_interval(line.per_doubling)}; on that line it "
-            f"would be {_interval(line.at)} at {PLANNED_TOKENS / 1e9:g}B tokens, far outside what "
-            "was run."
+            f"Twice the tokens change the ratio by {_interval(line.per_doubling)} "
+            f"({seeds} seed{'s' if seeds > 1 else ''}); on that line it would be "
+            f"{_interval(line.at)} at {PLANNED_TOKENS / 1e9:g}B tokens, far outside what was run."
         )
     return "\n\n".join(lines)
 
@@ -264,7 +264,8 @@ def draw_curves(results: Results, path: Path) -> None:
     """The picture has the validation loss along each run."""
     axes = Figure(figsize=(7, 4.5), layout="constrained").add_subplot()
     for result in results:
-        factor = result["bits_per_byte"] / result["val_loss"] if result["val_loss"] else 0.0
+        data = result["data"]
+        factor = data["validation_tokens"] / data["validation_bytes"] / math.log(2)
         points = [(tokens, loss) for tokens, _, loss in result["curve"] if loss is not None]
         axes.plot(
             [tokens / 1e6 for tokens, _ in points],

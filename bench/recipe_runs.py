@@ -9,7 +9,7 @@ import shutil
 import signal
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from bench.conditions import conditions
 from bench.recipe_trials import DIMENSIONS, SHARING, WARMUP_SHARE, Trial
 from hamner.checkpoint import format as checkpoint
 from hamner.checkpoint.run_folder import RunFolder
+from hamner.config.model import flag
 from hamner.config.recipe import RecipeConfig
 from hamner.config.train import TrainConfig
 from hamner.data.bad_rows import BadRows
@@ -39,6 +40,13 @@ ONE_SHARD = 2**40
 """tokens; one shard is shuffled as a whole, so that a short run is a sample of everything"""
 CURVE_POINTS = 100
 """of a run, in its result"""
+POINTS_AN_EVALUATION = 5
+"""of a long run, which so is evaluated about twenty times; others are at their end only"""
+OWN = (
+    *("recipe", *DIMENSIONS, "seed", "run_dir", "resume"),
+    *("steps", "warmup_steps", "eval_every", "log_every"),
+)
+"""what follows from a trial, so that no flag for all runs may set it"""
 SAVE_EVERY = 2_000
 """steps: what a killed machine costs"""
 
@@ -125,20 +133,24 @@ def configure(trial: Trial, folder: Path, data: Prepared | None = None) -> Train
     """The function gives the configuration of a trial's run in `folder`.
 
     Raises:
-        UserError: the flags make no sense.
+        UserError: the flags make no sense, or set what every run has its own of.
     """
+    given = {text.partition("=")[0].replace("_", "-") for text in trial.flags}
+    for name in OWN:
+        if f"--{flag(name)}" in given:
+            raise UserError(f"--{flag(name)} is chosen for each run: leave the flag out")
     flags = {
-        **{name.replace("_", "-"): getattr(trial, name) for name in DIMENSIONS},
+        **{name: getattr(trial, name) for name in (*DIMENSIONS, "seed")},
         # What `auto` finds fastest on the day rounds otherwise, so it would be another run.
         "attention": "triton" if torch.cuda.is_available() else "auto",
-        "seed": trial.seed,
-        "sample-every": 0,
+        "sample_every": 0,
         "keep": 1,
-        "save-every": SAVE_EVERY,
+        "save_every": SAVE_EVERY,
     }
-    values = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+    values = [text for name, value in flags.items() for text in (f"--{flag(name)}", str(value))]
     config = train.parse(["--recipe", trial.arm, *values, *trial.flags])
     steps = max(1, trial.tokens // config.tokens_per_step)
+    log_every = max(1, steps // CURVE_POINTS)
     return replace(
         config,
         run_dir=folder,
@@ -147,8 +159,8 @@ def configure(trial: Trial, folder: Path, data: Prepared | None = None) -> Train
         steps=steps,
         tokens=None,
         warmup_steps=max(1, round(WARMUP_SHARE * steps)),
-        eval_every=max(1, steps // 20) if trial.part == "long" else steps,
-        log_every=max(1, steps // CURVE_POINTS),
+        eval_every=POINTS_AN_EVALUATION * log_every if trial.part == "long" else steps,
+        log_every=log_every,
     )
 
 
@@ -237,9 +249,22 @@ def describe(trial: Trial, config: TrainConfig, data: Prepared, loss: float | No
             "validation_bytes": data.validation_bytes,
             "epochs": round(trial.tokens / data.train_tokens, 3),
         },
-        "curve": [[r["tokens"], _rounded(r["loss"]), _rounded(r["val_loss"])] for r in records],
+        "curve": curve_of(records),
         "conditions": conditions(),
     }
+
+
+def curve_of(records: Sequence[Mapping]) -> list[list]:
+    """The function gives tokens, training loss and validation loss along a run; the latter only
+    where it was measured, as later records repeat it."""
+    return [
+        [
+            record["tokens"],
+            _rounded(record["loss"]),
+            _rounded(record["val_loss"]) if record["val_step"] == record["step"] else None,
+        ]
+        for record in records
+    ]
 
 
 def _rounded(loss: float | None) -> float | None:

@@ -4,6 +4,7 @@ Nothing here runs or keeps anything: a part of the comparison is a function from
 are there to the next trial, so that it goes on wherever the results were made.
 """
 
+import hashlib
 import itertools
 import math
 import random
@@ -48,8 +49,8 @@ TOKENS: dict[Part, tuple[float, ...]] = {
     "ladder": (25e6, 50e6, 100e6),
     "long": (250e6,),
 }
-SHORT_TOKENS = (6.25e6, 12.5e6)
-"""of the ladder, for Muon: where it reaches what the others need 25M to 100M tokens for"""
+SHORT_SHARES = (0.25, 0.5)
+"""of the ladder's shortest length, for Muon: where it reaches what the others need all of it for"""
 WARMUP_SHARE = 0.05
 """of the run, for every arm; what follows decays to the run's end"""
 TUNING_SEED = 100
@@ -102,6 +103,8 @@ class Trial:
         """The name is unlike that of any other trial of a folder."""
         values = (f"{self.tokens / 1e6:g}M", f"lr{self.lr:g}", f"e{self.embedding_lr:g}")
         more = (f"wd{self.weight_decay:g}", f"b{self.beta2:g}", f"seed{self.seed}")
+        if self.flags != MODELS[self.part]:
+            more += (hashlib.sha256(" ".join(self.flags).encode()).hexdigest()[:6],)
         return "-".join((self.part, self.arm, *values, *more))
 
     @classmethod
@@ -269,9 +272,8 @@ def _listed(scope: Scope, results: Sequence[Mapping]) -> list[Trial]:
     trials = []
     lengths = dict.fromkeys(scope.arms, scope.tokens)
     if scope.part == "ladder" and "muon" in lengths:
-        smallest = min(scope.tokens)
-        factor = smallest / TOKENS["ladder"][0]
-        lengths["muon"] = (*(int(tokens * factor) for tokens in SHORT_TOKENS), *scope.tokens)
+        short = (int(share * min(scope.tokens)) for share in SHORT_SHARES)
+        lengths["muon"] = (*short, *scope.tokens)
     for tokens in sorted({length for own in lengths.values() for length in own}):
         for seed, arm in itertools.product(scope.seeds, scope.arms):
             if tokens in lengths[arm]:

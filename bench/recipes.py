@@ -11,7 +11,8 @@
 A command runs what is not done yet of its part, and leaves before --seconds are over; called again,
 it goes on, with a run that it left from its checkpoint. It begins none that will not be done by
 then, but for its first. Done is what stands in FOLDER/results.jsonl or in the committed results
-(--known). Flags that are not its own go to `hamner.train`.
+(--known). Flags that are not its own go to `hamner.train`, but for what each run has its own of,
+such as --lr and --warmup-steps.
 
     FOLDER/results.jsonl    one object a finished run; goes to profiles/recipes/PART.jsonl
     FOLDER/shards-*/        the data, tokenized once
@@ -28,12 +29,12 @@ speeds too and refuse company.
 
 import contextlib
 import fcntl
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from operator import attrgetter
 from pathlib import Path
 from typing import Annotated
 
@@ -68,23 +69,31 @@ START_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
-class Compare:
-    """Run what is not done yet of one part of the comparison."""
+class Job:
+    """A command trains in a folder what is not done yet, up to a time."""
 
     data: tuple[str, ...]
     """what to train on, as for hamner.train; tokenized once"""
     validation: Path
     """file of the documents that every run is evaluated on; none of them may be in --data"""
-    output: Path = Path("runs/recipes")
+    output: Path
     """folder of results, shards and runs"""
-    known: Path = COMMITTED
-    """folder of *.jsonl with results that are there already"""
     seconds: float = 3600.0
     """after which the command has left"""
+
+
+@dataclass(frozen=True)
+class Compare(Job):
+    """Run what is not done yet of one part of the comparison."""
+
+    output: Path = Path("runs/recipes")
+    known: Path = COMMITTED
+    """folder of *.jsonl with results that are there already"""
     arms: tuple[Recipe, ...] = ()
     """recipes to run; default those that the part compares"""
     tokens: tuple[float, ...] = ()
-    """lengths of the runs; default those of the part"""
+    """lengths of the runs; default those of the part. The ladder runs Muon at a quarter and half of
+    the shortest too, where it reaches what the others need all of it for"""
     seeds: tuple[int, ...] = LADDER_SEEDS
     """of the ladder; the long pair has the first"""
 
@@ -140,63 +149,102 @@ def compare(part: Part, settings: Compare, extra: Sequence[str]) -> int:
     Raises:
         UserError: flags or data do not allow it.
     """
-    end = time.monotonic() + settings.seconds - RESERVE_SECONDS[part]
-    settings.output.mkdir(parents=True, exist_ok=True)
-    with locked(settings.output / "lock", is_shared=part in SHARING):
-        return _compare(part, settings, extra, end=end)
+    scope = Scope(
+        part=part,
+        arms=tuple(dict.fromkeys(settings.arms or ARMS[part])),
+        tokens=tuple(sorted(map(whole, settings.tokens or TOKENS[part]))),
+        seeds=settings.seeds if part == "ladder" else settings.seeds[:1],
+        extra=tuple(extra),
+    )
+    with contextlib.ExitStack() as stack:
+        # Where commands share a folder, a second of one arm would go on with the first one's run.
+        for arm in scope.arms if part in SHARING else ():
+            stack.enter_context(locked(settings.output / f"{arm}.lock", is_shared=False))
+        todo = work(
+            settings,
+            part,
+            partial(plan, scope),
+            known=(settings.known,),
+            stays=lambda trial: trial.part == "long",
+        )
+    print(f"{part}: " + (f"{len(todo)} or more runs are left" if todo else "done"), flush=True)
+    return 0
+
+
+def whole(tokens: float) -> int:
+    """The function gives a run's tokens as a whole number.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not 1 <= tokens < math.inf:
+        raise UserError(f"--tokens {tokens:g} must be a number of 1 or more")
+    return int(tokens)
 
 
 @contextlib.contextmanager
 def locked(path: Path, *, is_shared: bool) -> Iterator[None]:
-    """The context has a file's lock, with others that share it or by itself.
+    """The context has a file's lock, with others that share it or by itself; the file's folder is
+    made.
 
     Raises:
         UserError: another process has it.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
         try:
             fcntl.flock(file, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"--output {path.parent} is in use by another command of bench.recipes, and speeds "
-                "are measured one run at a time: wait for its end"
+                f"--output {path.parent} is in use by another command: wait for its end, as speeds "
+                "are measured one run at a time (commands of `tune` may share it, each with --arms "
+                "of its own)"
             ) from None
         yield
 
 
-def _compare(part: Part, settings: Compare, extra: Sequence[str], *, end: float) -> int:
-    """The function is `compare` up to `end`, a time of `time.monotonic()`."""
-    scope = Scope(
-        part=part,
-        arms=settings.arms or ARMS[part],
-        tokens=tuple(sorted(int(tokens) for tokens in settings.tokens or TOKENS[part])),
-        seeds=settings.seeds if part == "ladder" else settings.seeds[:1],
-        extra=tuple(extra),
-    )
-    results = read_results(settings.known, settings.output)
-    todo = plan(scope, results)
-    if todo:
-        config = runs.configure(todo[0], settings.output)
-        with (settings.output / "data.lock").open("ab") as file:
+def work(
+    job: Job,
+    part: Part,
+    plan: Callable[[list[dict]], list[Trial]],
+    *,
+    known: Sequence[Path] = (),
+    stays: Callable[[Trial], bool],
+) -> list[Trial]:
+    """The function locks a job's folder, prepares its data and runs what `plan` says.
+
+    Args:
+        job: where, on what and how long.
+        part: of all trials.
+        plan: gives the trials that are left, from the results so far; asked again after each.
+        known: folders of results beside the job's own.
+        stays: whether a trial's run is kept once it is done.
+
+    Returns:
+        The trials that are left.
+
+    Raises:
+        UserError: flags or data do not allow it.
+    """
+    end = time.monotonic() + job.seconds - RESERVE_SECONDS[part]
+    with locked(job.output / "lock", is_shared=part in SHARING):
+        read = partial(read_results, *known, job.output)
+        results = read()
+        todo = plan(results)
+        if not todo:
+            return []
+        config = runs.configure(todo[0], job.output)
+        with (job.output / "data.lock").open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # the second waits for the first one's shards
-            data = runs.prepare_data(settings.data, settings.validation, config, settings.output)
+            data = runs.prepare_data(job.data, job.validation, config, job.output)
         require_same_data(results, part, data)
-        longest = max(scope.tokens)
+        longest = max(trial.tokens for trial in todo)
         if part != "long" and longest > data.train_tokens:
             raise UserError(
                 f"--data has {data.train_tokens:,} tokens, a run of {longest:,} would read some "
                 "twice: give more, or smaller --tokens"
             )
-        todo = work_through(
-            partial(plan, scope),
-            partial(read_results, settings.known, settings.output),
-            data,
-            settings.output,
-            end=end,
-            stays=lambda trial: trial.part == "long",
-        )
-    print(f"{part}: " + (f"{len(todo)} or more runs are left" if todo else "done"), flush=True)
-    return 0
+        return work_through(plan, read, data, job.output, end=end, stays=stays)
 
 
 def work_through(
@@ -207,7 +255,6 @@ def work_through(
     *,
     end: float,
     stays: Callable[[Trial], bool],
-    name_of: Callable[[Trial], str] = attrgetter("name"),
 ) -> list[Trial]:
     """The function runs what `plan` says, until nothing is left or the time is up.
 
@@ -218,22 +265,20 @@ def work_through(
         output: folder of results and runs.
         end: `time.monotonic()` at which it has come back.
         stays: whether a trial's run is kept once it is done.
-        name_of: gives the name of a trial's run, unlike those of all others.
 
     Returns:
         The trials that are left.
     """
     results, is_first = read(), True
     todo = plan(results)
-    how = {"end": end, "name_of": name_of}
-    while trial := choose(todo, results, output, is_first=is_first, **how):
-        name, folder = name_of(trial), folder_of(trial, output, name_of)
+    while trial := choose(todo, results, output, end=end, is_first=is_first):
+        folder = folder_of(trial, output)
         folder.parent.mkdir(parents=True, exist_ok=True)
         result = runs.run(trial, data, folder, end)
         if result is None:
             break
         append_record(output / RESULTS, result)
-        print(f"{name}: {end_of(result)}", flush=True)
+        print(f"{trial.name}: {end_of(result)}", flush=True)
         if not stays(trial):
             shutil.rmtree(folder)
         results = read()
@@ -241,11 +286,9 @@ def work_through(
     return todo
 
 
-def folder_of(
-    trial: Trial, output: Path, name_of: Callable[[Trial], str] = attrgetter("name")
-) -> Path:
+def folder_of(trial: Trial, output: Path) -> Path:
     """The function gives the folder of a trial's run."""
-    return output / "runs" / name_of(trial)
+    return output / "runs" / trial.name
 
 
 def choose(
@@ -255,7 +298,6 @@ def choose(
     *,
     end: float,
     is_first: bool,
-    name_of: Callable[[Trial], str] = attrgetter("name"),
 ) -> Trial | None:
     """The function picks the run to go on with: one that was left, else one that will be done by
     `end`. The first of a command runs in any case, so that several short commands get it done too.
@@ -263,7 +305,7 @@ def choose(
     left = end - START_SECONDS - time.monotonic()
     if left <= 0:
         return None
-    begun = (trial for trial in todo if folder_of(trial, output, name_of).exists())
+    begun = (trial for trial in todo if folder_of(trial, output).exists())
     fitting = (trial for trial in todo if expected_seconds(trial, results) <= left)
     return next(begun, None) or next(fitting, None) or (todo[0] if todo and is_first else None)
 

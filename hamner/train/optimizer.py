@@ -78,16 +78,10 @@ class Optimizer:
         self.exp_avg_sq = {
             name: torch.zeros_like(moment)
             for name, moment in self.exp_avg.items()
-            if self._group(name) != "hidden" or config.optimizer == "adamw"
+            if group_of(name, moment) != "hidden" or config.optimizer == "adamw"
         }
         """second moments, which Muon has none of"""
         self.steps = 0
-
-    def _group(self, name: str) -> str:
-        """A parameter is one of "hidden", "embedding" and "vector"; see `RecipeConfig`."""
-        if self.parameters[name].ndim < 2:
-            return "vector"
-        return "embedding" if name.split(".")[-2] in ("embed", "lm_head", "router") else "hidden"
 
     def master(self, name: str) -> Tensor:
         """The method gives the fp32 weights that updates add up in; a copy where they are split."""
@@ -167,7 +161,7 @@ class Optimizer:
                 local(self.exp_avg[name]),
                 local(self.exp_avg_sq[name]),
             )
-            kinds[self._group(name), *(tensor.dtype for tensor in state)].append(state)
+            kinds[group_of(name, weight), *(tensor.dtype for tensor in state)].append(state)
         config = self.config
         for (group, *_), states in kinds.items():
             self.ops.adamw_(
@@ -254,6 +248,13 @@ class Optimizer:
         tensors = {f"master.{name}": tensor for name, tensor in self.masters.items()}
         tensors |= {f"exp_avg.{name}": tensor for name, tensor in self.exp_avg.items()}
         return tensors | {f"exp_avg_sq.{name}": t for name, t in self.exp_avg_sq.items()}
+
+
+def group_of(name: str, parameter: Tensor) -> str:
+    """A parameter is one of "hidden", "embedding" and "vector"; see `RecipeConfig`."""
+    if parameter.ndim < 2:
+        return "vector"
+    return "embedding" if name.split(".")[-2] in ("embed", "lm_head", "router") else "hidden"
 
 
 def muon_groups(gradients: Mapping[str, Tensor]) -> list[Kinds]:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import int8_gradients, int8_loss
+from bench import int8_gradients, int8_loss, recipe_runs
 from bench.int8_gradients import ARMS, compare, measure, one_scale_linear, summarize
 from bench.int8_loss_report import describe, slope_of
 from hamner.checkpoint.run_folder import append_record
@@ -117,7 +117,7 @@ SETTINGS = int8_loss.RunConfig(data=("x",), validation=Path("y"))
 
 def test_arms_of_a_seed_differ_in_their_arithmetic_alone():
     found = int8_loss.trials(SETTINGS, ["--qk-norm"])
-    assert [(t.seed, int8_loss.matmul_of(t)) for t in found] == [
+    assert [(t.seed, t.matmul) for t in found] == [
         (seed, matmul) for seed in (0, 1, 2) for matmul in ("bf16", "int8", "int8-all")
     ]
     assert len({replace(t, flags=t.flags[:-1]).key for t in found}) == 3
@@ -128,7 +128,7 @@ def test_report_of_pairs(tmp_path, capsys):
     bf16 = {0: 4.00, 1: 4.02, 2: 4.04}
     gaps = {"int8": (0.003, 0.004, 0.005), "int8-all": (0.02, 0.03, 0.04)}
     for trial in int8_loss.trials(SETTINGS, []):
-        matmul, loss, drift = int8_loss.matmul_of(trial), bf16[trial.seed], 0.0
+        matmul, loss, drift = trial.matmul, bf16[trial.seed], 0.0
         if matmul != "bf16":
             loss, drift = loss + gaps[matmul][trial.seed], 0.002
         line = result(trial, None if (matmul, trial.seed) == ("int8-all", 2) else loss, drift)
@@ -162,15 +162,15 @@ def test_the_slope_of_one_seed_has_an_interval_of_its_own():
 def test_runs_go_on_where_they_were_left(tmp_path, monkeypatch, capsys):
     """Each call does what time allows, and only what is not done."""
     made, answers = [], [{}, None]
-    monkeypatch.setattr(int8_loss.runs, "prepare_data", lambda *_: SimpleNamespace(digest="d"))
+    monkeypatch.setattr(recipe_runs, "prepare_data", lambda *_: SimpleNamespace(digest="d"))
 
     def run(trial, data, folder, end):
         folder.mkdir(parents=True, exist_ok=True)
-        made.append((trial.seed, int8_loss.matmul_of(trial)))
+        made.append((trial.seed, trial.matmul))
         is_done = answers.pop(0) is not None if answers else True
         return result(trial, 4.0) | {"data": {"digest": "d"}} if is_done else None
 
-    monkeypatch.setattr(int8_loss.runs, "run", run)
+    monkeypatch.setattr(recipe_runs, "run", run)
     args = ["run", "--data", "x", "--validation", "y", "--output", str(tmp_path), "--seeds", "0"]
     args += ["--option", "tiny", "--recipe", "adamw"]
     int8_loss.main(args)

@@ -4,11 +4,12 @@ import fcntl
 import itertools
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
-from bench import recipe_trials, recipes
+from bench import recipe_report, recipe_trials, recipes
 from bench.recipe_fit import SEVERAL_SEEDS, fit
 from bench.recipe_report import report
 from bench.recipe_statistics import Ratio, tokens_at, trend
@@ -42,6 +43,7 @@ def result(trial: Trial, loss: float | None, **more) -> dict:
             "digest": "0",
             "train_tokens": 112_000_000,
             "validation_tokens": 700_000,
+            "validation_bytes": 3_100_000,
             "epochs": 0.2,
         },
         "curve": [[trial.tokens // 2, 5.0, None], [trial.tokens, 4.5, loss]],
@@ -139,6 +141,16 @@ def test_the_learning_rate_is_chosen_again_on_current_and_the_ladder_has_it():
     assert len(ladder) == 2 * (3 * 3 + 2)
     assert [t.tokens for t in ladder] == sorted(t.tokens for t in ladder)
     assert not {t.seed for t in ladder} & {recipe_trials.TUNING_SEED}
+    one_length = plan(Scope("ladder", ("muon",), (50_000_000,), (0,)), results)
+    assert [t.tokens / 1e6 for t in one_length] == [12.5, 25, 50]
+
+
+def test_runs_of_other_flags_have_other_names():
+    """Or a run that was left would go on by flags that it was not begun with."""
+    trial = Trial("ladder", "muon", 0, 50_000_000, 2e-3, 6e-3, 0.3, 0.9875, None, LADDER.flags)
+    assert trial.name == "ladder-muon-50M-lr0.002-e0.006-wd0.3-b0.9875-seed0"
+    others = [replace(trial, flags=(*trial.flags, "--momentum", value)) for value in "01"]
+    assert len({other.name for other in [trial, *others]}) == 3
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +175,7 @@ def test_runs_are_trained_left_and_gone_on_with(data, tmp_path, capsys, monkeypa
     current = [{**line, "part": "current"} for line in tune]
     (known / "current.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in current))
     command = ["long", *data, "--output", str(tmp_path / "out"), "--known", str(known)]
-    command += ["--tokens", "1280", *SMALL]
+    command += ["--tokens", "1536", *SMALL]
     steps = itertools.count(1)
     late = SimpleNamespace(monotonic=lambda: math.inf if next(steps) == 4 else 0.0)
     monkeypatch.setattr(recipes.runs, "time", late)
@@ -175,7 +187,9 @@ def test_runs_are_trained_left_and_gone_on_with(data, tmp_path, capsys, monkeypa
     plain, muon = recipes.read_results(tmp_path / "out")
     assert (plain["arm"], muon["arm"], muon["recipe"]["optimizer"]) == ("plan", "muon", "muon")
     for line in (plain, muon):
-        assert line["steps"] == line["curve"][-1][0] // 128 == 10
+        assert line["steps"] == line["curve"][-1][0] // 128 == 12
+        # The loss is where it was measured, and at the end.
+        assert [tokens // 128 for tokens, _, loss in line["curve"] if loss] == [5, 10, 12]
         assert line["curve"][-1][2] == pytest.approx(line["val_loss"], abs=1e-4)
         # One byte a token, but for the ends of documents.
         share = line["data"]["validation_tokens"] / line["data"]["validation_bytes"]
@@ -186,6 +200,12 @@ def test_runs_are_trained_left_and_gone_on_with(data, tmp_path, capsys, monkeypa
     assert "resum" in said
     assert recipes.main(command) == 0
     assert "long: done" in capsys.readouterr().out
+
+
+def test_long_runs_are_evaluated_on_steps_that_are_logged(tmp_path):
+    trial = Trial("long", "plan", 0, 250_000_000, 2e-4, 2e-4, 0.1, 0.95, flags=("--option", "a"))
+    config = recipes.runs.configure(trial, tmp_path)
+    assert (config.steps, config.log_every, config.eval_every) == (10_172, 101, 505)
 
 
 def test_a_trial_leaves_its_numbers_and_nothing_else(data, tmp_path, monkeypatch):
@@ -240,6 +260,34 @@ def test_speeds_are_measured_without_company(data, tmp_path):
             recipes.main(["ladder", *data, "--output", str(tmp_path), "--known", "none"])
         with recipes.locked(tmp_path / "lock", is_shared=True):
             pass
+
+
+def test_an_arm_is_searched_by_one_command(data, tmp_path):
+    """A second one would go on with the run that the first is training."""
+    command = ["tune", *data, "--output", str(tmp_path), "--known", "none", "--arms", "muon"]
+    with (
+        recipes.locked(tmp_path / "muon.lock", is_shared=False),
+        pytest.raises(UserError, match="in use by another command"),
+    ):
+        recipes.main(command)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--lr", "1e-5"), "--lr is chosen for each run"),
+        (("--embedding_lr=1e-5",), "--embedding-lr is chosen for each run"),
+        (("--seed", "7"), "--seed is chosen for each run"),
+        (("--warmup-steps", "7"), "--warmup-steps is chosen for each run"),
+        (("--recipe", "plan"), "--recipe is chosen for each run"),
+        (("--tokens", "inf"), "--tokens inf must be a number of 1 or more"),
+        (("--tokens", "0"), "--tokens 0 must be"),
+    ],
+)
+def test_flags_that_make_no_fair_run_are_refused(flags, message, data, tmp_path):
+    with pytest.raises(UserError, match=message):
+        recipes.main(["tune", *data, "--output", str(tmp_path), "--known", "none", *SMALL, *flags])
+    assert not list(tmp_path.glob("shards*"))
 
 
 def test_data_on_both_sides_or_read_twice_is_refused(data, tmp_path):
@@ -321,6 +369,11 @@ def test_the_report_says_how_many_times_the_tokens(tmp_path):
     reached = [row for row in cells if row[:1] == ["50"] and len(row) == 7]
     assert [row[3].split()[0] for row in reached] == ["2.98", "2.98", "1.99", "1.99"]
     assert [row[1] for row in reached] == ["16.8", "149.0*", "25.2", "99.3"]
+    heads = [row[:2] for row in cells if len(row) == 7 and row[2] == "seeds"]
+    assert heads[:2] == [
+        ["M tokens of plan", "M tokens of muon"],
+        ["M tokens of muon", "M tokens of plan"],
+    ]
     # Muon's step costs 1/0.95, which is more than the ratio wanted can bear.
     assert reached[0][5].startswith("2.83")
     # By hand: logarithms of 3 and 3 / 2 ** 0.02, so t = (mean - ln 3) / (0.02 ln 2 / 2) = -1 with
@@ -331,6 +384,24 @@ def test_the_report_says_how_many_times_the_tokens(tmp_path):
     assert any(row[:1] == ["adamw"] and "diverged" in row for row in cells)
     assert "not yet inside" not in text
     assert {path.name for path in tmp_path.iterdir()} == {"ladder.png", "long.png"}
+
+
+def test_a_report_says_what_one_length_cannot_tell(tmp_path):
+    text = report(ladder_results((25_000_000,)), tmp_path)
+    known, unknown = text.split("### plan reaches muon's loss\n\n")
+    assert "| 25 " in known.split("### muon reaches plan's loss")[1]
+    assert unknown.startswith("Not known yet: that takes two lengths of plan")
+
+
+def test_a_run_that_diverged_has_its_curve_up_to_there(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(recipe_report, "write_figure", lambda path, figure: figures.append(figure))
+    trial = Trial("long", "plan", 0, 250_000_000, 2e-4, 2e-4, 0.1, 0.95)
+    line = result(trial, None, curve=[[1_000_000, 9.0, 9.1], [2_000_000, 30.0, None]])
+    report([line], tmp_path)
+    (axes,) = figures[0].axes
+    ((tokens, bits),) = axes.lines[0].get_xydata()
+    assert (tokens, bits) == (1.0, pytest.approx(9.1 * 7 / 31 / math.log(2)))
 
 
 def test_time_has_each_seeds_own_speed_and_trends_no_extrapolation(tmp_path):
@@ -349,7 +420,7 @@ def test_time_has_each_seeds_own_speed_and_trends_no_extrapolation(tmp_path):
     assert reached[0][5] == "2.85 (2.85-2.85)"
     beyond = next(row for row in cells if row[:1] == ["100"] and row[1].endswith("*"))
     assert float(beyond[3].split()[0]) < 0.1
-    assert "change the ratio by 1.00 (1.00-1.00); on that line it would be 3.00" in text
+    assert "change the ratio by 1.00 (1.00-1.00) (2 seeds); on that line it would be 3.00" in text
 
 
 def test_runs_of_two_settings_make_no_line(tmp_path):

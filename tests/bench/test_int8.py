@@ -50,6 +50,18 @@ def test_every_arm_is_held_against_fp32(monkeypatch):
     assert noise["one scale on down"] < noise["int8"]
 
 
+def test_one_token_of_so_many_has_large_gradients(monkeypatch):
+    """They are counted through rows that are shorter than that, too."""
+    monkeypatch.setattr(int8_gradients, "OUTLIER_TOKENS", 32)
+    x = torch.ones(3, 24, 2, requires_grad=True)
+    y, routing = int8_gradients._enlarge_some(None, None, (x, None))
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    large = (gradient == int8_gradients.TOKEN_FACTOR).all(dim=2)
+    assert routing is None
+    assert large.nonzero().tolist() == [[0, 8], [1, 16]]
+    assert (gradient[~large] == 1.0).all()
+
+
 def test_down_needs_scales_for_its_outliers():
     h, weight = normal(40, 600).detach(), normal(16, 600, seed=1)
     h[:, 7] *= 100.0
@@ -85,6 +97,29 @@ def test_what_says_nothing_is_refused(flags, message, tmp_path):
     with pytest.raises(UserError, match=message):
         int8_gradients.main(["--output", str(tmp_path / "out.jsonl"), *flags])
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path):
+    with pytest.raises(UserError, match="--output .*: the folder .* does not exist"):
+        int8_gradients.main(["--output", str(tmp_path / "none" / "out.jsonl"), "--option", "c"])
+
+
+def test_a_runs_own_micro_batch_does_not_matter(tmp_path, monkeypatch):
+    config = replace(CONFIG, batch_size=32, micro_batch_size=32)
+    saved = SimpleNamespace(config=config, tokenizer=None, name="run")
+    monkeypatch.setattr(int8_gradients, "find_saved_model", lambda _: saved)
+    monkeypatch.setattr(int8_gradients, "measure", lambda *_, **__: iter(()))
+    monkeypatch.setattr(int8_gradients, "summarize", lambda _: [])
+    asked = []
+
+    def open_loader(config, tokenizer, pin_memory):
+        asked.append((config.batch_size, config.micro_batch_size))
+        return SimpleNamespace(next_batch=lambda: None, close=lambda: None)
+
+    monkeypatch.setattr(int8_gradients, "open_loader", open_loader)
+    output = ("--output", str(tmp_path / "out.jsonl"))
+    int8_gradients.main([*output, "--checkpoint", str(tmp_path), "--rows", "12"])
+    assert asked == [(12, None)]
 
 
 def test_summary_says_whether_controls_failed():

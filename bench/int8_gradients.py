@@ -41,6 +41,7 @@ from hamner.config.train import TrainConfig
 from hamner.data.batch import Batch
 from hamner.data.tokenizer import load_tokenizer
 from hamner.errors import UserError
+from hamner.files import require_writable
 from hamner.kernels import add_rms_norm_linear, swiglu
 from hamner.kernels.int8_matmul import int8_matmul
 from hamner.kernels.int8_quantize import GROUP, LARGEST, Int8Matrix, quantize_int8
@@ -153,11 +154,12 @@ def _enlarge_some(_module, _inputs, outputs) -> tuple:
     *tensors, routing = outputs
     views = []
     for tensor in tensors:
-        factors = tensor.new_ones(tensor.shape[1])
-        factors[OUTLIER_TOKENS // 3 :: OUTLIER_TOKENS] = TOKEN_FACTOR
+        factors = tensor.new_ones(*tensor.shape[:2], 1)
+        # Counted through all rows, however short they are; of 257 tokens, one.
+        factors.view(-1)[OUTLIER_TOKENS // 4 :: OUTLIER_TOKENS] = TOKEN_FACTOR
         # The block itself may read the tensor, but not the view.
         view = tensor.view_as(tensor)
-        view.register_hook(lambda d, factors=factors: d * factors[:, None])
+        view.register_hook(lambda d, factors=factors: d * factors)
         views.append(view)
     return *views, routing
 
@@ -287,6 +289,7 @@ def find_device() -> torch.device:
 def main(args: list[str]) -> int:
     """The command measures with and without outliers, and prints the tables."""
     flags = tyro.cli(GradientsConfig, args=args, registry=FLAG_RULES, prog=COMMAND)
+    require_writable(flags.output, "--output")
     saved = find_saved_model(flags.checkpoint) if flags.checkpoint else None
     config = saved.config if saved else for_option(flags.option)
     if config.model.is_moe:
@@ -298,7 +301,9 @@ def main(args: list[str]) -> int:
             f"shows with more than that; a row has {config.seq_len}"
         )
     device = find_device()
-    config = replace(config, data=flags.data, seed=flags.seed, batch_size=flags.rows)
+    # The run's own micro-batch need not divide these rows.
+    batch = {"batch_size": flags.rows, "micro_batch_size": None}
+    config = replace(config, data=flags.data, seed=flags.seed, **batch)
     tokenizer = saved.tokenizer if saved else load_tokenizer("builtin", config.model.vocab_size)
     with contextlib.closing(open_loader(config, tokenizer, False)) as loader:
         batch = loader.next_batch()

@@ -91,7 +91,9 @@ def half_interval(values: Sequence[float]) -> float:
 
 
 def with_interval(mean: float, half: float) -> str:
-    """The text is a number of nats with its interval."""
+    """The text is a number of nats with its interval; NaN is a number that is not known."""
+    if math.isnan(mean):
+        return "not known"
     if math.isnan(half):
         return f"{mean:+.4f} (no interval)"
     return f"{mean:+.4f} ({mean - half:+.4f} to {mean + half:+.4f})"
@@ -126,6 +128,8 @@ def describe(
         if both:
             of_both = [(results[seed], base[seed]) for seed in both]
             lines += describe_pairs(matmul, of_both, option, speeds.get(matmul))
+        elif diverged < len(results):
+            lines.append(f"{matmul}: no run in bf16 of the same seed to compare with yet")
     return lines
 
 
@@ -140,13 +144,15 @@ def describe_pairs(
     verdict = "as wanted"
     if gap > WANTED_GAP:
         verdict = "above what is wanted"
+    elif math.isnan(slope):
+        verdict = "small so far"
     elif slope - slope_half > 0:
         verdict = "small, but it grows"
     if gap > LARGEST_GAP:
         verdict = "too much to ship"
     lines = [
-        f"{matmul}: gap {with_interval(gap, half_interval(gaps))} nats a token, {verdict}; "
-        f"slope {with_interval(slope, slope_half)} per 100M tokens"
+        f"{matmul}: gap {with_interval(gap, half_interval(gaps))} nats a token over {len(found)} "
+        f"seeds, {verdict}; slope {with_interval(slope, slope_half)} per 100M tokens"
     ]
     speeds = [
         result["tokens_per_second"] / base["tokens_per_second"]

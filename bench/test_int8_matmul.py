@@ -4,9 +4,9 @@
 
 A layer of `in` x `out` has three matmuls over N tokens. `test_matmul` times each on operands that
 are quantised already; `test_with_quantisation` times it with the quantisation of activations and
-their gradients (a weight is quantised once a step, so beforehand); `test_quantise` times that
-alone, in GB/s of what must move. "hamner" has one scale a row, "hamner grouped" one each 256 of the
-reduced axis. fp8 is e4m3 through torch._scaled_mm with fast accumulation, quantised by
+their gradients (not of the weight, which has 1,024 to 5,632 rows beside 24,576); `test_quantise`
+times that alone, in GB/s of what must move. "hamner" has one scale a row, "hamner grouped" one each
+256 of the reduced axis. fp8 is e4m3 through torch._scaled_mm with fast accumulation, quantised by
 torch.compile; `_int_mm` stops at int32 sums. `test_matmul_as_8_6` times the code of an RTX 3090,
 executed on this GPU, ours and a plain bf16 matmul of the same instructions (bench/mma_matmul.py).
 

@@ -17,6 +17,11 @@ ENGINES = {
     "fsdp": "with weights, gradients and moments sharded over them (FSDP2)",
 }
 
+LINEARS = {
+    "int8": "forward and for the gradients of activations",
+    "int8-all": "forward and for the gradients of activations and weights",
+}
+
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -63,6 +68,8 @@ def introduction(log: TrainLog, saves: Saves, *, has_validation: bool) -> list[s
             f"{rank.world_size} processes{where}, {ENGINES[step.engine.name]}, of which each takes "
             f"{config.batch_size // rank.world_size} sequences of a step and the memory below"
         )
+    if step.model.int8 is not None:
+        lines.append(int8(config, log))
     lines += [f"memory: {step.plan}", recipe(config), log.mfu.explain()]
     if step.compute.device.type == "cuda":
         lines.append("the first step compiles its kernels, which a new machine takes a while for")
@@ -79,6 +86,16 @@ def introduction(log: TrainLog, saves: Saves, *, has_validation: bool) -> list[s
         if config.init_from is not None:
             lines.append(f"starting from the weights of {config.init_from}")
     return lines
+
+
+def int8(config: TrainConfig, log: TrainLog) -> str:
+    """The line says how linear layers multiply, and how many of their matmuls no longer do so."""
+    products = log.train_step.model.int8.products
+    fallen = {o.matmul for o in log.int8_guard.fallen if o.matmul[2] in products}
+    line = f"--matmul {config.matmul}: linear layers in int8 {LINEARS[config.matmul]}"
+    if fallen:
+        line += f"; {len(fallen)} of their matmuls fell back to bf16 before this start"
+    return line
 
 
 def recipe(config: TrainConfig) -> str:

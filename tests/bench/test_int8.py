@@ -50,6 +50,18 @@ def test_every_arm_is_held_against_fp32(monkeypatch):
     assert noise["one scale on down"] < noise["int8"]
 
 
+def test_one_token_of_so_many_has_large_gradients(monkeypatch):
+    """They are counted through rows that are shorter than that, too."""
+    monkeypatch.setattr(int8_gradients, "OUTLIER_TOKENS", 32)
+    x = torch.ones(3, 24, 2, requires_grad=True)
+    y, routing = int8_gradients._enlarge_some(None, None, (x, None))
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    large = (gradient == int8_gradients.TOKEN_FACTOR).all(dim=2)
+    assert routing is None
+    assert large.nonzero().tolist() == [[0, 8], [1, 16]]
+    assert (gradient[~large] == 1.0).all()
+
+
 def test_down_needs_scales_for_its_outliers():
     h, weight = normal(40, 600).detach(), normal(16, 600, seed=1)
     h[:, 7] *= 100.0
@@ -85,6 +97,29 @@ def test_what_says_nothing_is_refused(flags, message, tmp_path):
     with pytest.raises(UserError, match=message):
         int8_gradients.main(["--output", str(tmp_path / "out.jsonl"), *flags])
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path):
+    with pytest.raises(UserError, match="--output .*: the folder .* does not exist"):
+        int8_gradients.main(["--output", str(tmp_path / "none" / "out.jsonl"), "--option", "c"])
+
+
+def test_a_runs_own_micro_batch_does_not_matter(tmp_path, monkeypatch):
+    config = replace(CONFIG, batch_size=32, micro_batch_size=32)
+    saved = SimpleNamespace(config=config, tokenizer=None, name="run")
+    monkeypatch.setattr(int8_gradients, "find_saved_model", lambda _: saved)
+    monkeypatch.setattr(int8_gradients, "measure", lambda *_, **__: iter(()))
+    monkeypatch.setattr(int8_gradients, "summarize", lambda _: [])
+    asked = []
+
+    def open_loader(config, tokenizer, pin_memory):
+        asked.append((config.batch_size, config.micro_batch_size))
+        return SimpleNamespace(next_batch=lambda: None, close=lambda: None)
+
+    monkeypatch.setattr(int8_gradients, "open_loader", open_loader)
+    output = ("--output", str(tmp_path / "out.jsonl"))
+    int8_gradients.main([*output, "--checkpoint", str(tmp_path), "--rows", "12"])
+    assert asked == [(12, None)]
 
 
 def test_summary_says_whether_controls_failed():
@@ -136,13 +171,19 @@ def test_report_of_pairs(tmp_path, capsys):
     assert int8_loss.main(["report", str(tmp_path), "--speed", "int8-all", "1.6"]) == 0
     said = capsys.readouterr().out
     assert "bf16: 4.0200 over 3 seeds, standard deviation 0.0200" in said
-    assert "int8: gap +0.0040 (+0.0015 to +0.0065) nats a token, small, but it grows" in said
+    assert (
+        "int8: gap +0.0040 (+0.0015 to +0.0065) nats a token over 3 seeds, small, but it grows"
+        in said
+    )
     assert "slope +0.0020 (+0.0020 to +0.0020) per 100M tokens" in said
     # At 10B tokens the law falls by 0.168 nats an e-fold: 0.004 nats are 2.4% of the tokens.
     assert "int8: 1.100 times bf16's tokens/s, 1.074 net" in said
     assert "bf16 has that loss after 97.7% of 10B tokens" in said
     assert "int8-all: 1 of 3 runs diverged" in said
-    assert "int8-all: gap +0.0250" in said and "too much to ship" in said
+    assert (
+        "int8-all: gap +0.0250 (-0.0385 to +0.0885) nats a token over 2 seeds" in said
+        and "too much to ship" in said
+    )
     assert "int8-all: 1.600 times" in said
     with pytest.raises(UserError, match="--speed fp8 2: give one of int8, int8-all"):
         int8_loss.main(["report", str(tmp_path), "--speed", "fp8", "2"])
@@ -156,7 +197,13 @@ def test_the_slope_of_one_seed_has_an_interval_of_its_own():
     assert all(map(math.isnan, slope_of(tokens[:7], noise[:7])))
     base, other = (result(int8_loss.trials(SETTINGS, [])[0], loss) for loss in (4.0, 4.003))
     (line, _) = describe({"bf16": {0: base}, "int8": {0: other}}, "current", {})[1:]
-    assert "gap +0.0030 (no interval) nats a token, as wanted; slope +0.0000" in line
+    assert "gap +0.0030 (no interval) nats a token over 1 seeds, as wanted; slope +0.0000" in line
+    # Without a slope nothing says that it is as wanted, and without bf16 nothing says anything.
+    base["curve"] = base["curve"][-7:]
+    (line, _) = describe({"bf16": {0: base}, "int8": {0: other}}, "current", {})[1:]
+    assert line.endswith("nats a token over 1 seeds, small so far; slope not known per 100M tokens")
+    (line,) = describe({"bf16": {}, "int8": {0: other}}, "current", {})
+    assert line == "int8: no run in bf16 of the same seed to compare with yet"
 
 
 def test_runs_go_on_where_they_were_left(tmp_path, monkeypatch, capsys):

@@ -1,6 +1,8 @@
 """A model with int8 matmuls has, nearly, the loss and the gradients of one without."""
 
+import contextlib
 import importlib
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -37,9 +39,27 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
     return torch.cosine_similarity(a.flatten(), b.flatten(), dim=0).item()
 
 
-def test_gradients_point_where_they_did():
-    loss, exact = loss_and_gradients(DENSE_LAYER, "bf16")
-    int8_loss, gradients = loss_and_gradients(DENSE_LAYER, "int8-all")
+@contextlib.contextmanager
+def kept_for_backward() -> Iterator[list[int]]:
+    """The context gives the sizes of all storages that forward passes in it keep, in bytes."""
+    sizes = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    found = []
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        yield found
+    found += sorted(sizes.values())
+
+
+def test_gradients_point_where_they_did_and_nothing_more_is_kept_for_them():
+    with kept_for_backward() as kept:
+        loss, exact = loss_and_gradients(DENSE_LAYER, "bf16")
+    with kept_for_backward() as int8_kept:
+        int8_loss, gradients = loss_and_gradients(DENSE_LAYER, "int8-all")
+    assert int8_kept == kept
     assert int8_loss == pytest.approx(loss, abs=1e-3)
     for name, gradient in exact.items():
         # Quantisation is there, and small: a cosine of 0.999 is an error of 4.5% of the norm.

@@ -74,7 +74,11 @@ def test_a_run_logs_errors_falls_back_and_goes_on(config, monkeypatch, capsys):
         assert list(errors) == list(OPERANDS)
         assert all(0.001 < error < 0.02 for (error,) in errors.values())
     assert [any(row["int8"].values()) for row in rows] == [True, True, False]
-    assert "matmuls are bf16 from step 3 on" in " ".join(capsys.readouterr().out.split())
+    said = " ".join(capsys.readouterr().out.split())
+    assert "matmuls are bf16 from step 3 on" in said
+    how = "--matmul int8-all: linear layers in int8 forward and for the gradients of activations"
+    assert said.count(f"{how} and weights") == 2
+    assert said.count(f"{how} and weights; 12 of their matmuls fell back to bf16 before") == 1
     state = checkpoint.find(config.run_dir / "checkpoints")[-1].state()
     assert ["qkv", "input", 3] in [row[1:] for row in state["int8_fallback"]]
     # A replay multiplies as the step did.

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from hamner.cli import read_ahead, read_flags, run_command
+from hamner.config.model import flag
 from hamner.config.options import find_option
 from hamner.config.train import TrainConfig
 from hamner.errors import UserError
@@ -42,6 +43,15 @@ def parse(args: Sequence[str]) -> TrainConfig:
             raise UserError(
                 f"--{name} {given} is not the {saved} that {default.folder} was started with; "
                 "leave the flag out, or start another run with --run-dir FOLDER"
+            )
+    for name, user, value in (
+        ("momentum", "optimizer", "muon"),
+        ("decay_fraction", "decay", "wsd"),
+    ):
+        if getattr(config, name) != getattr(default, name) and getattr(config, user) != value:
+            raise UserError(
+                f"--{flag(name)} does nothing with --{user} {getattr(config, user)}: leave it out, "
+                f"or add --{user} {value}"
             )
     if origin.has_run and config.init_from != default.init_from:
         raise UserError(

@@ -130,6 +130,17 @@ def test_a_replay_has_the_flags_of_its_run(stopped):
 
 
 @pytest.mark.parametrize(
+    ("flag", "value", "user"),
+    [("--momentum", "0.9", "--optimizer muon"), ("--decay-fraction", "0.1", "--decay wsd")],
+)
+def test_a_flag_that_nothing_would_read_is_refused(flag, value, user):
+    with pytest.raises(UserError, match=f"{flag} does nothing with .* add {user}"):
+        parse(["--option", "tiny", flag, value])
+    config = parse(["--option", "tiny", flag, value, *user.split()])
+    assert getattr(config, flag[2:].replace("-", "_")) == float(value)
+
+
+@pytest.mark.parametrize(
     ("args", "named"),
     [
         (["--option", "huge"], "--option huge"),

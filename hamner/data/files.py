@@ -312,7 +312,15 @@ def _read(path: Path, stream: IO[bytes], size: int) -> bytes:
     try:
         return stream.read(size)
     except (OSError, EOFError, ValueError, zlib.error) as error:
+        if is_of_system(error):
+            raise
         raise UserError(f"--data {path}: damaged compressed file ({error})") from error
+
+
+def is_of_system(error: Exception) -> bool:
+    """The answer is whether the disk or network failed, which may pass; it does not say that the
+    content of a file is wrong."""
+    return isinstance(error, OSError) and error.errno is not None
 
 
 def open_bytes(path: Path) -> IO[bytes]:
@@ -372,6 +380,8 @@ class _ParquetFile:
             with pyarrow.parquet.ParquetFile(self._path) as file:
                 yield file
         except (pyarrow.ArrowException, OSError) as error:
+            if is_of_system(error):
+                raise
             reason = str(error).strip().splitlines()[0]
             raise UserError(
                 f"--data {self._path}: not a readable parquet file ({reason})"

@@ -268,3 +268,12 @@ def test_a_disk_that_goes_away_is_waited_for(prepared, tokenizer, monkeypatch):
     monkeypatch.setattr(retry.time, "sleep", lambda _: None)
     with pytest.raises(UserError, match=f"--data shards:{prepared}: given up after 10 attempts"):
         next(source.tokens("train", 0, 1, None))
+
+
+def test_a_shard_that_is_cut_short_under_its_reader_is_an_error_not_a_crash(prepared, tokenizer):
+    reading = ShardSource(str(prepared), tokenizer).tokens("train", 0, 0, None)
+    next(reading)
+    for shard in prepared.glob("train-*.tokens"):
+        os.truncate(shard, 8)
+    with pytest.raises(OSError, match="cut short while it is read.*tokens"):
+        list(reading)

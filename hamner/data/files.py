@@ -21,6 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+from rich.filesize import decimal
+
 from hamner.data.bad_rows import BadRow, BadRows, Counts
 from hamner.data.documents import TEXT_FIELDS, Extent, document_text
 from hamner.data.find import COMPRESSED, data_format, find_files
@@ -164,6 +166,12 @@ class FileSource:
         number = self._numbers[met.path]
         if number in self._judged:
             return
+        if self._sizes[number] > SCAN_BYTES:
+            logger.warning(
+                "--data %s: has a bad row, so all of its %s are looked through now, for minutes",
+                met.path,
+                decimal(self._sizes[number]),
+            )
         for other in sorted({*range(len(self._paths))} - self._judged, key=lambda n: n != number):
             if other != number:
                 if self._sizes[other] > self._spare_bytes:

@@ -11,10 +11,13 @@ import dataclasses
 import io
 import os
 import select
+import stat
 import sys
 import tempfile
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from time import monotonic, sleep
 from types import NoneType, UnionType
 from typing import Annotated, Any, TextIO, Union, get_args
 
@@ -36,6 +39,8 @@ PARTS = (
     *("parallel", "plan", "plot", "profile", "sft", "train"),
 )
 """packages that hamner is made of"""
+PATIENCE_SECONDS = 5.0
+"""longest that a terminal or pipe which stands still is waited for, once"""
 
 
 def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
@@ -109,6 +114,53 @@ class UnfailingStream:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
+
+
+class TimelyStream(UnfailingStream):
+    """The stream also loses what a terminal or a pipe does not take in time.
+
+    So a terminal that stands still (Ctrl-S, a laptop that sleeps at the other end of ssh) and a
+    pager that nobody turns hold up nothing.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self.flush()
+        self._stands_still = False
+        self._descriptor = None
+        with contextlib.suppress(OSError, ValueError):  # it has no descriptor
+            self._descriptor = open_unwaiting(stream.fileno())
+        if self._descriptor is not None:
+            weakref.finalize(self, os.close, self._descriptor)
+
+    def write(self, text: str) -> int:
+        if self._descriptor is None:
+            return super().write(text)
+        data = text.encode(self.stream.encoding, "replace")
+        deadline = monotonic() + PATIENCE_SECONDS
+        with contextlib.suppress(OSError):
+            while data:
+                try:
+                    data = data[os.write(self._descriptor, data) :]
+                except BlockingIOError:
+                    if self._stands_still or monotonic() > deadline:
+                        break
+                    sleep(0.01)
+            self._stands_still = bool(data)
+        return len(text)
+
+
+def open_unwaiting(descriptor: int) -> int | None:
+    """The function opens a terminal or pipe once more, so that writing to it never waits.
+
+    Returns:
+        Another descriptor, or None for what is neither, or cannot be opened.
+    """
+    with contextlib.suppress(OSError):
+        if os.isatty(descriptor) or stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+            # O_NONBLOCK on the descriptor itself would hold for the shell as well.
+            return os.open(f"/dev/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    return None
 
 
 def _prepare_process() -> None:

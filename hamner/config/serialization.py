@@ -19,7 +19,10 @@ def build(cls: type, values: dict, path: Path) -> Any:
     hints = typing.get_type_hints(cls)
     unknown = sorted(set(values) - set(hints))
     if unknown:
-        raise UserError(f"{path} has a field this version does not know: {unknown[0]}")
+        raise UserError(
+            f"{path} has a field this version does not know: {unknown[0]}; if a later version of "
+            "Hamner wrote it, install that one"
+        )
     converted = {name: _convert(value, hints[name], name, path) for name, value in values.items()}
     try:
         return cls(**converted)

@@ -17,8 +17,11 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
+
+from rich.filesize import decimal
 
 from hamner.data.bad_rows import BadRow, BadRows, Counts
 from hamner.data.documents import TEXT_FIELDS, Extent, document_text
@@ -67,6 +70,10 @@ _CUTS = (
 _SEPARATOR_LINE = re.compile(rb"(?:\A|(?<=\n))" + _SEPARATOR + rb"(?:\n|\Z)")
 
 
+class FileChanged(Exception):
+    """The exception says that a file is no longer the one that was opened; it may be put back."""
+
+
 class FileSource:
     """A file source gives the documents of a file, a folder or a glob.
 
@@ -89,6 +96,8 @@ class FileSource:
         """numbers of the files that were looked through since the start"""
         self._spare_bytes = SCAN_BYTES
         """that may still be looked through beside files with a bad row"""
+        self._grown: set[int] = set()
+        """numbers of the files that were warned of"""
         self._scans: dict[int, Scan] = {}
         self._layouts: dict[int, Scan] = {}
         """what mended files held before"""
@@ -125,17 +134,44 @@ class FileSource:
 
         Raises:
             TooManyBadRows: more than their share.
+            FileChanged: a file is another one by now, or was cut short.
+            OSError: it cannot be read.
         """
-        files = [_JudgedFile(file, self._look_through) for file in self._files]
+        files = [
+            _JudgedFile(file, self._look_through, partial(self._require_unchanged, number))
+            for number, file in enumerate(self._files)
+        ]
         for row, after in shuffled_documents(files, seed, epoch, state):
             if isinstance(row, str):
                 yield row, after
+
+    def _require_unchanged(self, number: int) -> None:
+        """A file has the size that it had at the start, or is text that has grown since."""
+        path, before = self._paths[number], self._sizes[number]
+        size = path.stat().st_size
+        if size < before or (size != before and data_format(path) == ".parquet"):
+            raise FileChanged(f"{path} has {size:,} bytes, and had {before:,} at the start")
+        if size != before and number not in self._grown:
+            self._grown.add(number)
+            logger.warning(
+                "--data %s: has grown from %s to %s bytes since the start; --resume will take it "
+                "for other data",
+                path,
+                f"{before:,}",
+                f"{size:,}",
+            )
 
     def _look_through(self, met: BadRow) -> None:
         """The file of a bad row is looked through unless it was, and all bad rows are judged."""
         number = self._numbers[met.path]
         if number in self._judged:
             return
+        if self._sizes[number] > SCAN_BYTES:
+            logger.warning(
+                "--data %s: has a bad row, so all of its %s are looked through now, for minutes",
+                met.path,
+                decimal(self._sizes[number]),
+            )
         for other in sorted({*range(len(self._paths))} - self._judged, key=lambda n: n != number):
             if other != number:
                 if self._sizes[other] > self._spare_bytes:
@@ -220,18 +256,25 @@ class FileSource:
 
 @dataclass(frozen=True)
 class _JudgedFile:
-    """A file says which bad row a block has, before it gives the block."""
+    """A file says which bad row a block has, before it gives the block, and that it is the one
+    that was opened."""
 
     file: "_TextFile | _ParquetFile | MendedFile"
     met: Callable[[BadRow], None]
+    require_unchanged: Callable[[], None]
 
     def blocks(self, start: int, *key: int) -> Iterator[Sequence[Row]]:
         """The blocks are those of the file; see `BlockFile`."""
-        for block in self.file.blocks(start, *key):
-            bad = next((row for row in block if isinstance(row, BadRow)), None)
-            if bad is not None:
-                self.met(bad)
-            yield block
+        self.require_unchanged()
+        try:
+            for block in self.file.blocks(start, *key):
+                bad = next((row for row in block if isinstance(row, BadRow)), None)
+                if bad is not None:
+                    self.met(bad)
+                yield block
+        except UserError:
+            self.require_unchanged()  # else nothing is wrong with what was opened
+            raise
 
 
 def _identity(paths: Sequence[Path], sizes: Sequence[int]) -> State:
@@ -312,7 +355,15 @@ def _read(path: Path, stream: IO[bytes], size: int) -> bytes:
     try:
         return stream.read(size)
     except (OSError, EOFError, ValueError, zlib.error) as error:
+        if is_of_system(error):
+            raise
         raise UserError(f"--data {path}: damaged compressed file ({error})") from error
+
+
+def is_of_system(error: Exception) -> bool:
+    """The answer is whether the disk or network failed, which may pass; it does not say that the
+    content of a file is wrong."""
+    return isinstance(error, OSError) and error.errno is not None
 
 
 def open_bytes(path: Path) -> IO[bytes]:
@@ -372,6 +423,8 @@ class _ParquetFile:
             with pyarrow.parquet.ParquetFile(self._path) as file:
                 yield file
         except (pyarrow.ArrowException, OSError) as error:
+            if is_of_system(error):
+                raise
             reason = str(error).strip().splitlines()[0]
             raise UserError(
                 f"--data {self._path}: not a readable parquet file ({reason})"
@@ -440,13 +493,14 @@ def last_cut(text: bytes) -> int:
 class _TextFile:
     """A block of plain text is about 4 MiB that end where the text may be cut.
 
-    Uncompressed blocks are read in any order; a compressed file can only be read forward.
+    Uncompressed blocks are read in any order, up to the size that the file has now; a compressed
+    file can only be read forward.
     """
 
     _last_cut = staticmethod(last_cut)
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._path, self._size = path, path.stat().st_size
         self.is_forward = path.suffix.lower() in COMPRESSED
 
     def blocks(self, start: int, *key: int) -> Iterator[Sequence[Row]]:
@@ -476,16 +530,18 @@ class _TextFile:
         return 0.0 if self.is_forward else min(1.0, block / max(1, self._count()))
 
     def _count(self) -> int:
-        return -(-self._path.stat().st_size // BLOCK_BYTES)
+        return -(-self._size // BLOCK_BYTES)
 
     def _blocks_at(self, numbers: Sequence[int]) -> Iterator[tuple[int, bytes]]:
-        size = self._path.stat().st_size
         with self._path.open("rb") as stream:
             for number in numbers:
                 begin = self._cut_after(stream, int(number) * BLOCK_BYTES) if number else 0
-                end = self._cut_after(stream, min(int(number + 1) * BLOCK_BYTES, size))
+                end = self._cut_after(stream, min(int(number + 1) * BLOCK_BYTES, self._size))
                 stream.seek(begin)
-                yield begin, stream.read(end - begin)
+                block = stream.read(end - begin)
+                if len(block) < end - begin:
+                    raise FileChanged(f"{self._path} was cut short while it is read")
+                yield begin, block
 
     def _blocks_forward(self) -> Iterator[tuple[int, bytes]]:
         offset, buffer = 0, b""
@@ -505,9 +561,11 @@ class _TextFile:
         return _read(self._path, stream, size)
 
     def _cut_after(self, stream: IO[bytes], position: int) -> int:
-        """The offset is the first from `position` on at which a block may begin."""
+        """The offset is the first from `position` on at which a block may begin; what was written
+        behind the end since the start does not count."""
         stream.seek(position)
-        return position + self._last_cut(stream.read(TEXT_DOCUMENT_BYTES))
+        following = stream.read(min(TEXT_DOCUMENT_BYTES, self._size - position))
+        return position + self._last_cut(following)
 
     def _parse(self, block: bytes, offset: int) -> list[Row]:
         rows: list[Row] = []
@@ -540,7 +598,7 @@ class _JsonLinesFile(_TextFile):
         stream.seek(position - 1)
         if len(stream.readline(MAX_LINE_BYTES + 1)) > MAX_LINE_BYTES:
             self._refuse_length(position)
-        return stream.tell()
+        return min(stream.tell(), self._size)
 
     def _last_cut(self, text: bytes) -> int:
         return text.rfind(b"\n") + 1

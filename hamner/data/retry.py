@@ -3,13 +3,18 @@
 import logging
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
-from hamner.data.documents import Extent, TextSource
+import numpy as np
+
+from hamner.data.documents import Extent, Split, TextSource, TokenSource
 from hamner.data.shuffle import State
 from hamner.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+Document = TypeVar("Document", str, np.ndarray)
 
 #: In a row without a new document before a source is given up.
 ATTEMPTS = 10
@@ -19,14 +24,14 @@ MAX_DELAY_SECONDS = 60.0
 
 
 class RetriedSource:
-    """A source of text is read on, after an error, from behind its last document.
+    """A source of text or tokens is read on, after an error, from behind its last document.
 
     A `UserError` says that the content is wrong and is raised at once: another attempt would find
     the same. Anything else may pass, and is tried again. A source that was given up and is asked
     again gets one attempt. Messages name it as the user wrote it.
     """
 
-    def __init__(self, source: TextSource, name: str) -> None:
+    def __init__(self, source: TextSource | TokenSource, name: str) -> None:
         self._source, self._name = source, name
         self._failures = 0
         self.identity = source.identity
@@ -35,6 +40,18 @@ class RetriedSource:
         return self._source.extent(seed, epoch, state)
 
     def documents(self, seed: int, epoch: int, state: State | None) -> Iterator[tuple[str, State]]:
+        """The iterator gives one epoch of text; see `_read_on`."""
+        return self._read_on(lambda after: self._source.documents(seed, epoch, after), state)
+
+    def tokens(
+        self, split: Split, seed: int, epoch: int, state: State | None
+    ) -> Iterator[tuple[np.ndarray, State]]:
+        """The iterator gives one epoch of tokens; see `_read_on`."""
+        return self._read_on(lambda after: self._source.tokens(split, seed, epoch, after), state)
+
+    def _read_on(
+        self, read: Callable[[State | None], Iterator[tuple[Document, State]]], state: State | None
+    ) -> Iterator[tuple[Document, State]]:
         """The iterator gives one epoch, each document with the state to go on after it.
 
         Raises:
@@ -42,10 +59,10 @@ class RetriedSource:
         """
         while True:
             try:
-                for text, after in self._source.documents(seed, epoch, state):
+                for document, after in read(state):
                     state = after
                     self._failures = 0
-                    yield text, state
+                    yield document, state
                 return
             except UserError:
                 raise

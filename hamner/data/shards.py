@@ -1,4 +1,4 @@
-"""Shards hold documents that `prepare` tokenized once; they are read by memory map.
+"""Shards hold documents that `prepare` tokenized once; they are read from disk one by one.
 
 DIR/index.json                 format, tokenizer, dtype, split, and every shard with its sums
 DIR/train-00000.tokens         token ids, little-endian, each document with its end-of-text
@@ -7,10 +7,12 @@ DIR/validation-00000.tokens    held-out documents, written along with the shard 
 DIR/progress.json              only while unfinished: where to go on
 """
 
+import errno
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import BinaryIO, get_args
 
 import numpy as np
 
@@ -25,6 +27,8 @@ VERSION = 1
 INDEX = "index.json"
 PROGRESS = "progress.json"
 OFFSET_DTYPE = np.dtype("<u8")
+CHECKED_TOKENS = 2**22
+"""of a shard that are in memory at once while it is checked"""
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 
@@ -111,19 +115,24 @@ class Shard:
         """The shard is one block; see `BlockFile`."""
         if start > 0:
             return
-        tokens = np.memmap(self._path, dtype=self._dtype, mode="r")
         offsets = np.fromfile(self._offsets_path, dtype=OFFSET_DTYPE).astype(np.int64)
-        if not self._is_checked:
-            self._check(tokens, offsets)
-            self._is_checked = True
-        yield _ShardDocuments(tokens, offsets)
+        # Not by memory map: there a disk that fails ends the process, without a word.
+        with self._path.open("rb", buffering=0) as file:
+            if not self._is_checked:
+                self._check(file, offsets)
+                self._is_checked = True
+            yield _ShardDocuments(file, self._dtype, offsets)
 
-    def _check(self, tokens: np.ndarray, offsets: np.ndarray) -> None:
+    def _check(self, file: BinaryIO, offsets: np.ndarray) -> None:
+        digest, count, highest = hashlib.sha256(), 0, 0
+        while len(tokens := np.fromfile(file, self._dtype, CHECKED_TOKENS)):
+            digest.update(tokens.data)
+            count, highest = count + len(tokens), max(highest, tokens.max())
         is_whole = (
-            hashlib.sha256(tokens.data).hexdigest() == self._sha256
-            and tokens.max() < self._vocab_size
+            digest.hexdigest() == self._sha256
+            and highest < self._vocab_size
             and offsets[0] == 0
-            and offsets[-1] == len(tokens)
+            and offsets[-1] == count
             and (np.diff(offsets) > 0).all()
         )
         if not is_whole:
@@ -131,17 +140,25 @@ class Shard:
 
 
 class _ShardDocuments(Sequence[np.ndarray]):
-    """The documents of a shard are copied out of the memory map one at a time."""
+    """The documents of a shard are read one at a time."""
 
-    def __init__(self, tokens: np.ndarray, offsets: np.ndarray) -> None:
-        self._tokens = tokens
-        self._offsets = offsets
+    def __init__(self, file: BinaryIO, dtype: np.dtype, offsets: np.ndarray) -> None:
+        self._file, self._dtype, self._offsets = file, dtype, offsets
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return np.array(self._tokens[self._offsets[index] : self._offsets[index + 1]])
+        """The method reads a document.
+
+        Raises:
+            OSError: the disk fails, or the file was cut short.
+        """
+        begin, end = map(int, self._offsets[index : index + 2])
+        ids = np.empty(end - begin, self._dtype)
+        if os.preadv(self._file.fileno(), [ids], begin * ids.itemsize) < ids.nbytes:
+            raise OSError(errno.EIO, "it was cut short while it is read", self._file.name)
+        return ids
 
 
 def _inside(folder: Path, name: str) -> Path:

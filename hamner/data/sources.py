@@ -46,7 +46,7 @@ def open_source(
         UserError: nothing to read there, or shards of another tokenizer.
     """
     if spec.kind == "shards":
-        return ShardSource(spec.location, tokenizer)
+        return RetriedSource(ShardSource(spec.location, tokenizer), spec.text)
     return TokenizedText(open_text_source(spec, bad_rows), tokenizer, val_fraction)
 
 

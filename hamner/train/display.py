@@ -10,23 +10,25 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from hamner.cli import UnfailingStream
+from hamner.cli import TimelyStream, UnfailingStream
 from hamner.plan.words import short
 from hamner.progress import ShownStatus
 from hamner.train.metrics import Record
 
+CONTROLS = dict.fromkeys({*range(32), *range(127, 160)} - set(map(ord, "\t\n\r")), "\ufffd")
+"""what a sample may hold, and a terminal would obey, to the end of the run"""
 FAILURES = (Exception, SystemExit)
 """of a console; it leaves the process when nobody reads its pipe"""
 
 
-def open_console() -> Console:
+def open_console(kind: type[UnfailingStream] = UnfailingStream) -> Console:
     """The console writes to the standard output, if there is one; what that refuses is lost."""
-    return Console(file=sys.stdout and UnfailingStream(sys.stdout), highlight=False)
+    return Console(file=sys.stdout and kind(sys.stdout), highlight=False)
 
 
 class Display:
     """The display shows records as they come, and one-line messages; whatever becomes of the
-    terminal, it raises nothing.
+    terminal, it raises nothing and waits for nobody.
 
     Args:
         name: of the run, the panel's title.
@@ -44,11 +46,14 @@ class Display:
     def connect(self, console: Console | None = None, log: Console | None = None) -> None:
         """The display writes to a console, of which a terminal gets the panel, and plain lines to a
         log as well; None is the terminal, or no log."""
-        self.console, self.log = console or open_console(), log
+        self.console, self.log = console or open_console(TimelyStream), log
         self.status = ShownStatus(self.console, self.message)
         """of what takes long"""
 
     def __enter__(self) -> "Display":
+        # Warnings of other threads must not wait for a terminal either.
+        self.errors = contextlib.redirect_stderr(sys.stderr and TimelyStream(sys.stderr))
+        self.errors.__enter__()
         with contextlib.suppress(*FAILURES):
             if self.console.is_terminal:
                 self.live = Live(console=self.console, refresh_per_second=4)
@@ -60,6 +65,7 @@ class Display:
         with contextlib.suppress(*FAILURES):
             if self.live:
                 self.live.stop()
+        self.errors.__exit__(None, None, None)
         if isinstance(self.console.file, UnfailingStream):
             self.console.file.give_up_rest()
 
@@ -103,7 +109,7 @@ class Display:
     def _print(self, console: Console | None, text: str) -> None:
         if console is not None:
             with contextlib.suppress(*FAILURES):
-                console.print(Text(text), soft_wrap=True)
+                console.print(Text(text.translate(CONTROLS)), soft_wrap=True)
 
     def fields(self, record: Record) -> dict[str, str]:
         """The fields are the names and values that are shown."""

@@ -3,6 +3,13 @@
 import contextlib
 import os
 import signal
+import time
+
+from hamner.cli import open_unwaiting
+
+TOGETHER_SECONDS = 0.25
+"""signals that come so soon after the first count as the same one: a supervisor may send it to a
+process and then to its group"""
 
 
 class Interrupt:
@@ -11,7 +18,7 @@ class Interrupt:
     A signal that is ignored stays so: `nohup` keeps a run alive when its terminal closes.
 
     The second is left to the operating system's default: it works even while a long operation
-    keeps Python's own handlers waiting.
+    keeps Python's own handlers waiting. A second SIGHUP counts for nothing.
 
     Args:
         is_single: false in one of several processes. There the launcher passes signals on, to each
@@ -39,12 +46,25 @@ class Interrupt:
             signal.signal(number, signal.SIG_IGN if keeps_quiet else handler)
 
     def _request(self, *_) -> None:
+        if self.requested:
+            return
         self.requested = True
         if not self.is_single:
             return
+        self._say()
+        time.sleep(TOGETHER_SECONDS)
         for number in self.previous:
-            signal.signal(number, signal.SIG_DFL)
-        # Not print: the handler may run in the middle of another write. After SIGHUP there may be
-        # no terminal left.
+            # A shell whose terminal closes sends SIGHUP, and so does its end: nobody insists.
+            is_hangup = number == signal.SIGHUP
+            signal.signal(number, signal.SIG_IGN if is_hangup else signal.SIG_DFL)
+
+    def _say(self) -> None:
+        """People see that a signal was heard, unless their terminal is gone or stands still."""
+        # Not print: the handler may run in the middle of another write.
+        own = open_unwaiting(2)
         with contextlib.suppress(OSError):
-            os.write(2, b"\nstopping: saving first; once more leaves at once\n")
+            os.write(
+                2 if own is None else own, b"\nstopping: saving first; once more leaves at once\n"
+            )
+        if own is not None:
+            os.close(own)

@@ -85,7 +85,7 @@ def introduction(log: TrainLog, saves: Saves, *, has_validation: bool) -> list[s
         lines.append(f"run folder {log.run.path}")
         if config.init_from is not None:
             lines.append(f"starting from the weights of {config.init_from}")
-    return lines
+    return lines + saves.lack_of_room()
 
 
 def int8(config: TrainConfig, log: TrainLog) -> str:

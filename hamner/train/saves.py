@@ -1,11 +1,14 @@
 """The module says when a run saves, and what its checkpoints hold."""
 
 import errno
+import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from rich.filesize import decimal
 
 import hamner
 from hamner.checkpoint import format as checkpoint
@@ -87,6 +90,29 @@ class Saves:
     def is_healthy(self) -> bool:
         """A state is not saved while steps are bad: their cause may be in it."""
         return not self.log.health.bad_in_a_row
+
+    def lack_of_room(self) -> list[str]:
+        """A line warns if the disk has no room for the checkpoints that will stand there at once,
+        as it is now; it counts no more than they surely take."""
+        config, step, folder = self.log.config, self.log.train_step, self.log.run.checkpoints
+        tensors = {**step.model.state_dict(), **step.optimizer.state_tensors()}.values()
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        left = self.log.display.total_tokens - self.progress.tokens
+        steps = max(1, math.ceil(left / config.tokens_per_step))
+        number = 1 + (steps - 1) // config.save_every if config.save_every else 1
+        if config.keep:  # the new one is whole before the oldest is removed
+            number = min(number, max(1, config.keep + 1 - len(checkpoint.find(folder))))
+        try:
+            free = shutil.disk_usage(folder).free
+        except OSError:
+            return []
+        if free >= number * size:
+            return []
+        return [
+            f"WARNING: the disk of {folder} has {decimal(free)} free, and {number:,} checkpoints "
+            f"of {decimal(size)} or more will be written there before one is removed: make room, "
+            "or lower --keep"
+        ]
 
     def save(self) -> None:
         """A checkpoint of the last finished step is begun."""

@@ -98,7 +98,7 @@ def test_more_than_the_share_is_refused_with_all_of_them(tmp_path, share):
     assert f"--bad-rows {share:g}: mend or remove them" in str(caught.value)
 
 
-def test_the_share_is_one_of_the_whole_source_in_whatever_order(tmp_path, monkeypatch):
+def test_the_share_is_one_of_the_whole_source_in_whatever_order(tmp_path, monkeypatch, caplog):
     """One bad row of a small file beside a large one passes, whichever is read first."""
     monkeypatch.setattr(files, "SCAN_BYTES", 0)
     write(tmp_path / "a.jsonl", [None, "good"])
@@ -106,6 +106,7 @@ def test_the_share_is_one_of_the_whole_source_in_whatever_order(tmp_path, monkey
     for seed in range(4):
         texts = read(FileSource(str(tmp_path), BadRows("x", share=0.01)), seed=seed)
         assert len(texts) == 241
+    assert "are looked through now, for minutes" in caplog.text
 
 
 def test_a_file_of_nothing_but_bad_rows_is_given_up(tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
 import gzip
+import itertools
 import json
 import re
 import struct
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hamner.data import files
-from hamner.data.files import FileSource, last_cut
+from hamner.data.files import FileChanged, FileSource, last_cut
 from hamner.errors import UserError
 
 
@@ -268,3 +269,45 @@ def test_parquet_without_text_is_refused(write_parquet):
 def test_parquet_with_broken_utf8_names_the_row(write_parquet):
     broken = pyarrow.array([b"ok", b"abc\xff"]).cast(pyarrow.binary()).view(pyarrow.string())
     refused(write_parquet("a.parquet", text=broken), 'row 1: "text" is not UTF-8; 1 of 2 rows')
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_text_that_grows_is_read_as_it_was(tmp_path, write_jsonl, monkeypatch, caplog, name):
+    monkeypatch.setattr(files, "BLOCK_BYTES", 200)
+    monkeypatch.setattr(files, "TEXT_DOCUMENT_BYTES", 100)
+    write_jsonl("a.jsonl", [f"row {i}" for i in range(300)]).rename(tmp_path / name)
+    before = [texts(tmp_path, epoch=epoch) for epoch in range(3)]
+    source = FileSource(str(tmp_path))
+    for epoch, expected in enumerate(before):
+        reading = source.documents(0, epoch, None)
+        first = next(reading)[0]
+        with (tmp_path / name).open("a") as file:
+            file.write('"new"\n' * 100)
+        assert [first, *(text for text, _ in reading)] == expected
+    assert caplog.text.count("has grown from") == 1
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_a_file_that_is_cut_short_or_replaced_is_read_on_once_it_is_back(
+    tmp_path, write_jsonl, write_parquet, monkeypatch, name
+):
+    monkeypatch.setattr(files, "BLOCK_BYTES", 200)
+
+    def write(rows):
+        if name == "a.jsonl":
+            return write_jsonl(name, rows)
+        return write_parquet(name, text=rows)
+
+    rows = [f"row {i}" for i in range(300)]
+    expected = texts(write(rows))
+    source = FileSource(str(tmp_path))
+    reading = source.documents(0, 0, None)
+    read = list(itertools.islice(reading, 100))
+    write(rows[:150])
+    with pytest.raises(FileChanged, match=f"{name} (was cut short|has .* bytes)"):
+        read.extend(reading)
+    with pytest.raises(FileChanged, match=f"{name} has .* bytes, and had .* at the start"):
+        next(source.documents(0, 1, None))
+    write(rows)
+    read.extend(source.documents(0, 0, read[-1][1]))
+    assert [text for text, _ in read] == expected

@@ -1,7 +1,11 @@
+import errno
+import gzip
 import itertools
 import json
 from unittest import mock
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -93,14 +97,36 @@ def test_delays_grow_with_jitter_up_to_a_limit(monkeypatch):
         assert len(delays) > 1
 
 
-def test_file_that_goes_away_is_waited_for(tmp_path, monkeypatch):
-    path, away = tmp_path / "a.txt", tmp_path / "a.gone"
-    path.write_text("a")
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.zst", "a.parquet"])
+def test_file_that_goes_away_is_waited_for(tmp_path, monkeypatch, name):
+    path, away = tmp_path / name, tmp_path / "a.gone"
+    if name == "a.parquet":
+        pq.write_table(pa.table({"text": ["a"]}), path)
+    else:
+        path.write_bytes(pa.Codec("zstd").compress(b"a", asbytes=True) if ".zst" in name else b"a")
     source = RetriedSource(FileSource(str(tmp_path)), str(tmp_path))
     path.rename(away)
     monkeypatch.setattr(retry.time, "sleep", lambda _: away.rename(path))
     assert [text for text, _ in source.documents(0, 0, None)] == ["a"]
     path.rename(away)
     monkeypatch.setattr(retry.time, "sleep", lambda _: None)
-    with pytest.raises(UserError, match="--data .* given up after 3 .*FileNotFoundError.*a.txt"):
+    with pytest.raises(UserError, match=f"--data .* given up after 3 .*FileNotFoundError.*{name}"):
         list(source.documents(0, 0, None))
+
+
+def test_a_disk_that_fails_below_a_compressed_file_says_nothing_of_its_content(
+    tmp_path, monkeypatch
+):
+    path = tmp_path / "a.txt.gz"
+    path.write_bytes(gzip.compress(b"a"))
+    source = RetriedSource(FileSource(str(path)), str(path))
+    whole, faults = gzip.GzipFile.read, [OSError(errno.EIO, "Input/output error")]
+
+    def read(file, size=-1):
+        if faults:
+            raise faults.pop()
+        return whole(file, size)
+
+    monkeypatch.setattr(gzip.GzipFile, "read", read)
+    assert [text for text, _ in source.documents(0, 0, None)] == ["a"]
+    assert not faults

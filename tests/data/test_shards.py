@@ -7,10 +7,14 @@ import os
 import numpy as np
 import pytest
 
+from hamner.data import retry
+from hamner.data.bad_rows import BadRows
 from hamner.data.documents import split_of
 from hamner.data.loader import DataConfig, TrainLoader
 from hamner.data.prepare import prepare
 from hamner.data.shards import ShardSource
+from hamner.data.sources import open_source
+from hamner.data.specs import parse_specs
 from hamner.data.tokenizer import Tokenizer, load_tokenizer
 from hamner.errors import UserError
 from hamner.progress import Status, Task
@@ -249,3 +253,27 @@ def test_changed_content_is_refused_when_read(prepared, tokenizer, name):
     source = ShardSource(str(prepared), tokenizer)
     with pytest.raises(UserError, match="train-00000.tokens is damaged"):
         list(source.tokens("train", 0, 0, None))
+
+
+def test_a_disk_that_goes_away_is_waited_for(prepared, tokenizer, monkeypatch):
+    away = prepared.with_name("away")
+    source = open_source(parse_specs([f"shards:{prepared}"])[0], tokenizer, 0.0, BadRows("shards"))
+    reading = source.tokens("train", 0, 0, None)
+    read = [next(reading)[0]]
+    prepared.rename(away)
+    monkeypatch.setattr(retry.time, "sleep", lambda _: away.rename(prepared))
+    read += [ids for ids, _ in reading]
+    assert list(map(tokenizer.decode, read)) == documents(prepared, tokenizer, "train")
+    prepared.rename(away)
+    monkeypatch.setattr(retry.time, "sleep", lambda _: None)
+    with pytest.raises(UserError, match=f"--data shards:{prepared}: given up after 10 attempts"):
+        next(source.tokens("train", 0, 1, None))
+
+
+def test_a_shard_that_is_cut_short_under_its_reader_is_an_error_not_a_crash(prepared, tokenizer):
+    reading = ShardSource(str(prepared), tokenizer).tokens("train", 0, 0, None)
+    next(reading)
+    for shard in prepared.glob("train-*.tokens"):
+        os.truncate(shard, 8)
+    with pytest.raises(OSError, match="cut short while it is read.*tokens"):
+        list(reading)

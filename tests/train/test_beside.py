@@ -3,6 +3,7 @@
 The rows of docs/surviving.md, each by a fault that is put in.
 """
 
+import contextlib
 import errno
 import io
 import os
@@ -10,6 +11,7 @@ import pwd
 import signal
 import stat
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -220,10 +222,24 @@ def full_disk() -> io.TextIOBase:
     return Path("/dev/full").open("w", buffering=1)
 
 
+def standing_still() -> io.TextIOBase:
+    """Whoever writes there waits: the pipe is full."""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    with contextlib.suppress(BlockingIOError):
+        while os.write(write, bytes(4096)):
+            pass
+    os.set_blocking(write, True)
+    stream = os.fdopen(write, "w", buffering=1)
+    weakref.finalize(stream, os.close, read)
+    return stream
+
+
 TERMINALS = {
     "ascii": lambda: io.TextIOWrapper(io.BytesIO(), "ascii"),
     "full disk": full_disk,
     "no reader": no_reader,
+    "standing still": standing_still,
     "closed": lambda: None,
 }
 
@@ -232,6 +248,7 @@ TERMINALS = {
 def test_a_terminal_that_refuses_ends_nothing(config, monkeypatch, terminal):
     """Its buffers are empty at the end, or the process would stumble over them."""
     monkeypatch.setattr(evaluation, "generate", lambda *_, **__: "naïve 日本")
+    monkeypatch.setattr("hamner.cli.PATIENCE_SECONDS", 0.0)
     stream = TERMINALS[terminal]()
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", stream)

@@ -83,6 +83,14 @@ def test_elsewhere_a_record_is_one_plain_line():
     assert line.endswith("skipped 2")
 
 
+def test_a_sample_does_not_command_the_terminal():
+    output = io.StringIO()
+    display = Display("hamner a", 10)
+    display.connect(Console(file=output, force_terminal=True, width=120, highlight=False))
+    display.message("sample: a\x1b[2J\x0eb\x9b1mc é")
+    assert output.getvalue() == "sample: a\ufffd[2J\ufffdb\ufffd1mc é\n"
+
+
 def test_without_a_gpu_no_mfu_and_no_vram_are_shown():
     display = Display("x", 10, None)
     record = Record(**{**vars(RECORD), "mfu": None, "peak_vram_gib": None, "skipped_steps": 0})

@@ -1,5 +1,6 @@
 """What a run does when steps, data, disks or checkpoints go bad under it."""
 
+import contextlib
 import json
 import math
 import os
@@ -7,6 +8,7 @@ import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,7 +16,7 @@ from hamner.checkpoint import format as checkpoint
 from hamner.checkpoint import writer
 from hamner.config.train import TrainConfig
 from hamner.errors import EXIT_BAD_STEPS, UserError
-from hamner.train import health, loop
+from hamner.train import health, loop, saves
 from hamner.train.loop import TrainingLoop, train
 from hamner.train.replay import replay
 from tests.corpus import write_predictable
@@ -222,6 +224,26 @@ def test_a_save_that_failed_is_made_up_for(config, monkeypatch, capsys):
     assert {saved[-1], result.step} == {20}
     assert "step 8 could not be saved (No space left on device)" in capsys.readouterr().out
     assert_equal_weights(whole, result)
+
+
+@pytest.mark.parametrize(
+    ("changes", "number"),
+    [({"keep": 2}, 3), ({"keep": 0}, 5), ({"keep": 9}, 5), ({"save_every": 0}, 1)],
+)
+def test_a_disk_that_is_too_small_is_said_at_the_start(
+    config, monkeypatch, capsys, changes, number
+):
+    config = replace(config, **{"steps": 20, "save_every": 4, "stop_after": 1, **changes})
+    for missing in (1, 0):
+        with contextlib.closing(TrainingLoop(config)) as made:
+            state = {**made.step.model.state_dict(), **made.step.optimizer.state_tensors()}
+            size = sum(tensor.nbytes for tensor in state.values())
+            usage = SimpleNamespace(free=number * size - missing)
+            monkeypatch.setattr(saves.shutil, "disk_usage", lambda _, usage=usage: usage)
+            made.run_to_end()
+        warning = f"free, and {number} checkpoints of "
+        assert capsys.readouterr().out.count(warning) == missing
+        shutil.rmtree(config.run_dir)
 
 
 def test_a_full_disk_delays_metrics_and_ends_no_run(config, monkeypatch, capsys):

@@ -150,6 +150,14 @@ class TimelyStream(UnfailingStream):
         return len(text)
 
 
+def for_terminal(text: str) -> str:
+    """The function replaces what a terminal would obey in a text that a model or a file made."""
+    return text.translate(_CONTROLS)
+
+
+_CONTROLS = dict.fromkeys({*range(32), *range(127, 160)} - set(map(ord, "\t\n\r")), "\ufffd")
+
+
 def open_unwaiting(descriptor: int) -> int | None:
     """The function opens a terminal or pipe once more, so that writing to it never waits.
 

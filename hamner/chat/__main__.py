@@ -6,12 +6,11 @@ if __package__ != "hamner.chat":
     print("error: start this with python -m hamner.chat", file=sys.stderr)
     raise SystemExit(2)
 
-import functools
 from collections.abc import Sequence
 
 from hamner.chat.config import ChatConfig
 from hamner.chat.keyboard import Keyboard, line_editing
-from hamner.cli import read_flags, run_command
+from hamner.cli import for_terminal, read_flags, run_command
 
 
 def parse(args: Sequence[str]) -> ChatConfig:
@@ -24,13 +23,17 @@ def parse(args: Sequence[str]) -> ChatConfig:
     return read_flags(ChatConfig, args, "hamner.chat")
 
 
+def write(text: str) -> None:
+    """The function writes to the standard output, where a terminal obeys nothing of the text."""
+    print(for_terminal(text) if sys.stdout.isatty() else text, end="", flush=True)
+
+
 def main(args: Sequence[str]) -> None:
     """The command chats or serves as its flags say."""
     config = parse(args)
     # Torch takes a second or more to load.
     from hamner.chat.session import Terminal, chat
 
-    write = functools.partial(print, end="", flush=True)
     if sys.stdin.isatty() and config.serve is None:
         with line_editing():
             chat(config, Terminal(Keyboard().read, write))

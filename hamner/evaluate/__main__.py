@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from hamner.cli import read_flags, run_command
+from hamner.cli import for_terminal, read_flags, run_command
 from hamner.config.train import MAX_STEP_TOKENS
 from hamner.errors import UserError
 from hamner.files import require_writable, writing
@@ -209,7 +209,7 @@ def show(results: Sequence[ModelResult], console: "Console") -> None:
     for result in results:
         console.print(Text(f"\n{result.checkpoint}", "bold"), soft_wrap=True)
         for sample in result.samples:
-            console.print(Text(f"> {sample.prompt}\n{sample.text}"), soft_wrap=True)
+            console.print(Text(f"> {sample.prompt}\n{for_terminal(sample.text)}"), soft_wrap=True)
 
 
 def _sections(result: ModelResult) -> dict[str, dict[str, str]]:

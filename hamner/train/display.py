@@ -10,13 +10,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from hamner.cli import TimelyStream, UnfailingStream
+from hamner.cli import TimelyStream, UnfailingStream, for_terminal
 from hamner.plan.words import short
 from hamner.progress import ShownStatus
 from hamner.train.metrics import Record
 
-CONTROLS = dict.fromkeys({*range(32), *range(127, 160)} - set(map(ord, "\t\n\r")), "\ufffd")
-"""what a sample may hold, and a terminal would obey, to the end of the run"""
 FAILURES = (Exception, SystemExit)
 """of a console; it leaves the process when nobody reads its pipe"""
 
@@ -109,7 +107,7 @@ class Display:
     def _print(self, console: Console | None, text: str) -> None:
         if console is not None:
             with contextlib.suppress(*FAILURES):
-                console.print(Text(text.translate(CONTROLS)), soft_wrap=True)
+                console.print(Text(for_terminal(text)), soft_wrap=True)
 
     def fields(self, record: Record) -> dict[str, str]:
         """The fields are the names and values that are shown."""

@@ -3,12 +3,13 @@
 import json
 import os
 import re
+import sys
 from dataclasses import replace
 from functools import partial
 
 import pytest
 
-from hamner.chat.__main__ import main, parse
+from hamner.chat.__main__ import main, parse, write
 from hamner.chat.config import ChatConfig
 from hamner.chat.server import ChatServer
 from hamner.chat.session import Chat, Complete, Terminal
@@ -255,6 +256,13 @@ def typing(monkeypatch, *lines: str) -> None:
     """The function has a command read these lines."""
     console = Console(*lines)
     monkeypatch.setattr("builtins.input", lambda: console.read(""))
+
+
+def test_an_answer_does_not_command_the_terminal(monkeypatch, capsys):
+    for is_terminal, shown in ((True, "\ufffd[2Jé\n"), (False, "\x1b[2Jé\n")):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda answer=is_terminal: answer)
+        write("\x1b[2Jé\n")
+        assert capsys.readouterr().out == shown
 
 
 def test_a_chat_begins_with_the_system_prompt_of_its_data(tmp_path, monkeypatch, capsys):

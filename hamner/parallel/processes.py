@@ -20,6 +20,7 @@ import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
 
+from hamner.config.model import flag
 from hamner.config.train import TrainConfig
 from hamner.errors import EXIT_BAD_INPUT, EXIT_FAILED, UserError
 from hamner.parallel.device import uses_gpu
@@ -35,8 +36,8 @@ _LOST_PROCESS = ("gloo", "NCCL", "ProcessGroup", "Connection closed", "Connectio
 """in what a collective raises when another process is gone"""
 
 
-class FoundByMain(UserError):
-    """The exception is bad input that rank 0 has found, and speaks of."""
+class FoundElsewhere(UserError):
+    """The exception is bad input that another process has found, and speaks of."""
 
 
 class SingleProcess:
@@ -65,7 +66,7 @@ class SingleProcess:
         """The result is what `function` returns in rank 0, the only one to call it.
 
         Raises:
-            UserError: `function` raised it; in the other ranks a `FoundByMain` that says the same.
+            UserError: `function` raised it; in the others a `FoundElsewhere` that says the same.
         """
         return function()
 
@@ -153,8 +154,36 @@ class MultipleProcesses(SingleProcess):
             raise found
         value, sentence = outcome
         if sentence is not None:
-            raise FoundByMain(sentence)
+            raise FoundElsewhere(sentence)
         return value
+
+    def require_same_start(self, config: TrainConfig) -> None:
+        """What would train another model in one process than in the others is refused.
+
+        Raises:
+            UserError: this process has other flags than rank 0, or its machine another number of
+                processes or no GPU; in the others a `FoundElsewhere`.
+        """
+        ours = {"nproc_per_node": self.rank.local_world_size}
+        for name, value in config.to_json().items():
+            ours |= value if isinstance(value, dict) else {name: value}
+        ours["device"] += " (a GPU)" if uses_gpu(config.device) else " (the CPU)"
+        # Every process may have its own memory: the smallest counts for all.
+        del ours["vram_budget"]
+        theirs = self.from_main(lambda: ours)
+        different = [
+            f"--{flag(name)} {ours.get(name)} is not the {theirs.get(name)}"
+            for name in dict.fromkeys((*ours, *theirs))
+            if ours.get(name) != theirs.get(name)
+        ]
+        is_refused = self.any(bool(different))
+        if different:
+            raise UserError(
+                f"{' and '.join(different)} of rank 0; start all processes of a job with the same "
+                "flags, on machines with as many processes each"
+            )
+        if is_refused:
+            raise FoundElsewhere("another process was not started as rank 0 was")
 
     def sum_(self, tensor):
         dist.all_reduce(tensor)
@@ -206,7 +235,7 @@ class MultipleProcesses(SingleProcess):
         is_bad_input = isinstance(error, UserError)
         if self.log is not None:
             traceback.print_exception(error, file=self.log)
-        if isinstance(error, FoundByMain):
+        if isinstance(error, FoundElsewhere):
             self.failures.wait_for_claim()
             return EXIT_BAD_INPUT
         if isinstance(error, RuntimeError) and any(word in str(error) for word in _LOST_PROCESS):
@@ -237,6 +266,7 @@ def open_processes(config: TrainConfig) -> Iterator[SingleProcess]:
         return
     processes = MultipleProcesses(rank, config)
     try:
+        processes.require_same_start(config)
         yield processes
         processes.leave()
     except Exception as error:

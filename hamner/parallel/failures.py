@@ -65,11 +65,12 @@ class FailureWatch:
         self._thread.join()
 
     def claim(self) -> bool:
-        """`claim` is true in the first process to fail, which is the one that says why."""
+        """`claim` is true in the first process to fail, which is the one that says why; where
+        nobody can know who that is, in the first process of each machine."""
         try:
             return self.store.add("failures", 1) == 1
-        except RuntimeError:  # the store is gone with the launcher
-            return self.rank.is_main
+        except RuntimeError:  # the store is gone with the launcher, and maybe rank 0 with it
+            return self.rank.local_rank == 0
 
     def end(self, cause: str) -> None:
         """The job ends; `cause` is the message, which names the rank that is to blame."""

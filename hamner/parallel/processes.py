@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TextIO, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -69,6 +69,21 @@ class SingleProcess:
             UserError: `function` raised it; in the others a `FoundElsewhere` that says the same.
         """
         return function()
+
+    def require_same(self, ours: T, sentence: Callable[[T], str]) -> None:
+        """What this process has must be what rank 0 has. Every process must ask.
+
+        Args:
+            ours: can be pickled and compared.
+            sentence: says, given rank 0's, what is wrong here.
+
+        Raises:
+            UserError: it is not; in the processes where it is, a `FoundElsewhere`.
+        """
+        theirs = self.from_main(lambda: ours)
+        differs = ours != theirs
+        if self.any(differs):
+            raise UserError(sentence(theirs)) if differs else FoundElsewhere("another rank differs")
 
     def sum_(self, tensor: Tensor) -> None:
         """A tensor on the device becomes its sum over the processes, without waiting for it."""
@@ -162,28 +177,27 @@ class MultipleProcesses(SingleProcess):
 
         Raises:
             UserError: this process has other flags than rank 0, or its machine another number of
-                processes or no GPU; in the others a `FoundElsewhere`.
+                processes or no GPU; see `require_same`.
         """
-        ours = {"nproc_per_node": self.rank.local_world_size}
+        ours: dict[str, Any] = {"nproc_per_node": self.rank.local_world_size}
         for name, value in config.to_json().items():
             ours |= value if isinstance(value, dict) else {name: value}
         ours["device"] += " (a GPU)" if uses_gpu(config.device) else " (the CPU)"
         # Every process may have its own memory: the smallest counts for all.
         del ours["vram_budget"]
-        theirs = self.from_main(lambda: ours)
-        different = [
-            f"--{flag(name)} {ours.get(name)} is not the {theirs.get(name)}"
-            for name in dict.fromkeys((*ours, *theirs))
-            if ours.get(name) != theirs.get(name)
-        ]
-        is_refused = self.any(bool(different))
-        if different:
-            raise UserError(
+
+        def differences(theirs: dict[str, Any]) -> str:
+            different = [
+                f"--{flag(name)} {ours.get(name)} is not the {theirs.get(name)}"
+                for name in dict.fromkeys((*ours, *theirs))
+                if ours.get(name) != theirs.get(name)
+            ]
+            return (
                 f"{' and '.join(different)} of rank 0; start all processes of a job with the same "
                 "flags, on machines with as many processes each"
             )
-        if is_refused:
-            raise FoundElsewhere("another process was not started as rank 0 was")
+
+        self.require_same(ours, differences)
 
     def sum_(self, tensor):
         dist.all_reduce(tensor)

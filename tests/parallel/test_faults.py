@@ -132,6 +132,25 @@ def test_a_process_that_was_started_otherwise_is_refused(
     assert not config.run_dir.exists()
 
 
+def train_in(ports: list[int], config: TrainConfig, folders: list[Path]) -> None:
+    """The function is the body of a process, which finds the data in its own folder."""
+    enter(ports)
+    os.chdir(folders[Rank.read().global_rank])
+    train(config)
+
+
+def test_a_process_that_has_other_data_is_refused(config, tmp_path):
+    folders = [tmp_path / name for name in ("first", "second")]
+    for documents, folder in enumerate(folders, 50):
+        folder.mkdir()
+        write_predictable(folder / "data.jsonl", documents)
+    config = replace(config, data=("data.jsonl",))
+    assert run_job(train_in, 2, tmp_path / "out", config, folders) == [EXIT_BAD_INPUT] * 2
+    (error,) = [line for line in said(tmp_path / "out", 2).splitlines() if "error:" in line]
+    assert re.match(r"error: rank 1 on \S+: --data is not here what rank 0 reads", error), error
+    assert not config.run_dir.exists()
+
+
 def test_torchrun_starts_a_failed_job_again(tmp_path):
     """A process is killed in a step, another in a save: the run is the one nobody killed."""
     data = write_predictable(tmp_path / "data.jsonl")

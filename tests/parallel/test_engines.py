@@ -2,6 +2,8 @@
 
 import gc
 import json
+import os
+import subprocess
 import weakref
 from dataclasses import replace
 
@@ -15,7 +17,7 @@ from hamner.errors import UserError
 from hamner.hardware import GIB
 from hamner.model.attention import AttentionBackend, sdpa
 from hamner.model.transformer import Transformer
-from hamner.parallel import device, engines
+from hamner.parallel import device, engines, failures
 from hamner.parallel.engines import DataParallel, Engine, FullySharded
 from hamner.parallel.failures import FailureWatch
 from hamner.parallel.processes import SingleProcess
@@ -100,6 +102,18 @@ def test_without_the_launcher_each_machine_says_why_the_job_ends():
     for watch in watches:
         watch.store = Gone()
     assert [watch.claim() for watch in watches] == [True, False, True, False]
+
+
+def test_a_process_that_this_one_cannot_see_is_dead_only_once_it_is_silent():
+    """Containers of one machine may share its name, but not the numbers of their processes."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    sign = {"system": failures._system(), "pid": process.pid}
+    assert failures._is_dead(sign, silent=1.0)
+    assert not failures._is_dead({**sign, "pid": os.getpid()}, silent=1.0)
+    sign["system"] += " of another container"
+    assert not failures._is_dead(sign, silent=1.0)
+    assert failures._is_dead(sign, silent=failures.SILENT + 1.0)
 
 
 def test_a_repeated_command_resumes(tmp_path, monkeypatch):

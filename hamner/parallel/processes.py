@@ -32,6 +32,8 @@ T = TypeVar("T")
 COLLECTIVE_TIMEOUT = 1.5
 """times --hang-minutes, after which PyTorch itself gives a collective up: the second net"""
 FOREVER = datetime.timedelta(days=7)
+SHOWN = 4
+"""flags that differ, which a message names"""
 _LOST_PROCESS = ("gloo", "NCCL", "ProcessGroup", "Connection closed", "Connection reset")
 """in what a collective raises when another process is gone"""
 
@@ -188,13 +190,15 @@ class MultipleProcesses(SingleProcess):
 
         def differences(theirs: dict[str, Any]) -> str:
             different = [
-                f"--{flag(name)} {ours.get(name)} is not the {theirs.get(name)}"
+                f"--{flag(name)} {ours.get(name)} (there {theirs.get(name)})"
                 for name in dict.fromkeys((*ours, *theirs))
                 if ours.get(name) != theirs.get(name)
             ]
+            more = f" and {len(different) - SHOWN} more" if len(different) > SHOWN else ""
             return (
-                f"{' and '.join(different)} of rank 0; start all processes of a job with the same "
-                "flags, on machines with as many processes each"
+                f"started otherwise than rank 0: {', '.join(different[:SHOWN])}{more}; give all "
+                "processes of a job the same flags, on machines with as many processes each that "
+                "see --run-dir"
             )
 
         self.require_same(ours, differences)

@@ -116,10 +116,14 @@ def train_otherwise(
         (
             {"lr": 0.5, "steps": 7},
             {},
-            "--steps 7 is not the 20 and --lr 0.5 is not the 0.005 of rank 0",
+            r"--steps 7 \(there 20\), --lr 0.5 \(there 0.005\);",
         ),
         # Rank 0 would take the job for one of two processes, and leave rows out.
-        ({}, {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}, "--nproc-per-node 1 is not the 3"),
+        (
+            {},
+            {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"},
+            r"--nproc-per-node 1 \(there 3\);",
+        ),
     ],
 )
 def test_a_process_that_was_started_otherwise_is_refused(
@@ -128,7 +132,7 @@ def test_a_process_that_was_started_otherwise_is_refused(
     job = (train_otherwise, 3, tmp_path / "out", config, changes, environment)
     assert run_job(*job) == [EXIT_BAD_INPUT] * 3
     (error,) = [line for line in said(tmp_path / "out", 3).splitlines() if "error:" in line]
-    assert re.match(rf"error: rank 2 on \S+: {cause}", error), error
+    assert re.match(rf"error: rank 2 on \S+: started otherwise than rank 0: {cause}", error), error
     assert not config.run_dir.exists()
 
 

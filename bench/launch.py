@@ -47,12 +47,15 @@ def launch(
             stderr=file,
             env={**os.environ, **(environment or {})},
         )
-        while process.poll() is None and time.monotonic() < limit:
-            time.sleep(POLL_SECONDS)
-            meanwhile()
-        if process.returncode is None:
-            _end(process)
-            return TOO_LONG
+        try:
+            while process.poll() is None and time.monotonic() < limit:
+                time.sleep(POLL_SECONDS)
+                meanwhile()
+            if process.returncode is None:
+                return TOO_LONG
+        finally:  # also where this process is interrupted
+            if process.returncode is None:
+                _end(process)
     return None if process.returncode == 0 else reason(said, process.returncode)
 
 

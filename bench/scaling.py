@@ -34,6 +34,7 @@ from bench.scaling_report import describe, draw, row_of
 from hamner.cli import FLAG_RULES, run_command
 from hamner.errors import UserError
 from hamner.files import read_objects
+from hamner.parallel.device import uses_gpu
 
 TRANSPORTS = {
     "links": {},
@@ -82,6 +83,14 @@ class Scaling:
         unknown = set(self.transports) - set(TRANSPORTS)
         if unknown:
             raise UserError(f"--transports {min(unknown)} is not one of {', '.join(TRANSPORTS)}")
+        if not self.options:
+            raise UserError("--options is empty; name one or more of hamner.train's")
+        if self.steps < 2:
+            raise UserError(f"--steps {self.steps} has no deciles; use 2 or more")
+        for name in ("options", "gpus", "transports"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise UserError(f"--{name} {' '.join(map(str, values))} names one twice")
 
 
 def plan(settings: Scaling) -> list[list[Row]]:
@@ -118,6 +127,18 @@ def slow_rows(settings: Scaling, transport: str) -> list[Row]:
         Row(settings.slow_option, "ddp", settings.gpus[-1], steps, transport=transport, **size)
         for size in sizes
     ]
+
+
+def require_measurable(row: Row, flags: Sequence[str]) -> None:
+    """The function refuses a row before anything is measured.
+
+    Raises:
+        UserError: the flags make no sense, or this machine has too few GPUs.
+        SystemExit: code 2 on unknown flags.
+    """
+    found = torch.cuda.device_count()
+    if uses_gpu(configure(row, list(flags)).device) and row.gpus > found:
+        raise UserError(f"--gpus {row.gpus}: this machine has {found}")
 
 
 def read(output: Path) -> list[dict]:
@@ -163,7 +184,8 @@ class Measurement:
             name = f"{todo[0].transport}-{todo[0].gpus}-{attempt}"
             reason = self.run_job(name, todo)
             if reason is not None:
-                self._note(next(unmeasured(todo, self.output)).name, reason)
+                failed = next(unmeasured(todo, self.output), None)
+                self._note(failed.name if failed else f"the end of job {name}", reason)
 
     def run_job(self, name: str, rows: Sequence[Row]) -> str | None:
         """Rows are measured in processes of their own, until all are there, one fails or time is
@@ -213,9 +235,11 @@ class Measurement:
 
 def main(settings: Scaling, flags: Sequence[str]) -> int:
     """The command measures and prints; it returns 1 if a row is missing."""
+    jobs = plan(settings)
+    for row in itertools.chain(*jobs):
+        require_measurable(row, flags)
     settings.output.mkdir(parents=True, exist_ok=True)
     measurement = Measurement(settings, flags)
-    jobs = plan(settings)
     of_links = 1 + len(settings.gpus)
     for rows in jobs[:of_links]:
         measurement.measure(rows)

@@ -20,6 +20,7 @@ from hamner.checkpoint.run_folder import append_record
 from hamner.cli import run_command
 from hamner.config.train import TrainConfig
 from hamner.hardware import GIB
+from hamner.parallel.device import uses_gpu
 from hamner.parallel.processes import SingleProcess, open_processes
 from hamner.plan.communication import all_reduce_bytes
 from hamner.profile.capture import TracedRun
@@ -147,7 +148,7 @@ def main(args: list[str]) -> None:
     config = configure(rows[0], job["flags"])
     with open_processes(config) as processes:
         is_main = processes.rank.is_main
-        on_gpu = torch.cuda.is_available() and config.device != "cpu"
+        on_gpu = uses_gpu(config.device)
         several = processes.rank.world_size > 1
         link = bus_bandwidth(processes.rank.world_size) if several and on_gpu else None
         common = {"bus_gbs": link, "conditions": conditions() if is_main else None}

@@ -6,6 +6,7 @@ that ends the process once another is dead or has failed.
 """
 
 import contextlib
+import functools
 import json
 import os
 import socket
@@ -23,8 +24,8 @@ from hamner.parallel.ranks import Rank
 INTERVAL = 1.0
 """seconds between signs of life"""
 SILENT = 30.0
-"""seconds without one, after which a process of another machine counts as dead; on this machine the
-operating system is asked"""
+"""seconds without one, after which a process of another machine or container counts as dead; of
+those that this one sees, the operating system is asked"""
 GRACE = 10.0
 """seconds that a process has to leave by itself once another has failed"""
 CLAIM_POLL = 0.05
@@ -65,11 +66,12 @@ class FailureWatch:
         self._thread.join()
 
     def claim(self) -> bool:
-        """`claim` is true in the first process to fail, which is the one that says why."""
+        """`claim` is true in the first process to fail, which is the one that says why; where
+        nobody can know who that is, in the first process of each machine."""
         try:
             return self.store.add("failures", 1) == 1
-        except RuntimeError:  # the store is gone with the launcher
-            return self.rank.is_main
+        except RuntimeError:  # the store is gone with the launcher, and maybe rank 0 with it
+            return self.rank.local_rank == 0
 
     def end(self, cause: str) -> None:
         """The job ends; `cause` is the message, which names the rank that is to blame."""
@@ -140,6 +142,7 @@ class FailureWatch:
         sign = {
             "beats": self._beats,
             "host": socket.gethostname(),
+            "system": _system(),
             "pid": os.getpid(),
             "step": self.step,
             "frame": frame,
@@ -155,9 +158,22 @@ class FailureWatch:
         return {rank: json.loads(value) for rank, value in zip(ranks, values, strict=True)}
 
 
+@functools.cache
+def _system() -> str:
+    """The function names the system whose processes this one sees: a machine's, or a container's.
+
+    Containers and machines may share a host name.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return socket.gethostname()
+
+
 def _is_dead(sign: dict, silent: float) -> bool:
-    """A process of this machine is dead if the system says so, another after `silent` seconds."""
-    if sign["host"] != socket.gethostname():
+    """A process of this system is dead if that says so, another after `silent` seconds."""
+    if sign["system"] != _system():
         return silent > SILENT
     try:
         state = Path(f"/proc/{sign['pid']}/stat").read_text().rpartition(")")[2].split()[0]

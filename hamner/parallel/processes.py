@@ -13,13 +13,14 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TextIO, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
 
+from hamner.config.model import flag
 from hamner.config.train import TrainConfig
 from hamner.errors import EXIT_BAD_INPUT, EXIT_FAILED, UserError
 from hamner.parallel.device import uses_gpu
@@ -31,12 +32,14 @@ T = TypeVar("T")
 COLLECTIVE_TIMEOUT = 1.5
 """times --hang-minutes, after which PyTorch itself gives a collective up: the second net"""
 FOREVER = datetime.timedelta(days=7)
+SHOWN = 4
+"""flags that differ, which a message names"""
 _LOST_PROCESS = ("gloo", "NCCL", "ProcessGroup", "Connection closed", "Connection reset")
 """in what a collective raises when another process is gone"""
 
 
-class FoundByMain(UserError):
-    """The exception is bad input that rank 0 has found, and speaks of."""
+class FoundElsewhere(UserError):
+    """The exception is bad input that another process has found, and speaks of."""
 
 
 class SingleProcess:
@@ -65,9 +68,24 @@ class SingleProcess:
         """The result is what `function` returns in rank 0, the only one to call it.
 
         Raises:
-            UserError: `function` raised it; in the other ranks a `FoundByMain` that says the same.
+            UserError: `function` raised it; in the others a `FoundElsewhere` that says the same.
         """
         return function()
+
+    def require_same(self, ours: T, sentence: Callable[[T], str]) -> None:
+        """What this process has must be what rank 0 has. Every process must ask.
+
+        Args:
+            ours: can be pickled and compared.
+            sentence: says, given rank 0's, what is wrong here.
+
+        Raises:
+            UserError: it is not; in the processes where it is, a `FoundElsewhere`.
+        """
+        theirs = self.from_main(lambda: ours)
+        differs = ours != theirs
+        if self.any(differs):
+            raise UserError(sentence(theirs)) if differs else FoundElsewhere("another rank differs")
 
     def sum_(self, tensor: Tensor) -> None:
         """A tensor on the device becomes its sum over the processes, without waiting for it."""
@@ -153,8 +171,37 @@ class MultipleProcesses(SingleProcess):
             raise found
         value, sentence = outcome
         if sentence is not None:
-            raise FoundByMain(sentence)
+            raise FoundElsewhere(sentence)
         return value
+
+    def require_same_start(self, config: TrainConfig) -> None:
+        """What would train another model in one process than in the others is refused.
+
+        Raises:
+            UserError: this process has other flags than rank 0, or its machine another number of
+                processes or no GPU; see `require_same`.
+        """
+        ours: dict[str, Any] = {"nproc_per_node": self.rank.local_world_size}
+        for name, value in config.to_json().items():
+            ours |= value if isinstance(value, dict) else {name: value}
+        ours["device"] += " (a GPU)" if uses_gpu(config.device) else " (the CPU)"
+        # Every process may have its own memory: the smallest counts for all.
+        del ours["vram_budget"]
+
+        def differences(theirs: dict[str, Any]) -> str:
+            different = [
+                f"--{flag(name)} {ours.get(name)} (there {theirs.get(name)})"
+                for name in dict.fromkeys((*ours, *theirs))
+                if ours.get(name) != theirs.get(name)
+            ]
+            more = f" and {len(different) - SHOWN} more" if len(different) > SHOWN else ""
+            return (
+                f"started otherwise than rank 0: {', '.join(different[:SHOWN])}{more}; give all "
+                "processes of a job the same flags, on machines with as many processes each that "
+                "see --run-dir"
+            )
+
+        self.require_same(ours, differences)
 
     def sum_(self, tensor):
         dist.all_reduce(tensor)
@@ -206,7 +253,7 @@ class MultipleProcesses(SingleProcess):
         is_bad_input = isinstance(error, UserError)
         if self.log is not None:
             traceback.print_exception(error, file=self.log)
-        if isinstance(error, FoundByMain):
+        if isinstance(error, FoundElsewhere):
             self.failures.wait_for_claim()
             return EXIT_BAD_INPUT
         if isinstance(error, RuntimeError) and any(word in str(error) for word in _LOST_PROCESS):
@@ -237,6 +284,7 @@ def open_processes(config: TrainConfig) -> Iterator[SingleProcess]:
         return
     processes = MultipleProcesses(rank, config)
     try:
+        processes.require_same_start(config)
         yield processes
         processes.leave()
     except Exception as error:

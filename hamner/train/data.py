@@ -12,6 +12,7 @@ from hamner.data.loader import TrainLoader
 from hamner.data.tokenizer import Tokenizer
 from hamner.data.validation import ValidationSet
 from hamner.errors import UserError
+from hamner.parallel.processes import SingleProcess
 from hamner.progress import Status
 
 Loader = TrainLoader | ConversationLoader
@@ -65,6 +66,15 @@ class DataPosition:
     def __init__(self, loader: Loader, config: TrainConfig, messages: list[str]) -> None:
         self.loader, self.config, self.messages = loader, config, messages
         self.advance()
+
+    def require_same_data(self, processes: SingleProcess) -> None:
+        """Every process must have opened the data that rank 0 has.
+
+        Raises:
+            UserError: see `SingleProcess.require_same`.
+        """
+        sentence = "--data is not here what rank 0 reads: copy its files to this machine"
+        processes.require_same(self.position, lambda _: sentence)
 
     def advance(self) -> None:
         """A step has been finished: the position is the loader's."""

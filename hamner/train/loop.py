@@ -105,6 +105,7 @@ class TrainingLoop:
         with shown.task(reading):
             self.data = open_data(config, self.tokenizer, is_gpu, shown)
         self.position = DataPosition(self.data.loader, config, self.step.messages)
+        self.position.require_same_data(self.processes)
         self.progress = Progress()
         self.early_stopping = EarlyStopping(config.patience)
         self.log = TrainLog(self.run, self.step, self.display)

@@ -1,11 +1,14 @@
 """The comparison of several GPUs with one: run small on the CPU, and its tables."""
 
 import json
+import signal
+import subprocess
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import launch, moves, scaling
 from bench.scaling import Scaling, main, plan
@@ -120,6 +123,24 @@ def test_a_row_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch):
     assert "Not measured: tiny, fsdp on 2, links, 1x, 25 MiB: out of memory." in report
 
 
+def test_a_job_that_fails_after_its_last_row_is_named(tmp_path, monkeypatch):
+    """Communicators may fail to close: the rows are there all the same."""
+    settings = Scaling(tmp_path / "out", options=("tiny",), gpus=(2,), moves=False, transports=())
+
+    def launch_rows(command, *_, **__):
+        with (settings.output / "results.jsonl").open("a") as file:
+            for row in json.loads(Path(command[-1]).read_text())["rows"]:
+                file.write(json.dumps(result(Row(**row), 100.0)) + "\n")
+        return launch.TOO_LONG
+
+    monkeypatch.setattr(launch, "launch", launch_rows)
+    assert main(settings, []) == 1
+    report = (settings.output / "report.md").read_text()
+    assert f"Not measured: the end of job links-2-0: {launch.TOO_LONG}." in report
+    assert "ddp" in report
+    assert main(settings, []) == 0
+
+
 def timeit(statement: str) -> list[str]:
     """The command runs a statement once, in a module without torch."""
     return ["timeit", "-n", "1", "-r", "1", "-s", "import os, time", statement]
@@ -145,6 +166,27 @@ def test_what_takes_too_long_is_ended(tmp_path):
     output = tmp_path / "said.txt"
     assert launched(timeit("time.sleep(60)"), 1, output, 0.2) == launch.TOO_LONG
     assert launched(timeit("os._exit(7)"), 1, output) == f"exit code 7, see {output}"
+
+
+def test_an_interrupt_ends_what_was_launched(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(
+        launch.subprocess,
+        "Popen",
+        lambda *args, real=subprocess.Popen, **options: (
+            started.append(real(*args, **options)) or started[-1]
+        ),
+    )
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    limit = time.monotonic() + 100
+    with pytest.raises(KeyboardInterrupt):
+        launch.launch(
+            timeit("time.sleep(60)"), 1, tmp_path / "said.txt", limit=limit, meanwhile=interrupt
+        )
+    assert started[0].returncode == -signal.SIGTERM
 
 
 def test_tables(tmp_path):
@@ -179,7 +221,29 @@ def test_the_plan_has_every_row_once_and_links_apart():
     assert all(len({(row.transport, row.gpus) for row in job}) == 1 for job in jobs)
 
 
-@pytest.mark.parametrize("wrong", [{"gpus": (1, 4)}, {"gpus": (2,), "transports": ("pigeons",)}])
-def test_what_cannot_be_measured_is_refused(wrong):
-    with pytest.raises(UserError, match="--gpus is 1 4|pigeons is not one of"):
-        Scaling(**wrong)
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"gpus": (1, 4)}, "--gpus is 1 4"),
+        ({"gpus": (4, 4)}, "--gpus 4 4 names one twice"),
+        ({"transports": ("pigeons",)}, "pigeons is not one of"),
+        ({"options": ()}, "--options is empty"),
+        ({"steps": 1}, "--steps 1 has no deciles"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(wrong, message):
+    with pytest.raises(UserError, match=message):
+        Scaling(**{"gpus": (2,), **wrong})
+
+
+def test_flags_are_refused_before_anything_is_measured(tmp_path, monkeypatch):
+    settings = Scaling(tmp_path / "out", options=("tiny",), gpus=(4,))
+    with pytest.raises(UserError, match="--batch-size 0 must be above 0"):
+        main(settings, ["--batch-size", "0"])
+    with pytest.raises(UserError, match="--option nope is not one of"):
+        main(replace(settings, slow_option="nope"), [])
+    for name, found in (("is_available", True), ("device_count", 2)):
+        monkeypatch.setattr(torch.cuda, name, lambda found=found: found)
+    with pytest.raises(UserError, match="--gpus 4: this machine has 2"):
+        main(settings, [])
+    assert not settings.output.exists()

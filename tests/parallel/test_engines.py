@@ -2,6 +2,8 @@
 
 import gc
 import json
+import os
+import subprocess
 import weakref
 from dataclasses import replace
 
@@ -15,8 +17,9 @@ from hamner.errors import UserError
 from hamner.hardware import GIB
 from hamner.model.attention import AttentionBackend, sdpa
 from hamner.model.transformer import Transformer
-from hamner.parallel import device, engines
+from hamner.parallel import device, engines, failures
 from hamner.parallel.engines import DataParallel, Engine, FullySharded
+from hamner.parallel.failures import FailureWatch
 from hamner.parallel.processes import SingleProcess
 from hamner.parallel.ranks import Rank
 from hamner.train import setup
@@ -81,6 +84,36 @@ def test_rank_is_read_from_the_environment_of_torchrun():
     assert rank.num_machines == 2
     assert not rank.is_main
     assert Rank.read({"WORLD_SIZE": "4"}) == Rank()  # other launchers set only that one
+
+
+def test_without_the_launcher_each_machine_says_why_the_job_ends():
+    store = dist.HashStore()
+    processes = [
+        Rank(global_rank=number, world_size=4, local_rank=number % 2, local_world_size=2)
+        for number in range(4)
+    ]
+    watches = [FailureWatch(store, rank) for rank in processes]
+    assert [watch.claim() for watch in watches] == [True, False, False, False]
+
+    class Gone:
+        def add(self, *_):
+            raise RuntimeError("Connection reset by peer")
+
+    for watch in watches:
+        watch.store = Gone()
+    assert [watch.claim() for watch in watches] == [True, False, True, False]
+
+
+def test_a_process_that_this_one_cannot_see_is_dead_only_once_it_is_silent():
+    """Containers of one machine may share its name, but not the numbers of their processes."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    sign = {"system": failures._system(), "pid": process.pid}
+    assert failures._is_dead(sign, silent=1.0)
+    assert not failures._is_dead({**sign, "pid": os.getpid()}, silent=1.0)
+    sign["system"] += " of another container"
+    assert not failures._is_dead(sign, silent=1.0)
+    assert failures._is_dead(sign, silent=failures.SILENT + 1.0)
 
 
 def test_a_repeated_command_resumes(tmp_path, monkeypatch):

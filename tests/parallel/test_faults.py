@@ -1,5 +1,6 @@
 """In a job one process dies, hangs, raises or is interrupted."""
 
+import os
 import re
 import sys
 import time
@@ -10,6 +11,7 @@ import pytest
 
 from hamner.checkpoint import format as checkpoint
 from hamner.config.train import TrainConfig
+from hamner.errors import EXIT_BAD_INPUT
 from hamner.parallel.ranks import Rank
 from hamner.train.loop import train
 from hamner.train.step import ignore_phase
@@ -94,6 +96,63 @@ def test_a_signal_to_one_process_stops_all_at_one_step(engine, config, tmp_path)
         assert ("loss" in printed) == (rank == 0)
         assert "step 3 | loss" in (config.run_dir / "logs" / f"rank_{rank}.txt").read_text()
     assert checkpoint.find(config.run_dir / "checkpoints")[-1].step == FAULT_STEP
+
+
+def train_otherwise(
+    ports: list[int], config: TrainConfig, changes: dict, environment: dict
+) -> None:
+    """The function is the body of a process; the last rank is started otherwise."""
+    enter(ports)
+    rank = Rank.read()
+    if rank.global_rank == rank.world_size - 1:
+        os.environ |= environment
+        config = replace(config, **changes)
+    train(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "environment", "cause"),
+    [
+        (
+            {"lr": 0.5, "steps": 7},
+            {},
+            r"--steps 7 \(there 20\), --lr 0.5 \(there 0.005\);",
+        ),
+        # Rank 0 would take the job for one of two processes, and leave rows out.
+        (
+            {},
+            {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"},
+            r"--nproc-per-node 1 \(there 3\);",
+        ),
+    ],
+)
+def test_a_process_that_was_started_otherwise_is_refused(
+    changes, environment, cause, config, tmp_path
+):
+    job = (train_otherwise, 3, tmp_path / "out", config, changes, environment)
+    assert run_job(*job) == [EXIT_BAD_INPUT] * 3
+    (error,) = [line for line in said(tmp_path / "out", 3).splitlines() if "error:" in line]
+    assert re.match(rf"error: rank 2 on \S+: started otherwise than rank 0: {cause}", error), error
+    assert not config.run_dir.exists()
+
+
+def train_in(ports: list[int], config: TrainConfig, folders: list[Path]) -> None:
+    """The function is the body of a process, which finds the data in its own folder."""
+    enter(ports)
+    os.chdir(folders[Rank.read().global_rank])
+    train(config)
+
+
+def test_a_process_that_has_other_data_is_refused(config, tmp_path):
+    folders = [tmp_path / name for name in ("first", "second")]
+    for documents, folder in enumerate(folders, 50):
+        folder.mkdir()
+        write_predictable(folder / "data.jsonl", documents)
+    config = replace(config, data=("data.jsonl",))
+    assert run_job(train_in, 2, tmp_path / "out", config, folders) == [EXIT_BAD_INPUT] * 2
+    (error,) = [line for line in said(tmp_path / "out", 2).splitlines() if "error:" in line]
+    assert re.match(r"error: rank 1 on \S+: --data is not here what rank 0 reads", error), error
+    assert not config.run_dir.exists()
 
 
 def test_torchrun_starts_a_failed_job_again(tmp_path):

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -45,6 +46,8 @@ class Author(Script):
         self.ending = ending
         self.texts: list[str] = []
         """what it says next; the last one again and again"""
+        self.pace = 0.0
+        """seconds that each of its tokens takes"""
         self.may_finish = threading.Event()
         """whether it says all, or waits at a `~`, which it does not say"""
         self.spoken = 0
@@ -52,7 +55,7 @@ class Author(Script):
 
     def says(self, *texts: str) -> None:
         """The method sets what comes next."""
-        self.texts = list(texts)
+        self.texts, self.pace = list(texts), 0.0
         self.may_finish.set()
 
     def starts(self, text: str) -> None:
@@ -63,12 +66,13 @@ class Author(Script):
     def tokens(self, prompt, sampling, *, seed, unpenalized):
         text = self.texts.pop(0) if len(self.texts) > 1 else self.texts[0]
         self.ids = [*TOKENIZER.encode(text), self.ending]
-        (pause,) = TOKENIZER.encode("~")
+        (pause,), pace = TOKENIZER.encode("~"), self.pace
         for token in super().tokens(prompt, sampling, seed=seed, unpenalized=unpenalized):
             if token == pause:
                 assert self.may_finish.wait(30)
                 continue
             self.spoken += 1
+            time.sleep(pace)
             yield token
 
 
@@ -226,7 +230,8 @@ def test_who_reads_above_stays_there(page, author):
 @pytest.mark.parametrize("how", ["button", "Escape"])
 def test_stop_stops_the_server_and_keeps_what_is_there(page, author, how):
     author.starts("One ~" + "x" * 400)
-    spoken = author.spoken
+    # A browser that stops reading has not yet closed its connection.
+    author.pace, spoken = 0.01, author.spoken
     type_in(page, "Hi")
     expect(page.locator(".turn.assistant .body")).to_have_text("One ")
     if how == "button":

@@ -5,6 +5,8 @@ No `__main__` of a command is among it, which `python -m` must find new.
 """
 # ruff: noqa: F401
 
+import os
+
 import numpy.random
 import torch._dynamo
 import torch.distributed.checkpoint
@@ -23,5 +25,6 @@ BYTES_ONLY = 261
 load_tokenizer("builtin", BYTES_ONLY)
 pictures.COMMAND = ("true",)
 """trainings draw nothing, see tests/conftest.py"""
-if not torch.cuda.is_available():
+# Asking for CUDA here would keep every process that is forked from using it.
+if os.environ.get("TRITON_INTERPRET"):
     avoid_repetition()

@@ -10,6 +10,7 @@ import torch
 
 from hamner.checkpoint.writer import BackgroundSaver
 from hamner.config.train import TrainConfig
+from hamner.train.log import MAX_PENDING
 from hamner.train.loop import TrainingLoop, train
 from tests.train.test_loop import metrics
 from tests.train.test_loop_gpu import tiny_config
@@ -86,22 +87,17 @@ def test_a_save_in_the_background_does_not_change_the_run(config):
     assert losses[0] == losses[1]
 
 
+BLOCK = 512
+"""bytes of the smallest piece of memory that torch gives out"""
+
+
 def peak_of(config: TrainConfig) -> int:
-    """Beyond what other tests of the process, and earlier runs, still hold.
-
-    The run waits for the GPU before every step: how many readings of steps are under way at once,
-    each a block of 512 bytes, would depend on the host's speed.
-    """
-
-    def wait(phase: str, step: int) -> None:
-        if phase == "data":  # later ones may be recorded as a CUDA graph, which forbids it
-            torch.cuda.synchronize()
-
+    """Beyond what other tests of the process, and earlier runs, still hold."""
     gc.collect()  # the trainer before, whose memory hangs on reference cycles
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated()
-    train(config, on_phase=wait)
+    train(config)
     return torch.cuda.max_memory_allocated() - held
 
 
@@ -111,7 +107,8 @@ def test_a_resumed_run_takes_no_more_memory_than_a_fresh_one(config):
     fresh = replace(config, run_dir=config.run_dir.with_name("fresh"))
     first = peak_of(replace(fresh, stop_after=6))
     second = peak_of(replace(fresh, resume=True, stop_after=6))
-    assert second <= first
+    # How many readings of steps are under way at the peak depends on the host's speed.
+    assert second <= first + (MAX_PENDING + 1) * BLOCK
 
 
 @pytest.mark.parametrize("devices", [("cuda", "cpu"), ("cpu", "cuda")])

@@ -55,20 +55,18 @@ def launch_forked(command, count, output, *, limit, meanwhile=lambda: None, **_)
     return launch.reason(output, max(codes, key=abs)) if any(codes) else None
 
 
-def test_four_and_eight_have_the_losses_of_one_process(tmp_path, capsys, monkeypatch):
+def test_four_have_the_losses_of_one_process(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(launch, "launch", launch_forked)
     monkeypatch.setattr(scaling, "COMPARED_LOSSES", 4)
     settings = Scaling(
-        tmp_path / "out", options=("tiny",), steps=2, gpus=(4, 8), moves=False, transports=()
+        tmp_path / "out", options=("tiny",), steps=2, gpus=(4,), moves=False, transports=()
     )
-    *others, eight = plan(settings)
-    monkeypatch.setattr(scaling, "plan", lambda _: [*others, eight[:1]])  # FSDP2 is slow here
     one_layer = [*flags(tmp_path), "--num-layers", "1"]
     assert main(settings, one_layer) == 0, capsys.readouterr().out
     results = scaling.read(settings.output)
     references = {r["micro_batches"]: r["losses"] for r in results if r["engine"] == "one"}
     several = [r for r in results if r["gpus"] > 1]
-    assert [(r["gpus"], r["engine"]) for r in several] == [*((4, "ddp"), (4, "fsdp"), (8, "ddp"))]
+    assert [(r["gpus"], r["engine"]) for r in several] == [(4, "ddp"), (4, "fsdp")]
     for r in several:
         assert len(r["losses"]) == 4
         assert r["losses"] == pytest.approx(references[r["gpus"]], rel=1e-6)

@@ -33,7 +33,7 @@ CASES = [
 ]
 MICRO_BATCHES = {
     4: ["qk-norm", "differential", "mixture", "muon"],
-    2: ["dense", "differential", "balanced"],
+    2: ["dense", "balanced"],
 }
 """by size, of steps of 8 rows: two processes only accumulate those of 2"""
 

@@ -48,12 +48,12 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
 
     `main` returns an exit code, or None for 0. A `UserError` is printed as one sentence without a
     traceback; anything else unexpected is a bug and keeps its traceback. Of several processes with
-    the same command line, the first one speaks.
+    the same command line, the first one of each machine speaks.
 
     What a terminal cannot encode is replaced, and a reader that has seen enough, such as `head`,
     ends the command without a word.
     """
-    is_main = os.environ.get("RANK", "0") == "0"
+    is_main = os.environ.get("LOCAL_RANK", "0") == "0"
     _prepare_process()
     try:
         require_whole_package(Path(__file__).resolve().parent)

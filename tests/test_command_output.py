@@ -47,6 +47,19 @@ def test_what_a_terminal_cannot_encode_is_replaced(monkeypatch):
     assert errors.buffer.getvalue() == b"error: ? is not there\n"
 
 
+@pytest.mark.parametrize(("rank", "said"), [("0", "error: too few GPUs\n"), ("1", "")])
+def test_the_first_process_of_each_machine_speaks(rank, said, monkeypatch, capsys):
+    """Of a machine that is not the job's first nobody else would say why it does not start."""
+    monkeypatch.setenv("RANK", "4")
+    monkeypatch.setenv("LOCAL_RANK", rank)
+
+    def main(_):
+        raise UserError("too few GPUs")
+
+    assert exit_code(main) == EXIT_BAD_INPUT
+    assert capsys.readouterr().err == said
+
+
 def say(_) -> None:
     print("one")
     print("two")

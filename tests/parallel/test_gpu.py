@@ -1,12 +1,14 @@
 """Two GPUs replay what they launch one by one, train as one GPU does, and never wait."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from hamner.config.options import for_option
 from hamner.config.train import TrainConfig
+from hamner.model.int8 import Operand
 from hamner.parallel.processes import open_processes
 from hamner.profile.steps import LR, open_steps, synchronize, warm_up
 from tests.parallel.jobs import enter, run_job, said, train_together
@@ -106,3 +108,35 @@ def step_without_waiting(ports: list[int]) -> None:
                 with no_waiting():
                     result = step.step(batch, LR)
                 assert torch.isfinite(result.loss)
+
+
+def test_int8_falls_back_on_both_and_is_recorded_anew(tmp_path):
+    """The steps around it have the bits of those that are launched kernel by kernel."""
+    codes = run_job(steps_around_a_fall_back, 2, tmp_path, tmp_path, timeout=180)
+    assert codes == [0, 0], said(tmp_path, 2)
+    losses = {
+        graph: [torch.load(tmp_path / f"{graph}_{rank}.pt") for rank in range(2)]
+        for graph in (True, False)
+    }
+    assert torch.equal(losses[True][0], losses[True][1])
+    assert torch.equal(losses[True][0], losses[False][0])
+
+
+def steps_around_a_fall_back(ports: list[int], folder: Path) -> None:
+    """The function is the body of a process."""
+    for graph in (True, False):
+        config = tiny_config(None, parallel="ddp", matmul="int8", cuda_graph=graph)
+        enter(ports)
+        with (
+            open_processes(config) as processes,
+            open_steps(config, processes) as (step, loader),
+        ):
+            losses = []
+            for fallen in ([], [Operand(1, "down", "input")]):
+                step.fall_back(fallen)
+                assert step.is_warm == (not graph)
+                losses += [step.step(next(loader), LR).loss for _ in range(STEPS // 2 + 2)]
+                assert step.is_warm
+            torch.save(
+                torch.stack(losses).cpu(), folder / f"{graph}_{processes.rank.global_rank}.pt"
+            )

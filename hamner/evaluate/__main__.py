@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hamner.cli import for_terminal, read_flags, run_command
+from hamner.config.model import flag
 from hamner.config.train import MAX_STEP_TOKENS
 from hamner.errors import UserError
 from hamner.files import require_writable, writing
@@ -67,14 +68,12 @@ class EvaluateConfig:
         for name in ("seq_len", "eval_tokens", "task_limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} {value} must be above 0")
+                raise UserError(f"--{flag(name)} {value} must be above 0")
         if self.seq_len is not None and self.seq_len > MAX_STEP_TOKENS:
             raise UserError(f"--seq-len {self.seq_len} must be at most {MAX_STEP_TOKENS:,}")
         for name in ("task_folder", "task_limit"):
             if getattr(self, name) is not None and not self.tasks:
-                raise UserError(
-                    f"--{name.replace('_', '-')} {getattr(self, name)} needs --tasks beside it"
-                )
+                raise UserError(f"--{flag(name)} {getattr(self, name)} needs --tasks beside it")
         if self.val_fraction is not None and not 0 < self.val_fraction <= 1:
             raise UserError(f"--val-fraction {self.val_fraction} must be above 0 and at most 1")
         if self.output is not None:

@@ -1,7 +1,6 @@
 """Four and eight processes train as one does, take over each other's runs, and fail together."""
 
 import re
-import signal
 from dataclasses import replace
 
 import pytest
@@ -122,12 +121,12 @@ def test_a_run_goes_on_with_another_number_of_processes(move, runs):
     assert_same(one, metrics(runs.moved[move].run_dir), STEPS)
 
 
-def fail_in_last_rank(ports: list[int], config: TrainConfig) -> None:
+def fail_in_last_rank(ports: list[int], config: TrainConfig, where: str, fault: str) -> None:
     """The function is the body of a process."""
     enter(ports)
     rank = Rank.read()
     is_last = rank.global_rank == rank.world_size - 1
-    on_phase = faults.in_step(6, faults.die) if is_last else ignore_phase
+    on_phase = getattr(faults, where)(6, getattr(faults, fault)) if is_last else ignore_phase
     train(config, on_phase=on_phase)
 
 
@@ -135,16 +134,20 @@ def errors(output, count: int) -> list[str]:
     return [line for line in said(output, count).splitlines() if line.startswith("error: ")]
 
 
-def test_eight_end_with_one_sentence_that_names_the_rank(runs, tmp_path):
-    config = eight_rows(tmp_path, parallel="ddp", save_every=2, keep=0)
-    codes = run_job(fail_in_last_rank, 8, tmp_path / "out", config)
-    assert codes == [EXIT_FAILED] * 7 + [-signal.SIGKILL]
+@pytest.mark.parametrize(
+    ("where", "fault", "cause"),
+    [
+        ("in_step", "die", r"rank 7 on \S+ is dead \(killed, .*\); rank \d was in step [67];"),
+        ("before_step", "hang", r"no step for 0\.1 minutes: rank 7 on \S+ is at .* in step 6;"),
+    ],
+)
+def test_eight_end_with_one_sentence_that_names_the_rank(where, fault, cause, runs, tmp_path):
+    config = eight_rows(tmp_path, parallel="ddp", save_every=2, keep=0, hang_minutes=0.1)
+    codes = run_job(fail_in_last_rank, 8, tmp_path / "out", config, where, fault)
+    assert set(codes[:-1]) == {EXIT_FAILED}
+    assert codes[-1] == (-9 if fault == "die" else EXIT_FAILED)
     (error,) = errors(tmp_path / "out", 8)
-    assert re.match(
-        r"error: rank 7 on \S+ is dead \(killed, .*\); rank \d was in step [67]; the job ends; "
-        "the last checkpoint is whole",
-        error,
-    )
+    assert re.match(f"error: {cause} the job ends; the last checkpoint is whole", error)
     for saved in checkpoint.find(config.run_dir / "checkpoints"):
         saved.verify()
     # What is left is a run that one process finishes.

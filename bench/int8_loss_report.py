@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+from bench.recipe_statistics import half_interval, with_interval
 from bench.recipe_trials import Trial
 from hamner.config.options import OPTIONS
 from hamner.plan.loss import BESIROGLU
@@ -81,22 +82,6 @@ def slope_of(tokens: Sequence[int], differences: Sequence[float]) -> tuple[float
     )
     line = stats.linregress(x, y)
     return line.slope, stats.t.ppf(0.975, PARTS - 2) * line.stderr
-
-
-def half_interval(values: Sequence[float]) -> float:
-    """The number is half of the mean's 95% interval by Student's t; NaN for one value."""
-    if len(values) < 2:
-        return math.nan
-    return stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-
-
-def with_interval(mean: float, half: float) -> str:
-    """The text is a number of nats with its interval; NaN is a number that is not known."""
-    if math.isnan(mean):
-        return "not known"
-    if math.isnan(half):
-        return f"{mean:+.4f} (no interval)"
-    return f"{mean:+.4f} ({mean - half:+.4f} to {mean + half:+.4f})"
 
 
 def share_of_tokens(gap: float, option: str) -> float:

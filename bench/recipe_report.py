@@ -10,7 +10,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench.conditions import in_words
-from bench.recipe_statistics import Crossing, Ratio, tokens_at, trend
+from bench.recipe_statistics import (
+    Crossing,
+    Ratio,
+    half_interval,
+    tokens_at,
+    trend,
+    with_interval,
+)
 from bench.recipe_trials import ARMS, DIMENSIONS, TUNED, Part, best_of, loss_of, open_sides
 from hamner.errors import UserError
 from hamner.plot.figure import write_figure
@@ -38,6 +45,9 @@ def report(results: Results, folder: Path) -> str:
     if parts["ladder"]:
         sections += ["## ladder", lengths(parts["ladder"]), *equal_losses(parts["ladder"])]
         draw_ladder(parts["ladder"], folder / "ladder.png")
+    if parts["qk-norm"]:
+        added = beside_ladder(parts["qk-norm"], parts["ladder"])
+        sections += ["## qk-norm", lengths(parts["qk-norm"]), added]
     if parts["long"]:
         sections += ["## long", lengths(parts["long"])]
         draw_curves(parts["long"], folder / "long.png")
@@ -148,6 +158,41 @@ def equal_losses(results: Results) -> list[str]:
         "that seed. A * marks tokens beyond the lengths that were run, which the trend leaves out."
     )
     return sections
+
+
+def beside_ladder(results: Results, ladder: Results) -> str:
+    """The function compares runs with the ladder's of the same recipe, length and seed."""
+    rows = []
+    for arm in dict.fromkeys(result["arm"] for result in results):
+        ends, without = ends_by_seed(results, arm), ends_by_seed(ladder, arm)
+        speeds, others = _speeds(results, arm), _speeds(ladder, arm)
+        for tokens in sorted({tokens for own in ends.values() for tokens in own}):
+            both = [s for s in ends if tokens in ends[s] and tokens in without.get(s, {})]
+            if not both:
+                continue
+            gains = [ends[seed][tokens] - without[seed][tokens] for seed in both]
+            crossings = dict(_crossings(without, ends, tokens))
+            mark = "" if all(crossing.is_inside for crossing in crossings.values()) else "*"
+            saved = [crossings[seed].tokens / tokens for seed in both if seed in crossings]
+            pace = [
+                speeds[seed] / others[seed] for seed in both if seed in speeds and seed in others
+            ]
+            rows.append(
+                (
+                    *(arm, f"{tokens / 1e6:g}", str(len(both))),
+                    with_interval(statistics.fmean(gains), half_interval(gains)),
+                    _interval(Ratio.of(saved)) + mark if saved else "",
+                    f"{statistics.geometric_mean(pace):.3f}" if pace else "",
+                )
+            )
+    if not rows:
+        return "Not known yet: that takes runs of the ladder with the same tokens and seeds."
+    head = ("recipe", "M tokens", "seeds", "nats more than the ladder's", "times fewer tokens")
+    explained = (
+        "Intervals are of the mean over seeds, 95%, by Student's t. The ladder needs so many times "
+        "the tokens for the same loss, on its own curve (* beyond the lengths that it has)."
+    )
+    return table((*head, "times the tokens/s"), rows) + "\n\n" + explained
 
 
 def _speeds(results: Results, arm: str) -> dict[int, float]:

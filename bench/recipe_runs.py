@@ -148,6 +148,8 @@ def configure(trial: Trial, folder: Path, data: Prepared | None = None) -> Train
         "save_every": SAVE_EVERY,
     }
     values = [text for name, value in flags.items() for text in (f"--{flag(name)}", str(value))]
+    if trial.part != "long":
+        values.append("--no-qk-norm")  # the recipes of one model are compared; its flags come after
     config = train.parse(["--recipe", trial.arm, *values, *trial.flags])
     steps = max(1, trial.tokens // config.tokens_per_step)
     log_every = max(1, steps // CURVE_POINTS)
@@ -229,6 +231,7 @@ def describe(trial: Trial, config: TrainConfig, data: Prepared, loss: float | No
     speeds = [record["tokens_per_second"] for record in records[len(records) // 3 :]]
     has_speed = bool(speeds) and trial.part not in SHARING
     recipe = {field.name: getattr(config, field.name) for field in fields(RecipeConfig)}
+    recipe |= {"weight_decay": config.weight_decay, "grad_clip": config.grad_clip}
     return {
         **{name: getattr(trial, name) for name in Trial.__dataclass_fields__},
         "val_loss": loss,
@@ -240,7 +243,7 @@ def describe(trial: Trial, config: TrainConfig, data: Prepared, loss: float | No
         "steps": config.steps,
         "batch_size": config.batch_size,
         "seq_len": config.seq_len,
-        "recipe": {**recipe, "weight_decay": config.weight_decay, "grad_clip": config.grad_clip},
+        "recipe": recipe | {"qk_norm": config.model.qk_norm},
         "parameters": config.model.num_parameters(),
         "data": {
             "digest": data.digest,

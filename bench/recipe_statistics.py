@@ -77,6 +77,22 @@ class Ratio:
         return float(stats.ttest_1samp(logs, math.log(bound), alternative="greater").pvalue)
 
 
+def half_interval(values: Sequence[float]) -> float:
+    """The number is half of the mean's 95% interval by Student's t; NaN for one value."""
+    if len(values) < 2:
+        return math.nan
+    return stats.t.ppf(0.5 + CONFIDENCE / 2, len(values) - 1) * stats.sem(values)
+
+
+def with_interval(mean: float, half: float) -> str:
+    """The text is a number of nats with its interval; NaN is a number that is not known."""
+    if math.isnan(mean):
+        return "not known"
+    if math.isnan(half):
+        return f"{mean:+.4f} (no interval)"
+    return f"{mean:+.4f} ({mean - half:+.4f} to {mean + half:+.4f})"
+
+
 @dataclass(frozen=True)
 class Trend:
     """A trend says how a ratio changes with the length of the runs."""

@@ -18,7 +18,7 @@ from hamner.config.recipe import Recipe
 from hamner.config.train import TrainConfig
 from hamner.errors import UserError
 
-Part = Literal["tune", "current", "ladder", "long"]
+Part = Literal["tune", "current", "ladder", "qk-norm", "long"]
 
 PROXY = (
     *("--option", "a", "--hidden-size", "512", "--num-layers", "12"),
@@ -29,6 +29,7 @@ MODELS: dict[Part, tuple[str, ...]] = {
     "tune": PROXY,
     "current": ("--option", "current", "--batch-size", "24"),
     "ladder": ("--option", "current", "--batch-size", "24"),
+    "qk-norm": ("--option", "current", "--batch-size", "24", "--qk-norm"),
     "long": ("--option", "a"),
 }
 """flags of hamner.train; every step has 24 x 1,024 tokens"""
@@ -36,6 +37,7 @@ ARMS: dict[Part, tuple[Recipe, ...]] = {
     "tune": ("adamw", "muon"),
     "current": ("adamw", "muon"),
     "ladder": ("plan", "adamw", "muon"),
+    "qk-norm": ("muon",),
     "long": ("plan", "muon"),
 }
 """what each part compares by default"""
@@ -47,6 +49,7 @@ TOKENS: dict[Part, tuple[float, ...]] = {
     "tune": (20e6,),
     "current": (25e6,),
     "ladder": (25e6, 50e6, 100e6),
+    "qk-norm": (25e6, 50e6, 100e6),
     "long": (250e6,),
 }
 SHORT_SHARES = (0.25, 0.5)
@@ -55,6 +58,8 @@ WARMUP_SHARE = 0.05
 """of the run, for every arm; what follows decays to the run's end"""
 TUNING_SEED = 100
 """of trials that choose; the ladder's seeds are others, so that no choice favours them"""
+SEEDED: tuple[Part, ...] = ("ladder", "qk-norm")
+"""parts that are run with every seed; the others have one"""
 LADDER_SEEDS = (0, 1, 2)
 LEAST_TRIALS, MOST_TRIALS = 12, 32
 """of an arm's search"""
@@ -268,7 +273,7 @@ def plan(scope: Scope, results: Sequence[Mapping]) -> list[Trial]:
 
 
 def _listed(scope: Scope, results: Sequence[Mapping]) -> list[Trial]:
-    """The function gives the runs of the ladder, or of the long pair, short ones first."""
+    """The function gives the runs of a part that is no search, short ones first."""
     trials = []
     lengths = dict.fromkeys(scope.arms, scope.tokens)
     if scope.part == "ladder" and "muon" in lengths:

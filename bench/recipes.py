@@ -4,6 +4,7 @@
                                     --validation english/valid.parquet --seconds 550
     python -m bench.recipes current ...     the learning rate again, on option `current`
     python -m bench.recipes ladder  ...     plan, adamw and muon at 25M, 50M, 100M tokens, 3 seeds
+    python -m bench.recipes qk-norm ...     the ladder's muon with --qk-norm
     python -m bench.recipes long    ...     option a, plan and muon
     python -m bench.recipes report  FOLDER  tables, statistics and pictures
     python -m bench.recipes fit     FOLDER  the ladder's ratios, for hamner.plan
@@ -44,6 +45,7 @@ from bench import recipe_runs as runs
 from bench.recipe_trials import (
     ARMS,
     LADDER_SEEDS,
+    SEEDED,
     SHARING,
     TOKENS,
     Part,
@@ -62,7 +64,7 @@ from hamner.plan.recipe_gain import RATIOS
 COMMAND = "python -m bench.recipes"
 RESULTS = "results.jsonl"
 COMMITTED = Path(__file__).parents[1] / "profiles" / "recipes"
-RESERVE_SECONDS = {"tune": 10.0, "current": 20.0, "ladder": 20.0, "long": 40.0}
+RESERVE_SECONDS = {"tune": 10.0, "current": 20.0, "ladder": 20.0, "qk-norm": 20.0, "long": 40.0}
 """before the end, in which a run is evaluated and saved"""
 START_SECONDS = 10.0
 """before a run trains; none is started for less"""
@@ -95,7 +97,7 @@ class Compare(Job):
     """lengths of the runs; default those of the part. The ladder runs Muon at a quarter and half of
     the shortest too, where it reaches what the others need all of it for"""
     seeds: tuple[int, ...] = LADDER_SEEDS
-    """of the ladder; the long pair has the first"""
+    """of the ladder and of qk-norm; the long pair has the first"""
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ def compare(part: Part, settings: Compare, extra: Sequence[str]) -> int:
         part=part,
         arms=tuple(dict.fromkeys(settings.arms or ARMS[part])),
         tokens=tuple(sorted(map(whole, settings.tokens or TOKENS[part]))),
-        seeds=settings.seeds if part == "ladder" else settings.seeds[:1],
+        seeds=settings.seeds if part in SEEDED else settings.seeds[:1],
         extra=tuple(extra),
     )
     with contextlib.ExitStack() as stack:

@@ -9,7 +9,7 @@ a layer by the orthogonal factor of its gradient, up to what the published itera
 (singular values 0.7 to 1.2). "hamner, AdamW" is the same optimizer with `--optimizer adamw`.
 
 `test_step` times whole steps by `--recipe`, of 24 x 1,024 tokens in one pass and of 96 x 1,024 in
-four.
+four: on one model, and with the qk-norm that `--recipe muon` has.
 """
 
 import functools
@@ -49,12 +49,12 @@ AHEAD_MS = 100.0
 CYCLES = 50_000_000
 """of sleep, about 25 ms, of which a millisecond's are measured"""
 WARM_UP_CALLS, ROUNDS = 3, 20
-FIRST_LOSSES: dict[int, float] = {}
-"""by batch, of `plan`, whose row comes first"""
+FIRST_LOSSES: dict[tuple[int, bool], float] = {}
+"""by batch and qk-norm, of the row that comes first"""
 
 
 def run_of(recipe: str) -> TrainConfig:
-    """The function gives option a, with one pass over its batch, by a recipe."""
+    """The function gives option a without qk-norm, with one pass over its batch, by a recipe."""
     config = replace(configure("a", "selective", None), recipe=recipe, **RECIPES[recipe])
     return few_layers(config) if scale.COMPILE_ONLY else config
 
@@ -149,11 +149,14 @@ def cycles_a_millisecond() -> float:
     return CYCLES / elapsed(lambda: torch.cuda._sleep(CYCLES))
 
 
-@pytest.mark.parametrize("recipe", ("plan", "muon"))
+@pytest.mark.parametrize(("recipe", "qk_norm"), (("plan", False), ("muon", False), ("muon", True)))
 @pytest.mark.parametrize("passes", (1, 4))
-def test_step(benchmark, passes, recipe):
+def test_step(benchmark, passes, recipe, qk_norm):
     benchmark.group = "option a by --recipe"
     config = run_of(recipe)
-    config = replace(config, batch_size=passes * config.batch_size)
-    trainer = f"hamner --recipe {recipe}, {config.batch_size} x {config.seq_len:,}"
-    steps.measure_run(benchmark, config, trainer, first_losses=FIRST_LOSSES, key=passes)
+    model = replace(config.model, qk_norm=qk_norm)
+    config = replace(config, model=model, batch_size=passes * config.batch_size)
+    added = " with qk-norm" if qk_norm else ""
+    trainer = f"hamner --recipe {recipe}{added}, {config.batch_size} x {config.seq_len:,}"
+    key = passes, qk_norm
+    steps.measure_run(benchmark, config, trainer, first_losses=FIRST_LOSSES, key=key)

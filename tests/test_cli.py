@@ -11,6 +11,7 @@ import pytest
 
 import hamner
 from hamner.cli import PARTS, read_ahead, read_flags, require_whole_package
+from hamner.config.model import ModelConfig
 from hamner.config.train import TrainConfig
 from hamner.errors import UserError
 from hamner.sft.__main__ import Origin as SftOrigin
@@ -127,7 +128,7 @@ def test_flags_read_ahead_are_those_of_training(form):
     # Nothing given for --option is what --init-from needs to know.
     own = ("checkpoint", "option") if form is Origin else ("checkpoint",)
     ours = {f.name: (f.type, f.default) for f in fields(form) if f.name not in own}
-    theirs = {f.name: (f.type, f.default) for f in fields(TrainConfig)}
+    theirs = {f.name: (f.type, f.default) for f in (*fields(TrainConfig), *fields(ModelConfig))}
     assert ours.items() <= theirs.items()
 
 

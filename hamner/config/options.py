@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from hamner.config.model import ModelConfig
-from hamner.config.recipe import RECIPES
+from hamner.config.recipe import RECIPE_MODELS, RECIPES
 from hamner.config.train import TrainConfig
 from hamner.errors import UserError
 
@@ -82,7 +82,9 @@ def for_option(name: str, recipe: str = "plan") -> TrainConfig:
     """
     if recipe not in RECIPES:
         raise UserError(f"--recipe {recipe} is not one of {', '.join(RECIPES)}")
-    return replace(find_option(name), tokens=None, recipe=recipe, **RECIPES[recipe])
+    option = find_option(name)
+    model = replace(option.model, **RECIPE_MODELS.get(recipe, {}))
+    return replace(option, model=model, tokens=None, recipe=recipe, **RECIPES[recipe])
 
 
 def total_tokens(config: TrainConfig) -> int:

@@ -60,3 +60,5 @@ RECIPES: dict[str, dict] = {
 }
 """what each recipe changes of an option's defaults: what the search of docs/recipes.md found, but
 for Muon's weight decay, which runs of 813 steps say nothing about for one of 400,000"""
+RECIPE_MODELS: dict[str, dict] = {"muon": {"qk_norm": True}}
+"""what a recipe changes of an option's model, where that was measured to be worth its time"""

@@ -20,7 +20,7 @@ from typing import Literal
 
 from hamner.cli import read_flags, run_command
 from hamner.config.model import ModelConfig, flag
-from hamner.config.options import OPTIONS
+from hamner.config.options import OPTIONS, for_option
 from hamner.config.recipe import RECIPES, Recipe
 from hamner.config.train import CONFIG_FILE, Matmul, TrainConfig
 from hamner.errors import UserError
@@ -177,15 +177,11 @@ def plan_option(
     Raises:
         UserError: it does not fit, or has fewer tokens than one step or absurdly many.
     """
-    option = OPTIONS[name]
+    option = for_option(name, config.recipe)
     option = replace(
-        option,
-        batch_size=config.batch_size or option.batch_size,
-        recipe=config.recipe,
-        matmul=config.matmul,
-        **RECIPES[config.recipe],
+        option, batch_size=config.batch_size or option.batch_size, matmul=config.matmul
     )
-    tokens = option.tokens if config.tokens is None else config.tokens
+    tokens = OPTIONS[name].tokens if config.tokens is None else config.tokens
     if not option.tokens_per_step <= tokens <= MOST_TOKENS:
         raise UserError(
             f"--tokens {tokens:g} must be at least one step of option {name}, "

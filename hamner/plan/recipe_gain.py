@@ -30,7 +30,8 @@ LAW_DEVIATION = 0.15
 """nats by which a scaling law through one run of another size, corpus and schedule is taken to be
 off"""
 LINE_DEVIATION = 0.15
-"""of the ratio's logarithm: what is between short runs and published ones need not be a line"""
+"""of the ratio's logarithm from the line: what is between short runs and published ones need not be
+one"""
 WIDTH = 1.2816
 """half an 80% interval in standard deviations"""
 
@@ -61,6 +62,9 @@ class Gain:
     def _line(self) -> tuple[np.ndarray, np.ndarray]:
         """The line has an intercept and a slope in ln(tokens), and their covariance."""
         tokens, ratios, deviations = np.array(self.points).T
+        # Or many short runs, which share their data, would say more than there is to know of long
+        # ones.
+        deviations = np.hypot(deviations, LINE_DEVIATION)
         design = np.stack([np.ones_like(tokens), np.log(tokens)], axis=1) / deviations[:, None]
         covariance = np.linalg.inv(design.T @ design)
         return covariance @ design.T @ (np.log(ratios) / deviations), covariance

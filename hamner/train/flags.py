@@ -6,6 +6,7 @@ Torch-free, so that `--help` is quick.
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from hamner.config.model import ModelConfig
 from hamner.config.options import find_option, for_option
 from hamner.config.recipe import Recipe
 from hamner.config.train import CONFIG_FILE, TrainConfig
@@ -24,6 +25,7 @@ class Origin:
     init_from: Path | None = TrainConfig.init_from
     steps: int | None = TrainConfig.steps
     tokens: float | None = TrainConfig.tokens
+    use_differential_attention: bool = ModelConfig.use_differential_attention
 
     @property
     def folder(self) -> Path:
@@ -51,11 +53,7 @@ class Origin:
             # RUN/bad_steps/FILE
             return _read_run(self.replay.parent.parent)
         if not self.has_run:
-            default = (
-                self._initial()
-                if self.init_from
-                else for_option(self.option or TrainConfig.option, self.recipe)
-            )
+            default = self._from_weights() if self.init_from else self._fresh()
             return replace(default, resume=self.resume)
         run = _read_run(self.folder)
         if run.sft is not None:
@@ -68,7 +66,15 @@ class Origin:
             run = replace(run, steps=None, tokens=None)
         return replace(run, resume=True, stop_after=None, allow_data_change=False)
 
-    def _initial(self) -> TrainConfig:
+    def _fresh(self) -> TrainConfig:
+        """The method gives the defaults of a run from random weights."""
+        default = for_option(self.option or TrainConfig.option, self.recipe)
+        if self.use_differential_attention:
+            # No model has both, and the recipe was not asked for qk-norm.
+            default = replace(default, model=replace(default.model, qk_norm=False))
+        return default
+
+    def _from_weights(self) -> TrainConfig:
         """The method gives the defaults of a run from the weights of another run or checkpoint.
 
         Raises:
@@ -76,7 +82,10 @@ class Origin:
         """
         base = TrainConfig.of_run(self.init_from, "--init-from")
         default = for_option(self.option or base.option, self.recipe)
-        model = default.model if self.option else base.model
+        model = base.model
+        if self.option:
+            # The weights are there: what the recipe would have changed of them is as it is.
+            model = replace(default.model, qk_norm=base.model.qk_norm)
         return replace(
             default,
             model=model,

@@ -112,6 +112,7 @@ def recipe(config: TrainConfig) -> str:
         f"recipe {config.recipe}: {groups}; warm-up {config.warmup_steps:,} steps, {decay} to "
         f"{config.min_lr:g}; betas {config.beta1:g} {config.beta2:g}"
         + (f", momentum {config.momentum:g}" if config.optimizer == "muon" else "")
+        + ("; qk-norm" if config.model.qk_norm else "")
     )
 
 

@@ -208,6 +208,18 @@ def test_long_runs_are_evaluated_on_steps_that_are_logged(tmp_path):
     assert (config.steps, config.log_every, config.eval_every) == (10_172, 101, 505)
 
 
+def test_recipes_are_compared_on_one_model_but_for_the_long_pair(tmp_path):
+    """What a recipe changes of the model is measured by itself, and is in what a person gets."""
+    trial = Trial("long", "muon", 0, 250_000_000, 2e-3, 6e-3, 0.3, 0.9875, flags=SMALL)
+    assert recipes.runs.configure(trial, tmp_path).model.qk_norm
+    for part in ("tune", "current", "ladder"):
+        assert not recipes.runs.configure(replace(trial, part=part), tmp_path).model.qk_norm
+    added = replace(trial, part="qk-norm", flags=(*SMALL, "--qk-norm"))
+    assert recipes.runs.configure(added, tmp_path).model.qk_norm
+    scope = Scope("qk-norm", ("plan",), (25_000_000,), (0, 1))
+    assert [(t.seed, t.flags[-1]) for t in plan(scope, [])] == [(0, "--qk-norm"), (1, "--qk-norm")]
+
+
 def test_a_trial_leaves_its_numbers_and_nothing_else(data, tmp_path, monkeypatch):
     """Of a run that chooses or compares nobody reads a checkpoint or a plot, unless it is left in
     its middle; nor does the clock stop one whose last step is done."""
@@ -423,6 +435,33 @@ def test_time_has_each_seeds_own_speed_and_trends_no_extrapolation(tmp_path):
     assert "change the ratio by 1.00 (1.00-1.00) (2 seeds); on that line it would be 3.00" in text
 
 
+def test_what_was_added_stands_beside_the_ladder(tmp_path):
+    """Losses a quarter of a doubling lower, 0.125 nats, and 0.02 apart: by hand."""
+    ladder = ladder_results()
+    added = [
+        line
+        | {
+            "part": "qk-norm",
+            "flags": (*line["flags"], "--qk-norm"),
+            "val_loss": line["val_loss"] - 0.125 + 0.02 * line["seed"],
+            "tokens_per_second": 0.98 * line["tokens_per_second"],
+        }
+        for line in ladder
+        if line["arm"] == "muon" and line["tokens"] >= 50e6
+    ]
+    text = report([*ladder, *added], tmp_path).split("## qk-norm")[1]
+    cells = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines()]
+    rows = {row[1]: row[2:] for row in cells if row[:1] == ["muon"] and len(row) == 6}
+    # Student's t of one degree of freedom is 12.71: 12.71 x 0.02 / 2.
+    assert rows["50"][:2] == ["2", "-0.1150 (-0.2421 to +0.0121)"]
+    # Seeds' 0.25 and 0.21 doublings.
+    assert rows["50"][2].startswith("1.17 (")
+    assert rows["50"][3] == "0.980"
+    assert rows["100"][2].endswith("*")
+    alone = report(added, tmp_path)
+    assert "Not known yet: that takes runs of the ladder" in alone
+
+
 def test_runs_of_two_settings_make_no_line(tmp_path):
     other = {**ladder_results()[0], "lr": 7e-4, "tokens": 1}
     with pytest.raises(
@@ -473,7 +512,9 @@ def test_the_plan_is_fitted_to_the_committed_results():
 def test_a_report_of_nothing_and_unknown_parts_are_refused(tmp_path):
     with pytest.raises(UserError, match="has no .*jsonl with results"):
         recipes.main(["report", str(tmp_path)])
-    with pytest.raises(UserError, match="pigeons is not one of tune, current, ladder, long"):
+    with pytest.raises(
+        UserError, match="pigeons is not one of tune, current, ladder, qk-norm, long"
+    ):
         recipes.main(["pigeons"])
     (tmp_path / "x.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match="line 1 is not a result"):

@@ -73,6 +73,9 @@ def test_defaults_are_the_model_of_the_weights(source):
     assert (config.model, config.option, config.seq_len) == (SHAPE, "tiny", 64)
     checkpoint = find_saved_model(source).checkpoint.path
     assert parse([f"--init-from={checkpoint}", "--lr", "5e-4"]).model == SHAPE
+    # The weights have no qk-norm, whatever the recipe would have given new ones.
+    for option in ((), ("--option", "a")):
+        assert not parse(["--init-from", str(source), "--recipe", "muon", *option]).model.qk_norm
     with pytest.raises(UserError, match="--init-from nowhere is neither a run"):
         parse(["--init-from", "nowhere"])
     file = source.with_name("old.pt")

@@ -66,6 +66,25 @@ def test_defaults_are_the_options():
     assert changed.model.rope_theta == 5e5
 
 
+def test_a_recipe_may_change_the_model():
+    assert not any(parse(["--recipe", recipe]).model.qk_norm for recipe in ("plan", "adamw"))
+    assert parse(["--option", "c", "--recipe", "muon"]).model.qk_norm
+    assert not parse(["--recipe", "muon", "--no-qk-norm"]).model.qk_norm
+    assert profile.parse(["--recipe", "muon"]).training().model.qk_norm
+    differential = parse(["--recipe", "muon", "--use-differential-attention"]).model
+    assert (differential.use_differential_attention, differential.qk_norm) == (True, False)
+    with pytest.raises(UserError, match="--qk-norm and --use-differential-attention do not go"):
+        parse(["--recipe", "muon", "--use-differential-attention", "--qk-norm"])
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_a_resume_keeps_the_model_whatever_the_recipe_changes_now(tmp_path, qk_norm):
+    flag = "--qk-norm" if qk_norm else "--no-qk-norm"
+    config = parse(["--option", "tiny", "--recipe", "muon", flag, "--run-dir", str(tmp_path)])
+    (tmp_path / "config.json").write_text(json.dumps(config.to_json()))
+    assert parse(["--resume", "--run-dir", str(tmp_path)]).model.qk_norm == qk_norm
+
+
 def test_data_may_be_repeated_or_listed():
     args = ["--data", "a", "b", "--seed", "1", "--data", "c", "--data=d=0.5"]
     assert parse(args).data == ("a", "b", "c", "d=0.5")

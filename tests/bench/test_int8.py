@@ -12,6 +12,7 @@ import torch
 from bench import int8_gradients, int8_loss, recipe_runs
 from bench.int8_gradients import ARMS, Measured, compare, measure, one_scale_linear, summarize
 from bench.int8_loss_report import describe, slope_of
+from bench.recipe_trials import MODELS
 from hamner.checkpoint.run_folder import append_record
 from hamner.config.options import for_option
 from hamner.data.batch import Batch
@@ -221,6 +222,14 @@ def test_report_of_pairs(tmp_path, capsys):
     assert "int8-all: 1.600 times" in said
     with pytest.raises(UserError, match="--speed fp8 2: give one of int8, int8-all"):
         int8_loss.main(["report", str(tmp_path), "--speed", "fp8", "2"])
+
+
+@pytest.mark.parametrize("part", ["ladder", "long"])
+def test_runs_of_recipes_are_no_arms(part, tmp_path):
+    trial = replace(int8_loss.trials(SETTINGS, [])[0], part=part, flags=MODELS[part])
+    append_record(tmp_path / "results.jsonl", result(trial, 4.0))
+    with pytest.raises(UserError, match="has runs of bench.recipes, .* bench.recipes report"):
+        int8_loss.main(["report", str(tmp_path)])
 
 
 def test_the_slope_of_one_seed_has_an_interval_of_its_own():

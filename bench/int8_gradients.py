@@ -13,8 +13,13 @@ gradients with one scale a channel over all tokens. With outliers (all arms alik
     much smaller; and behind the last block the gradients of one token in 1,024 are 100 times as
     large.
 
-Each line of FILE has the numbers of one arm: of every parameter the cosine, and the signal-to-noise
-ratio in dB, 20 log10(|g| / |g' - g|).
+Against fp32 the noise of int8's other matmuls hides what quantising the weight gradients adds. But
+int8 has weight gradients in bf16 of the same operands that int8-all and its control quantise, so
+these two are held against int8 too, which shows what they add; that control's verdict rests on it.
+
+Each line of FILE has the numbers of one arm, cosine and signal-to-noise ratio in dB,
+20 log10(|g| / |g' - g|): in `gradients` of every parameter against fp32, in `added` of the weights
+of linear layers against int8.
 """
 
 import contextlib
@@ -26,6 +31,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -52,16 +58,24 @@ from hamner.model.transformer import Transformer
 from hamner.train.data import open_loader
 
 COMMAND = "python -m bench.int8_gradients"
-ARMS = ("bf16", "int8", "int8-all", "one scale on down", "no chunks")
-"""the last two are the controls of int8 and of int8-all"""
+ONE_SCALE, NO_CHUNKS = "one scale on down", "no chunks"
+"""the controls of int8 and of int8-all"""
+ARMS = ("bf16", "int8", "int8-all", ONE_SCALE, NO_CHUNKS)
 CHANNEL_FACTOR, TOKEN_FACTOR = 10.0, 100.0
 """how much larger outliers are: rows of gate and of up, and gradients of tokens"""
 OUTLIER_CHANNELS, OUTLIER_TOKENS = 3, 1024
 """so many channels, and one token of so many"""
 LINEAR_OPS = "norm_attention", "linear", "norm_mlp"
 """ops with a linear layer's weight"""
+PROJECTION = "_proj.weight"
+"""names of linear layers' weights end so"""
+ADDING = "int8-all", NO_CHUNKS
+"""arms that differ from int8 in their weight gradients only"""
 FAILS_DB = 3.0
 """a control has failed visibly if it is noisier by so much"""
+
+Table = dict[str, dict[str, float]]
+"""of `compare`"""
 
 
 @dataclass(frozen=True)
@@ -178,7 +192,7 @@ def build(
         # The rest would take minutes in Triton's interpreter.
         kernels = build_ops("triton", attention)
         ops = replace(ops, **{name: getattr(kernels, name) for name in LINEAR_OPS})
-    if arm == ARMS[3]:
+    if arm == ONE_SCALE:
         ops = replace(ops, norm_mlp=one_scale_mlp)
     with torch.device("meta"):
         model = Transformer(config.model, ops)
@@ -192,7 +206,7 @@ def build(
         model.layers[-1].register_forward_hook(_enlarge_some)
     for matrix in model.matrices():
         matrix.data = matrix.data.bfloat16().to(dtype)
-    matmul = {ARMS[3]: "int8", ARMS[4]: "int8-all"}.get(arm, arm)
+    matmul = {ONE_SCALE: "int8", NO_CHUNKS: "int8-all"}.get(arm, arm)
     if matmul.startswith("int8"):
         model.int8 = Int8Linears(config.model, matmul, device)
     return model
@@ -205,8 +219,8 @@ def gradients(model: Transformer, batch: Batch) -> dict[str, Tensor]:
     return {name: p.grad.float().cpu() for name, p in model.named_parameters()}
 
 
-def compare(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, dict[str, float]]:
-    """The function gives cosine and signal-to-noise ratio in dB of every gradient."""
+def compare(found: dict[str, Tensor], exact: dict[str, Tensor]) -> Table:
+    """The function gives cosine and signal-to-noise ratio in dB of every gradient in `exact`."""
     table = {}
     for name, truth in exact.items():
         x, y = found[name].double().flatten(), truth.double().flatten()
@@ -224,6 +238,15 @@ def kind_of(name: str) -> str:
     return ".".join(part for part in name.split(".") if not part.isdecimal())
 
 
+class Measured(NamedTuple):
+    """Of an arm's gradients there are two tables."""
+
+    gradients: Table
+    """against fp32"""
+    added: Table | None
+    """of the weights of linear layers, against int8; None but for `ADDING`"""
+
+
 def measure(
     config: TrainConfig,
     batch: Batch,
@@ -231,42 +254,48 @@ def measure(
     saved: SavedModel | None,
     *,
     outliers: bool,
-) -> Iterator[tuple[str, dict[str, dict[str, float]]]]:
-    """The iterator gives each arm with its table of `compare`."""
+) -> Iterator[tuple[str, Measured]]:
+    """The iterator gives each arm with what was measured of it."""
     how = {"device": device, "saved": saved, "outliers": outliers}
     exact = gradients(build(config, "fp32", **how), batch)
+    linear_layers: dict[str, Tensor] = {}
     for arm in ARMS:
-        with without_chunks() if arm == ARMS[4] else contextlib.nullcontext():
+        with without_chunks() if arm == NO_CHUNKS else contextlib.nullcontext():
             found = gradients(build(config, arm, **how), batch)
-        yield arm, compare(found, exact)
+        if arm == "int8":
+            linear_layers = {name: g for name, g in found.items() if name.endswith(PROJECTION)}
+        added = compare(found, linear_layers) if arm in ADDING else None
+        yield arm, Measured(compare(found, exact), added)
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
 
-def summarize(arms: dict[str, dict[str, dict[str, float]]]) -> list[str]:
-    """The lines have, by kind of parameter, each arm's median over the layers and its worst, and
-    whether the controls failed."""
+def summarize(arms: dict[str, Measured]) -> list[str]:
+    """The lines have, by kind of parameter, each arm's median over the layers and its worst, below
+    them what its weight gradients add, and at the end whether the controls failed."""
     kinds: dict[str, list[str]] = defaultdict(list)
-    for name in next(iter(arms.values())):
+    for name in next(iter(arms.values())).gradients:
         kinds[kind_of(name)].append(name)
     lines = []
     for kind, names in kinds.items():
-        for arm, table in arms.items():
+        rows = [(arm, measured.gradients) for arm, measured in arms.items()]
+        if kind.endswith(PROJECTION):
+            rows += [(f"{arm}, added", arms[arm].added) for arm in ADDING]
+        for label, table in rows:
             noise, cosines = ([table[n][k] for n in names] for k in ("snr_db", "cosine"))
             lines.append(
-                f"{kind:40} {arm:18} {median(noise):6.1f} dB (worst {min(noise):6.1f}), "
+                f"{kind:40} {label:18} {median(noise):6.1f} dB (worst {min(noise):6.1f}), "
                 f"cosine {median(cosines):.5f} (worst {min(cosines):.5f})"
             )
-    for control, design, kind in (
-        (ARMS[3], "int8", "layers.mlp.gate_up_proj.weight"),
-        (ARMS[4], "int8-all", "layers.mlp.down_proj.weight"),
+    for control, design, table, noisier, kind in (
+        (ONE_SCALE, "int8", "gradients", "noisier than", "layers.mlp.gate_up_proj.weight"),
+        (NO_CHUNKS, "int8-all", "added", "more noise added than by", "layers.mlp.down_proj.weight"),
     ):
-        lost = median(
-            arms[design][name]["snr_db"] - arms[control][name]["snr_db"] for name in kinds[kind]
-        )
+        ours, controls = (getattr(arms[arm], table) for arm in (design, control))
+        lost = median(ours[name]["snr_db"] - controls[name]["snr_db"] for name in kinds[kind])
         verdict = "fails visibly" if lost >= FAILS_DB else "DOES NOT FAIL"
-        lines.append(f"control, {control}: {verdict}, {lost:.1f} dB noisier than {design} ({kind})")
+        lines.append(f"control, {control}: {verdict}, {lost:.1f} dB {noisier} {design} ({kind})")
     return lines
 
 
@@ -309,9 +338,9 @@ def main(args: list[str]) -> int:
         batch = loader.next_batch()
     for outliers in (False, True):
         found = {}
-        for arm, table in measure(config, batch, device, saved, outliers=outliers):
-            found[arm] = table
-            row = {"arm": arm, "outliers": outliers, "gradients": table}
+        for arm, measured in measure(config, batch, device, saved, outliers=outliers):
+            found[arm] = measured
+            row = {"arm": arm, "outliers": outliers, **measured._asdict()}
             row |= {"option": config.option, "checkpoint": flags.checkpoint and saved.name}
             row |= {"tokens": batch.inputs.numel(), "conditions": conditions()}
             append_record(flags.output, row)

@@ -129,7 +129,7 @@ def report(settings: ReportConfig) -> int:
     """The function prints all groups of results; it returns the exit code.
 
     Raises:
-        UserError: there is none, or a speed is no number of times.
+        UserError: there is none, or some are not of `run`, or a speed is no number of times.
     """
     # Here, because it needs scipy, which a machine that trains may not have.
     from bench.int8_loss_report import describe, groups_of
@@ -143,6 +143,12 @@ def report(settings: ReportConfig) -> int:
     results = read_results(settings.folder)
     if not results:
         raise UserError(f"{settings.folder} has no *.jsonl with results")
+    if any(result["flags"][-2:-1] != ["--matmul"] for result in results):
+        raise UserError(
+            f"{settings.folder} has runs of bench.recipes, which end in no --matmul: name the "
+            f"--output of {COMMAND} run, or read it with python -m bench.recipes report "
+            f"{settings.folder}"
+        )
     for (option, name), arms in groups_of(results).items():
         print(name)
         print("\n".join(f"  {line}" for line in describe(arms, option, settings.speed)))

@@ -52,9 +52,8 @@ def quantization_error_kernel(
     pid, programs = tl.program_id(0), tl.num_programs(0)
     groups = tl.cdiv(length, BLOCK_E) if GROUPED else 1
     tiles = tl.cdiv(num_lines, BLOCK_L) * groups
-    # One more than the distance of even spots: neither blocks nor groups come always with the same.
-    step = tiles // programs + 1 if tiles > programs else 1
-    tile = pid * step % tiles
+    # Even spots, moved within their stretches: neither blocks nor groups always come with the same.
+    tile = pid * tiles // programs + pid % (tiles // programs)
     offs_l = (tile // groups).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)
     mask_l = offs_l < num_lines
     first = tile % groups * BLOCK_E

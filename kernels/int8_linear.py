@@ -204,6 +204,8 @@ def int8_linear(
         TypeError, ValueError: naming the argument that does not fit.
     """
     check_dtype("x", x)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x has shape {tuple(x.shape)}; its last axis must not be empty")
     check_like("weight", weight, "x", x)
     check_shape("weight", weight.shape, ("outputs", x.shape[-1]))
     check_matmul(matmul, "weight", weight)

@@ -19,6 +19,9 @@ RAM_SHARE = 0.6
 """of the free memory of a machine without a GPU"""
 MAX_INT8_INNER = 16_384
 """half of the longest row that hamner.kernels.quantize_int8 takes with one scale"""
+INT8_ROW_MULTIPLE = 16
+"""of hamner.kernels.int8_matmul's rows: of another length they are read byte by byte, and its
+program spills"""
 CPU_MICRO_BATCH_TOKENS = 1_024
 """A CPU gains nothing from more, and an interrupt waits for the end of a micro-batch."""
 
@@ -154,6 +157,15 @@ def require_int8(config: TrainConfig) -> None:
             f"--matmul {config.matmul} takes --expert-intermediate-size up to {MAX_INT8_INNER:,}, "
             f"and it is {inner:,}; use --matmul bf16"
         )
+    sizes = {"hidden-size": config.model.hidden_size}
+    if not config.model.is_moe:
+        sizes["expert-intermediate-size"] = inner
+    for name, size in sizes.items():
+        if rest := size % INT8_ROW_MULTIPLE:
+            raise UserError(
+                f"--matmul {config.matmul} takes multiples of {INT8_ROW_MULTIPLE} as --{name}, and "
+                f"it is {size:,}; use {size - rest + INT8_ROW_MULTIPLE:,} or --matmul bf16"
+            )
 
 
 def cap_memory(compute: Compute, config: TrainConfig) -> None:

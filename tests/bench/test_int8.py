@@ -1,5 +1,6 @@
 """Numerics of int8: what is measured, and controls that fail."""
 
+import importlib
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +10,9 @@ import pytest
 import torch
 
 from bench import int8_gradients, int8_loss, recipe_runs
-from bench.int8_gradients import ARMS, compare, measure, one_scale_linear, summarize
+from bench.int8_gradients import ARMS, Measured, compare, measure, one_scale_linear, summarize
 from bench.int8_loss_report import describe, slope_of
+from bench.recipe_trials import MODELS
 from hamner.checkpoint.run_folder import append_record
 from hamner.config.options import for_option
 from hamner.data.batch import Batch
@@ -42,12 +44,37 @@ def test_every_arm_is_held_against_fp32(monkeypatch):
     found = dict(measure(CONFIG, batch, CPU, None, outliers=True))
     assert tuple(found) == ARMS
     weight = "layers.0.mlp.gate_up_proj.weight"
-    noise = {arm: table[weight]["snr_db"] for arm, table in found.items()}
+    noise = {arm: measured.gradients[weight]["snr_db"] for arm, measured in found.items()}
     # On a CPU bf16's arm is the kernels in fp32.
-    assert min(row["snr_db"] for row in found["bf16"].values()) > 100
+    assert min(row["snr_db"] for row in found["bf16"].gradients.values()) > 100
     assert 100 > noise["int8"] > noise["int8-all"] > 25
-    assert all(row["cosine"] > 0.98 for row in found["int8-all"].values())
+    assert all(row["cosine"] > 0.98 for row in found["int8-all"].gradients.values())
     assert noise["one scale on down"] < noise["int8"]
+    assert [arm for arm in ARMS if found[arm].added] == ["int8-all", "no chunks"]
+
+
+def test_what_weight_gradients_add_is_held_against_int8(monkeypatch):
+    """Of two groups of tokens the second, short one has the large gradients."""
+    monkeypatch.setattr(int8_gradients, "ARMS", ("int8", "int8-all", "no chunks"))
+    # Half of the time in the interpreter, and of no use here.
+    module = importlib.import_module("hamner.kernels.int8_linear")
+    monkeypatch.setattr(module, "launch_quantization_error", lambda *_, **__: None)
+    tokens = int8_gradients.GROUP.value + 8
+    config = replace(CONFIG, model=replace(CONFIG.model, max_seq_len=tokens), seq_len=tokens)
+    inputs, targets = torch.randint(128, (2, 1, tokens), generator=torch.Generator().manual_seed(0))
+    batch = Batch(inputs, targets, torch.zeros(1, tokens, dtype=torch.int32))
+    int8, ours, control = dict(measure(config, batch, CPU, None, outliers=True)).values()
+    for table in (ours.added, control.added):
+        linears = [name.removeprefix("layers.0.").partition(".")[2] for name in table]
+        assert linears == [f"{x}_proj.weight" for x in ("qkv", "o", "gate_up", "down")]
+    # All else is as with int8, and so were what the weight gradients are products of.
+    for name in int8.gradients.keys() - ours.added.keys():
+        assert int8.gradients[name] == ours.gradients[name] == control.gradients[name]
+    # Against fp32 there is int8's noise as well.
+    for name, row in ours.added.items():
+        assert row["snr_db"] > ours.gradients[name]["snr_db"]
+    noise = [m.added["layers.0.mlp.down_proj.weight"]["snr_db"] for m in (ours, control)]
+    assert noise[0] > noise[1] + int8_gradients.FAILS_DB
 
 
 def test_one_token_of_so_many_has_large_gradients(monkeypatch):
@@ -124,14 +151,22 @@ def test_a_runs_own_micro_batch_does_not_matter(tmp_path, monkeypatch):
 
 def test_summary_says_whether_controls_failed():
     names = [f"layers.{i}.mlp.{part}_proj.weight" for i in (0, 1) for part in ("gate_up", "down")]
-    arms = {
-        arm: {name: {"cosine": 0.999, "snr_db": 30.0 - 4.0 * (arm == ARMS[3])} for name in names}
-        for arm in ARMS
-    }
+
+    def table(snr_db: float) -> dict:
+        return {name: {"cosine": 0.999, "snr_db": snr_db} for name in names}
+
+    arms = dict.fromkeys(ARMS, Measured(table(20.0), None))
+    arms["one scale on down"] = Measured(table(16.0), None)
+    # Against fp32 alike, whatever their weight gradients add.
+    arms["int8-all"] = Measured(table(20.0), table(30.0))
+    arms["no chunks"] = Measured(table(20.0), table(22.0))
     lines = summarize(arms)
-    assert "one scale on down: fails visibly, 4.0 dB noisier than int8" in lines[-2]
-    assert "no chunks: DOES NOT FAIL, 0.0 dB" in lines[-1]
-    assert len(lines) == 2 * len(ARMS) + 2
+    assert len(lines) == 2 * (len(ARMS) + 2) + 2
+    assert "no chunks, added     22.0 dB (worst   22.0), cosine 0.99900" in lines[len(ARMS) + 1]
+    assert "one scale on down: fails visibly, 4.0 dB noisier than int8 (" in lines[-2]
+    assert "no chunks: fails visibly, 8.0 dB more noise added than by int8-all (" in lines[-1]
+    arms["no chunks"] = Measured(table(10.0), table(29.0))
+    assert "no chunks: DOES NOT FAIL, 1.0 dB more noise" in summarize(arms)[-1]
 
 
 def result(trial, loss: float | None, drift: float = 0.0) -> dict:
@@ -187,6 +222,14 @@ def test_report_of_pairs(tmp_path, capsys):
     assert "int8-all: 1.600 times" in said
     with pytest.raises(UserError, match="--speed fp8 2: give one of int8, int8-all"):
         int8_loss.main(["report", str(tmp_path), "--speed", "fp8", "2"])
+
+
+@pytest.mark.parametrize("part", ["ladder", "long"])
+def test_runs_of_recipes_are_no_arms(part, tmp_path):
+    trial = replace(int8_loss.trials(SETTINGS, [])[0], part=part, flags=MODELS[part])
+    append_record(tmp_path / "results.jsonl", result(trial, 4.0))
+    with pytest.raises(UserError, match="has runs of bench.recipes, .* bench.recipes report"):
+        int8_loss.main(["report", str(tmp_path)])
 
 
 def test_the_slope_of_one_seed_has_an_interval_of_its_own():

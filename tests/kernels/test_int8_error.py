@@ -7,6 +7,7 @@ import torch
 
 from hamner.kernels import add_rms_norm_linear, int8_linear, swiglu, swiglu_linear
 from hamner.kernels.int8_error import (
+    BLOCK_COLUMNS,
     SPOTS,
     launch_quantization_error,
     quantization_error_reference,
@@ -71,6 +72,16 @@ def test_a_sample_of_a_large_one_has_its_error(transposed, grouped, device):
     assert sample[1] < 0.9 * whole[1]
     errors = [(sums[0] / sums[1]).sqrt().item() for sums in (whole, sample)]
     assert errors[1] == pytest.approx(errors[0], rel=0.2)
+
+
+@pytest.mark.parametrize("tiles", [63, 64, 88, 192, 250])
+def test_no_tile_is_in_a_sample_twice(tiles, device):
+    """88 are those of option a's down, transposed; 192 those of `current`'s o."""
+    x = torch.arange(1.0, tiles + 1, device=device).repeat_interleave(BLOCK_COLUMNS)[None]
+    sums = torch.zeros(SPOTS, 2, device=device)
+    launch_quantization_error(x, sums, transposed=True)
+    found = [round((squares / BLOCK_COLUMNS) ** 0.5) for squares in sums[:, 1].tolist() if squares]
+    assert len(set(found)) == len(found) == min(SPOTS, tiles)
 
 
 def test_operands_of_a_linear_layer(device):

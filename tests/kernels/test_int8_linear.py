@@ -256,6 +256,8 @@ def test_opcheck(device):
     ("error", "message", "change"),
     [
         (TypeError, "x is torch.int64", {"x": torch.ones(2, 3, dtype=torch.int64)}),
+        (ValueError, r"x has shape \(\); its last axis", {"x": torch.ones(())}),
+        (ValueError, r"x has shape \(2, 0\); its last axis", {"x": torch.ones(2, 0)}),
         (TypeError, "weight is torch.float16", {"weight": torch.ones(4, 3).half()}),
         (ValueError, r"weight has shape \(4, 5\)", {"weight": torch.ones(4, 5)}),
         (

@@ -91,6 +91,21 @@ def test_int8_of_a_wide_mlp():
     require_int8(replace(wider, model=experts))  # experts stay bf16
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "message"),
+    [
+        ("hidden_size", 1000, "16 as --hidden-size, and it is 1,000; use 1,008 or --matmul bf16"),
+        ("expert_intermediate_size", 2730, "-intermediate-size, and it is 2,730; use 2,736 or"),
+    ],
+)
+def test_int8_of_sizes_that_no_16_bytes_divide(name, size, message):
+    config = replace(for_option("a"), matmul="int8")
+    odd = replace(config, model=replace(config.model, num_attention_heads=4, **{name: size}))
+    with pytest.raises(UserError, match=message):
+        require_int8(odd)
+    require_int8(replace(odd, matmul="bf16"))
+
+
 def test_why_a_run_is_on_the_cpu(monkeypatch, tmp_path):
     driver = tmp_path / "version"
     monkeypatch.setattr("hamner.parallel.device.NVIDIA_DRIVER", driver)

@@ -15,10 +15,12 @@ def cases() -> list[CompileCase]:
         for capability in CAPABILITIES
         for case in (
             _matmul("rows", capability, even=True),
+            _matmul("rows", capability, even=False),
             _matmul("grouped", capability, even=True),
             _matmul("grouped", capability, even=False),
             _rows("row", capability, length=WIDTH, width=WIDTH),
             _rows("longest row", capability, length=MAX_ROW, width=MAX_ROW),
+            _rows("groups of a row", capability, length=WIDTH, width=GROUP.value),
             _columns("columns", capability, maxima="*i32"),
             _columns("groups of columns", capability, maxima=None),
             _maxima(capability),

@@ -208,7 +208,9 @@ def run(trial: Trial, data: Prepared, folder: Path, end: float) -> dict | None:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-    diverged, loss = outcome.diagnosis is not None, outcome.val_loss
+    # The last evaluation may have failed, and left the loss of the one before.
+    loss = outcome.val_loss if outcome.val_step == outcome.step else None
+    diverged = outcome.diagnosis is not None
     is_whole = trial.part != "long" and loss is not None  # evaluated at their end only
     if outcome.interrupted and not is_whole:
         return None

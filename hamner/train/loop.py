@@ -183,6 +183,7 @@ class TrainingLoop:
                 checkpoint=self.saves.last.path if is_kept and self.saves.last else None,
                 interrupted=is_interrupted,
                 diagnosis=diagnosis,
+                val_step=progress.val_step,
             )
             self._conclude(result)
         # Asked again: it may have come during the last save.

@@ -35,6 +35,8 @@ class TrainResult:
     interrupted: bool
     diagnosis: str | None = None
     """why the run stopped itself, or None"""
+    val_step: int | None = None
+    """at which `val_loss` was measured"""
 
     @property
     def exit_code(self) -> int:

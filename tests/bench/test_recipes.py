@@ -15,6 +15,7 @@ from bench.recipe_report import report
 from bench.recipe_statistics import Ratio, tokens_at, trend
 from bench.recipe_trials import LEAST_TRIALS, START, Scope, Trial, plan, tuned
 from hamner.errors import UserError
+from hamner.train import evaluation
 from tests.corpus import write_predictable
 
 TUNE = Scope("tune", ("adamw", "muon"), (20_000_000,), (0,))
@@ -200,6 +201,26 @@ def test_runs_are_trained_left_and_gone_on_with(data, tmp_path, capsys, monkeypa
     assert "resum" in said
     assert recipes.main(command) == 0
     assert "long: done" in capsys.readouterr().out
+
+
+def test_a_long_run_has_the_loss_of_its_end_or_none(data, tmp_path, monkeypatch):
+    """Of three evaluations the last fails: the one before says nothing of a decayed run."""
+    measure, calls = evaluation.validation_loss, itertools.count(1)
+
+    def failing(*args):
+        if next(calls) == 3:
+            raise RuntimeError("no")
+        return measure(*args)
+
+    monkeypatch.setattr(evaluation, "validation_loss", failing)
+    command = ["long", *data, "--output", str(tmp_path), "--known", "none", "--arms", "plan"]
+    command += ["--tokens", "1536", *SMALL]
+    with pytest.raises(UserError, match="long-plan.* could not be evaluated"):
+        recipes.main(command)
+    assert recipes.read_results(tmp_path) == []
+    assert recipes.main(command) == 0
+    (line,) = recipes.read_results(tmp_path)
+    assert line["curve"][-1][2] == pytest.approx(line["val_loss"], abs=1e-4)
 
 
 def test_long_runs_are_evaluated_on_steps_that_are_logged(tmp_path):

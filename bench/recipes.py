@@ -64,6 +64,16 @@ from hamner.plan.recipe_gain import RATIOS
 COMMAND = "python -m bench.recipes"
 RESULTS = "results.jsonl"
 COMMITTED = Path(__file__).parents[1] / "profiles" / "recipes"
+NUMBER = (int, float)
+KINDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("tokens", "batch_size", "seq_len", "parameters"), int),
+    **dict.fromkeys(("val_loss", "bits_per_byte", "tokens_per_second", "seconds"), NUMBER),
+    "diverged": bool,
+    "curve": list,
+    "data": dict,
+    "conditions": dict,
+}
+"""of what a report reads of a result; what could not be measured is null"""
 RESERVE_SECONDS = {"tune": 10.0, "current": 20.0, "ladder": 20.0, "qk-norm": 20.0, "long": 40.0}
 """before the end, in which a run is evaluated and saved"""
 START_SECONDS = 10.0
@@ -121,12 +131,29 @@ def read_results(*folders: Path) -> list[dict]:
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             try:
                 result = parse_json(line)
-                results.setdefault(Trial.of(result).key, result)
+                key = Trial.of(result).key
+                require_whole(result)
+                results.setdefault(key, result)
             except (KeyError, TypeError, ValueError) as error:
                 raise UserError(
                     f"{path}, line {number} is not a result ({error!r}): take it out"
                 ) from error
     return list(results.values())
+
+
+def require_whole(result: dict) -> None:
+    """The function refuses a result of which something is missing or of another kind.
+
+    Raises:
+        KeyError, TypeError, ValueError: naming it.
+    """
+    if result["part"] not in ARMS:
+        raise ValueError(f"no part {result['part']}")
+    for name, kind in KINDS.items():
+        if not (isinstance(result[name], kind) or (kind == NUMBER and result[name] is None)):
+            raise TypeError(f"{name} is {result[name]!r}")
+    if (result["val_loss"] is None) != result["diverged"]:
+        raise ValueError(f"diverged is {result['diverged']}, val_loss {result['val_loss']}")
 
 
 def require_same_data(results: Sequence[dict], part: Part, data: runs.Prepared) -> None:

@@ -387,7 +387,8 @@ def orthogonalize_(
     """The function replaces each logical matrix by 0.2 sqrt(max(m, n)) times its U V^T, in place.
 
     Args:
-        updates: (B, R, C) each, contiguous, float32, float16 or bfloat16, of one dtype.
+        updates: (B, R, C) each, contiguous, float32, bfloat16 or, with Frobenius norms from 1e-3
+            to 1e3, float16, of one dtype.
         splits: of each, rows of the logical matrices, R in all. Matrices whose shorter sides are
             equal go through the iteration together.
         steps: of the iteration, two or more.

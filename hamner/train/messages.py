@@ -52,7 +52,8 @@ def introduction(log: TrainLog, saves: Saves, *, has_validation: bool) -> list[s
     done, saved = saves.progress, saves.last
     # Steps before this start may have had another size.
     left = max(0, math.ceil((total_tokens - done.tokens) / config.tokens_per_step))
-    steps = f"{done.step + left:,} steps" + (f", the {left:,} to come" if done.step else "")
+    length = done.step + left
+    steps = f"{length:,} steps" + (f", the {left:,} to come" if done.step else "")
     parameters, active = (config.model.num_parameters(active=active) for active in (False, True))
     size = f"{parameters:,} parameters"
     if active != parameters:
@@ -80,6 +81,11 @@ def introduction(log: TrainLog, saves: Saves, *, has_validation: bool) -> list[s
         lines.append(f"{why}: training on the CPU, which suits --option tiny only")
     if not has_validation:
         lines.append("the data is too small to hold out validation documents: no evaluation")
+    if config.warmup_steps >= length:
+        lines.append(
+            f"WARNING: --warmup-steps {config.warmup_steps:,} is the whole run, whose learning "
+            f"rate never falls: --warmup-steps {length // 20} is a twentieth of it"
+        )
     if config.resume:
         where = f"from {saved.path}" if saved else "from the start: it never saved"
         lines.append(f"resuming {log.run.path} {where}")

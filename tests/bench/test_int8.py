@@ -179,6 +179,12 @@ def result(trial, loss: float | None, drift: float = 0.0) -> dict:
         "tokens_per_second": 110 if drift else 100,
         "seconds": 1.0,
         "curve": [[tokens, 5.0 + trial.seed + drift * tokens / 100e6, None] for tokens in steps],
+        "batch_size": 24,
+        "seq_len": 1024,
+        "parameters": 164_000_000,
+        "bits_per_byte": None,
+        "data": {},
+        "conditions": {},
     }
 
 

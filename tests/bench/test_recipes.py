@@ -540,3 +540,22 @@ def test_a_report_of_nothing_and_unknown_parts_are_refused(tmp_path):
     (tmp_path / "x.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match="line 1 is not a result"):
         recipes.main(["report", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"part": "pigeons"}, "no part pigeons"),
+        ({"val_loss": "4.0"}, "val_loss is '4.0'"),
+        ({"val_loss": None}, "diverged is False, val_loss None"),
+        ({"curve": None}, "curve is None"),
+        ({"data": ...}, "KeyError.'data'."),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_a_damaged_result_is_refused_by_its_line(changes, reason, tmp_path):
+    line = {**result(plan(TUNE, [])[0], 4.0), **changes}
+    line = {name: value for name, value in line.items() if value is not ...}
+    (tmp_path / "x.jsonl").write_text(f"{json.dumps(line)}\n")
+    with pytest.raises(UserError, match=f"x.jsonl, line 1 is not a result .*{reason}.* take it"):
+        recipes.main(["report", str(tmp_path)])

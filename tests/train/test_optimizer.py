@@ -38,6 +38,8 @@ def test_other_decays_are_linear():
     assert Schedule(wsd)(100) == Schedule(wsd)(550) == 1.0
     assert math.isclose(Schedule(wsd)(825), 0.55)
     assert math.isclose(Schedule(wsd)(1100), 0.1)
+    # A fall as long as the run begins where the warm-up ends.
+    assert math.isclose(Schedule(replace(wsd, decay_fraction=1.0))(600), 0.55)
 
 
 def test_schedule_without_warmup_starts_at_the_peak():

@@ -31,8 +31,8 @@ read -ra data <<< "$DATA"
 read -ra conversations <<< "$CONVERSATIONS"
 vocabulary=()
 if [ "$OPTION" = tiny ]; then vocabulary=(--vocab-size 4096); fi
-mixture=("shards:$FOLDER/shards")
-if [ -n "$PERSONAL" ]; then mixture=("shards:$FOLDER/shards=0.95" "$PERSONAL=0.05"); fi
+share="" personal=()
+if [ -n "$PERSONAL" ]; then share="=0.95" personal=("$PERSONAL=0.05"); fi
 
 is_left() { # STAGE
     if [ -e "$FOLDER/$1.done" ]; then
@@ -42,13 +42,22 @@ is_left() { # STAGE
     echo "== $1"
 }
 
+if is_left trial; then # one step: what training refuses is said before hours of shards
+    rm -rf "$FOLDER/trial"
+    "$PYTHON" -m hamner.train --option "$OPTION" --recipe "$RECIPE" --data "builtin$share" \
+        "${personal[@]}" --tokens "$TOKENS" --run-dir "$FOLDER/trial" "$@" --stop-after 1
+    rm -r "$FOLDER/trial"
+    touch "$FOLDER/trial.done"
+fi
+
 if is_left shards; then # goes on by itself
     "$PYTHON" -m hamner.data prepare --data "${data[@]}" --output "$FOLDER/shards" "${vocabulary[@]}"
     touch "$FOLDER/shards.done"
 fi
 
 if is_left base; then
-    begin=(--option "$OPTION" --recipe "$RECIPE" --data "${mixture[@]}")
+    begin=(--option "$OPTION" --recipe "$RECIPE" --data "shards:$FOLDER/shards$share")
+    begin+=("${personal[@]}")
     if [ -e "$FOLDER/base/config.json" ]; then begin=(--resume); fi
     "$PYTHON" -m hamner.train "${begin[@]}" --tokens "$TOKENS" --run-dir "$FOLDER/base" "$@"
     touch "$FOLDER/base.done"

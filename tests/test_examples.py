@@ -139,8 +139,10 @@ def test_a_night_that_is_killed_goes_on_to_its_end(tmp_path):
         return "hamner.sft" in command and (chat / "config.json").exists()
 
     commands = night.run(in_pre_training)
-    assert [command[1] for command in commands] == ["hamner.data", "hamner.train"]
+    modules = [command[1] for command in commands]
+    assert modules == ["hamner.train", "hamner.data", "hamner.train"], night.errors
     assert night.code == -signal.SIGKILL
+    assert not (tmp_path / "out" / "trial").exists()
     commands = night.run(in_fine_tuning)
     assert [command[1] for command in commands] == ["hamner.train", "hamner.sft"], night.errors
     assert ("--resume" in commands[0], "--resume" in commands[1]) == (True, False)
@@ -160,11 +162,29 @@ def test_a_night_that_is_killed_goes_on_to_its_end(tmp_path):
 
 
 def test_a_night_ends_with_what_fails_in_it(tmp_path):
-    night = Night(tmp_path, flags=["--lr", "-1"])
-    assert [command[1] for command in night.run()] == ["hamner.data", "hamner.train"]
+    night = Night(tmp_path)
+    night.environment["DATA"] = "nothing.jsonl"
+    assert [command[1] for command in night.run()] == ["hamner.train", "hamner.data"]
     assert night.code == 2
-    assert "error: --lr -1.0 must be above 0" in night.errors
-    assert not (tmp_path / "out" / "base.done").exists()
+    assert "error: --data nothing.jsonl: no such file" in night.errors
+    assert not (tmp_path / "out" / "shards.done").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "said"),
+    [
+        (("--lr", "-1"), {}, "error: --lr -1.0 must be above 0"),
+        ((), {"OPTION": "z"}, "error: --option z is not one of tiny"),
+        ((), {"PERSONAL": "none.jsonl"}, "error: --data none.jsonl: no such file"),
+    ],
+    ids=["flag", "option", "data"],
+)
+def test_what_training_refuses_is_said_before_hours_of_shards(flags, environment, said, tmp_path):
+    night = Night(tmp_path, [*SMALL, *flags])
+    night.environment |= environment
+    assert [command[1] for command in night.run()] == ["hamner.train"]
+    assert night.code == 2
+    assert said in night.errors
 
 
 def test_a_second_start_in_the_same_folder_is_refused(tmp_path):

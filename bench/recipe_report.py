@@ -34,10 +34,19 @@ Results = Sequence[Mapping]
 
 
 def report(results: Results, folder: Path) -> str:
-    """The function gives the report as Markdown, and draws its pictures in `folder`."""
+    """The function gives the report as Markdown, and draws its pictures in `folder`.
+
+    Raises:
+        UserError: runs of one part were not of the same data, or not of one setting.
+    """
     parts: dict[Part, list[Mapping]] = {part: [] for part in ARMS}
     for result in results:
         parts[result["part"]].append(result)
+    for part, own in parts.items():
+        sizes = {r["data"]["digest"]: r["data"]["train_tokens"] for r in own}
+        if len(sizes) > 1:
+            tokens = " and of ".join(f"{size:,} tokens" for size in sizes.values())
+            raise UserError(f"results of `{part}` are on documents of {tokens}: take one out")
     sections = [conditions_of(results)]
     for part in ("tune", "current"):
         if parts[part]:

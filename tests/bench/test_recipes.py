@@ -419,6 +419,14 @@ def test_the_report_says_how_many_times_the_tokens(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"ladder.png", "long.png"}
 
 
+def test_runs_on_other_documents_are_not_compared(tmp_path):
+    """Each machine of the long pair has a folder of its own, so that nothing refused there."""
+    plain, muon = (result(Trial("long", arm, 0, 250_000_000, *[0.1] * 4), 4.0) for arm in "pm")
+    muon["data"] = {**muon["data"], "digest": "1", "train_tokens": 44_000_000}
+    with pytest.raises(UserError, match="`long` are on .* of 112,000,000 tokens and of 44,000,000"):
+        report([plain, muon], tmp_path)
+
+
 def test_a_report_says_what_one_length_cannot_tell(tmp_path):
     text = report(ladder_results((25_000_000,)), tmp_path)
     known, unknown = text.split("### plan reaches muon's loss\n\n")

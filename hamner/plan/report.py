@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _LAW = "loss by the published law"
+_TOO_SMALL = "too small for the law"
+"""the law expects worse than guessing"""
 _OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon, AdamW for embedding and norms"}
 
 
@@ -67,7 +69,7 @@ def _perplexity(loss: float) -> str:
 def _losses(plan: Plan, hours: float | None) -> dict[str, str]:
     bounds = plan.loss_range(BESIROGLU)
     if bounds[1] > math.log(plan.config.model.vocab_size):
-        return {_LAW: "too small for the law"}  # it would be worse than guessing
+        return {_LAW: _TOO_SMALL}
     rows = {
         _LAW: _range(bounds, 2),
         "perplexity by it": _range((math.exp(bounds[0]), math.exp(bounds[1])), 1),
@@ -278,7 +280,8 @@ def recipes_table(analysis: Analysis) -> str:
             hours = tokens and tokens.times(plan.hours / plan.config.tokens)
             cells.append("never" if hours is None else _with_interval(hours, 0))
         loss = loss_at(plan.config.tokens, recipe, size, analysis.local_law)
-        rows.append([*cells, _with_interval(loss, 2)])
+        is_known = loss.high <= math.log(plan.config.model.vocab_size)
+        rows.append([*cells, _with_interval(loss, 2) if is_known else _TOO_SMALL])
     return table(rows)
 
 

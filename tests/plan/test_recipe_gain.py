@@ -66,6 +66,12 @@ def test_a_recipe_needs_fewer_tokens_and_is_less_certain(recipe):
     assert gain(recipe).log_ratio(tokens) < gain(recipe).log_ratio(1e8)
 
 
+def test_no_recipe_is_said_to_end_worse_than_guessing():
+    for option, tokens in (("tiny", None), ("a", 1e6)):
+        rows = recipes_table(analyse(PlanConfig(option=option, tokens=tokens))).split("\n")[2:]
+        assert [row.split("|")[-2].strip() for row in rows] == ["too small for the law"] * 3
+
+
 def test_the_plan_shows_every_recipe():
     analysis = analyse(PlanConfig(option="a"))
     rows = [

@@ -17,14 +17,14 @@ from tests.train.test_loop import small_config
             {},
             "recipe muon: hidden muon 0.002 decay 0.1, embedding adamw 0.006 decay 0.1, "
             "vector adamw 0.002 decay 0; warm-up 2,000 steps, linear to 0; betas 0.9 0.9875, "
-            "momentum 0.95",
+            "momentum 0.95; qk-norm",
         ),
         (
             {"optimizer": "adamw", "vector_lr": 1e-3, "embedding_weight_decay": 0.0}
             | {"decay": "wsd", "decay_fraction": 0.3, "min_lr": 1e-5},
             "recipe muon: hidden adamw 0.002 decay 0.1, embedding adamw 0.006 decay 0, "
             "vector adamw 0.001 decay 0; warm-up 2,000 steps, constant, then linear over the last "
-            "30%, to 1e-05; betas 0.9 0.9875",
+            "30%, to 1e-05; betas 0.9 0.9875; qk-norm",
         ),
     ],
     ids=["as it is", "changed"],

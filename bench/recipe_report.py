@@ -118,9 +118,9 @@ def lengths(results: Results) -> str:
     """The function gives the mean over seeds of each recipe at each length."""
     groups = defaultdict(list)
     for result in sorted(results, key=lambda r: (r["tokens"], r["arm"])):
-        groups[result["tokens"], result["arm"]].append(result)
+        groups[result["tokens"], result["arm"], _setting(result)].append(result)
     rows = []
-    for (tokens, arm), own in groups.items():
+    for (tokens, arm, _), own in groups.items():
         losses = [r["val_loss"] for r in own if not r["diverged"]]
         spread = f"{max(losses) - min(losses):.4f}" if len(losses) > 1 else ""
         epochs, size = f"{own[0]['data']['epochs']:g}", f"{tokens / 1e6:g}"
@@ -128,6 +128,11 @@ def lengths(results: Results) -> str:
         rows.append((arm, size, epochs, *cells, _speed_cell(own)))
     head = ("recipe", "M tokens", "epochs", "lr", "seeds", "bits per byte", "nats")
     return table((*head, "spread, nats", "tokens/s"), rows)
+
+
+def _setting(result: Mapping) -> tuple:
+    """Runs of one recipe with the same setting differ in length and seed alone."""
+    return *(result[name] for name in DIMENSIONS), *result["flags"]
 
 
 def ends_by_seed(results: Results, arm: str) -> dict[int, dict[int, float]]:
@@ -138,7 +143,7 @@ def ends_by_seed(results: Results, arm: str) -> dict[int, dict[int, float]]:
     """
     ends: dict[int, dict[int, float]] = defaultdict(dict)
     own = [result for result in results if result["arm"] == arm]
-    settings = {(*(r[name] for name in DIMENSIONS), *r["flags"]) for r in own}
+    settings = {_setting(result) for result in own}
     if len(settings) > 1:
         first, second, *_ = sorted(map(str, settings))
         raise UserError(

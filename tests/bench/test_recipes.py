@@ -427,6 +427,14 @@ def test_runs_on_other_documents_are_not_compared(tmp_path):
         report([plain, muon], tmp_path)
 
 
+def test_runs_of_other_flags_are_no_seeds(tmp_path):
+    long = Trial("long", "muon", 0, 250_000_000, 2e-3, 6e-3, 0.3, 0.9875)
+    other = replace(long, flags=("--matmul", "int8"))
+    text = report([result(long, 3.2), result(other, 3.4)], tmp_path)
+    rows = [line.split("|")[5:8] for line in text.splitlines() if line.startswith("| muon")]
+    assert [(row[0].strip(), row[2].strip()) for row in rows] == [("1", "3.2000"), ("1", "3.4000")]
+
+
 def test_a_report_says_what_one_length_cannot_tell(tmp_path):
     text = report(ladder_results((25_000_000,)), tmp_path)
     known, unknown = text.split("### plan reaches muon's loss\n\n")

@@ -218,5 +218,5 @@ def main(kills: Kills, flags: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    how = {"return_unknown_args": True, "registry": FLAG_RULES}
+    how = {"return_unknown_args": True, "registry": FLAG_RULES, "prog": "python -m bench.kills"}
     run_command(lambda args: main(*tyro.cli(Kills, args=args, **how)))

@@ -256,5 +256,5 @@ def main(settings: Scaling, flags: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    how = {"return_unknown_args": True, "registry": FLAG_RULES}
+    how = {"return_unknown_args": True, "registry": FLAG_RULES, "prog": "python -m bench.scaling"}
     run_command(lambda args: main(*tyro.cli(Scaling, args=args, **how)))

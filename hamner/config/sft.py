@@ -36,9 +36,9 @@ class SftConfig:
     sft: FineTuning = field(default_factory=FineTuning)
     data: tuple[str, ...] = ("builtin",)
     """SPEC[=WEIGHT] ...: builtin (a short set for trying out); a file, folder or glob of .jsonl or
-    .parquet; hf:owner/name[:config[:split]]; in the usual forms, {"messages"}, ShareGPT's
-    {"conversations"}, prompt and completion, Alpaca's, {"text": "<|user|>..."}. WEIGHT is how often
-    an epoch goes through it, 1 without"""
+    .parquet; a .json file; hf:owner/name[:config[:split]]; in the usual forms, {"messages"},
+    ShareGPT's {"conversations"}, prompt and completion, Alpaca's, {"text": "<|user|>..."}. WEIGHT
+    is how often an epoch goes through it, 1 without"""
     run_dir: Path | None = None
     """folder of the run; default that of --checkpoint with -sft"""
     steps: int | None = None

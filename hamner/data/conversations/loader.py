@@ -35,6 +35,11 @@ class ConversationLoader:
     ) -> None:
         if not any(source.train for source in sources):
             names = " ".join(source.name for source in sources)
+            if held_out := sum(len(source.validation) for source in sources):
+                raise UserError(
+                    f"--data {names}: no conversation to train on, as --val-fraction holds out all "
+                    f"{held_out:,}; lower it (0 holds out none) or give more"
+                )
             raise UserError(f"--data {names}: no conversation to train on")
         self._sources, self._tokenizer, self._config = list(sources), tokenizer, config
         self.pin_memory = False

@@ -104,6 +104,9 @@ def test_other_data_is_refused_on_resume(sources, changes, named):
 def test_nothing_to_train_on():
     with pytest.raises(UserError, match="--data a b: no conversation to train on"):
         make_loader([ConversationSource("a", 1.0), ConversationSource("b", 1.0)])
+    held_out = ConversationSource("a", 1.0, validation=make_source("a", 10, 20).train)
+    with pytest.raises(UserError, match="--val-fraction holds out all 20; lower it"):
+        make_loader([held_out])
 
 
 def test_validation_is_bounded_and_fixed():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from hamner import files
 from hamner.checkpoint.format import CheckpointError
 from hamner.checkpoint.pt_file import read_pt
 from hamner.data.tokenizer import load_tokenizer
@@ -43,6 +44,24 @@ def test_a_folder_is_made_whole(tmp_path):
         assert not path.exists()
     assert [file.name for file in path.iterdir()] == ["file"]
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """Or a power cut could leave an empty one, and the old one is gone."""
+    path, flushed = tmp_path / "file", []
+
+    def flush(temporary: Path) -> None:
+        assert path.read_text() == f"{len(flushed)}"
+        assert temporary.read_text() == f"{len(flushed) + 1}"
+        flushed.append(temporary)
+
+    monkeypatch.setattr(files, "flush", flush)
+    path.write_text("0")
+    write_whole(path, "1")
+    with made_whole(path) as temporary:
+        temporary.write_text("2")
+    assert path.read_text() == "2"
+    assert len(flushed) == 2
 
 
 @pytest.mark.parametrize("kind", [OSError, KeyboardInterrupt])

@@ -137,8 +137,13 @@ class Saves:
             Whether one has begun.
         """
         self._note(self.saver.collect())
-        self.saver.wanted |= is_due
+        # What `save_best` has just begun is this step's checkpoint.
+        self.saver.wanted |= is_due and self.saver.step != self.progress.step
         if not self.saver.may_begin(self.is_healthy):
+            return False
+        # The steps under way may be bad too.
+        self.log.flush()
+        if not self.is_healthy:
             return False
         self.save()
         return True

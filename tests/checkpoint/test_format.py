@@ -34,6 +34,9 @@ def save(folder, step=3, **state):
 
 
 def test_round_trip(tmp_path):
+    left_by_a_kill = tmp_path / ".saving_00000003"
+    left_by_a_kill.mkdir()
+    (left_by_a_kill / "model.safetensors.parts").write_bytes(b"half")
     saved = save(tmp_path)
     saved.verify()
     assert saved.path.name == "step_00000003"
@@ -69,6 +72,17 @@ def test_retention_keeps_the_newest(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000003", "step_00000010"]
     checkpoint.retain(tmp_path, 0)
     assert [c.step for c in checkpoint.find(tmp_path)] == [3, 10]
+
+
+def test_a_checkpoint_loses_its_name_before_its_files(tmp_path, monkeypatch):
+    """A process that is killed while it removes one leaves no part of it under its name."""
+    for step in (1, 2):
+        save(tmp_path, step)
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *_, **__: None)
+    checkpoint.retain(tmp_path, 1)
+    save(tmp_path, 2)
+    assert [c.step for c in checkpoint.find(tmp_path)] == [2]
+    assert len(list(tmp_path.glob(".saving_removing_step_*"))) == 2
 
 
 def test_retention_keeps_one_of_every_span(tmp_path):
@@ -179,7 +193,10 @@ def test_damage_is_named(tmp_path, name, damage):
 def test_damaged_manifest_is_named(tmp_path):
     saved = save(tmp_path)
     manifest = saved.path / "manifest.json"
-    for text in ("", "[]", "{}", json.dumps({"files": {"model.safetensors": 3}})):
+    files = json.loads(manifest.read_text())["files"]
+    del files["optimizer.safetensors"]
+    without_one = json.dumps({"format": 1, "files": files})
+    for text in ("", "[]", "{}", json.dumps({"files": {"model.safetensors": 3}}), without_one):
         manifest.write_text(text)
         with pytest.raises(CheckpointError, match=r"manifest\.json"):
             saved.verify()

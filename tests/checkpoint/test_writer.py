@@ -250,5 +250,8 @@ def test_records_are_on_disk_before_the_checkpoint(folder, tmp_path, monkeypatch
     begin(saver, 1)
     saver.wait()
     saver.close()
+    temporary = folder / ".saving_00000001"
+    files = {"model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"}
     assert order[0] == records
-    assert order[-1] == folder
+    assert set(order[1:-2]) == {temporary / name for name in files}
+    assert order[-2:] == [temporary, folder]

@@ -1,6 +1,7 @@
 """What a run shows on a terminal and elsewhere."""
 
 import io
+from dataclasses import replace
 from queue import SimpleQueue
 from types import SimpleNamespace
 
@@ -111,6 +112,11 @@ def test_duration(seconds, text):
     assert duration(seconds) == text
 
 
+def test_what_is_left_is_what_is_not_trained_yet():
+    almost = replace(RECORD, tokens=9_999_000_000)
+    assert Display("", 10_000_000_000, 22.0).fields(almost)["left"] == "50 s"
+
+
 def test_count():
     assert [count(n) for n in (5, 24_576, 2.5e6, 1e10)] == ["5", "24.58K", "2.50M", "10.00B"]
 
@@ -121,6 +127,7 @@ def test_mfu_of_option_a_on_a_3090():
     assert round(mfu(20_000), 3) == 0.583
     assert "2.076 GFLOP per token" in mfu.explain()
     assert "71.2 TFLOP/s" in mfu.explain()
+    assert "35.6 TFLOP/s" in Mfu(OPTIONS["a"].model, 1024, GPUS["rtx-3090"], "fp32").explain()
 
 
 def test_unknown_gpu_has_no_mfu():

@@ -10,17 +10,22 @@ from hamner.train.health import Watchdog
 MINUTES = 0.2 / 60
 
 
-def test_a_hang_dumps_the_stacks_and_calls_once(tmp_path):
+def test_each_hang_dumps_the_stacks_and_calls_once(tmp_path):
     calls, called = [], threading.Event()
 
     def on_hang(is_waiting: bool) -> None:
         calls.append(is_waiting)
         called.set()
 
-    with Watchdog(MINUTES, tmp_path / "stacks.txt", on_hang):
+    with Watchdog(MINUTES, tmp_path / "stacks.txt", on_hang) as watchdog:
         a_function_that_hangs(called)
         time.sleep(0.3)
-    assert calls == [False]
+        assert calls == [False]
+        # The next one, perhaps days later, is another hang.
+        called.clear()
+        watchdog.beat()
+        assert called.wait(30)
+    assert calls == [False, False]
     assert "a_function_that_hangs" in (tmp_path / "stacks.txt").read_text()
 
 

@@ -91,8 +91,14 @@ def test_spikes_do_not_hide_those_after_them():
 
 
 def test_nothing_is_judged_by_a_handful_of_losses():
-    detector = health.StepHealth()
-    assert [detector.score(loss) for loss in (3.0, 3.0, 9.0, 3.0)] == [None] * 4
+    detector = resumed(noisy(30))
+    assert [detector.score(loss) for loss in (3.0, 9.0)] == [None] * 2
+    assert detector.score(9.0) is not None
+
+
+def test_losses_of_long_ago_are_forgotten():
+    detector = resumed([5.0] * 128 + noisy(128))
+    assert detector.score(4.0) is not None
 
 
 def test_last_digits_are_no_spike():

@@ -6,6 +6,7 @@ import re
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from hamner.config.options import OPTIONS
 from hamner.config.train import TrainConfig
 from hamner.data.tokenizer import load_tokenizer
 from hamner.errors import UserError
+from hamner.files import read_records
 from hamner.hardware import GPUS
 from hamner.train.log import AsyncCopy
 from hamner.train.loop import TrainingLoop, train
@@ -360,6 +362,27 @@ def test_failed_periodic_save_does_not_end_the_run(config, monkeypatch, capsys):
     assert "step 5 could not be saved (No space left on device)" in capsys.readouterr().out
 
 
+def test_a_best_step_is_saved_once_however_slow_the_disk(config, monkeypatch):
+    """Also where a save is due at it: the next one would push an older checkpoint out."""
+    real_save, may_write, written, saved = checkpoint.save, threading.Event(), threading.Event(), []
+
+    def slow_save(*args, **kwargs):
+        assert may_write.wait(30)
+        return real_save(*args, **kwargs)
+
+    def on_phase(phase: str, step: int) -> None:
+        if phase == "saved":
+            saved.append(step)
+            written.set()
+        elif (phase, step) == ("step done", 12):
+            may_write.set()
+            assert written.wait(30)
+
+    monkeypatch.setattr(checkpoint, "save", slow_save)
+    train(replace(config, save_every=10, patience=5), on_phase=on_phase)
+    assert saved == [10, 20]
+
+
 def test_failed_last_save_is_one_sentence(config, monkeypatch):
     def full_disk(*_, **__):
         raise OSError(28, "No space left on device")
@@ -405,6 +428,56 @@ def out_of_memory_at(trainer: TrainingLoop, step: int, times: int = 1) -> None:
         return forward(*args)
 
     trainer.step.model.forward = fail
+
+
+def test_the_clock_shows_training_and_nothing_else(config, monkeypatch):
+    """By a clock on which a step takes a second, an evaluation or a sample a thousand."""
+    now = [50.0]
+    monkeypatch.setattr(
+        "hamner.train.metrics.time", SimpleNamespace(perf_counter=lambda: now[0])
+    )
+
+    def takes_long(result):
+        def call(*_, **__):
+            now[0] += 1000.0
+            return result
+
+        return call
+
+    monkeypatch.setattr("hamner.train.evaluation.validation_loss", takes_long(3.0))
+    monkeypatch.setattr("hamner.train.evaluation.generate", takes_long("text"))
+
+    def on_phase(phase: str, step: int) -> None:
+        now[0] += phase == "optimizer"
+
+    config = replace(config, sample_every=6)
+    train(replace(config, stop_after=13), on_phase=on_phase)
+    now[0] += 10_000.0
+    train(replace(config, resume=True), on_phase=on_phase)
+    records = list(read_records(config.run_dir / "metrics.jsonl"))
+    assert [record["seconds"] for record in records] == [record["step"] for record in records]
+    assert {record["tokens_per_second"] for record in records} == {8 * 64 * 1.0}
+
+
+def test_gradients_of_a_step_that_begins_again_count_once(config):
+    """The second of two micro-batches has no memory: nothing is left of the first."""
+    trainer = TrainingLoop(replace(config, micro_batch_size=4, log_every=1, stop_after=3))
+    forward, calls = trainer.step.model.forward, []
+
+    def fail(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 36.00 MiB. GPU 0")
+        return forward(*args)
+
+    trainer.step.model.forward = fail
+    trainer.run_to_end()
+    trainer.close()
+    assert trainer.step.messages == [] and not trainer.step.may_step_down
+    whole = replace(config, log_every=1, stop_after=3, run_dir=config.run_dir.with_name("whole"))
+    train(whole)
+    norms, expected = ([r["grad_norm"] for r in metrics(c.run_dir)] for c in (config, whole))
+    assert norms == pytest.approx(expected, rel=1e-4)
 
 
 def test_out_of_memory_at_first_changes_the_plan(config, capsys):

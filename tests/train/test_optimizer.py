@@ -165,7 +165,13 @@ LOGICAL_ROWS = {
 """of `DENSE`, and of `MOE` with two shared experts, by hand"""
 
 
-@pytest.mark.parametrize("shape", [DENSE, replace(MOE, num_shared_experts=2)], ids=["dense", "moe"])
+SHAPES = {
+    "dense": replace(DENSE, tie_word_embeddings=False),
+    "moe": replace(MOE, num_shared_experts=2),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_muon_moves_each_logical_matrix_along_all_its_directions(shape):
     """Of packed parameters each part and each expert by itself; the rest is AdamW's. Whether the
     weights decay and the momentum is the flag's is seen at values that nobody would take."""
@@ -178,7 +184,7 @@ def test_muon_moves_each_logical_matrix_along_all_its_directions(shape):
     optimizer.step(1e-2)
     hidden = [name for name in optimizer.parameters if name not in optimizer.exp_avg_sq]
     assert {name.split(".")[-2] for name in optimizer.exp_avg_sq} == (
-        {"embed", "norm", "router"} if shape.is_moe else {"embed", "norm"}
+        {"embed", "norm", "router"} if shape.is_moe else {"embed", "norm", "lm_head"}
     )
     for name in hidden:
         torch.testing.assert_close(optimizer.exp_avg[name], 0.2 * gradients[name])
@@ -232,21 +238,39 @@ def test_muon_goes_on_from_a_checkpoint(tmp_path, device):
 
 
 def test_groups_have_learning_rates_of_their_own():
-    """A tenth of the rate on the embedding moves it a tenth as far in AdamW's first step."""
-    moved = {}
-    for lr in (TINY.lr, TINY.lr / 10):
+    """A tenth of the rate on a group moves it a tenth as far in AdamW's first step."""
+
+    def moved(**changes) -> list[float]:
         model = build(DENSE)
-        start = model.embed.weight.detach().clone(), model.norm.weight.detach().clone()
-        optimizer = make(model, config=replace(TINY, embedding_lr=lr, embedding_weight_decay=0.0))
+        weights = model.embed.weight, model.norm.weight
+        start = [weight.detach().clone() for weight in weights]
+        config = replace(TINY, embedding_weight_decay=0.0, **changes)
+        optimizer = make(model, config=config)
         set_gradients(model, 0)
         optimizer.step(1e-2)
-        moved[lr] = [
-            (now - then).abs().mean().item()
-            for now, then in zip((model.embed.weight, model.norm.weight), start, strict=True)
+        return [
+            (now - then).abs().mean().item() for now, then in zip(weights, start, strict=True)
         ]
-    slow, fast = moved[TINY.lr / 10], moved[TINY.lr]
-    assert slow[0] == pytest.approx(fast[0] / 10, rel=1e-3)
-    assert slow[1] == fast[1]
+
+    embedding, vector = moved()
+    assert moved(embedding_lr=TINY.lr / 10) == [pytest.approx(embedding / 10, rel=1e-3), vector]
+    assert moved(vector_lr=TINY.lr / 10) == [embedding, pytest.approx(vector / 10, rel=1e-3)]
+
+
+def test_the_embedding_has_a_decay_of_its_own():
+    decayed = []
+    for decay in (0.0, 5.0):
+        model = build(DENSE)
+        start = model.state_dict()["embed.weight"].clone()
+        optimizer = make(model, config=replace(TINY, embedding_weight_decay=decay))
+        set_gradients(model, 0)
+        optimizer.step(1e-2)
+        decayed.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+    without, having = decayed
+    torch.testing.assert_close(
+        without["embed.weight"] - having["embed.weight"], 1e-2 * 5.0 * start, rtol=1e-4, atol=1e-7
+    )
+    assert all(torch.equal(t, having[n]) for n, t in without.items() if n != "embed.weight")
 
 
 def save(folder, step: int, model, optimizer: Optimizer) -> Checkpoint:

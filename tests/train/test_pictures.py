@@ -1,6 +1,7 @@
 """The pictures of a run are drawn beside it."""
 
 import os
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -107,6 +108,14 @@ def test_how_the_last_drawing_failed_is_said(program, reason, monkeypatch, drawn
     drawn.close()
     assert said == [f"WARNING: drawing the plots failed: {reason}; the run is whole"]
     assert drawn.process is None
+
+
+def test_a_run_that_fails_leaves_no_process(drawn, monkeypatch):
+    draws(monkeypatch, "import time; time.sleep(600)")
+    drawn.begin()
+    process = drawn.process
+    drawn.close()
+    assert process.poll() == -signal.SIGKILL
 
 
 def test_no_process_is_needed(monkeypatch, drawn, said):

@@ -56,4 +56,8 @@ def test_rewind_leaves_one_value_for_every_step(tmp_path):
     records = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     assert records == [{"step": step, "loss": 1 / step} for step in range(1, 6)]
     assert [record["step"] for record in read_records(run.samples)] == [5]
+    run.amend(4, {"val_loss": 2.0})  # of a step whose record is not the last one
+    assert list(read_records(run.metrics)) == records
+    run.amend(5, {"val_loss": 2.0})
+    assert list(read_records(run.metrics)) == [*records[:4], {**records[4], "val_loss": 2.0}]
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "samples.jsonl"}

@@ -284,11 +284,13 @@ def test_a_tracker_that_fails_ends_no_run(config, capsys):
 def test_a_stalled_source_is_noticed_and_the_run_saved(config, capsys):
     """The next batch comes when the watchdog has saved: then the run goes on."""
     whole = train(replace(config, run_dir=config.run_dir.with_name("whole")))
-    saved = threading.Event()
+    saved, beats = threading.Event(), set()
 
     def on_phase(phase, _step):
         if phase == "saved":
             saved.set()
+        elif phase == "step done":
+            beats.add(made.watchdog.last_beat)
 
     class Stalling(Wrapped):
         def next_batch(self, is_stopped):
@@ -301,6 +303,7 @@ def test_a_stalled_source_is_noticed_and_the_run_saved(config, capsys):
     made = TrainingLoop(stalled, opened_by(Stalling), on_phase=on_phase)
     result = run_to_end(made)
     assert [found.step for found in checkpoint.find(made.run.checkpoints)] == [7, 20]
+    assert len(beats) == 20
     assert "no step for 0.005 minutes" in capsys.readouterr().out
     assert "in next_batch" in (config.run_dir / "stacks.txt").read_text()
     assert_equal_weights(whole, result)

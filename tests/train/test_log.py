@@ -1,5 +1,6 @@
 """The queue of numbers on their way to the host, and what the log makes of them."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ import torch
 
 from hamner.checkpoint.run_folder import RunFolder
 from hamner.data.batch import Batch
+from hamner.model.int8 import Operand
 from hamner.train.display import Display
 from hamner.train.health import StepReading
 from hamner.train.log import LogLine, TrainLog
@@ -87,13 +89,17 @@ def test_an_interval_without_a_good_step_has_no_loss(log, tmp_path):
 
 
 def test_a_resumed_log_finishes_the_interval(log, step, tmp_path):
-    results = [result(3.1), result(2.2, load=(0.5, 0.5, 0.0, 0.0)), result(1.3)]
-    record(log, *results[:2])
+    good = [result(3.1), result(2.2, load=(0.5, 0.5, 0.0, 0.0)), result(1.3)]
+    record(log, *good[:2], result(math.nan))
+    log.starvation.low_steps[1][2] = 150
+    log.int8_guard.fallen[Operand(1, "down", "input")] = 3
     resumed = TrainLog(RunFolder(tmp_path), step, Display("", 100, None))
-    resumed.load_state_dict(log.state_dict())
-    resumed.start(2, 12)
-    record(log, results[2])
-    resumed.record(launched(3), results[2])
+    state = json.loads(json.dumps(log.state_dict()))
+    resumed.load_state_dict(state)
+    assert resumed.state_dict() == state
+    resumed.start(3, 18)
+    record(log, good[2])
+    resumed.record(launched(4), good[2])
     for each in (log, resumed):
         each.request_line(LINE)
     whole, half = metrics(tmp_path)

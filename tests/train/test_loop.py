@@ -93,7 +93,9 @@ def test_learns_one_step_ahead_through_the_real_pipeline(config):
     assert 0.6 < result.val_loss < 1.0
 
 
-def test_run_folder_has_everything(config, with_pictures):
+def test_run_folder_has_everything(config, with_pictures, monkeypatch):
+    flushed = []
+    monkeypatch.setattr("hamner.checkpoint.writer.flush", flushed.append)
     result = train(replace(config, sample_every=10, save_every=10))
     run = config.run_dir
     assert result.step == 20
@@ -112,6 +114,8 @@ def test_run_folder_has_everything(config, with_pictures):
     assert [s["step"] for s in samples] == [10, 10, 10, 20, 20, 20]
     assert {p.name for p in (run / "plots").iterdir()} == {"loss.png", "throughput.png"}
     assert [c.step for c in checkpoint.find(run / "checkpoints")] == [10, 20]
+    # Before a checkpoint counts.
+    assert set(flushed) == {run / "metrics.jsonl", run / "samples.jsonl"}
     assert result.checkpoint == run / "checkpoints" / "step_00000020"
 
 
@@ -379,8 +383,10 @@ def test_a_best_step_is_saved_once_however_slow_the_disk(config, monkeypatch):
             assert written.wait(30)
 
     monkeypatch.setattr(checkpoint, "save", slow_save)
-    train(replace(config, save_every=10, patience=5), on_phase=on_phase)
+    config = replace(config, save_every=10, patience=5, keep=1, keep_every=10)
+    train(config, on_phase=on_phase)
     assert saved == [10, 20]
+    assert [c.step for c in checkpoint.find(config.run_dir / "checkpoints")] == [10, 20]
 
 
 def test_failed_last_save_is_one_sentence(config, monkeypatch):
@@ -502,6 +508,23 @@ def test_out_of_memory_later_saves_and_says_what_to_lower(config, step, times):
         trainer.run_to_end()
     trainer.close()
     assert [c.step for c in checkpoint.find(config.run_dir / "checkpoints")] == [step]
+
+
+def test_out_of_memory_in_an_update_is_not_tried_again_nor_saved(config):
+    """Some weights are those of the next step then, and a second try would count it twice."""
+    trainer = TrainingLoop(config)
+    update = trainer.step.optimizer._step_adamw
+
+    def fail(*args):
+        update(*args)
+        if trainer.progress.step == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 36.00 MiB. GPU 0")
+
+    trainer.step.optimizer._step_adamw = fail
+    with pytest.raises(UserError, match="step 2 does not fit"):
+        trainer.run_to_end()
+    trainer.close()
+    assert checkpoint.find(config.run_dir / "checkpoints") == []
 
 
 def test_plan_is_compared_with_reality_at_step_100(config, capsys, monkeypatch):

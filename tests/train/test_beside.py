@@ -292,10 +292,12 @@ def interrupt_in_evaluation(step: int) -> Callable[[str, int], None]:
     return on_phase
 
 
-@pytest.mark.parametrize("step", [2, STEPS])
-def test_an_interrupt_abandons_an_evaluation_which_is_made_up_for(config, monkeypatch, step):
+@pytest.mark.parametrize(("step", "eval_every"), [(2, 2), (STEPS, 3)])
+def test_an_interrupt_abandons_an_evaluation_which_is_made_up_for(
+    config, monkeypatch, step, eval_every
+):
     """The records and weights are then those of a run that was not interrupted."""
-    config = replace(config, sample_every=0)
+    config = replace(config, sample_every=0, eval_every=eval_every)
     whole = train(replace(config, run_dir=config.run_dir.with_name("whole")))
     monkeypatch.setattr(command, "parse", lambda args: config)
     assert command.main([], on_phase=interrupt_in_evaluation(step)) == EXIT_INTERRUPTED
@@ -308,6 +310,7 @@ def test_an_interrupt_abandons_an_evaluation_which_is_made_up_for(config, monkey
     if step == STEPS:
         assert ours == theirs
     assert ours[-1] == theirs[-1]
+    assert checkpoint.find(config.run_dir / "checkpoints")[-1].state()["val_step"] == STEPS
     assert train(replace(config, resume=True)) == resumed
 
 

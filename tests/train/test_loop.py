@@ -4,6 +4,7 @@ import json
 import os
 import re
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -96,14 +97,16 @@ def test_learns_one_step_ahead_through_the_real_pipeline(config):
 def test_run_folder_has_everything(config, with_pictures, monkeypatch):
     flushed = []
     monkeypatch.setattr("hamner.checkpoint.writer.flush", flushed.append)
-    result = train(replace(config, sample_every=10, save_every=10))
+    config = replace(config, eval_every=8, sample_every=8, save_every=10)
+    result = train(config)
     run = config.run_dir
     assert result.step == 20
     assert result.tokens == 20 * 8 * 64
     assert not result.interrupted
-    assert TrainConfig.read(run / "config.json") == replace(config, sample_every=10, save_every=10)
+    assert TrainConfig.read(run / "config.json") == config
     records = metrics(run)
-    assert [r["step"] for r in records] == [3, 6, 9, 10, 12, 15, 18, 20]
+    assert [r["step"] for r in records] == [3, 6, 8, 9, 12, 15, 16, 18, 20]
+    assert [r["val_step"] for r in records] == [None, None, 8, 8, 8, 8, 16, 16, 20]
     assert records[-1]["loss"] < records[0]["loss"]
     assert records[-1]["val_loss"] == result.val_loss
     assert set(records[0]) == {
@@ -111,7 +114,7 @@ def test_run_folder_has_everything(config, with_pictures, monkeypatch):
         *("mfu", "peak_vram_gib", "skipped_steps", "sources"),
     }
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
-    assert [s["step"] for s in samples] == [10, 10, 10, 20, 20, 20]
+    assert [s["step"] for s in samples] == [8, 8, 8, 16, 16, 16, 20, 20, 20]
     assert {p.name for p in (run / "plots").iterdir()} == {"loss.png", "throughput.png"}
     assert [c.step for c in checkpoint.find(run / "checkpoints")] == [10, 20]
     # Before a checkpoint counts.
@@ -236,6 +239,17 @@ def test_interrupted_slow_step_is_dropped_and_comes_again(config, monkeypatch):
     assert resumed.step == whole.step
     # Not bit for bit: the whole run was not cut into micro-batches.
     assert abs(resumed.val_loss - whole.val_loss) < 1e-3
+
+
+def test_only_a_step_that_takes_long_to_end_is_dropped(config):
+    """With six seconds gone, of ten that an interrupt waits."""
+    trainer = TrainingLoop(config)
+    for requested in (False, True):
+        trainer.interrupt.requested = requested
+        done = ((1, 2), (1, 3), (2, 4), (3, 3))
+        answers = [trainer._should_abort(time.perf_counter() - 6.0, *parts) for parts in done]
+        assert answers == [False, requested, False, False]
+    trainer.close()
 
 
 def test_batch_size_may_change_on_resume(config, capsys):

@@ -187,6 +187,8 @@ def test_spikes_are_in_the_metrics_and_the_plot(config, capsys):
     run_to_end(made)
     records = metrics(config.run_dir)
     assert [r["step"] for r in records if "spikes" in r] == [60]
+    assert records[-1]["val_loss"] is None  # 0 is never, at the end too
+    assert not made.run.samples.exists()
     (spike,) = records[-1]["spikes"]
     assert spike["step"] == 55
     assert spike["tokens"] == 55 * 8 * 64

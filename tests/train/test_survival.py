@@ -173,7 +173,7 @@ def test_the_command_ends_with_its_own_code(config, monkeypatch, capsys):
 
 def test_spikes_are_in_the_metrics_and_the_plot(config, capsys):
     """One batch with its targets permuted, in a run that has settled."""
-    settings = replace(config, steps=60, log_every=10, eval_every=0)
+    settings = replace(config, steps=60, log_every=9, eval_every=0)
 
     class Spoiling(Wrapped):
         def next_batch(self, is_stopped):
@@ -288,9 +288,11 @@ def test_a_stalled_source_is_noticed_and_the_run_saved(config, capsys):
     whole = train(replace(config, run_dir=config.run_dir.with_name("whole")))
     saved, beats = threading.Event(), set()
 
-    def on_phase(phase, _step):
+    def on_phase(phase, step):
         if phase == "saved":
             saved.set()
+        elif (phase, step) == ("backward", 5):  # of half a step nothing is saved
+            made._report_hang(between_steps=False)
         elif phase == "step done":
             beats.add(made.watchdog.last_beat)
 

@@ -51,6 +51,12 @@ def test_what_does_not_fit_is_named(tmp_path, changes, named):
         ({"hang_minutes": 1e-30}, "--hang-minutes 1e-30 must be between 0.001 and 1,000,000, or 0"),
         ({"hang_minutes": 1e9}, r"--hang-minutes 1000000000.0 must be between"),
         ({"batch_size": 10**9}, "--batch-size 1000000000 with --seq-len 256 makes 256,000,000,000"),
+        ({"lr": 0.0}, "--lr 0.0 must be above 0"),
+        ({"lr": float("inf")}, "--lr inf must be a finite number"),
+        ({"lr": 1e-5}, "--min-lr 8e-05 is above --lr 1e-05"),
+        ({"grad_clip": -1.0}, "--grad-clip -1.0 must not be negative"),
+        ({"beta2": 1.0}, "--beta2 1.0 must be below 1"),
+        ({"decay_fraction": 1.5}, "--decay-fraction 1.5 must be at most 1"),
     ],
 )
 def test_what_no_run_can_do_is_refused(changes, named):
@@ -69,6 +75,7 @@ def test_a_run_is_as_long_as_its_flags_or_its_option_say():
     assert total_tokens(option) == OPTIONS["tiny"].tokens == 520 * option.tokens_per_step
     assert total_tokens(replace(option, steps=3)) == 3 * option.tokens_per_step
     assert total_tokens(replace(option, tokens=5_000.0)) == 2 * option.tokens_per_step
+    assert total_tokens(replace(option, tokens=5.0)) == option.tokens_per_step
     with pytest.raises(UserError, match="--option huge is not one of tiny, "):
         find_option("huge")
 

@@ -117,6 +117,9 @@ def test_run_folder_has_everything(config, with_pictures, monkeypatch):
     assert [s["step"] for s in samples] == [8, 8, 8, 16, 16, 16, 20, 20, 20]
     assert {p.name for p in (run / "plots").iterdir()} == {"loss.png", "throughput.png"}
     assert [c.step for c in checkpoint.find(run / "checkpoints")] == [10, 20]
+    # What it takes to use a checkpoint wherever it is copied to.
+    for name in ("config.json", "tokenizer.json"):
+        assert (result.checkpoint / name).read_bytes() == (run / name).read_bytes()
     # Before a checkpoint counts.
     assert set(flushed) == {run / "metrics.jsonl", run / "samples.jsonl"}
     assert result.checkpoint == run / "checkpoints" / "step_00000020"

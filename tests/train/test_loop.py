@@ -5,6 +5,7 @@ import os
 import re
 import threading
 import time
+from concurrent import futures
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -120,6 +121,7 @@ def test_run_folder_has_everything(config, with_pictures, monkeypatch):
     # What it takes to use a checkpoint wherever it is copied to.
     for name in ("config.json", "tokenizer.json"):
         assert (result.checkpoint / name).read_bytes() == (run / name).read_bytes()
+        assert name in (result.checkpoint / "manifest.json").read_text()
     # Before a checkpoint counts.
     assert set(flushed) == {run / "metrics.jsonl", run / "samples.jsonl"}
     assert result.checkpoint == run / "checkpoints" / "step_00000020"
@@ -384,25 +386,30 @@ def test_failed_periodic_save_does_not_end_the_run(config, monkeypatch, capsys):
 
 
 def test_a_best_step_is_saved_once_however_slow_the_disk(config, monkeypatch):
-    """Also where a save is due at it: the next one would push an older checkpoint out."""
-    real_save, may_write, written, saved = checkpoint.save, threading.Event(), threading.Event(), []
+    """After the save before it, and also where a save is due: one more would push an older
+    checkpoint out."""
+    real_save, saved = checkpoint.save, []
+    may_write = {5: threading.Event(), 10: threading.Event()}
 
-    def slow_save(*args, **kwargs):
-        assert may_write.wait(30)
-        return real_save(*args, **kwargs)
+    def slow_save(folder, step, **parts):
+        assert step not in may_write or may_write[step].wait(30)
+        return real_save(folder, step, **parts)
 
     def on_phase(phase: str, step: int) -> None:
         if phase == "saved":
             saved.append(step)
-            written.set()
+        elif (phase, step) == ("evaluation", 10):
+            may_write[5].set()
         elif (phase, step) == ("step done", 12):
-            may_write.set()
-            assert written.wait(30)
+            may_write[10].set()
+            futures.wait([trainer.saves.saver._future], 30)
 
     monkeypatch.setattr(checkpoint, "save", slow_save)
-    config = replace(config, save_every=10, patience=5, keep=1, keep_every=10)
-    train(config, on_phase=on_phase)
-    assert saved == [10, 20]
+    config = replace(config, eval_every=5, save_every=10, patience=5, keep=1, keep_every=10)
+    trainer = TrainingLoop(config, on_phase=on_phase)
+    trainer.run_to_end()
+    trainer.close()
+    assert saved == [5, 10, 15, 20]
     assert [c.step for c in checkpoint.find(config.run_dir / "checkpoints")] == [10, 20]
 
 
@@ -456,9 +463,7 @@ def out_of_memory_at(trainer: TrainingLoop, step: int, times: int = 1) -> None:
 def test_the_clock_shows_training_and_nothing_else(config, monkeypatch):
     """By a clock on which a step takes a second, an evaluation or a sample a thousand."""
     now = [50.0]
-    monkeypatch.setattr(
-        "hamner.train.metrics.time", SimpleNamespace(perf_counter=lambda: now[0])
-    )
+    monkeypatch.setattr("hamner.train.metrics.time", SimpleNamespace(perf_counter=lambda: now[0]))
 
     def takes_long(result):
         def call(*_, **__):

@@ -97,9 +97,10 @@ def stopped(tmp_path) -> TrainConfig:
     run = tmp_path / "runs" / "tiny"
     run.mkdir(parents=True)
     args = ["--option", "tiny", "--steps", "40", "--batch-size", "2", "--lr", "1e-5"]
-    config = parse([*args, "--min-lr=1e-6", "--stop_after", "2", "--run-dir", "elsewhere"])
+    once = ["--stop_after", "2", "--allow-data-change"]
+    config = parse([*args, "--min-lr=1e-6", *once, "--run-dir", "elsewhere"])
     (run / "config.json").write_text(json.dumps(config.to_json()))
-    return replace(config, run_dir=run, resume=True, stop_after=None)
+    return replace(config, run_dir=run, resume=True, stop_after=None, allow_data_change=False)
 
 
 @pytest.mark.parametrize(

@@ -248,9 +248,7 @@ def test_groups_have_learning_rates_of_their_own():
         optimizer = make(model, config=config)
         set_gradients(model, 0)
         optimizer.step(1e-2)
-        return [
-            (now - then).abs().mean().item() for now, then in zip(weights, start, strict=True)
-        ]
+        return [(now - then).abs().mean().item() for now, then in zip(weights, start, strict=True)]
 
     embedding, vector = moved()
     assert moved(embedding_lr=TINY.lr / 10) == [pytest.approx(embedding / 10, rel=1e-3), vector]
@@ -322,17 +320,17 @@ def test_a_checkpoint_does_not_tell_how_masters_were_held(tmp_path, device):
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_non_finite_gradient_changes_nothing(value, kind):
+def test_non_finite_gradient_or_loss_changes_nothing(value, kind):
     model = build(DENSE)
     optimizer = make(model, config=replace(TINY, model=DENSE, seq_len=64, optimizer=kind))
     set_gradients(model, 0)
     optimizer.step(1e-2)
     before = {n: t.clone() for n, t in model.state_dict().items()}
     state = {n: t.clone() for n, t in optimizer.state_tensors().items()}
-    set_gradients(model, 1)
-    model.embed.weight.grad[3, 3] = value
-    norm = optimizer.step(1e-2)
-    assert not torch.isfinite(norm)
+    for loss, gradient in ((1.0, value), (value, 1.0)):
+        set_gradients(model, 1)
+        model.embed.weight.grad[3, 3] = gradient
+        assert not torch.isfinite(optimizer.step(1e-2, torch.tensor(loss)))
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     for name, tensor in optimizer.state_tensors().items():

@@ -131,6 +131,17 @@ def test_apply(kind, clip, device):
     check_apply(SHAPES, kind, clip, device)
 
 
+def test_a_graph_of_the_weights_before_an_update_is_refused(device):
+    weight = normal(3, 4, device=device).requires_grad_()
+    squares = weight.square().sum()
+    clip_coef = torch.ones((), device=device)
+    muon_apply_(
+        [weight], [weight], [weight.detach().clone()], lr=0.1, weight_decay=0.0, clip_coef=clip_coef
+    )
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        squares.backward()
+
+
 def check_apply(shapes, kind, clip, device):
     half = DTYPES[-1]
     masters = [normal(*shape, device=device) for shape in shapes]

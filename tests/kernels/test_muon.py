@@ -55,7 +55,7 @@ def check_product(x, factors, addend=None):
 @pytest.mark.parametrize("dtype", DTYPES)
 class TestSymmetricProduct:
     @pytest.mark.parametrize(
-        "shape", [(1, 1, 1), (2, 37, 50), (1, 130, 33), (3, 40, 7), (1, 270, 20)], ids=str
+        "shape", [(1, 1, 1), (2, 37, 50), (1, 130, 33), (1, 128, 50), (1, 270, 20)], ids=str
     )
     def test_accuracy(self, shape, dtype, device):
         x = normal(*shape, device=device, dtype=dtype)

@@ -248,10 +248,14 @@ def _swiglu_linear_setup_context(ctx, inputs, output):
     ctx.measures = errors is not None
     _, h = output
     ctx.mark_non_differentiable(h)
+    # Or autograd would make zeros of the size of h for a gradient that is never used.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(gate_up, None if recompute else h, weight)
 
 
 def _swiglu_linear_backward(ctx, d_out, _d_h):
+    if d_out is None:
+        return (None,) * 5
     d_gate_up, d_weight, d_errors, *_ = _swiglu_linear_backward_op(
         d_out, *ctx.saved_tensors, matmul=ctx.matmul, measures=ctx.measures
     )

@@ -246,8 +246,12 @@ def test_clipping_is_a_scaled_gradient(device):
 def test_a_parameter_that_requires_grad(device):
     state = make_state((37,), torch.float16, device)
     state["param"] = torch.nn.Parameter(state["param"])
+    squares = state["param"].square().sum()
     adamw_(**state, **OPTIONS, step=1, clip_coef=one(device))
     assert torch.equal(state["param"].detach(), state["master"].half())
+    # Autograd knows that it is not what forward read: it would give another's gradient.
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        squares.backward()
 
 
 def test_empty(device):

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import zeros
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hamner.kernels.fused_linear import (
     add_rms_norm_linear,
@@ -143,6 +144,28 @@ def test_what_is_kept_for_backward(recompute, device):
     inputs = swiglu_inputs((9, 48), 16, torch.float32, device)
     expected = 0 if recompute else 9 * 24 * 4
     assert bytes_kept(with_recompute(swiglu_linear, recompute), inputs) == expected
+
+
+class Zeros(TorchDispatchMode):
+    """It lists the shapes of the zeros that are made while it is on."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "zero" in function.name():
+            self.shapes.append(args[0] if isinstance(args[0], list) else list(args[0].shape))
+        return function(*args, **(kwargs or {}))
+
+
+def test_backward_makes_no_zeros_of_the_size_of_what_is_kept(device):
+    """Autograd would, for the gradient of swiglu's result, which no one gives and no one reads."""
+    inputs = swiglu_inputs((9, 48), 16, torch.float32, device)
+    out = swiglu_linear(*inputs.values(), recompute=False)
+    with Zeros() as made:
+        out.backward(torch.ones_like(out))
+    assert [9, 24] not in made.shapes
 
 
 def test_without_a_residual_x_is_the_residual_stream(device):

@@ -75,13 +75,18 @@ def test_a_sample_of_a_large_one_has_its_error(transposed, grouped, device):
 
 
 @pytest.mark.parametrize("tiles", [63, 64, 88, 192, 250])
-def test_no_tile_is_in_a_sample_twice(tiles, device):
+def test_tiles_of_a_sample_are_spread_and_none_comes_twice(tiles, device):
     """88 are those of option a's down, transposed; 192 those of `current`'s o."""
     x = torch.arange(1.0, tiles + 1, device=device).repeat_interleave(BLOCK_COLUMNS)[None]
     sums = torch.zeros(SPOTS, 2, device=device)
     launch_quantization_error(x, sums, transposed=True)
     found = [round((squares / BLOCK_COLUMNS) ** 0.5) for squares in sums[:, 1].tolist() if squares]
     assert len(set(found)) == len(found) == min(SPOTS, tiles)
+    # One of each stretch of them: the sample is of the whole.
+    stretch = tiles / len(found)
+    assert all(
+        number * stretch < tile < (number + 1) * stretch + 1 for number, tile in enumerate(found)
+    )
 
 
 def test_operands_of_a_linear_layer(device):

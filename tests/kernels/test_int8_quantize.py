@@ -52,6 +52,15 @@ def test_matches_reference(shape, dtype, way, device):
 
 
 @pytest.mark.parametrize("way", WAYS)
+def test_the_largest_element_may_be_anywhere(way, device):
+    largest = [0, 255, 256, 511, 512, 519]
+    x = torch.ones(6, 520)
+    x[range(6), largest] = 50.0
+    x = x.T if way["transposed"] else x
+    assert_matches_reference(x.contiguous().to(device), way)
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_ties_go_to_the_even_number(way, device):
     """A row whose largest is 127 has the scale 1, and so its halves are ties."""
     halves = torch.arange(-126.5, 127, 1.0)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hamner.kernels.launch import capability
+from hamner.kernels.launch import capability, sum_partials
 
 
 @pytest.mark.parametrize(
@@ -22,3 +22,10 @@ def test_row_of_a_card(card, row, monkeypatch):
 
 def test_the_interpreter_runs_the_rows_of_a_3090():
     assert capability(torch.device("cpu")) == "8.6"
+
+
+def test_partial_sums_of_more_rows_than_a_tile(device):
+    """As many as a GPU's programs write: 256 rows at a time, the last ones fewer."""
+    partials = torch.arange(600 * 9, dtype=torch.float32, device=device).view(600, 3, 3) % 101
+    like = torch.empty(3, 3, dtype=torch.float16, device=device)
+    assert torch.equal(sum_partials(partials, like), partials.double().sum(dim=0).half())

@@ -55,7 +55,7 @@ def check_product(x, factors, addend=None):
 @pytest.mark.parametrize("dtype", DTYPES)
 class TestSymmetricProduct:
     @pytest.mark.parametrize(
-        "shape", [(1, 1, 1), (2, 37, 50), (1, 130, 33), (3, 40, 7), (1, 270, 20)], ids=str
+        "shape", [(1, 1, 1), (2, 37, 50), (1, 130, 33), (1, 128, 50), (1, 270, 20)], ids=str
     )
     def test_accuracy(self, shape, dtype, device):
         x = normal(*shape, device=device, dtype=dtype)
@@ -129,6 +129,17 @@ def check_momentum(shapes, clip, dtype, device):
 @pytest.mark.parametrize("clip", [1.0, math.inf])
 def test_apply(kind, clip, device):
     check_apply(SHAPES, kind, clip, device)
+
+
+def test_a_graph_of_the_weights_before_an_update_is_refused(device):
+    weight = normal(3, 4, device=device).requires_grad_()
+    squares = weight.square().sum()
+    clip_coef = torch.ones((), device=device)
+    muon_apply_(
+        [weight], [weight], [weight.detach().clone()], lr=0.1, weight_decay=0.0, clip_coef=clip_coef
+    )
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        squares.backward()
 
 
 def check_apply(shapes, kind, clip, device):

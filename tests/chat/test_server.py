@@ -104,8 +104,12 @@ def test_settings_of_a_request(client, script):
     result = create(client, max_tokens=3)
     assert (result.choices[0].message.content, result.usage.completion_tokens) == ("Hé", 3)
     assert result.choices[0].finish_reason == "length"
-    result = create(client, max_completion_tokens=1)
-    assert result.choices[0].message.content == "H"
+    for less in (None, 5):
+        result = create(client, max_completion_tokens=1, max_tokens=less)
+        assert result.choices[0].message.content == "H"
+    for seed in (0, 7):
+        create(client, seed=seed)
+        assert script.seeds[-1] == seed
     for stop in ("lo", ["!", "lo"]):
         result = create(client, stop=stop)
         assert result.choices[0].message.content == "Hél"
@@ -113,6 +117,9 @@ def test_settings_of_a_request(client, script):
     parts = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
     create(client, messages=[{"role": "user", "content": parts}], n=1, user="me")
     assert script.prompts[-1] == render_prompt([Message("user", "Hi")], script.tokenizer)
+    create(client, messages=[{"role": "developer", "content": "Be terse."}, MESSAGES[1]])
+    create(client)
+    assert script.prompts[-1] == script.prompts[-2]
 
 
 def test_the_model_is_listed_and_answers_to_any_name(client):
@@ -173,6 +180,8 @@ def test_a_text_is_continued_in_pieces(client):
         ({"prompt": "x" * 1000}, "prompt"),
         ({"echo": True}, "echo"),
         ({"logprobs": 3}, "logprobs"),
+        ({"best_of": 2}, "best_of"),
+        ({"suffix": "."}, "suffix"),
         ({"max_tokens": 0}, "max_tokens"),
     ],
 )
@@ -270,7 +279,7 @@ def test_every_piece_of_a_stream_may_have_the_numbers_of_tokens(client, ask):
     ids=str,
 )
 def test_every_finite_setting_gives_a_token(model_client, settings):
-    assert create(model_client, **{"max_tokens": 2} | settings).usage.completion_tokens > 0
+    assert 0 < create(model_client, **{"max_tokens": 2} | settings).usage.completion_tokens <= 4
     chunks = list(create(model_client, **{"max_tokens": 2} | settings, stream=True))
     assert chunks[-1].choices[0].finish_reason in ("stop", "length")
 
@@ -340,6 +349,11 @@ def test_the_servers_seed_and_system_prompt_are_the_flags(tokenizer):
         ({"n": 2}, openai.BadRequestError, "n"),
         ({"logprobs": True}, openai.BadRequestError, "logprobs"),
         ({"tools": [{"type": "function"}]}, openai.BadRequestError, "tools"),
+        ({"functions": [{"name": "f"}]}, openai.BadRequestError, "functions"),
+        ({"response_format": {"type": "json_object"}}, openai.BadRequestError, "response_format"),
+        ({"logit_bias": {"5": 1}}, openai.BadRequestError, "logit_bias"),
+        ({"frequency_penalty": 0.5}, openai.BadRequestError, "frequency_penalty"),
+        ({"presence_penalty": -0.5}, openai.BadRequestError, "presence_penalty"),
     ],
 )
 def test_requests_that_are_refused(client, change, error, param):

@@ -70,6 +70,17 @@ def test_the_model_sees_the_whole_conversation_in_the_template(tokenizer):
     assert talk.messages == messages[:3]
 
 
+def test_every_answer_has_a_seed_of_its_own_and_the_flag_decides_them(tokenizer):
+    seeds = []
+    for seed in (5, 5, 6):
+        talk = Talk(tokenizer, "Hey!", seed=seed)
+        talk.ask("Hi")
+        talk.ask("Hi")
+        seeds.append(tuple(talk.script.seeds))
+    assert seeds[0] == seeds[1]
+    assert len({*seeds[0], *seeds[2]}) == 4
+
+
 def test_an_answer_that_was_cut_says_so(tokenizer):
     assert Talk(tokenizer, "four").ask("Hi") == "four\n"
     talk = Talk(tokenizer, "four", max_new_tokens=3)
@@ -83,6 +94,12 @@ def test_anything_that_is_not_the_assistants_ends_its_turn(tokenizer, name):
     completion = answer(script, [Message("user", "?")], GREEDY, max_new_tokens=9, seed=0)
     assert completion.run() == "Hi"
     assert tokenizer.special_id(name) in turn_ends(tokenizer)
+
+
+def test_the_text_of_anyones_tag_ends_an_answer_where_tags_are_text(tokenizer):
+    script = Script(tokenizer.with_text_tags(), tokenizer.encode("Hi\n<|user|>\nMore"))
+    completion = answer(script, [Message("user", "?")], GREEDY, max_new_tokens=20, seed=0)
+    assert (completion.run(), completion.finish_reason) == ("Hi", "stop")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, UserError])
@@ -116,6 +133,23 @@ def test_the_oldest_turns_are_forgotten_when_the_context_is_full(tokenizer):
     talk.system = ""
     talk.ask("x")
     assert talk.script.prompts[-1] == render_prompt(talk.messages[4:-1], tokenizer)
+    # Nor does it come back with what is forgotten later.
+    for _ in range(3):
+        talk.ask("asking on")
+    assert talk.forgotten > 8
+    assert talk.script.prompts[-1] == render_prompt(talk.messages[talk.forgotten : -1], tokenizer)
+    assert f"no longer sees the oldest {talk.forgotten} messages" in talk.shown
+    talk.clear("")
+    talk.ask("x")
+    assert talk.script.prompts[-1] == render_prompt([Message("user", "x")], tokenizer)
+
+
+def test_the_reserve_is_no_more_than_the_longest_answer(tokenizer):
+    """Three pairs of turns of 17 tokens and 13 to ask leave 20 of 84, less than a quarter."""
+    talk = Talk(tokenizer, "123", context=84, max_new_tokens=7)
+    for number in range(4):
+        talk.ask(f"asking {number}")
+    assert (len(talk.script.prompts[-1]), talk.forgotten) == (64, 0)
 
 
 def test_a_question_too_long_for_the_context_changes_nothing(tokenizer):
@@ -126,6 +160,8 @@ def test_a_question_too_long_for_the_context_changes_nothing(tokenizer):
         talk.ask("x" * 100)
     assert (talk.turns, talk.forgotten) == (before, 0)
     assert len(talk.script.prompts) == 1
+    with pytest.raises(ContextError, match="messages take 40 tokens.* context is 40"):
+        talk.ask("x" * 35)
     # One that leaves less than the reserve is still answered, as far as there is room.
     assert "(cut: no room for more" in talk.ask("x" * 32)
     assert talk.turns[-1] == Message("assistant", "Hey")

@@ -1,5 +1,6 @@
 """The chat template: every token, its mask, and agreement with the Jinja text."""
 
+import copy
 import functools
 import json
 from collections.abc import Callable
@@ -111,6 +112,19 @@ def test_prompt_is_the_beginning_of_the_conversation_with_its_answer(tokenizer):
     assert ids[: len(prompt)] == prompt
     assert all(learned[len(prompt) :])
     assert tokenizer.decode(ids[len(prompt) :]) == "4.<|end|>"
+
+
+def test_a_line_break_that_the_tokenizer_joins_to_the_answer_stays_with_the_prompt(tokenizer):
+    definition = copy.deepcopy(tokenizer.definition)
+    definition["pre_tokenizer"]["pretokenizers"] = definition["pre_tokenizer"]["pretokenizers"][1:]
+    definition["model"]["vocab"]["Ċ4"] = tokenizer.vocab_size
+    definition["model"]["merges"].insert(0, ["Ċ", "4"])
+    joining = Tokenizer(json.dumps(definition), "theirs")
+    assert joining.encode("\n4") == [tokenizer.vocab_size]
+    ids, learned = render(CONVERSATION, joining)
+    prompt = render_prompt(CONVERSATION[:-1], joining)
+    assert ids == [*prompt, *joining.encode("4."), END]
+    assert learned[len(prompt) - 1 :] == [False, True, True, True]
 
 
 def test_tokenizer_without_the_special_tokens_is_refused(tokenizer):

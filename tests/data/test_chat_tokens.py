@@ -34,10 +34,12 @@ def test_unused_special_tokens_are_given_to_conversations(kind):
 
 
 def test_special_tokens_in_use_are_left_to_their_use():
-    """Unknown, begin and end of a text are no one's to rename: that leaves one of four."""
-    definition = with_begin(byte_level(["<unk>", "<s>", "</s>", "<mask>"]))
+    """Unknown, begin and end of a text are no one's to rename: that leaves three of six."""
+    definition = with_begin(byte_level(["<unk>", "<s>", "</s>", "<mask>", "<cls>", "<sep>"]))
+    definition["model"]["unk_token"] = "<unk>"
     tokenizer = Tokenizer(json.dumps(definition), "theirs")
     assert add_chat_tokens(tokenizer) is None
+    assert add_chat_tokens(tokenizer, vocab_size=tokenizer.vocab_size + 3) is None
     given = add_chat_tokens(tokenizer, vocab_size=tokenizer.vocab_size + 4)
     ids = [*map(given.special_id, ROLES)]
     assert ids == [*range(tokenizer.vocab_size, tokenizer.vocab_size + 4)]

@@ -175,18 +175,19 @@ def test_a_source_that_fails_before_its_first_document_is_refused():
     assert not isinstance(caught.value, SourceLost)
 
 
-def test_a_lost_source_is_asked_again_and_takes_its_share_from_there(caplog, monkeypatch):
+@pytest.mark.parametrize("weight", [1, 3])
+def test_a_lost_source_is_asked_again_and_takes_its_share_from_there(caplog, monkeypatch, weight):
     monkeypatch.setattr(stages, "LOST_TOKENS", 100)
     always = range(3, 12)
     sources = [FakeSource([10] * 20), FailingSource([10] * 20, 1000, set(always))]
-    items = list(itertools.islice(mixed(sources, [1, 1], None), 400))
+    items = list(itertools.islice(mixed(sources, [1, weight], None), 400))
     is_second = [ids[0] >= 1000 for ids, _, _ in items]
     lost = [state["lost"][1] is not None for _, _, state in items]
     begin, end = lost.index(True), 400 - lost[::-1].index(True)
     assert not any(is_second[begin : end - 1]) and is_second[end - 1]
-    # Nine attempts, each after 100 tokens of the other, then half of the documents as before.
+    # Nine attempts, each after 100 tokens of the other, then its share of the documents as before.
     assert end - 1 - begin == 9 * 10
-    assert abs(sum(is_second[end:]) - (400 - end) / 2) <= 1
+    assert abs(sum(is_second[end:]) - (400 - end) * weight / (1 + weight)) <= 1
     assert caplog.text.count("TRAINING GOES ON WITHOUT IT") == len(always)
     assert caplog.text.count("source 1: is back") == 1
 

@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from hamner.data.batch import Batch
+from hamner.data.conversations.examples import load_examples
+from hamner.data.conversations.loader import validation_batch
+from hamner.data.loader import DataConfig, TrainLoader
 from hamner.data.tokenizer import load_tokenizer
 from hamner.evaluate import evaluation
 from hamner.evaluate.evaluation import (
@@ -97,6 +100,24 @@ def test_conversations_count_answers_alone():
     result = evaluate_source(uniform(), TOKENIZER, source)
     assert result.kind == "conversations"
     assert result.tokens == int((source.batch.targets != -100).sum()) > 0
+
+
+def test_what_is_read_is_what_a_training_held_out(documents):
+    """Of every kind, at the fraction of the training, whose seed and batch do not matter."""
+    settings = {**SETTINGS, "val_fraction": 0.3}
+    training = DataConfig((documents,), 32, 8, 5, val_fraction=0.3)
+    expected = TrainLoader(training, TOKENIZER).validation_rows(640)
+    (source,) = open_held_out("text", (documents,), TOKENIZER, **settings, document_mask=False)
+    assert 0 < len(expected.inputs) < 20
+    assert torch.equal(source.batch.inputs, expected.inputs)
+    training = replace(training, data=("builtin",))
+    examples = load_examples(training, TOKENIZER)
+    expected = validation_batch(examples, TOKENIZER, 32, 640)
+    (source,) = open_held_out(
+        "conversations", ("builtin",), TOKENIZER, **settings, document_mask=True
+    )
+    assert len(expected.inputs)
+    assert torch.equal(source.batch.inputs, expected.inputs)
 
 
 def test_nothing_held_out_is_no_loss(tmp_path):

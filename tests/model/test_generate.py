@@ -104,6 +104,31 @@ def test_a_second_prompt_only_costs_its_new_tokens(tokenizer):
     assert lengths[0] == 11
 
 
+def test_a_pass_that_is_interrupted_leaves_no_trace_in_the_cache(tokenizer):
+    model = sharp(CONFIGS["dense"])
+    generator = Generator(model, tokenizer, context=24)
+    first = list(range(50, 70))
+    expected = decoded(generator, first)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    hook = model.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        decoded(generator, [*first[:9], 200, *first[10:]])
+    hook.remove()
+    assert decoded(generator, first) == expected
+
+
+def test_rows_beyond_the_tokenizer_are_never_chosen(tokenizer):
+    model = sharp(replace(CONFIGS["untied"], vocab_size=BYTES_ONLY + 39))
+    inside = decoded(Generator(model, tokenizer), [7, 8])
+    with torch.no_grad():
+        model.lm_head.weight[BYTES_ONLY:] = 100 * model.lm_head.weight[inside[0]]
+    assert decoded(Generator(model, tokenizer), [7, 8]) == inside
+    assert max(inside) < BYTES_ONLY
+
+
 def test_prompts_that_leave_no_room_are_refused(tokenizer):
     generator = Generator(build(CONFIGS["dense"]), tokenizer, context=8)
     for prompt in ([], list(range(8))):
@@ -322,6 +347,13 @@ def test_stop_texts(tokenizer, text, stops, expected, reason):
     assert completion.finish_reason == reason
 
 
+def test_of_two_stop_texts_in_one_token_the_first_ends_the_text():
+    whole = load_tokenizer(vocab_size=4096)
+    assert len(whole.encode(" the")) == 1
+    pieces, completion = say(whole, "a the", stop_texts=["e", "h"])
+    assert "".join(pieces) == completion.text == "a t"
+
+
 def test_samples_end_with_the_context(tokenizer):
     config = CONFIGS["dense"]
     model = sharp(config)
@@ -330,8 +362,9 @@ def test_samples_end_with_the_context(tokenizer):
     expected = recomputed(model, tokenizer.encode(prompt), 4)
     assert tokenizer.eot_id not in expected
     assert text == tokenizer.decode(expected)
-    long = generate(model, tokenizer, "y" * 200, sampling=GREEDY)
-    assert long == tokenizer.decode(recomputed(model, tokenizer.encode("y" * 63), 1))
+    for prompt in (f"{'y' * 137}{'z' * 63}", f"{'z' * 137}{'y' * 63}"):
+        end = recomputed(model, tokenizer.encode(prompt)[-63:], 1)
+        assert generate(model, tokenizer, prompt, sampling=GREEDY) == tokenizer.decode(end)
     assert generate(model, tokenizer, "", max_new_tokens=3, sampling=GREEDY) == tokenizer.decode(
         recomputed(model, [tokenizer.eot_id], 3)
     )

@@ -170,6 +170,9 @@ def test_flops_per_token_of_option_a():
     assert whole_square == 6 * matmul + 12 * 24 * 1024 * 1024
     differential = replace(config, use_differential_attention=True)
     assert costs.flops_per_token(differential, 1024) == 6 * matmul + 9 * 24 * 1024 * 1024
+    # Of a mixture those that a token goes through: all but the norms' of the 210,856,704.
+    mixture = 6 * (210_856_704 - 41 * 768) + 6 * 20 * 768 * 1024
+    assert costs.flops_per_token(OPTIONS["c"].model, 1024) == mixture
 
 
 def test_a_models_matmuls_cost_its_parameters():

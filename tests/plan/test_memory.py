@@ -117,6 +117,20 @@ def test_peak_is_the_loss_or_the_backward_pass():
         assert state == size * A.num_parameters()
 
 
+def test_backward_holds_what_is_kept_what_is_formed_and_one_block():
+    """Of a large batch it peaks at the last block, when the head's gradient alone is formed; of a
+    small one at the first, when nearly all are."""
+    embedding = 49_152 * 1024
+    block = (A.num_parameters() - embedding - 1024) // 24
+    # The block again, selective; of its MLP three gradients of the inner width and two of x's.
+    working = 2 * 10_240 + 64 + 2 * (3 * 2816 + 2 * 1024)
+    large = memory.account(OPTIONS["a"], (FULL,) * 24, 24)
+    assert large.backward == 24_576 * (24 * 2048 + working) + 2 * embedding
+    small = replace(OPTIONS["a"], batch_size=1, seq_len=64)
+    small = memory.account(small, (FULL,) * 24, 1)
+    assert small.backward == 64 * (2048 + working) + 2 * (embedding + 23 * block)
+
+
 def choose(budget_gib: float, config: TrainConfig = OPTIONS["a"], **how):
     return memory.choose(config, int(budget_gib * GIB), **how)
 
@@ -129,8 +143,17 @@ def test_choice_degrades_step_by_step():
     assert 0 < count[0] < count[1] <= 24
     assert some.micro_batch_size == more.micro_batch_size == 24
     assert least.micro_batch_size < 24
+    # All of a step's micro-batches are alike.
+    sizes = {choose(5.5 + 0.05 * n).micro_batch_size for n in range(6)}
+    assert len(sizes) > 2 and all(24 % size == 0 for size in sizes)
     for budget, plan in ((14, some), (10, more), (5.5, least)):
         assert plan.account.total <= budget * GIB
+
+
+def test_what_fits_to_the_byte_fits():
+    total = memory.account(OPTIONS["a"], (SELECTIVE,) * 24, 24).total
+    fits, too_small = (memory.choose(OPTIONS["a"], budget) for budget in (total, total - 1))
+    assert [memory.describe(plan.policies) for plan in (fits, too_small)] == ["selective", "full:1"]
 
 
 def test_fewest_full_layers():

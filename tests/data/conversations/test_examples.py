@@ -70,6 +70,27 @@ def test_cut_after_the_last_answer_that_fits(tmp_path, seq_len, is_cut):
     assert ("x" in spelled(example)) == (not is_cut)
 
 
+def test_all_that_fits_is_kept_and_what_does_not_is_counted(tmp_path):
+    data = write(tmp_path / "a.jsonl", [*HI, *HI, *HI])
+    (source,) = load(data, seq_len=2 * 12 + 5)
+    assert [len(example.ids) for example in source.train] == [2 * 12]
+    assert source.tokens_cut == 12
+
+
+def test_the_end_of_the_text_has_its_room_too(tmp_path):
+    """Where tags are text, it follows the last answer."""
+    data, tokenizer = write(tmp_path / "a.jsonl", HI), TOKENIZER.with_text_tags()
+    turns = [Message(*turn) for turn in HI]
+    ids = [*render(turns, tokenizer).ids, tokenizer.eot_id]
+    fits, too_long = (
+        load_examples(DataConfig((data,), seq_len, 1, 0, 0.0), tokenizer)[0]
+        for seq_len in (len(ids) - 1, len(ids) - 2)
+    )
+    assert [example.ids.tolist() for example in fits.train] == [ids]
+    assert fits.train[0].learned[-1]
+    assert (too_long.train, too_long.too_long) == ([], ["a.jsonl:1"])
+
+
 def test_exactly_a_row_fits_and_one_token_more_does_not(tmp_path):
     data = write(tmp_path / "a.jsonl", HI)
     length = len(render([Message(*turn) for turn in HI], TOKENIZER).ids) - 1
@@ -160,6 +181,8 @@ def test_an_endless_source_without_a_conversation_is_given_up(tmp_path, monkeypa
     path.write_text("".join(json.dumps({str(i): i}) + "\n" for i in range(90)))
     with pytest.raises(UserError, match="12 of 12 kinds more"):
         load(str(path))
+    (source,) = load(write(path, *[HI] * 30))
+    assert len(source.train) == 30
 
 
 @pytest.mark.parametrize(
@@ -183,10 +206,11 @@ def test_the_system_prompt_used_most(tmp_path, systems, weights, expected):
 
 def test_duplicates_are_counted_over_all_sources_and_kept(tmp_path):
     first = write(tmp_path / "a.jsonl", HI, HI)
-    second = write(tmp_path / "b.jsonl", [("user", " Hi "), ("assistant", "Hey!")])
+    others = [("user", " Hi "), ("assistant", "Hey!")], [("assistant", "Hi"), ("user", "Hey!")]
+    second = write(tmp_path / "b.jsonl", *others)
     sources = load(first, second)
     assert [source.duplicates for source in sources] == [1, 1]
-    assert [len(source.train) for source in sources] == [2, 1]
+    assert [len(source.train) for source in sources] == [2, 2]
 
 
 def test_split_holds_out_by_content_alone(tmp_path):

@@ -26,6 +26,11 @@ def example(ids: list[int], learned: str) -> Example:
     return Example(np.array(ids, np.int32), np.array([flag == "x" for flag in learned]))
 
 
+def test_an_item_goes_where_it_leaves_the_smallest_room():
+    rows = pack([example([0] * (length + 1), "") for length in (30, 40, 10, 20)], 50)
+    assert [[e.length for e in row] for row in rows] == [[30, 20], [40, 10]]
+
+
 A = example([2, 10, 3, 11, 12, 4], "...xxx")
 B = example([2, 20, 3, 21, 4], "...xx")
 

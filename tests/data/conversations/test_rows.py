@@ -43,6 +43,11 @@ def parts(*texts: str) -> list[dict]:
             ]
         },
         {"system": "Be terse.", "messages": [message("user", "Hi"), message("assistant", "Hey!")]},
+        {
+            "system": "Of all rows.",
+            **listed("messages", "role", "content", "system", "user", "assistant"),
+        },
+        {"prompt": "Hi", "response": "no", "completion": "Hey!", "system": "Be terse."},
         {"messages": None, "system": "Be terse.", "prompt": "Hi", "completion": "Hey!"},
         {"system_prompt": "Be terse.", "question": "Hi", "response": "Hey!"},
         {"prompt": [message("system", "Be terse."), message("user", "Hi")], "completion": "Hey!"},
@@ -129,6 +134,7 @@ def test_an_answer_without_content_is_empty():
         ({"messages": [message("user", [{"type": "text"}])]}, "no text (NoneType)"),
         ({"messages": [message("user", [{"type": "text", "text": 5}])]}, "no text (int)"),
         ({"messages": [message("assistant", "x", weight=0.5)]}, 'a "weight" other than 0'),
+        ({"messages": [message("assistant", "x", weight=True)]}, 'a "weight" other than 0'),
         ({"messages": [message("assistant", None, tool_calls=[{}])]}, "without the name"),
         ({"messages": [message("assistant", "", function_call="w")]}, "without the name"),
         (

@@ -172,6 +172,11 @@ def test_a_nan_stays_one(device):
     adamw_(param, remainder, *zeros, **{**OPTIONS, "lr": math.nan}, step=1, clip_coef=one(device))
     assert param.isnan().all()
     assert join_master(param, remainder).isnan().all()
+    # A GPU's own NaN, of all ones: rounded, it would be the -0.0 that it is split into here.
+    param, remainder = param.fill_(-0.0), remainder.fill_(-1)
+    assert join_master(param, remainder).isnan().all()
+    adamw_(param, remainder, *zeros, **OPTIONS, step=1, clip_coef=one(device))
+    assert param.isnan().all()
 
 
 def test_split_and_join_name_wrong_dtypes():
@@ -425,6 +430,12 @@ class TestOnGpu:
 
     def test_training_shape_of_a_split_master(self):
         test_accuracy_of_a_split_master(1000, (2816, 1024), "cuda")
+
+    def test_a_nan_stays_one(self):
+        test_a_nan_stays_one("cuda")
+
+    def test_parameters_at_unaligned_addresses(self):
+        test_parameters_at_unaligned_addresses("cuda")
 
     def test_step_without_host_sync(self):
         state = make_split_state((1024, 1024), "cuda")

@@ -59,10 +59,8 @@ class Ratio:
     def of(cls, values: Sequence[float]) -> "Ratio":
         """The method takes the mean over seeds; one value has no interval."""
         logs = np.log(values)
-        mean, half = float(logs.mean()), math.inf
-        if len(logs) > 1:
-            quantile = stats.t.ppf(0.5 + CONFIDENCE / 2, len(logs) - 1)
-            half = float(quantile * stats.sem(logs))
+        mean = float(logs.mean())
+        half = float(half_interval(logs)) if len(logs) > 1 else math.inf
         high = math.exp(mean + half) if math.isfinite(half) else math.inf
         return cls(math.exp(mean), math.exp(mean - half), high, tuple(values))
 

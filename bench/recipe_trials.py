@@ -25,11 +25,12 @@ PROXY = (
     *("--num-attention-heads", "8", "--num-kv-heads", "2", "--expert-intermediate-size", "1408"),
 )
 """12 layers x 512, 59M parameters, the proportions of option a"""
+CURRENT = ("--option", "current", "--batch-size", "24")
 MODELS: dict[Part, tuple[str, ...]] = {
     "tune": PROXY,
-    "current": ("--option", "current", "--batch-size", "24"),
-    "ladder": ("--option", "current", "--batch-size", "24"),
-    "qk-norm": ("--option", "current", "--batch-size", "24", "--qk-norm"),
+    "current": CURRENT,
+    "ladder": CURRENT,
+    "qk-norm": (*CURRENT, "--qk-norm"),
     "long": ("--option", "a"),
 }
 """flags of hamner.train; every step has 24 x 1,024 tokens"""

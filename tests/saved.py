@@ -30,13 +30,15 @@ def save_run(
     chat: bool = False,
     dtype: torch.dtype = torch.float32,
     tokenizer: str = "builtin",
+    seq_len: int | None = None,
 ) -> Path:
-    """A run's folder with `model` as its checkpoint; returns the folder."""
+    """A run's folder with `model` as its checkpoint, trained on its whole context unless said
+    otherwise; returns the folder."""
     config = TrainConfig(
         model=model.config,
         option="tiny",
         run_dir=folder,
-        seq_len=model.config.max_seq_len,
+        seq_len=seq_len or model.config.max_seq_len,
         tokenizer=tokenizer,
     )
     run = RunFolder(folder)

@@ -8,6 +8,7 @@ import tokenizers
 from tokenizers import models
 
 from hamner.chat.config import ChatConfig
+from hamner.chat.context import newest_messages
 from hamner.chat.session import Chat, Complete, Terminal
 from hamner.data.chat_template import Message, render_prompt, turn_ends
 from hamner.data.tokenizer import Tokenizer, load_tokenizer
@@ -140,16 +141,21 @@ def test_the_oldest_turns_are_forgotten_when_the_context_is_full(tokenizer):
     assert talk.script.prompts[-1] == render_prompt(talk.messages[talk.forgotten : -1], tokenizer)
     assert f"no longer sees the oldest {talk.forgotten} messages" in talk.shown
     talk.clear("")
-    talk.ask("x")
-    assert talk.script.prompts[-1] == render_prompt([Message("user", "x")], tokenizer)
+    for _ in range(2):
+        talk.ask("x")
+    assert talk.script.prompts[-1] == render_prompt(talk.messages[:-1], tokenizer)
 
 
-def test_the_reserve_is_no_more_than_the_longest_answer(tokenizer):
-    """Three pairs of turns of 17 tokens and 13 to ask leave 20 of 84, less than a quarter."""
-    talk = Talk(tokenizer, "123", context=84, max_new_tokens=7)
-    for number in range(4):
-        talk.ask(f"asking {number}")
-    assert (len(talk.script.prompts[-1]), talk.forgotten) == (64, 0)
+def test_turns_are_kept_as_long_as_the_longest_answer_has_room(tokenizer):
+    """The system prompt and the opening of the answer take room too."""
+    turns = [Message("user", "a" * 20), Message("assistant", "b"), Message("user", "c")]
+    messages = [Message("system", "Sys"), *turns]
+    size = len(render_prompt(messages, tokenizer)) + 7
+    kept, fewer = (
+        newest_messages(messages, Script(tokenizer, [], context), max_new_tokens=7)
+        for context in (size, size - 1)
+    )
+    assert (kept, fewer) == (messages, [messages[0], messages[3]])
 
 
 def test_a_question_too_long_for_the_context_changes_nothing(tokenizer):

@@ -62,6 +62,16 @@ def test_order_changes_with_the_epoch_not_with_the_call(write_jsonl, write_parqu
     assert sorted(texts(folder)) == sorted(texts(folder, epoch=1))
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_an_epoch_may_begin_anywhere_in_a_file(write_jsonl, write_parquet, monkeypatch, name):
+    """Its blocks, of some twenty rows here, are shuffled, not only the rows of each."""
+    monkeypatch.setattr(files, "BLOCK_BYTES", 200)
+    rows = [f"{i}" for i in range(300)]
+    path = write_jsonl(name, rows) if name == "a.jsonl" else write_parquet(name, text=rows)
+    first = [int(texts(path, epoch=epoch)[0]) for epoch in range(6)]
+    assert max(first) - min(first) > 150
+
+
 def test_small_text_file_is_one_document(tmp_path):
     text = "\ufeffOne.\n\nTwo.\n\n" + "x" * 60_000
     (tmp_path / "a.txt").write_text(text)
@@ -147,6 +157,8 @@ def test_identity_follows_names_and_sizes(write_jsonl):
     path = write_jsonl("a.jsonl", ["one"])
     before = FileSource(str(path)).identity()
     assert FileSource(str(path.parent)).identity() == before
+    renamed = path.rename(path.with_name("b.jsonl"))
+    assert FileSource(str(renamed)).identity() != before
     write_jsonl("a.jsonl", ["one", "two"])
     assert FileSource(str(path)).identity() != before
 
@@ -308,6 +320,10 @@ def test_a_file_that_is_cut_short_or_replaced_is_read_on_once_it_is_back(
         read.extend(reading)
     with pytest.raises(FileChanged, match=f"{name} has .* bytes, and had .* at the start"):
         next(source.documents(0, 1, None))
+    if name == "a.parquet":  # of text, what was added behind the end does not matter
+        write(rows * 2)
+        with pytest.raises(FileChanged, match=f"{name} has .* bytes, and had .* at the start"):
+            next(source.documents(0, 1, None))
     write(rows)
     read.extend(source.documents(0, 0, read[-1][1]))
     assert [text for text, _ in read] == expected

@@ -107,6 +107,19 @@ def test_weights_are_shares_of_tokens(corpus, loader_of, write_jsonl):
     assert (progress[other]["documents"] - 1) // 3 == progress[other]["epochs"]
 
 
+def test_a_resumed_run_says_which_source_was_lost(corpus, loader_of, write_jsonl, caplog):
+    other = str(write_jsonl("other.jsonl", ["a short one", "another one", "and a third"]))
+    specs = (f"{corpus}=1", f"{other}=1")
+    first = loader_of(config(*specs))
+    take(first, 2)
+    state = json.loads(json.dumps(first.state_dict()))
+    state["position"]["documents"]["lost"][1] = 10
+    second = loader_of(config(*specs))
+    second.load_state_dict(state)
+    assert f"--data {other}: was lost before; still going on without it" in caplog.text
+    assert [counts["lost"] for counts in second.progress().values()] == [False, True]
+
+
 def test_empty_documents_are_skipped_and_counted(loader_of, write_jsonl):
     path = str(write_jsonl("a.jsonl", ["", "text to learn from", "  \n", "more of it"]))
     loader = loader_of(config(path, seq_len=8, batch_size=1, val_fraction=0.0))
@@ -212,6 +225,16 @@ def test_validation_is_what_training_leaves_out(corpus, tokenizer):
     texts = tokenizer.decode(inputs.tolist()).split("<|endoftext|>")
     assert set(texts[:-1]) <= set(held_out)
     assert len(held_out) - 3 <= len(texts) <= len(held_out) + 1
+
+
+def test_validation_is_of_every_source_by_its_weight(corpus, write_jsonl, tokenizer):
+    other = str(write_jsonl("other.jsonl", [f"other {i}" for i in range(9000)]))
+    rows = TrainLoader(config(f"{corpus}=3", f"{other}=1"), tokenizer).validation_rows(2000)
+    texts = tokenizer.decode(rows.inputs.flatten().tolist()).split("<|endoftext|>")[:-1]
+    sizes = {True: 0, False: 0}
+    for text in texts:
+        sizes[text.startswith("other")] += len(tokenizer.encode(text)) + 1
+    assert sizes[True] / sum(sizes.values()) == pytest.approx(0.25, abs=0.04)
 
 
 def test_validation_is_no_larger_than_asked(corpus, tokenizer):

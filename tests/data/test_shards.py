@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 
-from hamner.data import retry
+from hamner.data import retry, shards
 from hamner.data.bad_rows import BadRows
 from hamner.data.documents import split_of
 from hamner.data.loader import DataConfig, TrainLoader
@@ -62,7 +62,8 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_every_document_is_in_its_split_once(prepared, tokenizer):
+def test_every_document_is_in_its_split_once(prepared, tokenizer, monkeypatch):
+    monkeypatch.setattr(shards, "CHECKED_TOKENS", 999)  # a few reads of each
     for split in ("train", "validation"):
         expected = [f"{t}<|endoftext|>" for t in TEXTS if split_of(t, 0.1) == split]
         found = documents(prepared, tokenizer, split)
@@ -98,9 +99,8 @@ def test_large_vocabulary_takes_32_bits(corpus, tmp_path, tokenizer):
     assert large.vocab_size == 2**16 + 1
     index = prepare([corpus], tmp_path / "large", large)
     assert index["dtype"] == "uint32"
-    held_out = split_of("x", 0.01)
-    assert held_out == "train"
-    assert len(documents(tmp_path / "large", large, "train")) > 250
+    expected = [f"{t}<|endoftext|>" for t in TEXTS if split_of(t, 0.01) == "train"]
+    assert sorted(documents(tmp_path / "large", large, "train")) == sorted(expected)
 
 
 def test_shards_train_as_the_text_does(prepared, corpus, tokenizer):
@@ -123,11 +123,11 @@ def test_shards_train_as_the_text_does(prepared, corpus, tokenizer):
     assert from_text.inputs.shape == from_shards.inputs.shape
 
 
-@pytest.mark.parametrize("documents_before", [0, 3, 120, 270, 299])
+@pytest.mark.parametrize("documents_before", [0, 3, 120, 299, 500])
 def test_interrupted_preparation_goes_on(
     corpus, write_jsonl, tmp_path, tokenizer, documents_before
 ):
-    specs = [corpus, str(write_jsonl("more.jsonl", [f"more {text}" for text in TEXTS[:40]]))]
+    specs = [corpus, str(write_jsonl("more.jsonl", [f"more {text}" for text in TEXTS]))]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     options = {"shard_tokens": 4000, "val_fraction": 0.1}
     prepare(specs, whole, tokenizer, **options)

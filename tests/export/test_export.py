@@ -34,7 +34,9 @@ SHAPES = {
     "Llama, untied": replace(DENSE_, tie_word_embeddings=False, num_kv_heads=4),
     "Llama, other constants": replace(DENSE_, rope_theta=500_000.0, rms_norm_eps=1e-3),
     "Mixtral": MOE_,
-    "Mixtral, untied": replace(MOE_, tie_word_embeddings=False, num_experts=5),
+    "Mixtral, untied": replace(
+        MOE_, tie_word_embeddings=False, num_experts=5, num_experts_per_token=3
+    ),
     "DiffLlama": replace(DENSE_, use_differential_attention=True),
     "Qwen3": replace(DENSE_, qk_norm=True),
     "Qwen3Moe": replace(MOE_, qk_norm=True),
@@ -85,6 +87,8 @@ def test_hugging_face_loads_the_same_model(shape, tmp_path, tokenizer):
     kind = next(name for name, config in SHAPES.items() if config == shape).partition(",")[0]
     assert type(theirs).__name__ == f"{kind}ForCausalLM"
     assert theirs.num_parameters() == shape.num_parameters()
+    # Some readers go by this rather than by the weights that are there.
+    assert theirs.config.tie_word_embeddings == shape.tie_word_embeddings
     assert_same_model(model, theirs, tokenizer)
     assert list(folder.parent.iterdir()) == [folder]
 
@@ -143,12 +147,25 @@ def test_tokenizer_and_chat_template(tmp_path, tokenizer):
     assert theirs.model_max_length == DENSE_.max_seq_len
     generation = transformers.GenerationConfig.from_pretrained(folder)
     assert generation.eos_token_id == [tokenizer.eot_id, tokenizer.special_id("<|end|>")]
+    drawn = generation.do_sample, generation.temperature, generation.top_k, generation.top_p
+    assert drawn == (True, Sampling().temperature, Sampling().top_k, Sampling().top_p)
+
+
+def test_the_context_is_the_length_trained_at(tmp_path):
+    model = sharp(DENSE_)
+    folder = exported(tmp_path, model, "hf", seq_len=32)
+    assert transformers.AutoConfig.from_pretrained(folder).max_position_embeddings == 32
+    assert AutoTokenizer.from_pretrained(folder).model_max_length == 32
+    path = export(ExportConfig(tmp_path / "model.gguf", "gguf", tmp_path / "run"))
+    assert fields(gguf.GGUFReader(path))["llama.context_length"] == 32
 
 
 def test_a_base_model_has_no_chat_template(tmp_path, tokenizer):
     folder = exported(tmp_path, sharp(DENSE_), "hf")
     assert AutoTokenizer.from_pretrained(folder).chat_template is None
-    assert json.loads((folder / "config.json").read_text())["eos_token_id"] == tokenizer.eot_id
+    config = json.loads((folder / "config.json").read_text())
+    # Whoever puts the one before a text gives the model what no training did.
+    assert (config["eos_token_id"], config["bos_token_id"]) == (tokenizer.eot_id, None)
 
 
 @pytest.mark.parametrize(
@@ -197,6 +214,7 @@ def test_gguf_metadata(tmp_path, tokenizer):
     values = fields(reader)
     expected = {
         "general.architecture": "llama",
+        "general.file_type": gguf.LlamaFileType.ALL_F32,
         "llama.block_count": 2,
         "llama.context_length": 64,
         "llama.embedding_length": 64,
@@ -227,6 +245,7 @@ def test_gguf_metadata(tmp_path, tokenizer):
 def test_gguf_tensors_are_exact_and_rows_of_q_and_k_interleaved(tmp_path):
     model = sharp(DENSE_)
     reader = gguf.GGUFReader(exported(tmp_path, model, "gguf", dtype=torch.bfloat16))
+    assert fields(reader)["general.file_type"] == gguf.LlamaFileType.MOSTLY_BF16
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     names = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output")
     names += ("ffn_norm", "ffn_gate", "ffn_up", "ffn_down")

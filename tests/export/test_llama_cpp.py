@@ -147,7 +147,9 @@ def test_q8_0_quantizes_matrices_but_routers(tmp_path):
     shape = replace(MOE, vocab_size=VOCABULARY, expert_intermediate_size=48)
     model = sharp(shape)
     kinds = gguf.GGMLQuantizationType
-    stored = tensors(exported(tmp_path, model, "q8_0", dtype=torch.bfloat16).path)
+    path = exported(tmp_path, model, "q8_0", dtype=torch.bfloat16).path
+    stored, kind = tensors(path), gguf.GGUFReader(path).fields["general.file_type"]
+    assert kind.contents() == gguf.LlamaFileType.MOSTLY_Q8_0
     assert stored["token_embd.weight"].tensor_type == kinds.Q8_0
     assert stored["blk.0.attn_q.weight"].tensor_type == kinds.Q8_0
     assert stored["blk.0.ffn_gate_exps.weight"].tensor_type == kinds.Q8_0

@@ -15,7 +15,7 @@ from hamner.plan.communication import (
     communicate,
     gather_updates,
 )
-from hamner.plan.memory import SELECTIVE, account, choose
+from hamner.plan.memory import FULL, SELECTIVE, account, choose
 from hamner.plan.step_time import predict
 
 A = OPTIONS["a"].model
@@ -127,9 +127,9 @@ def test_rows_are_shared_evenly():
         Parallelism("ddp", 8, 2).rows_per_gpu(24)
 
 
-def memory(parallelism, micro_batches=1):
+def memory(parallelism, micro_batches=1, policy=SELECTIVE):
     config = replace(OPTIONS["a"], batch_size=12 * micro_batches * parallelism.ranks)
-    return account(config, (SELECTIVE,) * 24, 12, parallelism=parallelism)
+    return account(config, (policy,) * 24, 12, parallelism=parallelism)
 
 
 def test_memory_of_ddp_is_that_of_one_gpu_and_all_gradients_throughout():
@@ -139,6 +139,10 @@ def test_memory_of_ddp_is_that_of_one_gpu_and_all_gradients_throughout():
     # At the peak, in the loss, one GPU has formed no gradient yet.
     assert ddp.total - one.total == ddp.communication
     assert sum(ddp.parts().values()) == ddp.total
+    assert ddp.gradients == 0
+    # At the last block the head's was formed, now in the buckets.
+    one, ddp = (memory(parallelism, policy=FULL) for parallelism in (ONE_GPU, DDP))
+    assert one.backward - ddp.backward == 2 * 49_152 * 1024
 
 
 def test_memory_of_fsdp_is_a_shard_and_what_is_whole():
@@ -152,6 +156,8 @@ def test_memory_of_fsdp_is_a_shard_and_what_is_whole():
     layer = (A.num_parameters() - embedding - 1024) // 24
     # Weights and gradients, bf16, of the embedding and of two blocks.
     assert sharded.communication == 2 * 2 * (embedding + 2 * layer)
+    whole = memory(replace(eight, reshard=False), micro_batches=2)
+    assert whole.communication == sharded.communication + 2 * A.num_parameters()
     assert sharded.activations == one.activations
     assert sum(sharded.parts().values()) == sharded.total
     # Replicated over a second node, a GPU holds as much.

@@ -131,6 +131,15 @@ def test_backward_holds_what_is_kept_what_is_formed_and_one_block():
     assert small.backward == 64 * (2048 + working) + 2 * (embedding + 23 * block)
 
 
+def test_an_evaluation_holds_a_block_or_the_loss():
+    kept, tokens = 2 * 15_104 + 64, 24_576
+    stream = 2 * 2 * 1024 * tokens
+    found = memory.evaluation_bytes(A, tokens, "bf16", fused=True)
+    assert found == stream + max(kept * tokens, costs.loss_held(A, tokens, 2, fused=True))
+    found = memory.evaluation_bytes(A, 1024, "bf16", fused=True)
+    assert found == stream // 24 + costs.loss_held(A, 1024, 2, fused=True)
+
+
 def choose(budget_gib: float, config: TrainConfig = OPTIONS["a"], **how):
     return memory.choose(config, int(budget_gib * GIB), **how)
 

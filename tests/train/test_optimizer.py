@@ -198,6 +198,16 @@ def test_muon_moves_each_logical_matrix_along_all_its_directions(shape):
                 assert values[:-1].min() > 0.6 and values.max() < 1.3, name
 
 
+def test_muon_takes_clipped_gradients():
+    model = build(DENSE)
+    optimizer = make(model, config=replace(MUON, model=DENSE, momentum=0.8, grad_clip=0.5))
+    set_gradients(model, 0)
+    name = "layers.0.mlp.down_proj.weight"
+    gradient = optimizer.parameters[name].grad.clone()
+    norm = optimizer.step(1e-2)
+    torch.testing.assert_close(optimizer.exp_avg[name], 0.2 * gradient * 0.5 / norm)
+
+
 def test_muon_updates_kinds_together_that_are_no_larger_than_the_largest():
     """Option a's: gate and up are as large as the others."""
     shapes = {

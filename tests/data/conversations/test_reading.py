@@ -88,8 +88,9 @@ def test_rows_that_cannot_be_used_are_told_by_kind_and_line(tmp_path):
     ]
 
 
-def test_a_table_has_conversations(tmp_path):
-    """Fields of other rows are null in each."""
+def test_a_table_has_conversations(tmp_path, monkeypatch):
+    """Fields of other rows are null in each; it is in memory three rows at a time."""
+    monkeypatch.setattr(reading, "PARQUET_ROWS", 3)
     path = tmp_path / "a.parquet"
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "w", "arguments": "{}"}}]}
     empty = dict.fromkeys(["id", "messages", "prompt", "completion"])
@@ -138,11 +139,13 @@ def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
 
 def test_a_data_set_is_read_on_after_an_error(monkeypatch):
     class Dataset:
-        """The data set fails once, after its second row."""
+        """The data set fails once, after its second row; whoever reads it again begins at the
+        first row, or at the one of a state."""
 
-        state, has_failed = 0, False
+        begin, state, has_failed = 0, 0, False
 
         def __iter__(self):
+            self.state, self.begin = self.begin, 0
             while self.state < 4:
                 if self.state == 2 and not self.has_failed:
                     self.has_failed = True
@@ -154,7 +157,7 @@ def test_a_data_set_is_read_on_after_an_error(monkeypatch):
             return self.state
 
         def load_state_dict(self, state):
-            self.state = state
+            self.begin = state
 
     monkeypatch.setattr(reading, "open_location", lambda _: Dataset())
     monkeypatch.setattr(retry, "FIRST_DELAY_SECONDS", 0.0)

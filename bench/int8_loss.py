@@ -9,6 +9,12 @@
 with a run that it left from its checkpoint. Runs of one seed have the same weights and batches,
 whatever their arithmetic. Flags that are not its own go to `hamner.train`.
 
+What `bench.recipes long` has trained in bf16 need not be trained again: with --known, the folder of
+its results, their run is bf16's arm, and the others have its hyper-parameters.
+
+    python -m bench.int8_loss run --output FOLDER --option a --tokens 250e6 --seeds 0 --recipe plan
+                                  --known profiles/recipes ...
+
     FOLDER/results.jsonl    one object a finished run
     FOLDER/shards-*/        the data, tokenized once
     FOLDER/runs/            runs under way; bf16's of the first seed stays, for bench.int8_gradients
@@ -24,19 +30,22 @@ what is left of that:
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, get_args
 
 import tyro
 
-from bench.recipe_trials import Trial, written
-from bench.recipes import Job, read_results, whole, work
+from bench.recipe_runs import configure, settings_of
+from bench.recipe_trials import DIMENSIONS, Trial, written
+from bench.recipes import RESULTS, Job, read_results, whole, work
+from hamner.checkpoint.run_folder import append_record
 from hamner.cli import FLAG_RULES, run_command
 from hamner.config.recipe import Recipe
-from hamner.config.train import Matmul
+from hamner.config.train import Matmul, TrainConfig
 from hamner.errors import UserError
+from hamner.plan.words import short
 
 COMMAND = "python -m bench.int8_loss"
 PART = "long"
@@ -59,6 +68,9 @@ class RunConfig(Job):
     """one after the other, each with all arms"""
     matmuls: tuple[Matmul, ...] = MATMULS
     """arms"""
+    known: Path | None = None
+    """folder of results of `bench.recipes long`: its runs of the recipe, tokens and seeds are
+    bf16's, and the other arms have their hyper-parameters"""
 
 
 @dataclass(frozen=True)
@@ -85,22 +97,100 @@ class MatmulTrial(Trial):
         return f"{option}-{super().name}-{self.matmul}"
 
 
-def trials(settings: RunConfig, extra: Sequence[str]) -> list[MatmulTrial]:
-    """The function gives all runs, in order."""
-    model = ("--option", settings.option, "--batch-size", "24")
+def trials(
+    settings: RunConfig, extra: Sequence[str], known: Mapping[int, Mapping]
+) -> list[MatmulTrial]:
+    """The function gives all runs, in order, but for those whose results are known, by seed."""
     return [
-        MatmulTrial(
-            part=PART,
-            arm=settings.recipe,
-            seed=seed,
-            tokens=whole(settings.tokens),
-            **written(settings.recipe),
-            # The user's flags first: the last of a flag counts.
-            flags=(*model, *extra, "--matmul", matmul),
-        )
+        trial_of(settings, extra, seed, matmul=matmul, known=known.get(seed))
         for seed in settings.seeds
         for matmul in settings.matmuls
+        if matmul != "bf16" or seed not in known
     ]
+
+
+def trial_of(
+    settings: RunConfig, extra: Sequence[str], seed: int, *, matmul: Matmul, known: Mapping | None
+) -> MatmulTrial:
+    """The function gives one run: as the recipe is written, or as the known result's was."""
+    model = ("--option", settings.option, "--batch-size", "24")
+    values = {name: known[name] for name in DIMENSIONS} if known else written(settings.recipe)
+    return MatmulTrial(
+        part=PART,
+        arm=settings.recipe,
+        seed=seed,
+        tokens=whole(settings.tokens),
+        **values,
+        # The user's flags first: the last of a flag counts.
+        flags=(*model, *extra, "--matmul", matmul),
+    )
+
+
+def known_runs(settings: RunConfig, extra: Sequence[str]) -> dict[int, dict]:
+    """The function gives the results in --known that are bf16's arm, by seed.
+
+    Raises:
+        UserError: there is none of a seed, or it differs from the other arms in more than their
+            arithmetic.
+    """
+    if settings.known is None:
+        return {}
+    wanted = (PART, settings.recipe, whole(settings.tokens))
+    found: dict[int, dict] = {}
+    for result in read_results(settings.known):
+        is_wanted = (result["part"], result["arm"], result["tokens"]) == wanted
+        if is_wanted and "--matmul" not in result["flags"] and not result["diverged"]:
+            found.setdefault(result["seed"], result)
+    for seed in settings.seeds:
+        name = f"{settings.recipe}, seed {seed}, {short(wanted[-1])} tokens"
+        if seed not in found:
+            raise UserError(
+                f"--known {settings.known} has no run of bench.recipes {PART} of {name} that "
+                "converged: leave --known out, and bf16 is trained too"
+            )
+        trial = trial_of(settings, extra, seed, matmul="bf16", known=found[seed])
+        differences = differences_to(trial, found[seed], settings.output)
+        if differences:
+            raise UserError(
+                f"--known {settings.known}: its run of {name} differs from these in more than "
+                f"arithmetic: {', '.join(differences)}; leave that flag or --known out"
+            )
+    return {seed: found[seed] for seed in settings.seeds}
+
+
+def differences_to(trial: MatmulTrial, known: Mapping, output: Path) -> list[str]:
+    """The function names in what a known result's run differs from a trial, and from the data of
+    the results that are in `output`."""
+    there, here = (values_of(configure(run, output)) for run in (Trial.of(known), trial))
+    # Defaults, which no flag says, may have been others when it was trained.
+    said = settings_of(configure(trial, output))
+    there |= {
+        name: value
+        for name, value in {**known, **known.get("recipe", {})}.items()
+        if name in (*said, *said["recipe"])
+    }
+    found = [
+        f"{name} is {there[name]} there, {value} here"
+        for name, value in here.items()
+        if there[name] != value
+    ]
+    digests = {result["data"]["digest"] for result in read_results(output)}
+    return found + ["the data"] * bool(digests - {known["data"]["digest"]})
+
+
+def values_of(config: TrainConfig) -> dict:
+    """The function gives all values of a configuration side by side."""
+    values, said = config.to_json(), settings_of(config)
+    return {**values.pop("model"), **values, **said, **said["recipe"]}
+
+
+def keep_known(settings: RunConfig, extra: Sequence[str], known: Mapping[int, Mapping]) -> None:
+    """The known results become those of bf16's arm in the folder."""
+    done = {Trial.of(result).key for result in read_results(settings.output)}
+    for seed, result in known.items():
+        trial = trial_of(settings, extra, seed, matmul="bf16", known=result)
+        if trial.key not in done:
+            append_record(settings.output / RESULTS, {**result, "flags": trial.flags})
 
 
 def run(settings: RunConfig, extra: Sequence[str]) -> int:
@@ -109,7 +199,8 @@ def run(settings: RunConfig, extra: Sequence[str]) -> int:
     Raises:
         UserError: flags or data do not allow it.
     """
-    wanted = trials(settings, extra)
+    known = known_runs(settings, extra)
+    wanted = trials(settings, extra, known)
 
     def left(results: Sequence[dict]) -> list[Trial]:
         done = {Trial.of(result).key for result in results}
@@ -119,8 +210,10 @@ def run(settings: RunConfig, extra: Sequence[str]) -> int:
         settings,
         PART,
         left,
+        known=(settings.known,) if known else (),
         stays=lambda trial: trial.matmul == "bf16" and trial.seed == settings.seeds[0],
     )
+    keep_known(settings, extra, known)
     print(f"{len(todo)} runs are left" if todo else "done", flush=True)
     return 0
 

@@ -47,7 +47,8 @@ def groups_of(results: Sequence[Mapping]) -> dict[tuple[str, str], dict[str, dic
     for result in results:
         trial = Trial.of(result)
         *flags, _, matmul = trial.flags
-        common = f"{' '.join(flags)}, {trial.arm}, lr {trial.lr:g}, {short(trial.tokens)} tokens"
+        values = f"lr {trial.lr:g}, weight decay {trial.weight_decay:g}"
+        common = f"{' '.join(flags)}, {trial.arm}, {values}, {short(trial.tokens)} tokens"
         groups[flags[flags.index("--option") + 1], common][matmul][trial.seed] = result
     return groups
 

@@ -232,8 +232,6 @@ def describe(trial: Trial, config: TrainConfig, data: Prepared, loss: float | No
     # The first third has compilation, and a graph that is recorded, in it.
     speeds = [record["tokens_per_second"] for record in records[len(records) // 3 :]]
     has_speed = bool(speeds) and trial.part not in SHARING
-    recipe = {field.name: getattr(config, field.name) for field in fields(RecipeConfig)}
-    recipe |= {"weight_decay": config.weight_decay, "grad_clip": config.grad_clip}
     return {
         **{name: getattr(trial, name) for name in Trial.__dataclass_fields__},
         "val_loss": loss,
@@ -242,11 +240,7 @@ def describe(trial: Trial, config: TrainConfig, data: Prepared, loss: float | No
         "seconds": round(records[-1]["seconds"], 2) if records else None,
         "tokens_per_second": round(statistics.median(speeds)) if has_speed else None,
         "peak_vram_gib": records[-1]["peak_vram_gib"] if records else None,
-        "steps": config.steps,
-        "batch_size": config.batch_size,
-        "seq_len": config.seq_len,
-        "recipe": recipe | {"qk_norm": config.model.qk_norm},
-        "parameters": config.model.num_parameters(),
+        **settings_of(config),
         "data": {
             "digest": data.digest,
             "train_tokens": data.train_tokens,
@@ -256,6 +250,19 @@ def describe(trial: Trial, config: TrainConfig, data: Prepared, loss: float | No
         },
         "curve": curve_of(records),
         "conditions": conditions(),
+    }
+
+
+def settings_of(config: TrainConfig) -> dict:
+    """The function gives what a result says of its run's configuration."""
+    recipe = {field.name: getattr(config, field.name) for field in fields(RecipeConfig)}
+    recipe |= {"weight_decay": config.weight_decay, "grad_clip": config.grad_clip}
+    return {
+        "steps": config.steps,
+        "batch_size": config.batch_size,
+        "seq_len": config.seq_len,
+        "recipe": recipe | {"qk_norm": config.model.qk_norm},
+        "parameters": config.model.num_parameters(),
     }
 
 

@@ -1,6 +1,7 @@
 """Numerics of int8: what is measured, and controls that fail."""
 
 import importlib
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch
 from bench import int8_gradients, int8_loss, recipe_runs
 from bench.int8_gradients import ARMS, Measured, compare, measure, one_scale_linear, summarize
 from bench.int8_loss_report import describe, slope_of
-from bench.recipe_trials import MODELS
+from bench.recipe_trials import MODELS, Scope, plan
+from bench.recipes import COMMITTED, read_results
 from hamner.checkpoint.run_folder import append_record
 from hamner.config.options import for_option
 from hamner.data.batch import Batch
@@ -192,7 +194,7 @@ SETTINGS = int8_loss.RunConfig(data=("x",), validation=Path("y"))
 
 
 def test_arms_of_a_seed_differ_in_their_arithmetic_alone():
-    found = int8_loss.trials(SETTINGS, ["--qk-norm"])
+    found = int8_loss.trials(SETTINGS, ["--qk-norm"], {})
     assert [(t.seed, t.matmul) for t in found] == [
         (seed, matmul) for seed in (0, 1, 2) for matmul in ("bf16", "int8", "int8-all")
     ]
@@ -203,7 +205,7 @@ def test_arms_of_a_seed_differ_in_their_arithmetic_alone():
 def test_report_of_pairs(tmp_path, capsys):
     bf16 = {0: 4.00, 1: 4.02, 2: 4.04}
     gaps = {"int8": (0.003, 0.004, 0.005), "int8-all": (0.02, 0.03, 0.04)}
-    for trial in int8_loss.trials(SETTINGS, []):
+    for trial in int8_loss.trials(SETTINGS, [], {}):
         matmul, loss, drift = trial.matmul, bf16[trial.seed], 0.0
         if matmul != "bf16":
             loss, drift = loss + gaps[matmul][trial.seed], 0.002
@@ -232,7 +234,7 @@ def test_report_of_pairs(tmp_path, capsys):
 
 @pytest.mark.parametrize("part", ["ladder", "long"])
 def test_runs_of_recipes_are_no_arms(part, tmp_path):
-    trial = replace(int8_loss.trials(SETTINGS, [])[0], part=part, flags=MODELS[part])
+    trial = replace(int8_loss.trials(SETTINGS, [], {})[0], part=part, flags=MODELS[part])
     append_record(tmp_path / "results.jsonl", result(trial, 4.0))
     with pytest.raises(UserError, match="has runs of bench.recipes, .* bench.recipes report"):
         int8_loss.main(["report", str(tmp_path)])
@@ -244,7 +246,7 @@ def test_the_slope_of_one_seed_has_an_interval_of_its_own():
     slope, half = slope_of(tokens, [2e-11 * t + noise[i] for i, t in enumerate(tokens)])
     assert 0 < abs(slope - 0.002) < half < 0.001
     assert all(map(math.isnan, slope_of(tokens[:7], noise[:7])))
-    base, other = (result(int8_loss.trials(SETTINGS, [])[0], loss) for loss in (4.0, 4.003))
+    base, other = (result(int8_loss.trials(SETTINGS, [], {})[0], loss) for loss in (4.0, 4.003))
     (line, _) = describe({"bf16": {0: base}, "int8": {0: other}}, "current", {})[1:]
     assert "gap +0.0030 (no interval) nats a token over 1 seeds, as wanted; slope +0.0000" in line
     # Without a slope nothing says that it is as wanted, and without bf16 nothing says anything.
@@ -276,3 +278,70 @@ def test_runs_go_on_where_they_were_left(tmp_path, monkeypatch, capsys):
     assert made == [(0, "bf16"), (0, "int8"), (0, "int8"), (0, "int8-all")]
     assert "done" in capsys.readouterr().out
     assert [path.name[-4:] for path in (tmp_path / "runs").iterdir()] == ["bf16"]
+
+
+class LongRun:
+    """The run of `bench.recipes long` is known, and `start` begins its int8 arm."""
+
+    def __init__(self, recipe: str, folder: Path, monkeypatch) -> None:
+        self.known, self.output, self.recipe = folder / "known", folder / "out", recipe
+        self.known.mkdir()
+        self.made, self.monkeypatch = [], monkeypatch
+        scope = Scope("long", (recipe,), (250_000_000,), (0,))
+        (trial,) = plan(scope, read_results(COMMITTED))
+        self.config = recipe_runs.configure(trial, self.output)
+        data = {"data": {"digest": "d", "train_tokens": 1}}
+        self.line = {**result(trial, 4.0), **recipe_runs.settings_of(self.config), **data}
+        monkeypatch.setattr(recipe_runs, "run", self.run)
+
+    def run(self, trial, data, folder, end) -> dict:
+        folder.mkdir()
+        self.made.append(recipe_runs.configure(trial, self.output))
+        return {**self.line, **vars(trial), "val_loss": 4.003}
+
+    def start(self, *flags: str, digest: str = "d", **changed) -> None:
+        line = json.dumps(self.line | changed) + "\n"
+        (self.known / "long.jsonl").write_text(line)
+        data = SimpleNamespace(digest=digest, train_tokens=1)
+        self.monkeypatch.setattr(recipe_runs, "prepare_data", lambda *_: data)
+        args = ["run", "--data", "x", "--validation", "y", "--output", str(self.output)]
+        args += ["--option", "a", "--recipe", self.recipe, "--seeds", "0", "--tokens", "250e6"]
+        int8_loss.main([*args, "--matmuls", "int8", "--known", str(self.known), *flags])
+
+
+@pytest.mark.parametrize(("recipe", "decay"), [("plan", 0.1), ("muon", 0.3)])
+def test_a_run_of_the_long_pair_is_the_arm_in_bf16(recipe, decay, tmp_path, monkeypatch, capsys):
+    """It is not trained again, and the arm in int8 differs from it in its arithmetic alone."""
+    run = LongRun(recipe, tmp_path, monkeypatch)
+    for _ in range(2):
+        run.start()
+    assert run.made == [replace(run.config, matmul="int8")]
+    assert run.config.weight_decay == decay
+    assert len(read_results(run.output)) == 2
+    capsys.readouterr()
+    int8_loss.main(["report", str(run.output)])
+    said = capsys.readouterr().out
+    assert f"weight decay {decay:g}, 250M tokens\n  bf16: 4.0000 over 1 seeds" in said
+    assert "int8: gap +0.0030 (no interval) nats a token over 1 seeds" in said
+
+
+def test_another_run_is_no_arm_in_bf16(tmp_path, monkeypatch):
+    run = LongRun("plan", tmp_path, monkeypatch)
+    for flag, message in {
+        ("--seeds", "1"): "no run of bench.recipes long of plan, seed 1, 250M tokens",
+        ("--hidden-size", "512"): "arithmetic: hidden_size is 1024 there, 512 here, parameters",
+        ("--grad-clip", "512"): "in more than arithmetic: grad_clip is 1.0 there, 512.0 here;",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            run.start(*flag)
+    recipe = run.line["recipe"] | {"warmup_steps": 8}
+    with pytest.raises(
+        UserError, match="arithmetic: steps is 9 there, 10172 here, warmup_steps is 8"
+    ):
+        run.start(steps=9, recipe=recipe)
+    with pytest.raises(UserError, match="were measured on other documents"):
+        run.start(digest="e")
+    assert not run.made and not (run.output / "results.jsonl").exists()
+    run.start()
+    with pytest.raises(UserError, match="in more than arithmetic: the data;"):
+        run.start(data={"digest": "e"})

@@ -287,11 +287,16 @@ def set_aside(folder: Path, newer_than: int) -> None:
 def best(folder: Path) -> Checkpoint | None:
     """The function finds the lowest validation loss, in runs that look for it (`--patience`).
 
-    Every checkpoint's state says which one that is; the newest knows best.
+    Every checkpoint's state says which one that is; the newest knows best. Where the step that it
+    names is not there, as its save failed, the next older one says which was the best until then.
     """
     found = find(folder)
-    step = found[-1].state().get("best_step") if found else None
-    return next((checkpoint for checkpoint in found if checkpoint.step == step), None)
+    by_step = {checkpoint.step: checkpoint for checkpoint in found}
+    for checkpoint in reversed(found):
+        step = checkpoint.state().get("best_step")
+        if step is None or step in by_step:
+            return by_step.get(step)
+    return None
 
 
 def retain(folder: Path, keep: int, keep_every: int = 0) -> None:

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from hamner.checkpoint import format as checkpoint
 from hamner.config.train import TrainConfig
 from hamner.errors import EXIT_BAD_STEPS, EXIT_INTERRUPTED
 from hamner.parallel.device import why_no_gpu
@@ -147,7 +148,10 @@ def conclusion(
             "validation loss"
         )
     if stopping.best_step is not None:
-        loss += f" (best {stopping.best_loss:.4f} at step {stopping.best_step:,}, kept)"
+        found = checkpoint.best(log.run.checkpoints)
+        is_kept = found is not None and found.step == stopping.best_step
+        best = f"best {stopping.best_loss:.4f} at step {stopping.best_step:,}"
+        loss += f" ({best}, {'kept' if is_kept else 'which could not be saved'})"
     kept = f"; model in {where}, plots in {log.run.plots}" if where else ""
     lines.append(f"done: {count(result.tokens)} tokens in {duration(log.watch.read())}{loss}{kept}")
     return lines

@@ -144,7 +144,12 @@ def test_the_best_outlives_retention(tmp_path):
         checkpoint.retain(tmp_path, 1)
         assert checkpoint.best(tmp_path).step == best_step
     assert [c.step for c in checkpoint.find(tmp_path)] == [2, 4]
-    save(tmp_path, 5, best_step=3)
+    # The best of steps 6 and 8 could not be saved.
+    for step, best_step in ((7, 6), (9, 8)):
+        save(tmp_path, step, best_step=best_step)
+        checkpoint.retain(tmp_path, 1)
+        assert checkpoint.best(tmp_path).step == 2
+    save(tmp_path, 10, best_step=None)
     assert checkpoint.best(tmp_path) is None
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from hamner.checkpoint import format as checkpoint
-from hamner.checkpoint import owner
+from hamner.checkpoint import owner, writer
 from hamner.checkpoint.run_folder import RunFolder
 from hamner.config.options import OPTIONS
 from hamner.config.train import TrainConfig
@@ -23,6 +23,7 @@ from hamner.data.tokenizer import load_tokenizer
 from hamner.errors import UserError
 from hamner.files import read_records
 from hamner.hardware import GPUS
+from hamner.train import evaluation
 from hamner.train.log import AsyncCopy
 from hamner.train.loop import TrainingLoop, train
 from tests.corpus import write_predictable
@@ -383,6 +384,23 @@ def test_failed_periodic_save_does_not_end_the_run(config, monkeypatch, capsys):
     assert failures
     assert result.step == 20
     assert "step 5 could not be saved (No space left on device)" in capsys.readouterr().out
+
+
+def test_the_best_before_stays_where_a_best_step_could_not_be_saved(config, monkeypatch, capsys):
+    real_save, losses = checkpoint.save, iter([3.0, 2.0, 2.5, 2.6])
+
+    def save(folder, step, **parts):
+        if step == 2:
+            raise OSError(28, "No space left on device")
+        return real_save(folder, step, **parts)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    monkeypatch.setattr(evaluation, "validation_loss", lambda *_: next(losses))
+    monkeypatch.setattr(writer, "RETRY_SECONDS", 0.0)
+    train(replace(config, steps=4, eval_every=1, patience=5, keep=1))
+    assert [c.step for c in checkpoint.find(config.run_dir / "checkpoints")] == [1, 4]
+    assert checkpoint.best(config.run_dir / "checkpoints").step == 1
+    assert "(best 2.0000 at step 2, which could not be saved)" in capsys.readouterr().out
 
 
 def test_a_best_step_is_saved_once_however_slow_the_disk(config, monkeypatch):

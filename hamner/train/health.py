@@ -163,15 +163,19 @@ def diagnose(last: StepReading, non_finite: list[str]) -> str:
         f"{last.loss}, gradient norm {last.grad_norm}, learning rate {last.lr:.2e}). "
     )
     if non_finite:
-        return what + (
-            f"The state itself is not finite in {len(non_finite)} tensors, among them "
-            f"{non_finite[0]}, so it was not saved: go on from the last good checkpoint with "
-            "--resume and a lower --lr or --grad-clip."
-        )
+        return f"{what}The state itself{describe_lost(non_finite)}."
     return what + (
         "The weights are finite, as those steps left them alone, so the cause is in the batches or "
         "in an operation: --replay a file of bad_steps says where, also with --kernels torch or "
         "--precision fp32; --resume goes on behind these batches."
+    )
+
+
+def describe_lost(non_finite: list[str]) -> str:
+    """The rest of a sentence about the state says that it was not saved, and what to do."""
+    return (
+        f" is not finite in {len(non_finite)} tensors, among them {non_finite[0]}, so it was not "
+        "saved: go on from the last good checkpoint with --resume and a lower --lr or --grad-clip"
     )
 
 

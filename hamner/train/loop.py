@@ -17,7 +17,6 @@ from hamner.data.bad_rows import lines_of
 from hamner.data.batch import Batch
 from hamner.hardware import GIB
 from hamner.parallel.processes import SingleProcess, open_processes
-from hamner.parallel.tensors import local
 from hamner.progress import SILENT
 from hamner.train import health, messages, resume
 from hamner.train.data import DataPosition, OpenData, open_documents
@@ -321,13 +320,7 @@ class TrainingLoop:
         last = self.log.health.diverged
         if last is None:
             return None
-        optimizer = self.step.optimizer
-        state = {**optimizer.parameters, **optimizer.state_tensors()}
-        found = health.not_finite({name: local(tensor) for name, tensor in state.items()})
-        flags = self.processes.all_reduce_max([name in found for name in state])
-        non_finite = [name for name, flag in zip(state, flags, strict=True) if flag]
-        self.saves.is_state_lost = bool(non_finite)
-        return health.diagnose(last, non_finite)
+        return health.diagnose(last, self.saves.non_finite())
 
     def _report_hang(self, between_steps: bool) -> None:
         """A hang is shown and what can be is saved, or a job of several processes is ended; called

@@ -136,8 +136,9 @@ def conclusion(
     if not is_finished:
         word = "interrupted" if result.interrupted else "stopped"
         command = "hamner.train" if log.config.sft is None else "hamner.sft"
+        saved = f"saved in {where}" if where else "never saved"
         return [
-            f"{word} at step {result.step:,}; saved in {where}; continue with "
+            f"{word} at step {result.step:,}; {saved}; continue with "
             f"python -m {command} --resume --run-dir {log.run.path}"
         ]
     lines = []

@@ -17,6 +17,8 @@ from hamner.checkpoint.writer import RETRY_SECONDS, BackgroundSaver, NoSaver
 from hamner.data.tokenizer import Tokenizer
 from hamner.errors import UserError
 from hamner.parallel.engines import DataParallel, FullySharded
+from hamner.parallel.tensors import local
+from hamner.train import health
 from hamner.train.beside import reason_of
 from hamner.train.log import TrainLog
 from hamner.train.optimizer import join_masters
@@ -83,13 +85,29 @@ class Saves:
         """of state.json, for the next start to compare"""
         self.last: Checkpoint | None = None
         """the newest checkpoint that is known to be whole"""
-        self.is_state_lost = False
-        """whether the state is not finite, so that it is not worth a checkpoint"""
 
     @property
     def is_healthy(self) -> bool:
         """A state is not saved while steps are bad: their cause may be in it."""
         return not self.log.health.bad_in_a_row
+
+    def non_finite(self) -> list[str]:
+        """The names are those of the state's tensors that are not finite, in any process; all must
+        ask."""
+        step = self.log.train_step
+        state = {**step.optimizer.parameters, **step.optimizer.state_tensors()}
+        found = health.not_finite({name: local(tensor) for name, tensor in state.items()})
+        flags = step.processes.all_reduce_max([name in found for name in state])
+        return [name for name, flag in zip(state, flags, strict=True) if flag]
+
+    def is_state_lost(self) -> bool:
+        """The state is not worth a checkpoint if the last steps, which are all read, were bad and
+        it is not finite: that is said. All processes must ask."""
+        self.log.flush()
+        non_finite = [] if self.is_healthy else self.non_finite()
+        if non_finite and not self.log.health.diverged:  # of which the diagnosis says it
+            self.log.display.message(f"WARNING: the state{health.describe_lost(non_finite)}")
+        return bool(non_finite)
 
     def lack_of_room(self) -> list[str]:
         """A line warns if the disk has no room for the checkpoints that will stand there at once,
@@ -161,7 +179,7 @@ class Saves:
             UserError: the disk does not take it.
         """
         self._note(self.saver.wait())
-        if self.is_state_lost or (self.last and self.last.step == self.progress.step):
+        if self.is_state_lost() or (self.last and self.last.step == self.progress.step):
             return
         self.save()
         error = self._note(self.saver.wait())
@@ -175,7 +193,8 @@ class Saves:
     def save_in_hang(self) -> None:
         """The watchdog's thread saves what can be of a run that waits for data."""
         self._note(self.saver.wait())
-        if self.progress.step and (self.last is None or self.last.step < self.progress.step):
+        is_newer = self.last is None or self.last.step < self.progress.step
+        if self.progress.step and is_newer and not self.is_state_lost():
             self.save()
             self._note(self.saver.wait())
 

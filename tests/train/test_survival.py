@@ -158,6 +158,29 @@ def test_a_non_finite_state_is_not_saved(config, monkeypatch, save_every, saved)
     assert result.checkpoint.name == "step_00000006"
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_state_that_is_not_finite_is_never_saved(config, capsys, fails):
+    """In a hang, at the end of a start or when data fail: bad steps are too few to end the run."""
+
+    class Failing(Wrapped):
+        def next_batch(self, is_stopped):
+            self.batches += 1
+            if self.batches == 4:
+                made._report_hang(between_steps=True)
+                if fails:
+                    raise UserError("the source is gone")
+            return self.loader.next_batch(is_stopped)
+
+    made = TrainingLoop(replace(config, steps=5, stop_after=4, eval_every=0), opened_by(Failing))
+    made.step.model.norm.weight.data[0] = math.nan
+    with contextlib.suppress(UserError):
+        run_to_end(made)
+    assert checkpoint.find(made.run.checkpoints) == []
+    said = capsys.readouterr().out
+    assert "WARNING: the state is not finite in" in said
+    assert ("stopped at step 4; never saved; continue" in said) != fails
+
+
 def test_the_command_ends_with_its_own_code(config, monkeypatch, capsys):
     import hamner.train.__main__
 

@@ -48,7 +48,7 @@ class ConversationLoader:
             "tokenizer": tokenizer.fingerprint,
             "seed": config.seed,
             "seq_len": config.seq_len,
-            "conversations": _digest(sources),
+            **_digests(sources),
         }
         self._position: State = {"epoch": 0, "row": 0}
         # The epoch that is read, and the next one at its end.
@@ -94,6 +94,8 @@ class ConversationLoader:
         """
         flags = {"version": "Hamner", "conversations": "--data or --val-fraction"}
         flags |= {"tokenizer": "--tokenizer", "seed": "--seed", "seq_len": "--seq-len"}
+        if "learned" in state:  # earlier versions' states do not say it
+            flags["learned"] = "what --data says is learned"
         for name, flag in flags.items():
             if state.get(name) != self._header[name]:
                 raise UserError(
@@ -148,12 +150,14 @@ def validation_batch(
     return lay_out(pack(chosen, seq_len), seq_len, tokenizer.eot_id)
 
 
-def _digest(sources: Sequence[ConversationSource]) -> str:
-    """The digest is of all that decides what is read: examples and weights, in order."""
-    digest = hashlib.sha256()
+def _digests(sources: Sequence[ConversationSource]) -> dict[str, str]:
+    """The digests are of all that decides what is read, examples and weights in order, and of what
+    is learned of it."""
+    read, learned = hashlib.sha256(), hashlib.sha256()
     for source in sources:
-        digest.update(f"{source.weight} {len(source.train)}".encode())
+        read.update(f"{source.weight} {len(source.train)}".encode())
         for example in source.train:
-            digest.update(len(example.ids).to_bytes(8, "little"))
-            digest.update(example.ids.tobytes())
-    return digest.hexdigest()
+            read.update(len(example.ids).to_bytes(8, "little"))
+            read.update(example.ids.tobytes())
+            learned.update(example.learned.tobytes())
+    return {"conversations": read.hexdigest(), "learned": learned.hexdigest()}

@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,6 +24,14 @@ def make_source(name: str, first_id: int, count: int, weight: float = 1.0) -> Co
         size = 5 + number % 10
         ids = np.array([first_id + number] + [4] * (size - 1), np.int32)
         source.train.append(Example(ids, ids == 4))
+    return source
+
+
+def unlearned(source: ConversationSource) -> ConversationSource:
+    """The same examples, of one of which less is learned."""
+    learned = source.train[7].learned.copy()
+    learned[-1] = False
+    source.train[7] = replace(source.train[7], learned=learned)
     return source
 
 
@@ -104,6 +113,7 @@ def test_resume_is_exact_and_the_batch_size_may_change(batch_size):
         ([make_source("a", 10, 21)], {}, "--data"),
         ([make_source("a", 11, 20)], {}, "--data"),
         ([make_source("a", 10, 20, 2.0)], {}, "--data"),
+        ([unlearned(make_source("a", 10, 20))], {}, "what --data says is learned is not what"),
         ([make_source("a", 10, 20)], {"seed": 1}, "--seed"),
         ([make_source("a", 10, 20)], {"seq_len": 48}, "--seq-len"),
     ],
@@ -112,6 +122,12 @@ def test_other_data_is_refused_on_resume(sources, changes, named):
     state = make_loader([make_source("a", 10, 20)]).state_dict()
     with pytest.raises(UserError, match=named):
         make_loader(sources, **changes).load_state_dict(state)
+
+
+def test_earlier_versions_did_not_save_what_is_learned():
+    state = make_loader([make_source("a", 10, 20)]).state_dict()
+    del state["learned"]
+    make_loader([unlearned(make_source("a", 10, 20))]).load_state_dict(state)
 
 
 def test_nothing_to_train_on():

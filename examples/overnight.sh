@@ -10,6 +10,7 @@
 #
 # The shards are all of --data, some 10B tokens in 20 GB by default; training reads TOKENS of them.
 # A stage that is done leaves FOLDER/STAGE.done: remove the file, and the next start does it again.
+# Started again with other values than a stage has (FOLDER/STAGE.begun), the script refuses.
 set -euo pipefail
 
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -42,6 +43,30 @@ is_left() { # STAGE
     echo "== $1"
 }
 
+refuse_others() { # STAGE NAME...
+    local name was
+    if [ ! -e "$FOLDER/$1" ] || [ ! -e "$FOLDER/$1.begun" ]; then return 0; fi
+    for name in "${@:2}"; do
+        was=$(grep "^$name=" "$FOLDER/$1.begun")
+        if [ "$was" != "$name=${!name}" ]; then
+            echo "error: $FOLDER/$1 was begun with $was, not $name=${!name}: start again with that" \
+                "or in another FOLDER" >&2
+            exit 2
+        fi
+    done
+}
+
+begin_with() { # STAGE NAME...
+    local name
+    for name in "${@:2}"; do echo "$name=${!name}"; done > "$FOLDER/begun.new"
+    mv "$FOLDER/begun.new" "$FOLDER/$1.begun"
+}
+
+refuse_others shards DATA
+refuse_others base OPTION RECIPE PERSONAL
+if [ -e "$FOLDER/base.done" ]; then refuse_others base TOKENS; fi # until then training takes others
+refuse_others chat CONVERSATIONS
+
 if is_left trial; then # one step: what training refuses is said before hours of shards
     rm -rf "$FOLDER/trial"
     "$PYTHON" -m hamner.train --option "$OPTION" --recipe "$RECIPE" --data "builtin$share" \
@@ -51,11 +76,13 @@ if is_left trial; then # one step: what training refuses is said before hours of
 fi
 
 if is_left shards; then # goes on by itself
+    begin_with shards DATA
     "$PYTHON" -m hamner.data prepare --data "${data[@]}" --output "$FOLDER/shards" "${vocabulary[@]}"
     touch "$FOLDER/shards.done"
 fi
 
 if is_left base; then
+    begin_with base OPTION RECIPE PERSONAL TOKENS
     begin=(--option "$OPTION" --recipe "$RECIPE" --data "shards:$FOLDER/shards$share")
     begin+=("${personal[@]}")
     if [ -e "$FOLDER/base/config.json" ]; then begin=(--resume); fi
@@ -64,6 +91,7 @@ if is_left base; then
 fi
 
 if is_left chat; then
+    begin_with chat CONVERSATIONS
     begin=(--checkpoint "$FOLDER/base" --data "${conversations[@]}")
     if [ -e "$FOLDER/chat/config.json" ]; then begin=(--resume); fi
     "$PYTHON" -m hamner.sft "${begin[@]}" --run-dir "$FOLDER/chat"

@@ -62,6 +62,17 @@ SMALL = (
 )
 
 
+STAGES = {
+    "OPTION": "base",
+    "RECIPE": "base",
+    "PERSONAL": "base",
+    "TOKENS": "base",
+    "DATA": "shards",
+    "CONVERSATIONS": "chat",
+}
+"""what each value is of"""
+
+
 class Night:
     """The script runs in a folder, and each of its commands in a forked process of the test's.
 
@@ -130,6 +141,7 @@ class Night:
 
 def test_a_night_that_is_killed_goes_on_to_its_end(tmp_path):
     night = Night(tmp_path)
+    before = night.environment.copy()
     run, chat = tmp_path / "out" / "base", tmp_path / "out" / "chat"
 
     def in_pre_training(command: list[str]) -> bool:
@@ -159,6 +171,16 @@ def test_a_night_that_is_killed_goes_on_to_its_end(tmp_path):
     assert [base["is_chat"], chatbot["is_chat"]] == [False, True]
     assert night.run() == []
     assert "hamner.chat --checkpoint out/chat" in night.said
+    for name, stage in STAGES.items():  # each would go unheard
+        night.environment[name] = "other"
+        assert night.run() == []
+        assert night.code == 2
+        was = re.escape(before.get(name, ""))
+        sentence = (
+            f"error: out/{stage} was begun with {name}={was}.*, not {name}=other: start again"
+        )
+        assert re.fullmatch(f"{sentence} with that or in another FOLDER\n", night.said)
+        night.environment = before.copy()
 
 
 def test_a_night_ends_with_what_fails_in_it(tmp_path):

@@ -25,11 +25,14 @@ from hamner.parallel.processes import SingleProcess, open_processes
 from hamner.plan.communication import all_reduce_bytes
 from hamner.profile.capture import TracedRun
 from hamner.profile.ranges import Ranges
-from hamner.profile.steps import LR, is_on_gpu, open_steps, time_calls, time_steps, warm_up
+from hamner.profile.steps import is_on_gpu, open_steps, time_calls, time_steps, warm_up
 from hamner.profile.summary import summarize
 from hamner.profile.trace import read_trace
 from hamner.train import __main__ as train
 
+LOSSES_LR = 1e-4
+"""of the steps whose losses are compared: what is wrong with a gradient shows in a loss in
+proportion to it, and at the 1e-5 of steps that are timed no more than rounding does"""
 ALL_REDUCE_BYTES = 256 * 2**20
 ALL_REDUCES = 10
 TRACED_STEPS = 3
@@ -95,7 +98,7 @@ def measure(row: Row, flags: list[str], processes: SingleProcess, folder: Path) 
     with open_steps(config, processes, ranges) as (step, loader):
         if is_on_gpu(step):
             torch.cuda.reset_peak_memory_stats()
-        losses = [step.step(next(loader), LR).loss for _ in range(row.losses)]
+        losses = [step.step(next(loader), LOSSES_LR).loss for _ in range(row.losses)]
         warm_up(step, loader, max(0, row.warm_up - row.losses))
         milliseconds = time_steps(step, loader, row.steps)
         peak = torch.cuda.max_memory_allocated() if is_on_gpu(step) else 0

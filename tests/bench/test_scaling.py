@@ -1,20 +1,24 @@
 """The comparison of several GPUs with one: run small on the CPU, and its tables."""
 
+import itertools
 import json
 import signal
 import subprocess
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 import torch
 
 from bench import launch, moves, scaling
 from bench.scaling import Scaling, main, plan
-from bench.scaling_job import Row
+from bench.scaling_job import Row, measure
 from bench.scaling_report import describe
 from hamner.errors import UserError
+from hamner.parallel.engines import Engine
+from hamner.parallel.processes import SingleProcess
 from tests import forked
 from tests.corpus import write_predictable
 from tests.parallel.jobs import run_job, run_module, said
@@ -77,6 +81,26 @@ def test_four_have_the_losses_of_one_process(tmp_path, capsys, monkeypatch):
     assert main(settings, one_layer) == 0
     assert scaling.read(settings.output) == results
     assert (settings.output / "report.md").read_text() == written
+
+
+def test_a_gradient_that_is_wrong_in_one_process_shows_in_the_losses(monkeypatch, tmp_path):
+    """As it is twice as large in one of two: the losses are over ten times as far apart as rounding
+    took those of GPUs, 0.0002 at most."""
+    real_backward, calls = Engine.backward, itertools.count()
+    flags = ["--option", "tiny", "--device", "cpu", "--num-layers", "1", "--batch-size", "2"]
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(topics.values())[:40_000])
+    flags += ["--seq-len", "64", "--vocab-size", "1024", "--data", str(text)]
+    row = Row("tiny", "one", 1, 2, micro_batches=2, losses=scaling.COMPARED_LOSSES)
+
+    def losses() -> list[float]:
+        return measure(row, flags, SingleProcess(), tmp_path)["losses"]
+
+    right = losses()
+    monkeypatch.setattr(
+        Engine, "backward", lambda self, loss: real_backward(self, loss * (1 + next(calls) % 2))
+    )
+    assert max(abs(a - b) for a, b in zip(right, losses(), strict=True)) > 0.003
 
 
 def test_runs_are_killed_and_resumed_on_another_number(tmp_path, capsys, monkeypatch):

@@ -8,7 +8,7 @@ starved experts, the plan against reality.
 
 import math
 from collections import deque
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -179,6 +179,7 @@ class TrainLog:
             "skipped_steps": self.skipped_steps,
             "loss_sum": self.interval.loss_sum.item(),
             "loss_steps": self.interval.loss_steps,
+            "spikes": [asdict(spike) for spike in self.interval.spikes],
             **self.health.state_dict(),
             **self.int8_guard.state_dict(),
         }
@@ -188,12 +189,13 @@ class TrainLog:
         return state
 
     def load_state_dict(self, state: dict) -> None:
-        """The log goes on where `state_dict` was taken; older checkpoints of a mixture have no
-        state of its routers."""
+        """The log goes on where `state_dict` was taken; older checkpoints have no spikes, and those
+        of a mixture no state of its routers."""
         self.watch.seconds = state["seconds"]
         self.skipped_steps = state["skipped_steps"]
         self.interval.loss_sum = torch.tensor(float(state["loss_sum"]))
         self.interval.loss_steps = state["loss_steps"]
+        self.interval.spikes = [Spike(**spike) for spike in state.get("spikes", [])]
         self.health.load_state_dict(state)
         self.int8_guard.load_state_dict(state)
         if self.starvation and "router_sum" in state:

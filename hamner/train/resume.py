@@ -19,6 +19,7 @@ from hamner.config.train import TrainConfig
 from hamner.data.tokenizer import Tokenizer
 from hamner.errors import UserError
 from hamner.train.int8_guard import Int8Guard
+from hamner.train.metrics import Spike
 from hamner.train.saves import STATE_FORMAT, Stateful
 from hamner.train.step import TrainStep
 
@@ -76,6 +77,8 @@ def find_checkpoint(folder: Path) -> tuple[Checkpoint | None, dict, list[str]]:
     _require_fields(path, state["schedule"], SCHEDULE_FIELDS)
     if not all(_is_a(value, NUMBER) for value in state["recent_losses"]):
         raise CheckpointError(f"{path}: recent_losses must be numbers; {_ANOTHER}")
+    if not _are_spikes(state.get("spikes", [])):
+        raise CheckpointError(f"{path}: spikes must be a list of loss spikes; {_ANOTHER}")
     return found, state, [f"WARNING: passed over a newer checkpoint: {e}" for e in errors]
 
 
@@ -88,6 +91,17 @@ def _require_fields(path: Path, found: dict, fields: dict[tuple, tuple[str, ...]
                 raise CheckpointError(
                     f"{path}: {name} is missing or not what it must be; {_ANOTHER}"
                 )
+
+
+def _are_spikes(values: object) -> bool:
+    """The answer is whether each of the values makes a `Spike`."""
+    names = {field.name for field in fields(Spike)}
+    return isinstance(values, list) and all(
+        isinstance(value, dict)
+        and value.keys() == names
+        and all(_is_a(number, NUMBER) for number in value.values())
+        for value in values
+    )
 
 
 def _is_a(value: object, types: tuple[type, ...]) -> bool:

@@ -236,6 +236,7 @@ def test_other_data_is_refused_unless_insisted(stopped, tmp_path, capsys):
         ("tokens", -1),
         ("seconds", None),
         ("recent_losses", ["low"]),
+        ("spikes", [{"step": 3}]),
         ("rng", []),
         ("schedule", {"warmup_steps": 3}),
         ("tokenizer", 7),

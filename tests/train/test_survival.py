@@ -195,7 +195,8 @@ def test_the_command_ends_with_its_own_code(config, monkeypatch, capsys):
 
 
 def test_spikes_are_in_the_metrics_and_the_plot(config, capsys):
-    """One batch with its targets permuted, in a run that has settled."""
+    """One batch with its targets permuted, in a run that has settled and is resumed before the
+    line that tells of it."""
     settings = replace(config, steps=60, log_every=9, eval_every=0)
 
     class Spoiling(Wrapped):
@@ -206,8 +207,9 @@ def test_spikes_are_in_the_metrics_and_the_plot(config, capsys):
                 batch = replace(batch, targets=(batch.targets + 100) % 200)
             return batch
 
-    made = TrainingLoop(settings, opened_by(Spoiling))
+    made = TrainingLoop(replace(settings, stop_after=57), opened_by(Spoiling))
     run_to_end(made)
+    train(replace(settings, resume=True))
     records = metrics(config.run_dir)
     assert [r["step"] for r in records if "spikes" in r] == [60]
     assert records[-1]["val_loss"] is None  # 0 is never, at the end too

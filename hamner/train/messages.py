@@ -60,8 +60,8 @@ def introduction(log: TrainLog, saves: Saves, *, has_validation: bool) -> list[s
     if active != parameters:
         size += f", {active:,} active per token"
     lines = [
-        f"option {config.option}: {size}; {count(total_tokens)} tokens in {steps} of "
-        f"{config.batch_size} x {config.seq_len}",
+        f"option {config.option}: {size}; {count(max(total_tokens, done.tokens))} tokens in "
+        f"{steps} of {config.batch_size} x {config.seq_len}",
         f"on {step.compute.name}, {step.compute.precision}, kernels {step.compute.kernels}, "
         f"attention {step.attention.name}: {step.attention.reason}",
     ]
@@ -81,7 +81,10 @@ def introduction(log: TrainLog, saves: Saves, *, has_validation: bool) -> list[s
         why = why_no_gpu(config.device)
         lines.append(f"{why}: training on the CPU, which suits --option tiny only")
     if not has_validation:
-        lines.append("the data is too small to hold out validation documents: no evaluation")
+        why = "the data is too small to hold out validation documents"
+        lines.append(f"{why if config.val_fraction else '--val-fraction 0'}: no evaluation")
+    if not left:
+        lines.append("the run has its length: nothing is trained; more --steps make it longer")
     if config.warmup_steps >= length:
         lines.append(
             f"WARNING: --warmup-steps {config.warmup_steps:,} is the whole run, whose learning "

@@ -272,6 +272,11 @@ def test_batch_size_may_change_on_resume(config, capsys):
     assert second == "30 steps, the 20 to come of 4 x 64"
     rates = [r["lr"] for r in metrics(config.run_dir)]
     assert rates[-1] < rates[len(rates) // 2]
+    # A length that is behind the run: what was trained is said, and that nothing is.
+    assert train(replace(config, resume=True, steps=5)).step == 30
+    printed = capsys.readouterr().out
+    assert "; 10.24K tokens in 30 steps, the 0 to come of 8 x 64\n" in printed
+    assert "nothing is trained; more --steps make it longer\n" in printed
 
 
 def test_a_folder_has_one_run_at_a_time(config, monkeypatch):

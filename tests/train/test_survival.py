@@ -92,6 +92,7 @@ def test_bad_steps_are_skipped_counted_shown_and_kept(config, capsys):
     shown = capsys.readouterr().out
     assert f"WARNING: step {bad[0]} skipped: loss nan" in shown
     assert f"skipped {len(bad)}" in shown
+    assert "\n--val-fraction 0: no evaluation\n" in shown
     (token,) = made.tokenizer.encode(OVERFLOW)
     for path in kept:
         assert (health.read(path).batch.inputs == token).any()

@@ -120,8 +120,9 @@ def recipe(config: TrainConfig) -> str:
     decay = config.decay
     if decay == "wsd":
         decay = f"constant, then linear over the last {config.decay_fraction:.0%},"
+    name = f"recipe {config.recipe}" if config.sft is None else "fine-tuning"
     return (
-        f"recipe {config.recipe}: {groups}; warm-up {config.warmup_steps:,} steps, {decay} to "
+        f"{name}: {groups}; warm-up {config.warmup_steps:,} steps, {decay} to "
         f"{config.min_lr:g}; betas {config.beta1:g} {config.beta2:g}"
         + (f", momentum {config.momentum:g}" if config.optimizer == "muon" else "")
         + ("; qk-norm" if config.model.qk_norm else "")

@@ -2,15 +2,22 @@
 
 A launch exchanges what `triton.language` offers for functions that compute with NumPy. Triton does
 so again in every call that one jitted function makes of another, thousands in a launch, although
-nothing has changed it back.
+nothing has changed it back. With every sum and product of integers it computes in 64 bits whether
+they overflow, half of all time, and drops the answer, which only a debugger's assertions read. And
+for every result it makes anew the table of NumPy's types.
 """
 
+import dataclasses
+import functools
 import inspect
 
 from triton import language
 from triton.runtime import interpreter
 
 _exchange = interpreter._patch_lang
+_find_numpy_type = interpreter._get_np_dtype
+_numpy_types = {}
+"""by name of Triton's"""
 _exchanged: set[str] = set()
 """modules whose functions are exchanged in the launch at hand"""
 
@@ -27,12 +34,18 @@ class _Scope:
             self.scope.restore()
 
 
-def _exchange_once(function) -> _Scope:
-    modules = {
+@functools.cache
+def _modules(function) -> frozenset[str]:
+    """What is to be exchanged for a function: the modules of the language that it sees."""
+    return frozenset(
         value.__name__
         for value in function.__globals__.values()
         if inspect.ismodule(value) and value in (language, language.core)
-    }
+    )
+
+
+def _exchange_once(function) -> _Scope:
+    modules = _modules(function)
     if modules and modules <= _exchanged:
         return _Scope()
     scope = _exchange(function)
@@ -40,7 +53,19 @@ def _exchange_once(function) -> _Scope:
     return _Scope(scope)
 
 
+def _numpy_type(dtype: language.dtype):
+    """NumPy's type for one of Triton's, which cannot all be keys themselves."""
+    if dtype.name not in _numpy_types:
+        _numpy_types[dtype.name] = _find_numpy_type(dtype)
+    return _numpy_types[dtype.name]
+
+
 def avoid_repetition() -> None:
     """Let launches of this process do it once; another version of Triton stays as it is."""
-    if hasattr(interpreter, "_LangPatchScope"):
-        interpreter._patch_lang = _exchange_once
+    if not hasattr(interpreter, "_LangPatchScope"):
+        return
+    interpreter._patch_lang = _exchange_once
+    interpreter._get_np_dtype = _numpy_type
+    builder = interpreter.interpreter_builder
+    if not builder.options.debug:
+        builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)

@@ -4,7 +4,7 @@ A launch exchanges what `triton.language` offers for functions that compute with
 so again in every call that one jitted function makes of another, thousands in a launch, although
 nothing has changed it back. With every sum and product of integers it computes in 64 bits whether
 they overflow, half of all time, and drops the answer, which only a debugger's assertions read. And
-for every result it makes anew the table of NumPy's types.
+for every result it makes its type and its shape anew.
 """
 
 import dataclasses
@@ -15,11 +15,13 @@ from triton import language
 from triton.runtime import interpreter
 
 _exchange = interpreter._patch_lang
-_find_numpy_type = interpreter._get_np_dtype
-_numpy_types = {}
-"""by name of Triton's"""
 _exchanged: set[str] = set()
 """modules whose functions are exchanged in the launch at hand"""
+_find_numpy_type = interpreter._get_np_dtype
+_numpy_types = {}
+"""by name of Triton's type, as types cannot all be keys; so are the others"""
+_make_block, _make_tensor = language.block_type.__init__, language.tensor.__init__
+_blocks, _shapes = {}, {}
 
 
 class _Scope:
@@ -54,10 +56,28 @@ def _exchange_once(function) -> _Scope:
 
 
 def _numpy_type(dtype: language.dtype):
-    """NumPy's type for one of Triton's, which cannot all be keys themselves."""
     if dtype.name not in _numpy_types:
         _numpy_types[dtype.name] = _find_numpy_type(dtype)
     return _numpy_types[dtype.name]
+
+
+def _block(self: language.block_type, element_ty: language.dtype, shape) -> None:
+    """Stands for the method that makes a type of a block."""
+    key = element_ty.name, *(n.value if isinstance(n, language.constexpr) else n for n in shape)
+    if key not in _blocks:
+        _make_block(self, element_ty, shape)
+        _blocks[key] = self.shape, self.numel, self.name
+    self.element_ty = element_ty
+    self.shape, self.numel, self.name = _blocks[key]
+
+
+def _tensor(self: language.tensor, handle, type: language.dtype) -> None:
+    """Stands for the method that makes a tensor of a type."""
+    if type.name not in _shapes:
+        _make_tensor(self, handle, type)
+        _shapes[type.name] = self.shape, self.numel
+    self.handle, self.type, self.dtype = handle, type, type.scalar
+    self.shape, self.numel = _shapes[type.name]
 
 
 def avoid_repetition() -> None:
@@ -66,6 +86,7 @@ def avoid_repetition() -> None:
         return
     interpreter._patch_lang = _exchange_once
     interpreter._get_np_dtype = _numpy_type
+    language.block_type.__init__, language.tensor.__init__ = _block, _tensor
     builder = interpreter.interpreter_builder
     if not builder.options.debug:
         builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)

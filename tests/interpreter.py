@@ -2,9 +2,13 @@
 
 A launch exchanges what `triton.language` offers for functions that compute with NumPy. Triton does
 so again in every call that one jitted function makes of another, thousands in a launch, although
-nothing has changed it back.
+nothing has changed it back. With every sum and product of integers it computes in 64 bits whether
+they overflow, half of all time, and drops the answer, which only a debugger's assertions read. And
+for every result it makes its type and its shape anew.
 """
 
+import dataclasses
+import functools
 import inspect
 
 from triton import language
@@ -13,6 +17,11 @@ from triton.runtime import interpreter
 _exchange = interpreter._patch_lang
 _exchanged: set[str] = set()
 """modules whose functions are exchanged in the launch at hand"""
+_find_numpy_type = interpreter._get_np_dtype
+_numpy_types = {}
+"""by name of Triton's type, as types cannot all be keys; so are the others"""
+_make_block, _make_tensor = language.block_type.__init__, language.tensor.__init__
+_blocks, _shapes = {}, {}
 
 
 class _Scope:
@@ -27,12 +36,18 @@ class _Scope:
             self.scope.restore()
 
 
-def _exchange_once(function) -> _Scope:
-    modules = {
+@functools.cache
+def _modules(function) -> frozenset[str]:
+    """What is to be exchanged for a function: the modules of the language that it sees."""
+    return frozenset(
         value.__name__
         for value in function.__globals__.values()
         if inspect.ismodule(value) and value in (language, language.core)
-    }
+    )
+
+
+def _exchange_once(function) -> _Scope:
+    modules = _modules(function)
     if modules and modules <= _exchanged:
         return _Scope()
     scope = _exchange(function)
@@ -40,7 +55,38 @@ def _exchange_once(function) -> _Scope:
     return _Scope(scope)
 
 
+def _numpy_type(dtype: language.dtype):
+    if dtype.name not in _numpy_types:
+        _numpy_types[dtype.name] = _find_numpy_type(dtype)
+    return _numpy_types[dtype.name]
+
+
+def _block(self: language.block_type, element_ty: language.dtype, shape) -> None:
+    """Stands for the method that makes a type of a block."""
+    key = element_ty.name, *(n.value if isinstance(n, language.constexpr) else n for n in shape)
+    if key not in _blocks:
+        _make_block(self, element_ty, shape)
+        _blocks[key] = self.shape, self.numel, self.name
+    self.element_ty = element_ty
+    self.shape, self.numel, self.name = _blocks[key]
+
+
+def _tensor(self: language.tensor, handle, type: language.dtype) -> None:
+    """Stands for the method that makes a tensor of a type."""
+    if type.name not in _shapes:
+        _make_tensor(self, handle, type)
+        _shapes[type.name] = self.shape, self.numel
+    self.handle, self.type, self.dtype = handle, type, type.scalar
+    self.shape, self.numel = _shapes[type.name]
+
+
 def avoid_repetition() -> None:
     """Let launches of this process do it once; another version of Triton stays as it is."""
-    if hasattr(interpreter, "_LangPatchScope"):
-        interpreter._patch_lang = _exchange_once
+    if not hasattr(interpreter, "_LangPatchScope"):
+        return
+    interpreter._patch_lang = _exchange_once
+    interpreter._get_np_dtype = _numpy_type
+    language.block_type.__init__, language.tensor.__init__ = _block, _tensor
+    builder = interpreter.interpreter_builder
+    if not builder.options.debug:
+        builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)

@@ -11,8 +11,10 @@ import contextlib
 import faulthandler
 import math
 import os
+import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -231,6 +233,9 @@ class StarvationDetector:
 class Watchdog:
     """The context expects `beat` at least every `minutes`.
 
+    A thread counts its own wake-ups since the last beat, so that the time in which the process is
+    stopped (Ctrl-Z, a paused container) does not count.
+
     Args:
         minutes: without a beat that count as a hang; 0 never does.
         stacks: file for the stacks; it stays only if something was written.
@@ -238,9 +243,16 @@ class Watchdog:
             inside `waiting` (and is kept there until the call returns).
     """
 
+    TICK_SECONDS = 0.25
+    """longest between two looks"""
+    PATIENCE_TICKS = 5
+    """from the stacks to `on_hang`: other processes, which it may end, write theirs meanwhile"""
+    LEAST_LOCKED_SECONDS = 1.0
+    """without the interpreter's lock, after which it counts as never given back"""
+
     def __init__(self, minutes: float, stacks: Path, on_hang: Callable[[bool], None]) -> None:
         self.seconds, self.stacks, self.on_hang = 60 * minutes, stacks, on_hang
-        self.last_beat = time.monotonic()
+        self.beats = 0
         self._at_work = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="hamner-watchdog", daemon=True)
@@ -248,11 +260,11 @@ class Watchdog:
     def __enter__(self) -> "Watchdog":
         self._at_work.acquire()
         if self.seconds:
+            kind = {"encoding": "utf-8", "errors": "backslashreplace"}
             try:
-                self._file = self.stacks.open("a", encoding="utf-8")
+                self._file = self.stacks.open("a", **kind)
             except OSError:  # then the stacks go where Python's own errors do
-                self._file = os.fdopen(os.dup(2), "w")
-            self.beat()
+                self._file = os.fdopen(os.dup(2), "w", **kind)
             self._thread.start()
         return self
 
@@ -269,7 +281,7 @@ class Watchdog:
 
     def beat(self) -> None:
         """A step has ended."""
-        self.last_beat = time.monotonic()
+        self.beats += 1
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -282,20 +294,33 @@ class Watchdog:
 
     def _watch(self) -> None:
         """The thread looks for beats until it is stopped."""
-        armed_for = reported = None
-        # The stacks come first: the call may let the training thread go on.
-        patience = self.seconds + min(1.0, self.seconds / 4)
+        tick = min(self.TICK_SECONDS, self.seconds / 20)
+        limit = math.ceil(self.seconds / tick)
+        seen = ticks = 0
         while True:
-            beat = self.last_beat
-            if beat != armed_for:
-                left = max(1e-3, beat + self.seconds - time.monotonic())
-                faulthandler.dump_traceback_later(left, repeat=True, file=self._file)
-                armed_for = beat
-            elif time.monotonic() > beat + patience and beat != reported:
-                reported = beat
-                self._report()
-            if self._stop.wait(self.seconds / 20):
+            # A call that never gives the interpreter's lock back keeps this thread from running.
+            # Then only faulthandler can write, without the lock. It is the last resort: if another
+            # thread does run, it may read frames that are freed, and crash.
+            locked = max(self.seconds, self.LEAST_LOCKED_SECONDS)
+            faulthandler.dump_traceback_later(locked, file=self._file.fileno())
+            if self._stop.wait(tick):
                 return
+            beats = self.beats
+            ticks = ticks + 1 if beats == seen else 0
+            seen = beats
+            if ticks and ticks % limit == 0:
+                # Nobody waits for it: the disk may be what hangs.
+                threading.Thread(target=self._write, args=(_stacks(),), daemon=True).start()
+            # The stacks come first: the call may let the training thread go on.
+            if ticks == limit + self.PATIENCE_TICKS:
+                faulthandler.cancel_dump_traceback_later()
+                self._report()
+
+    def _write(self, stacks: str) -> None:
+        with contextlib.suppress(OSError, ValueError):  # ValueError: closed, as the run has ended
+            now = time.strftime("%Y-%m-%d %H:%M:%S")
+            self._file.write(f"{now}: no step for {self.seconds / 60:g} minutes\n{stacks}\n")
+            self._file.flush()
 
     def _report(self) -> None:
         is_waiting = self._at_work.acquire(blocking=False)
@@ -304,3 +329,16 @@ class Watchdog:
         finally:
             if is_waiting:
                 self._at_work.release()
+
+
+def _stacks() -> str:
+    """The function says what every thread does, without a look at the source files: their disk may
+    be what hangs."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    lines = []
+    for ident, top in sys._current_frames().items():
+        lines.append(f"Thread {names.get(ident, ident)} (most recent call first):")
+        for frame, line in traceback.walk_stack(top):
+            code = frame.f_code
+            lines.append(f'  File "{code.co_filename}", line {line} in {code.co_name}')
+    return "\n".join(lines)

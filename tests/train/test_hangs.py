@@ -1,11 +1,18 @@
 """Hangs: stacks on disk, and a call that may save."""
 
-import subprocess
+import contextlib
+import ctypes
+import os
+import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
+from multiprocessing.synchronize import Event
+from pathlib import Path
 
 from hamner.train.health import Watchdog
+from tests.kills import CONTEXT
 
 MINUTES = 0.2 / 60
 
@@ -66,15 +73,86 @@ def test_zero_minutes_never_hang(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def run_here(function: Callable[..., None], *args) -> int:
+    """`function(*args)` runs in a process of its own; the result is its exit code."""
+    process = CONTEXT.Process(target=function, args=args)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def hold_the_lock(stacks: Path) -> None:
+    with Watchdog(MINUTES, stacks, print):
+        time.sleep(0.1)
+        ctypes.PyDLL(None).sleep(2)
+
+
 def test_stacks_are_dumped_even_while_a_library_holds_the_lock(tmp_path):
     """A call that never gives the interpreter's lock back: no Python thread can run."""
-    script = (
-        "import ctypes, sys, time\n"
-        "from pathlib import Path\n"
-        "from hamner.train.health import Watchdog\n"
-        "with Watchdog(0.2 / 60, Path(sys.argv[1]), lambda _: None):\n"
-        "    time.sleep(0.1)\n"
-        "    ctypes.PyDLL(None).sleep(2)\n"
+    assert run_here(hold_the_lock, tmp_path / "stacks.txt") == 0
+    assert "in hold_the_lock" in (tmp_path / "stacks.txt").read_text()
+
+
+def come_and_go(depth: int) -> list:
+    return [depth, come_and_go(depth - 1)] if depth else []
+
+
+def run_on(stacks: Path) -> None:
+    def work() -> None:
+        while not stopped.is_set():
+            come_and_go(800)
+
+    stopped = threading.Event()
+    sys.setswitchinterval(1e-4)
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    with Watchdog(0.01 / 60, stacks, lambda _: None):
+        for thread in threads:
+            thread.start()
+        time.sleep(2)
+        stopped.set()
+        for thread in threads:
+            thread.join()
+
+
+def test_stacks_of_threads_that_run_on_do_not_crash(tmp_path):
+    """Deep frames come and go while they are written down, again and again."""
+    assert run_here(run_on, tmp_path / "stacks.txt") == 0
+    assert "in come_and_go" in (tmp_path / "stacks.txt").read_text()
+
+
+def go_on_after_a_stop(stacks: Path, begun: Event, hung: Event) -> None:
+    with Watchdog(1 / 60, stacks, lambda _: hung.set()):
+        begun.set()
+        for _ in range(10):
+            time.sleep(0.05)
+
+
+def test_time_in_which_the_process_is_stopped_does_not_count(tmp_path):
+    """Half a second without a beat, cut in two by a second and a half, is no hang of a second."""
+    begun, hung = CONTEXT.Event(), CONTEXT.Event()
+    process = CONTEXT.Process(
+        target=go_on_after_a_stop, args=(tmp_path / "stacks.txt", begun, hung)
     )
-    subprocess.run([sys.executable, "-c", script, str(tmp_path / "stacks.txt")], check=True)
-    assert "<string>" in (tmp_path / "stacks.txt").read_text()
+    process.start()
+    assert begun.wait(30)
+    os.kill(process.pid, signal.SIGSTOP)
+    time.sleep(1.5)
+    os.kill(process.pid, signal.SIGCONT)
+    process.join()
+    assert process.exitcode == 0
+    assert not hung.is_set()
+
+
+def test_stacks_that_cannot_be_written_keep_nothing_up(tmp_path):
+    """A full pipe takes the place of a disk that hangs."""
+    os.mkfifo(tmp_path / "stacks.txt")
+    reader = os.open(tmp_path / "stacks.txt", os.O_RDONLY | os.O_NONBLOCK)
+    writer = os.open(tmp_path / "stacks.txt", os.O_WRONLY | os.O_NONBLOCK)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, bytes(4096))
+    called = threading.Event()
+    with Watchdog(MINUTES, tmp_path / "stacks.txt", lambda _: called.set()):
+        assert called.wait(30)
+        os.close(reader)
+    os.close(writer)

@@ -320,7 +320,7 @@ def test_a_stalled_source_is_noticed_and_the_run_saved(config, capsys):
         elif (phase, step) == ("backward", 5):  # of half a step nothing is saved
             made._report_hang(between_steps=False)
         elif phase == "step done":
-            beats.add(made.watchdog.last_beat)
+            beats.add(made.watchdog.beats)
 
     class Stalling(Wrapped):
         def next_batch(self, is_stopped):

@@ -300,7 +300,8 @@ class Watchdog:
         while True:
             # A call that never gives the interpreter's lock back keeps this thread from running.
             # Then only faulthandler can write, without the lock. It is the last resort: if another
-            # thread does run, it may read frames that are freed, and crash.
+            # thread does run, it may read frames that are freed, and crash. So it does not repeat:
+            # a stop of the process that is longer brings it about too, as its clock goes on.
             locked = max(self.seconds, self.LEAST_LOCKED_SECONDS)
             faulthandler.dump_traceback_later(locked, file=self._file.fileno())
             if self._stop.wait(tick):

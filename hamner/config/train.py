@@ -93,6 +93,19 @@ def require_finite(config: Any) -> None:
             raise UserError(f"--{flag(name)} {value} must be a finite number")
 
 
+def require_sequence(eval_tokens: int, seq_len: int) -> None:
+    """The function refuses an evaluation on text of less than a sequence, which is of nothing.
+
+    Raises:
+        UserError: It names both flags.
+    """
+    if eval_tokens < seq_len:
+        raise UserError(
+            f"--eval-tokens {eval_tokens} is less than one sequence of --seq-len {seq_len}, so "
+            f"nothing would be evaluated: make it {seq_len} or more"
+        )
+
+
 @dataclass(frozen=True)
 class TaskConfig:
     """These flags say what is trained, on what and for how long, and when that is evaluated."""

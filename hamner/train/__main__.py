@@ -10,12 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from hamner.cli import read_ahead, read_flags, run_command
-from hamner.config.model import flag
 from hamner.config.options import find_option
-from hamner.config.train import TrainConfig
+from hamner.config.train import TrainConfig, require_sequence
 from hamner.errors import UserError
 from hamner.parallel.ranks import is_restart
-from hamner.train.flags import Origin
+from hamner.train.flags import Origin, refuse_without_effect
 
 COMMAND = "hamner.train"
 
@@ -44,15 +43,11 @@ def parse(args: Sequence[str]) -> TrainConfig:
                 f"--{name} {given} is not the {saved} that {default.folder} was started with; "
                 "leave the flag out, or start another run with --run-dir FOLDER"
             )
-    for name, user, value in (
-        ("momentum", "optimizer", "muon"),
-        ("decay_fraction", "decay", "wsd"),
-    ):
-        if getattr(config, name) != getattr(default, name) and getattr(config, user) != value:
-            raise UserError(
-                f"--{flag(name)} does nothing with --{user} {getattr(config, user)}: leave it out, "
-                f"or add --{user} {value}"
-            )
+    refuse_without_effect(config, default)
+    lengths = [(each.eval_tokens, each.seq_len) for each in (config, default)]
+    evaluates = config.eval_every and config.val_fraction
+    if evaluates and lengths[0] != lengths[1]:
+        require_sequence(config.eval_tokens, config.seq_len)
     if origin.has_run and config.init_from != default.init_from:
         raise UserError(
             f"--init-from {config.init_from} starts a new run, and --resume goes on with one that "

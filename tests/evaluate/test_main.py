@@ -57,6 +57,8 @@ def test_a_pipe_is_not_waited_for(tmp_path):
         ({"checkpoint": (Path("nowhere"),)}, "--checkpoint nowhere"),
         ({"data": ("missing.txt",)}, "missing.txt"),
         ({"conversations": ("missing.jsonl",)}, "missing.jsonl"),
+        ({"eval_tokens": 127}, "^--eval-tokens 127 is less than one .* --seq-len 128, so nothing"),
+        ({"seq_len": 512}, "^--eval-tokens 256 is less than one sequence of --seq-len 512"),
     ],
 )
 def test_what_cannot_be_read_is_one_sentence(tmp_path, changes, named):

@@ -11,10 +11,9 @@ from dataclasses import replace
 
 from hamner.cli import read_ahead, read_flags, run_command
 from hamner.config.options import find_option
-from hamner.config.train import TrainConfig, require_sequence
-from hamner.errors import UserError
+from hamner.config.train import TrainConfig
 from hamner.parallel.ranks import is_restart
-from hamner.train.flags import Origin, refuse_without_effect
+from hamner.train.flags import Origin, require_consistent
 
 COMMAND = "hamner.train"
 
@@ -36,23 +35,7 @@ def parse(args: Sequence[str]) -> TrainConfig:
     default = origin.defaults()
     config = read_flags(TrainConfig, args, COMMAND, default=default)
     find_option(config.option)
-    for name in ("option", "recipe"):
-        given, saved = getattr(config, name), getattr(default, name)
-        if given != saved:
-            raise UserError(
-                f"--{name} {given} is not the {saved} that {default.folder} was started with; "
-                "leave the flag out, or start another run with --run-dir FOLDER"
-            )
-    refuse_without_effect(config, default)
-    lengths = [(each.eval_tokens, each.seq_len) for each in (config, default)]
-    evaluates = config.eval_every and config.val_fraction
-    if evaluates and lengths[0] != lengths[1]:
-        require_sequence(config.eval_tokens, config.seq_len)
-    if origin.has_run and config.init_from != default.init_from:
-        raise UserError(
-            f"--init-from {config.init_from} starts a new run, and --resume goes on with one that "
-            f"started from {default.init_from or 'random weights'}: leave one of the two out"
-        )
+    require_consistent(config, default, origin)
     return config
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from hamner.config.model import ModelConfig, flag
 from hamner.config.options import find_option, for_option
 from hamner.config.recipe import Recipe
-from hamner.config.train import CONFIG_FILE, TrainConfig
+from hamner.config.train import CONFIG_FILE, TrainConfig, require_sequence
 from hamner.errors import UserError
 
 READ_WITH: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
@@ -126,6 +126,35 @@ class Origin:
             tokenizer=base.tokenizer,
             text_tags=base.text_tags,
             seq_len=min(default.seq_len, model.max_seq_len),
+        )
+
+
+def require_consistent(config: TrainConfig, default: TrainConfig, origin: Origin) -> None:
+    """The function refuses flags that contradict each other or the run that is to go on.
+
+    Args:
+        config: what the command line gave.
+        default: what it is without any flag but those of `origin`.
+
+    Raises:
+        UserError: it names them.
+    """
+    for name in ("option", "recipe"):
+        given, saved = getattr(config, name), getattr(default, name)
+        if given != saved:
+            raise UserError(
+                f"--{name} {given} is not the {saved} that {default.folder} was started with; "
+                "leave the flag out, or start another run with --run-dir FOLDER"
+            )
+    refuse_without_effect(config, default)
+    lengths = [(each.eval_tokens, each.seq_len) for each in (config, default)]
+    evaluates = config.eval_every and config.val_fraction
+    if evaluates and lengths[0] != lengths[1]:
+        require_sequence(config.eval_tokens, config.seq_len)
+    if origin.has_run and config.init_from != default.init_from:
+        raise UserError(
+            f"--init-from {config.init_from} starts a new run, and --resume goes on with one that "
+            f"started from {default.init_from or 'random weights'}: leave one of the two out"
         )
 
 

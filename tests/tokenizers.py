@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from hamner.data.tokenizer import SPECIAL_TOKENS
+from hamner.data.tokenizer import SPECIAL_TOKENS, load_tokenizer
 
 ROLES = SPECIAL_TOKENS[1:]
 SPECIAL = ["<unk>", "<s>", "</s>", *ROLES]
@@ -171,3 +172,16 @@ KINDS: dict[str, Callable[[], dict]] = {
     "merging": merging,
     "listed": listed,
 }
+
+
+def foreign(folder: Path, reserved: int) -> Path:
+    """A tokenizer without tokens of conversations, and with some that no text has."""
+    definition = load_tokenizer(vocab_size=300).definition
+    text = json.dumps(definition)
+    for name in ROLES:
+        text = text.replace(name, name.replace("|", "||"))
+    foreign = json.loads(text)
+    foreign["added_tokens"] = foreign["added_tokens"][: reserved + 1]
+    path = folder / "foreign.json"
+    path.write_text(json.dumps(foreign))
+    return path

@@ -93,6 +93,19 @@ def require_finite(config: Any) -> None:
             raise UserError(f"--{flag(name)} {value} must be a finite number")
 
 
+def require_sequence(eval_tokens: int, seq_len: int) -> None:
+    """The function refuses an evaluation on text of less than a sequence, which is of nothing.
+
+    Raises:
+        UserError: It names both flags.
+    """
+    if eval_tokens < seq_len:
+        raise UserError(
+            f"--eval-tokens {eval_tokens} is less than one sequence of --seq-len {seq_len}, so "
+            f"nothing would be evaluated: make it {seq_len} or more"
+        )
+
+
 @dataclass(frozen=True)
 class TaskConfig:
     """These flags say what is trained, on what and for how long, and when that is evaluated."""
@@ -203,6 +216,18 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class StartConfig:
+    """These flags say what a pre-training run starts from."""
+
+    init_from: Path | None = None
+    """start a new run from the weights of this run or checkpoint, with a fresh optimizer, schedule
+    and data; option, model and tokenizer are its by default"""
+    reserve_chat_tokens: bool = False
+    """give the tokens of conversations (<|user|> ...) unused ids of a --tokenizer that lacks them,
+    as hamner.sft needs them"""
+
+
+@dataclass(frozen=True)
 class FineTuning:
     """These flags say which model is fine-tuned, for how long and for which context."""
 
@@ -224,18 +249,11 @@ class FineTuning:
 
 
 @dataclass(frozen=True)
-class TrainConfig(RunConfig, ComputeConfig, RecipeConfig, TaskConfig):
+class TrainConfig(StartConfig, RunConfig, ComputeConfig, RecipeConfig, TaskConfig):
     """Pre-train a language model, from scratch or with `--init-from` from another run's weights.
 
     Defaults are those of the option: `--option b --help` shows b's.
     """
-
-    init_from: Path | None = None
-    """start a new run from the weights of this run or checkpoint, with a fresh optimizer, schedule
-    and data; option, model and tokenizer are its by default"""
-    reserve_chat_tokens: bool = False
-    """give the tokens of conversations (<|user|> ...) unused ids of a --tokenizer that lacks them,
-    as hamner.sft needs them"""
 
     sft: Annotated[FineTuning | None, tyro.conf.Fixed, tyro.conf.Suppress] = None
     """what makes it a fine-tuning run; None: it pre-trains"""

@@ -162,7 +162,7 @@ def _open_held_out(
 ) -> "list[HeldOut]":
     """The function opens what the models trained on this kind of data held out of it."""
     from hamner.config.sft import SftConfig
-    from hamner.config.train import TrainConfig
+    from hamner.config.train import TrainConfig, require_sequence
     from hamner.data.specs import parse_specs
     from hamner.evaluate.evaluation import open_held_out
 
@@ -174,13 +174,17 @@ def _open_held_out(
         # Each once and without weights.
         parsed = (spec.text for run in trained for spec in parse_specs(run.data, 1.0))
         specs = tuple(dict.fromkeys(parsed))
+    seq_len = config.seq_len or max(run.seq_len for run in every)
+    max_tokens = config.eval_tokens or max(run.eval_tokens for run in runs)
+    if specs and kind == "text":
+        require_sequence(max_tokens, seq_len)
     usual = SftConfig.bad_rows if kind == "conversations" else TrainConfig.bad_rows
     return open_held_out(
         kind,
         specs,
         tokenizer,
-        seq_len=config.seq_len or max(run.seq_len for run in every),
-        max_tokens=config.eval_tokens or max(run.eval_tokens for run in runs),
+        seq_len=seq_len,
+        max_tokens=max_tokens,
         val_fraction=config.val_fraction or min(run.val_fraction for run in runs),
         bad_rows=max(usual, *(run.bad_rows for run in runs)),
         document_mask=kind == "conversations" or any(run.document_mask for run in trained),

@@ -17,7 +17,7 @@ from hamner.data.conversations.loader import validation_batch
 from hamner.data.loader import DataConfig, TrainLoader
 from hamner.data.tokenizer import Tokenizer
 from hamner.model.attention import document_positions
-from hamner.model.generate import PROMPTS, Generator, answer, generate
+from hamner.model.generate import PROMPTS, ContextError, Generator, answer, generate
 from hamner.model.sampling import Sampling
 from hamner.model.transformer import Transformer
 from hamner.parallel.device import CPU_MICRO_BATCH_TOKENS
@@ -228,10 +228,8 @@ def samples(
 ) -> list[Sample]:
     """The function has a chat model answer fixed questions, any other continue fixed prompts.
 
-    Answers are the likeliest ones.
-
-    Raises:
-        UserError: a chat model's context is too short for a question.
+    Answers are the likeliest ones. A question that the model's context is too short for is left
+    out, and a warning says so.
     """
     generator = Generator(model, tokenizer) if is_chat else None
 
@@ -243,7 +241,14 @@ def samples(
     chosen, prompts = [], QUESTIONS if is_chat else PROMPTS
     with status.task("sampling", len(prompts), "prompts") as task:
         for prompt in prompts:
-            text = reply(prompt) if is_chat else generate(model, tokenizer, prompt)
-            chosen.append(Sample(prompt, text))
+            try:
+                text = reply(prompt) if is_chat else generate(model, tokenizer, prompt)
+                chosen.append(Sample(prompt, text))
+            except ContextError:
+                logger.warning(
+                    "the sample %r is left out: the model's context of %d tokens has no room for "
+                    "the question and an answer",
+                    *(prompt, generator.context),
+                )
             task.advance()
     return chosen

@@ -162,6 +162,8 @@ def hugging_face_config(
         "attention_bias": False,
         "bos_token_id": None,
         "eos_token_id": eos_ids if len(eos_ids) > 1 else eos_ids[0],
+        # Qwen3's default is 128, and of Mixtral without it transformers cannot compute yarn.
+        "head_dim": config.head_size,
         "hidden_act": "silu",
         "hidden_size": config.hidden_size,
         "initializer_range": 0.02,
@@ -186,8 +188,7 @@ def _config_of_kind(config: ModelConfig, kind: str) -> dict:
     if kind == "Llama":
         values["mlp_bias"] = False
     if config.qk_norm:
-        # Its default is 128, whatever the number of heads.
-        values |= {"head_dim": config.head_size, "use_sliding_window": False}
+        values["use_sliding_window"] = False
     if config.is_moe:
         values |= {
             "num_experts_per_tok": config.num_experts_per_token,

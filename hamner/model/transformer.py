@@ -232,7 +232,9 @@ class MoEMLP(nn.Module):
                 logits, self.config.num_experts_per_token, bias=self.router_bias
             )
             weights = self.gate_up_weight, self.down_weight
-            out = ops.moe_mlp(tokens, routing, *weights, recompute=recompute).view_as(normed)
+            out = ops.moe_mlp(tokens, routing, *weights, recompute=recompute)
+            # Not a view: FSDP2 warns of blocks that return one, as if it were worked on in place.
+            out = torch.ops.aten._unsafe_view(out, normed.shape)
             if self.shared is not None:
                 gate_up = self.shared.gate_up_proj(normed)
                 weight = self.shared.down_proj.weight

@@ -17,14 +17,14 @@ from hamner.cli import read_ahead, read_flags, run_command
 from hamner.config.options import find_option
 from hamner.config.recipe import RecipeConfig
 from hamner.config.sft import part
-from hamner.config.train import ComputeConfig, RunConfig, TaskConfig, TrainConfig
+from hamner.config.train import ComputeConfig, RunConfig, StartConfig, TaskConfig, TrainConfig
 from hamner.errors import UserError
 from hamner.files import refuse_unread, writing
 from hamner.profile import memory, picture
 from hamner.profile.report import describe, describe_difference, describe_memory
 from hamner.profile.summary import summarize
 from hamner.profile.trace import read_trace, with_callers_of
-from hamner.train.flags import Origin
+from hamner.train.flags import Origin, require_consistent
 
 COMMAND = "hamner.profile"
 
@@ -49,6 +49,7 @@ class ProfileConfig:
     recipe: RecipeConfig
     compute: ComputeConfig
     run: RunConfig
+    start: StartConfig
     warmup: int = 10
     """steps before: compilation, launch tables, the allocator"""
     out: Path | None = None
@@ -67,9 +68,20 @@ class ProfileConfig:
         Raises:
             UserError: The values make no sense, alone or together.
         """
-        parts = (self.task, self.recipe, self.compute, self.run)
-        config = TrainConfig(**{key: value for part in parts for key, value in vars(part).items()})
-        return replace(config, steps=None, tokens=None, resume=False, replay=None)
+        config = self.given()
+        # A run that goes on has its own weights, and its folder is not read.
+        start = None if config.resume else config.init_from
+        changes = {"resume": False, "replay": None, "init_from": start}
+        return replace(config, steps=None, tokens=None, **changes)
+
+    def given(self) -> TrainConfig:
+        """The method gives the run that hamner.train would make of the flags.
+
+        Raises:
+            UserError: The values make no sense, alone or together.
+        """
+        parts = (self.task, self.recipe, self.compute, self.run, self.start)
+        return TrainConfig(**{key: value for part in parts for key, value in vars(part).items()})
 
 
 @dataclass(frozen=True)
@@ -142,10 +154,13 @@ def parse(args: Sequence[str]) -> ProfileConfig:
         UserError: values that make no sense, alone or together.
         SystemExit: code 2 on unknown flags, 0 after --help.
     """
-    run = replace(read_ahead(Origin, args, COMMAND).defaults(), steps=None, tokens=None)
-    parts = (part(cls, run) for cls in (TracedTask, RecipeConfig, ComputeConfig, RunConfig))
+    origin = read_ahead(Origin, args, COMMAND)
+    run = replace(origin.defaults(), steps=None, tokens=None)
+    classes = (TracedTask, RecipeConfig, ComputeConfig, RunConfig, StartConfig)
+    parts = (part(cls, run) for cls in classes)
     config = read_flags(ProfileConfig, args, COMMAND, default=ProfileConfig(*parts))
     find_option(config.task.option)
+    require_consistent(config.given(), run, origin)
     return config
 
 

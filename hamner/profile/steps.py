@@ -12,6 +12,7 @@ from hamner.data.loader import TrainLoader
 from hamner.data.tokenizer import load_tokenizer
 from hamner.parallel.processes import SingleProcess
 from hamner.train.data import open_loader
+from hamner.train.initial import find_initial, with_chat_tokens
 from hamner.train.step import OnPhase, TrainStep, ignore_phase
 
 LR = 1e-5
@@ -33,8 +34,14 @@ def open_steps(
     Raises:
         UserError: the configuration or the data does not allow it.
     """
-    step = TrainStep(config, processes, on_phase=on_phase, may_step_down=False)
-    tokenizer = load_tokenizer(config.tokenizer, config.model.vocab_size)
+    initial = find_initial(config)
+    if initial:
+        tokenizer = initial.tokenizer
+    else:
+        tokenizer = load_tokenizer(config.tokenizer, config.model.vocab_size)
+    tokenizer = with_chat_tokens(tokenizer, config)
+    weights = initial and initial.checkpoint
+    step = TrainStep(config, processes, weights, on_phase, may_step_down=False)
     with (
         contextlib.closing(step),
         contextlib.closing(open_loader(config, tokenizer, is_on_gpu(step))) as loader,

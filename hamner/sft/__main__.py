@@ -16,6 +16,7 @@ from hamner.config.sft import SftConfig
 from hamner.config.train import CONFIG_FILE, TrainConfig
 from hamner.errors import UserError
 from hamner.parallel.ranks import is_restart
+from hamner.train.flags import refuse_without_effect
 
 COMMAND = "hamner.sft"
 
@@ -64,6 +65,7 @@ def parse(args: Sequence[str]) -> SftConfig:
             f"--replay {config.run.replay}: replay a fine-tuning run's batch with "
             f"python -m hamner.train --replay {config.run.replay}"
         )
+    refuse_without_effect(config.training(), default.training())
     if config.sft.checkpoint is None and not config.run.resume:
         raise UserError("--checkpoint is needed: name the run to fine-tune, such as runs/a")
     if config.run.resume and config.run_dir is None:

@@ -10,12 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from hamner.cli import read_ahead, read_flags, run_command
-from hamner.config.model import flag
 from hamner.config.options import find_option
 from hamner.config.train import TrainConfig
-from hamner.errors import UserError
 from hamner.parallel.ranks import is_restart
-from hamner.train.flags import Origin
+from hamner.train.flags import Origin, require_consistent
 
 COMMAND = "hamner.train"
 
@@ -37,27 +35,7 @@ def parse(args: Sequence[str]) -> TrainConfig:
     default = origin.defaults()
     config = read_flags(TrainConfig, args, COMMAND, default=default)
     find_option(config.option)
-    for name in ("option", "recipe"):
-        given, saved = getattr(config, name), getattr(default, name)
-        if given != saved:
-            raise UserError(
-                f"--{name} {given} is not the {saved} that {default.folder} was started with; "
-                "leave the flag out, or start another run with --run-dir FOLDER"
-            )
-    for name, user, value in (
-        ("momentum", "optimizer", "muon"),
-        ("decay_fraction", "decay", "wsd"),
-    ):
-        if getattr(config, name) != getattr(default, name) and getattr(config, user) != value:
-            raise UserError(
-                f"--{flag(name)} does nothing with --{user} {getattr(config, user)}: leave it out, "
-                f"or add --{user} {value}"
-            )
-    if origin.has_run and config.init_from != default.init_from:
-        raise UserError(
-            f"--init-from {config.init_from} starts a new run, and --resume goes on with one that "
-            f"started from {default.init_from or 'random weights'}: leave one of the two out"
-        )
+    require_consistent(config, default, origin)
     return config
 
 

@@ -165,3 +165,14 @@ def test_samples_of_base_and_chat_models(monkeypatch):
     assert chat == evaluation.samples(model, TOKENIZER, is_chat=True)
     monkeypatch.setattr(evaluation, "QUESTIONS", evaluation.QUESTIONS[1:])
     assert evaluation.samples(model, TOKENIZER, is_chat=True) == chat[1:]
+
+
+def test_a_question_that_does_not_fit_the_context_is_left_out(caplog):
+    model = sharp(replace(SHAPE, max_seq_len=32))
+    chat = evaluation.samples(model, TOKENIZER, is_chat=True)
+    assert [sample.prompt for sample in chat] == ["Hello!", "Who are you?", "What is 2 + 2?"]
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "the sample 'What is the capital of France?' is left out: the model's context of 32 tokens "
+        "has no room for the question and an answer"
+    )

@@ -13,6 +13,7 @@ from rich.console import Console
 from hamner.checkpoint.saved_model import SavedModel
 from hamner.errors import UserError
 from hamner.evaluate.__main__ import EvaluateConfig, evaluate, main, show
+from tests import forked
 from tests.imports import output_without
 from tests.models import DENSE, MOE
 from tests.saved import save_run, sharp
@@ -57,6 +58,8 @@ def test_a_pipe_is_not_waited_for(tmp_path):
         ({"checkpoint": (Path("nowhere"),)}, "--checkpoint nowhere"),
         ({"data": ("missing.txt",)}, "missing.txt"),
         ({"conversations": ("missing.jsonl",)}, "missing.jsonl"),
+        ({"eval_tokens": 127}, "^--eval-tokens 127 is less than one .* --seq-len 128, so nothing"),
+        ({"seq_len": 512}, "^--eval-tokens 256 is less than one sequence of --seq-len 512"),
     ],
 )
 def test_what_cannot_be_read_is_one_sentence(tmp_path, changes, named):
@@ -117,3 +120,13 @@ def test_base_and_chat_model_side_by_side(tmp_path):
     assert re.search(r"kind +│ +base model +│ +chat model", table)
     assert "> Who are you?" in table
     assert "> The history of" in table
+
+
+def test_a_model_whose_context_holds_no_question_is_evaluated(tmp_path):
+    run = save_run(tmp_path / "chat", sharp(replace(SHAPE, max_seq_len=8)), chat=True)
+    result = forked.run_module(
+        "hamner.evaluate", "--checkpoint", str(run), "--data", "builtin", "--eval-tokens", "64"
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("is left out: the model's context of 8 tokens") == 4
+    assert "loss" in result.stdout

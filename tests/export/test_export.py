@@ -93,6 +93,18 @@ def test_hugging_face_loads_the_same_model(shape, tmp_path, tokenizer):
     assert list(folder.parent.iterdir()) == [folder]
 
 
+@pytest.mark.parametrize("scaling", ["linear", "ntk", "yarn"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_hugging_face_stretches_positions_as_we_do(shape, scaling, tmp_path):
+    model = sharp(replace(shape, max_seq_len=128, rope_scaling=scaling, rope_scaling_from=32))
+    theirs = from_pretrained(exported(tmp_path, model, "hf"))
+    inputs = torch.randint(VOCABULARY, (2, 128), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        logits, expected = theirs(inputs).logits, model(inputs).logits
+    assert expected.std() > 0.1
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run in the interpreter here")
 @pytest.mark.parametrize(
     "shape", [DENSE_, MOE_, SHAPES["Qwen3"]], ids=["Llama", "Mixtral", "Qwen3"]

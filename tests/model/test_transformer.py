@@ -8,8 +8,9 @@ import torch
 from torch.nn import functional
 
 from hamner.data.batch import Batch
+from hamner.model.transformer import Transformer
 from hamner.plan.memory import FULL, NONE, SELECTIVE
-from tests.models import DENSE, MOE, build
+from tests.models import DENSE, MOE, build, cpu_ops
 
 
 @pytest.mark.parametrize("config", [DENSE, MOE, replace(MOE, num_shared_experts=1, num_experts=3)])
@@ -27,6 +28,22 @@ def test_loss_is_cross_entropy_of_the_logits(config):
         torch.testing.assert_close(output.router.load.sum(-1), torch.ones(config.num_layers))
     else:
         torch.testing.assert_close(output.loss, output.cross_entropy)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run in the interpreter here")
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("config", [DENSE, MOE, replace(MOE, num_shared_experts=1, num_experts=3)])
+def test_no_block_returns_a_view(config, kernels):
+    """FSDP2 warns its users of one, who can do nothing about it."""
+    model = Transformer(config, cpu_ops(kernels, "sdpa"))
+    model.initialize(seed=0)
+    returned = []
+    for layer in model.layers:
+        layer.register_forward_hook(lambda _, __, output: returned.extend(output[:2]))
+    tokens = torch.randint(config.vocab_size, (2, 16))
+    model(tokens, tokens)
+    assert len(returned) == 2 * config.num_layers
+    assert not [output for output in returned if output._is_view()]
 
 
 def predictable_batch(rows: int, length: int, shift: int) -> Batch:

@@ -111,6 +111,8 @@ def test_two_processes_train_as_one(engine, config, single, tmp_path):
     train_together(list(runs.values()), 2, tmp_path)
     for key, run in runs.items():
         assert_same_losses(single[key].run_dir, run.run_dir)
+    # Torch has no warning for its user.
+    assert "Warning" not in said(tmp_path, 2)
 
 
 def test_four_processes_on_two_machines_train_as_one(config, single, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -9,18 +10,24 @@ from functools import partial
 import pytest
 import torch
 
+from hamner.data.chat_tokens import missing_chat_tokens
 from hamner.errors import UserError
 from hamner.profile import capture as capturing
+from hamner.profile import steps
 from hamner.profile.__main__ import ProfileConfig, main, parse
 from hamner.profile.capture import capture
 from hamner.profile.ranges import MODULES, Ranges
 from hamner.profile.steps import open_steps, take
 from hamner.profile.summary import summarize
 from hamner.profile.trace import read_trace
+from hamner.train import data as data_of_run
 from tests import forked
 from tests.corpus import write_predictable
 from tests.imports import output_without
+from tests.models import DENSE, build
 from tests.profile.traces import TraceWriter
+from tests.saved import save_run
+from tests.tokenizers import foreign
 
 SMALL = [
     *("--option", "tiny", "--hidden-size", "64", "--num-layers", "2", "--batch-size", "4"),
@@ -133,7 +140,13 @@ def test_help_and_reading_do_not_load_torch(tmp_path):
         output_without(["torch"], "hamner.profile", *args)
 
 
+def flags_of(command: str) -> set[str]:
+    result = forked.run_module(command, "--help")
+    return set(re.findall(r"(?<=[│,] )--[a-z0-9-]+", result.stdout))
+
+
 def test_takes_every_flag_of_train():
+    assert flags_of("hamner.train") <= flags_of("hamner.profile")
     config = parse(["--option", "b", "--recompute", "full", "--steps", "5", "--data", "a", "b"])
     assert isinstance(config, ProfileConfig)
     run = config.training()
@@ -141,9 +154,44 @@ def test_takes_every_flag_of_train():
     assert run.steps is None
 
 
+def test_the_model_is_the_one_that_training_would_start_from(tmp_path):
+    shape = replace(DENSE, vocab_size=300)
+    source = save_run(tmp_path / "source", build(shape, seed=5))
+    data = write_predictable(tmp_path / "data.jsonl")
+    args = ["--init-from", str(source), "--device", "cpu", "--batch-size", "2", "--lr", "1e-3"]
+    # A run's own copy is enough.
+    path = source / "config.json"
+    path.write_text(path.read_text().replace('"builtin"', '"gone.json"'))
+    with open_steps(parse([*args, "--data", str(data)]).training()) as (step, _):
+        expected = build(shape, seed=5).state_dict()
+        assert {name: weight.tolist() for name, weight in step.model.state_dict().items()} == {
+            name: weight.tolist() for name, weight in expected.items()
+        }
+    with pytest.raises(UserError, match="--hidden-size 128 is not its 64"):
+        open_steps(parse([*args, "--hidden-size", "128"]).training()).__enter__()
+
+
+def test_tokens_of_conversations_are_reserved_as_in_training(tmp_path, monkeypatch):
+    data, tokenizer = write_predictable(tmp_path / "data.jsonl"), foreign(tmp_path, 4)
+    args = ["--data", str(data), "--tokenizer", str(tokenizer), "--vocab-size", "300"]
+    opened = []
+
+    def open_loader(config, tokenizer, pin_memory):
+        opened.append(tokenizer)
+        return data_of_run.open_loader(config, tokenizer, pin_memory)
+
+    monkeypatch.setattr(steps, "open_loader", open_loader)
+    for more in ([], ["--reserve-chat-tokens"]):
+        with open_steps(parse([*SMALL, *args, *more]).training()):
+            pass
+    assert [bool(missing_chat_tokens(tokenizer)) for tokenizer in opened] == [True, False]
+
+
 @pytest.mark.parametrize(
     ("args", "named"),
     [
+        (["--option", "tiny", "--keep-every", "5", "--keep", "0"], "does nothing with --keep 0"),
+        (["--init-from", "nowhere"], "--init-from nowhere is neither a run's folder nor one"),
         (["read", "missing.json"], "missing.json"),
         (["read"], "TRACE"),
         (["read", "a", "--compare", "a", "b"], "TRACE"),

@@ -50,6 +50,15 @@ def test_defaults_follow_from_the_checkpoint(base, monkeypatch):
     assert parse(["--checkpoint", "."]).run_dir == base.with_name("base-sft")
 
 
+def test_a_flag_without_effect_beside_another_is_refused(base):
+    args = ["--checkpoint", str(base), "--keep-every", "5"]
+    with pytest.raises(UserError, match="^--keep-every 5 does nothing with --keep 0: leave it out"):
+        parse([*args, "--keep", "0"])
+    assert parse(args).run.keep_every == 5
+    # Patience has a default here, which is nobody's wish.
+    parse(["--checkpoint", str(base), "--eval-every", "0"])
+
+
 def test_a_longer_row_extends_the_model(base):
     def model(*flags: str) -> ModelConfig:
         return parse(["--checkpoint", str(base), *flags]).training().model

@@ -25,6 +25,7 @@ from hamner.train.loop import TrainingLoop, train
 from tests.corpus import write_predictable
 from tests.models import DENSE, build
 from tests.saved import save_run
+from tests.tokenizers import foreign
 
 SHAPE = replace(DENSE, vocab_size=300)
 
@@ -103,19 +104,6 @@ def test_another_shape_is_refused_by_name(args, named, source, tmp_path):
 def test_sequences_may_be_longer_than_those_of_the_weights(source):
     args = ["--init-from", str(source), "--max-seq-len", "128", "--seq-len", "128"]
     assert find_initial(parse(args)).config.model.max_seq_len == 64
-
-
-def foreign(tmp_path, reserved: int) -> Path:
-    """A tokenizer without tokens of conversations, and with some that no text has."""
-    definition = load_tokenizer(vocab_size=300).definition
-    text = json.dumps(definition)
-    for name in SPECIAL_TOKENS[1:]:
-        text = text.replace(name, name.replace("|", "||"))
-    foreign = json.loads(text)
-    foreign["added_tokens"] = foreign["added_tokens"][: reserved + 1]
-    path = tmp_path / "foreign.json"
-    path.write_text(json.dumps(foreign))
-    return path
 
 
 def test_another_tokenizer_is_refused_by_name(source, tmp_path):

@@ -154,10 +154,75 @@ def test_a_replay_has_the_flags_of_its_run(stopped):
     [("--momentum", "0.9", "--optimizer muon"), ("--decay-fraction", "0.1", "--decay wsd")],
 )
 def test_a_flag_that_nothing_would_read_is_refused(flag, value, user):
-    with pytest.raises(UserError, match=f"{flag} does nothing with .* add {user}"):
+    with pytest.raises(UserError, match=f"{flag} {value} does nothing with .* add {user}"):
         parse(["--option", "tiny", flag, value])
     config = parse(["--option", "tiny", flag, value, *user.split()])
     assert getattr(config, flag[2:].replace("-", "_")) == float(value)
+
+
+MIXTURE = "--num-experts 2 --num-experts-per-token 1"
+
+
+@pytest.mark.parametrize(
+    ("unread", "beside", "mend"),
+    [
+        ("--rope-scaling-from 128", "--rope-scaling none", "--rope-scaling yarn"),
+        ("--router-aux-loss-coef 0.1", "--num-experts 0", MIXTURE),
+        ("--router-z-loss-coef 0.1", "--num-experts 0", MIXTURE),
+        ("--router-aux-loss-coef 0.1", "--router-balance bias", f"{MIXTURE} --router-balance aux"),
+        (
+            "--router-bias-update-speed 0.1",
+            "--router-balance aux",
+            f"{MIXTURE} --router-balance bias",
+        ),
+        ("--no-gradient-checkpointing", "--recompute full", "--recompute none"),
+        ("--ddp-bucket-mib 50", "--parallel fsdp", "--parallel ddp"),
+        ("--no-fsdp-reshard", "--parallel ddp", "--parallel fsdp"),
+        ("--keep-every 5", "--keep 0", "--keep 1"),
+        ("--patience 3", "--eval-every 0", "--eval-every 1"),
+        ("--patience 3", "--val-fraction 0.0", "--val-fraction 0.1"),
+        ("--eval-every 5", "--val-fraction 0.0", "--val-fraction 0.1"),
+    ],
+)
+def test_a_flag_without_effect_beside_another_is_refused(unread, beside, mend):
+    tiny, args = ["--option", "tiny"], [*unread.split(), *beside.split()]
+    if beside == "--router-balance bias":
+        args += MIXTURE.split()
+    with pytest.raises(UserError, match=f"^{unread} does nothing with {beside}: leave it out, or "):
+        parse([*tiny, *args])
+    parse([*tiny, *unread.split(), *mend.split()])
+    # The value that it has anyway is nobody's wish.
+    parse([*tiny, *args[len(unread.split()) :]])
+
+
+def test_a_flag_that_asks_for_nothing_may_stand_beside_any():
+    parse(["--option", "tiny", "--router-aux-loss-coef", "0", "--router-z-loss-coef", "0"])
+    parse(["--option", "tiny", "--eval-every", "0", "--val-fraction", "0"])
+    parse(["--option", "tiny", "--eval-tokens", "100", "--eval-every", "0"])
+
+
+@pytest.mark.parametrize("beside", [["--resume"], ["--init-from", "runs/a"]])
+def test_a_replay_starts_nothing(stopped, beside):
+    file = stopped.run_dir / "bad_steps" / "step.safetensors"
+    file.parent.mkdir()
+    file.touch()
+    with pytest.raises(UserError, match=f"^{' '.join(beside)} does nothing with --replay {file}"):
+        parse([f"--replay={file}", *beside])
+
+
+def test_an_evaluation_has_a_sequence(tmp_path):
+    """Of fewer tokens than one nothing would be evaluated."""
+    args = ["--option", "tiny", "--run-dir", str(tmp_path)]
+    sentence = "--eval-tokens 255 is less than one sequence of --seq-len 256"
+    with pytest.raises(UserError, match=f"^{sentence}.* make it 256 or more"):
+        parse([*args, "--eval-tokens", "255"])
+    with pytest.raises(UserError, match="^--eval-tokens 20480 is less .* --seq-len 32768"):
+        parse([*args, "--max-seq-len", "32768", "--seq-len", "32768"])
+    assert parse([*args, "--eval-tokens", "256"]).eval_tokens == 256
+    # A run of a version that did not refuse it goes on.
+    config = replace(parse(args), eval_tokens=255)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_json()))
+    assert parse([*args, "--resume"]).eval_tokens == 255
 
 
 @pytest.mark.parametrize(
@@ -181,6 +246,8 @@ def test_a_flag_that_nothing_would_read_is_refused(flag, value, user):
         (["--option", "tiny", "--tokenizer", "missing.json"], "--tokenizer missing.json"),
         (["--vram-budget", "0.01", "--device", "cpu"], "--vram-budget"),
         (["--val-fraction", "1.5"], "--val-fraction"),
+        (["--keep-every", "5", "--keep", "0"], "--keep-every 5 does nothing with --keep 0"),
+        (["--eval-tokens", "100"], "--eval-tokens 100 is less than one sequence of --seq-len 1024"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_2(args, named, tmp_path):

@@ -18,9 +18,9 @@ from hamner.train import pictures
 # Triton reads the variable when a kernel is decorated, so it must be set before any is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-    from tests.interpreter import avoid_repetition
+    from tests.interpreter import adapt
 
-    avoid_repetition()
+    adapt()
 
 
 NEEDS = {

@@ -17,7 +17,7 @@ import hamner.data.prepare
 import hamner.train.loop
 from hamner.data.tokenizer import load_tokenizer
 from hamner.train import pictures
-from tests.interpreter import avoid_repetition
+from tests.interpreter import adapt
 
 BYTES_ONLY = 261
 """vocabulary of most of the tests' models"""
@@ -27,4 +27,4 @@ pictures.COMMAND = ("true",)
 """trainings draw nothing, see tests/conftest.py"""
 # Asking for CUDA here would keep every process that is forked from using it.
 if os.environ.get("TRITON_INTERPRET"):
-    avoid_repetition()
+    adapt()

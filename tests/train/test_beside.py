@@ -287,7 +287,7 @@ def interrupt_in_evaluation(step: int) -> Callable[[str, int], None]:
 
     def on_phase(phase: str, at: int) -> None:
         if (phase, at) == ("evaluation", step):
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
 
     return on_phase
 
@@ -321,7 +321,7 @@ def test_an_interrupt_abandons_sampling(config, monkeypatch, capsys):
     def choose(*args):
         tokens.append(args)
         if len(tokens) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         return real(*args)
 
     monkeypatch.setattr(generate, "choose", choose)

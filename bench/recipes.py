@@ -6,6 +6,8 @@
     python -m bench.recipes ladder  ...     plan, adamw and muon at 25M, 50M, 100M tokens, 3 seeds
     python -m bench.recipes qk-norm ...     the ladder's muon with --qk-norm
     python -m bench.recipes long    ...     option a, plan and muon
+    python -m bench.recipes chat    --output FOLDER --data 'sft/*.jsonl'
+                                            the better of `long`, fine-tuned, talks beside its base
     python -m bench.recipes report  FOLDER  tables, statistics and pictures
     python -m bench.recipes fit     FOLDER  the ladder's ratios, for hamner.plan
 
@@ -17,7 +19,8 @@ such as --lr and --warmup-steps.
 
     FOLDER/results.jsonl    one object a finished run; goes to profiles/recipes/PART.jsonl
     FOLDER/shards-*/        the data, tokenized once
-    FOLDER/runs/            runs under way; those of `long` stay, for `hamner.sft`
+    FOLDER/runs/            runs under way; those of `long` stay, for `chat`
+    FOLDER/chat.md          fine-tuning runs with their losses, and conversations
 
 `tune` searches by coordinates, on a model of 12 layers x 512: from one learning rate for all
 parameters, weight decay 0.1 and beta2 0.95, both sides of the best so far, first of the learning
@@ -52,6 +55,7 @@ from bench.recipe_trials import (
     Scope,
     Trial,
     expected_seconds,
+    loss_of,
     plan,
 )
 from hamner.checkpoint.run_folder import append_record
@@ -346,6 +350,33 @@ def end_of(result: dict) -> str:
     return f"{end}, {speed}, {result['seconds']} s"
 
 
+def chat(args: Sequence[str]) -> int:
+    """The function fine-tunes the better model of the long pair; it returns the exit code.
+
+    Raises:
+        UserError: there is none, or flags or data do not allow it.
+    """
+    # Here, because other parts need nothing of fine-tuning and chat.
+    from bench.recipe_chat import Talk, talk
+
+    how = {"return_unknown_args": True, "registry": FLAG_RULES, "prog": f"{COMMAND} chat"}
+    settings, extra = tyro.cli(Talk, args=args, **how)
+    found = [
+        (loss_of(result), folder)
+        for result in read_results(settings.output)
+        if result["part"] == "long" and not result["diverged"]
+        if (folder := folder_of(Trial.of(result), settings.output)).exists()
+    ]
+    if not found:
+        raise UserError(
+            f"--output {settings.output} has no model of `long`: train one there first, with "
+            f"{COMMAND} long --output {settings.output}"
+        )
+    with locked(settings.output / "lock", is_shared=False):
+        print(talk(min(found)[1], settings, extra))
+    return 0
+
+
 def read(name: str, args: Sequence[str]) -> int:
     """The function does what is done with results that are there; it returns the exit code."""
     # Here, because they need scipy and matplotlib, which a machine that trains may not have.
@@ -369,11 +400,13 @@ def main(args: Sequence[str]) -> int:
     name, rest = (args[0], args[1:]) if args else ("--help", ())
     if name in ("report", "fit"):
         return read(name, rest)
+    if name == "chat":
+        return chat(rest)
     if name not in ARMS:
         print(__doc__)
         if name in ("-h", "--help"):
             return 0
-        raise UserError(f"{name} is not one of {', '.join(ARMS)}, report, fit")
+        raise UserError(f"{name} is not one of {', '.join(ARMS)}, chat, report, fit")
     how = {"return_unknown_args": True, "registry": FLAG_RULES, "prog": f"{COMMAND} {name}"}
     settings, extra = tyro.cli(Compare, args=rest, **how)
     return compare(name, settings, extra)

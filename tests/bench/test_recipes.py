@@ -9,14 +9,17 @@ from types import SimpleNamespace
 
 import pytest
 
-from bench import recipe_report, recipe_trials, recipes
+from bench import recipe_chat, recipe_report, recipe_trials, recipes
 from bench.recipe_fit import SEVERAL_SEEDS, fit
 from bench.recipe_report import report
 from bench.recipe_statistics import Ratio, tokens_at, trend
 from bench.recipe_trials import LEAST_TRIALS, START, Scope, Trial, plan, tuned
 from hamner.errors import UserError
+from hamner.sft.fine_tuning import fine_tune
 from hamner.train import evaluation
 from tests.corpus import write_predictable
+from tests.models import DENSE, build
+from tests.saved import save_run
 
 TUNE = Scope("tune", ("adamw", "muon"), (20_000_000,), (0,))
 LADDER = Scope("ladder", ("plan", "adamw", "muon"), (25_000_000, 50_000_000, 100_000_000), (0, 1))
@@ -201,6 +204,56 @@ def test_runs_are_trained_left_and_gone_on_with(data, tmp_path, capsys, monkeypa
     assert "resum" in said
     assert recipes.main(command) == 0
     assert "long: done" in capsys.readouterr().out
+
+
+def test_the_better_of_the_long_pair_learns_to_talk(tmp_path, monkeypatch, capsys):
+    shape = replace(DENSE, vocab_size=261, max_seq_len=512)
+    lines = []
+    for arm, loss in (("plan", 3.9), ("muon", 3.2), ("adamw", 2.0)):
+        trial = Trial("long", arm, 0, 250_000_000, 2e-3, 6e-3, 0.3, 0.9875)
+        lines.append(json.dumps(result(trial, loss)))
+        if arm != "adamw":  # whose model is not there
+            save_run(recipes.folder_of(trial, tmp_path), build(shape))
+    (tmp_path / "results.jsonl").write_text("\n".join(lines))
+    asked = []
+
+    def tuned(config):
+        asked.append(config)
+        return fine_tune(replace(config, steps=3, eval_every=1, batch_size=2))
+
+    monkeypatch.setattr(recipe_chat, "fine_tune", tuned)
+    monkeypatch.setattr(recipe_chat, "LONGEST", 5)
+    command = ["chat", "--output", str(tmp_path), "--device", "cpu"]
+    for _ in range(2):  # the second time in place of the first
+        assert recipes.main(command) == 0
+    assert {config.sft.checkpoint.name.split("-")[1] for config in asked} == {"muon"}
+    rates = [(config.lr, config.sft.epochs) for config in asked[:4]]
+    assert rates == list(recipe_chat.TRIALS)
+    text = (tmp_path / "chat.md").read_text()
+    assert capsys.readouterr().out.count(text) == 2
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")][1:]
+    assert [row[2] for row in rows] == ["3"] * 4
+    losses = [float(row[3].rstrip(" |")) for row in rows]
+    assert len(set(losses)) > 1
+    said = text.splitlines()
+    for question in recipe_chat.QUESTIONS:
+        assert said[said.index(f"> **{question}**") + 2].startswith(">")
+    for beginning in recipe_chat.BEGINNINGS:
+        assert f"> **{beginning}**" in text
+    assert recipes.read_results(tmp_path)[1]["arm"] == "muon"
+
+
+def test_chat_says_what_is_missing(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="no model of `long`: train one there first"):
+        recipes.main(["chat", "--output", str(tmp_path)])
+    trial = Trial("long", "muon", 0, 250_000_000, 2e-3, 6e-3, 0.3, 0.9875)
+    save_run(recipes.folder_of(trial, tmp_path), build(replace(DENSE, vocab_size=261, max_seq_len=512)))
+    (tmp_path / "results.jsonl").write_text(json.dumps(result(trial, 3.2)))
+    left = SimpleNamespace(exit_code=130, step=1)
+    monkeypatch.setattr(recipe_chat, "fine_tune", lambda config: left)
+    with pytest.raises(UserError, match="sft-lr1e-05-3-epochs did not come to its end: see"):
+        recipes.main(["chat", "--output", str(tmp_path), "--device", "cpu"])
+    assert not (tmp_path / "chat.md").exists()
 
 
 def test_a_long_run_has_the_loss_of_its_end_or_none(data, tmp_path, monkeypatch):
@@ -550,7 +603,7 @@ def test_a_report_of_nothing_and_unknown_parts_are_refused(tmp_path):
     with pytest.raises(UserError, match="has no .*jsonl with results"):
         recipes.main(["report", str(tmp_path)])
     with pytest.raises(
-        UserError, match="pigeons is not one of tune, current, ladder, qk-norm, long"
+        UserError, match="pigeons is not one of tune, current, ladder, qk-norm, long, chat"
     ):
         recipes.main(["pigeons"])
     (tmp_path / "x.jsonl").write_text("{}\n")

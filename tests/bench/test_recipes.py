@@ -29,6 +29,8 @@ SMALL = (
     *("--max-seq-len", "64", "--seq-len", "64", "--batch-size", "2", "--device", "cpu"),
 )
 
+TALKING = replace(DENSE, vocab_size=261, max_seq_len=512)
+
 
 def result(trial: Trial, loss: float | None, **more) -> dict:
     """The line of a run that was not made."""
@@ -207,13 +209,12 @@ def test_runs_are_trained_left_and_gone_on_with(data, tmp_path, capsys, monkeypa
 
 
 def test_the_better_of_the_long_pair_learns_to_talk(tmp_path, monkeypatch, capsys):
-    shape = replace(DENSE, vocab_size=261, max_seq_len=512)
     lines = []
     for arm, loss in (("plan", 3.9), ("muon", 3.2), ("adamw", 2.0)):
         trial = Trial("long", arm, 0, 250_000_000, 2e-3, 6e-3, 0.3, 0.9875)
         lines.append(json.dumps(result(trial, loss)))
         if arm != "adamw":  # whose model is not there
-            save_run(recipes.folder_of(trial, tmp_path), build(shape))
+            save_run(recipes.folder_of(trial, tmp_path), build(TALKING))
     (tmp_path / "results.jsonl").write_text("\n".join(lines))
     asked = []
 
@@ -247,7 +248,7 @@ def test_chat_says_what_is_missing(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no model of `long`: train one there first"):
         recipes.main(["chat", "--output", str(tmp_path)])
     trial = Trial("long", "muon", 0, 250_000_000, 2e-3, 6e-3, 0.3, 0.9875)
-    save_run(recipes.folder_of(trial, tmp_path), build(replace(DENSE, vocab_size=261, max_seq_len=512)))
+    save_run(recipes.folder_of(trial, tmp_path), build(TALKING))
     (tmp_path / "results.jsonl").write_text(json.dumps(result(trial, 3.2)))
     left = SimpleNamespace(exit_code=130, step=1)
     monkeypatch.setattr(recipe_chat, "fine_tune", lambda config: left)

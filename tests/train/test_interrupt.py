@@ -11,6 +11,8 @@ from hamner.train.interrupt import Interrupt
 @pytest.fixture
 def after_first(monkeypatch, capfd):
     """The test is inside an `Interrupt` that has had a signal, and meanwhile gets it again."""
+    # Under nohup a hang-up is ignored, here and by a run.
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
     def begin(context: Interrupt, number: int) -> None:
         def again(seconds: float) -> None:
@@ -23,7 +25,8 @@ def after_first(monkeypatch, capfd):
         assert context.requested
         assert capfd.readouterr().err.count("stopping: saving first") == 1
 
-    return begin
+    yield begin
+    signal.signal(signal.SIGHUP, before)
 
 
 def test_a_terminal_that_closes_asks_once_however_often_it_signals(after_first):

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from subprocess import STDOUT, TimeoutExpired
 
 from tests.kills import CONTEXT
 
@@ -28,7 +29,8 @@ class Popen:
         input: all that it can read.
         cwd, env: as in `subprocess`.
         text: whether `communicate` gives strings.
-        stdout, stderr: files to append to; else it is kept for `communicate`.
+        stdout, stderr: files to append to, or STDOUT for both in one; else it is kept for
+            `communicate`.
     """
 
     def __init__(
@@ -53,6 +55,8 @@ class Popen:
         for number, given in ((1, stdout), (2, stderr)):
             if hasattr(given, "name"):
                 self.files[number] = Path(given.name)
+        if stderr is STDOUT:
+            self.files[2] = self.files[1]
         environment = dict(os.environ if env is None else env)
         where = str(cwd or Path.cwd())
         self.process = CONTEXT.Process(
@@ -81,7 +85,7 @@ class Popen:
         """The exit code, once there is one."""
         self.process.join(timeout)
         if self.process.exitcode is None:
-            raise subprocess.TimeoutExpired(self.args, timeout)
+            raise TimeoutExpired(self.args, timeout)
         return self.process.exitcode
 
     def wait_until(self, condition: Callable[[], object], seconds: float = 90) -> None:

@@ -4,10 +4,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from bench import compile_ahead
 from bench.compile_ahead import Claims, describe, few_layers, group_of, groups_of
 from hamner.config.options import for_option
+from tests import forked
 
 ROOT = Path(__file__).parents[2]
 
@@ -88,7 +90,9 @@ def own_caches(monkeypatch, tmp_path):
     monkeypatch.setattr(compile_ahead, "WORTH_IT", 1)
 
 
-def test_a_pool_runs_the_rows_and_what_failed_is_told(own_caches):
+def test_a_pool_runs_the_rows_and_what_failed_is_told(own_caches, monkeypatch):
+    if not torch.cuda.is_available():  # a forked process has compiled kernels, see test_suite.py
+        monkeypatch.setattr(compile_ahead, "subprocess", forked)
     file, calls = "bench/test_dense_kernels.py", []
     rows = [
         row("test_rope", file, direction="backward", implementation="hamner"),

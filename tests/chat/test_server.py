@@ -3,11 +3,9 @@
 import contextlib
 import importlib
 import json
-import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -25,6 +23,7 @@ from hamner.data.tokenizer import load_tokenizer
 from hamner.errors import UserError
 from hamner.model.generate import Generator
 from hamner.model.sampling import Sampling
+from tests import forked
 from tests.chat.serving import DEFAULT, END, SlowScript, says, serving
 from tests.models import DENSE
 from tests.saved import save_run, sharp
@@ -555,17 +554,13 @@ def test_the_command_serves_a_real_model(tmp_path, tokenizer):
     """The greedy text is that of decoding without the server, streamed or not."""
     model = sharp(replace(DENSE, vocab_size=261))
     save_run(tmp_path / "runs" / "mine", model, chat=True)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "hamner.chat", "--serve", "0", "--device", "cpu"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-    )
+    command = [sys.executable, "-m", "hamner.chat", "--serve", "0", "--device", "cpu"]
+    said = tmp_path / "said.txt"
+    with said.open("w") as file:
+        process = forked.Popen(command, text=True, cwd=tmp_path, stdout=file)
     try:
-        process.stdout.readline()
-        url = re.search(r"http://127\.0\.0\.1:\d+/v1", process.stdout.readline())[0]
+        process.wait_until(lambda: said.read_text().count("\n") >= 2)
+        url = re.search(r"http://127\.0\.0\.1:\d+/v1", said.read_text().splitlines()[1])[0]
         prompt = render_prompt([Message("user", "Hi")], tokenizer)
         tokens = Generator(model, tokenizer).tokens(
             prompt, Sampling(temperature=0, repetition_penalty=1), seed=0, unpenalized=()

@@ -110,8 +110,9 @@ class FailureWatch:
 
     def _watch(self) -> None:
         """The thread runs this function."""
-        changes: dict[int, tuple[int, float]] = {}
-        """each rank's last sign that was another than before, and when it was seen"""
+        changes: dict[int, tuple[int, int]] = {}
+        """each rank's last sign that was another than before, and how many this one had given when
+        it was seen: a clock would count the time in which all processes were stopped"""
         while not self._stop.wait(INTERVAL):
             try:
                 self._give_sign()
@@ -126,11 +127,11 @@ class FailureWatch:
                     self.exit(EXIT_FAILED)
                 return
             del signs[self.rank.global_rank]
-            now = time.monotonic()
             for rank, sign in signs.items():
                 if rank not in changes or changes[rank][0] != sign["beats"]:
-                    changes[rank] = sign["beats"], now
-                if not sign["leaves"] and _is_dead(sign, silent=now - changes[rank][1]):
+                    changes[rank] = sign["beats"], self._beats
+                silent = INTERVAL * (self._beats - changes[rank][1])
+                if not sign["leaves"] and _is_dead(sign, silent):
                     self.end(
                         f"rank {rank} on {sign['host']} is dead (killed, or its machine is gone); "
                         f"rank {self.rank.global_rank} was in step {self.step + 1:,}"

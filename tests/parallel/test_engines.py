@@ -3,9 +3,12 @@
 import gc
 import json
 import os
+import signal
 import subprocess
+import time
 import weakref
 from dataclasses import replace
+from multiprocessing.synchronize import Event
 
 import pytest
 import torch
@@ -26,6 +29,7 @@ from hamner.train import setup
 from hamner.train.__main__ import parse
 from hamner.train.optimizer import Optimizer
 from hamner.train.step import TrainStep
+from tests.kills import CONTEXT
 from tests.models import DENSE, plain_ops
 from tests.models import build as build_model
 
@@ -114,6 +118,32 @@ def test_a_process_that_this_one_cannot_see_is_dead_only_once_it_is_silent():
     sign["system"] += " of another container"
     assert not failures._is_dead(sign, silent=1.0)
     assert failures._is_dead(sign, silent=failures.SILENT + 1.0)
+
+
+def watch_another_machine(begun: Event) -> None:
+    failures.INTERVAL, failures.SILENT = 0.05, 1.0
+    store = dist.HashStore()
+    sign = {"beats": 1, "system": "another machine", "host": "there", "leaves": False}
+    store.set("1", json.dumps(sign))
+    watch = FailureWatch(store, Rank(world_size=2, local_world_size=1))
+    watch.watch()
+    time.sleep(0.2)
+    begun.set()
+    time.sleep(0.3)
+    watch.close()
+
+
+def test_time_in_which_all_processes_are_stopped_is_no_silence():
+    """Another machine gives its next sign a moment after this one goes on."""
+    begun = CONTEXT.Event()
+    process = CONTEXT.Process(target=watch_another_machine, args=(begun,))
+    process.start()
+    assert begun.wait(30)
+    os.kill(process.pid, signal.SIGSTOP)
+    time.sleep(1.5)
+    os.kill(process.pid, signal.SIGCONT)
+    process.join()
+    assert process.exitcode == 0
 
 
 def test_a_repeated_command_resumes(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from pathlib import Path
 from bench.conditions import conditions, in_words
 from hamner.checkpoint.run_folder import RunFolder
 from hamner.checkpoint.saved_model import find_saved_model
+from hamner.config.sft import SftConfig
 from hamner.data.chat_template import Message
 from hamner.errors import UserError
 from hamner.files import read_records, write_whole
@@ -63,8 +64,7 @@ class Tuned:
     """A fine-tuning run has ended."""
 
     folder: Path
-    lr: float
-    epochs: int
+    config: SftConfig
     steps: int
     loss: float
     """the least of the held-out conversations, nats a token of their answers"""
@@ -84,40 +84,42 @@ def talk(base: Path, settings: Talk, extra: Sequence[str]) -> str:
     Raises:
         UserError: flags or data do not allow it, or a run was left before its end.
     """
-    folder = settings.output / "runs"
-    runs = [tune(base, folder, lr, epochs, settings.data, extra) for lr, epochs in TRIALS]
+    runs = []
+    for lr, epochs in TRIALS:
+        run = settings.output / "runs" / f"sft-lr{lr:g}-{epochs}-epochs"
+        own = {"checkpoint": base, "run-dir": run, "lr": lr, "epochs": epochs}
+        flags = [text for name, value in own.items() for text in (f"--{name}", str(value))]
+        runs.append(tune(sft.parse(["--data", *settings.data, *flags, *extra])))
     best = min(runs, key=lambda run: run.loss)
     text = "\n".join([*table(runs), "", *conversations(base, best.folder)])
     write_whole(settings.output / "chat.md", f"{text}\n")
     return text
 
 
-def tune(
-    base: Path, folder: Path, lr: float, epochs: int, data: Sequence[str], extra: Sequence[str]
-) -> Tuned:
-    """The function fine-tunes with one learning rate, in place of an earlier run.
+def tune(config: SftConfig) -> Tuned:
+    """The function fine-tunes, in place of an earlier run.
 
     Raises:
         UserError: flags or data do not allow it, or it was left before its end.
     """
-    run = folder / f"sft-lr{lr:g}-{epochs}-epochs"
-    own = {"checkpoint": base, "run-dir": run, "lr": lr, "epochs": epochs}
-    flags = [text for name, value in own.items() for text in (f"--{name}", str(value))]
-    config = sft.parse(["--data", *data, *flags, *extra])
-    shutil.rmtree(run, ignore_errors=True)
-    log = run.with_name(f"{run.name}.txt")
+    folder = config.run_dir
+    shutil.rmtree(folder, ignore_errors=True)
+    log = folder.with_name(f"{folder.name}.txt")
     with log.open("w") as said, contextlib.redirect_stdout(said):
         outcome = fine_tune(config)
-    losses = [record["val_loss"] for record in read_records(RunFolder(run).metrics)]
+    losses = [record["val_loss"] for record in read_records(RunFolder(folder).metrics)]
     losses = [loss for loss in losses if loss is not None]
     if outcome.exit_code or not losses:
-        raise UserError(f"{run.name} did not come to its end: see {log}, then start again")
-    return Tuned(run, lr, epochs, outcome.step, min(losses))
+        raise UserError(f"{folder.name} did not come to its end: see {log}, then start again")
+    return Tuned(folder, config, outcome.step, min(losses))
 
 
 def table(runs: Sequence[Tuned]) -> list[str]:
     """The function gives the fine-tuning runs as lines of Markdown."""
-    rows = [f"| {run.lr:g} | {run.epochs} | {run.steps} | {run.loss:.3f} |" for run in runs]
+    rows = [
+        f"| {run.config.lr:g} | {run.config.sft.epochs:g} | {run.steps} | {run.loss:.3f} |"
+        for run in runs
+    ]
     head = ["| peak lr | epochs | steps | loss of held-out answers, nats |", "|---|---|---|---|"]
     return [in_words(conditions()), "", *head, *rows]
 

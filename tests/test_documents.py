@@ -51,6 +51,7 @@ SUBCOMMANDS = (
     "current",
     "ladder",
     "long",
+    "chat",
     "run",
 )
 SUBCOMMANDS += ("report", "fit")

@@ -1,11 +1,10 @@
 """Triton's interpreter without work that it repeats, and with the same results on every CPU.
 
-A launch exchanges what `triton.language` offers for functions that compute with NumPy, which Triton
-finds by looking through its modules, milliseconds each time. It does so again in every call that
-one jitted function makes of another, thousands in a launch, although nothing has changed it back.
-With every sum and product of integers it computes in 64 bits whether they overflow, half of all
-time, and drops the answer, which only a debugger's assertions read. And for every result it makes
-its type and its shape anew.
+A launch exchanges what `triton.language` offers for functions that compute with NumPy. Triton does
+so again in every call that one jitted function makes of another, thousands in a launch, although
+nothing has changed it back. With every sum and product of integers it computes in 64 bits whether
+they overflow, half of all time, and drops the answer, which only a debugger's assertions read. And
+for every result it makes its type and its shape anew.
 
 It multiplies tiles by NumPy, whose BLAS sums in an order of the CPU's: that of some makes x times
 its own transpose unsymmetric in the last bit, and decides how near to a bound an error comes.
@@ -22,8 +21,6 @@ from triton.runtime import interpreter
 _exchange = interpreter._patch_lang
 _exchanged: set[str] = set()
 """modules whose functions are exchanged in the launch at hand"""
-_exchanges: dict[tuple[frozenset[str], frozenset[str]], list[tuple[object, str, object]]] = {}
-"""what stands for what, by the modules to be exchanged and those that were before"""
 _find_numpy_type = interpreter._get_np_dtype
 _numpy_types = {}
 """by name of Triton's type, as types cannot all be keys; so are the others"""
@@ -59,15 +56,7 @@ def _exchange_once(function) -> _Scope:
     modules = _modules(function)
     if modules and modules <= _exchanged:
         return _Scope()
-    key = modules, frozenset(_exchanged)
-    if key in _exchanges:
-        scope = interpreter._LangPatchScope()
-        for change in _exchanges[key]:
-            scope.set_attr(*change)
-    else:
-        scope = _exchange(function)
-        changes = ((owner, name) for owner, name, _ in scope._changes)
-        _exchanges[key] = [(owner, name, getattr(owner, name)) for owner, name in changes]
+    scope = _exchange(function)
     _exchanged.update(modules)
     return _Scope(scope)
 

@@ -3,7 +3,6 @@
 import gc
 import json
 import os
-import signal
 import subprocess
 import time
 import weakref
@@ -29,9 +28,9 @@ from hamner.train import setup
 from hamner.train.__main__ import parse
 from hamner.train.optimizer import Optimizer
 from hamner.train.step import TrainStep
-from tests.kills import CONTEXT
 from tests.models import DENSE, plain_ops
 from tests.models import build as build_model
+from tests.stops import run_with_a_stop
 
 FOUR = Rank(global_rank=1, world_size=4, local_rank=1, local_world_size=4)
 
@@ -135,15 +134,7 @@ def watch_another_machine(begun: Event) -> None:
 
 def test_time_in_which_all_processes_are_stopped_is_no_silence():
     """Another machine gives its next sign a moment after this one goes on."""
-    begun = CONTEXT.Event()
-    process = CONTEXT.Process(target=watch_another_machine, args=(begun,))
-    process.start()
-    assert begun.wait(30)
-    os.kill(process.pid, signal.SIGSTOP)
-    time.sleep(1.5)
-    os.kill(process.pid, signal.SIGCONT)
-    process.join()
-    assert process.exitcode == 0
+    assert run_with_a_stop(watch_another_machine) == 0
 
 
 def test_a_repeated_command_resumes(tmp_path, monkeypatch):

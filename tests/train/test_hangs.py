@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import os
-import signal
 import sys
 import threading
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from hamner.train.health import Watchdog
 from tests.kills import CONTEXT
+from tests.stops import run_with_a_stop
 
 MINUTES = 0.2 / 60
 
@@ -120,7 +120,7 @@ def test_stacks_of_threads_that_run_on_do_not_crash(tmp_path):
     assert "in come_and_go" in (tmp_path / "stacks.txt").read_text()
 
 
-def go_on_after_a_stop(stacks: Path, begun: Event, hung: Event) -> None:
+def go_on_after_a_stop(begun: Event, stacks: Path, hung: Event) -> None:
     with Watchdog(1 / 60, stacks, lambda _: hung.set()):
         begun.set()
         for _ in range(10):
@@ -129,17 +129,8 @@ def go_on_after_a_stop(stacks: Path, begun: Event, hung: Event) -> None:
 
 def test_time_in_which_the_process_is_stopped_does_not_count(tmp_path):
     """Half a second without a beat, cut in two by a second and a half, is no hang of a second."""
-    begun, hung = CONTEXT.Event(), CONTEXT.Event()
-    process = CONTEXT.Process(
-        target=go_on_after_a_stop, args=(tmp_path / "stacks.txt", begun, hung)
-    )
-    process.start()
-    assert begun.wait(30)
-    os.kill(process.pid, signal.SIGSTOP)
-    time.sleep(1.5)
-    os.kill(process.pid, signal.SIGCONT)
-    process.join()
-    assert process.exitcode == 0
+    hung = CONTEXT.Event()
+    assert run_with_a_stop(go_on_after_a_stop, tmp_path / "stacks.txt", hung) == 0
     assert not hung.is_set()
 
 

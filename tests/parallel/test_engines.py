@@ -128,7 +128,13 @@ def watch_another_machine(begun: Event) -> None:
     watch.watch()
     time.sleep(0.2)
     begun.set()
-    time.sleep(0.3)
+    before = time.monotonic()
+    while (now := time.monotonic()) - before < 1.0:  # until the stop
+        before = now
+        time.sleep(0.01)
+    looks = watch._beats + 3
+    while watch._beats < looks:
+        time.sleep(0.01)
     watch.close()
 
 

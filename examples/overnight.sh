@@ -3,7 +3,7 @@
 # again after Ctrl-C, a kill or a power cut it goes on where it was. From the repository, set up as
 # README.md says:
 #
-#   examples/overnight.sh                               1B tokens: a night of a 3090 (projected, 12 h)
+#   examples/overnight.sh                               1B tokens: a night of a 3090 (projected, 13 h)
 #   nohup examples/overnight.sh > overnight.txt &       without a terminal
 #   TOKENS=10e9 FOLDER=runs/plan examples/overnight.sh  the whole plan: five days
 #   examples/overnight.sh --vram-budget 20              flags of hamner.train, at every start
@@ -19,7 +19,8 @@ RECIPE=${RECIPE:-muon}
 TOKENS=${TOKENS:-1e9}
 DATA=${DATA:-hf:HuggingFaceFW/fineweb-edu:sample-10BT} # SPECs of hamner.data, by spaces
 PERSONAL=${PERSONAL:-}                                 # a SPEC; a twentieth of the tokens is its
-CONVERSATIONS=${CONVERSATIONS:-builtin}                # SPECs of hamner.sft, by spaces
+CONVERSATIONS=${CONVERSATIONS:-hf:HuggingFaceTB/smol-smoltalk} # SPECs of hamner.sft, by spaces
+TUNING=${TUNING:---lr 1e-4 --steps 10000}              # flags of hamner.sft: an hour of a 3090
 FOLDER=${FOLDER:-runs/overnight}
 
 mkdir -p "$FOLDER"
@@ -30,6 +31,7 @@ if ! flock --nonblock 9; then
 fi
 read -ra data <<< "$DATA"
 read -ra conversations <<< "$CONVERSATIONS"
+read -ra tuning <<< "$TUNING"
 vocabulary=()
 if [ "$OPTION" = tiny ]; then vocabulary=(--vocab-size 4096); fi
 share="" personal=()
@@ -65,13 +67,15 @@ begin_with() { # STAGE NAME...
 refuse_others shards DATA
 refuse_others base OPTION RECIPE PERSONAL
 if [ -e "$FOLDER/base.done" ]; then refuse_others base TOKENS; fi # until then training takes others
-refuse_others chat CONVERSATIONS
+refuse_others chat CONVERSATIONS TUNING
 
-if is_left trial; then # one step: what training refuses is said before hours of shards
-    rm -rf "$FOLDER/trial"
+if is_left trial; then # one step of each: what they refuse is said before hours of shards
+    rm -rf "$FOLDER/trial" "$FOLDER/trial-chat"
     "$PYTHON" -m hamner.train --option "$OPTION" --recipe "$RECIPE" --data "builtin$share" \
         "${personal[@]}" --tokens "$TOKENS" --run-dir "$FOLDER/trial" "$@" --stop-after 1
-    rm -r "$FOLDER/trial"
+    "$PYTHON" -m hamner.sft --checkpoint "$FOLDER/trial" --data "${conversations[@]}" \
+        "${tuning[@]}" --run-dir "$FOLDER/trial-chat" --stop-after 1
+    rm -r "$FOLDER/trial" "$FOLDER/trial-chat"
     touch "$FOLDER/trial.done"
 fi
 
@@ -91,8 +95,8 @@ if is_left base; then
 fi
 
 if is_left chat; then
-    begin_with chat CONVERSATIONS
-    begin=(--checkpoint "$FOLDER/base" --data "${conversations[@]}")
+    begin_with chat CONVERSATIONS TUNING
+    begin=(--checkpoint "$FOLDER/base" --data "${conversations[@]}" "${tuning[@]}")
     if [ -e "$FOLDER/chat/config.json" ]; then begin=(--resume); fi
     "$PYTHON" -m hamner.sft "${begin[@]}" --run-dir "$FOLDER/chat"
     touch "$FOLDER/chat.done"

@@ -69,6 +69,7 @@ STAGES = {
     "TOKENS": "base",
     "DATA": "shards",
     "CONVERSATIONS": "chat",
+    "TUNING": "chat",
 }
 """what each value is of"""
 
@@ -93,6 +94,8 @@ class Night:
             "OPTION": "tiny",
             "TOKENS": "16384",
             "DATA": corpus.name,
+            "CONVERSATIONS": "builtin",
+            "TUNING": "--epochs 3",
             "FOLDER": "out",
         }
 
@@ -152,9 +155,10 @@ def test_a_night_that_is_killed_goes_on_to_its_end(tmp_path):
 
     commands = night.run(in_pre_training)
     modules = [command[1] for command in commands]
-    assert modules == ["hamner.train", "hamner.data", "hamner.train"], night.errors
+    begun = ["hamner.train", "hamner.sft", "hamner.data", "hamner.train"]
+    assert modules == begun, night.errors
     assert night.code == -signal.SIGKILL
-    assert not (tmp_path / "out" / "trial").exists()
+    assert not any((tmp_path / "out").glob("trial*/"))
     commands = night.run(in_fine_tuning)
     assert [command[1] for command in commands] == ["hamner.train", "hamner.sft"], night.errors
     assert ("--resume" in commands[0], "--resume" in commands[1]) == (True, False)
@@ -186,27 +190,31 @@ def test_a_night_that_is_killed_goes_on_to_its_end(tmp_path):
 def test_a_night_ends_with_what_fails_in_it(tmp_path):
     night = Night(tmp_path)
     night.environment["DATA"] = "nothing.jsonl"
-    assert [command[1] for command in night.run()] == ["hamner.train", "hamner.data"]
+    modules = [command[1] for command in night.run()]
+    assert modules == ["hamner.train", "hamner.sft", "hamner.data"]
     assert night.code == 2
     assert "error: --data nothing.jsonl: no such file" in night.errors
     assert not (tmp_path / "out" / "shards.done").exists()
 
 
 @pytest.mark.parametrize(
-    ("flags", "environment", "said"),
+    ("flags", "environment", "module", "said"),
     [
-        (("--lr", "-1"), {}, "error: --lr -1.0 must be above 0"),
-        ((), {"OPTION": "z"}, "error: --option z is not one of tiny"),
-        ((), {"PERSONAL": "none.jsonl"}, "error: --data none.jsonl: no such file"),
+        (("--lr", "-1"), {}, "hamner.train", "error: --lr -1.0 must be above 0"),
+        ((), {"OPTION": "z"}, "hamner.train", "error: --option z is not one of tiny"),
+        ((), {"PERSONAL": "none.jsonl"}, "hamner.train", "error: --data none.jsonl: no such file"),
+        ((), {"CONVERSATIONS": "none.jsonl"}, "hamner.sft", "error: --data none.jsonl: no such"),
+        ((), {"TUNING": "--lr -1"}, "hamner.sft", "error: --lr -1.0 must be above 0"),
     ],
-    ids=["flag", "option", "data"],
+    ids=["flag", "option", "data", "conversations", "tuning"],
 )
-def test_what_training_refuses_is_said_before_hours_of_shards(flags, environment, said, tmp_path):
+def test_what_is_refused_is_said_before_hours_of_shards(flags, environment, module, said, tmp_path):
     night = Night(tmp_path, [*SMALL, *flags])
     night.environment |= environment
-    assert [command[1] for command in night.run()] == ["hamner.train"]
+    assert night.run()[-1][1] == module
     assert night.code == 2
     assert said in night.errors
+    assert not (tmp_path / "out" / "shards.begun").exists()
 
 
 def test_a_second_start_in_the_same_folder_is_refused(tmp_path):

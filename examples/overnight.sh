@@ -3,7 +3,7 @@
 # again after Ctrl-C, a kill or a power cut it goes on where it was. From the repository, set up as
 # README.md says:
 #
-#   examples/overnight.sh                               1B tokens: a night of a 3090 (projected, 13 h)
+#   examples/overnight.sh                               1B tokens: a night of a 3090 (projected, 12 h)
 #   nohup examples/overnight.sh > overnight.txt &       without a terminal
 #   TOKENS=10e9 FOLDER=runs/plan examples/overnight.sh  the whole plan: five days
 #   examples/overnight.sh --vram-budget 20              flags of hamner.train, at every start

@@ -368,10 +368,17 @@ def test_sentences_quote_the_plan():
     assert f"{hours[1] / 24:.0f}" == "5"
     assert "the whole plan: five days" in overnight
     assert "about five days" in read(README)[0]
+    tuning = make_plan(replace(option, batch_size=8, tokens=10_000 * 8 * 1024), card)
+    assert f"{tuning.hours:.0f}" == "1"
+    assert "--steps 10000}              # flags of hamner.sft: an hour of a 3090" in overnight
     normed = replace(option, model=replace(option.model, qk_norm=True))
     with_it, without = (make_plan(o, card).prediction.step_ms for o in (normed, option))
     more = f"{with_it - without:.1f} ms longer on a 3090 ({with_it / without - 1:.1%})"
     assert more in read("docs/recipes.md")[0]
+    long = make_plan(replace(muon, model=normed.model, tokens=250e6), card)
+    best, worst = long.prediction.interval.hours(250e6)
+    said = f"{long.hours:.1f} hours of an RTX 3090 ({best:.1f}–{worst:.1f}, projected"
+    assert said in read("docs/recipes.md")[0]
     two = make_plan(option, card, Parallelism("auto", 2, 1, 10.0))
     said = f"{two.prediction.tokens_per_second:,.0f} tokens/s, {two.efficiency:.0%} of twice"
     assert said in read("docs/several-gpus.md")[0]

@@ -205,6 +205,16 @@ def test_length_follows_from_the_epochs(config):
     assert total_tokens(fixed) == 7 * 4 * 64
 
 
+@pytest.mark.parametrize(("lr", "is_little"), [(1e-5, True), (1e-4, True), (1e-3, False)])
+def test_a_run_that_is_short_for_its_learning_rate_is_told_so(lr, is_little, config, capsys):
+    fine_tune(replace(config, lr=lr, min_lr=lr / 10))
+    said = f"16 steps with a peak --lr of {lr:g} will teach little: of 350 KB"
+    assert (said in capsys.readouterr().out) == is_little
+    longer = replace(config, lr=lr, min_lr=lr / 10, steps=20)
+    fine_tune(with_run(longer, resume=True))
+    assert "will teach little" not in capsys.readouterr().out
+
+
 def test_bad_data_leaves_no_run_folder(config, tmp_path):
     silent = tmp_path / "silent.jsonl"
     silent.write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n')

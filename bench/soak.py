@@ -10,6 +10,7 @@ handles must stay flat within each start.
 """
 
 import json
+import math
 import random
 import signal
 import statistics
@@ -17,7 +18,7 @@ import subprocess
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from bench.faulty_train import Faults
 from bench.restarts import RestartedRun, is_same, make_output
@@ -28,11 +29,29 @@ WARM_UP_SECONDS = 45.0
 """of a start, before its memory and handles are looked at"""
 LARGEST_GROWTH = 0.02
 """of the memory within the time it was watched"""
+ERRORS = 1.65
+"""standard errors by which a growth must exceed that: one-sided, 95%"""
 MOST_FILES = 4
 """by which the handles may differ: a save and a source open some"""
 BAD_DAY = Faults(flush_seconds=1.0, disk_failure=0.05, source_stall=0.002, source_failure=0.0005)
 STEPS = "1000000"
 """of the schedule: neither run gets there"""
+
+
+class Growth(NamedTuple):
+    """Memory has grown within the starts."""
+
+    slope: float
+    """MiB an hour"""
+    share: float
+    """of the mean level, in the longest time that a start was watched"""
+    error: float
+    """standard error of the share; 0 of one start"""
+
+    @property
+    def is_flat(self) -> bool:
+        """Short starts differ by more than a run grows: what they may do by chance is no growth."""
+        return self.share - ERRORS * self.error <= LARGEST_GROWTH
 
 
 @dataclass(frozen=True)
@@ -72,24 +91,26 @@ class Run(RestartedRun):
         ]
         super().__init__(soak.output, name, ["bench.faulty_train", str(given)], flags)
 
-    def growth(self, field: str) -> tuple[float, float]:
-        """The method gives the slope of a field within the starts, per hour, and what it comes to
-        in the time watched.
-
-        Least squares with a level of its own for each start; the second value is a share of the
-        mean level.
-        """
+    def growth(self, field: str) -> Growth:
+        """The method gives by how much a field grows within the starts: least squares with a level
+        of its own for each, and the error from how much their slopes differ."""
         starts = self.watched()
-        moments = square = longest = 0.0
+        moments, squares, longest = [], [], 0.0
         for lines in starts:
             at = statistics.fmean(line["seconds"] for line in lines)
             level = statistics.fmean(line[field] for line in lines)
-            moments += sum((line["seconds"] - at) * (line[field] - level) for line in lines)
-            square += sum((line["seconds"] - at) ** 2 for line in lines)
+            moments.append(sum((line["seconds"] - at) * (line[field] - level) for line in lines))
+            squares.append(sum((line["seconds"] - at) ** 2 for line in lines))
             longest = max(longest, lines[-1]["seconds"] - lines[0]["seconds"])
+        slope = sum(moments) / sum(squares)
+        error = 0.0
+        if len(starts) > 1:
+            pairs = zip(moments, squares, strict=True)
+            scatter = sum((moment - square * slope) ** 2 for moment, square in pairs)
+            error = math.sqrt(scatter * len(starts) / (len(starts) - 1)) / sum(squares)
         mean = statistics.fmean(line[field] for lines in starts for line in lines)
-        slope = moments / square
-        return 3600 * slope, slope * longest / mean if mean else 0.0
+        share = longest / mean if mean else 0.0
+        return Growth(3600 * slope, slope * share, error * share)
 
     def files(self) -> tuple[int, int]:
         """The method gives the fewest and most median file handles of the starts' first and last
@@ -179,9 +200,10 @@ def is_flat(run: Run) -> bool:
         print(f"{name}: no start was watched long enough to judge its memory")
         return False
     for field in ("rss_mib", "vram_mib", "reserved_mib"):
-        slope, growth = run.growth(field)
-        flat &= growth <= LARGEST_GROWTH
-        print(f"{name}: {field} {slope:+.1f} MiB/h, {growth:+.2%} of its level while watched")
+        grown = run.growth(field)
+        flat &= grown.is_flat
+        share = f"{grown.share:+.2%} (standard error {grown.error:.2%})"
+        print(f"{name}: {field} {grown.slope:+.1f} MiB/h, {share} of its level while watched")
     fewest, most = run.files()
     print(f"{name}: {fewest} to {most} file handles")
     return flat and most - fewest <= MOST_FILES

@@ -7,7 +7,6 @@ import subprocess
 import time
 import weakref
 from dataclasses import replace
-from multiprocessing.synchronize import Event
 
 import pytest
 import torch
@@ -30,7 +29,7 @@ from hamner.train.optimizer import Optimizer
 from hamner.train.step import TrainStep
 from tests.models import DENSE, plain_ops
 from tests.models import build as build_model
-from tests.stops import run_with_a_stop
+from tests.stops import run_with_a_stop, stop
 
 FOUR = Rank(global_rank=1, world_size=4, local_rank=1, local_world_size=4)
 
@@ -119,7 +118,7 @@ def test_a_process_that_this_one_cannot_see_is_dead_only_once_it_is_silent():
     assert failures._is_dead(sign, silent=failures.SILENT + 1.0)
 
 
-def watch_another_machine(begun: Event) -> None:
+def watch_another_machine() -> None:
     failures.INTERVAL, failures.SILENT = 0.05, 1.0
     store = dist.HashStore()
     sign = {"beats": 1, "system": "another machine", "host": "there", "leaves": False}
@@ -127,11 +126,7 @@ def watch_another_machine(begun: Event) -> None:
     watch = FailureWatch(store, Rank(world_size=2, local_world_size=1))
     watch.watch()
     time.sleep(0.2)
-    begun.set()
-    before = time.monotonic()
-    while (now := time.monotonic()) - before < 1.0:  # until the stop
-        before = now
-        time.sleep(0.01)
+    stop()
     looks = watch._beats + 3
     while watch._beats < looks:
         time.sleep(0.01)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hamner.train.health import Watchdog
 from tests.kills import CONTEXT
-from tests.stops import run_with_a_stop
+from tests.stops import run_with_a_stop, stop
 
 MINUTES = 0.2 / 60
 
@@ -120,11 +120,11 @@ def test_stacks_of_threads_that_run_on_do_not_crash(tmp_path):
     assert "in come_and_go" in (tmp_path / "stacks.txt").read_text()
 
 
-def go_on_after_a_stop(begun: Event, stacks: Path, hung: Event) -> None:
+def go_on_after_a_stop(stacks: Path, hung: Event) -> None:
     with Watchdog(1 / 60, stacks, lambda _: hung.set()):
-        begun.set()
-        for _ in range(10):
-            time.sleep(0.05)
+        time.sleep(0.25)
+        stop()
+        time.sleep(0.25)
 
 
 def test_time_in_which_the_process_is_stopped_does_not_count(tmp_path):

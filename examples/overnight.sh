@@ -49,7 +49,7 @@ refuse_others() { # STAGE NAME...
     local name was
     if [ ! -e "$FOLDER/$1" ] || [ ! -e "$FOLDER/$1.begun" ]; then return 0; fi
     for name in "${@:2}"; do
-        was=$(grep "^$name=" "$FOLDER/$1.begun")
+        was=$(grep "^$name=" "$FOLDER/$1.begun") || continue # an earlier script did not write it
         if [ "$was" != "$name=${!name}" ]; then
             echo "error: $FOLDER/$1 was begun with $was, not $name=${!name}: start again with that" \
                 "or in another FOLDER" >&2

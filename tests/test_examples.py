@@ -185,6 +185,10 @@ def test_a_night_that_is_killed_goes_on_to_its_end(tmp_path):
         )
         assert re.fullmatch(f"{sentence} with that or in another FOLDER\n", night.said)
         night.environment = before.copy()
+    begun = tmp_path / "out" / "chat.begun"
+    begun.write_text(begun.read_text().replace("TUNING", "OTHER"))  # as by an earlier script
+    assert night.run() == []
+    assert night.code == 0
 
 
 def test_a_night_ends_with_what_fails_in_it(tmp_path):

@@ -82,11 +82,11 @@ def scheduled(config: TrainConfig, epochs: float, rows_per_epoch: int) -> TrainC
 
 def advise(config: TrainConfig) -> str | None:
     """The function says how to learn more, where a run is short for its learning rate."""
-    steps = round(total_tokens(config) / config.tokens_per_step)
+    steps = total_tokens(config) // config.tokens_per_step
     if steps * config.lr >= LITTLE:
         return None
     return (
         f"{steps:,} step{'s' if steps > 1 else ''} with a peak --lr of {config.lr:g} will teach "
-        "little: of 350 KB of conversations, 28 steps, option a learned next to nothing with 1e-5, "
-        "and most with --lr 1e-4 --epochs 6 (docs/recipes.md)"
+        "little: of 350 KB of conversations, 28 steps, option a learned least with 1e-5 and most "
+        "with --lr 1e-4 --epochs 6 (docs/recipes.md)"
     )

@@ -130,7 +130,8 @@ def one_scale_mlp(*inputs: Tensor, eps: float, recompute: bool, **int8) -> tuple
     """The op is `Ops.norm_mlp` whose down has one scale for each of its operands."""
     *norm, down_weight = inputs
     how = {name: int8[f"gate_up_{name}"] for name in ("matmul", "errors")}
-    gate_up, stream = add_rms_norm_linear(*norm, eps=eps, recompute=recompute, **how)
+    how |= {"eps": eps, "recompute": recompute}
+    gate_up, stream = add_rms_norm_linear(*norm, grouped_gradient=True, **how)
     return one_scale_linear(swiglu(gate_up), down_weight), stream
 
 

@@ -17,16 +17,17 @@ its results, their run is bf16's arm, and the others have its hyper-parameters.
 
     FOLDER/results.jsonl    one object a finished run
     FOLDER/shards-*/        the data, tokenized once
-    FOLDER/runs/            runs under way; bf16's of the first seed stays, for bench.int8_gradients
+    FOLDER/runs/            runs under way; the first one stays, for bench.int8_gradients
 
 `report` gives the paired differences to bf16's: of the validation loss at the end, with a 95%
 interval over the seeds (Student's t), beside the spread of bf16's seeds; and the slope over tokens
 of the difference in training loss over the last two thirds of the runs, with one seed's interval
-from the means of its parts. What the gap costs in tokens, at the tokens that the option is planned
-for, is by the scaling law of hamner.plan; with --speed, how many times faster int8 is, it gives
-what is left of that:
+from the means of its parts. Operands that lose too much by quantisation go back to bf16 on the way,
+so it says what share of the int8 products was left. What the gap costs in tokens, at the tokens
+that the option is planned for, is by the scaling law of hamner.plan; with --speed, how many times
+faster int8 is, it gives what is left of that:
 
-    python -m bench.int8_loss report FOLDER --speed int8 1.42
+    python -m bench.int8_loss report FOLDER --speed int8 1.40
 """
 
 import math
@@ -211,7 +212,7 @@ def run(settings: RunConfig, extra: Sequence[str]) -> int:
         PART,
         left,
         known=(settings.known,) if known else (),
-        stays=lambda trial: trial.matmul == "bf16" and trial.seed == settings.seeds[0],
+        stays=lambda trial: trial.key == wanted[0].key,
     )
     keep_known(settings, extra, known)
     print(f"{len(todo)} runs are left" if todo else "done", flush=True)

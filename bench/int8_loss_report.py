@@ -17,8 +17,11 @@ from scipy import stats
 from bench.recipe_statistics import half_interval, with_interval
 from bench.recipe_trials import Trial
 from hamner.config.options import OPTIONS
+from hamner.kernels.int8_linear import products
+from hamner.model.int8 import Operand
 from hamner.plan.loss import BESIROGLU
 from hamner.plan.words import short
+from hamner.train.int8_guard import Int8Guard
 
 WANTED_GAP, LARGEST_GAP = 0.005, 0.01
 """nats a token: what is wanted, and above which int8 does not ship"""
@@ -94,6 +97,24 @@ def share_of_tokens(gap: float, option: str) -> float:
     return math.inf if reached is None else reached / tokens
 
 
+def int8_share(result: Mapping, option: str) -> float:
+    """The function gives the share of a run's int8 products, by FLOPs and steps, that were int8:
+    the others had an operand that went back to bf16."""
+    model = OPTIONS[option].model
+    width, inner = model.hidden_size, model.expert_intermediate_size
+    sizes = {"qkv": model.qkv_size, "o": width, "gate_up": 2 * inner, "down": inner}
+    total = model.num_layers * len(products(result["flags"][-1])) * sum(sizes.values())
+    first_steps: dict[tuple, int] = {}
+    for *operand, first in result[Int8Guard.KEY]:
+        matmul = Operand(*operand).matmul
+        first_steps[matmul] = min(first, first_steps.get(matmul, first))
+    lost = sum(
+        sizes[linear] * (result["steps"] + 1 - first) / result["steps"]
+        for (_, linear, _), first in first_steps.items()
+    )
+    return 1 - lost / total
+
+
 def describe(
     arms: Mapping[str, Mapping[int, Mapping]], option: str, speeds: Mapping[str, float]
 ) -> list[str]:
@@ -140,6 +161,13 @@ def describe_pairs(
         f"{matmul}: gap {with_interval(gap, half_interval(gaps))} nats a token over {len(found)} "
         f"seeds, {verdict}; slope {with_interval(slope, slope_half)} per 100M tokens"
     ]
+    shares = [int8_share(result, option) for result, _ in both if Int8Guard.KEY in result]
+    if shares:
+        fallen = [str(len(result[Int8Guard.KEY])) for result, _ in both]
+        lines.append(
+            f"{matmul}: {statistics.fmean(shares):.1%} of its products stayed int8; operands that "
+            f"went back to bf16, by seed: {', '.join(fallen)}"
+        )
     speeds = [
         result["tokens_per_second"] / base["tokens_per_second"]
         for result, base in both

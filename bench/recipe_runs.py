@@ -34,6 +34,7 @@ from hamner.evaluate.evaluation import open_held_out
 from hamner.files import read_records
 from hamner.train import __main__ as train
 from hamner.train.data import RunData, open_loader
+from hamner.train.int8_guard import Int8Guard
 from hamner.train.loop import train as run_training
 
 ONE_SHARD = 2**40
@@ -248,9 +249,17 @@ def describe(trial: Trial, config: TrainConfig, data: Prepared, loss: float | No
             "validation_bytes": data.validation_bytes,
             "epochs": round(trial.tokens / data.train_tokens, 3),
         },
+        **({} if config.matmul == "bf16" else {Int8Guard.KEY: fallen_operands(config.folder)}),
         "curve": curve_of(records),
         "conditions": conditions(),
     }
+
+
+def fallen_operands(folder: Path) -> list[list]:
+    """The function gives the operands of a run that went back to bf16, as its last checkpoint has
+    them: layer, linear layer, operand, and the first step in bf16."""
+    newest, _ = checkpoint.newest_whole(RunFolder(folder).checkpoints)
+    return [] if newest is None else newest.state().get(Int8Guard.KEY, [])
 
 
 def settings_of(config: TrainConfig) -> dict:

@@ -97,7 +97,7 @@ def swiglu_int8_forward(m):
 
 def swiglu_int8_backward(m):
     d_h, gate_up = randn(N, INTERMEDIATE), randn(N, 2 * INTERMEDIATE)
-    quantised = empty_int8(gate_up, gate_up.shape, grouped=False)
+    quantised = empty_int8(gate_up, gate_up.shape, grouped=True)
     return lambda: m.launch_swiglu_backward(d_h, gate_up, h=d_h, quantised=quantised)
 
 
@@ -255,6 +255,10 @@ def grouped(matrices: int) -> Cost:
 
 
 _ROW_TILES = grid((1024, 2048, 4096, 8192), (2, 4, 8))
+# Of 256 columns: 4 to 32 elements a thread.
+_INT8_TILES = [
+    row for row in grid((2, 4, 8, 16, 32), (1, 2, 4, 8, 16)) if 4 <= 8 * row[0] / row[1] <= 32
+]
 
 
 def matmul_tiles(stages: tuple[int, ...], accumulators: int = 1) -> list[tuple]:
@@ -318,19 +322,14 @@ KERNELS: dict[str, dict[str, Tunable]] = {
         "int8 forward": Tunable(
             "swiglu",
             ("int8_forward_block_m", "int8_forward_warps"),
-            # 4 to 32 elements a thread
-            [
-                row
-                for row in grid((2, 4, 8, 16, 32), (1, 2, 4, 8, 16))
-                if 4 <= 8 * row[0] / row[1] <= 32
-            ],
+            _INT8_TILES,
             swiglu_int8_forward,
             Cost(bytes=5 * N * INTERMEDIATE),  # gate and up, and a byte an element of h
         ),
         "int8 backward": Tunable(
             "swiglu",
-            ("int8_backward_elements",),
-            grid((4, 8, 16, 32)),
+            ("int8_backward_block_m", "int8_backward_warps"),
+            _INT8_TILES,
             swiglu_int8_backward,
             costs.swiglu(N * INTERMEDIATE, backward=True, recompute=True)
             + Cost(bytes=2 * N * INTERMEDIATE),

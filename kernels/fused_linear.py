@@ -81,6 +81,7 @@ def _rms_norm_linear_op(
     num_kv_heads: int = 0,
     matmul: str = "bf16",
     errors: Tensor | None = None,
+    grouped_gradient: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if "forward" not in products(matmul):
         normed, new_residual, rstd = launch_rms_norm(x, residual, norm_weight, eps)
@@ -122,6 +123,7 @@ def _rms_norm_linear_backward_op(
     num_kv_heads: int = 0,
     matmul: str = "bf16",
     measures: bool = False,
+    grouped_gradient: bool = False,
     values: Tensor | None = None,  # d_out quantised by rows, where there is no RoPE, and its scales
     scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -133,20 +135,22 @@ def _rms_norm_linear_backward_op(
         )  # fmt: skip
     d_out = d_out.reshape(-1, weight.shape[0])
     rows = None if values is None else Int8Matrix(values, scales)
-    d_normed = data_gradient(d_out, weight, matmul, rows=rows)
+    d_normed = data_gradient(d_out, weight, matmul, grouped=grouped_gradient, rows=rows)
     recomputed = d_normed if normed is None else None
     d_x, d_norm_weight = launch_rms_norm_backward(
         d_normed, d_residual, x, weight=norm_weight, rstd=rstd, y=recomputed
     )
     operand = recomputed if normed is None else normed.reshape(-1, weight.shape[1])
-    errors = measure_errors(d_out, operand, weight, matmul, measures=measures)
+    grouped = "data_gradient" if grouped_gradient else None
+    errors = measure_errors(d_out, operand, weight, matmul, measures=measures, grouped=grouped)
     return d_x, d_norm_weight, weight_gradient(d_out, operand, matmul), errors
 
 
 @_rms_norm_linear_backward_op.register_fake
 def _(
     d_out, d_residual, x, rstd, normed, norm_weight, weight, cos=None, sin=None, positions=None,
-    num_heads=0, num_kv_heads=0, matmul="bf16", measures=False, values=None, scales=None,
+    num_heads=0, num_kv_heads=0, matmul="bf16", measures=False, grouped_gradient=False,
+    values=None, scales=None,
 ):  # fmt: skip
     gradients = (like.new_empty(like.shape) for like in (x, norm_weight, weight))
     return *gradients, empty_errors(x, measures=measures)
@@ -154,7 +158,7 @@ def _(
 
 def _rms_norm_linear_setup_context(ctx, inputs, output):
     x, residual, norm_weight, weight, _, recompute, *rest = inputs
-    *tables, num_heads, num_kv_heads, matmul, errors = rest
+    *tables, num_heads, num_kv_heads, matmul, errors, grouped_gradient = rest
     _, new_residual, rstd, normed = output
     ctx.has_residual = residual is not None
     ctx.settings = {
@@ -162,6 +166,7 @@ def _rms_norm_linear_setup_context(ctx, inputs, output):
         "num_kv_heads": num_kv_heads,
         "matmul": matmul,
         "measures": errors is not None,
+        "grouped_gradient": grouped_gradient,
     }
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(rstd, normed, *(() if ctx.has_residual else (new_residual,)))
@@ -173,13 +178,13 @@ def _rms_norm_linear_setup_context(ctx, inputs, output):
 def _rms_norm_linear_backward(ctx, d_out, d_residual, _d_rstd, _d_normed):
     no_gradients = (None,) * 8
     if d_out is None:
-        return d_residual, d_residual, None, None, *no_gradients, None
+        return d_residual, d_residual, None, None, *no_gradients, None, None
     d_x, d_norm_weight, d_weight, d_errors = _rms_norm_linear_backward_op(
         d_out, d_residual, *ctx.saved_tensors, **ctx.settings
     )
     d_errors = d_errors if ctx.settings["measures"] else None
     d_residual = d_x if ctx.has_residual else None
-    return d_x, d_residual, d_norm_weight, d_weight, *no_gradients, d_errors
+    return d_x, d_residual, d_norm_weight, d_weight, *no_gradients, d_errors, None
 
 
 _rms_norm_linear_op.register_autograd(
@@ -221,17 +226,17 @@ def _swiglu_linear_backward_op(
     weight: Tensor,
     matmul: str = "bf16",
     measures: bool = False,
-    quantises: bool = False,  # d_gate_up by rows, too
+    quantises: bool = False,  # d_gate_up, too
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     d_out = d_out.reshape(-1, weight.shape[0])
     d_h = data_gradient(d_out, weight, matmul)
     recomputed = d_h if h is None else None
-    quantised = empty_int8(gate_up, gate_up.shape if quantises else (0, 0), grouped=False)
+    quantised = empty_int8(gate_up, gate_up.shape if quantises else (0, 0), grouped=True)
     d_gate_up = launch_swiglu_backward(
         d_h, gate_up, h=recomputed, quantised=quantised if quantises else None
     )
     operand = recomputed if h is None else h.reshape(-1, weight.shape[1])
-    how = {"measures": measures, "grouped": True}
+    how = {"measures": measures, "grouped": "forward"}
     errors = measure_errors(d_out, operand, weight, matmul, **how)
     return d_gate_up, weight_gradient(d_out, operand, matmul), errors, *quantised
 
@@ -239,7 +244,7 @@ def _swiglu_linear_backward_op(
 @_swiglu_linear_backward_op.register_fake
 def _(d_out, gate_up, h, weight, matmul="bf16", measures=False, quantises=False):
     gradients = gate_up.new_empty(gate_up.shape), weight.new_empty(weight.shape)
-    quantised = empty_int8(gate_up, gate_up.shape if quantises else (0, 0), grouped=False)
+    quantised = empty_int8(gate_up, gate_up.shape if quantises else (0, 0), grouped=True)
     return *gradients, empty_errors(gate_up, measures=measures), *quantised
 
 
@@ -335,6 +340,7 @@ def add_rms_norm_linear(
     recompute: bool = True,
     matmul: Matmul | str = "bf16",
     errors: Tensor | None = None,
+    grouped_gradient: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The op is `add_rms_norm`, then a matmul.
 
@@ -342,6 +348,8 @@ def add_rms_norm_linear(
         x, norm_weight, weight, eps, matmul, errors: as in `rms_norm_linear`.
         residual: as x, or None where the residual stream begins.
         recompute: keep new_residual only and write the normed one again in backward, or keep both.
+        grouped_gradient: in int8, the gradient of out, and the weight that it is multiplied with,
+            have a scale each 256 outputs instead of one a row.
 
     Returns:
         (out, new_residual): out (..., outputs), new_residual (..., D) in the dtype of x. Without
@@ -356,6 +364,7 @@ def add_rms_norm_linear(
     out, new_residual, _, _ = _rms_norm_linear_op(
         x, residual, norm_weight, weight,
         eps=eps, recompute=recompute, matmul=matmul, errors=errors,
+        grouped_gradient=grouped_gradient,
     )  # fmt: skip
     return out, x if residual is None else new_residual
 

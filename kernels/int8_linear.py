@@ -8,8 +8,9 @@
 "bf16" stands for torch's matmul in the operands' own dtype. The three can also be chosen one by one
 (`PRODUCTS`), and an input `errors` gets, as its gradient, how much of each operand quantisation
 loses (int8_error.py). A quantised operand has a scale a row or, where the caller says so, one each
-256 of the reduced axis (int8_quantize.py): SwiGLU's result has outliers that would spoil a whole
-row, and a token's gradients differ too much from another's for one scale over all tokens.
+256 of the reduced axis (int8_quantize.py): SwiGLU's result and the gradient of its operand have
+outliers that would spoil a whole row, and a token's gradients differ too much from another's for
+one scale over all tokens.
 
 Norm and SwiGLU quantise what they write for the next matmul (fused_linear.py), SwiGLU's backward
 the gradient of gate_up (norm_mlp.py). All else takes a pass of its own: attention's result, and the
@@ -69,14 +70,20 @@ def forward_int8(x: Int8Matrix, weight: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def data_gradient(
-    d_out: Tensor, weight: Tensor, matmul: str, *, rows: Int8Matrix | None = None
+    d_out: Tensor,
+    weight: Tensor,
+    matmul: str,
+    *,
+    grouped: bool = False,
+    rows: Int8Matrix | None = None,
 ) -> Tensor:
     """The function gives d_out (N, out) times weight (out, in): (N, in); `rows` is d_out quantised
-    by rows, where that is done."""
+    by rows, `grouped` or not, where that is done."""
     if "data_gradient" not in products(matmul):
         return torch.mm(d_out, weight)
-    rows = quantize_int8(d_out.contiguous()) if rows is None else rows
-    return int8_matmul(rows, quantize_int8(weight.contiguous(), transposed=True), d_out.dtype)
+    rows = quantize_int8(d_out.contiguous(), grouped=grouped) if rows is None else rows
+    columns = quantize_int8(weight.contiguous(), transposed=True, grouped=grouped)
+    return int8_matmul(rows, columns, d_out.dtype)
 
 
 def weight_gradient(d_out: Tensor, x: Tensor, matmul: str) -> Tensor:
@@ -94,7 +101,13 @@ def empty_errors(like: Tensor, *, measures: bool) -> Tensor:
 
 
 def measure_errors(
-    d_out: Tensor, x: Tensor, weight: Tensor, matmul: str, *, measures: bool, grouped: bool = False
+    d_out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    matmul: str,
+    *,
+    measures: bool,
+    grouped: str | None = None,
 ) -> Tensor:
     """The function gives the sums of int8_error.py for the operands of a linear layer.
 
@@ -102,7 +115,7 @@ def measure_errors(
         d_out, x, weight: (N, out), (N, in) and (out, in).
         matmul: operands of what is not in int8 have sums of 0.
         measures: whether they are wanted.
-        grouped: forward has a scale each 256 elements.
+        grouped: "forward" or "data_gradient" if that product has a scale each 256 elements.
 
     Returns:
         (OPERANDS, SPOTS, 2) fp32, or (0,) if they are not wanted.
@@ -111,10 +124,10 @@ def measure_errors(
     if not measures:
         return sums
     how = (
-        (x, {"grouped": grouped}),
-        (weight, {"grouped": grouped}),
-        (d_out, {}),
-        (weight, {"transposed": True}),
+        (x, {"grouped": grouped == "forward"}),
+        (weight, {"grouped": grouped == "forward"}),
+        (d_out, {"grouped": grouped == "data_gradient"}),
+        (weight, {"transposed": True, "grouped": grouped == "data_gradient"}),
         (d_out, {"transposed": True, "grouped": True}),
         (x, {"transposed": True, "grouped": True}),
     )

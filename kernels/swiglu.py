@@ -7,6 +7,9 @@ One pass forward, which can give h as int8 and scales, beside h or in its place.
 which on request also writes h again, over the gradient it has just read, for whoever did not keep
 it (fused_linear.py), and can give the gradient as int8 and scales beside it (norm_mlp.py).
 
+A scale is for 256 columns, and a program that quantises has a tile of so many: the result has
+outliers (arXiv:2409.12517) that would spoil a whole row, and so has the gradient.
+
 Bytes that must move, e = bytes an element, h an (N, I) result:
 
     forward     reads gate_up, writes h                       3 N I e
@@ -37,10 +40,8 @@ from hamner.kernels.launch import capability
 
 
 class Config(NamedTuple):
-    """A config is a program's tile of h and its warps, for each direction, with int8 and without.
-
-    What shares a scale is in one tile: forward 256 columns, backward whole rows.
-    """
+    """A config is a program's tile of h and its warps, for each direction, and with int8, where a
+    tile has 256 columns, its rows and warps."""
 
     forward_block_m: int
     forward_block_i: int
@@ -50,35 +51,25 @@ class Config(NamedTuple):
     backward_warps: int
     int8_forward_block_m: int
     int8_forward_warps: int
-    int8_backward_elements: int
-    """that a thread holds of a row"""
+    int8_backward_block_m: int
+    int8_backward_warps: int
 
 
 # As measured (`python -m bench.tune swiglu`, profiles/LOG.md), 9.0 on an H100, the others as what
 # an H200 that executes sm_86's code runs fastest: whole rows, though a quarter of the lanes idles
-# at I 2816. With int8, 9.0 is as measured on an H200, the others by reasoning: forward as many
-# elements as without, backward a 16-byte load of bf16 a thread from each input.
+# at I 2816. With int8, 9.0's forward is as measured on an H200, the rest by reasoning: forward as
+# many elements as without, backward one or two 16-byte loads of bf16 a thread from each input.
 CONFIGS = {
-    "8.6": Config(2, 4096, 16, 1, 4096, 4, 32, 16, 8),
-    "8.0": Config(2, 4096, 16, 1, 4096, 4, 32, 16, 8),
-    "9.0": Config(1, 4096, 16, 2, 4096, 16, 8, 4, 32),
+    "8.6": Config(2, 4096, 16, 1, 4096, 4, 32, 16, 4, 4),
+    "8.0": Config(2, 4096, 16, 1, 4096, 4, 32, 16, 4, 4),
+    "9.0": Config(1, 4096, 16, 2, 4096, 16, 8, 4, 8, 4),
 }
-MAX_INT8_BACKWARD = 8_192
-"""largest I at which backward with int8 holds a row in registers: at 16,384 it spills, in all rows
-of the table"""
 
 
 def tile_shape(block_m: int, block_i: int, intermediate: int) -> tuple[int, int]:
     """The function gives rows and columns of a tile: no wider than h, with as many elements."""
     columns = min(block_i, triton.next_power_of_2(intermediate))
     return block_m * (block_i // columns), columns
-
-
-def row_tile(elements: int, intermediate: int) -> tuple[int, int, int]:
-    """The function gives rows, columns and warps of a tile of one whole row of h, with so many
-    elements a thread as far as a program has threads."""
-    columns = triton.next_power_of_2(intermediate)
-    return 1, columns, max(1, min(32, columns // (32 * elements)))
 
 
 @triton.jit
@@ -95,6 +86,24 @@ def _load_gate_and_up(
     gate = tl.load(gate_up_ptr + offs_gate, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + offs_gate + INTERMEDIATE, mask=mask, other=0.0).to(tl.float32)
     return gate, up, offs_gate, offs_h, mask
+
+
+@triton.jit
+def _store_int8(
+    x,  # (BLOCK_M, 256)
+    values_ptr,  # (N, K) int8
+    scales_ptr,  # (groups, N) fp32
+    offs,  # of x in values
+    mask,
+    group,
+    N,
+    BLOCK_M: tl.constexpr,
+):
+    """A program quantises its tile of rows, all of one group."""
+    scale, inverse = scale_and_inverse(tl.max(magnitude_bits(x), axis=1))
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    tl.store(scales_ptr + group.to(tl.int64) * N + offs_m, scale, mask=offs_m < N)
+    tl.store(int8_pointers(values_ptr, offs, x), to_int8(x, inverse[:, None]), mask=mask)
 
 
 @triton.jit
@@ -115,11 +124,7 @@ def swiglu_forward_kernel(
     if h_ptr is not None:
         tl.store(h_ptr + offs_h, h, mask=mask)
     if values_ptr is not None:
-        scale, inverse = scale_and_inverse(tl.max(magnitude_bits(h), axis=1))
-        offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-        offs_scale = tl.program_id(1).to(tl.int64) * N + offs_m
-        tl.store(scales_ptr + offs_scale, scale, mask=offs_m < N)
-        tl.store(int8_pointers(values_ptr, offs_h, h), to_int8(h, inverse[:, None]), mask=mask)
+        _store_int8(h, values_ptr, scales_ptr, offs_h, mask, tl.program_id(1), N, BLOCK_M)
 
 
 @triton.jit
@@ -127,8 +132,8 @@ def swiglu_backward_kernel(
     d_h_ptr,  # (N, I) input dtype
     gate_up_ptr,  # (N, 2I) input dtype
     d_gate_up_ptr,  # (N, 2I) input dtype
-    values_ptr,  # (N, 2I) int8: d_gate_up quantised, where BLOCK_I covers I; or None
-    scales_ptr,  # (N,) fp32: its scales, or None
+    values_ptr,  # (N, 2I) int8: d_gate_up quantised, where BLOCK_I divides I; or None
+    scales_ptr,  # (groups, N) fp32: its scales, each of BLOCK_I elements, or None
     h_ptr,  # (N, I) input dtype: forward's result again, or None; may be d_h_ptr
     N,
     INTERMEDIATE: tl.constexpr,  # I
@@ -147,14 +152,11 @@ def swiglu_backward_kernel(
     tl.store(d_gate_up_ptr + offs_gate, d_gate, mask=mask)
     tl.store(d_gate_up_ptr + offs_gate + INTERMEDIATE, d_up, mask=mask)
     if values_ptr is not None:
-        largest = tl.maximum(magnitude_bits(d_gate), magnitude_bits(d_up))
-        scale, inverse = scale_and_inverse(tl.max(largest, axis=1))
-        offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-        tl.store(scales_ptr + offs_m, scale, mask=offs_m < N)
-        gate_ptrs = int8_pointers(values_ptr, offs_gate, d_gate)
-        tl.store(gate_ptrs, to_int8(d_gate, inverse[:, None]), mask=mask)
-        up_ptrs = int8_pointers(values_ptr + INTERMEDIATE, offs_gate, d_up)
-        tl.store(up_ptrs, to_int8(d_up, inverse[:, None]), mask=mask)
+        group = tl.program_id(1)
+        _store_int8(d_gate, values_ptr, scales_ptr, offs_gate, mask, group, N, BLOCK_M)
+        values_ptr += INTERMEDIATE
+        group += INTERMEDIATE // BLOCK_I
+        _store_int8(d_up, values_ptr, scales_ptr, offs_gate, mask, group, N, BLOCK_M)
     if h_ptr is not None:
         # Safe over d_h: same offsets and dtype, so the thread that writes an element is the one
         # that has read it.
@@ -202,8 +204,8 @@ def launch_swiglu_backward(
         d_h: (..., I).
         gate_up: (..., 2I).
         h: where to write forward's result again; `d_h` itself, to write it over d_h.
-        quantised: where to write d_gate_up as `quantize_int8` gives it, a scale a row, too; for I
-            up to `MAX_INT8_BACKWARD`.
+        quantised: where to write d_gate_up as `quantize_int8` gives it, a scale each 256 elements,
+            too; 256 divides I.
     """
     gate_up = gate_up.contiguous()
     d_h = d_h.contiguous()
@@ -217,7 +219,8 @@ def launch_swiglu_backward(
     values, scales, warps = None, None, config.backward_warps
     if quantised is not None:
         values, scales = quantised
-        block_m, block_i, warps = row_tile(config.int8_backward_elements, intermediate)
+        block_m, block_i = config.int8_backward_block_m, GROUP.value
+        warps = config.int8_backward_warps
     grid = (triton.cdiv(num_rows, block_m), triton.cdiv(intermediate, block_i))
     with torch.cuda.device_of(gate_up):
         swiglu_backward_kernel[grid](

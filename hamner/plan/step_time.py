@@ -49,8 +49,11 @@ LAUNCH_GAP_US, GRAPH_GAP_US = 6.4, 3.3
 of idle GPU, measured in steps of option a on an H100, and 2.1 of multiprocessors that wait for the
 kernel's last blocks, fitted to the steps in several micro-batches there and on an H200"""
 
-DOWN = 3
-"""of the linear layers of a block, qkv, o, gate_up and down, the number of down"""
+GATE_UP, DOWN = 2, 3
+"""among the linear layers of a block, qkv, o, gate_up and down"""
+INT8_GROUPED = {"forward": (DOWN,), "data_gradient": (GATE_UP,), "weight_gradient": range(4)}
+"""int8 matmuls whose operands have a scale each 256 elements: SwiGLU's result, the gradient of what
+it takes, and all that is transposed by tokens"""
 
 ATTENTION_LAUNCHES = {"forward": 1, "backward": 3}
 
@@ -85,12 +88,14 @@ def quantisation(product: str, tokens: int, shapes: Sequence[tuple[int, int]]) -
         cost = costs.quantize_int8(weights + tokens * shapes[0][0])
         launches += 1 - len(shapes)
     elif product == "data_gradient":
-        # Columns of weights have one scale: their maxima take another read and two launches.
-        cost = costs.quantize_int8(weights + outputs) + Cost(bytes=weights * costs.BF16)
-        launches += 2 * len(shapes)
-        if len(shapes) > 2:
-            # SwiGLU's backward quantises gate_up's as it writes it.
-            cost += Cost(bytes=-tokens * shapes[2][1] * costs.BF16)
+        # Whole columns of weights have one scale: their maxima take another read and two launches.
+        read_twice = [k * n for i, (k, n) in enumerate(shapes) if i not in INT8_GROUPED[product]]
+        cost = costs.quantize_int8(weights + outputs) + Cost(bytes=sum(read_twice) * costs.BF16)
+        launches += 2 * len(read_twice)
+        if len(shapes) > GATE_UP and shapes[GATE_UP][1] % (2 * costs.INT8_GROUP) == 0:
+            # SwiGLU's backward quantises gate_up's as it writes it, where no scale is for elements
+            # of both halves.
+            cost += Cost(bytes=-tokens * shapes[GATE_UP][1] * costs.BF16)
             launches -= 1
     else:
         cost = costs.quantize_int8(inputs + outputs)
@@ -102,16 +107,16 @@ def error_samples(product: str, tokens: int, shapes: Sequence[tuple[int, int]]) 
     """The errors of these int8 matmuls' operands are measured in every micro-batch."""
     samples = Cost()
     for number, (k, n) in enumerate(shapes):
+        how = {"is_grouped": number in INT8_GROUPED[product]}
         if product == "forward":
-            grouped = number == DOWN  # whose input has a scale each 256 elements
-            samples += costs.int8_error(tokens, k, is_grouped=grouped)
-            samples += costs.int8_error(n, k, is_grouped=grouped)
+            samples += costs.int8_error(tokens, k, **how)
+            samples += costs.int8_error(n, k, **how)
         elif product == "data_gradient":
-            samples += costs.int8_error(tokens, n)
-            samples += costs.int8_error(k, n, is_transposed=True)
+            samples += costs.int8_error(tokens, n, **how)
+            samples += costs.int8_error(k, n, is_transposed=True, **how)
         else:
             for lines in (n, k):
-                samples += costs.int8_error(lines, tokens, is_transposed=True, is_grouped=True)
+                samples += costs.int8_error(lines, tokens, is_transposed=True, **how)
     return samples
 
 
@@ -167,10 +172,10 @@ class MicroBatch:
         ops = [self.matmul(k, n) for k, n in attention + mlp]
         if product in INT8_PRODUCTS[self.arithmetic]:
             rest = ops[len(may_be_int8) :]
-            kinds = ["int8_grouped" if product == "weight_gradient" else "int8"] * len(may_be_int8)
-            if product == "forward" and not model.is_moe:
-                kinds[-1] = "int8_grouped"  # down's input is SwiGLU's result
-            ops = [self.matmul(k, n, kind) for (k, n), kind in zip(may_be_int8, kinds, strict=True)]
+            ops = [
+                self.matmul(k, n, "int8_grouped" if i in INT8_GROUPED[product] else "int8")
+                for i, (k, n) in enumerate(may_be_int8)
+            ]
             ops += [quantisation(product, self.tokens, may_be_int8), *rest]
         if model.is_moe:
             rows, inner = self.tokens * model.num_experts_per_token, model.expert_intermediate_size

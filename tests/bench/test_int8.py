@@ -180,6 +180,7 @@ def result(trial, loss: float | None, drift: float = 0.0) -> dict:
         "diverged": loss is None,
         "tokens_per_second": 110 if drift else 100,
         "seconds": 1.0,
+        "steps": 20,
         "curve": [[tokens, 5.0 + trial.seed + drift * tokens / 100e6, None] for tokens in steps],
         "batch_size": 24,
         "seq_len": 1024,
@@ -190,6 +191,12 @@ def result(trial, loss: float | None, drift: float = 0.0) -> dict:
     }
 
 
+FALLEN = {
+    0: [[3, "o", "input", 2], [3, "o", "weight", 9], [19, "o", "gradient", 11]],
+    1: [],
+    2: [],
+}
+"""by seed: two operands of one matmul, and one of another"""
 SETTINGS = int8_loss.RunConfig(data=("x",), validation=Path("y"))
 
 
@@ -210,6 +217,8 @@ def test_report_of_pairs(tmp_path, capsys):
         if matmul != "bf16":
             loss, drift = loss + gaps[matmul][trial.seed], 0.002
         line = result(trial, None if (matmul, trial.seed) == ("int8-all", 2) else loss, drift)
+        if matmul == "int8":
+            line |= {"int8_fallback": FALLEN[trial.seed]}
         append_record(tmp_path / "results.jsonl", line)
     assert int8_loss.main(["report", str(tmp_path), "--speed", "int8-all", "1.6"]) == 0
     said = capsys.readouterr().out
@@ -220,6 +229,10 @@ def test_report_of_pairs(tmp_path, capsys):
     )
     assert "slope +0.0020 (+0.0020 to +0.0020) per 100M tokens" in said
     # At 10B tokens the law falls by 0.168 nats an e-fold: 0.004 nats are 2.4% of the tokens.
+    # o's outputs are 768 of 8,192 of a layer, and each of 20 layers has two products.
+    stays = 1 - (19 / 20 + 10 / 20) * 768 / (2 * 8192 * 20) / 3
+    assert f"int8: {stays:.1%} of its products stayed int8" in said
+    assert "operands that went back to bf16, by seed: 3, 0, 0" in said
     assert "int8: 1.100 times bf16's tokens/s, 1.074 net" in said
     assert "bf16 has that loss after 97.7% of 10B tokens" in said
     assert "int8-all: 1 of 3 runs diverged" in said
@@ -317,6 +330,8 @@ def test_a_run_of_the_long_pair_is_the_arm_in_bf16(recipe, decay, tmp_path, monk
     for _ in range(2):
         run.start()
     assert run.made == [replace(run.config, matmul="int8")]
+    # What was trained first stays, as bf16's run does where it is trained here.
+    assert [path.name[-4:] for path in (run.output / "runs").iterdir()] == ["int8"]
     assert run.config.weight_decay == decay
     assert len(read_results(run.output)) == 2
     capsys.readouterr()

@@ -13,7 +13,6 @@ from hamner.kernels import (
     add_rms_norm_qkv_rope,
     flash_attention_qkv,
     int8_linear,
-    norm_mlp,
     rms_norm_linear,
     swiglu,
     swiglu_linear,
@@ -22,7 +21,6 @@ from hamner.kernels.int8_error import SPOTS
 from hamner.kernels.int8_linear import OPERANDS, int8_linear_reference
 from hamner.kernels.int8_matmul import int8_matmul
 from hamner.kernels.int8_quantize import MAX_ROW, quantize_int8
-from hamner.kernels.swiglu import MAX_INT8_BACKWARD
 from tests.kernels.gradients import DTYPES, assert_same_bits, compiled, outputs_and_gradients
 
 MODES = ("int8", "int8-all")
@@ -73,6 +71,28 @@ class TestFusedOpsEqualTheirParts:
 
         op = partial(add_rms_norm_linear, recompute=recompute, matmul=matmul)
         assert_same_bits(op, parts, norm_inputs(device))
+
+    def test_norm_linear_whose_gradient_has_groups(self, recompute, matmul, device):
+        """The data gradient alone has operands with a scale each 256 outputs."""
+
+        def parts(x, residual, norm_weight, weight):
+            normed, stream = add_rms_norm(x, residual, norm_weight)
+            out = int8_linear(normed, weight, matmul)
+            seen = []
+            out.register_hook(lambda d_out: seen.append(d_out.flatten(0, -2)))
+
+            def in_groups(d_normed):
+                columns = quantize_int8(weight.detach(), transposed=True, grouped=True)
+                rows = quantize_int8(seen.pop(), grouped=True)
+                return int8_matmul(rows, columns, weight.dtype).view_as(d_normed)
+
+            normed.register_hook(in_groups)
+            return out, stream
+
+        inputs = norm_inputs(device) | {"weight": make(600, 32, device=device, seed=3)}
+        settings = {"recompute": recompute, "matmul": matmul}
+        op = partial(add_rms_norm_linear, grouped_gradient=True, **settings)
+        assert_same_bits(op, parts, inputs)
 
     def test_attention(self, recompute, matmul, device):
         angles = torch.rand(20, 8, device=device)
@@ -138,7 +158,9 @@ def mlp(*, parts: bool, gate_up: str, down: str, recompute: bool = True):
                 down_matmul=down, down_errors=errors[1],
             )  # fmt: skip
         how = {"recompute": recompute, "matmul": gate_up, "errors": errors[0]}
-        gate_up_out, stream = add_rms_norm_linear(x, residual, norm_weight, gate_up_weight, **how)
+        gate_up_out, stream = add_rms_norm_linear(
+            x, residual, norm_weight, gate_up_weight, grouped_gradient=True, **how
+        )
         how = {"recompute": recompute, "matmul": down, "errors": errors[1]}
         return swiglu_linear(gate_up_out, down_weight, **how), stream
 
@@ -158,7 +180,7 @@ class TestMlpEqualsItsTwoOps:
         ],
     )
     def test_bits(self, gate_up, down, recompute, residual, device):
-        inputs = mlp_inputs(2, 20, 32, inner=300, residual=residual, device=device)
+        inputs = mlp_inputs(2, 20, 32, inner=512, residual=residual, device=device)
         how = {"gate_up": gate_up, "down": down, "recompute": recompute}
         assert_same_bits(mlp(parts=False, **how), mlp(parts=True, **how), inputs)
 
@@ -166,7 +188,7 @@ class TestMlpEqualsItsTwoOps:
         shape, found = (2, len(OPERANDS), SPOTS, 2), []
         for parts in (False, True):
             errors = torch.zeros(shape, device=device, requires_grad=True)
-            inputs = mlp_inputs(2, 20, 32, inner=300, device=device)
+            inputs = mlp_inputs(2, 20, 32, inner=512, device=device)
             op = mlp(parts=parts, gate_up="int8-all", down="int8")
             op(**inputs, errors=errors)[0].sum().backward()
             found.append(errors.grad)
@@ -175,26 +197,27 @@ class TestMlpEqualsItsTwoOps:
         assert measured[0].all() and measured[1].tolist() == [True] * 4 + [False] * 2
 
     def test_a_stream_without_its_branch(self, device):
-        inputs = mlp_inputs(2, 20, 32, inner=300, device=device)
+        inputs = mlp_inputs(2, 20, 32, inner=256, device=device)
         _, stream = mlp(parts=False, gate_up="int8", down="int8")(**inputs)
         d_x, d_residual = torch.autograd.grad(stream.sum(), [inputs["x"], inputs["residual"]])
         assert d_x.eq(1).all() and d_residual.eq(1).all()
 
     def test_compiled(self, device):
         op = mlp(parts=False, gate_up="int8-all", down="int8-all")
-        assert_same_bits(op, compiled(op), mlp_inputs(2, 5, 32, inner=24, device=device))
+        assert_same_bits(op, compiled(op), mlp_inputs(2, 5, 32, inner=256, device=device))
 
-    @pytest.mark.parametrize("longer", [0, 1])
-    def test_a_row_longer_than_the_registers(self, longer, device, monkeypatch):
-        """SwiGLU's backward does not quantise it."""
-        monkeypatch.setattr(norm_mlp, "MAX_INT8_BACKWARD", 24)
-        inputs = mlp_inputs(1, 3, 8, inner=24 + longer, device=device)
-        out = mlp(parts=False, gate_up="int8", down="int8")(**inputs)[0]
-        assert (out.grad_fn.name() == "_NormMlpBackward") == (not longer)
+    def test_groups_with_elements_of_gate_and_of_up(self, device):
+        """SwiGLU's backward does not quantise them, the quantiser does."""
+        inputs = mlp_inputs(2, 20, 32, inner=300, device=device)
+        op, parts = (mlp(parts=p, gate_up="int8", down="int8") for p in (False, True))
+        assert op(**inputs)[0].grad_fn.name() != "_NormMlpBackward"
+        assert_same_bits(op, parts, inputs)
+        whole = mlp_inputs(2, 20, 32, inner=256, device=device)
+        assert op(**whole)[0].grad_fn.name() == "_NormMlpBackward"
 
     def test_not_finite(self, device):
         """A token that is not finite spoils no other's gradient."""
-        inputs = mlp_inputs(1, 20, 32, inner=300, device=device)
+        inputs = mlp_inputs(1, 20, 32, inner=512, device=device)
         op = mlp(parts=False, gate_up="int8", down="int8")
         d_out = make(1, 20, 32, device=device, seed=5).detach()
         (expected,) = torch.autograd.grad(op(**inputs)[0], inputs["x"], d_out)
@@ -206,19 +229,19 @@ class TestMlpEqualsItsTwoOps:
 
     def test_opcheck(self, device):
         d_out, gate_up, h, weight = (
-            make(*s, device=device) for s in ((5, 8), (5, 12), (5, 6), (8, 6))
+            make(*s, device=device) for s in ((5, 8), (5, 512), (5, 256), (8, 256))
         )
         arguments = (x.detach() for x in (d_out, gate_up, h, weight))
         op = torch.ops.hamner.swiglu_linear_backward
         torch.library.opcheck(op, (*arguments, "int8-all", True, True))
 
     def test_rejects(self):
-        inputs = mlp_inputs(2, 5, 32, inner=24, device="cpu")
+        inputs = mlp_inputs(2, 5, 32, inner=256, device="cpu")
         op = mlp(parts=False, gate_up="int8", down="int8")
-        with pytest.raises(ValueError, match=r"gate_up_weight has shape \(47, 32\)"):
-            op(**{**inputs, "gate_up_weight": torch.ones(47, 32)})
+        with pytest.raises(ValueError, match=r"gate_up_weight has shape \(511, 32\)"):
+            op(**{**inputs, "gate_up_weight": torch.ones(511, 32)})
         with pytest.raises(TypeError, match="down_weight is torch.float16"):
-            op(**{**inputs, "down_weight": torch.ones(32, 24).half()})
+            op(**{**inputs, "down_weight": torch.ones(32, 256).half()})
         with pytest.raises(ValueError, match="matmul is 'fp8'"):
             mlp(parts=False, gate_up="int8", down="fp8")(**inputs)
 
@@ -315,14 +338,4 @@ def test_fused_ops_at_a_training_shape(recompute):
 
     how = {"gate_up": "int8-all", "down": "int8-all", "recompute": recompute}
     inputs = mlp_inputs(24, 1024, 1024, inner=2816, **bf16)
-    assert_same_bits(mlp(parts=False, **how), mlp(parts=True, **how), inputs)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("inner", [2_048, MAX_INT8_BACKWARD], ids=["one block of 2,048", "longest"])
-def test_rows_that_swiglus_backward_quantises(inner):
-    """Of every width that it has a configuration of its own for, beside those above."""
-    bf16 = {"dtype": torch.bfloat16, "device": "cuda"}
-    inputs = mlp_inputs(1, 512, 256, inner=inner, **bf16)
-    how = {"gate_up": "int8", "down": "int8"}
     assert_same_bits(mlp(parts=False, **how), mlp(parts=True, **how), inputs)

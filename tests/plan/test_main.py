@@ -143,10 +143,10 @@ def test_int8_is_planned_as_it_is_started_and_compared_with_itself_and_bf16(caps
     assert gain.best == pytest.approx(
         plan.prediction.tokens_per_second / plan_of(gpus=2).prediction.tokens_per_second
     )
-    assert 1.25 < gain.low < gain.best < gain.high < 1.5
+    assert 1.2 < gain.low < gain.best < gain.high < 1.5
     main(["--option", "a", "--matmul", "int8"])
     out = " ".join(capsys.readouterr().out.split())
-    assert "times as fast as with --matmul bf16, 1.30 to 1.44." in out
+    assert "times as fast as with --matmul bf16, 1.28 to 1.43." in out
     assert out.count("int8 matmuls 3.58 times") == 2  # as a cause, and in what it rests on
     text = document(analyse(PlanConfig(matmul="int8")), "files")
     assert "-m hamner.train --option a --matmul int8 --tokens" in text

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bench.int8_gradients import LINEAR_OPS
+from bench.recipe_runs import fallen_operands
 from hamner.checkpoint import format as checkpoint
 from hamner.config.train import TrainConfig
 from hamner.data.batch import Batch
@@ -81,6 +82,7 @@ def test_a_run_logs_errors_falls_back_and_goes_on(config, monkeypatch, capsys):
     assert said.count(f"{how} and weights; 12 of their matmuls fell back to bf16 before") == 1
     state = checkpoint.find(config.run_dir / "checkpoints")[-1].state()
     assert ["qkv", "input", 3] in [row[1:] for row in state["int8_fallback"]]
+    assert fallen_operands(config.run_dir) == state["int8_fallback"]
     # A replay multiplies as the step did.
     tokens = torch.randint(100, (2, 1, 16), generator=torch.Generator().manual_seed(0))
     batch = Batch(*tokens, torch.zeros(1, 16, dtype=torch.int32))

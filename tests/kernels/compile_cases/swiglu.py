@@ -4,8 +4,6 @@ from hamner.kernels.int8_quantize import GROUP
 from hamner.kernels.launch import CAPABILITIES
 from hamner.kernels.swiglu import (
     CONFIGS,
-    MAX_INT8_BACKWARD,
-    row_tile,
     swiglu_backward_kernel,
     swiglu_forward_kernel,
     tile_shape,
@@ -26,9 +24,7 @@ def cases() -> list[CompileCase]:
         for capability in CAPABILITIES
         for case in (
             _forward(capability, 2816, quantises=True),
-            _backward(capability, 2048, quantises=True),  # no thread idles
             _backward(capability, 2816, quantises=True),
-            _backward(capability, MAX_INT8_BACKWARD, quantises=True),
         )
     ]
 
@@ -62,7 +58,8 @@ def _backward(capability: str, intermediate: int, *, quantises: bool = False) ->
     block_m, block_i = tile_shape(config.backward_block_m, config.backward_block_i, intermediate)
     warps = config.backward_warps
     if quantises:
-        block_m, block_i, warps = row_tile(config.int8_backward_elements, intermediate)
+        block_m, block_i = config.int8_backward_block_m, GROUP.value
+        warps = config.int8_backward_warps
     return CompileCase(
         name=f"swiglu_backward/I={intermediate}{'/int8' if quantises else ''}",
         kernel=swiglu_backward_kernel,

@@ -27,7 +27,7 @@ so it says what share of the int8 products was left. What the gap costs in token
 that the option is planned for, is by the scaling law of hamner.plan; with --speed, how many times
 faster int8 is, it gives what is left of that:
 
-    python -m bench.int8_loss report FOLDER --speed int8 1.40
+    python -m bench.int8_loss report FOLDER --speed int8 1.39
 """
 
 import math

@@ -153,19 +153,20 @@ class _Int8Gain:
 
 
 # An sm_86's code on an H200, whose mma.sync multiplies int8 at twice bf16's rate (profiles/LOG.md,
-# 2026-11-29): what has one scale a row in a step of option a takes 1.480 ms a layer, a plain bf16
-# matmul of the same shapes 2.642 (single ones 1.61 to 1.98 times as long); down's forward and the
-# gradients of weights 1.632 and 2.316 (1.28 to 1.73). Where int8 has four times bf16's rate, as on
-# GeForce cards, that is taken twice. It holds if int8 comes as near to its peak as bf16 does. That
-# is what the low end doubts: of the 622 TFLOP/s that mma.sync has on an H200 (0.63 of wgmma's,
-# arXiv:2402.13499) the plain matmul reached 366 and 300, where cuBLAS reaches 0.85 of a 3090's at
-# these widths. If int8 stays at the H200's shares of its own peak (653 and 426 of 1,244), it is 2.5
-# and 1.6 times as fast there. And an RTX 5090 at 400 W, of 4 to 1 too, has 2.7 to 2.9 in a Triton
+# 2026-11-29): what has one scale a row in a step of option a takes 1.097 ms a layer, a plain bf16
+# matmul of the same shapes 1.882 (single ones 1.61 to 1.89 times as long); down's forward and
+# gate_up's data gradient 0.837 and 1.137, and the gradients of weights, which count as those two,
+# 1.347 and 1.939 (1.28 to 1.73). Where int8 has four times bf16's rate, as on GeForce cards, that
+# is taken twice. It holds if int8 comes as near to its peak as bf16 does. That is what the low end
+# doubts: of the 622 TFLOP/s that mma.sync has on an H200 (0.63 of wgmma's, arXiv:2402.13499) the
+# plain matmul reached 363 and 374, where cuBLAS reaches 0.85 of a 3090's at these widths. If int8
+# stays at the H200's shares of its own peak (622 and 508 of 1,244), it is 2.3 and 1.9 times as fast
+# there. And an RTX 5090 at 400 W, of 4 to 1 too, has 2.7 to 2.9 in a Triton
 # kernel with one scale a row, 2.3 to 2.4 with scales of blocks (gau-nernst/gn-kernels, sizes 2,048
 # and 4,096). High end: a 4090's bare instructions, 676 and 179.
 _INT8_AS_8_6 = _Int8Gain(
-    1.79,
-    1.42,
+    1.72,
+    1.36,
     (0.67, 1.06),
     "an RTX 3090's int8 code beside its bf16 code, on an H200 and by this card's ratio of peaks, "
     "not measured on this card",

@@ -320,6 +320,6 @@ def choose(
         # Both were given: the user decides, and the account is only shown.
         return plan
     raise DoesNotFit(
-        f"--vram-budget {budget / GIB:.1f} GiB is too small: the least this model needs is "
+        f"--vram-budget {budget / GIB:.4g} GiB is too small: the least this model needs is "
         f"{plan.account.total / GIB:.1f} GiB ({plan})"
     )

@@ -18,8 +18,9 @@ from bench.recipe_statistics import half_interval, with_interval
 from bench.recipe_trials import Trial
 from hamner.config.options import OPTIONS
 from hamner.kernels.int8_linear import products
-from hamner.model.int8 import Operand
+from hamner.model.int8 import Operand, int8_linears
 from hamner.plan.loss import BESIROGLU
+from hamner.plan.step_time import MicroBatch
 from hamner.plan.words import short
 from hamner.train.int8_guard import Int8Guard
 
@@ -101,15 +102,14 @@ def int8_share(result: Mapping, option: str) -> float:
     """The function gives the share of a run's int8 products, by FLOPs and steps, that were int8:
     the others had an operand that went back to bf16."""
     model = OPTIONS[option].model
-    width, inner = model.hidden_size, model.expert_intermediate_size
-    sizes = {"qkv": model.qkv_size, "o": width, "gate_up": 2 * inner, "down": inner}
-    total = model.num_layers * len(products(result["flags"][-1])) * sum(sizes.values())
-    first_steps: dict[tuple, int] = {}
-    for *operand, first in result[Int8Guard.KEY]:
-        matmul = Operand(*operand).matmul
-        first_steps[matmul] = min(first, first_steps.get(matmul, first))
+    matmuls = MicroBatch(model, seq_len=1, tokens=1).block_matmuls()
+    # A mixture has more matmuls than can be int8.
+    flops = dict(zip(int8_linears(model), (op.cost.flops for op in matmuls), strict=False))
+    total = model.num_layers * len(products(result["flags"][-1])) * sum(flops.values())
+    # Operands of one matmul fall back at the same step.
+    first_steps = {Operand(*operand).matmul: first for *operand, first in result[Int8Guard.KEY]}
     lost = sum(
-        sizes[linear] * (result["steps"] + 1 - first) / result["steps"]
+        flops[linear] * (result["steps"] + 1 - first) / result["steps"]
         for (_, linear, _), first in first_steps.items()
     )
     return 1 - lost / total

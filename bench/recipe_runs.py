@@ -258,8 +258,8 @@ def describe(trial: Trial, config: TrainConfig, data: Prepared, loss: float | No
 def fallen_operands(folder: Path) -> list[list]:
     """The function gives the operands of a run that went back to bf16, as its last checkpoint has
     them: layer, linear layer, operand, and the first step in bf16."""
-    newest, _ = checkpoint.newest_whole(RunFolder(folder).checkpoints)
-    return [] if newest is None else newest.state().get(Int8Guard.KEY, [])
+    saved = checkpoint.find(RunFolder(folder).checkpoints)
+    return saved[-1].state().get(Int8Guard.KEY, []) if saved else []
 
 
 def settings_of(config: TrainConfig) -> dict:

@@ -66,7 +66,23 @@ CONFIGS = {
 }
 
 
-def tile_shape(block_m: int, block_i: int, intermediate: int) -> tuple[int, int]:
+def forward_tile(config: Config, intermediate: int, *, quantises: bool) -> tuple[int, int, int]:
+    """The function gives rows and columns of forward's tile, and its warps."""
+    if quantises:
+        return config.int8_forward_block_m, GROUP.value, config.int8_forward_warps
+    shape = _tile_shape(config.forward_block_m, config.forward_block_i, intermediate)
+    return *shape, config.forward_warps
+
+
+def backward_tile(config: Config, intermediate: int, *, quantises: bool) -> tuple[int, int, int]:
+    """The function gives rows and columns of backward's tile, and its warps."""
+    if quantises:
+        return config.int8_backward_block_m, GROUP.value, config.int8_backward_warps
+    shape = _tile_shape(config.backward_block_m, config.backward_block_i, intermediate)
+    return *shape, config.backward_warps
+
+
+def _tile_shape(block_m: int, block_i: int, intermediate: int) -> tuple[int, int]:
     """The function gives rows and columns of a tile: no wider than h, with as many elements."""
     columns = min(block_i, triton.next_power_of_2(intermediate))
     return block_m * (block_i // columns), columns
@@ -179,13 +195,9 @@ def launch_swiglu(
     if gate_up.numel() == 0:
         return h
     num_rows = gate_up.numel() // (2 * intermediate)
-    config = CONFIGS[capability(gate_up.device)]
-    block_m, block_i = tile_shape(config.forward_block_m, config.forward_block_i, intermediate)
-    values, scales, warps = None, None, config.forward_warps
-    if quantised is not None:
-        values, scales = quantised
-        block_m, block_i = config.int8_forward_block_m, GROUP.value
-        warps = config.int8_forward_warps
+    config, quantises = CONFIGS[capability(gate_up.device)], quantised is not None
+    block_m, block_i, warps = forward_tile(config, intermediate, quantises=quantises)
+    values, scales = quantised if quantises else (None, None)
     grid = (triton.cdiv(num_rows, block_m), triton.cdiv(intermediate, block_i))
     with torch.cuda.device_of(gate_up):
         swiglu_forward_kernel[grid](
@@ -214,13 +226,9 @@ def launch_swiglu_backward(
     if d_h.numel() == 0:
         return d_gate_up
     num_rows = d_h.numel() // intermediate
-    config = CONFIGS[capability(gate_up.device)]
-    block_m, block_i = tile_shape(config.backward_block_m, config.backward_block_i, intermediate)
-    values, scales, warps = None, None, config.backward_warps
-    if quantised is not None:
-        values, scales = quantised
-        block_m, block_i = config.int8_backward_block_m, GROUP.value
-        warps = config.int8_backward_warps
+    config, quantises = CONFIGS[capability(gate_up.device)], quantised is not None
+    block_m, block_i, warps = backward_tile(config, intermediate, quantises=quantises)
+    values, scales = quantised if quantises else (None, None)
     grid = (triton.cdiv(num_rows, block_m), triton.cdiv(intermediate, block_i))
     with torch.cuda.device_of(gate_up):
         swiglu_backward_kernel[grid](

@@ -161,9 +161,9 @@ class _Int8Gain:
 # doubts: of the 622 TFLOP/s that mma.sync has on an H200 (0.63 of wgmma's, arXiv:2402.13499) the
 # plain matmul reached 363 and 374, where cuBLAS reaches 0.85 of a 3090's at these widths. If int8
 # stays at the H200's shares of its own peak (622 and 508 of 1,244), it is 2.3 and 1.9 times as fast
-# there. And an RTX 5090 at 400 W, of 4 to 1 too, has 2.7 to 2.9 in a Triton
-# kernel with one scale a row, 2.3 to 2.4 with scales of blocks (gau-nernst/gn-kernels, sizes 2,048
-# and 4,096). High end: a 4090's bare instructions, 676 and 179.
+# there. And an RTX 5090 at 400 W, of 4 to 1 too, has 2.7 to 2.9 in a Triton kernel with one scale a
+# row, 2.3 to 2.4 with scales of blocks (gau-nernst/gn-kernels, sizes 2,048 and 4,096). High end: a
+# 4090's bare instructions, 676 and 179.
 _INT8_AS_8_6 = _Int8Gain(
     1.72,
     1.36,

@@ -192,7 +192,7 @@ def result(trial, loss: float | None, drift: float = 0.0) -> dict:
 
 
 FALLEN = {
-    0: [[3, "o", "input", 2], [3, "o", "weight", 9], [19, "o", "gradient", 11]],
+    0: [[3, "o", "input", 2], [3, "o", "weight", 2], [19, "o", "gradient", 11]],
     1: [],
     2: [],
 }

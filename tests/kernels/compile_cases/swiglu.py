@@ -1,12 +1,12 @@
 """SwiGLU at the intermediate sizes of the options."""
 
-from hamner.kernels.int8_quantize import GROUP
 from hamner.kernels.launch import CAPABILITIES
 from hamner.kernels.swiglu import (
     CONFIGS,
+    backward_tile,
+    forward_tile,
     swiglu_backward_kernel,
     swiglu_forward_kernel,
-    tile_shape,
 )
 from tests.kernels.compile_gate import CompileCase
 
@@ -30,12 +30,7 @@ def cases() -> list[CompileCase]:
 
 
 def _forward(capability: str, intermediate: int, *, quantises: bool = False) -> CompileCase:
-    config = CONFIGS[capability]
-    block_m, block_i = tile_shape(config.forward_block_m, config.forward_block_i, intermediate)
-    warps = config.forward_warps
-    if quantises:
-        block_m, block_i = config.int8_forward_block_m, GROUP.value
-        warps = config.int8_forward_warps
+    block_m, block_i, warps = forward_tile(CONFIGS[capability], intermediate, quantises=quantises)
     return CompileCase(
         name=f"swiglu_forward/I={intermediate}{'/int8' if quantises else ''}",
         kernel=swiglu_forward_kernel,
@@ -54,12 +49,7 @@ def _forward(capability: str, intermediate: int, *, quantises: bool = False) -> 
 
 
 def _backward(capability: str, intermediate: int, *, quantises: bool = False) -> CompileCase:
-    config = CONFIGS[capability]
-    block_m, block_i = tile_shape(config.backward_block_m, config.backward_block_i, intermediate)
-    warps = config.backward_warps
-    if quantises:
-        block_m, block_i = config.int8_backward_block_m, GROUP.value
-        warps = config.int8_backward_warps
+    block_m, block_i, warps = backward_tile(CONFIGS[capability], intermediate, quantises=quantises)
     return CompileCase(
         name=f"swiglu_backward/I={intermediate}{'/int8' if quantises else ''}",
         kernel=swiglu_backward_kernel,

@@ -55,14 +55,13 @@ class Config(NamedTuple):
     int8_backward_warps: int
 
 
-# As measured (`python -m bench.tune swiglu`, profiles/LOG.md), 9.0 on an H100, the others as what
-# an H200 that executes sm_86's code runs fastest: whole rows, though a quarter of the lanes idles
-# at I 2816. With int8, 9.0's forward is as measured on an H200, the rest by reasoning: forward as
-# many elements as without, backward one or two 16-byte loads of bf16 a thread from each input.
+# As measured (`python -m bench.tune swiglu`, profiles/LOG.md): 9.0's forward on an H100, the rest
+# of 9.0 on an H200, the others as what an H200 that executes sm_86's code runs fastest: whole rows,
+# though a quarter of the lanes idles at I 2816.
 CONFIGS = {
-    "8.6": Config(2, 4096, 16, 1, 4096, 4, 32, 16, 4, 4),
-    "8.0": Config(2, 4096, 16, 1, 4096, 4, 32, 16, 4, 4),
-    "9.0": Config(1, 4096, 16, 2, 4096, 16, 8, 4, 8, 4),
+    "8.6": Config(2, 4096, 16, 1, 4096, 4, 8, 4, 8, 8),
+    "8.0": Config(2, 4096, 16, 1, 4096, 4, 8, 4, 8, 8),
+    "9.0": Config(1, 4096, 16, 1, 4096, 4, 8, 4, 8, 8),
 }
 
 

@@ -25,6 +25,8 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 from bench.conftest import pytest_addoption as add_bench_options
+from bench.int8_loss_report import describe, groups_of
+from bench.recipes import read_results
 from hamner.config.options import OPTIONS
 from hamner.config.recipe import RECIPES
 from hamner.hardware import GPUS
@@ -365,6 +367,9 @@ def test_sentences_quote_the_plan():
     assert f"projected at {hours[0]:.0f} hours" in read("docs/chatbot.md")[0]
     overnight = (ROOT / "examples/overnight.sh").read_text()
     assert f"(projected, {hours[0]:.0f} h)" in overnight
+    int8 = make_plan(replace(muon, matmul="int8", tokens=10**9), card).hours
+    assert f"(projected, {int8:.0f} h)" in overnight
+    assert f"`--matmul int8` the night is projected at {int8:.0f} h" in read("docs/chatbot.md")[0]
     assert f"{hours[1] / 24:.0f}" == "5"
     assert "the whole plan: five days" in overnight
     assert "about five days" in read(README)[0]
@@ -382,6 +387,23 @@ def test_sentences_quote_the_plan():
     two = make_plan(option, card, Parallelism("auto", 2, 1, 10.0))
     said = f"{two.prediction.tokens_per_second:,.0f} tokens/s, {two.efficiency:.0%} of twice"
     assert said in read("docs/several-gpus.md")[0]
+
+
+def test_losses_of_int8_are_those_of_the_runs():
+    page = read("docs/training.md")[0].splitlines()
+    groups = groups_of(read_results(ROOT / "profiles/int8/loss"))
+    assert len(groups) == 3
+    for (option, _), arms in groups.items():
+        said = "\n".join(describe(arms, option, {}))
+        recipe = arms["bf16"][0]["arm"]
+        (row,) = [row for row in page if row.startswith(f"| `{option}`, `{recipe}`, ")]
+        assert f"| {re.search(r'bf16: ([.0-9]+)', said)[1]}" in row
+        gaps = re.findall(r"gap (\S+) (\(.*?\)) nats", said)
+        assert len(gaps) == len(arms) - 1
+        for gap, interval in gaps:
+            assert f"| {gap} {interval} |".replace(" (no interval)", "") in row
+        for share in re.findall(r"([.0-9]+)% of its products", said):
+            assert f"| {float(share):.0f}% |" in row
 
 
 def test_readme_has_the_results_of_the_page_about_measuring():

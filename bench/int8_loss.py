@@ -243,9 +243,9 @@ def report(settings: ReportConfig) -> int:
             f"--output of {COMMAND} run, or read it with python -m bench.recipes report "
             f"{settings.folder}"
         )
-    for (option, name), arms in groups_of(results).items():
+    for name, arms in groups_of(results).items():
         print(name)
-        print("\n".join(f"  {line}" for line in describe(arms, option, settings.speed)))
+        print("\n".join(f"  {line}" for line in describe(arms, settings.speed)))
     return 0
 
 

@@ -10,12 +10,15 @@ import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from scipy import stats
 
+from bench.recipe_runs import configure
 from bench.recipe_statistics import half_interval, with_interval
 from bench.recipe_trials import Trial
+from hamner.config.model import ModelConfig
 from hamner.config.options import OPTIONS
 from hamner.kernels.int8_linear import products
 from hamner.model.int8 import Operand, int8_linears
@@ -44,16 +47,21 @@ class Pair:
     """half of the slope's 95% interval, from the run itself"""
 
 
-def groups_of(results: Sequence[Mapping]) -> dict[tuple[str, str], dict[str, dict[int, Mapping]]]:
-    """The function gives, for all runs that differ in seed and arithmetic only, their option and
-    what they have in common, and their results by arithmetic and seed."""
+def option_of(result: Mapping) -> str:
+    """The function gives the option whose model, but for other flags, was trained."""
+    return result["flags"][result["flags"].index("--option") + 1]
+
+
+def groups_of(results: Sequence[Mapping]) -> dict[str, dict[str, dict[int, Mapping]]]:
+    """The function gives, for all runs that differ in seed and arithmetic only, what they have in
+    common, and their results by arithmetic and seed."""
     groups: dict = defaultdict(lambda: defaultdict(dict))
     for result in results:
         trial = Trial.of(result)
         *flags, _, matmul = trial.flags
         values = f"lr {trial.lr:g}, weight decay {trial.weight_decay:g}"
         common = f"{' '.join(flags)}, {trial.arm}, {values}, {short(trial.tokens)} tokens"
-        groups[flags[flags.index("--option") + 1], common][matmul][trial.seed] = result
+        groups[common][matmul][trial.seed] = result
     return groups
 
 
@@ -89,19 +97,17 @@ def slope_of(tokens: Sequence[int], differences: Sequence[float]) -> tuple[float
     return line.slope, stats.t.ppf(0.975, PARTS - 2) * line.stderr
 
 
-def share_of_tokens(gap: float, option: str) -> float:
-    """The function gives the share of an option's tokens after which bf16 has the loss that a run
-    with this gap ends with, by hamner.plan's law."""
-    tokens = OPTIONS[option].tokens
-    parameters = OPTIONS[option].model.num_parameters(active=True)
+def share_of_tokens(gap: float, model: ModelConfig, tokens: int) -> float:
+    """The function gives the share of these tokens after which bf16 has the loss that a run with
+    this gap ends with, by hamner.plan's law."""
+    parameters = model.num_parameters(active=True)
     reached = BESIROGLU.tokens_to_reach(BESIROGLU.loss(parameters, tokens) + gap, parameters)
     return math.inf if reached is None else reached / tokens
 
 
-def int8_share(result: Mapping, option: str) -> float:
+def int8_share(result: Mapping, model: ModelConfig) -> float:
     """The function gives the share of a run's int8 products, by FLOPs and steps, that were int8:
     the others had an operand that went back to bf16."""
-    model = OPTIONS[option].model
     matmuls = MicroBatch(model, seq_len=1, tokens=1).block_matmuls()
     # A mixture has more matmuls than can be int8.
     flops = dict(zip(int8_linears(model), (op.cost.flops for op in matmuls), strict=False))
@@ -115,10 +121,8 @@ def int8_share(result: Mapping, option: str) -> float:
     return 1 - lost / total
 
 
-def describe(
-    arms: Mapping[str, Mapping[int, Mapping]], option: str, speeds: Mapping[str, float]
-) -> list[str]:
-    """The lines compare the arms of a group, of this option, with its bf16."""
+def describe(arms: Mapping[str, Mapping[int, Mapping]], speeds: Mapping[str, float]) -> list[str]:
+    """The lines compare the arms of a group with its bf16."""
     base = {seed: r for seed, r in arms.get("bf16", {}).items() if not r["diverged"]}
     losses = [result["val_loss"] for result in base.values()]
     lines = []
@@ -134,16 +138,17 @@ def describe(
         both = [s for s in sorted(results.keys() & base) if not results[s]["diverged"]]
         if both:
             of_both = [(results[seed], base[seed]) for seed in both]
-            lines += describe_pairs(matmul, of_both, option, speeds.get(matmul))
+            lines += describe_pairs(matmul, of_both, speeds.get(matmul))
         elif diverged < len(results):
             lines.append(f"{matmul}: no run in bf16 of the same seed to compare with yet")
     return lines
 
 
 def describe_pairs(
-    matmul: str, both: Sequence[tuple[Mapping, Mapping]], option: str, speed: float | None
+    matmul: str, both: Sequence[tuple[Mapping, Mapping]], speed: float | None
 ) -> list[str]:
     """The lines are about the runs of an arm, each beside bf16's of the same seed."""
+    model = configure(Trial.of(both[0][0]), Path()).model
     found = [pair(*runs_of_a_seed) for runs_of_a_seed in both]
     gaps, slopes = [p.gap for p in found], [p.slope for p in found]
     gap, slope = statistics.fmean(gaps), statistics.fmean(slopes)
@@ -161,12 +166,14 @@ def describe_pairs(
         f"{matmul}: gap {with_interval(gap, half_interval(gaps))} nats a token over {len(found)} "
         f"seeds, {verdict}; slope {with_interval(slope, slope_half)} per 100M tokens"
     ]
-    shares = [int8_share(result, option) for result, _ in both if Int8Guard.KEY in result]
-    if shares:
-        fallen = [str(len(result[Int8Guard.KEY])) for result, _ in both]
+    # Rows of an earlier version do not say what fell back.
+    say = [result for result, _ in both if Int8Guard.KEY in result]
+    if say:
+        share = statistics.fmean(int8_share(result, model) for result in say)
+        fallen = (f"{len(result[Int8Guard.KEY])} of seed {result['seed']}" for result in say)
         lines.append(
-            f"{matmul}: {statistics.fmean(shares):.1%} of its products stayed int8; operands that "
-            f"went back to bf16, by seed: {', '.join(fallen)}"
+            f"{matmul}: {share:.1%} of its products stayed int8; operands that went back to bf16: "
+            f"{', '.join(fallen)}"
         )
     speeds = [
         result["tokens_per_second"] / base["tokens_per_second"]
@@ -176,9 +183,10 @@ def describe_pairs(
     if speed is None and speeds:
         speed = statistics.median(speeds)
     if speed is not None:
-        share = share_of_tokens(gap, option)
+        tokens = OPTIONS[option_of(both[0][0])].tokens
+        share = share_of_tokens(gap, model, tokens)
         lines.append(
             f"{matmul}: {speed:.3f} times bf16's tokens/s, {share * speed:.3f} net: by the scaling "
-            f"law bf16 has that loss after {share:.1%} of {short(OPTIONS[option].tokens)} tokens"
+            f"law bf16 has that loss after {share:.1%} of {short(tokens)} tokens"
         )
     return lines

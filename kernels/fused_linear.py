@@ -360,7 +360,7 @@ def add_rms_norm_linear(
     """
     check_norm_arguments(x, residual, norm_weight, "norm_weight")
     _check_matmul_weight("weight", weight, "x", x, width=x.shape[-1])
-    check_matmul(matmul, "weight", weight)
+    check_matmul(matmul, errors, weight, grouped="data_gradient" if grouped_gradient else None)
     out, new_residual, _, _ = _rms_norm_linear_op(
         x, residual, norm_weight, weight,
         eps=eps, recompute=recompute, matmul=matmul, errors=errors,
@@ -409,7 +409,7 @@ def add_rms_norm_qkv_rope(
         "num_heads": num_heads, "num_kv_heads": num_kv_heads,
     }  # fmt: skip
     check_qkv_rope_arguments(x, residual, norm_weight, qkv_weight, qk_norm=qk_norm, **rope)
-    check_matmul(matmul, "qkv_weight", qkv_weight)
+    check_matmul(matmul, errors, qkv_weight, weight_name="qkv_weight")
     qkv, new_residual, _, _ = _rms_norm_linear_op(
         x, residual, norm_weight, qkv_weight,
         eps=eps, recompute=recompute, matmul=matmul, errors=errors,
@@ -445,7 +445,7 @@ def swiglu_linear(
     """
     check_gate_up(gate_up)
     _check_matmul_weight("weight", weight, "gate_up", gate_up, width=gate_up.shape[-1] // 2)
-    check_matmul(matmul, "weight", weight)
+    check_matmul(matmul, errors, weight, grouped="forward")
     return _swiglu_linear_op(gate_up, weight, recompute, matmul=matmul, errors=errors)[0]
 
 

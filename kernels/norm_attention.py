@@ -146,7 +146,7 @@ def add_rms_norm_attention(
         x, residual, norm_weight, qkv_weight, cos=cos, sin=sin,
         num_heads=num_heads, num_kv_heads=num_kv_heads, positions=positions, qk_norm=qk_norm,
     )  # fmt: skip
-    check_matmul(matmul, "qkv_weight", qkv_weight)
+    check_matmul(matmul, errors, qkv_weight, weight_name="qkv_weight")
     check_packed_width(qkv_weight.shape[0], num_heads, num_kv_heads)
     check_device("x", x)
     documents = optional_document_bounds(document_ids, x)

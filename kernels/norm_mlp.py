@@ -18,7 +18,12 @@ import torch
 from torch import Tensor
 
 from hamner.kernels.checks import check_like, check_shape
-from hamner.kernels.fused_linear import add_rms_norm_linear, swiglu_linear
+from hamner.kernels.fused_linear import (
+    add_rms_norm_linear,
+    add_rms_norm_linear_reference,
+    swiglu_linear,
+    swiglu_linear_reference,
+)
 from hamner.kernels.int8_linear import Matmul, check_matmul, products
 from hamner.kernels.int8_quantize import GROUP
 from hamner.kernels.rms_norm import check_norm_arguments
@@ -116,13 +121,28 @@ def add_rms_norm_mlp(
     width = x.shape[-1]
     check_shape("down_weight", down_weight.shape, (width, "intermediate"))
     check_shape("gate_up_weight", gate_up_weight.shape, (2 * down_weight.shape[1], width))
-    for name, weight, matmul in (
-        ("gate_up_weight", gate_up_weight, gate_up_matmul),
-        ("down_weight", down_weight, down_matmul),
+    for name, weight, matmul, errors, grouped in (
+        ("gate_up", gate_up_weight, gate_up_matmul, gate_up_errors, "data_gradient"),
+        ("down", down_weight, down_matmul, down_errors, "forward"),
     ):
-        check_like(name, weight, "x", x)
-        check_matmul(matmul, name, weight)
+        names = {"weight_name": f"{name}_weight", "errors_name": f"{name}_errors"}
+        check_like(names["weight_name"], weight, "x", x)
+        check_matmul(matmul, errors, weight, **names, grouped=grouped)
     return _NormMlp.apply(
         x, residual, norm_weight, gate_up_weight, down_weight, eps, recompute,
         gate_up_matmul, gate_up_errors, down_matmul, down_errors,
     )  # fmt: skip
+
+
+def add_rms_norm_mlp_reference(
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    gate_up_weight: Tensor,
+    down_weight: Tensor,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """This is `add_rms_norm_mlp` in plain torch."""
+    norm = x, residual, norm_weight
+    gate_up, new_residual = add_rms_norm_linear_reference(*norm, gate_up_weight, eps=eps)
+    return swiglu_linear_reference(gate_up, down_weight), new_residual

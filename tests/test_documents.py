@@ -25,7 +25,7 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 from bench.conftest import pytest_addoption as add_bench_options
-from bench.int8_loss_report import describe, groups_of
+from bench.int8_loss_report import describe, groups_of, option_of
 from bench.recipes import read_results
 from hamner.config.options import OPTIONS
 from hamner.config.recipe import RECIPES
@@ -393,10 +393,10 @@ def test_losses_of_int8_are_those_of_the_runs():
     page = read("docs/training.md")[0].splitlines()
     groups = groups_of(read_results(ROOT / "profiles/int8/loss"))
     assert len(groups) == 3
-    for (option, _), arms in groups.items():
-        said = "\n".join(describe(arms, option, {}))
-        recipe = arms["bf16"][0]["arm"]
-        (row,) = [row for row in page if row.startswith(f"| `{option}`, `{recipe}`, ")]
+    for arms in groups.values():
+        said, run = "\n".join(describe(arms, {})), arms["bf16"][0]
+        name = f"| `{option_of(run)}`, `{run['arm']}`, "
+        (row,) = [row for row in page if row.startswith(name)]
         assert f"| {re.search(r'bf16: ([.0-9]+)', said)[1]}" in row
         gaps = re.findall(r"gap (\S+) (\(.*?\)) nats", said)
         assert len(gaps) == len(arms) - 1

@@ -17,8 +17,6 @@ NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 """is there where the driver is loaded"""
 RAM_SHARE = 0.6
 """of the free memory of a machine without a GPU"""
-MAX_INT8_INNER = 16_384
-"""half of the longest row that hamner.kernels.quantize_int8 takes with one scale"""
 INT8_ROW_MULTIPLE = 16
 """of hamner.kernels.int8_matmul's rows: of another length they are read byte by byte, and its
 program spills"""
@@ -151,21 +149,25 @@ def require_int8(config: TrainConfig) -> None:
             f"--matmul {config.matmul} is of --kernels triton; use --matmul bf16 with "
             f"--kernels {config.kernels}"
         )
-    inner = config.model.expert_intermediate_size
-    if inner > MAX_INT8_INNER and not config.model.is_moe:
-        raise UserError(
-            f"--matmul {config.matmul} takes --expert-intermediate-size up to {MAX_INT8_INNER:,}, "
-            f"and it is {inner:,}; use --matmul bf16"
-        )
-    sizes = {"hidden-size": config.model.hidden_size}
-    if not config.model.is_moe:
-        sizes["expert-intermediate-size"] = inner
+    model = config.model
+    sizes = {"hidden-size": model.hidden_size}
+    if not model.is_moe:
+        sizes["expert-intermediate-size"] = model.expert_intermediate_size
+    if config.matmul == "int8-all":
+        sizes["seq-len"] = config.seq_len  # gradients of weights are sums over tokens
     for name, size in sizes.items():
         if rest := size % INT8_ROW_MULTIPLE:
             raise UserError(
                 f"--matmul {config.matmul} takes multiples of {INT8_ROW_MULTIPLE} as --{name}, and "
                 f"it is {size:,}; use {size - rest + INT8_ROW_MULTIPLE:,} or --matmul bf16"
             )
+    if model.qkv_size % INT8_ROW_MULTIPLE:
+        raise UserError(
+            f"--matmul {config.matmul} takes queries, keys and values of a multiple of "
+            f"{INT8_ROW_MULTIPLE} numbers a token, and --num-attention-heads "
+            f"{model.num_attention_heads} with --num-kv-heads {model.num_kv_heads} gives "
+            f"{model.qkv_size:,}; use other numbers of heads or --matmul bf16"
+        )
 
 
 def cap_memory(compute: Compute, config: TrainConfig) -> None:

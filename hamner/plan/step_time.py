@@ -80,14 +80,17 @@ class Op:
 def quantisation(product: str, tokens: int, shapes: Sequence[tuple[int, int]]) -> Op:
     """The operands of these int8 matmuls, (K, N) of qkv, o and perhaps gate_up and down, that
     nothing else quantises take passes of their own; and the error of each is measured on a sample,
-    in a launch of its own."""
+    in a launch of its own in backward, which has all of them."""
     inputs, outputs = (tokens * sum(sizes) for sizes in zip(*shapes, strict=True))
-    weights, launches = sum(k * n for k, n in shapes), 4 * len(shapes)
+    weights, launches = sum(k * n for k, n in shapes), 2 * len(shapes)
     if product == "forward":
         # Norm and SwiGLU write theirs; not attention, whose result is as wide as the first input.
         cost = costs.quantize_int8(weights + tokens * shapes[0][0])
-        launches += 1 - len(shapes)
-    elif product == "data_gradient":
+        return Op("quantisation", cost, launches=launches + 1 - len(shapes))
+    measured = (product,) if product == "weight_gradient" else ("forward", product)
+    samples = sum((error_samples(p, tokens, shapes) for p in measured), Cost())
+    launches += 2 * len(shapes) * len(measured)
+    if product == "data_gradient":
         # Whole columns of weights have one scale: their maxima take another read and two launches.
         read_twice = [k * n for i, (k, n) in enumerate(shapes) if i not in INT8_GROUPED[product]]
         cost = costs.quantize_int8(weights + outputs) + Cost(bytes=sum(read_twice) * costs.BF16)
@@ -100,7 +103,7 @@ def quantisation(product: str, tokens: int, shapes: Sequence[tuple[int, int]]) -
     else:
         cost = costs.quantize_int8(inputs + outputs)
     kind = "quantisation" if product != "weight_gradient" else "quantisation_transposed"
-    return Op(kind, cost + error_samples(product, tokens, shapes), launches=launches)
+    return Op(kind, cost + samples, launches=launches)
 
 
 def error_samples(product: str, tokens: int, shapes: Sequence[tuple[int, int]]) -> Cost:

@@ -143,14 +143,20 @@ def _norm(operation: Range, x: int, residual: int | None = None, kept: int | Non
     )
 
 
-def _swiglu(operation: Range, gate_up: int, kept: int | None = None) -> Cost:
-    """`kept` is the position of SwiGLU's result, absent where it is recomputed."""
-    return costs.swiglu(
+def _swiglu(
+    operation: Range, gate_up: int, kept: int | None = None, quantises: int | None = None
+) -> Cost:
+    """`kept` is the position of SwiGLU's result, absent where it is recomputed; `quantises` says
+    whether the gradient of gate_up is written in int8 too."""
+    cost = costs.swiglu(
         _count(operation, gate_up) // 2,
         _element_size(operation, gate_up),
         backward=_is_backward(operation),
         recompute=kept is not None and not _given(operation, kept),
     )
+    if quantises is not None and operation.values[quantises : quantises + 1] == ["True"]:
+        cost += Cost(bytes=_count(operation, gate_up))
+    return cost
 
 
 def _router(operation: Range, x: int) -> Cost:
@@ -291,7 +297,7 @@ _FORMULAS: dict[str, dict[str, Formula]] = {
         "hamner::swiglu": partial(_swiglu, gate_up=0),
         "hamner::swiglu_linear": partial(_swiglu, gate_up=0),
         "hamner::swiglu_backward": partial(_swiglu, gate_up=1),
-        "hamner::swiglu_linear_backward": partial(_swiglu, gate_up=1, kept=2),
+        "hamner::swiglu_linear_backward": partial(_swiglu, gate_up=1, kept=2, quantises=6),
     },
     "loss": {
         "hamner::linear_cross_entropy": _loss,

@@ -1,9 +1,9 @@
 """The log has the numbers on their way from the device to the host, and all that follows of them.
 
-There is one queue. A step puts its loss, its gradient norm and what its routers did into it, as one
-copy behind the step's own work; the host looks at them once they are there, a step later. From that
-one reading follow the interval's means in metrics.jsonl, the display, reporters, spikes, bad steps,
-starved experts, the plan against reality.
+There is one queue. A step puts its loss, its gradient norm, what its routers did and what int8 lost
+into it, as one copy behind the step's own work; the host looks at them once they are there, a step
+later. From that one reading follow the interval's means in metrics.jsonl, the display, reporters,
+spikes, bad steps, starved experts, operands that go back to bf16, the plan against reality.
 """
 
 import math

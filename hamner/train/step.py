@@ -316,6 +316,9 @@ class TrainStep:
     def fall_back(self, operands: Collection[Operand]) -> None:
         """The steps from the next one on multiply these operands, and no others, in bf16."""
         if self.model.int8 is not None and self.model.int8.fall_back(operands):
+            if self.config.compile:
+                # Graphs of the choice before are not used again; torch keeps no more than eight.
+                torch.compiler.reset()
             self.follow(self.plan)
 
     def _step_down(self, reason: str) -> bool:

@@ -194,9 +194,8 @@ def result(trial, loss: float | None, drift: float = 0.0) -> dict:
 FALLEN = {
     0: [[3, "o", "input", 2], [3, "o", "weight", 2], [19, "o", "gradient", 11]],
     1: [],
-    2: [],
 }
-"""by seed: two operands of one matmul, and one of another"""
+"""by seed: two operands of one matmul, and one of another; the row of the last does not say"""
 SETTINGS = int8_loss.RunConfig(data=("x",), validation=Path("y"))
 
 
@@ -212,12 +211,12 @@ def test_arms_of_a_seed_differ_in_their_arithmetic_alone():
 def test_report_of_pairs(tmp_path, capsys):
     bf16 = {0: 4.00, 1: 4.02, 2: 4.04}
     gaps = {"int8": (0.003, 0.004, 0.005), "int8-all": (0.02, 0.03, 0.04)}
-    for trial in int8_loss.trials(SETTINGS, [], {}):
+    for trial in int8_loss.trials(SETTINGS, ["--num-layers", "40"], {}):
         matmul, loss, drift = trial.matmul, bf16[trial.seed], 0.0
         if matmul != "bf16":
             loss, drift = loss + gaps[matmul][trial.seed], 0.002
         line = result(trial, None if (matmul, trial.seed) == ("int8-all", 2) else loss, drift)
-        if matmul == "int8":
+        if matmul == "int8" and trial.seed in FALLEN:
             line |= {"int8_fallback": FALLEN[trial.seed]}
         append_record(tmp_path / "results.jsonl", line)
     assert int8_loss.main(["report", str(tmp_path), "--speed", "int8-all", "1.6"]) == 0
@@ -229,10 +228,10 @@ def test_report_of_pairs(tmp_path, capsys):
     )
     assert "slope +0.0020 (+0.0020 to +0.0020) per 100M tokens" in said
     # At 10B tokens the law falls by 0.168 nats an e-fold: 0.004 nats are 2.4% of the tokens.
-    # o's outputs are 768 of 8,192 of a layer, and each of 20 layers has two products.
-    stays = 1 - (19 / 20 + 10 / 20) * 768 / (2 * 8192 * 20) / 3
+    # o's outputs are 768 of 8,192 of a layer, and each of 40 layers has two products.
+    stays = 1 - (19 / 20 + 10 / 20) * 768 / (2 * 8192 * 40) / 2
     assert f"int8: {stays:.1%} of its products stayed int8" in said
-    assert "operands that went back to bf16, by seed: 3, 0, 0" in said
+    assert "operands that went back to bf16: 3 of seed 0, 0 of seed 1\n" in said
     assert "int8: 1.100 times bf16's tokens/s, 1.074 net" in said
     assert "bf16 has that loss after 97.7% of 10B tokens" in said
     assert "int8-all: 1 of 3 runs diverged" in said
@@ -260,13 +259,13 @@ def test_the_slope_of_one_seed_has_an_interval_of_its_own():
     assert 0 < abs(slope - 0.002) < half < 0.001
     assert all(map(math.isnan, slope_of(tokens[:7], noise[:7])))
     base, other = (result(int8_loss.trials(SETTINGS, [], {})[0], loss) for loss in (4.0, 4.003))
-    (line, _) = describe({"bf16": {0: base}, "int8": {0: other}}, "current", {})[1:]
+    (line, _) = describe({"bf16": {0: base}, "int8": {0: other}}, {})[1:]
     assert "gap +0.0030 (no interval) nats a token over 1 seeds, as wanted; slope +0.0000" in line
     # Without a slope nothing says that it is as wanted, and without bf16 nothing says anything.
     base["curve"] = base["curve"][-7:]
-    (line, _) = describe({"bf16": {0: base}, "int8": {0: other}}, "current", {})[1:]
+    (line, _) = describe({"bf16": {0: base}, "int8": {0: other}}, {})[1:]
     assert line.endswith("nats a token over 1 seeds, small so far; slope not known per 100M tokens")
-    (line,) = describe({"bf16": {}, "int8": {0: other}}, "current", {})
+    (line,) = describe({"bf16": {}, "int8": {0: other}}, {})
     assert line == "int8: no run in bf16 of the same seed to compare with yet"
 
 

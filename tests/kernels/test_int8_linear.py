@@ -9,7 +9,6 @@ from hamner.kernels import (
     add_rms_norm,
     add_rms_norm_attention,
     add_rms_norm_linear,
-    add_rms_norm_mlp,
     add_rms_norm_qkv_rope,
     flash_attention_qkv,
     int8_linear,
@@ -17,8 +16,7 @@ from hamner.kernels import (
     swiglu,
     swiglu_linear,
 )
-from hamner.kernels.int8_error import SPOTS
-from hamner.kernels.int8_linear import OPERANDS, int8_linear_reference
+from hamner.kernels.int8_linear import int8_linear_reference
 from hamner.kernels.int8_matmul import int8_matmul
 from hamner.kernels.int8_quantize import MAX_ROW, quantize_int8
 from tests.kernels.gradients import DTYPES, assert_same_bits, compiled, outputs_and_gradients
@@ -136,116 +134,6 @@ class TestFusedOpsEqualTheirParts:
             assert torch.equal(results[name], parts[name]), name
 
 
-def mlp_inputs(*shape: int, inner: int, residual: bool = True, **how) -> dict[str, torch.Tensor]:
-    width = shape[-1]
-    inputs = {
-        "x": make(*shape, **how),
-        "norm_weight": make(width, seed=2, device=how["device"]),
-        "gate_up_weight": make(2 * inner, width, seed=3, **how),
-        "down_weight": make(width, inner, seed=4, **how),
-    }
-    return inputs | ({"residual": make(*shape, seed=1, **how)} if residual else {})
-
-
-def mlp(*, parts: bool, gate_up: str, down: str, recompute: bool = True):
-    """The op, or the two that it joins; with the errors of all operands as inputs."""
-
-    def op(x, norm_weight, gate_up_weight, down_weight, residual=None, errors=(None, None)):
-        if not parts:
-            return add_rms_norm_mlp(
-                x, residual, norm_weight, gate_up_weight, down_weight,
-                recompute=recompute, gate_up_matmul=gate_up, gate_up_errors=errors[0],
-                down_matmul=down, down_errors=errors[1],
-            )  # fmt: skip
-        how = {"recompute": recompute, "matmul": gate_up, "errors": errors[0]}
-        gate_up_out, stream = add_rms_norm_linear(
-            x, residual, norm_weight, gate_up_weight, grouped_gradient=True, **how
-        )
-        how = {"recompute": recompute, "matmul": down, "errors": errors[1]}
-        return swiglu_linear(gate_up_out, down_weight, **how), stream
-
-    return op
-
-
-class TestMlpEqualsItsTwoOps:
-    """SwiGLU's backward quantises as the quantiser does; what fell back is not quantised."""
-
-    @pytest.mark.parametrize(
-        ("gate_up", "down", "recompute", "residual"),
-        [
-            ("int8", "int8", True, True),
-            ("int8-all", "int8-all", False, False),
-            ("data_gradient", "bf16", True, True),
-            ("forward+weight_gradient", "int8", True, True),
-        ],
-    )
-    def test_bits(self, gate_up, down, recompute, residual, device):
-        inputs = mlp_inputs(2, 20, 32, inner=512, residual=residual, device=device)
-        how = {"gate_up": gate_up, "down": down, "recompute": recompute}
-        assert_same_bits(mlp(parts=False, **how), mlp(parts=True, **how), inputs)
-
-    def test_errors(self, device):
-        shape, found = (2, len(OPERANDS), SPOTS, 2), []
-        for parts in (False, True):
-            errors = torch.zeros(shape, device=device, requires_grad=True)
-            inputs = mlp_inputs(2, 20, 32, inner=512, device=device)
-            op = mlp(parts=parts, gate_up="int8-all", down="int8")
-            op(**inputs, errors=errors)[0].sum().backward()
-            found.append(errors.grad)
-        assert torch.equal(*found)
-        measured = (found[0][..., 1] > 0).any(dim=-1)
-        assert measured[0].all() and measured[1].tolist() == [True] * 4 + [False] * 2
-
-    def test_a_stream_without_its_branch(self, device):
-        inputs = mlp_inputs(2, 20, 32, inner=256, device=device)
-        _, stream = mlp(parts=False, gate_up="int8", down="int8")(**inputs)
-        d_x, d_residual = torch.autograd.grad(stream.sum(), [inputs["x"], inputs["residual"]])
-        assert d_x.eq(1).all() and d_residual.eq(1).all()
-
-    def test_compiled(self, device):
-        op = mlp(parts=False, gate_up="int8-all", down="int8-all")
-        assert_same_bits(op, compiled(op), mlp_inputs(2, 5, 32, inner=256, device=device))
-
-    def test_groups_with_elements_of_gate_and_of_up(self, device):
-        """SwiGLU's backward does not quantise them, the quantiser does."""
-        inputs = mlp_inputs(2, 20, 32, inner=300, device=device)
-        op, parts = (mlp(parts=p, gate_up="int8", down="int8") for p in (False, True))
-        assert op(**inputs)[0].grad_fn.name() != "_NormMlpBackward"
-        assert_same_bits(op, parts, inputs)
-        whole = mlp_inputs(2, 20, 32, inner=256, device=device)
-        assert op(**whole)[0].grad_fn.name() == "_NormMlpBackward"
-
-    def test_not_finite(self, device):
-        """A token that is not finite spoils no other's gradient."""
-        inputs = mlp_inputs(1, 20, 32, inner=512, device=device)
-        op = mlp(parts=False, gate_up="int8", down="int8")
-        d_out = make(1, 20, 32, device=device, seed=5).detach()
-        (expected,) = torch.autograd.grad(op(**inputs)[0], inputs["x"], d_out)
-        d_out[0, 3] = torch.inf
-        (found,) = torch.autograd.grad(op(**inputs)[0], inputs["x"], d_out)
-        assert found[0, 3].isnan().all()
-        others = [i for i in range(20) if i != 3]
-        assert torch.equal(found[0, others], expected[0, others])
-
-    def test_opcheck(self, device):
-        d_out, gate_up, h, weight = (
-            make(*s, device=device) for s in ((5, 8), (5, 512), (5, 256), (8, 256))
-        )
-        arguments = (x.detach() for x in (d_out, gate_up, h, weight))
-        op = torch.ops.hamner.swiglu_linear_backward
-        torch.library.opcheck(op, (*arguments, "int8-all", True, True))
-
-    def test_rejects(self):
-        inputs = mlp_inputs(2, 5, 32, inner=256, device="cpu")
-        op = mlp(parts=False, gate_up="int8", down="int8")
-        with pytest.raises(ValueError, match=r"gate_up_weight has shape \(511, 32\)"):
-            op(**{**inputs, "gate_up_weight": torch.ones(511, 32)})
-        with pytest.raises(TypeError, match="down_weight is torch.float16"):
-            op(**{**inputs, "down_weight": torch.ones(32, 256).half()})
-        with pytest.raises(ValueError, match="matmul is 'fp8'"):
-            mlp(parts=False, gate_up="int8", down="fp8")(**inputs)
-
-
 def test_a_gradient_of_bf16_is_untouched_by_int8(device):
     """With "int8" the gradient of the weight is torch's own."""
     tensors = linear_inputs(300, 40, 70, torch.float32, device)
@@ -288,7 +176,18 @@ def test_opcheck(device):
             "matmul is 'int4'; it must be one of bf16, int8, int8-all",
             {"matmul": "int4"},
         ),
-        (ValueError, "axes up to 32,768", {"weight": torch.ones(MAX_ROW + 1, 3)}),
+        (
+            ValueError,
+            r"weight has shape \(32769, 3\); int8 has one scale for 32,769 elements there, and "
+            "takes up to 32,768",
+            {"weight": torch.ones(MAX_ROW + 1, 3)},
+        ),
+        (
+            ValueError,
+            r"errors has shape \(3,\); it must be \(6, 64, 2\)",
+            {"errors": torch.ones(3)},
+        ),
+        (TypeError, "errors is torch.float16", {"errors": torch.ones(6, 64, 2).half()}),
     ],
 )
 def test_rejects(error, message, change):
@@ -302,6 +201,8 @@ def test_fused_ops_reject():
         rms_norm_linear(x, torch.ones(4), weight, matmul="fp8")
     with pytest.raises(ValueError, match="matmul is 'fp8'"):
         swiglu_linear(torch.ones(2, 8), weight, matmul="fp8")
+    with pytest.raises(ValueError, match="errors has shape"):
+        swiglu_linear(torch.ones(2, 8), weight, errors=torch.ones(6))
 
 
 @pytest.mark.gpu
@@ -335,7 +236,3 @@ def test_fused_ops_at_a_training_shape(recompute):
         rows, weight_rows = (quantize_int8(x, grouped=True) for x in (swiglu(gate_up), weight))
         out = swiglu_linear(gate_up, weight, **settings)
     assert torch.equal(out, int8_matmul(rows, weight_rows))
-
-    how = {"gate_up": "int8-all", "down": "int8-all", "recompute": recompute}
-    inputs = mlp_inputs(24, 1024, 1024, inner=2816, **bf16)
-    assert_same_bits(mlp(parts=False, **how), mlp(parts=True, **how), inputs)

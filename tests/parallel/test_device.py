@@ -8,9 +8,7 @@ import torch
 
 from hamner.config.options import for_option
 from hamner.errors import UserError
-from hamner.kernels.int8_quantize import MAX_ROW
 from hamner.parallel.device import (
-    MAX_INT8_INNER,
     require_int8,
     select,
     select_device,
@@ -75,22 +73,6 @@ def test_int8_with_other_flags(change, message):
     require_int8(replace(config, matmul="bf16", **change))
 
 
-def test_int8_of_a_wide_mlp():
-    assert 2 * MAX_INT8_INNER == MAX_ROW
-    config = replace(for_option("tiny"), matmul="int8")
-    widest, wider = (
-        replace(config, model=replace(config.model, expert_intermediate_size=inner))
-        for inner in (MAX_INT8_INNER, MAX_INT8_INNER + 1)
-    )
-    require_int8(widest)
-    with pytest.raises(
-        UserError, match="--expert-intermediate-size up to 16,384, and it is 16,385"
-    ):
-        require_int8(wider)
-    experts = replace(wider.model, num_experts=4, num_experts_per_token=2)
-    require_int8(replace(wider, model=experts))  # experts stay bf16
-
-
 @pytest.mark.parametrize(
     ("name", "size", "message"),
     [
@@ -104,6 +86,19 @@ def test_int8_of_sizes_that_no_16_bytes_divide(name, size, message):
     with pytest.raises(UserError, match=message):
         require_int8(odd)
     require_int8(replace(odd, matmul="bf16"))
+    experts = replace(odd.model, hidden_size=1024, num_experts=4, num_experts_per_token=2)
+    require_int8(replace(odd, model=experts))  # experts stay bf16
+
+
+def test_int8_of_heads_and_tokens_that_no_16_bytes_divide():
+    config = replace(for_option("a"), matmul="int8")
+    heads = {"hidden_size": 1040, "num_attention_heads": 20, "num_kv_heads": 1}
+    with pytest.raises(UserError, match="heads 20 with --num-kv-heads 1 gives 1,144; use other"):
+        require_int8(replace(config, model=replace(config.model, **heads)))
+    odd = replace(config, seq_len=1000)
+    require_int8(odd)
+    with pytest.raises(UserError, match="16 as --seq-len, and it is 1,000; use 1,008 or --matmul"):
+        require_int8(replace(odd, matmul="int8-all"))
 
 
 def test_why_a_run_is_on_the_cpu(monkeypatch, tmp_path):

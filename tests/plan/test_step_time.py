@@ -384,6 +384,12 @@ class TestInt8:
         read = tokens * 2 * 513 * costs.BF16
         assert straddling.cost.bytes - whole.cost.bytes == pytest.approx(read, rel=0.02)
 
+    def test_errors_are_measured_in_backward(self):
+        """A forward pass that runs again measures nothing again."""
+        forward = quantisation("forward", 1_000, [(256, 512), (256, 256)])
+        assert forward.launches == 3  # two weights, and attention's result
+        assert forward.cost == costs.quantize_int8(256 * 512 + 256 * 256 + 1_000 * 256)
+
     def test_on_other_cards_by_their_peaks_or_as_measured(self):
         for name, rows, grouped in (
             ("rtx-4090", 3.44, 2.72),

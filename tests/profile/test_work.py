@@ -83,6 +83,22 @@ def test_bytes_of_the_router_projection():
         assert (work.bytes, work.flops) == (size, 0)
 
 
+@pytest.mark.parametrize("quantises", [True, False])
+def test_bytes_of_a_gradient_that_is_written_in_int8_too(quantises):
+    """d_out (30, 4), gate_up (30, 16), no result kept."""
+    operation = Range(
+        "hamner::swiglu_linear_backward",
+        0,
+        1,
+        is_operation=True,
+        dims=[[30, 4], [30, 16], [], [4, 8]],
+        types=[BF16, BF16, "", BF16],
+        values=["", "", "", "", "", "False", str(quantises)],
+    )
+    _, work = work_of("swiglu", operation)
+    assert work.bytes == 2 * 6 * 30 * 8 + quantises * 30 * 16
+
+
 def test_work_of_int8():
     """A matmul of (30, 8) by (20, 8), and a matrix that is quantised."""
     operation = Range(

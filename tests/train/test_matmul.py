@@ -1,5 +1,6 @@
 """`--matmul int8` through the whole loop, with its kernels in Triton's interpreter."""
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -110,6 +111,28 @@ def test_evaluations_are_bf16(config):
     step.model.int8 = None
     assert validation_loss(step, rows) == loss != trained
     assert loss == pytest.approx(trained, abs=0.01)
+
+
+def test_operands_that_fall_back_one_by_one_stay_compiled(config, monkeypatch):
+    """Torch compiles a function a few times only and then runs it as it is, without a word."""
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=count))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    step = TrainStep(replace(config, compile=True))
+    inputs, targets = torch.randint(100, (2, 2, 16), generator=torch.Generator().manual_seed(0))
+    rows = Batch(inputs, targets, torch.zeros(2, 16, dtype=torch.int32))
+    step.step(rows, 0.0)
+    assert 0 < len(graphs) <= 2
+    graphs.clear()
+    step.fall_back(step.model.int8.operands[:2])
+    step.step(rows, 0.0)
+    assert graphs
+    torch.compiler.reset()
 
 
 def test_another_plan_begins_without_the_errors_of_a_step_that_broke_off(config):

@@ -5,14 +5,16 @@ plan.jsonl, what was projected beside what was measured. Every command finds in 
 paths in config.json say where things came from, and may be gone. run.lock says who writes them
 (owner.py).
 
-And, when something went wrong: bad_steps/ (batches for `--replay`) and stacks.txt (of a hang). With
-several processes: logs/rank_N.txt, what each said. bad_rows.json lists the rows of the data that
-were passed over.
+And, when something went wrong: bad_steps/ (batches for `--replay`), stacks.txt (of a hang) and
+*.jsonl.damaged (a log with lines that were no records). With several processes: logs/rank_N.txt,
+what each said. bad_rows.json lists the rows of the data that were passed over.
 """
 
 import errno
 import json
+import logging
 import os
+import shutil
 from pathlib import Path
 
 from hamner.checkpoint.owner import Owner
@@ -21,6 +23,8 @@ from hamner.data.tokenizer import Tokenizer, load_tokenizer
 from hamner.errors import UserError
 from hamner.files import read_records, write_whole
 from hamner.parallel.ranks import Rank
+
+logger = logging.getLogger(__name__)
 
 
 class RunFolder:
@@ -108,7 +112,10 @@ class RunFolder:
             tokenizer.save(self.tokenizer)
             write_whole(self.config, json.dumps(config.to_json(), indent=1) + "\n")
         except OSError as error:
-            raise UserError(f"--run-dir {self.path} cannot be written: {error.strerror}") from error
+            where = error.filename or self.path
+            raise UserError(
+                f"--run-dir {self.path} cannot be written: {where}: {error.strerror}"
+            ) from error
 
     def stacks_of(self, rank: Rank) -> Path:
         """The file takes the stacks of a process that hangs; several processes have one each."""
@@ -117,11 +124,30 @@ class RunFolder:
         return self.logs / f"stacks_{rank.global_rank}.txt"
 
     def rewind(self, step: int) -> None:
-        """The method drops metrics and samples after `step`: the resumed run writes them again."""
+        """The method drops metrics and samples after `step`: the resumed run writes them again.
+
+        A file with lines that are none is kept beside, as NAME.damaged, but for a torn last line.
+        """
         for path in (self.metrics, self.samples):
-            if path.exists():
-                kept = [json.dumps(r) for r in read_records(path) if r["step"] <= step]
+            if not path.exists():
+                continue
+            records = list(read_records(path))
+            with path.open("rb") as file:
+                lines = sum(line.endswith(b"\n") for line in file)
+            if len(records) < lines:
+                shutil.copyfile(path, path.with_name(f"{path.name}.damaged"))
+                logger.warning(
+                    "%s has lines that are no records of a run (%d), which are left out; the file "
+                    "as it was is %s.damaged beside it",
+                    path,
+                    lines - len(records),
+                    path.name,
+                )
+            kept = [json.dumps(record) for record in records if record["step"] <= step]
+            if kept:
                 write_whole(path, "".join(f"{line}\n" for line in kept))
+            else:
+                path.unlink()  # as in a run that has just begun
 
     def amend(self, step: int, values: dict) -> None:
         """The last record of metrics.jsonl gets what was measured later, if it is of `step`."""

@@ -255,6 +255,8 @@ def main(argv: Sequence[str]) -> None:
     from rich.markdown import Markdown
 
     config = read_flags(PlanConfig, argv, "hamner.plan")
+    if config.report:
+        report.require_report(config.report)
     analysis = analyse(config)
     console = Console()
     if not console.is_terminal:

@@ -202,7 +202,8 @@ def speed_interval(plan: Plan) -> str:
     if gain is not None:
         than_bf16 = (
             f"\n\nThe run should be {gain.best:.2f} times as fast as with --matmul bf16, "
-            f"{gain.low:.2f} to {gain.high:.2f}. What int8 costs in loss is not in that."
+            f"{gain.low:.2f} to {gain.high:.2f}. What int8 costs in loss is not in that "
+            "(docs/training.md)."
         )
     return (
         f"Nine of ten runs of option {plan.config.option} should reach {interval.low:,.0f} to "
@@ -503,17 +504,27 @@ def _misfits(analysis: Analysis) -> str:
     return _bullets(f"{name} does not fit: {why}" for name, why in analysis.misfits.items())
 
 
+def require_report(path: Path) -> None:
+    """The function refuses a path that cannot take a report, before one is made.
+
+    Raises:
+        UserError: it is a pipe, a device or a folder, its folder does not exist, or it cannot be
+            written.
+    """
+    if is_pipe_or_device(path):
+        raise UserError(f"--report {path} is a pipe or a device; name a file, such as plan.md")
+    require_writable(path, "--report")
+
+
 def write_report(path: Path, analysis: Analysis) -> None:
     """The function writes Markdown at `path` and its plots in `<stem>_files/` beside it.
 
     The plots come first and each file is renamed into place, so a report that exists is whole.
 
     Raises:
-        UserError: the folder does not exist, or cannot be written.
+        UserError: the file cannot be written, see `require_report`.
     """
-    if is_pipe_or_device(path):
-        raise UserError(f"--report {path} is a pipe or a device; name a file, such as plan.md")
-    require_writable(path, "--report")
+    require_report(path)
     files = path.with_name(f"{path.stem}_files")
     with writing(f"--report {path}"):
         files.mkdir(exist_ok=True)

@@ -19,7 +19,7 @@ from hamner.config.recipe import RecipeConfig
 from hamner.config.sft import part
 from hamner.config.train import ComputeConfig, RunConfig, StartConfig, TaskConfig, TrainConfig
 from hamner.errors import UserError
-from hamner.files import refuse_unread, writing
+from hamner.files import require_writable, writing
 from hamner.profile import memory, picture
 from hamner.profile.report import describe, describe_difference, describe_memory
 from hamner.profile.summary import summarize
@@ -114,7 +114,7 @@ class ReadConfig:
                 raise UserError(f"--{name} is of one TRACE: leave it out beside --compare")
         for name in ("memory", "picture"):
             if path := getattr(self, name):
-                refuse_unread(path, f"--{name}")
+                require_writable(path, f"--{name}")
 
 
 def read(config: ReadConfig) -> None:

@@ -84,8 +84,12 @@ class Origin:
                 raise UserError(
                     f"--replay {self.replay}: no such file; RUN/bad_steps/ has those of a run"
                 )
-            # RUN/bad_steps/FILE
-            return _read_run(self.replay.parent.parent)
+            run = self.replay.resolve().parent.parent  # of RUN/bad_steps/FILE
+            if not (run / CONFIG_FILE).is_file():
+                raise UserError(
+                    f"--replay {self.replay} is in no run: name a file of a RUN/bad_steps/"
+                )
+            return _read_run(run)
         if not self.has_run:
             default = self._from_weights() if self.init_from else self._fresh()
             return replace(default, resume=self.resume)

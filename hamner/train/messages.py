@@ -91,7 +91,7 @@ def introduction(log: TrainLog, saves: Saves, *, has_validation: bool) -> list[s
             f"rate never falls: --warmup-steps {length // 20} is a twentieth of it"
         )
     if config.resume:
-        where = f"from {saved.path}" if saved else "from the start: it never saved"
+        where = f"from {saved.path}" if saved else "from the start: no checkpoint is there"
         lines.append(f"resuming {log.run.path} {where}")
     else:
         lines.append(f"run folder {log.run.path}")

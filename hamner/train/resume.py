@@ -18,6 +18,7 @@ from hamner.config.model import NOT_THE_MODEL, ModelConfig, flag
 from hamner.config.train import TrainConfig
 from hamner.data.tokenizer import Tokenizer
 from hamner.errors import UserError
+from hamner.files import read_records
 from hamner.train.int8_guard import Int8Guard
 from hamner.train.metrics import Spike
 from hamner.train.saves import STATE_FORMAT, Stateful
@@ -210,6 +211,22 @@ def require_int8_state(found: Checkpoint, state: dict) -> None:
         ) from error
 
 
+def start_over(run: RunFolder, config: TrainConfig) -> None:
+    """The run forgets all that it made before it first saved.
+
+    Raises:
+        UserError: by its log it has saved, so its checkpoints are somewhere else.
+    """
+    reached = max((record["step"] for record in read_records(run.metrics)), default=0)
+    if 0 < config.save_every <= reached:
+        raise UserError(
+            f"--resume: {run.checkpoints} has no checkpoint, though {run.metrics} reaches step "
+            f"{reached:,} and every {config.save_every:,} are saved: bring the checkpoints back, "
+            "or start another run with --run-dir FOLDER"
+        )
+    rewind(run, 0)
+
+
 def restore(
     run: RunFolder, tokenizer: Tokenizer, step: TrainStep, parts: Sequence[Stateful]
 ) -> Checkpoint | None:
@@ -225,7 +242,7 @@ def restore(
     found, state, notes = from_main(lambda: find_checkpoint(run.checkpoints))
     step.messages += notes
     if found is None:
-        from_main(lambda: rewind(run, 0))
+        from_main(lambda: start_over(run, step.config))
         return None
     require_same_model(found, state, step.config, tokenizer)
     require_same_optimizer(found, state, step.config)

@@ -61,3 +61,16 @@ def test_rewind_leaves_one_value_for_every_step(tmp_path):
     run.amend(5, {"val_loss": 2.0})
     assert list(read_records(run.metrics)) == [*records[:4], {**records[4], "val_loss": 2.0}]
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "samples.jsonl"}
+    run.rewind(0)
+    assert not list(tmp_path.iterdir())  # as before the first record
+
+
+def test_what_is_no_record_is_kept_beside(tmp_path, caplog):
+    run = RunFolder(tmp_path)
+    text = '{"step": 1}\nnotes of mine\n{"step": 2}\n'
+    run.metrics.write_text(text)
+    run.rewind(1)
+    assert list(read_records(run.metrics)) == [{"step": 1}]
+    assert (tmp_path / "metrics.jsonl.damaged").read_text() == text
+    (said,) = caplog.messages
+    assert "metrics.jsonl has lines that are no records of a run (1), which are left" in said

@@ -46,6 +46,21 @@ def test_bad_flags(args, named):
         main(["--checkpoint", "run", *args])
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"step": 1}\n{"step": 2}\n', r"metrics\.jsonl is there and has no results of"),
+        ("a file of mine", r"metrics\.jsonl is there and has no results of"),
+        ('{"models": []}\n', "^(?!--output)"),  # what is not there is the run
+    ],
+)
+def test_only_its_own_results_are_overwritten(text, message, tmp_path):
+    (file := tmp_path / "metrics.jsonl").write_text(text)
+    with pytest.raises(UserError, match=message):
+        main(["--checkpoint", "run", "--output", str(file)])
+    assert file.read_text() == text
+
+
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match=f"--output {tmp_path}/pipe is a pipe"):

@@ -104,7 +104,7 @@ def test_read_and_compare_print(captured, capsys, tmp_path):
 )
 def test_a_picture_that_cannot_be_written_is_named(captured, flag, trace, tmp_path):
     path = tmp_path / "missing" / "picture.png"
-    with pytest.raises(UserError, match=f"{flag} {path} cannot be written"):
+    with pytest.raises(UserError, match=f"{flag} {path}: the folder .*missing does not exist"):
         main(["read", str(captured[0] / trace), flag, str(path)])
     os.mkfifo(pipe := tmp_path / "pipe.png")
     with pytest.raises(UserError, match=f"{flag} {pipe} is a pipe"):

@@ -243,6 +243,7 @@ def test_an_evaluation_has_a_sequence(tmp_path):
         (["--data"], "--data has no value"),
         (["--data", "--steps", "10"], "--data has no value"),
         (["--replay", "gone.safetensors"], "--replay gone.safetensors: no such file"),
+        (["--replay", __file__], "test_main.py is in no run: name a file of a RUN/bad_steps/"),
         (["--option", "tiny", "--tokenizer", "missing.json"], "--tokenizer missing.json"),
         (["--vram-budget", "0.01", "--device", "cpu"], "--vram-budget"),
         (["--val-fraction", "1.5"], "--val-fraction"),

@@ -131,11 +131,15 @@ def refuse_unread(path: Path, name: str) -> None:
         raise UserError(f"{name} {path} is a pipe, which nobody may ever read: name a file")
 
 
-def require_writable(path: Path, name: str) -> None:
+def require_writable(path: Path, name: str, *, begins: bytes = b"") -> None:
     """The function refuses a file that cannot be written, before hours go into what it is to hold.
 
+    Args:
+        path, name: of the file, and of the flag that gives it.
+        begins: how every such file begins; one that is there and begins otherwise is somebody's.
+
     Raises:
-        UserError: it begins with `name`, of the flag, and its path.
+        UserError: it begins with `name` and the path.
     """
     if not path.parent.is_dir():
         raise UserError(f"{name} {path}: the folder {path.parent} does not exist; create it")
@@ -144,6 +148,13 @@ def require_writable(path: Path, name: str) -> None:
     refuse_unread(path, name)
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise UserError(f"{name} {path} cannot be written: {os.strerror(errno.EACCES)}")
+    if begins and path.is_file():
+        with writing(f"{name} {path}"), path.open("rb") as file:
+            found = file.read(len(begins))
+        if found and found != begins:
+            raise UserError(
+                f"{name} {path} is there and holds something else: name another file, or remove it"
+            )
 
 
 def flush(path: Path) -> None:

@@ -1,5 +1,6 @@
 """The tests make files that are whole or not there, and read JSON that is damaged."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from hamner.files import (
     read_json,
     refuse_pipe,
     refuse_unread,
+    require_writable,
     usual_permissions,
     write_whole,
     writing,
@@ -24,6 +26,7 @@ from hamner.files import (
 from hamner.plan.report_card import ReportCard
 from hamner.plan.run_curve import read_run
 from hamner.profile.trace import read_trace
+from tests.forked import run_module
 
 
 def test_a_file_is_replaced_at_the_end(tmp_path):
@@ -157,3 +160,31 @@ def test_a_pipe_is_refused_before_it_is_waited_for(tmp_path):
     # A file, a folder and nothing are other readers' business.
     for path in (tmp_path, tmp_path / "nothing", Path(__file__)):
         refuse_pipe(path, "--data")
+
+
+def test_a_file_of_another_kind_is_not_overwritten(tmp_path):
+    path = tmp_path / "x"
+    for content, is_ours in ((b"", True), (b"# A plan", True), (b"#", False), (b"mine", False)):
+        path.write_bytes(content)
+        expected = contextlib.nullcontext()
+        if not is_ours:
+            expected = pytest.raises(UserError, match=r"--report \S+x is there and holds something")
+        with expected:
+            require_writable(path, "--report", begins=b"# ")
+
+
+@pytest.mark.parametrize(
+    ("command", "flag", "args"),
+    [
+        ("hamner.data", "--output", ["train-tokenizer", "--data", "builtin"]),
+        ("hamner.plan", "--report", ["--option", "tiny"]),
+        ("hamner.profile", "--picture", ["read", "trace.json.gz"]),
+    ],
+)
+def test_commands_overwrite_only_what_they_wrote(command, flag, args, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n')
+    result = run_module(command, *args, flag, path)
+    assert result.returncode == 2
+    assert f"error: {flag} {path} is there and holds something else" in result.stderr
+    assert path.read_text() == '{"step": 1}\n'

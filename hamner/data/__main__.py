@@ -22,6 +22,9 @@ from hamner.errors import UserError
 from hamner.files import refuse_pipe, require_writable, writing
 from hamner.progress import Status, waiting
 
+TOKENIZER_BEGINS = b'{"version"'
+"""what train-tokenizer writes"""
+
 
 @dataclass(frozen=True)
 class Prepare:
@@ -101,7 +104,7 @@ class TrainTokenizer:
                 f"--vocab-size {self.vocab_size}: must be at least {MIN_VOCAB_SIZE}, the special "
                 "tokens and the 256 bytes, and below 2^31"
             )
-        require_writable(self.output, "--output")
+        require_writable(self.output, "--output", begins=TOKENIZER_BEGINS)
         refuse_pipe(self.output, f"--output {self.output}")
         with waiting(f"learning {self.vocab_size:,} entries") as status:
             tokenizer = train_tokenizer(self._texts(status), self.vocab_size)

@@ -6,7 +6,6 @@ if __package__ != "hamner.evaluate":
     print("error: start this with python -m hamner.evaluate", file=sys.stderr)
     raise SystemExit(2)
 
-import contextlib
 import importlib.util
 import json
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from hamner.cli import for_terminal, read_flags, run_command
 from hamner.config.model import flag
 from hamner.config.train import MAX_STEP_TOKENS
 from hamner.errors import UserError
-from hamner.files import read_json, require_writable, writing
+from hamner.files import require_writable, writing
 from hamner.progress import Status, waiting
 
 if TYPE_CHECKING:
@@ -29,6 +28,8 @@ if TYPE_CHECKING:
     from hamner.evaluate.evaluation import HeldOut, Kind, Sample, SourceResult
 
 LISTS = ("--checkpoint", "--data", "--conversations", "--tasks")
+BEGINS = b'{\n "models": ['
+"""what `--output` holds"""
 
 
 @dataclass(frozen=True)
@@ -78,23 +79,7 @@ class EvaluateConfig:
         if self.val_fraction is not None and not 0 < self.val_fraction <= 1:
             raise UserError(f"--val-fraction {self.val_fraction} must be above 0 and at most 1")
         if self.output is not None:
-            require_writable(self.output, "--output")
-            _require_results(self.output)
-
-
-def _require_results(path: Path) -> None:
-    """A file of another kind, such as a run's metrics.jsonl, is not overwritten.
-
-    Raises:
-        UserError: it is one.
-    """
-    if path.is_file() and path.stat().st_size:
-        with contextlib.suppress(UserError):
-            if "models" in read_json(path):
-                return
-        raise UserError(
-            f"--output {path} is there and has no results of hamner.evaluate: name another file"
-        )
+            require_writable(self.output, "--output", begins=BEGINS)
 
 
 @dataclass(frozen=True)

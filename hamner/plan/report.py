@@ -513,7 +513,7 @@ def require_report(path: Path) -> None:
     """
     if is_pipe_or_device(path):
         raise UserError(f"--report {path} is a pipe or a device; name a file, such as plan.md")
-    require_writable(path, "--report")
+    require_writable(path, "--report", begins=b"# ")
 
 
 def write_report(path: Path, analysis: Analysis) -> None:

@@ -27,6 +27,8 @@ from hamner.profile.trace import read_trace, with_callers_of
 from hamner.train.flags import Origin, require_consistent
 
 COMMAND = "hamner.profile"
+PNG = b"\x89PNG"
+"""how every such file begins"""
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ class ReadConfig:
                 raise UserError(f"--{name} is of one TRACE: leave it out beside --compare")
         for name in ("memory", "picture"):
             if path := getattr(self, name):
-                require_writable(path, f"--{name}")
+                require_writable(path, f"--{name}", begins=PNG)
 
 
 def read(config: ReadConfig) -> None:

@@ -49,9 +49,9 @@ def test_bad_flags(args, named):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"step": 1}\n{"step": 2}\n', r"metrics\.jsonl is there and has no results of"),
-        ("a file of mine", r"metrics\.jsonl is there and has no results of"),
-        ('{"models": []}\n', "^(?!--output)"),  # what is not there is the run
+        ('{"step": 1}\n{"step": 2}\n', r"metrics\.jsonl is there and holds something else"),
+        ("a file of mine", r"metrics\.jsonl is there and holds something else"),
+        ('{\n "models": []\n}\n', "^(?!--output)"),  # what is not there is the run
     ],
 )
 def test_only_its_own_results_are_overwritten(text, message, tmp_path):

@@ -123,7 +123,7 @@ def test_report_and_its_plots(tmp_path, analysis_with_run):
 
 def test_report_is_replaced_whole_or_not_at_all(tmp_path, analysis, monkeypatch):
     path = tmp_path / "plan.md"
-    path.write_text("the old report")
+    path.write_text("# the old report")
 
     def fail(self, target):
         raise OSError(28, "No space left on device")
@@ -131,7 +131,7 @@ def test_report_is_replaced_whole_or_not_at_all(tmp_path, analysis, monkeypatch)
     monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(UserError, match=r"plan\.md cannot be written: No space left on device"):
         write_report(path, analysis)
-    assert path.read_text() == "the old report"
+    assert path.read_text() == "# the old report"
     assert {p.suffix for p in (tmp_path / "plan_files").iterdir()} <= {TEMPORARY}
 
 

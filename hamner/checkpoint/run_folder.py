@@ -5,8 +5,9 @@ plan.jsonl, what was projected beside what was measured. Every command finds in 
 paths in config.json say where things came from, and may be gone. run.lock says who writes them
 (owner.py).
 
-And, when something went wrong: bad_steps/ (batches for `--replay`), stacks.txt (of a hang) and
-*.jsonl.damaged (a log with lines that were no records). With several processes: logs/rank_N.txt,
+And, when something went wrong: bad_steps/ (batches for `--replay`), stacks.txt (of a hang),
+*.jsonl.damaged (a log with lines that were no records) and *.jsonl.before (that of a run that was
+started over). With several processes: logs/rank_N.txt,
 what each said. bad_rows.json lists the rows of the data that were passed over.
 """
 
@@ -135,7 +136,7 @@ class RunFolder:
             with path.open("rb") as file:
                 lines = sum(line.endswith(b"\n") for line in file)
             if len(records) < lines:
-                shutil.copyfile(path, path.with_name(f"{path.name}.damaged"))
+                self.keep("damaged", path)
                 logger.warning(
                     "%s has lines that are no records of a run (%d), which are left out; the file "
                     "as it was is %s.damaged beside it",
@@ -148,6 +149,11 @@ class RunFolder:
                 write_whole(path, "".join(f"{line}\n" for line in kept))
             else:
                 path.unlink()  # as in a run that has just begun
+
+    def keep(self, suffix: str, *paths: Path) -> None:
+        """Copies of metrics and samples, or of those of them that are given, are kept beside."""
+        for path in filter(Path.exists, paths or (self.metrics, self.samples)):
+            shutil.copyfile(path, path.with_name(f"{path.name}.{suffix}"))
 
     def amend(self, step: int, values: dict) -> None:
         """The last record of metrics.jsonl gets what was measured later, if it is of `step`."""

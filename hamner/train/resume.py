@@ -110,15 +110,18 @@ def _is_a(value: object, types: tuple[type, ...]) -> bool:
     return isinstance(value, types) and not isinstance(value, bool)
 
 
-def rewind(run: RunFolder, step: int) -> None:
+def rewind(run: RunFolder, step: int, *, keeps: bool = False) -> None:
     """The run forgets what it made after `step`: records are cut, damaged checkpoints renamed.
 
-    The last thing of a resume that nothing refuses any more.
+    The last thing of a resume that nothing refuses any more. With `keeps` the records until now
+    are kept beside.
 
     Raises:
         UserError: the folder cannot be written.
     """
     try:
+        if keeps:
+            run.keep("before")
         run.rewind(step)
         checkpoint.set_aside(run.checkpoints, newer_than=step)
     except OSError as error:
@@ -211,20 +214,30 @@ def require_int8_state(found: Checkpoint, state: dict) -> None:
         ) from error
 
 
-def start_over(run: RunFolder, config: TrainConfig) -> None:
-    """The run forgets all that it made before it first saved.
+def start_over(run: RunFolder, config: TrainConfig) -> list[str]:
+    """The run forgets all that it made, as it has no checkpoint: it was killed before one was
+    whole, or they are somewhere else, so a log that reaches the first save is kept beside.
+
+    Returns:
+        A sentence for the user, if that log is there.
 
     Raises:
-        UserError: by its log it has saved, so its checkpoints are somewhere else.
+        UserError: the folder of the checkpoints, which every start makes, is away.
     """
-    reached = max((record["step"] for record in read_records(run.metrics)), default=0)
-    if 0 < config.save_every <= reached:
+    if not run.checkpoints.is_dir():
         raise UserError(
-            f"--resume: {run.checkpoints} has no checkpoint, though {run.metrics} reaches step "
-            f"{reached:,} and every {config.save_every:,} are saved: bring the checkpoints back, "
-            "or start another run with --run-dir FOLDER"
+            f"--resume: {run.checkpoints} is away, which every run has: bring it back, or start "
+            "another run with --run-dir FOLDER"
         )
-    rewind(run, 0)
+    reached = max((record["step"] for record in read_records(run.metrics)), default=0)
+    if not 0 < config.save_every <= reached:
+        rewind(run, 0)
+        return []
+    rewind(run, 0, keeps=True)
+    return [
+        f"WARNING: {run.checkpoints} has no checkpoint, though {run.metrics} reached step "
+        f"{reached:,}: the run starts over, and its log until now is {run.metrics.name}.before"
+    ]
 
 
 def restore(
@@ -242,7 +255,7 @@ def restore(
     found, state, notes = from_main(lambda: find_checkpoint(run.checkpoints))
     step.messages += notes
     if found is None:
-        from_main(lambda: start_over(run, step.config))
+        step.messages += from_main(lambda: start_over(run, step.config))
         return None
     require_same_model(found, state, step.config, tokenizer)
     require_same_optimizer(found, state, step.config)

@@ -53,20 +53,25 @@ def test_the_newest_whole_checkpoint_is_taken_and_the_damage_said(config, whole,
     assert "damaged_step_00000010" in names
 
 
-def test_a_run_whose_checkpoints_are_away_is_not_started_over(config):
+def test_a_run_whose_checkpoints_are_away_is_not_started_over(config, capsys):
     train(replace(config, log_every=1, save_every=4, stop_after=6))
     folder, log = config.run_dir / "checkpoints", config.run_dir / "metrics.jsonl"
     before = log.read_bytes()
     folder.rename(config.run_dir / "elsewhere")
     folder.symlink_to("not_mounted")
-    again = replace(config, save_every=4, resume=True, stop_after=1)
-    with pytest.raises(UserError, match="has no checkpoint, though .* reaches step 6 and every 4"):
+    again = replace(config, log_every=1, save_every=4, resume=True, stop_after=1)
+    with pytest.raises(UserError, match="checkpoints is away, which every run has: bring it back"):
         train(again)
     assert log.read_bytes() == before
+    # Or killed before a save was whole.
     folder.unlink()
-    # Killed before it saved.
-    log.write_text('{"step": 3, "tokens": 1}\n')
+    folder.mkdir()
+    capsys.readouterr()
     assert train(again).step == 1
+    assert len(metrics(config.run_dir)) == 1
+    assert (config.run_dir / "metrics.jsonl.before").read_bytes() == before
+    said = " ".join(capsys.readouterr().out.split())
+    assert "has no checkpoint, though" in said and "reached step 6: the run starts over" in said
 
 
 def test_a_refused_resume_touches_nothing(config):

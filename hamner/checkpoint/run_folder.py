@@ -7,8 +7,8 @@ paths in config.json say where things came from, and may be gone. run.lock says 
 
 And, when something went wrong: bad_steps/ (batches for `--replay`), stacks.txt (of a hang),
 *.jsonl.damaged (a log with lines that were no records) and *.jsonl.before (that of a run that was
-started over). With several processes: logs/rank_N.txt,
-what each said. bad_rows.json lists the rows of the data that were passed over.
+started over). With several processes: logs/rank_N.txt, what each said. bad_rows.json lists the rows
+of the data that were passed over.
 """
 
 import errno

@@ -226,8 +226,8 @@ def start_over(run: RunFolder, config: TrainConfig) -> list[str]:
     """
     if not run.checkpoints.is_dir():
         raise UserError(
-            f"--resume: {run.checkpoints} is away, which every run has: bring it back, or start "
-            "another run with --run-dir FOLDER"
+            f"--resume: {run.checkpoints} is not there, though every run has it: bring it back, or "
+            "start another run with --run-dir FOLDER"
         )
     reached = max((record["step"] for record in read_records(run.metrics)), default=0)
     if not 0 < config.save_every <= reached:

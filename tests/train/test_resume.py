@@ -60,7 +60,7 @@ def test_a_run_whose_checkpoints_are_away_is_not_started_over(config, capsys):
     folder.rename(config.run_dir / "elsewhere")
     folder.symlink_to("not_mounted")
     again = replace(config, log_every=1, save_every=4, resume=True, stop_after=1)
-    with pytest.raises(UserError, match="checkpoints is away, which every run has: bring it back"):
+    with pytest.raises(UserError, match="checkpoints is not there, though every run has it: bring"):
         train(again)
     assert log.read_bytes() == before
     # Or killed before a save was whole.

@@ -136,7 +136,7 @@ def require_writable(path: Path, name: str, *, begins: bytes = b"") -> None:
 
     Args:
         path, name: of the file, and of the flag that gives it.
-        begins: how every such file begins; one that is there and begins otherwise is somebody's.
+        begins: see `refuse_foreign`.
 
     Raises:
         UserError: it begins with `name` and the path.
@@ -148,7 +148,16 @@ def require_writable(path: Path, name: str, *, begins: bytes = b"") -> None:
     refuse_unread(path, name)
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise UserError(f"{name} {path} cannot be written: {os.strerror(errno.EACCES)}")
-    if begins and path.is_file():
+    refuse_foreign(path, name, begins=begins)
+
+
+def refuse_foreign(path: Path, name: str, *, begins: bytes) -> None:
+    """The function refuses to overwrite a file that does not begin as every one of its kind.
+
+    Raises:
+        UserError: it begins with `name`, of the flag, and the path.
+    """
+    if path.is_file():
         with writing(f"{name} {path}"), path.open("rb") as file:
             found = file.read(len(begins))
         if found and found != begins:

@@ -28,6 +28,10 @@ def newest_messages(
     return [*opening, *turns[start:]]
 
 
-def newest_tokens(tokens: Sequence[int], generator: Generator) -> Sequence[int]:
-    """The last tokens of a text are kept, up to three quarters of the context."""
-    return tokens[-(generator.context * 3 // 4) :]
+def newest_tokens(
+    tokens: Sequence[int], generator: Generator, max_new_tokens: int
+) -> Sequence[int]:
+    """The last tokens of a text are kept that leave a quarter of the context, or `max_new_tokens`
+    if those are fewer."""
+    context = generator.context
+    return tokens[-(context - min(max_new_tokens, context // 4)) :]

@@ -335,10 +335,10 @@ class CompletionRequest(Request):
         if not all(0 <= token < tokenizer.vocab_size for token in ids):
             message = f"prompt: token ids are 0 to {tokenizer.vocab_size - 1:,}"
             raise ApiError(400, message, param="prompt")
-        forgotten = None
+        settings, forgotten = self.settings(model.config, seed), None
         if self.truncation == "auto":
             given = len(ids)
-            ids = newest_tokens(ids, generator)
+            ids = newest_tokens(ids, generator, settings["max_new_tokens"])
             forgotten = given - len(ids)
         if len(ids) >= generator.context:
             raise too_long(
@@ -348,7 +348,6 @@ class CompletionRequest(Request):
             )
         # The tokenizer of a base model may lack the tokens of conversations.
         stop_ids = turn_ends(tokenizer) if model.is_chat else {tokenizer.eot_id}
-        settings = self.settings(model.config, seed)
         completion = Completion(generator, ids, stop_ids=stop_ids, **settings)
         return Reply(model.name, completion, forgotten)
 

@@ -3,10 +3,12 @@
 import contextlib
 import dataclasses
 import json
+import os
 import random
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from hamner.chat.config import ChatConfig
 from hamner.chat.context import newest_messages, newest_tokens
@@ -108,13 +110,26 @@ class Session:
         try:
             path = expand_home(argument, "/save")
             refuse_unread(path, "/save")
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            line = json.dumps(record, ensure_ascii=False) + "\n"
+            with path.open("ab") as file:
+                if path.is_file() and not _ends_with_a_line(path):
+                    line = "\n" + line
+                file.write(line.encode())
         except OSError as error:
             raise UserError(f"/save {argument}: {error.strerror}") from error
         except (RuntimeError, ValueError) as error:  # no such home folder, or a NUL in the name
             raise UserError(f"/save {argument}: there is no such folder") from error
         self.terminal.say(f"(appended to {argument})")
+
+
+def _ends_with_a_line(path: Path) -> bool:
+    """The answer is whether what is appended begins a line: an editor may have left the last one
+    without an end."""
+    with path.open("rb") as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            return True
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
 
 
 class Chat(Session):
@@ -196,7 +211,7 @@ class Complete(Session):
         tokens = tokenizer.encode(text)
         if not tokens:
             raise UserError("the model's tokenizer has no token for anything in this text")
-        kept = newest_tokens(tokens, self.generator)
+        kept = newest_tokens(tokens, self.generator, self.config.max_new_tokens)
         completion = Completion(
             self.generator,
             kept,
@@ -210,8 +225,8 @@ class Complete(Session):
         self.text = text + completion.text
         if len(kept) < len(tokens):
             self.terminal.say(
-                f"(the context of {self.generator.context:,} tokens is full: the model only saw "
-                f"the last {len(kept):,} tokens of the text)"
+                f"(the context of {self.generator.context:,} tokens is full, with room for an "
+                f"answer: the model only saw the last {len(kept):,} tokens of the text)"
             )
 
     def record(self) -> dict:

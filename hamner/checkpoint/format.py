@@ -45,6 +45,8 @@ _FORMAT = 1
 _RESUME_WITH_THE_SAME = "resume with the model the run was started with"
 _STEP_FOLDER = re.compile(r"step_(\d{8,})")
 _TEMPORARY_PREFIX = ".saving_"
+_REPLACED_PREFIX = ".replaced_"
+"""of a checkpoint while another of the same step gets its name"""
 
 
 class CheckpointError(UserError):
@@ -244,12 +246,32 @@ def finish_save(temporary: Path, step: int, state: Mapping) -> Checkpoint:
     for name in (*files, MANIFEST_FILE):
         flush(temporary / name)
     flush(temporary)
+    replaced = final.with_name(f"{_REPLACED_PREFIX}{final.name}")
     if final.exists():
-        # Saved already at this step (an interrupt right after a save): the new one replaces it.
-        _remove(final)
-    temporary.rename(final)
+        # Saved already at this step (an interrupt right after a save). It is kept until the new one
+        # has the name; killed in between, `take_back` gives it back.
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
+    try:
+        temporary.rename(final)
+    except OSError:
+        take_back(final.parent)
+        raise
     flush(temporary.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
     return Checkpoint(final, step)
+
+
+def take_back(folder: Path) -> None:
+    """The function gives checkpoints their names again that no other one has got in their place.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    for replaced in folder.glob(f"{_REPLACED_PREFIX}*"):
+        final = replaced.with_name(replaced.name.removeprefix(_REPLACED_PREFIX))
+        if not final.exists():
+            replaced.rename(final)
 
 
 def find(folder: Path) -> list[Checkpoint]:
@@ -308,8 +330,10 @@ def retain(folder: Path, keep: int, keep_every: int = 0) -> None:
         keep_every: the first checkpoint at or after each multiple of so many steps stays too; 0
             is none.
     """
-    for leftover in folder.glob(f"{_TEMPORARY_PREFIX}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    take_back(folder)
+    for prefix in (_TEMPORARY_PREFIX, _REPLACED_PREFIX):
+        for leftover in folder.glob(f"{prefix}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
     if keep:
         kept, spans = best(folder), 0
         for old in find(folder)[:-keep]:

@@ -151,9 +151,14 @@ class RunFolder:
                 path.unlink()  # as in a run that has just begun
 
     def keep(self, suffix: str, *paths: Path) -> None:
-        """Copies of metrics and samples, or of those of them that are given, are kept beside."""
+        """What metrics and samples hold, or those of them that are given, is kept beside, behind
+        what was kept before."""
         for path in filter(Path.exists, paths or (self.metrics, self.samples)):
-            shutil.copyfile(path, path.with_name(f"{path.name}.{suffix}"))
+            with (
+                path.open("rb") as file,
+                path.with_name(f"{path.name}.{suffix}").open("ab") as kept,
+            ):
+                shutil.copyfileobj(file, kept)
 
     def amend(self, step: int, values: dict) -> None:
         """The last record of metrics.jsonl gets what was measured later, if it is of `step`."""

@@ -83,6 +83,11 @@ class SftConfig:
     def _extended_model(self) -> ModelConfig:
         """The method gives the checkpoint's model, made as long as asked."""
         scaling, trained = self.sft.rope_scaling, self.sft.trained_seq_len
+        # A run's own resume has the model that it made.
+        is_own = (self.model.rope_scaling, self.model.rope_scaling_from) == (scaling, trained)
+        if self.model.rope_scaling != "none" and not is_own:
+            self._require_no_other_stretch()
+            return self.model
         if scaling == "none":
             return replace(self.model, max_seq_len=max(self.model.max_seq_len, self.seq_len))
         if self.seq_len <= trained:
@@ -93,6 +98,20 @@ class SftConfig:
         return replace(
             self.model, max_seq_len=self.seq_len, rope_scaling=scaling, rope_scaling_from=trained
         )
+
+    def _require_no_other_stretch(self) -> None:
+        """A second stretch would not begin from the first, but from the positions before it."""
+        longest = self.model.max_seq_len
+        for name, value, is_given in (
+            ("rope-scaling", self.sft.rope_scaling, self.sft.rope_scaling != "none"),
+            ("seq-len", self.seq_len, self.seq_len > longest),
+        ):
+            if is_given:
+                raise UserError(
+                    f"--{name} {value}: the model's positions were stretched to {longest:,} before "
+                    f"and cannot be again: use --seq-len up to {longest}, or fine-tune the model "
+                    "that it was made from"
+                )
 
     @classmethod
     def for_checkpoint(cls, path: Path) -> "SftConfig":

@@ -17,13 +17,14 @@ from hamner.cli import for_terminal, read_flags, run_command
 from hamner.config.model import flag
 from hamner.config.train import MAX_STEP_TOKENS
 from hamner.errors import UserError
-from hamner.files import require_writable, writing
+from hamner.files import is_pipe_or_device, require_writable, write_whole, writing
 from hamner.progress import Status, waiting
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from hamner.checkpoint.saved_model import SavedModel
+    from hamner.config.train import TrainConfig
     from hamner.data.tokenizer import Tokenizer
     from hamner.evaluate.evaluation import HeldOut, Kind, Sample, SourceResult
 
@@ -171,6 +172,8 @@ def _open_held_out(
     every = [saved.config for saved in models]
     trained = [saved.config for saved in models if saved.is_chat == (kind == "conversations")]
     runs = trained or every
+    if kind == "text" and not trained and config.data:
+        runs = [_pre_training(saved, config) for saved in models]
     specs = config.data if kind == "text" else config.conversations
     if not specs:
         # Each once and without weights.
@@ -189,9 +192,32 @@ def _open_held_out(
         max_tokens=max_tokens,
         val_fraction=config.val_fraction or min(run.val_fraction for run in runs),
         bad_rows=max(usual, *(run.bad_rows for run in runs)),
-        document_mask=kind == "conversations" or any(run.document_mask for run in trained),
+        document_mask=kind == "conversations" or any(run.document_mask for run in runs),
         status=status,
     )
+
+
+def _pre_training(saved: "SavedModel", config: EvaluateConfig) -> "TrainConfig":
+    """The function finds what a chat model was before it was fine-tuned, which says what of a text
+    was held out.
+
+    Raises:
+        UserError: its run cannot be read, and no --val-fraction says it instead.
+    """
+    from hamner.config.train import TrainConfig
+
+    run = saved.config
+    try:
+        while run.sft is not None:
+            run = TrainConfig.of_run(run.sft.checkpoint, "--checkpoint")
+    except UserError as error:
+        if config.val_fraction is None:
+            raise UserError(
+                f"--data: what {saved.checkpoint.path} did not train on, the run that it was "
+                f"fine-tuned from says, which cannot be read ({error}): name that beside it, or "
+                "give --val-fraction"
+            ) from error
+    return run
 
 
 def show(results: Sequence[ModelResult], console: "Console") -> None:
@@ -241,14 +267,28 @@ def main(args: Sequence[str]) -> None:
     from rich.console import Console
 
     results = evaluate(config)
-    if config.output is not None:
-        text = json.dumps({"models": [asdict(result) for result in results]}, indent=1)
-        with writing(f"--output {config.output}"):
-            config.output.write_text(text + "\n", encoding="utf-8")
-    # Last, as its reader may have seen enough.
-    show(results, Console(highlight=False))
+    try:
+        if config.output is not None:
+            write(results, config.output)
+    finally:
+        # Last, as its reader may have seen enough; and what no file took is not lost.
+        show(results, Console(highlight=False))
     if config.output is not None:
         print(f"\nwritten to {config.output}")
+
+
+def write(results: Sequence[ModelResult], path: Path) -> None:
+    """The function writes all that was found out as JSON.
+
+    Raises:
+        UserError: the file cannot be written; one that was there is as it was.
+    """
+    text = json.dumps({"models": [asdict(result) for result in results]}, indent=1) + "\n"
+    with writing(f"--output {path}"):
+        if is_pipe_or_device(path):
+            path.write_text(text, encoding="utf-8")
+        else:
+            write_whole(path, text)
 
 
 if __name__ == "__main__":

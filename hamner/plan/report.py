@@ -414,6 +414,10 @@ def _command(plan: Plan) -> str:
     )
 
 
+TITLE = "# Pre-training plan: option "
+"""how every document begins"""
+
+
 def document(analysis: Analysis, files: str) -> str:
     """The document is the whole analysis as Markdown; its plots lie in the folder `files`."""
     lines = caveats(analysis.plan) + ([] if analysis.run else [recipes_caveat()])
@@ -430,7 +434,7 @@ def _situation(analysis: Analysis, files: str) -> str:
         run = f"\n\nThe run so far:\n\n{findings}\n\n![The run so far]({files}/run.png)"
     steps = "\n\n".join((step_times(plan), speed_interval(plan), *communication_findings(plan)))
     return f"""\
-# Pre-training plan: option {plan.config.option} on {gpus}
+{TITLE}{plan.config.option} on {gpus}
 
 ## The problem
 
@@ -513,7 +517,7 @@ def require_report(path: Path) -> None:
     """
     if is_pipe_or_device(path):
         raise UserError(f"--report {path} is a pipe or a device; name a file, such as plan.md")
-    require_writable(path, "--report", begins=b"# ")
+    require_writable(path, "--report", begins=TITLE.encode())
 
 
 def write_report(path: Path, analysis: Analysis) -> None:

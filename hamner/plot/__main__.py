@@ -15,9 +15,10 @@ import tyro
 
 from hamner.cli import read_flags, run_command
 from hamner.errors import UserError
-from hamner.files import writing
+from hamner.files import refuse_foreign, writing
 
-FORMATS = (".png", ".svg", ".pdf")
+FORMATS = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}
+"""endings of pictures, and how such a file begins"""
 OUTPUT = Path("runs.png")
 """where several runs are drawn if nothing is said"""
 
@@ -40,6 +41,8 @@ class PlotConfig:
             raise UserError("name a run's folder, or several to compare: runs/a runs/b")
         if self.output and self.output.suffix not in FORMATS:
             raise UserError(f"--output {self.output} must end in {', '.join(FORMATS)}")
+        if output := self.output or (OUTPUT if len(self.runs) > 1 else None):
+            refuse_foreign(output, "--output", begins=FORMATS[output.suffix])
 
 
 def plot(config: PlotConfig) -> list[str]:

@@ -139,7 +139,9 @@ class TrainingLoop:
             self.data.keep()
             if self.keeps_end:
                 self.log.reporters.append(self.pictures)
-            self.log.reporters += open_reporters(self.config, self.log.beside)
+            self.log.reporters += open_reporters(
+                self.config, self.log.beside, first_step=self.progress.step + 1
+            )
 
     def close(self) -> None:
         """What runs beside the loop stops, and the folder is free."""
@@ -281,13 +283,14 @@ class TrainingLoop:
         if evaluates or due(config.log_every) or done:
             sources = self.data.loader.progress()
             self.log.request_line(LogLine(progress.val_loss, progress.val_step, sources))
+        if due(config.sample_every) or (done and config.sample_every):
+            # Before a save, as a run that resumes from it takes none of this step.
+            self.inspector.sample()
         if is_better:
             self.saves.save_best()
         has_begun = self.saves.save_when_due(due(config.save_every) and not done)
         if has_begun and self.keeps_end and self.log.is_main:
             self.pictures.begin()
-        if due(config.sample_every) or (done and config.sample_every):
-            self.inspector.sample()
 
     @property
     def _owes_evaluation(self) -> bool:

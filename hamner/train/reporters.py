@@ -13,10 +13,11 @@ from hamner.train.metrics import Record
 class TensorBoard:
     """The records of a run become event files in RUN/tensorboard."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(config.folder / "tensorboard")
+        # What an earlier start reported beyond its last checkpoint is not shown.
+        self.writer = SummaryWriter(config.folder / "tensorboard", purge_step=first_step)
 
     def report(self, record: Record) -> None:
         for name, value in _numbers(record).items():
@@ -61,14 +62,14 @@ def require_installed(names: Sequence[str]) -> None:
             ) from error
 
 
-def open_reporters(config: TrainConfig, beside: Beside) -> list[Reporter]:
+def open_reporters(config: TrainConfig, beside: Beside, first_step: int) -> list[Reporter]:
     """The function opens the services that `--report-to` names, in the run's folder, but for those
-    that fail."""
+    that fail; records begin with `first_step`."""
     reporters: list[Reporter] = []
     for name in config.report_to:
         with beside(f"--report-to {name}", then="training goes on without it"):
             is_ours = name == "tensorboard"
-            reporters.append(TensorBoard(config) if is_ours else Tracker(name, config))
+            reporters.append(TensorBoard(config, first_step) if is_ours else Tracker(name, config))
     return reporters
 
 

@@ -53,6 +53,10 @@ def find_checkpoint(folder: Path) -> tuple[Checkpoint | None, dict, list[str]]:
     Raises:
         UserError: there are checkpoints and none is whole, or it is of another version.
     """
+    try:
+        checkpoint.take_back(folder)
+    except OSError as error:
+        raise UserError(f"--resume: {folder} cannot be written: {error.strerror}") from error
     found, errors = checkpoint.newest_whole(folder)
     if found is None and errors:
         raise UserError(
@@ -214,9 +218,9 @@ def require_int8_state(found: Checkpoint, state: dict) -> None:
         ) from error
 
 
-def start_over(run: RunFolder, config: TrainConfig) -> list[str]:
+def start_over(run: RunFolder) -> list[str]:
     """The run forgets all that it made, as it has no checkpoint: it was killed before one was
-    whole, or they are somewhere else, so a log that reaches the first save is kept beside.
+    whole, or they are somewhere else, so its log is kept beside.
 
     Returns:
         A sentence for the user, if that log is there.
@@ -230,10 +234,9 @@ def start_over(run: RunFolder, config: TrainConfig) -> list[str]:
             "start another run with --run-dir FOLDER"
         )
     reached = max((record["step"] for record in read_records(run.metrics)), default=0)
-    if not 0 < config.save_every <= reached:
-        rewind(run, 0)
+    rewind(run, 0, keeps=reached > 0)
+    if not reached:
         return []
-    rewind(run, 0, keeps=True)
     return [
         f"WARNING: {run.checkpoints} has no checkpoint, though {run.metrics} reached step "
         f"{reached:,}: the run starts over, and its log until now is {run.metrics.name}.before"
@@ -255,7 +258,7 @@ def restore(
     found, state, notes = from_main(lambda: find_checkpoint(run.checkpoints))
     step.messages += notes
     if found is None:
-        step.messages += from_main(lambda: start_over(run, step.config))
+        step.messages += from_main(lambda: start_over(run))
         return None
     require_same_model(found, state, step.config, tokenizer)
     require_same_optimizer(found, state, step.config)

@@ -169,7 +169,8 @@ class Saves:
     def save_best(self) -> None:
         """This step, the best so far, is saved under its own number: `checkpoint.best` needs it."""
         self._note(self.saver.wait())
-        if self.is_healthy:
+        # A bad step leaves the weights as they were, whose loss has just been measured.
+        if self.is_healthy or not self.non_finite():
             self.save()
 
     def save_last(self) -> None:

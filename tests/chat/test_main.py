@@ -177,11 +177,22 @@ def test_completion_continues_each_line_for_itself(tokenizer, tmp_path):
     assert json.loads(file.read_text()) == {"text": "Then there was"}
 
 
+def test_a_file_without_a_last_line_end_loses_nothing(tokenizer, tmp_path):
+    file = tmp_path / "texts.jsonl"
+    file.write_text('{"text": "mine"}')
+    session(Complete, tokenizer, " there was", "Once", f"/save {file}", f"/save {file}")
+    rows = [json.loads(line)["text"] for line in file.read_text().splitlines()]
+    assert rows == ["mine", "Once there was", "Once there was"]
+
+
 def test_completion_of_a_text_that_fills_the_context(tokenizer):
     line = "abcdefgh" * 30
     _, text, script = session(Complete, tokenizer, "!", line, context=100)
     assert script.prompts == [tokenizer.encode(line)[-75:]]
     assert "only saw the last 75 tokens" in text
+    # A short answer needs less room.
+    _, text, script = session(Complete, tokenizer, "!", line[:95], context=100, max_new_tokens=4)
+    assert script.prompts == [tokenizer.encode(line[:95])] and "only saw" not in text
 
 
 def test_every_answer_has_its_own_seed_and_the_flag_repeats_them(tokenizer):

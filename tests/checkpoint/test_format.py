@@ -1,6 +1,7 @@
 """Checkpoints are whole or absent, and verified; nothing is unpickled."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,7 +83,8 @@ def test_a_checkpoint_loses_its_name_before_its_files(tmp_path, monkeypatch):
     checkpoint.retain(tmp_path, 1)
     save(tmp_path, 2)
     assert [c.step for c in checkpoint.find(tmp_path)] == [2]
-    assert len(list(tmp_path.glob(".saving_removing_step_*"))) == 2
+    names = {path.name for path in tmp_path.glob(".*")}
+    assert names == {".saving_removing_step_00000001", ".replaced_step_00000002"}
 
 
 def test_retention_keeps_one_of_every_span(tmp_path):
@@ -157,6 +159,31 @@ def test_saving_a_step_again_replaces_it(tmp_path):
     save(tmp_path)
     save(tmp_path).verify()
     assert [c.step for c in checkpoint.find(tmp_path)] == [3]
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_step_that_is_saved_again_is_never_away(killed, tmp_path, monkeypatch):
+    """Neither where the new one does not get its name, nor where a kill comes before that."""
+    old = save(tmp_path).path.joinpath("manifest.json").read_bytes()
+    rename = Path.rename
+
+    def fail(path, target):
+        if path.name.startswith(".saving_"):
+            raise KeyboardInterrupt if killed else OSError(5, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(KeyboardInterrupt if killed else OSError):
+        save(tmp_path, other=1)
+    monkeypatch.undo()
+    assert len(checkpoint.find(tmp_path)) == (not killed)
+    checkpoint.take_back(tmp_path)
+    found, errors = checkpoint.newest_whole(tmp_path)
+    assert not errors
+    assert (found.path / "manifest.json").read_bytes() == old
+    save(tmp_path, other=1)
+    checkpoint.retain(tmp_path, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000003"]
 
 
 def test_failed_save_leaves_nothing_named_step(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import json
 import os
 import re
 from dataclasses import replace
@@ -11,7 +12,10 @@ import pytest
 from rich.console import Console
 
 from hamner.checkpoint.saved_model import SavedModel
+from hamner.config.sft import SftConfig
+from hamner.config.train import TrainConfig
 from hamner.errors import UserError
+from hamner.evaluate import evaluation
 from hamner.evaluate.__main__ import EvaluateConfig, evaluate, main, show
 from tests import forked
 from tests.imports import output_without
@@ -135,6 +139,40 @@ def test_base_and_chat_model_side_by_side(tmp_path):
     assert re.search(r"kind +│ +base model +│ +chat model", table)
     assert "> Who are you?" in table
     assert "> The history of" in table
+
+
+def test_text_for_a_chat_model_alone_is_what_its_base_held_out(tmp_path, monkeypatch):
+    """Fine-tuning holds out five times as large a share, of conversations."""
+    base = save_run(tmp_path / "base", sharp(SHAPE))
+    chat = save_run(tmp_path / "chat", sharp(SHAPE), chat=True)
+    tuned = replace(SftConfig.for_checkpoint(base), run_dir=chat).training()
+    (chat / "config.json").write_text(json.dumps(tuned.to_json()))
+    held_out = []
+    monkeypatch.setattr(
+        evaluation, "open_held_out", lambda *_, **how: held_out.append(how["val_fraction"]) or []
+    )
+    config = EvaluateConfig(checkpoint=(chat,), data=("builtin",), device="cpu")
+    evaluate(config)
+    assert held_out == [TrainConfig.val_fraction, SftConfig.val_fraction] == [0.01, 0.05]
+    base.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"did not train on.* name that beside it, or give --val-f"):
+        evaluate(config)
+    evaluate(replace(config, val_fraction=0.02))
+
+
+def test_results_that_no_file_takes_are_shown(tmp_path, monkeypatch, capsys):
+    run, file = save_run(tmp_path / "base", sharp(SHAPE)), tmp_path / "results.json"
+    file.write_text('{\n "models": [] }')
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(evaluation, "open_held_out", lambda *_, **__: [])
+    monkeypatch.setattr("hamner.evaluate.__main__.write_whole", fail)
+    with pytest.raises(UserError, match=r"results\.json cannot be written: No space left"):
+        main(["--checkpoint", str(run), "--output", str(file), "--device", "cpu"])
+    assert "base model" in capsys.readouterr().out
+    assert file.read_text() == '{\n "models": [] }'
 
 
 def test_a_model_whose_context_holds_no_question_is_evaluated(tmp_path):

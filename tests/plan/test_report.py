@@ -11,7 +11,14 @@ from hamner.errors import UserError
 from hamner.files import TEMPORARY
 from hamner.plan import report
 from hamner.plan.__main__ import PlanConfig, analyse
-from hamner.plan.report import document, memory_table, options_table, step_times, write_report
+from hamner.plan.report import (
+    TITLE,
+    document,
+    memory_table,
+    options_table,
+    step_times,
+    write_report,
+)
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +130,7 @@ def test_report_and_its_plots(tmp_path, analysis_with_run):
 
 def test_report_is_replaced_whole_or_not_at_all(tmp_path, analysis, monkeypatch):
     path = tmp_path / "plan.md"
-    path.write_text("# the old report")
+    path.write_text(old := f"{TITLE}a")
 
     def fail(self, target):
         raise OSError(28, "No space left on device")
@@ -131,7 +138,7 @@ def test_report_is_replaced_whole_or_not_at_all(tmp_path, analysis, monkeypatch)
     monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(UserError, match=r"plan\.md cannot be written: No space left on device"):
         write_report(path, analysis)
-    assert path.read_text() == "# the old report"
+    assert path.read_text() == old
     assert {p.suffix for p in (tmp_path / "plan_files").iterdir()} <= {TEMPORARY}
 
 

@@ -99,3 +99,13 @@ def test_losses_of_different_tokenizers_are_compared_by_bytes(tmp_path):
     RunFolder(paths[0]).validation.write_bytes(b"damaged")
     with pytest.raises(UserError, match=r"validation.safetensors cannot be read"):
         compare(paths)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.svg", "a.pdf"])
+def test_only_pictures_of_the_kind_are_overwritten(name, tmp_path):
+    (file := tmp_path / name).write_text("my thesis")
+    with pytest.raises(UserError, match=rf"--output \S+{name} is there and holds something else"):
+        PlotConfig((tmp_path / "run",), file)
+    file.unlink()
+    for _ in range(2):
+        plot(PlotConfig((run_of(tmp_path / "run"),), file))

@@ -68,6 +68,24 @@ def test_a_longer_row_extends_the_model(base):
     assert model("--seq-len", "256", "--rope-scaling", "yarn").rope_scaling_factor == 4.0
 
 
+def test_positions_are_stretched_once(base, tmp_path):
+    args = ["--checkpoint", str(base), "--seq-len", "128", "--rope-scaling", "linear"]
+    stretched = parse([*args, "--run-dir", str(tmp_path / "long")]).training()
+    (tmp_path / "long").mkdir()
+    (tmp_path / "long" / "config.json").write_text(json.dumps(stretched.to_json()))
+    again = ["--checkpoint", str(tmp_path / "long")]
+    assert parse([*again, "--seq-len", "100"]).training().model == stretched.model
+    for flags, named in (
+        (["--seq-len", "256"], "--seq-len 256: the model's positions were stretched to 128 before"),
+        (["--seq-len", "256", "--rope-scaling", "yarn"], "--rope-scaling yarn: the model's"),
+    ):
+        with pytest.raises(UserError, match=named):
+            parse([*again, *flags])
+    assert parse(["--resume", "--run-dir", str(tmp_path / "long")]).training().model == (
+        stretched.model
+    )
+
+
 def test_config_json_reads_back_what_was_written(base, tmp_path):
     args = ["--checkpoint", str(base), "--data", "a.jsonl=2", "b.jsonl=1", "--epochs", "2"]
     config = parse([*args, "--seq-len", "128", "--rope-scaling", "linear"])

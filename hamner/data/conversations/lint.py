@@ -6,6 +6,7 @@ from itertools import groupby
 from rich.console import Console
 from rich.text import Text
 
+from hamner.cli import for_terminal
 from hamner.data.conversations.examples import ConversationSource, Example, UnusableRows
 from hamner.data.tokenizer import Tokenizer
 
@@ -19,7 +20,7 @@ def show(sources: Sequence[ConversationSource], tokenizer: Tokenizer, console: C
     """`show` prints counts of every source, what was dropped or cut, and an example's mask."""
     for source in sources:
         for line in describe(source):
-            console.print(Text(line), soft_wrap=True)
+            console.print(Text(for_terminal(line)), soft_wrap=True)
     example = next((example for source in sources for example in source.train), None)
     if example is not None:
         console.print(preview(example, tokenizer, coloured=console.color_system is not None))
@@ -32,7 +33,7 @@ def show_unusable(error: UnusableRows, console: Console) -> None:
         for source in error.sources:
             console.print(Text(f"{source.name}: cannot be used:"), soft_wrap=True)
             for text in source.describe_unusable():
-                console.print(Text(f"  {text}"), soft_wrap=True)
+                console.print(Text(for_terminal(f"  {text}")), soft_wrap=True)
 
 
 def describe(source: ConversationSource) -> list[str]:
@@ -67,7 +68,7 @@ def preview(example: Example, tokenizer: Tokenizer, *, coloured: bool) -> Text:
     text = Text("what is learned of one conversation (the rest is masked):\n")
     tokens = list(zip(example.ids.tolist(), example.learned.tolist(), strict=True))
     for learned, group in groupby(tokens[:PREVIEW_TOKENS], key=lambda token: token[1]):
-        span = tokenizer.decode([token for token, _ in group])
+        span = for_terminal(tokenizer.decode([token for token, _ in group]))
         if learned:
             text.append(f"{opening}{span}{closing}", LEARNED_STYLE)
         else:

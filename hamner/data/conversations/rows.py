@@ -68,6 +68,8 @@ def parse_conversation(row: Any) -> tuple[Message, ...]:
         raise ValueError("a conversation must be a JSON object")
     given = _present(row)
     messages = _parse_fields(given)
+    if messages and messages[0].role == "system" and not messages[0].content.strip():
+        messages = messages[1:]  # as chat begins where no system prompt is given
     if not messages:
         raise ValueError("holds no message")
     system = next((given[name] for name in SYSTEMS if name in given), "")

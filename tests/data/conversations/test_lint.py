@@ -51,6 +51,14 @@ def test_every_case_is_counted_and_named(tmp_path):
     assert duplicates == "  7 repeat an earlier conversation and are kept"
 
 
+def test_data_do_not_command_the_terminal(tmp_path):
+    bad = {"messages": [{"role": "\x1b[2J", "content": "x"}]}
+    source = load(tmp_path, *[conversation("\x1b[2JHi", "Hey!\x07")] * 20, bad)
+    show([source], TOKENIZER, Console(file=(said := io.StringIO()), force_terminal=False))
+    assert "Hi" in said.getvalue() and "cannot be used" in said.getvalue()
+    assert not set("\x1b\x07") & set(said.getvalue())
+
+
 def test_rows_left_out_are_named(tmp_path):
     rows = [conversation("Hi", "Hey!")] * 20
     _, unusable, _ = describe(load(tmp_path, *rows, {"messages": []}, {"messages": []}))

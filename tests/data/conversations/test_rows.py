@@ -65,6 +65,17 @@ def test_one_conversation_in_many_forms(row):
     assert parse_conversation(row) == WITH_SYSTEM
 
 
+def test_a_blank_system_prompt_is_none():
+    """As in chat, which then begins with the question."""
+    for blank in ("", " \n"):
+        turns = listed("messages", "role", "content", "system", "user", "assistant")["messages"]
+        turns[0]["content"] = blank
+        assert parse_conversation({"messages": turns}) == HI
+        assert parse_conversation({"messages": turns, "system": "Be terse."}) == WITH_SYSTEM
+        with pytest.raises(ValueError, match="holds no message"):
+            parse_conversation({"messages": turns[:1]})
+
+
 @pytest.mark.parametrize("field", ["input", "context"])
 def test_an_instruction_comes_with_what_it_is_about(field):
     row = {"instruction": "Add.", field: "2 + 2", "output": "4"}

@@ -90,6 +90,19 @@ def test_what_is_written_is_the_state_of_the_moment(saver, may_write):
     assert saver.wait() is None
 
 
+def test_a_save_where_no_more_memory_may_be_pinned(saver, monkeypatch):
+    real_empty = torch.empty
+
+    def empty(*args, pin_memory=None, **how):
+        if pin_memory is not None:
+            raise RuntimeError("CUDA error: out of memory")
+        return real_empty(*args, **how)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    begin(saver, 3)
+    assert torch.equal(loaded(saver.wait()), torch.full((50,), 3.0))
+
+
 def test_one_save_at_a_time(saver, may_write):
     begin(saver, 1)
     saver.wanted = True

@@ -436,6 +436,37 @@ def test_a_best_step_is_saved_once_however_slow_the_disk(config, monkeypatch):
     assert [c.step for c in checkpoint.find(config.run_dir / "checkpoints")] == [10, 20]
 
 
+def test_a_best_step_that_was_skipped_is_saved(config):
+    """Its weights are those of the step before, whose loss is the best so far."""
+
+    def on_phase(phase: str, step: int) -> None:
+        if (phase, step) == ("evaluation", 2):
+            trainer.log.health.bad_in_a_row = 1
+
+    trainer = TrainingLoop(
+        replace(config, steps=3, eval_every=2, save_every=0, patience=5), on_phase=on_phase
+    )
+    trainer.run_to_end()
+    trainer.close()
+    assert [c.step for c in checkpoint.find(config.run_dir / "checkpoints")] == [2, 3]
+
+
+def test_samples_come_before_the_save_of_their_step(config, monkeypatch):
+    """A run that resumes from it takes none of that step."""
+    trainer = TrainingLoop(replace(config, steps=4, sample_every=2, save_every=2))
+    order, save = [], trainer.saves.save
+
+    def note_and_save() -> None:
+        order.append("save")
+        save()
+
+    monkeypatch.setattr(trainer.inspector, "sample", lambda: order.append("samples"))
+    monkeypatch.setattr(trainer.saves, "save", note_and_save)
+    trainer.run_to_end()
+    trainer.close()
+    assert order == ["samples", "save"] * 2
+
+
 def test_failed_last_save_is_one_sentence(config, monkeypatch):
     def full_disk(*_, **__):
         raise OSError(28, "No space left on device")

@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 
 TEMPORARY = ".new"
 """suffix of a file that is being written"""
+PNG = b"\x89PNG"
+"""how every such picture begins"""
 CANNOT_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 """what a file system answers that has no flush, as some over networks and in user space"""
 CANNOT_OPEN = (errno.EACCES, errno.EPERM, errno.EISDIR)
@@ -38,6 +40,26 @@ def write_whole(path: Path, data: bytes | bytearray | str) -> None:
     temporary.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
     flush(temporary)
     temporary.replace(path)
+
+
+def write_output(path: Path, data: bytes) -> None:
+    """The function writes a file that a user named: whole, as `write_whole` does, where a link
+    leads to if it is one; but into a device, or an open stream's /dev/stdout, directly.
+
+    Raises:
+        OSError: the disk does not take it; a file that was there is as it was.
+    """
+    if is_pipe_or_device(path) or _is_stream(path):
+        path.write_bytes(data)
+    else:
+        write_whole(path.resolve(), data)
+
+
+def _is_stream(path: Path) -> bool:
+    """The answer is whether a path stands for a stream that this process has open, as /dev/stdout
+    does, and that goes into a file."""
+    devices = Path("/dev")
+    return devices in path.absolute().parents and devices not in path.resolve().parents
 
 
 @contextlib.contextmanager
@@ -157,7 +179,7 @@ def refuse_foreign(path: Path, name: str, *, begins: bytes) -> None:
     Raises:
         UserError: it begins with `name`, of the flag, and the path.
     """
-    if path.is_file():
+    if path.is_file() and not _is_stream(path):
         with writing(f"{name} {path}"), path.open("rb") as file:
             found = file.read(len(begins))
         if found and found != begins:

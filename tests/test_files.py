@@ -14,12 +14,14 @@ from hamner.checkpoint.pt_file import read_pt
 from hamner.data.tokenizer import load_tokenizer
 from hamner.errors import UserError
 from hamner.files import (
+    is_pipe_or_device,
     made_whole,
     read_json,
     refuse_pipe,
     refuse_unread,
     require_writable,
     usual_permissions,
+    write_output,
     write_whole,
     writing,
 )
@@ -171,6 +173,21 @@ def test_a_file_of_another_kind_is_not_overwritten(tmp_path):
             expected = pytest.raises(UserError, match=r"--report \S+x is there and holds something")
         with expected:
             require_writable(path, "--report", begins=b"# ")
+
+
+def test_an_output_goes_where_the_user_said(tmp_path):
+    """Through a link into its file, and into a device or stream, which nothing replaces."""
+    (target := tmp_path / "target").write_text("old")
+    (link := tmp_path / "link").symlink_to(target)
+    write_output(link, b"new")
+    assert link.is_symlink() and target.read_text() == "new"
+    write_output(Path("/dev/null"), b"x")
+    assert is_pipe_or_device(Path("/dev/null"))
+    with target.open("w") as file:  # as a shell's > does
+        stream = Path(f"/dev/fd/{file.fileno()}")
+        require_writable(stream, "--output", begins=b"{")
+        write_output(stream, b"through a stream")
+    assert target.read_text() == "through a stream"
 
 
 @pytest.mark.parametrize(

@@ -124,19 +124,22 @@ class RunFolder:
             return self.stacks
         return self.logs / f"stacks_{rank.global_rank}.txt"
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: int, *, keeps: bool = False) -> None:
         """The method drops metrics and samples after `step`: the resumed run writes them again.
 
-        A file with lines that are none is kept beside, as NAME.damaged, but for a torn last line.
+        With `keeps` what they hold is kept beside, as NAME.before; with lines that are none, but
+        for a torn last one, as NAME.damaged.
         """
         for path in (self.metrics, self.samples):
             if not path.exists():
                 continue
+            if keeps:
+                _keep(path, "before")
             records = list(read_records(path))
             with path.open("rb") as file:
                 lines = sum(line.endswith(b"\n") for line in file)
             if len(records) < lines:
-                self.keep("damaged", path)
+                _keep(path, "damaged")
                 logger.warning(
                     "%s has lines that are no records of a run (%d), which are left out; the file "
                     "as it was is %s.damaged beside it",
@@ -150,22 +153,18 @@ class RunFolder:
             else:
                 path.unlink()  # as in a run that has just begun
 
-    def keep(self, suffix: str, *paths: Path) -> None:
-        """What metrics and samples hold, or those of them that are given, is kept beside, behind
-        what was kept before."""
-        for path in filter(Path.exists, paths or (self.metrics, self.samples)):
-            with (
-                path.open("rb") as file,
-                path.with_name(f"{path.name}.{suffix}").open("ab") as kept,
-            ):
-                shutil.copyfileobj(file, kept)
-
     def amend(self, step: int, values: dict) -> None:
         """The last record of metrics.jsonl gets what was measured later, if it is of `step`."""
         records = list(read_records(self.metrics))
         if records and records[-1]["step"] == step:
             records[-1] |= values
             write_whole(self.metrics, "".join(f"{json.dumps(r)}\n" for r in records))
+
+
+def _keep(path: Path, suffix: str) -> None:
+    """What a file holds is kept beside it, behind what was kept before."""
+    with path.open("rb") as file, path.with_name(f"{path.name}.{suffix}").open("ab") as kept:
+        shutil.copyfileobj(file, kept)
 
 
 class RecordLog:

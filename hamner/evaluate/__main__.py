@@ -17,7 +17,7 @@ from hamner.cli import for_terminal, read_flags, run_command
 from hamner.config.model import flag
 from hamner.config.train import MAX_STEP_TOKENS
 from hamner.errors import UserError
-from hamner.files import is_pipe_or_device, require_writable, write_whole, writing
+from hamner.files import require_writable, write_output, writing
 from hamner.progress import Status, waiting
 
 if TYPE_CHECKING:
@@ -285,10 +285,7 @@ def write(results: Sequence[ModelResult], path: Path) -> None:
     """
     text = json.dumps({"models": [asdict(result) for result in results]}, indent=1) + "\n"
     with writing(f"--output {path}"):
-        if is_pipe_or_device(path):
-            path.write_text(text, encoding="utf-8")
-        else:
-            write_whole(path, text)
+        write_output(path, text.encode())
 
 
 if __name__ == "__main__":

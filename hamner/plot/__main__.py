@@ -15,9 +15,9 @@ import tyro
 
 from hamner.cli import read_flags, run_command
 from hamner.errors import UserError
-from hamner.files import refuse_foreign, writing
+from hamner.files import PNG, refuse_foreign, writing
 
-FORMATS = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}
+FORMATS = {".png": PNG, ".svg": b"<?xml", ".pdf": b"%PDF"}
 """endings of pictures, and how such a file begins"""
 OUTPUT = Path("runs.png")
 """where several runs are drawn if nothing is said"""

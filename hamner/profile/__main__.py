@@ -19,7 +19,7 @@ from hamner.config.recipe import RecipeConfig
 from hamner.config.sft import part
 from hamner.config.train import ComputeConfig, RunConfig, StartConfig, TaskConfig, TrainConfig
 from hamner.errors import UserError
-from hamner.files import require_writable, writing
+from hamner.files import PNG, require_writable, writing
 from hamner.profile import memory, picture
 from hamner.profile.report import describe, describe_difference, describe_memory
 from hamner.profile.summary import summarize
@@ -27,8 +27,6 @@ from hamner.profile.trace import read_trace, with_callers_of
 from hamner.train.flags import Origin, require_consistent
 
 COMMAND = "hamner.profile"
-PNG = b"\x89PNG"
-"""how every such file begins"""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
-from hamner.files import write_whole
+from hamner.files import write_output
 from hamner.profile.trace import Trace
 
 KINDS = ("weights", "optimizer state", "held before", "gradients", "activations", "temporary")
@@ -117,4 +117,4 @@ def draw(timeline: MemoryTimeline, path: Path) -> None:
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120)
-    write_whole(path, content.getvalue())
+    write_output(path, content.getvalue())

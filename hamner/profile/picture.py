@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from hamner.files import write_whole
+from hamner.files import write_output
 from hamner.profile.categories import CATEGORIES, category_of
 from hamner.profile.trace import Trace
 
@@ -36,7 +36,7 @@ def draw(traces: Sequence[Trace], path: Path) -> None:
     plots[-1].set_xlabel("ms since the step's first kernel")
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120)
-    write_whole(path, content.getvalue())
+    write_output(path, content.getvalue())
 
 
 def _spans(trace: Trace) -> dict[str, list[tuple[float, float]]]:

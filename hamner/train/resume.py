@@ -124,9 +124,7 @@ def rewind(run: RunFolder, step: int, *, keeps: bool = False) -> None:
         UserError: the folder cannot be written.
     """
     try:
-        if keeps:
-            run.keep("before")
-        run.rewind(step)
+        run.rewind(step, keeps=keeps)
         checkpoint.set_aside(run.checkpoints, newer_than=step)
     except OSError as error:
         raise UserError(f"--run-dir {run.path} cannot be written: {error.strerror}") from error

@@ -168,7 +168,7 @@ def test_results_that_no_file_takes_are_shown(tmp_path, monkeypatch, capsys):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(evaluation, "open_held_out", lambda *_, **__: [])
-    monkeypatch.setattr("hamner.evaluate.__main__.write_whole", fail)
+    monkeypatch.setattr("hamner.files.write_whole", fail)
     with pytest.raises(UserError, match=r"results\.json cannot be written: No space left"):
         main(["--checkpoint", str(run), "--output", str(file), "--device", "cpu"])
     assert "base model" in capsys.readouterr().out

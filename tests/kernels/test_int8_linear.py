@@ -43,6 +43,22 @@ def norm_inputs(device) -> dict[str, torch.Tensor]:
     }
 
 
+def norm_linear_in_groups(x, residual, norm_weight, weight, matmul="int8"):
+    """`add_rms_norm_linear` with `grouped_gradient`, by hand."""
+    normed, stream = add_rms_norm(x, residual, norm_weight)
+    out = int8_linear(normed, weight, matmul)
+    seen = []
+    out.register_hook(lambda d_out: seen.append(d_out.flatten(0, -2)))
+
+    def in_groups(d_normed):
+        columns = quantize_int8(weight.detach(), transposed=True, grouped=True)
+        rows = quantize_int8(seen.pop(), grouped=True)
+        return int8_matmul(rows, columns, weight.dtype).view_as(d_normed)
+
+    normed.register_hook(in_groups)
+    return out, stream
+
+
 def equals_its_reference(n: int, inputs: int, outputs: int, *, matmul, dtype, device):
     tensors = linear_inputs(n, inputs, outputs, dtype, device)
     out = int8_linear(**tensors, matmul=matmul)
@@ -73,24 +89,10 @@ class TestFusedOpsEqualTheirParts:
     def test_norm_linear_whose_gradient_has_groups(self, recompute, matmul, device):
         """The data gradient alone has operands with a scale each 256 outputs."""
 
-        def parts(x, residual, norm_weight, weight):
-            normed, stream = add_rms_norm(x, residual, norm_weight)
-            out = int8_linear(normed, weight, matmul)
-            seen = []
-            out.register_hook(lambda d_out: seen.append(d_out.flatten(0, -2)))
-
-            def in_groups(d_normed):
-                columns = quantize_int8(weight.detach(), transposed=True, grouped=True)
-                rows = quantize_int8(seen.pop(), grouped=True)
-                return int8_matmul(rows, columns, weight.dtype).view_as(d_normed)
-
-            normed.register_hook(in_groups)
-            return out, stream
-
         inputs = norm_inputs(device) | {"weight": make(600, 32, device=device, seed=3)}
         settings = {"recompute": recompute, "matmul": matmul}
         op = partial(add_rms_norm_linear, grouped_gradient=True, **settings)
-        assert_same_bits(op, parts, inputs)
+        assert_same_bits(op, partial(norm_linear_in_groups, matmul=matmul), inputs)
 
     def test_attention(self, recompute, matmul, device):
         angles = torch.rand(20, 8, device=device)

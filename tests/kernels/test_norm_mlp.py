@@ -6,12 +6,8 @@ import pytest
 import torch
 
 from hamner.kernels import (
-    add_rms_norm,
     add_rms_norm_linear,
     add_rms_norm_mlp,
-    int8_linear,
-    int8_matmul,
-    quantize_int8,
     swiglu_linear,
 )
 from hamner.kernels.int8_error import SPOTS
@@ -23,7 +19,7 @@ from tests.kernels.gradients import (
     assert_same_bits,
     compiled,
 )
-from tests.kernels.test_int8_linear import make
+from tests.kernels.test_int8_linear import make, norm_linear_in_groups
 
 
 def mlp_inputs(*shape: int, inner: int, residual: bool = True, **how) -> dict[str, torch.Tensor]:
@@ -160,17 +156,7 @@ def test_gradient_of_gate_up_has_groups(inner, device):
     """The same as by hand, whoever quantises it."""
 
     def by_hand(x, norm_weight, gate_up_weight, down_weight, residual):
-        normed, stream = add_rms_norm(x, residual, norm_weight)
-        gate_up = int8_linear(normed, gate_up_weight)
-        seen = []
-        gate_up.register_hook(lambda d_gate_up: seen.append(d_gate_up.flatten(0, -2)))
-
-        def in_groups(d_normed):
-            columns = quantize_int8(gate_up_weight.detach(), transposed=True, grouped=True)
-            rows = quantize_int8(seen.pop(), grouped=True)
-            return int8_matmul(rows, columns, x.dtype).view_as(d_normed)
-
-        normed.register_hook(in_groups)
+        gate_up, stream = norm_linear_in_groups(x, residual, norm_weight, gate_up_weight)
         return swiglu_linear(gate_up, down_weight, matmul="int8"), stream
 
     inputs = mlp_inputs(2, 20, 32, inner=inner, device=device)

@@ -4,7 +4,8 @@
     python -m bench.report results.json --out report
 
 writes report/report.md, throughput.png (tokens/s against memory, with the Pareto front of each
-option) and kernels.png (each kernel beside its best peer, as a share of what the card reaches).
+option), kernels.png and int8.png (each kernel beside its peers, as a share of what the card
+reaches).
 rows.jsonl has the same rows, each from the moment it was finished: of a suite that was cut off it
 is what is left. `pytest-benchmark compare` compares results of several commits.
 """
@@ -171,16 +172,20 @@ def largest_errors(rows: Sequence[dict]) -> str:
     return f"Largest errors of {len(rows)} projections: {'; '.join(found)}."
 
 
-def kernel_table(rows: Iterable[dict]) -> str:
-    """The table has each op of ours beside its fastest peer; only rows whose outputs agreed
-    exist."""
+def kernel_table(rows: Iterable[dict], *, short: bool = False) -> str:
+    """The table has each op of ours beside its fastest peer, and unless `short` every other; only
+    rows whose outputs agreed exist.
+
+    Another version of ours, as "hamner grouped" is, is no peer.
+    """
     cells = []
     for op, implementations in by_op(rows).items():
-        ours = implementations.get(OURS)
-        peers = {name: row for name, row in implementations.items() if name != OURS}
-        best = min(peers.values(), key=lambda row: row["median_ms"], default=None)
+        ours = implementations.pop(OURS, None)
+        others = sorted(implementations.values(), key=lambda row: row["median_ms"])
+        peers = (row for row in others if not row["implementation"].startswith(OURS))
+        best = next(peers, None)
         cells.append(
-            (
+            [
                 op,
                 f"{ours['median_ms']:.3f}" if ours else "",
                 _rate(ours) if ours else "",
@@ -188,9 +193,17 @@ def kernel_table(rows: Iterable[dict]) -> str:
                 best["implementation"] if best else "",
                 f"{best['median_ms']:.3f}" if best else "",
                 f"{best['median_ms'] / ours['median_ms']:.2f} x" if ours and best else "",
-            )
+            ]
         )
-    return table(("op", "ours ms", "reaches", "of ceiling", "best peer", "ms", "we are"), cells)
+        if not short:
+            named = (
+                f"{row['implementation']} {row['median_ms']:.3f}"
+                for row in others
+                if row is not best
+            )
+            cells[-1].append("; ".join(named))
+    header = ["op", "ours ms", "reaches", "of ceiling", "best peer", "ms", "we are"]
+    return table(header if short else [*header, "others, ms"], cells)
 
 
 def by_op(rows: Iterable[dict]) -> dict[str, dict[str, dict]]:
@@ -239,7 +252,7 @@ def short_report(results: Results) -> list[str]:
     if projected := [row for row in training if "projected_tokens_per_second" in row]:
         parts += [projection_table(projected), largest_errors(projected)]
     if kernels := results.of_kind("kernel"):
-        parts.append(kernel_table(kernels))
+        parts.append(kernel_table(kernels, short=True))
     parts.append("\n".join(other_lines(results)))
     return [line for part in parts if part for line in (*part.splitlines(), "")]
 
@@ -392,15 +405,18 @@ def write_report(config: ReportConfig) -> Path:
         if projected := [row for row in training if "projected_tokens_per_second" in row]:
             parts += ["## Plan against measurement", projection_table(projected)]
             parts.append(largest_errors(projected))
-        # Without a GPU there is no memory to draw against.
-        if placed := [row for row in training if row.get("peak_allocated_gib") is not None]:
+        # Without a GPU there is no memory to draw against; ours with other flags is in the table.
+        placed = [row for row in training if row.get("peak_allocated_gib") is not None]
+        if placed := [row for row in placed if not label(row).startswith(f"{OURS} --")]:
             draw_throughput(placed, config.out / "throughput.png")
             parts.append("![Throughput against memory](throughput.png)")
         if kernels:
             parts += ["## Kernels", kernel_table(kernels)]
-        if compared := [row for row in kernels if row.get("of_ceiling") is not None]:
-            draw_kernels(compared, config.out / "kernels.png")
-            parts.append("![Kernels against ceilings](kernels.png)")
+        compared = [row for row in kernels if row.get("of_ceiling") is not None]
+        for is_int8, name, title in ((False, "kernels.png", "Kernels"), (True, "int8.png", "int8")):
+            if drawn := [row for row in compared if ("int8" in row["op"]) is is_int8]:
+                draw_kernels(drawn, config.out / name)
+                parts.append(f"![{title} against ceilings]({name})")
         if lines := other_lines(results):
             parts += ["## Other", "\n".join(f"- {line}" for line in lines)]
         report = config.out / "report.md"

@@ -171,16 +171,14 @@ _INT8_AS_8_6 = _Int8Gain(
     "an RTX 3090's int8 code beside its bf16 code, on an H200 and by this card's ratio of peaks, "
     "not measured on this card",
 )
-# 1.21 and 0.62 with the launch rows before: the matmuls of a layer of option a less quantisation at
-# 3.8 and 2.8 TB/s, beside 690 TFLOP/s of cuBLAS's. The rows since take 1 / 1.29 and 1 / 1.20 of the
-# time for the three products of gate_up together; taken as 1.16, as the gradient of the weight,
-# which is not one of `rows`, may have gained most, and 1.24, as two layers' gradients had too few
-# programs before.
+# The matmuls of a layer of option a beside cuBLAS's of the same shapes in the same run
+# (profiles/LOG.md, 2026-11-30): 0.747 and 1.041 ms with one scale a row (single ones 1.29 to 1.47
+# times as fast), 1.721 and 1.449 with scales of 256 (0.49 to 0.97). Other sizes have other ratios.
 _INT8_ON_HOPPER = _Int8Gain(
-    1.40,
-    0.77,
+    1.39,
+    0.84,
     (0.87, 1.12),
-    "measured on an H200 with other launch rows, and these rows at one layer",
+    "measured on an H200 at the sizes of option a",
 )
 _INT8_BY_CARD = dict.fromkeys(("H100 SXM", "H100 PCIe", "H200"), _INT8_ON_HOPPER)
 _TRANSPOSED = 0.85

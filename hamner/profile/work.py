@@ -201,9 +201,8 @@ def _adamw(operation: Range) -> Cost:
     They are bf16 weights and gradients beside split masters, or everything in fp32 where no compute
     copy is listed.
     """
-    copies, masters = operation.dims[0], operation.dims[1]
-    parameters = sum(math.prod(shape) for shape in masters)
-    if copies:
+    parameters = _parameters(operation)
+    if operation.dims[0]:
         return costs.adamw(parameters, split_master=True)
     return costs.adamw(parameters, split_master=False, gradient_size=costs.FP32, has_copy=False)
 
@@ -211,16 +210,26 @@ def _adamw(operation: Range) -> Cost:
 def _muon_momentum(operation: Range) -> Cost:
     """The dtypes are taken as in `_adamw`; which of the two it is, this operation's lists do not
     say."""
-    return costs.muon_momentum(sum(math.prod(shape) for shape in operation.dims[1]))
+    return costs.muon_momentum(_parameters(operation))
 
 
 def _muon_apply(operation: Range) -> Cost:
-    copies, masters = operation.dims[0], operation.dims[1]
-    parameters = sum(math.prod(shape) for shape in masters)
-    if copies:
+    parameters = _parameters(operation)
+    if operation.dims[0]:
         return costs.muon_apply(parameters, split_master=True)
     how = {"update_size": costs.FP32, "has_copy": False}
     return costs.muon_apply(parameters, split_master=False, **how)
+
+
+def _parameters(operation: Range) -> int:
+    """Elements of the masters, which are the second list of an optimizer's operation.
+
+    ValueError: the profiler has left out the shapes, as it does of a list of more than 30 tensors.
+    """
+    masters = operation.dims[1]
+    if not masters:
+        raise ValueError("no shapes of the masters were recorded")
+    return sum(math.prod(shape) for shape in masters)
 
 
 def _symmetric_product(operation: Range) -> Cost:

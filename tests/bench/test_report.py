@@ -54,6 +54,7 @@ ROWS = [
     kernel("rope forward", "compiled", 0.10),
     kernel("rope forward", "liger", 0.20),
     kernel("moe_route forward", "hamner", 0.01, share=None),
+    kernel("int8 o forward", "hamner", 0.06),
     {"kind": "data", "source": "shards", "tokens_per_second": 20_000_000},
     {"kind": "checkpoint", "direction": "save", "mb_per_s": 500},
 ]
@@ -97,15 +98,34 @@ def test_projected_beside_measured():
 
 
 def test_kernels_beside_their_best_peer():
-    rows = cells(kernel_table(row for row in ROWS if row["kind"] == "kernel"))
+    kernels = [row for row in ROWS if row["kind"] == "kernel"]
+    rows = cells(kernel_table(kernels, short=True))
     assert rows[2] == ["rope forward", "0.050", "100 GB/s", "50%", "compiled", "0.100", "2.00 x"]
     assert rows[3] == ["moe_route forward", "0.010", "", "", "", "", ""]
+    full = cells(kernel_table([*kernels, kernel("rope forward", "liger", 0.2)]))
+    assert full[2] == [*rows[2], "liger 0.200"]
+    assert full[3] == [*rows[3], ""]
+
+
+def test_another_version_of_ours_is_no_peer():
+    versions = ("hamner", 0.1), ("hamner grouped", 0.2), ("fp8", 0.3)
+    rows = cells(kernel_table(kernel("int8 o forward", name, ms) for name, ms in versions))
+    assert rows[2][4:] == ["fp8", "0.300", "3.00 x", "hamner grouped 0.200"]
 
 
 def test_a_row_that_disagreed_gives_no_speed_up():
     """It was not timed, so it is not there, and nothing is said of it."""
-    rows = cells(kernel_table([kernel("rope forward", "compiled", 0.1)]))
+    rows = cells(kernel_table([kernel("rope forward", "compiled", 0.1)], short=True))
     assert rows[2] == ["rope forward", "", "", "", "compiled", "0.100", ""]
+
+
+def test_ours_with_other_flags_is_tabulated_and_not_drawn(tmp_path):
+    rows = [training("a", 190_000, 15.8, trainer=f"hamner --matmul {name}") for name in ("x", "y")]
+    results = tmp_path / "rows.jsonl"
+    results.write_text("".join(json.dumps({"extra_info": row}) + "\n" for row in rows))
+    report = write_report(ReportConfig(results, tmp_path / "out"))
+    assert "hamner --matmul y" in report.read_text()
+    assert list(report.parent.iterdir()) == [report]
 
 
 def test_pareto_front():
@@ -119,9 +139,15 @@ def test_pareto_front():
 def test_writes_tables_and_pictures(results_file, tmp_path):
     report = write_report(ReportConfig(results_file, tmp_path / "out"))
     text = report.read_text()
-    for part in ("gpu NVIDIA X", "![Throughput", "![Kernels", "needs 31.2 GiB of 22.0 GiB"):
+    for part in (
+        "gpu NVIDIA X",
+        "![Throughput",
+        "![Kernels",
+        "![int8",
+        "needs 31.2 GiB of 22.0 GiB",
+    ):
         assert part in text
-    for name in ("throughput.png", "kernels.png"):
+    for name in ("throughput.png", "kernels.png", "int8.png"):
         assert (report.parent / name).read_bytes().startswith(b"\x89PNG")
 
 

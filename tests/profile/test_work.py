@@ -27,6 +27,16 @@ def test_bytes_an_element_of_adamw(with_copies, size):
     assert work.flops == 0
 
 
+@pytest.mark.parametrize("name", ["adamw_", "muon_momentum_", "muon_apply_"])
+def test_an_optimizer_of_which_no_shapes_were_recorded_has_no_known_work(name):
+    """The profiler leaves them out of a list of more than 30 tensors."""
+    types = ["TensorList"] * 5 + [FP32]
+    operation = Range(
+        f"hamner::{name}", 0, 1, is_operation=True, dims=[[], [], [], [], [], []], types=types
+    )
+    assert work_of("optimizer", operation) is None
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "passes"),
     [

@@ -2,10 +2,13 @@
 
 import importlib
 import importlib.metadata
+import secrets
 from collections.abc import Sequence
+from pathlib import Path
 
 from hamner.config.train import TrainConfig
 from hamner.errors import UserError
+from hamner.files import write_whole
 from hamner.train.beside import Beside
 from hamner.train.metrics import Record
 
@@ -28,12 +31,17 @@ class TensorBoard:
 
 
 class Tracker:
-    """The service has wandb's interface: it is wandb itself, or trackio."""
+    """The service has wandb's interface: it is wandb itself, or trackio.
+
+    Every start of a run goes on with one run there, which trackio knows by its name and wandb by an
+    id, kept in RUN/wandb-id.
+    """
 
     def __init__(self, module: str, config: TrainConfig) -> None:
         self.module = importlib.import_module(module)
+        by = {"id": _kept_id(config.folder / "wandb-id")} if module == "wandb" else {}
         self.module.init(
-            project="hamner", name=config.folder.name, config=config.to_json(), resume="allow"
+            project="hamner", name=config.folder.name, config=config.to_json(), resume="allow", **by
         )
 
     def report(self, record: Record) -> None:
@@ -71,6 +79,15 @@ def open_reporters(config: TrainConfig, beside: Beside, first_step: int) -> list
             is_ours = name == "tensorboard"
             reporters.append(TensorBoard(config, first_step) if is_ours else Tracker(name, config))
     return reporters
+
+
+def _kept_id(path: Path) -> str:
+    """The function reads an id, or makes one where there is none and writes it."""
+    if path.exists() and (kept := path.read_text(encoding="utf-8").strip()):
+        return kept
+    made = secrets.token_hex(8)
+    write_whole(path, made + "\n")
+    return made
 
 
 def _numbers(record: Record) -> dict[str, float]:

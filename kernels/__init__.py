@@ -23,6 +23,7 @@ from hamner.kernels.fused_linear import (
     swiglu_linear,
 )
 from hamner.kernels.grouped_matmul import moe_mlp
+from hamner.kernels.int8_handover import Handover
 from hamner.kernels.int8_linear import Matmul, int8_linear
 from hamner.kernels.int8_matmul import int8_matmul
 from hamner.kernels.int8_quantize import Int8Matrix, quantize_int8
@@ -37,6 +38,7 @@ from hamner.kernels.router_linear import router_linear
 from hamner.kernels.swiglu import swiglu
 
 __all__ = [
+    "Handover",
     "Int8Matrix",
     "Matmul",
     "Routing",

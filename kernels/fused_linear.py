@@ -126,7 +126,8 @@ def _rms_norm_linear_backward_op(
     grouped_gradient: bool = False,
     values: Tensor | None = None,  # d_out quantised by rows, where there is no RoPE, and its scales
     scales: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    quantises: bool = False,  # d_x, too
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     if cos is not None:
         # Not in place: the gradient may have other readers.
         d_out = launch_packed_rotation(
@@ -137,23 +138,26 @@ def _rms_norm_linear_backward_op(
     rows = None if values is None else Int8Matrix(values, scales)
     d_normed = data_gradient(d_out, weight, matmul, grouped=grouped_gradient, rows=rows)
     recomputed = d_normed if normed is None else None
+    quantised = empty_int8(x, x.shape if quantises else (0, 0), grouped=False)
     d_x, d_norm_weight = launch_rms_norm_backward(
-        d_normed, d_residual, x, weight=norm_weight, rstd=rstd, y=recomputed
-    )
+        d_normed, d_residual, x, weight=norm_weight, rstd=rstd, y=recomputed,
+        quantised=quantised if quantises else None,
+    )  # fmt: skip
     operand = recomputed if normed is None else normed.reshape(-1, weight.shape[1])
     grouped = "data_gradient" if grouped_gradient else None
     errors = measure_errors(d_out, operand, weight, matmul, measures=measures, grouped=grouped)
-    return d_x, d_norm_weight, weight_gradient(d_out, operand, matmul), errors
+    return d_x, d_norm_weight, weight_gradient(d_out, operand, matmul), errors, *quantised
 
 
 @_rms_norm_linear_backward_op.register_fake
 def _(
     d_out, d_residual, x, rstd, normed, norm_weight, weight, cos=None, sin=None, positions=None,
     num_heads=0, num_kv_heads=0, matmul="bf16", measures=False, grouped_gradient=False,
-    values=None, scales=None,
+    values=None, scales=None, quantises=False,
 ):  # fmt: skip
     gradients = (like.new_empty(like.shape) for like in (x, norm_weight, weight))
-    return *gradients, empty_errors(x, measures=measures)
+    quantised = empty_int8(x, x.shape if quantises else (0, 0), grouped=False)
+    return *gradients, empty_errors(x, measures=measures), *quantised
 
 
 def _rms_norm_linear_setup_context(ctx, inputs, output):
@@ -179,7 +183,7 @@ def _rms_norm_linear_backward(ctx, d_out, d_residual, _d_rstd, _d_normed):
     no_gradients = (None,) * 8
     if d_out is None:
         return d_residual, d_residual, None, None, *no_gradients, None, None
-    d_x, d_norm_weight, d_weight, d_errors = _rms_norm_linear_backward_op(
+    d_x, d_norm_weight, d_weight, d_errors, *_ = _rms_norm_linear_backward_op(
         d_out, d_residual, *ctx.saved_tensors, **ctx.settings
     )
     d_errors = d_errors if ctx.settings["measures"] else None
@@ -227,9 +231,12 @@ def _swiglu_linear_backward_op(
     matmul: str = "bf16",
     measures: bool = False,
     quantises: bool = False,  # d_gate_up, too
+    values: Tensor | None = None,  # d_out quantised by rows, and its scales
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     d_out = d_out.reshape(-1, weight.shape[0])
-    d_h = data_gradient(d_out, weight, matmul)
+    rows = None if values is None else Int8Matrix(values, scales)
+    d_h = data_gradient(d_out, weight, matmul, rows=rows)
     recomputed = d_h if h is None else None
     quantised = empty_int8(gate_up, gate_up.shape if quantises else (0, 0), grouped=True)
     d_gate_up = launch_swiglu_backward(
@@ -242,7 +249,10 @@ def _swiglu_linear_backward_op(
 
 
 @_swiglu_linear_backward_op.register_fake
-def _(d_out, gate_up, h, weight, matmul="bf16", measures=False, quantises=False):
+def _(
+    d_out, gate_up, h, weight, matmul="bf16", measures=False, quantises=False,
+    values=None, scales=None,
+):  # fmt: skip
     gradients = gate_up.new_empty(gate_up.shape), weight.new_empty(weight.shape)
     quantised = empty_int8(gate_up, gate_up.shape if quantises else (0, 0), grouped=True)
     return *gradients, empty_errors(gate_up, measures=measures), *quantised

@@ -32,7 +32,9 @@ from hamner.kernels.flash_attention import (
     split_qkv,
 )
 from hamner.kernels.fused_linear import add_rms_norm_qkv_rope_reference, check_qkv_rope_arguments
+from hamner.kernels.int8_handover import Handover
 from hamner.kernels.int8_linear import Matmul, check_matmul
+from hamner.kernels.int8_quantize import Int8Matrix
 
 
 class _NormAttention(torch.autograd.Function):
@@ -41,7 +43,7 @@ class _NormAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, x, residual, norm_weight, qkv_weight, q_norm_weight, k_norm_weight, cos, sin,
-        num_heads, num_kv_heads, positions, documents, eps, recompute, matmul, errors,
+        num_heads, num_kv_heads, positions, documents, eps, recompute, matmul, errors, hands_to,
     ):  # fmt: skip
         ctx.heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
         ctx.eps, ctx.has_qk_norm = eps, q_norm_weight is not None
@@ -60,7 +62,7 @@ class _NormAttention(torch.autograd.Function):
             q, k, v, documents, causal=True, scale=ctx.scale
         )
         ctx.has_residual, ctx.matmul = residual is not None, matmul
-        ctx.measures = errors is not None
+        ctx.measures, ctx.hands_to = errors is not None, hands_to
         ctx.set_materialize_grads(False)
         if not ctx.has_residual:
             # Through here all the same: backward then adds the stream's gradient in its one pass.
@@ -75,9 +77,10 @@ class _NormAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_out, d_residual):
         no_gradients = (None,) * 9
+        hands = ctx.hands_to is not None
         if d_out is None:
             d_x = d_residual
-            return d_x, d_x if ctx.has_residual else None, *(None,) * 4, *no_gradients, None
+            return d_x, d_x if ctx.has_residual else None, *(None,) * 4, *no_gradients, None, None
         *norm, qkv, normed_qk, q_weight, k_weight, out, lse, documents, cos, sin, positions = (
             ctx.saved_tensors
         )
@@ -94,11 +97,13 @@ class _NormAttention(torch.autograd.Function):
             d_qk_weights = torch.ops.hamner.qk_norm_rope_backward_(
                 d_qkv, qkv, q_weight, k_weight, **rope, **ctx.heads, eps=ctx.eps
             ).unbind()
-        d_x, *d_weights, d_errors = torch.ops.hamner.rms_norm_linear_backward(
-            d_qkv, d_residual, *norm, matmul=ctx.matmul, measures=ctx.measures
+        d_x, *d_weights, d_errors, values, scales = torch.ops.hamner.rms_norm_linear_backward(
+            d_qkv, d_residual, *norm, matmul=ctx.matmul, measures=ctx.measures, quantises=hands
         )
+        if hands:
+            ctx.hands_to.leave(d_x, Int8Matrix(values, scales))
         d_residual, d_errors = d_x if ctx.has_residual else None, d_errors if ctx.measures else None
-        return d_x, d_residual, *d_weights, *d_qk_weights, *no_gradients, d_errors
+        return d_x, d_residual, *d_weights, *d_qk_weights, *no_gradients, d_errors, None
 
 
 def _norm_and_rotate(ctx, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, **rope) -> Tensor:
@@ -125,6 +130,7 @@ def add_rms_norm_attention(
     matmul: Matmul | str = "bf16",
     errors: Tensor | None = None,
     qk_norm: tuple[Tensor, Tensor] | None = None,
+    hands_to: Handover | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The op is `add_rms_norm_qkv_rope`, then causal `flash_attention_qkv` of scale 1 / sqrt(hd).
 
@@ -134,6 +140,7 @@ def add_rms_norm_attention(
         num_heads: H, a multiple of KV.
         num_kv_heads: KV.
         document_ids: as in `flash_attention`.
+        hands_to: where to leave the gradient of x quantised, for the layer that made x.
 
     Returns:
         (out, new_residual): out (B, T, H hd), new_residual (B, T, D), both in the dtype of x.
@@ -152,7 +159,7 @@ def add_rms_norm_attention(
     documents = optional_document_bounds(document_ids, x)
     return _NormAttention.apply(
         x, residual, norm_weight, qkv_weight, *(qk_norm or (None, None)), cos, sin,
-        num_heads, num_kv_heads, positions, documents, eps, recompute, matmul, errors,
+        num_heads, num_kv_heads, positions, documents, eps, recompute, matmul, errors, hands_to,
     )  # fmt: skip
 
 

@@ -9,9 +9,11 @@ matmul after it need not read it for that. Saved are a kernel and
 
     2 N I e bytes
 
-For bf16, N 24,576, I 2816 that is 277 MB a layer: 0.09 ms at 3.0 TB/s, 0.33 ms at 850 GB/s. What is
-kept for backward is what the two ops keep, and else they are called one after the other; also where
-256 does not divide I, as then some elements of gate share a scale with some of up.
+For bf16, N 24,576, I 2816 that is 277 MB a layer: 0.09 ms at 3.0 TB/s, 0.33 ms at 850 GB/s. Not so
+where 256 does not divide I, as then some elements of gate share a scale with some of up. The norm's
+backward can quantise the gradient of x as well, for the linear layer before it, and down's gradient
+may come quantised from the norm after it (int8_handover.py). What is kept for backward is what the
+two ops keep, and where nothing is quantised so they are called one after the other.
 """
 
 import torch
@@ -24,8 +26,9 @@ from hamner.kernels.fused_linear import (
     swiglu_linear,
     swiglu_linear_reference,
 )
+from hamner.kernels.int8_handover import Handover
 from hamner.kernels.int8_linear import Matmul, check_matmul, products
-from hamner.kernels.int8_quantize import GROUP
+from hamner.kernels.int8_quantize import GROUP, Int8Matrix
 from hamner.kernels.rms_norm import check_norm_arguments
 
 
@@ -35,8 +38,9 @@ class _NormMlp(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, x, residual, norm_weight, gate_up_weight, down_weight, eps, recompute,
-        gate_up_matmul, gate_up_errors, down_matmul, down_errors,
+        gate_up_matmul, gate_up_errors, down_matmul, down_errors, joins, hands_to, takes_from,
     ):  # fmt: skip
+        ctx.joins, ctx.hands_to, ctx.takes_from = joins, hands_to, takes_from
         ctx.gate_up = {"matmul": gate_up_matmul, "measures": gate_up_errors is not None}
         ctx.down = {"matmul": down_matmul, "measures": down_errors is not None}
         gate_up, new_residual, rstd, normed = torch.ops.hamner.rms_norm_linear(
@@ -60,22 +64,33 @@ class _NormMlp(torch.autograd.Function):
         no_gradients = (None, None)
         if d_out is None:
             d_x = d_residual
-            return d_x, d_x if ctx.has_residual else None, *(None,) * 3, *no_gradients, *(None,) * 4
+            return d_x, d_x if ctx.has_residual else None, *(None,) * 3, *no_gradients, *(None,) * 7
         *norm, gate_up, h, down_weight = ctx.saved_tensors
-        d_gate_up, d_down_weight, d_down_errors, values, scales = (
+        rows = None if ctx.takes_from is None else ctx.takes_from.take(d_out)
+        d_gate_up, d_down_weight, d_down_errors, *quantised = (
             torch.ops.hamner.swiglu_linear_backward(
-                d_out, gate_up, h, down_weight, **ctx.down, quantises=True
+                d_out, gate_up, h, down_weight, **ctx.down, quantises=ctx.joins, **_named(rows)
             )
         )
-        d_x, *d_weights, d_gate_up_errors = torch.ops.hamner.rms_norm_linear_backward(
-            d_gate_up, d_residual, *norm, **ctx.gate_up,
-            grouped_gradient=True, values=values, scales=scales,
+        rows = Int8Matrix(*quantised) if ctx.joins else None
+        hands = ctx.hands_to is not None
+        d_x, *d_weights, d_gate_up_errors, values, scales = (
+            torch.ops.hamner.rms_norm_linear_backward(
+                d_gate_up, d_residual, *norm, **ctx.gate_up,
+                grouped_gradient=True, quantises=hands, **_named(rows),
+            )
         )  # fmt: skip
+        if hands:
+            ctx.hands_to.leave(d_x, Int8Matrix(values, scales))
         d_residual = d_x if ctx.has_residual else None
         d_gate_up_errors = d_gate_up_errors if ctx.gate_up["measures"] else None
         d_down_errors = d_down_errors if ctx.down["measures"] else None
         errors = None, d_gate_up_errors, None, d_down_errors
-        return d_x, d_residual, *d_weights, d_down_weight, *no_gradients, *errors
+        return d_x, d_residual, *d_weights, d_down_weight, *no_gradients, *errors, *(None,) * 3
+
+
+def _named(rows: Int8Matrix | None) -> dict[str, Tensor]:
+    return {} if rows is None else rows._asdict()
 
 
 def add_rms_norm_mlp(
@@ -91,6 +106,8 @@ def add_rms_norm_mlp(
     gate_up_errors: Tensor | None = None,
     down_matmul: Matmul | str = "bf16",
     down_errors: Tensor | None = None,
+    gate_up_hands_to: Handover | None = None,
+    down_takes_from: Handover | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The op is `add_rms_norm_linear` with `grouped_gradient`, then `swiglu_linear`.
 
@@ -100,6 +117,8 @@ def add_rms_norm_mlp(
         down_weight: (D, I), dtype of x.
         gate_up_matmul, gate_up_errors: as `matmul` and `errors` of `add_rms_norm_linear`.
         down_matmul, down_errors: likewise of `swiglu_linear`.
+        gate_up_hands_to: where to leave the gradient of x quantised, for the layer that made x.
+        down_takes_from: as `takes_from` of `int8_linear`.
 
     Returns:
         (out, new_residual): (..., D) in the dtype of x each; new_residual is `x` itself, or a view
@@ -108,8 +127,9 @@ def add_rms_norm_mlp(
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
     """
-    joins = "data_gradient" in products(gate_up_matmul)
-    if not joins or down_weight.shape[-1] % GROUP.value:
+    in_int8 = "data_gradient" in products(gate_up_matmul)
+    joins = in_int8 and down_weight.shape[-1] % GROUP.value == 0
+    if not joins and gate_up_hands_to is None and down_takes_from is None:
         gate_up, new_residual = add_rms_norm_linear(
             x, residual, norm_weight, gate_up_weight,
             eps=eps, recompute=recompute, matmul=gate_up_matmul, errors=gate_up_errors,
@@ -131,6 +151,7 @@ def add_rms_norm_mlp(
     return _NormMlp.apply(
         x, residual, norm_weight, gate_up_weight, down_weight, eps, recompute,
         gate_up_matmul, gate_up_errors, down_matmul, down_errors,
+        joins, gate_up_hands_to, down_takes_from,
     )  # fmt: skip
 
 

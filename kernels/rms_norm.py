@@ -6,8 +6,8 @@
 Fused forward: the addition, the statistics, the scaling. Fused backward: the norm's own gradient,
 the gradient that arrives at new_residual, and the partial sums of the weight's gradient; on
 request also y again, for whoever did not keep it (fused_linear.py). Forward can give y as int8 and
-scales, beside y or in its place. d_x and d_residual are equal, so one tensor is written and serves
-as both.
+scales, beside y or in its place, backward d_x beside it. d_x and d_residual are equal, so one
+tensor is written and serves as both.
 
 Bytes that must move, e = bytes an element of x, an (N, D) input:
 
@@ -120,6 +120,8 @@ def rms_norm_backward_kernel(
     d_x_ptr,  # (N, D) input dtype
     d_weight_ptr,  # (programs, D) fp32 partial sums
     y_ptr,  # (N, D) input dtype: forward's result again, or None; may be d_y_ptr
+    values_ptr,  # (N, D) int8: d_x quantised, or None
+    scales_ptr,  # (N,) fp32: its scales, or None
     N,
     rows_per_program,  # a multiple of BLOCK_M
     D: tl.constexpr,
@@ -150,7 +152,13 @@ def rms_norm_backward_kernel(
         d_x = (d_x_hat - x_hat * correlation[:, None]) * rstd[:, None]
         if d_residual_ptr is not None:
             d_x += tl.load(d_residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        tl.store(d_x_ptr + offs, d_x.to(d_x_ptr.dtype.element_ty), mask=mask)
+        d_x = d_x.to(d_x_ptr.dtype.element_ty)
+        tl.store(d_x_ptr + offs, d_x, mask=mask)
+        if values_ptr is not None:
+            scale, inverse = scale_and_inverse(tl.max(magnitude_bits(d_x), axis=1))
+            tl.store(scales_ptr + offs_m, scale, mask=mask_m)
+            values = to_int8(d_x, inverse[:, None])
+            tl.store(int8_pointers(values_ptr, offs, d_x), values, mask=mask)
         if y_ptr is not None:
             # Safe over d_y: same offsets and dtype, so the thread that writes an element is the
             # one that has read it.
@@ -216,6 +224,7 @@ def launch_rms_norm_backward(
     rstd: Tensor,
     *,
     y: Tensor | None = None,
+    quantised: Int8Matrix | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The launcher differentiates the norm.
 
@@ -226,6 +235,7 @@ def launch_rms_norm_backward(
         weight: (D,).
         rstd: (N,) fp32, from forward.
         y: where to write forward's y again; `d_y` itself, to write it over d_y.
+        quantised: where to write d_x as `quantize_int8` gives it, too.
 
     Returns:
         (d_x shaped as x, d_weight (D,) in the weight's dtype).
@@ -237,6 +247,7 @@ def launch_rms_norm_backward(
     d_x = torch.empty_like(x)
     if num_rows == 0:
         return d_x, torch.zeros_like(weight)
+    values, scales = (None, None) if quantised is None else quantised
     if d_residual is not None:
         d_residual = d_residual.contiguous()
     config = CONFIGS[capability(x.device)]
@@ -250,7 +261,7 @@ def launch_rms_norm_backward(
     partial_sums = x.new_empty(num_programs, width, dtype=torch.float32)
     with torch.cuda.device_of(x):
         rms_norm_backward_kernel[(num_programs,)](
-            d_y, d_residual, x, weight.contiguous(), rstd, d_x, partial_sums, y,
+            d_y, d_residual, x, weight.contiguous(), rstd, d_x, partial_sums, y, values, scales,
             num_rows, rows_per_program,
             D=width, BLOCK_M=block_m, BLOCK_D=block_d, STAGES=config.backward_stages,
             num_warps=warps,

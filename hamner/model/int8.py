@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hamner.config.model import ModelConfig
 from hamner.kernels.int8_error import SPOTS
+from hamner.kernels.int8_handover import Handover
 from hamner.kernels.int8_linear import OPERANDS, join_products, products
 
 LINEARS = "qkv", "o", "gate_up", "down"
@@ -38,6 +39,18 @@ def int8_linears(config: ModelConfig) -> tuple[str, ...]:
     return LINEARS[:2] if config.is_moe else LINEARS
 
 
+def _readers(config: ModelConfig) -> dict[tuple[int, str], tuple[int, str]]:
+    """The function maps linear layers to those whose norm reads what they give, and whose backward
+    can quantise its gradient; not so where attention is not one op with the norm before it."""
+    if config.is_moe:
+        return {}
+    layers = range(config.num_layers)
+    readers = {(layer, "o"): (layer, "gate_up") for layer in layers}
+    if not config.use_differential_attention:
+        readers |= {(layer, "down"): (layer + 1, "qkv") for layer in layers[:-1]}
+    return readers
+
+
 class Int8Linears:
     """The object says how every linear layer multiplies, and collects what quantisation loses.
 
@@ -50,6 +63,7 @@ class Int8Linears:
     def __init__(self, config: ModelConfig, matmul: str, device: torch.device | str) -> None:
         names = int8_linears(config)
         self.num_layers, self.products = config.num_layers, products(matmul)
+        self.readers = _readers(config)
         self.linears = [(layer, name) for layer in range(config.num_layers) for name in names]
         self.matmuls = dict.fromkeys(self.linears, matmul)
         self.fallen: frozenset[Operand] = frozenset()
@@ -85,6 +99,10 @@ class Int8Linears:
             layer, name = linear
             if self.matmuls[linear] != "bf16":
                 by_layer[layer][name] = {"matmul": self.matmuls[linear], "errors": errors}
+        for (layer, name), (next_layer, reader) in self.readers.items():
+            maker, norm = by_layer[layer].get(name), by_layer[next_layer].get(reader)
+            if maker and norm and "data_gradient" in products(maker["matmul"]):
+                maker["takes_from"] = norm["hands_to"] = Handover()
         return by_layer
 
     def take_errors(self) -> Tensor:

@@ -205,8 +205,8 @@ def _norm_attention(norm_qkv_rope, attend, *inputs, document_ids, **settings):
     return attend(qkv, *heads, document_ids=document_ids), stream
 
 
-def _fused_norm_attention(attend, *inputs, document_ids, **settings):
-    """The kernels run around an attention that is not theirs.
+def _fused_norm_attention(attend, *inputs, document_ids, hands_to=None, **settings):
+    """The kernels run around an attention that is not theirs; nothing is left in `hands_to` then.
 
     With qk-norm, that would keep q, k and v beside what was normed: where it is to recompute, they
     are made from that again.

@@ -235,12 +235,12 @@ def _int8_backward_bytes(model: ModelConfig, size: int, matmul: str) -> int:
     """A dense MLP's int8 backward pass holds this many bytes a token where it holds most, at the
     gradient of down's weight or of gate_up's; weights in int8 are too few to count."""
     d, inner = model.hidden_size, model.expert_intermediate_size
-    # Gradients of the result and of the stream, recomputed operand, and gradient of gate_up with
-    # int8 of it; with int8-all, int8 of what the product takes.
-    down = (2 * d + 3 * inner) * size + 2 * inner
+    # Gradients of the result, with int8 of it, and of the stream, recomputed operand, and gradient
+    # of gate_up with int8 of it; with int8-all, int8 of what the product takes.
+    down = (2 * d + 3 * inner) * size + d + 2 * inner
     # What was kept for SwiGLU is still there (norm_mlp.py is one op), its operand is not; there are
-    # the norm's operand and the gradient of its input.
-    gate_up = (4 * d + 2 * inner) * size + 2 * inner
+    # the norm's operand and the gradient of its input, with int8 of it.
+    gate_up = (4 * d + 2 * inner) * size + d + 2 * inner
     if matmul == "int8-all":
         down, gate_up = down + d + inner, gate_up + d + 2 * inner
     return max(down, gate_up)

@@ -49,7 +49,7 @@ LAUNCH_GAP_US, GRAPH_GAP_US = 6.4, 3.3
 of idle GPU, measured in steps of option a on an H100, and 2.1 of multiprocessors that wait for the
 kernel's last blocks, fitted to the steps in several micro-batches there and on an H200"""
 
-GATE_UP, DOWN = 2, 3
+ATTENTION_OUT, GATE_UP, DOWN = 1, 2, 3
 """among the linear layers of a block, qkv, o, gate_up and down"""
 INT8_GROUPED = {"forward": (DOWN,), "data_gradient": (GATE_UP,), "weight_gradient": range(4)}
 """int8 matmuls whose operands have a scale each 256 elements: SwiGLU's result, the gradient of what
@@ -77,10 +77,13 @@ class Op:
         return max(arithmetic, reached.traffic_seconds(self.kind, self.cost.bytes, gpu))
 
 
-def quantisation(product: str, tokens: int, shapes: Sequence[tuple[int, int]]) -> Op:
+def quantisation(
+    product: str, tokens: int, shapes: Sequence[tuple[int, int]], *, by_norms: Sequence[int] = ()
+) -> Op:
     """The operands of these int8 matmuls, (K, N) of qkv, o and perhaps gate_up and down, that
     nothing else quantises take passes of their own; and the error of each is measured on a sample,
-    in a launch of its own in backward, which has all of them."""
+    in a launch of its own in backward, which has all of them. `by_norms` are those whose gradient
+    a norm's backward quantises as it writes it."""
     inputs, outputs = (tokens * sum(sizes) for sizes in zip(*shapes, strict=True))
     weights, launches = sum(k * n for k, n in shapes), 2 * len(shapes)
     if product == "forward":
@@ -100,6 +103,8 @@ def quantisation(product: str, tokens: int, shapes: Sequence[tuple[int, int]]) -
             # of both halves.
             cost += Cost(bytes=-tokens * shapes[GATE_UP][1] * costs.BF16)
             launches -= 1
+        cost += Cost(bytes=-tokens * sum(shapes[i][1] for i in by_norms) * costs.BF16)
+        launches -= len(by_norms)
     else:
         cost = costs.quantize_int8(inputs + outputs)
     kind = "quantisation" if product != "weight_gradient" else "quantisation_transposed"
@@ -164,8 +169,9 @@ class MicroBatch:
         """One block's forward has these matmuls, and as large ones of each kind in backward.
 
         Those of attention and of a dense MLP may be int8; then norm and SwiGLU quantise what they
-        write forward, counted as in bf16, SwiGLU what it writes backward, and all other operands
-        take passes of their own.
+        write forward, counted as in bf16, they and SwiGLU what they write backward (but not the
+        last norm of the model, which is left out here), and all other operands take passes of their
+        own.
         """
         model, d, dense = self.model, self.model.hidden_size, costs.dense_width(self.model)
         attention, mlp = [(d, model.qkv_size), (d, d)], [(d, 2 * dense), (dense, d)]
@@ -179,7 +185,11 @@ class MicroBatch:
                 self.matmul(k, n, "int8_grouped" if i in INT8_GROUPED[product] else "int8")
                 for i, (k, n) in enumerate(may_be_int8)
             ]
-            ops += [quantisation(product, self.tokens, may_be_int8), *rest]
+            by_norms = [] if model.is_moe else [ATTENTION_OUT]
+            if not model.is_moe and not model.use_differential_attention:
+                by_norms.append(DOWN)
+            how = {"by_norms": by_norms}
+            ops += [quantisation(product, self.tokens, may_be_int8, **how), *rest]
         if model.is_moe:
             rows, inner = self.tokens * model.num_experts_per_token, model.expert_intermediate_size
             ops += [

@@ -132,15 +132,30 @@ def _packed_attention_backward(operation: Range) -> Cost:
     return _packed_attention(operation, qkv=1, query_elements=_count(operation, 2))
 
 
-def _norm(operation: Range, x: int, residual: int | None = None, kept: int | None = None) -> Cost:
-    """Nothing is added where `residual` is absent; the result is recomputed where `kept` is."""
-    return costs.rms_norm(
+def _norm(
+    operation: Range,
+    x: int,
+    residual: int | None = None,
+    kept: int | None = None,
+    quantises: int | None = None,
+) -> Cost:
+    """Nothing is added where `residual` is absent; the result is recomputed where `kept` is;
+    `quantises` says whether the gradient of x is written in int8 too."""
+    cost = costs.rms_norm(
         _count(operation, x),
         _element_size(operation, x),
         adds_residual=residual is not None and _given(operation, residual),
         backward=_is_backward(operation),
         recompute=kept is not None and not _given(operation, kept),
     )
+    return cost + _also_in_int8(operation, x, quantises)
+
+
+def _also_in_int8(operation: Range, tensor: int, quantises: int | None) -> Cost:
+    """A byte an element of `tensor` is written, where the argument at `quantises` says so."""
+    if quantises is None or operation.values[quantises : quantises + 1] != ["True"]:
+        return Cost()
+    return Cost(bytes=_count(operation, tensor))
 
 
 def _swiglu(
@@ -154,9 +169,7 @@ def _swiglu(
         backward=_is_backward(operation),
         recompute=kept is not None and not _given(operation, kept),
     )
-    if quantises is not None and operation.values[quantises : quantises + 1] == ["True"]:
-        cost += Cost(bytes=_count(operation, gate_up))
-    return cost
+    return cost + _also_in_int8(operation, gate_up, quantises)
 
 
 def _router(operation: Range, x: int) -> Cost:
@@ -286,7 +299,7 @@ _FORMULAS: dict[str, dict[str, Formula]] = {
         "hamner::add_rms_norm": partial(_norm, x=0, residual=1),
         "hamner::rms_norm_backward": partial(_norm, x=2, residual=1),
         "hamner::rms_norm_linear": partial(_norm, x=0, residual=1),
-        "hamner::rms_norm_linear_backward": partial(_norm, x=2, residual=1, kept=4),
+        "hamner::rms_norm_linear_backward": partial(_norm, x=2, residual=1, kept=4, quantises=17),
     },
     "rope": {
         # Of the matmul's result, in place.

@@ -161,8 +161,11 @@ def test_compiled_gives_the_same_bits(device):
 
 
 def test_opcheck(device):
-    inputs = linear_inputs(5, 8, 6, torch.float32, device)
-    torch.library.opcheck(torch.ops.hamner.int8_linear, (*inputs.values(), "int8-all"))
+    x, weight = (t.detach() for t in linear_inputs(5, 8, 6, torch.float32, device).values())
+    torch.library.opcheck(torch.ops.hamner.int8_linear, (x, weight, "int8-all"))
+    d_out = make(5, 6, device=device, seed=7).detach()
+    arguments = d_out, x, weight, "int8-all", True, *quantize_int8(d_out)
+    torch.library.opcheck(torch.ops.hamner.int8_linear_backward, arguments)
 
 
 @pytest.mark.parametrize(

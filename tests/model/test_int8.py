@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hamner.model.int8 import Int8Linears
+from hamner.model.int8 import Int8Linears, Operand, _readers
 from hamner.model.transformer import Transformer
 from hamner.plan.memory import FULL, NONE, SELECTIVE
 from tests.models import DENSE, MOE, cpu_ops
@@ -77,6 +77,63 @@ def test_with_qk_norm_around_any_attention(attention):
             assert torch.equal(recomputed[name], gradient), (policy, name)
     qkv = kept["errors"][0].sum(dim=1)
     assert (qkv[:4, 0] > 0).all() and (qkv[4:] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("policy", "attention"), [(NONE, "triton"), (FULL, "triton"), (SELECTIVE, "sdpa")]
+)
+def test_a_norm_quantises_the_gradient_of_the_layer_before_it(policy, attention, monkeypatch):
+    """Only the last layer's down, and around another attention every down, has a pass of its own
+    for it; the bits are those of such passes."""
+    config = replace(DENSE_LAYER, num_layers=2)
+    module = importlib.import_module("hamner.kernels.int8_linear")
+    quantize, quantised = module.quantize_int8, []
+
+    def record(x, **how):
+        quantised.append(tuple(x.shape))
+        return quantize(x, **how)
+
+    monkeypatch.setattr(module, "quantize_int8", record)
+    _, gradients = loss_and_gradients(config, "int8", policy, attention)
+    handed = quantised.count((24, config.hidden_size))
+    quantised.clear()
+    monkeypatch.setattr("hamner.model.int8._readers", lambda config: {})
+    _, apart = loss_and_gradients(config, "int8", policy, attention)
+    assert quantised.count((24, config.hidden_size)) - handed == (3 if attention == "triton" else 2)
+    for name, gradient in apart.items():
+        assert torch.equal(gradients[name], gradient), name
+
+
+@pytest.mark.parametrize(
+    ("fallen", "handed"),
+    [
+        ([], [(0, "o"), (1, "o"), (0, "down")]),
+        ([Operand(0, "o", "gradient")], [(1, "o"), (0, "down")]),
+        ([Operand(0, "o", "input")], [(0, "o"), (1, "o"), (0, "down")]),
+        ([Operand(1, "qkv", name) for name in ("input", "gradient")], [(0, "o"), (1, "o")]),
+    ],
+)
+def test_what_fell_back_is_not_handed_over(fallen, handed):
+    linears = Int8Linears(replace(DENSE_LAYER, num_layers=2), "int8", "cpu")
+    linears.fall_back(fallen)
+    found = linears.settings()
+    takers = [
+        (layer, name)
+        for name in ("o", "down")
+        for layer, settings in enumerate(found)
+        if "takes_from" in settings.get(name, {})
+    ]
+    assert takers == handed
+    givers = [settings.get("hands_to") for by_name in found for settings in by_name.values()]
+    assert sum(giver is not None for giver in givers) == len(handed)
+
+
+@pytest.mark.parametrize("change", [{}, {"use_differential_attention": True}])
+def test_readers_are_ops_that_begin_with_a_norm(change):
+    assert _readers(MOE) == {}
+    readers = _readers(replace(DENSE, **change))
+    layers = DENSE.num_layers
+    assert len(readers) == (layers if change else 2 * layers - 1)
 
 
 def test_experts_and_router_are_not_int8(monkeypatch):

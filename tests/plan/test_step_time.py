@@ -12,7 +12,7 @@ from hamner.config.train import Matmul
 from hamner.hardware import GPUS, Gpu
 from hamner.kernels.int8_linear import Matmul as KernelMatmul
 from hamner.kernels.int8_linear import products
-from hamner.plan import costs
+from hamner.plan import costs, step_time
 from hamner.plan.communication import Parallelism
 from hamner.plan.costs import Cost, flops_per_token
 from hamner.plan.efficiency import MEASURED_ERRORS, efficiency
@@ -358,10 +358,12 @@ class TestInt8:
         causes = {cause.name: cause for cause in everywhere.interval.causes}
         assert causes["int8"].slowest < -0.1 < 0.01 < causes["int8"].fastest
         assert "not measured on this card" in causes["int8"].why
-        # Of a token and layer: gradients of qkv, o and down, o's input, and gate_up's gradient
-        # written by SwiGLU; of a layer all weights, twice, and read once more for whole columns.
+        # Of a token and layer: qkv's gradient and o's input, and written by norms and SwiGLU the
+        # gradients of o, down and gate_up; of a layer all weights, twice, and read once more for
+        # whole columns.
         weights = 1024 * (1536 + 1024 + 5632 + 2816)
-        moved = 24_576 * (3 * (1536 + 3 * 1024) + 5632) + (3 + 5) * weights - 2 * 1024 * 5632
+        moved = 24_576 * (3 * (1536 + 1024) + 2 * 1024 + 5632)
+        moved += (3 + 5) * weights - 2 * 1024 * 5632
         # Samples are read twice: 256 rows of every operand, of those with groups 256 elements a
         # row, and of the gradient's transposed weights all columns, 2,048 of gate_up's and down's.
         moved += 4 * 256 * (2 * (3 * 1024 + 256) + 1536 + 2 * 1024 + 256)
@@ -372,6 +374,22 @@ class TestInt8:
         moved += 4 * 8 * 64 * 32 * 256
         transposed = everywhere.milliseconds["quantisation"] - int8.milliseconds["quantisation"]
         assert transposed == pytest.approx(24 * moved / (0.85 * 776e6))
+
+    def test_norms_quantise_the_gradients_of_dense_layers(self):
+        """Not those of attention around which there is no norm of the same op."""
+        shapes = [(256, 256)] * 4
+        alone, handed = (
+            quantisation("data_gradient", 1000, shapes, by_norms=by) for by in ((), (1, 3))
+        )
+        assert alone.cost.bytes - handed.cost.bytes == 2 * 1000 * 256 * 2
+        assert alone.launches - handed.launches == 2
+        passes = {}
+        for name, change in (("dense", {}), ("differential", {"use_differential_attention": True})):
+            model = replace(OPTIONS["a"].model, **change)
+            batch = step_time.MicroBatch(model, 1024, 1000, arithmetic="int8")
+            (op,) = [op for op in batch.block_matmuls("data_gradient") if op.kind == "quantisation"]
+            passes[name] = op.launches
+        assert passes["differential"] - passes["dense"] == 1
 
     def test_swiglus_backward_quantises_whole_groups_only(self):
         """Where elements of gate and of up share a scale, another pass reads the gradient."""

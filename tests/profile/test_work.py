@@ -94,19 +94,29 @@ def test_bytes_of_the_router_projection():
 
 
 @pytest.mark.parametrize("quantises", [True, False])
-def test_bytes_of_a_gradient_that_is_written_in_int8_too(quantises):
-    """d_out (30, 4), gate_up (30, 16), no result kept."""
+@pytest.mark.parametrize(
+    ("category", "name", "dims", "position", "bytes_", "quantised"),
+    [
+        # d_out (30, 4), gate_up (30, 16), no result kept.
+        ("swiglu", "swiglu", [[30, 4], [30, 16], [], [4, 8]], 6, 2 * 6 * 30 * 8, 30 * 16),
+        # d_out (30, 4), d_residual and x (30, 8), rstd, no result kept.
+        ("norm", "rms_norm", [[30, 4], [30, 8], [30, 8], [30], []], 17, 2 * 5 * 30 * 8, 30 * 8),
+    ],
+)
+def test_bytes_of_a_gradient_that_is_written_in_int8_too(
+    category, name, dims, position, bytes_, quantised, quantises
+):
     operation = Range(
-        "hamner::swiglu_linear_backward",
+        f"hamner::{name}_linear_backward",
         0,
         1,
         is_operation=True,
-        dims=[[30, 4], [30, 16], [], [4, 8]],
-        types=[BF16, BF16, "", BF16],
-        values=["", "", "", "", "", "False", str(quantises)],
+        dims=dims,
+        types=[BF16 if shape else "" for shape in dims],
+        values=[""] * position + [str(quantises)],
     )
-    _, work = work_of("swiglu", operation)
-    assert work.bytes == 2 * 6 * 30 * 8 + quantises * 30 * 16
+    _, work = work_of(category, operation)
+    assert work.bytes == bytes_ + quantises * quantised
 
 
 def test_work_of_int8():

@@ -14,21 +14,29 @@ WIDTHS = (256, 768, 1024, MAX_WIDTH)
 
 
 def cases() -> list[CompileCase]:
-    return [
-        case
-        for capability in CAPABILITIES
-        for width in WIDTHS
-        for case in (
-            _forward(capability, width),
-            _backward(capability, width),
-            sum_partials(capability, width),
-        )
-    ] + [
-        _forward(capability, width, writes_y=writes_y, quantises=True)
-        for capability in CAPABILITIES
-        for width in (1024, MAX_WIDTH)
-        for writes_y in (True, False)
-    ]
+    return (
+        [
+            case
+            for capability in CAPABILITIES
+            for width in WIDTHS
+            for case in (
+                _forward(capability, width),
+                _backward(capability, width),
+                sum_partials(capability, width),
+            )
+        ]
+        + [
+            _forward(capability, width, writes_y=writes_y, quantises=True)
+            for capability in CAPABILITIES
+            for width in (1024, MAX_WIDTH)
+            for writes_y in (True, False)
+        ]
+        + [
+            _backward(capability, width, quantises=True)
+            for capability in CAPABILITIES
+            for width in WIDTHS
+        ]
+    )
 
 
 def _forward(
@@ -63,11 +71,11 @@ def _forward(
     )
 
 
-def _backward(capability: str, width: int) -> CompileCase:
+def _backward(capability: str, width: int, *, quantises: bool = False) -> CompileCase:
     config = CONFIGS[capability]
     block_m, block_d, warps = tile_shape(config.backward_tile, config.backward_warps, width)
     return CompileCase(
-        name=f"rms_norm_backward/D={width}",
+        name=f"rms_norm_backward/D={width}" + ("/int8" if quantises else ""),
         kernel=rms_norm_backward_kernel,
         signature={
             "d_y_ptr": "*bf16",
@@ -78,6 +86,8 @@ def _backward(capability: str, width: int) -> CompileCase:
             "d_x_ptr": "*bf16",
             "d_weight_ptr": "*fp32",
             "y_ptr": "*bf16",
+            "values_ptr": "*i8" if quantises else None,
+            "scales_ptr": "*fp32" if quantises else None,
             "N": "i32",
             "rows_per_program": "i32",
         },

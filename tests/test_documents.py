@@ -1,11 +1,13 @@
 """What README.md and docs/ say holds: their commands run, their links and flags exist.
 
 A block that begins with ```bash run is run line by line, word for word, on small models and short
-texts; a training ends after two steps. Other blocks need a GPU, a network, or time: of them, and of
-commands within a sentence, the flags are looked up in the `--help` of what they start.
+texts; a training ends after two steps. Every command of other blocks needs a GPU, a network, time,
+or what such a command wrote: of these, and of commands within a sentence, the flags are looked up
+in the `--help` of what they start.
 """
 
 import io
+import json
 import re
 import runpy
 import shlex
@@ -16,6 +18,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
@@ -42,6 +45,8 @@ README = "README.md"
 PAGES = (README, *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
 BESIDE = ("CONTRIBUTING.md", "CHANGELOG.md", "kernels/README.md", "profiles/README.md")
 DOCUMENTS = (*PAGES, *BESIDE, "profiles/history.md", "profiles/plan.md")
+TODAY = [document for document in DOCUMENTS if document != "CHANGELOG.md"]
+"""those that name no command of earlier versions"""
 
 MODULE = re.compile(r"-m (hamner\.\w+|bench\.\w+)\b")
 SUBCOMMANDS = (
@@ -52,13 +57,22 @@ SUBCOMMANDS = (
     "tune",
     "current",
     "ladder",
+    "qk-norm",
     "long",
     "chat",
     "run",
 )
 SUBCOMMANDS += ("report", "fit")
-NEEDS_MORE = re.compile(r"torchrun|hf:|--serve|pytest|bench\.|tests\.|venv|nsys")
-"""what keeps a block of commands from being run here"""
+NEEDS_MORE = re.compile(
+    r"torchrun|hf:|--serve|pytest|venv|nsys|\bncu\b"
+    r"|bench\.(tune|tune_flash_attention|scaling|soak|kills|report_card|int8_gradients)\b"
+    r"|bench\.int8_loss run|bench\.recipes (tune|current|ladder|qk-norm|long|chat)"
+    r"|tests\.kernels\.compile_gate"  # minutes; tests/kernels/test_compile_gate.py has it
+)
+"""what keeps a command from being run here"""
+WRITES = ("--output", "--rows", "--out", "--run-dir")
+"""flags that name what a command writes"""
+STARTS_MODULE = re.compile(r"(?:python3?|torchrun .*?) -m (\w[\w.]*)")
 COMMANDS = [
     *((f"hamner.{name}",) for name in ("train", "sft", "chat", "evaluate", "export")),
     *((f"hamner.{name}",) for name in ("plan", "plot", "profile")),
@@ -68,6 +82,7 @@ COMMANDS = [
         ("hamner.profile", "read"),
         ("bench.tune",),
         ("bench.scaling",),
+        ("bench.recipes", "tune"),
     ),
 ]
 """whose flags a sentence may name without them"""
@@ -219,10 +234,29 @@ def is_shell(block: Block) -> bool:
     return block.language.startswith("bash")
 
 
-@pytest.mark.parametrize("document", [d for d in DOCUMENTS if d != "CHANGELOG.md"])
-def test_flags_exist(document, flags_of, pytestconfig):
+def commands_of(document: str) -> list[str]:
+    """The function gives a document's commands, in blocks and within sentences."""
     commands = [c for block in read(document)[1] if is_shell(block) for c in block.commands()]
-    commands += [span for span in spans(document) if re.match(STARTED, span) and "..." not in span]
+    within = [span for span in spans(document) if re.match(STARTED, span) and "..." not in span]
+    return commands + within
+
+
+def is_module(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("document", TODAY)
+def test_modules_exist(document):
+    named = {name for c in commands_of(document) for name in STARTS_MODULE.findall(c)}
+    assert [name for name in sorted(named) if not is_module(name)] == []
+
+
+@pytest.mark.parametrize("document", TODAY)
+def test_flags_exist(document, flags_of, pytestconfig):
+    commands = commands_of(document)
     wrong = {command: unknown_flags(command, flags_of, pytestconfig) for command in commands}
     assert {command: flags for command, flags in wrong.items() if flags} == {}
     named = re.findall(r"(?<!\S)(?:bench|tests|examples|profiles)/[\w/.-]+", " ".join(commands))
@@ -245,22 +279,64 @@ def is_run(block: Block) -> bool:
     return block.language == "bash run"
 
 
+def could_run(block: Block) -> list[str]:
+    """The function gives a block's commands that need no more than this machine and the files that
+    it has: neither NEEDS_MORE nor what a command of the block that does has written."""
+    found, written = [], []
+    for command in block.commands():
+        words = shlex.split(command)
+        if NEEDS_MORE.search(command):
+            pairs = zip(words, words[1:], strict=False)
+            written += [value for flag, value in pairs if flag in WRITES]
+        elif not any(Path(word).is_relative_to(path) for word in words for path in written):
+            found.append(command)
+    return found
+
+
 @pytest.mark.parametrize("document", PAGES)
 def test_what_needs_no_gpu_and_no_network_is_run(document):
-    for block in read(document)[1]:
-        if is_shell(block) and not is_run(block):
-            assert NEEDS_MORE.search(block.text), block.text
+    blocks = [block for block in read(document)[1] if is_shell(block) and not is_run(block)]
+    assert [command for block in blocks for command in could_run(block)] == []
+
+
+def test_commands_are_judged_one_by_one():
+    lines = (
+        "python -m bench.scaling --output scaling",
+        "python -m hamner.profile read scaling/a.json.gz",
+        "python -m hamner.profile read profiles/a.json.gz",
+        "python -m hamner.plan --option a --gpus 2",
+        "python -m bench.recipes fit profiles/recipes",
+    )
+    assert could_run(Block("bash", "\n".join(lines))) == [*lines[2:]]
 
 
 SMALL = {"hidden_size": 64, "num_layers": 2, "num_attention_heads": 4, "num_kv_heads": 2}
 SMALL |= {"expert_intermediate_size": 128, "max_seq_len": 128, "vocab_size": 320}
+OPTION_ROW = {
+    "kind": "option",
+    "option": "a",
+    "recompute": "selective",
+    "batch_size": 24,
+    "micro_batch_size": 24,
+    "tokens_per_second": 200_000,
+    "mfu": 0.4,
+    "peak_allocated_gib": 16.0,
+    "peak_reserved_gib": 17.0,
+    "build_seconds": 2.0,
+    "warm_up_seconds": 30.0,
+    "conditions": {"gpu": "NVIDIA X"},
+}
+OPTION_ROW |= {"p10_ms": 9.0, "p50_ms": 10.0, "p90_ms": 11.0}
+DATA_ROW = {"kind": "data", "source": "shards", "tokens_per_second": 20_000_000}
+"""of the suite"""
 
 
 class Reader:
     """A reader types what the pages say into one folder, each command once.
 
     Args:
-        folder: has texts/*.parquet, personal/*.jsonl, sft/*.jsonl and the project's profiles/.
+        folder: has texts/*.parquet, personal/*.jsonl, sft/*.jsonl, a copy of the project's
+            profiles/, and in place of what only a GPU gives rows.jsonl and a trace in scaling/.
         monkeypatch: of the module.
     """
 
@@ -285,7 +361,10 @@ class Reader:
         with self.monkeypatch.context() as patch:
             patch.chdir(self.folder)
             patch.setattr(sys, "stdin", io.StringIO("Hello there!\n"))
-            for option, config in OPTIONS.items() if name != "hamner.plan" else ():
+            if name == "bench.recipes":
+                patch.setattr("hamner.plan.recipe_gain.RATIOS", self.folder / "ratios.json")
+            is_small = name != "hamner.plan" and not name.startswith("bench.")
+            for option, config in OPTIONS.items() if is_small else ():
                 small = replace(config.model, **SMALL)
                 how = {"seq_len": 128, "batch_size": 4, "eval_tokens": 1024, "val_fraction": 0.1}
                 how |= {"log_every": 1}
@@ -310,7 +389,11 @@ def reader(tmp_path_factory) -> Iterator[Reader]:
     lines = [" ".join(f"word{n * k % 97}" for k in range(120)) for n in range(1, 80)]
     pq.write_table(pa.table({"text": lines}), folder / "texts/one.parquet")
     shutil.copy(ROOT / "hamner/data/conversations/builtin.jsonl", folder / "sft/mine.jsonl")
-    (folder / "profiles").symlink_to(ROOT / "profiles")
+    shutil.copytree(ROOT / "profiles", folder / "profiles")  # pictures of reports go there
+    lines = [json.dumps({"extra_info": row}) + "\n" for row in (OPTION_ROW, DATA_ROW)]
+    (folder / "rows.jsonl").write_text("".join(lines))
+    (folder / "scaling").mkdir()
+    shutil.copy(ROOT / "profiles/two-gpus/trace.json.gz", folder / "scaling/a-ddp-8.trace.json.gz")
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr("hamner.train.pictures.COMMAND", ("true",))
         reader = Reader(folder, monkeypatch)

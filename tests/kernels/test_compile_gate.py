@@ -54,7 +54,7 @@ def assert_norms_as_without_int8(results: list[CompileResult]):
     quantises would not be, to the bit, what the other writes."""
     summed = {(result.name, result.capability): result.summed for result in results}
     quantising = [label for label in summed if label[0].endswith("/int8")]
-    assert len(quantising) == 2 * 2 * len(CAPABILITIES)
+    assert len(quantising) == (2 * 2 + 4) * len(CAPABILITIES)
     for name, capability in quantising:
         assert summed[name, capability], name
         without = summed[name.removesuffix("/int8").removesuffix("/no y"), capability]

@@ -7,7 +7,7 @@
 #   nohup examples/overnight.sh > overnight.txt &       without a terminal
 #   TOKENS=10e9 FOLDER=runs/plan examples/overnight.sh  the whole plan: five days
 #   examples/overnight.sh --matmul int8                 flags of hamner.train, at every start: linear
-#                                                       layers in int8 (projected, 9 h)
+#                                                       layers in int8 (projected, 8 h)
 #
 # The shards are all of --data, some 10B tokens in 20 GB by default; training reads TOKENS of them.
 # A stage that is done leaves FOLDER/STAGE.done: remove the file, and the next start does it again.

@@ -175,6 +175,11 @@ def _(d_out, x, weight, matmul, measures, values=None, scales=None):
     return *gradients, empty_errors(x, measures=measures)
 
 
+def named(rows: Int8Matrix | None) -> dict[str, Tensor]:
+    """The function gives the arguments of a backward op whose gradient is quantised already."""
+    return {} if rows is None else rows._asdict()
+
+
 class _Int8Linear(torch.autograd.Function):
     """It composes registered ops, so that each is seen by the profiler and by torch.compile."""
 
@@ -187,9 +192,8 @@ class _Int8Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_out):
         rows = None if ctx.takes_from is None else ctx.takes_from.take(d_out)
-        d_x, d_weight, d_errors = _int8_linear_backward_op(
-            d_out, *ctx.saved_tensors, ctx.matmul, ctx.measures, *(rows or ())
-        )
+        how = {"matmul": ctx.matmul, "measures": ctx.measures, **named(rows)}
+        d_x, d_weight, d_errors = _int8_linear_backward_op(d_out, *ctx.saved_tensors, **how)
         return d_x, d_weight, None, d_errors if ctx.measures else None, None
 
 

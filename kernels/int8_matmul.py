@@ -188,7 +188,8 @@ def int8_matmul(a: Int8Matrix, b: Int8Matrix, dtype: torch.dtype = torch.bfloat1
     """The op computes a b^T of quantised matrices.
 
     Args:
-        a: (M, K), from `quantize_int8`, contiguous.
+        a: (M, K), from `quantize_int8`, contiguous. A K that 16 does not divide is right and slow:
+            rows then begin anywhere, are loaded byte by byte, and registers spill on sm_86.
         b: (N, K), as a; both have one scale a row, or both one each 256 of K.
         dtype: of the result: float32, float16 or bfloat16.
 

@@ -27,7 +27,7 @@ from hamner.kernels.fused_linear import (
     swiglu_linear_reference,
 )
 from hamner.kernels.int8_handover import Handover
-from hamner.kernels.int8_linear import Matmul, check_matmul, products
+from hamner.kernels.int8_linear import Matmul, check_matmul, named, products
 from hamner.kernels.int8_quantize import GROUP, Int8Matrix
 from hamner.kernels.rms_norm import check_norm_arguments
 
@@ -69,7 +69,7 @@ class _NormMlp(torch.autograd.Function):
         rows = None if ctx.takes_from is None else ctx.takes_from.take(d_out)
         d_gate_up, d_down_weight, d_down_errors, *quantised = (
             torch.ops.hamner.swiglu_linear_backward(
-                d_out, gate_up, h, down_weight, **ctx.down, quantises=ctx.joins, **_named(rows)
+                d_out, gate_up, h, down_weight, **ctx.down, quantises=ctx.joins, **named(rows)
             )
         )
         rows = Int8Matrix(*quantised) if ctx.joins else None
@@ -77,7 +77,7 @@ class _NormMlp(torch.autograd.Function):
         d_x, *d_weights, d_gate_up_errors, values, scales = (
             torch.ops.hamner.rms_norm_linear_backward(
                 d_gate_up, d_residual, *norm, **ctx.gate_up,
-                grouped_gradient=True, quantises=hands, **_named(rows),
+                grouped_gradient=True, quantises=hands, **named(rows),
             )
         )  # fmt: skip
         if hands:
@@ -87,10 +87,6 @@ class _NormMlp(torch.autograd.Function):
         d_down_errors = d_down_errors if ctx.down["measures"] else None
         errors = None, d_gate_up_errors, None, d_down_errors
         return d_x, d_residual, *d_weights, d_down_weight, *no_gradients, *errors, *(None,) * 3
-
-
-def _named(rows: Int8Matrix | None) -> dict[str, Tensor]:
-    return {} if rows is None else rows._asdict()
 
 
 def add_rms_norm_mlp(

@@ -40,7 +40,7 @@ def test_a_norms_backward_quantises_what_it_writes(shape, dtype, device):
     assert torch.equal(found.scales.nan_to_num(-1.0), wanted.scales.nan_to_num(-1.0))
 
 
-def chain(matmul: str, *, hands: bool, readers: int = 1, recompute: bool = True):
+def chain(matmul: str, *, hands: bool, readers: int = 1, recompute: bool = True, heads=(2, 1)):
     """A linear layer, an MLP that begins with a norm, and attention that does so: what o is to the
     MLP, and the MLP's down to the next layer's attention."""
 
@@ -53,7 +53,7 @@ def chain(matmul: str, *, hands: bool, readers: int = 1, recompute: bool = True)
             gate_up_hands_to=of_o, down_takes_from=of_down,
         )  # fmt: skip
         attention, stream = add_rms_norm_attention(
-            mlp, stream, norm_weight, qkv_weight, cos, sin, 2, 1, recompute=recompute,
+            mlp, stream, norm_weight, qkv_weight, cos, sin, *heads, recompute=recompute,
             matmul=matmul, hands_to=of_down,
         )  # fmt: skip
         if readers > 1:
@@ -63,17 +63,21 @@ def chain(matmul: str, *, hands: bool, readers: int = 1, recompute: bool = True)
     return op
 
 
-def chain_inputs(device, inner: int = 256) -> dict[str, torch.Tensor]:
-    how, tokens = {"device": device}, (2, 9, D)
-    tables = (make(9, D // 4, seed=seed, **how).detach() for seed in (8, 9))
+def chain_inputs(
+    device, inner: int = 256, *, tokens=(2, 9), width: int = D, dtype=torch.float32
+) -> dict[str, torch.Tensor]:
+    """Half as many heads of keys as of queries, so that qkv is twice as wide as x."""
+    how = {"device": device, "dtype": dtype}
+    half_head = 32 if width > D else D // 4
+    tables = (make(tokens[1], half_head, seed=seed, device=device).detach() for seed in (8, 9))
     return {
-        "x": make(*tokens, **how),
-        "o_weight": make(D, D, seed=1, **how),
-        "residual": make(*tokens, seed=2, **how),
-        "norm_weight": make(D, seed=3, **how),
-        "gate_up_weight": make(2 * inner, D, seed=4, **how),
-        "down_weight": make(D, inner, seed=5, **how),
-        "qkv_weight": make(2 * D, D, seed=6, **how),
+        "x": make(*tokens, width, **how),
+        "o_weight": make(width, width, seed=1, **how),
+        "residual": make(*tokens, width, seed=2, **how),
+        "norm_weight": make(width, seed=3, device=device),
+        "gate_up_weight": make(2 * inner, width, seed=4, **how),
+        "down_weight": make(width, inner, seed=5, **how),
+        "qkv_weight": make(2 * width, width, seed=6, **how),
         **dict(zip(("cos", "sin"), tables, strict=True)),
     }
 
@@ -124,6 +128,15 @@ def test_a_gradient_of_two_readers_is_quantised_whole(device, monkeypatch):
     ops = [chain("int8", hands=hands, readers=2) for hands in (True, False)]
     assert_same_bits(*ops, chain_inputs(device))
     assert quantised(ops[0], chain_inputs(device), monkeypatch).count((18, D)) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [256, 768, 1024])
+def test_bits_at_a_training_shape(width):
+    heads = width // 64
+    ops = (chain("int8-all", hands=hands, heads=(heads, heads // 2)) for hands in (True, False))
+    how = {"tokens": (24, 1024), "width": width, "dtype": torch.bfloat16}
+    assert_same_bits(*ops, chain_inputs("cuda", 1024, **how))
 
 
 class TestHandover:

@@ -8,9 +8,11 @@ import torch
 
 from hamner.config.options import for_option
 from hamner.hardware import GIB
+from hamner.kernels.int8_linear import OPERANDS
 from hamner.model.int8 import Operand
 from hamner.train.loop import train
 from hamner.train.step import TrainStep
+from tests.train.test_loop import metrics
 from tests.train.test_loop_gpu import (
     KINDS,
     assert_step_never_waits,
@@ -40,15 +42,20 @@ def test_it_trains_as_bf16_does(tmp_path):
         losses[matmul, seed] = train(settings).val_loss
     noise = abs(losses["bf16", 0] - losses["bf16", 1])
     for matmul in ("int8", "int8-all"):
-        assert abs(losses[matmul, 0] - losses["bf16", 0]) < max(noise, 0.02)
+        assert 0 < abs(losses[matmul, 0] - losses["bf16", 0]) < max(noise, 0.02)
 
 
 def test_a_run_may_go_on_with_another(tmp_path):
-    config = replace(tiny_config(tmp_path), attention="triton")
+    config = replace(tiny_config(tmp_path), attention="triton", log_every=5)
     train(replace(config, matmul="int8", stop_after=10))
     train(replace(config, matmul="int8-all", stop_after=15, resume=True))
-    result = train(replace(config, resume=True))
-    assert result.val_loss is not None
+    train(replace(config, resume=True))
+    operands = {
+        row["step"]: set(row.get("int8", {}).get("o", {})) for row in metrics(config.folder)
+    }
+    assert operands[10] == set(list(OPERANDS)[:4])
+    assert operands[15] == set(OPERANDS)
+    assert operands[max(operands)] == set()
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective"])

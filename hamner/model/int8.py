@@ -99,7 +99,9 @@ class Int8Linears:
             layer, name = linear
             if self.matmuls[linear] != "bf16":
                 by_layer[layer][name] = {"matmul": self.matmuls[linear], "errors": errors}
-        for (layer, name), (next_layer, reader) in self.readers.items():
+        # torch.compile follows tensors, and would break its graph for anything else.
+        readers = {} if torch.compiler.is_compiling() else self.readers
+        for (layer, name), (next_layer, reader) in readers.items():
             maker, norm = by_layer[layer].get(name), by_layer[next_layer].get(reader)
             if maker and norm and "data_gradient" in products(maker["matmul"]):
                 maker["takes_from"] = norm["hands_to"] = Handover()

@@ -2,12 +2,14 @@
 
 import functools
 import importlib.metadata
+import os
 import platform
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "flash-attn")
 _QUERIES = {
@@ -22,18 +24,20 @@ _QUERIES = {
 
 @functools.cache
 def conditions() -> dict[str, str]:
-    """The function gives GPU, driver, power limit and clocks as nvidia-smi says them, versions and
-    commit."""
+    """The function gives GPU, driver, power limit and clocks as nvidia-smi says them, versions,
+    commit and what the environment tells NCCL."""
     found = _gpu() if torch.cuda.is_available() else {"cpu": platform.processor() or "unknown"}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
+    if dist.is_nccl_available():
+        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
     found["commit"] = _output(
         ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     )
-    return found
+    return found | {n: value for n, value in os.environ.items() if n.startswith("NCCL_")}
 
 
 def in_words(found: Mapping[str, str]) -> str:

@@ -1,14 +1,18 @@
-"""All GPUs of this machine are compared with one of them: speed, losses, messages, resumed runs.
+"""Several GPUs of this machine are compared with one of them: speed, losses, messages, resumed
+runs.
 
     python -m bench.scaling --output scaling --options a c [flags of hamner.train]
 
-For each option one GPU, then DDP and FSDP2 on all of them with the same batch for each, default
-flags, real data through the real loader. One GPU also takes the first steps of the others' whole
-batch, in micro-batches: theirs must have its losses. A trace of three more steps says how long
-messages take and what of that nothing hides. Then the first option is killed on all GPUs and
-resumed on one, and the other way round. Last, option --slow-option with DDP where NCCL is held back
-to what a PCIe-class link carries, by micro-batches a step and size of DDP's buckets.
+For each option one GPU, then DDP and FSDP2 on several of them with the same batch for each, default
+flags, real data through the real loader, and last one GPU again. Without --data that is the
+built-in corpus, tokenized beforehand. One GPU also takes the first steps of the others' whole
+batch, in micro-batches: theirs must have its losses and gradient norms. A trace of three more steps
+says how long messages take, what of that nothing hides, and what else takes longer than on one GPU.
+Then the first option is killed on all GPUs and resumed on one, and the other way round. Where
+--transports names slow links, option --slow-option follows with DDP where NCCL is held back to what
+a PCIe-class link carries, by micro-batches a step and size of DDP's buckets.
 
+    shards-N/         the built-in corpus in tokens, by size of the vocabulary
     results.jsonl     one object a row, as soon as it is measured; a row that is there is not
                       measured again, so a run that was cut off goes on
     moves.jsonl       the same of the runs that were killed and resumed
@@ -22,7 +26,7 @@ import itertools
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,9 +36,13 @@ from bench import launch, moves
 from bench.scaling_job import Row, configure
 from bench.scaling_report import describe, draw, row_of
 from hamner.cli import FLAG_RULES, run_command
+from hamner.config.train import TrainConfig
+from hamner.data.prepare import prepare
+from hamner.data.tokenizer import load_tokenizer
 from hamner.errors import UserError
 from hamner.files import read_objects
 from hamner.parallel.device import uses_gpu
+from hamner.train.initial import with_chat_tokens
 
 TRANSPORTS = {
     "links": {},
@@ -54,9 +62,14 @@ NO_TIME = "no time was left"
 RESULTS = "results.jsonl"
 
 
+def numbers_to_compare(found: int) -> tuple[int, ...]:
+    """The function gives the numbers of GPUs that are measured by default: all, and of 8 also 4."""
+    return (4, 8) if found == 8 else (found,)
+
+
 @dataclass(frozen=True)
 class Scaling:
-    """Measure DDP and FSDP2 on all GPUs of this machine, and DDP on slow links."""
+    """Measure DDP and FSDP2 on several GPUs of this machine, and DDP on slow links."""
 
     output: Path = Path("runs/scaling")
     """folder; rows that it holds are not measured again"""
@@ -64,15 +77,15 @@ class Scaling:
     """of hamner.train"""
     steps: int = 30
     """timed in a row; a third of them on slow links"""
-    gpus: tuple[int, ...] = (torch.cuda.device_count(),)
-    """of this machine, at least 2; several numbers are measured one after another, and what is
-    measured once is measured on the last"""
+    gpus: tuple[int, ...] = numbers_to_compare(torch.cuda.device_count())
+    """of this machine, at least 2; default all, and of 8 also 4. Several numbers are measured one
+    after another, and what is measured once is measured on the last"""
     moves: bool = True
     """kill runs of the first option and resume them on other numbers of GPUs"""
     slow_option: str = "a"
     """that trains on slow links"""
-    transports: tuple[str, ...] = ("shm-1", "sockets")
-    """slow links, of shm, shm-1 and sockets; none without values"""
+    transports: tuple[str, ...] = ()
+    """slow links, of shm, shm-1 and sockets"""
     minutes: float = 8.0
     """after which nothing new is started"""
 
@@ -115,7 +128,10 @@ def plan(settings: Scaling) -> list[list[Row]]:
         ]
         for gpus in settings.gpus
     ]
-    return [one, *several, *(slow_rows(settings, transport) for transport in settings.transports)]
+    # One GPU's clocks may have changed by then: ratios to both say how much.
+    again = [Row(option, "one", 1, settings.steps, again=True) for option in settings.options]
+    slow = [slow_rows(settings, transport) for transport in settings.transports]
+    return [one, *several, again, *slow]
 
 
 def slow_rows(settings: Scaling, transport: str) -> list[Row]:
@@ -139,6 +155,31 @@ def require_measurable(row: Row, flags: Sequence[str]) -> None:
     found = torch.cuda.device_count()
     if uses_gpu(configure(row, list(flags)).device) and row.gpus > found:
         raise UserError(f"--gpus {row.gpus}: this machine has {found}")
+
+
+def with_shards(rows: Sequence[Row], flags: Sequence[str], output: Path) -> list[Row]:
+    """The function tokenizes the built-in corpus and lets the rows read that, unless the flags name
+    other data.
+
+    Every process tokenizes the batch of all of them, so with many GPUs the loader's time would be
+    measured instead of theirs.
+    """
+    prepared: dict[int, str] = {}
+
+    def shards(config: TrainConfig) -> str:
+        size = config.model.vocab_size
+        if size not in prepared:
+            folder = output / f"shards-{size}"
+            tokenizer = with_chat_tokens(load_tokenizer(config.tokenizer, size), config)
+            prepare(config.data, folder, tokenizer, val_fraction=config.val_fraction)
+            prepared[size] = f"shards:{folder}"
+        return prepared[size]
+
+    configs = [configure(row, list(flags)) for row in rows]
+    return [
+        replace(row, data=shards(config)) if config.data == TrainConfig.data else row
+        for row, config in zip(rows, configs, strict=True)
+    ]
 
 
 def read(output: Path) -> list[dict]:
@@ -181,7 +222,8 @@ class Measurement:
             if self.is_over:
                 self.failures |= {row.name: NO_TIME for row in todo}
                 return
-            name = f"{todo[0].transport}-{todo[0].gpus}-{attempt}"
+            again = "-again" if todo[0].again else ""
+            name = f"{todo[0].transport}-{todo[0].gpus}{again}-{attempt}"
             reason = self.run_job(name, todo)
             if reason is not None:
                 failed = next(unmeasured(todo, self.output), None)
@@ -219,10 +261,13 @@ class Measurement:
     def move(self) -> None:
         """Runs of the first option are killed and resumed on another number of GPUs."""
         option, gpus = self.settings.options[0], self.settings.gpus[-1]
-        config = configure(Row(option, "fsdp", gpus, 1), self.flags)
+        (row,) = with_shards([Row(option, "fsdp", gpus, 1)], self.flags, self.output)
+        config = configure(row, self.flags)
         batch = ("--batch-size", str(config.batch_size))
         micro_batch = ("--micro-batch-size", str(config.micro_batch_size))
-        runs = moves.Moves(self.output, option, gpus, [*self.flags, *batch, *micro_batch])
+        data = ("--data", row.data) if row.data else ()
+        flags = [*self.flags, *data, *batch, *micro_batch]
+        runs = moves.Moves(self.output, option, gpus, flags)
         for move in runs.missing():
             reason = NO_TIME if self.is_over else runs.measure(move, self.end)
             if reason is not None:
@@ -239,8 +284,9 @@ def main(settings: Scaling, flags: Sequence[str]) -> int:
     for row in itertools.chain(*jobs):
         require_measurable(row, flags)
     settings.output.mkdir(parents=True, exist_ok=True)
+    jobs = [with_shards(rows, flags, settings.output) for rows in jobs]
     measurement = Measurement(settings, flags)
-    of_links = 1 + len(settings.gpus)
+    of_links = len(jobs) - len(settings.transports)
     for rows in jobs[:of_links]:
         measurement.measure(rows)
     if settings.moves:

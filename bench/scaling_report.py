@@ -7,7 +7,9 @@ from bench.conditions import in_words
 from bench.scaling_job import Row
 from hamner.profile.report import table
 
-MESSAGES = ("communication_ms", "exposed_ms")
+TIMES = ("data_ms", "communication_ms", "exposed_ms")
+WANTED = {("ddp", 4): 3.85, ("ddp", 8): 7.6, ("fsdp", 8): 7.2}
+"""times one GPU, by engine and GPUs, on GPUs with links of their own"""
 
 
 def row_of(result: dict) -> Row:
@@ -23,19 +25,18 @@ def describe(results: Sequence[dict], moved: Sequence[dict], failures: dict[str,
         moved: runs that were killed and resumed on other GPUs.
         failures: reasons by name.
     """
-    by_row = _by_row(results)
     parts = [f"Conditions: {c}." for c in dict.fromkeys(in_words(r["conditions"]) for r in results)]
-    rows = [
-        _scaling_cells(r, by_row) for r in results if r["transport"] == "links" and _is_speed(r)
-    ]
-    if rows:
-        head = ("option", "GPUs", "engine", "graph", "tokens/s", "p10-p90", "peak GiB")
-        head += ("x one GPU", "losses apart", "messages ms", "exposed ms")
-        parts.append(table(head, rows))
+    linked = [r for r in results if r["transport"] == "links" and _is_speed(r)]
+    if linked:
+        head = ("option", "GPUs", "engine", "graph", "GB/s", "tokens/s", "p10-p90", "peak GiB")
+        head += ("x one GPU", "wanted", "losses apart", "norms apart, %")
+        head += ("data ms", "messages ms", "exposed ms")
+        parts.append(table(head, [_scaling_cells(r, results) for r in linked]))
+    parts += _compare_times(linked)
     if moved:
         head = ("option", "killed on", "resumed on", "from step", "of", "losses apart", "then")
-        parts.append(table(head, [_moved_cells(r) for r in moved]))
-    slow = [_slow_cells(r, by_row) for r in results if r["transport"] != "links"]
+        parts.append(table((*head, "norms apart, %"), [_moved_cells(r) for r in moved]))
+    slow = [_slow_cells(r, results) for r in results if r["transport"] != "links"]
     if slow:
         head = ("link", "GB/s", "option", "micro-batches", "bucket MiB", "ms a step", "tokens/s")
         parts.append(table((*head, "x one GPU"), slow))
@@ -76,7 +77,9 @@ def draw(results: Sequence[dict], path: Path) -> None:
 def _by_row(results: Sequence[dict]) -> dict[tuple[str, str, int], dict]:
     """The function gives what is compared with: rows of one GPU, by the micro-batches of a step."""
     return {
-        (r["option"], r["engine"], r["micro_batches"]): r for r in results if r["engine"] == "one"
+        (r["option"], r["engine"], r["micro_batches"]): r
+        for r in results
+        if r["engine"] == "one" and not r["again"]
     }
 
 
@@ -90,28 +93,63 @@ def _speed(result: dict, percentile: str = "p50") -> float:
     return result["tokens_per_step"] / result[f"{percentile}_ms"] * 1e3
 
 
-def _times_one(result: dict, by_row: dict) -> str:
-    one = by_row.get((result["option"], "one", 1))
-    return f"{_speed(result) / _speed(one):.3f}" if one else ""
+def _times_one(result: dict, results: Sequence[dict]) -> str:
+    """The function gives the ratio to one GPU, or its range where that was measured twice."""
+    ratios = {
+        f"{_speed(result) / _speed(one):.3f}"
+        for one in results
+        if (one["option"], one["engine"]) == (result["option"], "one") and _is_speed(one)
+    }
+    return "-".join(sorted(ratios, key=float))
 
 
-def _scaling_cells(result: dict, by_row: dict) -> tuple[str, ...]:
-    reference = by_row.get((result["option"], "one", result["gpus"]))
-    apart = ""
-    if reference and result["losses"]:
-        pairs = zip(reference["losses"], result["losses"], strict=True)
-        apart = f"{max(abs(a - b) for a, b in pairs):.5f}"
+def _apart(result: dict, results: Sequence[dict]) -> tuple[str, str]:
+    """The function gives the largest differences to one GPU that takes the same batch: of losses,
+    and of gradient norms in % of them."""
+    reference = _by_row(results).get((result["option"], "one", result["gpus"]))
+    if not (reference and result["losses"]):
+        return "", ""
+    losses = zip(reference["losses"], result["losses"], strict=True)
+    norms = zip(reference["grad_norms"], result["grad_norms"], strict=True)
+    return (
+        f"{max(abs(a - b) for a, b in losses):.5f}",
+        f"{100 * max(abs(b / a - 1) for a, b in norms):.3f}",
+    )
+
+
+def _compare_times(results: Sequence[dict]) -> list[str]:
+    """The function gives the table that says where the time of several GPUs goes, if there are
+    traces of them and of one."""
+    one = _by_row(results)
+    traced = [
+        (f"{r['option']}, {r['engine']} on {r['gpus']}", r["parts_ms"], reference["parts_ms"])
+        for r in results
+        if r["gpus"] > 1 and "parts_ms" in r and (reference := one.get((r["option"], "one", 1)))
+    ]
+    if not traced:
+        return []
+    names = dict.fromkeys(name for _, *both in traced for times in both for name in times)
+    rows = [
+        (name, *(f"{times.get(name, 0) - alone.get(name, 0):+.2f}" for _, times, alone in traced))
+        for name in names
+    ]
+    return [table(("ms a step more than one GPU", *(title for title, *_ in traced)), rows)]
+
+
+def _scaling_cells(result: dict, results: Sequence[dict]) -> tuple[str, ...]:
     return (
         result["option"],
         str(result["gpus"]),
         result["engine"],
         "yes" if result["cuda_graph"] else "no",
+        _link(result),
         f"{_speed(result):,.0f}",
         f"{_speed(result, 'p90'):,.0f}-{_speed(result, 'p10'):,.0f}",
         f"{result['peak_gib']:.1f}",
-        _times_one(result, by_row),
-        apart,
-        *(f"{result[name]:.2f}" if name in result else "" for name in MESSAGES),
+        _times_one(result, results),
+        str(WANTED.get((result["engine"], result["gpus"]), "")),
+        *_apart(result, results),
+        *(f"{result[name]:.2f}" if name in result else "" for name in TIMES),
     )
 
 
@@ -124,18 +162,23 @@ def _moved_cells(result: dict) -> tuple[str, ...]:
         str(result["steps"]),
         f"{result['apart']:.5f}",
         f"{result['apart_after']:.5f}",
+        f"{100 * result['norms_apart']:.3f}",
     )
 
 
-def _slow_cells(result: dict, by_row: dict) -> tuple[str, ...]:
-    link = "" if result["bus_gbs"] is None else f"{result['bus_gbs']:.1f}"
+def _link(result: dict) -> str:
+    """The function gives GB/s of an all-reduce."""
+    return "" if result["bus_gbs"] is None else f"{result['bus_gbs']:.1f}"
+
+
+def _slow_cells(result: dict, results: Sequence[dict]) -> tuple[str, ...]:
     return (
         result["transport"],
-        link,
+        _link(result),
         result["option"],
         str(result["micro_batches"]),
         str(result["bucket_mib"]),
         f"{result['p50_ms']:.1f}",
         f"{_speed(result):,.0f}",
-        _times_one(result, by_row),
+        _times_one(result, results),
     )

@@ -4,11 +4,15 @@ As a module it is a command for torchrun: the first start loses rank 1 in the mi
 second one rank 0 in the middle of the first save from step 12 on.
 """
 
+import itertools
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed.checkpoint as dcp
 
 from hamner.checkpoint import format as checkpoint
 from hamner.cli import run_command
@@ -62,6 +66,31 @@ def in_save(step: int, fault: Callable[[], None]) -> None:
         return finish_save(temporary, of_step, state)
 
     checkpoint.finish_save = finish_once
+
+
+def in_part_of_second_save(fault: Callable[[], None]) -> None:
+    """The fault happens when this process, with FSDP2, writes its part of the second checkpoint's
+    first file; the first checkpoint has two and is whole."""
+    writer, calls = dcp.HuggingFaceStorageWriter, itertools.count(1)
+    real_write = writer.write_data
+
+    def write_data(*args):
+        if next(calls) == 3:
+            fault()
+        return real_write(*args)
+
+    writer.write_data = write_data
+
+
+def once_saved(checkpoints: Path, fault: Callable[[], None]) -> Callable[[], None]:
+    """The fault waits for a run's first checkpoint."""
+
+    def wait() -> None:
+        while not checkpoint.find(checkpoints):
+            time.sleep(0.05)
+        fault()
+
+    return wait
 
 
 if __name__ == "__main__":

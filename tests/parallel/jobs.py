@@ -13,7 +13,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from hamner.config.sft import SftConfig
 from hamner.config.train import TrainConfig
+from hamner.sft.fine_tuning import fine_tune
 from hamner.train.loop import train
 from tests.kills import CONTEXT
 
@@ -22,7 +24,9 @@ PORTS = range(20_000, 32_768)
 dozens: a port of theirs, free when it was chosen, may be taken when a process comes to listen."""
 
 
-def train_together(configs: Sequence[TrainConfig], count: int, output: Path, **options) -> None:
+def train_together(
+    configs: Sequence[TrainConfig | SftConfig], count: int, output: Path, **options
+) -> None:
     """`count` processes train one configuration after another; see `run_job`."""
     codes = run_job(_train_all, count, output, list(configs), **options)
     assert codes == [0] * count, said(output, count)
@@ -84,10 +88,13 @@ def enter(ports: list[int]) -> None:
     os.environ["MASTER_PORT"] = str(ports.pop(0))
 
 
-def _train_all(ports: list[int], configs: list[TrainConfig]) -> None:
+def _train_all(ports: list[int], configs: list[TrainConfig | SftConfig]) -> None:
     for config in configs:
         enter(ports)
-        train(config)
+        if isinstance(config, SftConfig):
+            fine_tune(config)
+        else:
+            train(config)
 
 
 def _run(function, rank, count, machines, ports, output, args) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from hamner.checkpoint import format as checkpoint
 from hamner.config.train import TrainConfig
-from hamner.errors import EXIT_BAD_INPUT
+from hamner.errors import EXIT_BAD_INPUT, EXIT_FAILED
 from hamner.parallel.ranks import Rank
 from hamner.train.loop import train
 from hamner.train.step import ignore_phase
@@ -96,6 +96,29 @@ def test_a_signal_to_one_process_stops_all_at_one_step(engine, config, tmp_path)
         assert ("loss" in printed) == (rank == 0)
         assert "step 3 | loss" in (config.run_dir / "logs" / f"rank_{rank}.txt").read_text()
     assert checkpoint.find(config.run_dir / "checkpoints")[-1].step == FAULT_STEP
+
+
+def train_with_lost_save(ports: list[int], config: TrainConfig) -> None:
+    """The function is the body of a process; rank 1 dies in the second save."""
+    enter(ports)
+    if Rank.read().global_rank == 1:
+        faults.in_part_of_second_save(faults.die)
+    train(config)
+
+
+def test_a_process_dies_while_all_save(config, tmp_path):
+    """With FSDP2 the others wait for its part: they end too, and leave what was whole before."""
+    config = replace(config, parallel="fsdp", keep=0)
+    started = time.monotonic()
+    codes = run_job(train_with_lost_save, 2, tmp_path / "out", config)
+    assert time.monotonic() - started < SECONDS
+    assert codes == [EXIT_FAILED, -9]
+    (error,) = [line for line in said(tmp_path / "out", 2).splitlines() if "error:" in line]
+    assert re.match(r"error: rank 1 on \S+ is dead .* the last checkpoint is whole", error), error
+    (saved,) = checkpoint.find(config.run_dir / "checkpoints")
+    saved.verify()
+    train(replace(config, resume=True, parallel="auto", stop_after=config.steps - saved.step))
+    assert [record["step"] for record in metrics(config.run_dir)] == list(range(1, 21))
 
 
 def train_otherwise(

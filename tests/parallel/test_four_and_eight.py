@@ -1,15 +1,25 @@
 """Four and eight processes train as one does, take over each other's runs, and fail together."""
 
+import json
 import re
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from hamner.checkpoint import format as checkpoint
+from hamner.checkpoint.saved_model import find_saved_model
 from hamner.config.recipe import RECIPES
-from hamner.config.train import TrainConfig
+from hamner.config.sft import SftConfig
+from hamner.config.train import ComputeConfig, RunConfig, TrainConfig
+from hamner.data.batch import IGNORED_TARGET
+from hamner.data.conversations.examples import load_examples
+from hamner.data.conversations.loader import ConversationLoader
 from hamner.errors import EXIT_BAD_INPUT, EXIT_FAILED
 from hamner.parallel.ranks import Rank
+from hamner.progress import SILENT
+from hamner.sft.fine_tuning import fine_tune
 from hamner.train.loop import train
 from hamner.train.step import ignore_phase
 from tests.corpus import write_predictable
@@ -25,8 +35,19 @@ COMPARED, STEPS = 10, 13
 """steps that are taken before a run moves to another number of processes, and all of a run"""
 CASES = [(engine, recipe) for recipe in ("plan", "muon") for engine in ("ddp", "fsdp")]
 SIZES = (4, 8)
-MOVES = {"4 -> 8": ("fsdp", "muon"), "1 -> 8": ("ddp", "plan"), "8 -> 1": ("fsdp", "plan")}
+MOVES = {
+    "4 -> 8": ("fsdp", "muon"),
+    "1 -> 8": ("ddp", "plan"),
+    "1 -> 8, sharded": ("fsdp", "plan"),
+    "8 -> 1": ("fsdp", "plan"),
+    "8 -> 1, muon": ("fsdp", "muon"),
+}
 """runs that change the number of processes, by engine and recipe"""
+MIXTURE = {"num_experts": 4, "num_experts_per_token": 2}
+"""fewer experts than processes: with FSDP2 some have no part of theirs"""
+MIXTURE_STEPS = 6
+MIXTURE_CASES = [("fsdp", "plan"), ("fsdp", "muon"), ("ddp", "plan")]
+TUNED_STEPS = 4
 
 
 def eight_rows(folder, **changes) -> TrainConfig:
@@ -49,43 +70,121 @@ def eight_rows(folder, **changes) -> TrainConfig:
     )
 
 
+def mixture(config: TrainConfig, run_dir: Path, engine: str) -> TrainConfig:
+    """Each of eight processes accumulates two micro-batches."""
+    return replace(
+        config,
+        model=replace(config.model, **MIXTURE),
+        run_dir=run_dir,
+        parallel=engine,
+        batch_size=2 * ROWS,
+        steps=MIXTURE_STEPS,
+        eval_every=MIXTURE_STEPS // 2,
+    )
+
+
+def conversations(folder: Path, checkpoint: Path) -> SftConfig:
+    """A row is filled by long questions or by long answers, of which only these are learned."""
+    data = folder / "conversations.jsonl"
+    with data.open("w") as file:
+        for number in range(80):
+            asked, answered = (40, 1) if number % 3 == 0 else (1, 1 + number % 12)
+            turns = [
+                ("user", "abcdefgh"[number % 8] * asked),
+                ("assistant", "yes " * answered),
+            ]
+            messages = [{"role": role, "content": content} for role, content in turns]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    return replace(
+        SftConfig.for_checkpoint(checkpoint),
+        data=(str(data),),
+        run_dir=folder / "tuned_one",
+        steps=TUNED_STEPS,
+        batch_size=ROWS,
+        lr=1e-3,
+        eval_every=2,
+        compute=ComputeConfig(device="cpu", micro_batch_size=ROWS),
+        run=RunConfig(log_every=1),
+    )
+
+
+def comparisons(config: TrainConfig, recipe: str) -> dict[tuple[int, str, str], TrainConfig]:
+    """The function gives the run of one process and those of several, which stop before their end,
+    by number of processes, engine and recipe."""
+    folder = config.run_dir.parent
+    one = replace(config, recipe=recipe, run_dir=folder / f"one_{recipe}", **RECIPES[recipe])
+    several = {
+        (size, engine, recipe): replace(
+            one,
+            run_dir=folder / f"{size}_{engine}_{recipe}",
+            parallel=engine,
+            stop_after=COMPARED,
+        )
+        for size in SIZES
+        for engine in ("ddp", "fsdp")
+    }
+    return {(1, "none", recipe): one, **several}
+
+
 class Runs:
     """All runs are there, by number of processes, engine and recipe: eight take over one that four
-    began and one that a single process began, and a single process one that eight began."""
+    began and one that a single process began, and a single process those that eight began. So are
+    those of a mixture of experts and one of fine-tuning, of eight and of one."""
 
     def __init__(self, folder) -> None:
-        config = eight_rows(folder)
+        self.folder = folder
         self.configs = {}
         for recipe in ("plan", "muon"):
-            own = replace(
-                config, recipe=recipe, run_dir=folder / f"one_{recipe}", **RECIPES[recipe]
+            self.configs |= comparisons(eight_rows(folder), recipe)
+            train(self.configs[1, "none", recipe])
+        self.mixtures = {
+            (engine, recipe): mixture(
+                self.configs[1, "none", recipe], folder / f"mixture_{engine}_{recipe}", engine
             )
-            self.configs[1, "none", recipe] = own
-            for size, engine in ((size, engine) for size in SIZES for engine in ("ddp", "fsdp")):
-                run_dir = folder / f"{size}_{engine}_{recipe}"
-                several = replace(own, run_dir=run_dir, parallel=engine, stop_after=COMPARED)
-                self.configs[size, engine, recipe] = several
-            train(own)
+            for engine, recipe in (("auto", "plan"), ("auto", "muon"), *MIXTURE_CASES)
+        }
+        self.tuned_by_one = conversations(folder, self.configs[1, "none", "plan"].run_dir)
+        self.tuned_by_eight = replace(
+            self.tuned_by_one,
+            run_dir=folder / "tuned_eight",
+            compute=replace(self.tuned_by_one.compute, parallel="fsdp", micro_batch_size=1),
+        )
+        self.moved = {move: resumed(run, COMPARED) for move, run in self._begun().items()}
+        self._train_together()
+        for move in ("8 -> 1", "8 -> 1, muon"):
+            train(self.moved[move])
+        for recipe in ("plan", "muon"):
+            train(self.mixtures["auto", recipe])
+        fine_tune(self.tuned_by_one)
+
+    def _begun(self) -> dict[str, TrainConfig]:
+        """The method gives the runs that move, as those take them over who have not begun them."""
         begun = replace(
-            self.configs[1, "none", "plan"], run_dir=folder / "begun", stop_after=COMPARED
+            self.configs[1, "none", "plan"], run_dir=self.folder / "begun", stop_after=COMPARED
         )
         train(begun)
-        self.moved = {
-            "4 -> 8": resumed(self.configs[4, *MOVES["4 -> 8"]]),
-            "1 -> 8": resumed(replace(begun, parallel="ddp")),
-            "8 -> 1": resumed(self.configs[8, *MOVES["8 -> 1"]]),
+        copied = shutil.copytree(begun.run_dir, self.folder / "begun_sharded")
+        return {
+            "4 -> 8": self.configs[4, *MOVES["4 -> 8"]],
+            "1 -> 8": replace(begun, parallel="ddp"),
+            "1 -> 8, sharded": replace(begun, parallel="fsdp", run_dir=copied),
+            "8 -> 1": replace(self.configs[8, *MOVES["8 -> 1"]], parallel="auto"),
+            "8 -> 1, muon": replace(self.configs[8, *MOVES["8 -> 1, muon"]], parallel="auto"),
         }
-        for size in SIZES:
-            runs = [self.configs[size, *case] for case in CASES]
-            if size == 8:
-                runs += [self.moved["4 -> 8"], self.moved["1 -> 8"]]
-            train_together(runs, size, folder / str(size))
-        train(self.moved["8 -> 1"])
+
+    def _train_together(self) -> None:
+        """Four processes train, then eight, which take over runs of others too."""
+        on_four, on_eight = ([self.configs[size, *case] for case in CASES] for size in SIZES)
+        on_eight += [self.moved[move] for move in ("4 -> 8", "1 -> 8", "1 -> 8, sharded")]
+        on_eight += [self.mixtures[case] for case in MIXTURE_CASES]
+        train_together(on_four, 4, self.folder / "4")
+        train_together([*on_eight, self.tuned_by_eight], 8, self.folder / "8")
 
 
-def resumed(config: TrainConfig) -> TrainConfig:
-    """The run goes on to its end."""
-    return replace(config, resume=True, stop_after=None)
+def resumed(config: TrainConfig, step: int) -> TrainConfig:
+    """The run goes on to its end from `step`; one that started over would stop before it, though
+    its losses were the right ones."""
+    return replace(config, resume=True, stop_after=STEPS - step)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +201,7 @@ def assert_same(expected: list[dict], found: list[dict], count: int) -> None:
             close = one[name] and pytest.approx(one[name], rel=1e-6)
             assert other[name] == close, (name, other["step"])
         assert other["tokens"] == one["tokens"]
-    assert found[COMPARED - 1]["val_loss"] is not None
+    assert found[count - 1]["val_loss"] is not None
 
 
 @pytest.mark.parametrize(("engine", "recipe"), CASES)
@@ -121,12 +220,37 @@ def test_a_run_goes_on_with_another_number_of_processes(move, runs):
     assert_same(one, metrics(runs.moved[move].run_dir), STEPS)
 
 
+@pytest.mark.parametrize(("engine", "recipe"), MIXTURE_CASES)
+def test_a_mixture_with_fewer_experts_than_processes_trains_as_in_one(engine, recipe, runs):
+    one = metrics(runs.mixtures["auto", recipe].run_dir)
+    eight = metrics(runs.mixtures[engine, recipe].run_dir)
+    assert_same(one, eight, MIXTURE_STEPS)
+    for expected, found in zip(one, eight, strict=True):
+        assert found["router"]["load"] == [
+            pytest.approx(layer, abs=1e-5) for layer in expected["router"]["load"]
+        ]
+
+
+def test_fine_tuning_weighs_rows_by_their_targets(runs):
+    """Eight processes, whose rows have unequal numbers of targets, have the losses of one that
+    takes all rows at once."""
+    config = runs.tuned_by_one.training()
+    tokenizer = find_saved_model(config.sft.checkpoint).tokenizer
+    sources = load_examples(config, tokenizer, SILENT)
+    rows = next(ConversationLoader(sources, tokenizer, config)).targets != IGNORED_TARGET
+    assert len(set(rows.sum(1).tolist())) > 3
+    one, eight = metrics(runs.tuned_by_one.run_dir), metrics(runs.tuned_by_eight.run_dir)
+    assert_same(one, eight, TUNED_STEPS)
+
+
 def fail_in_last_rank(ports: list[int], config: TrainConfig, where: str, fault: str) -> None:
     """The function is the body of a process."""
     enter(ports)
     rank = Rank.read()
-    is_last = rank.global_rank == rank.world_size - 1
-    on_phase = getattr(faults, where)(6, getattr(faults, fault)) if is_last else ignore_phase
+    on_phase = ignore_phase
+    if rank.global_rank == rank.world_size - 1:
+        late = faults.once_saved(config.run_dir / "checkpoints", getattr(faults, fault))
+        on_phase = getattr(faults, where)(6, late)
     train(config, on_phase=on_phase)
 
 
@@ -148,10 +272,12 @@ def test_eight_end_with_one_sentence_that_names_the_rank(where, fault, cause, ru
     assert codes[-1] == (-9 if fault == "die" else EXIT_FAILED)
     (error,) = errors(tmp_path / "out", 8)
     assert re.match(f"error: {cause} the job ends; the last checkpoint is whole", error)
-    for saved in checkpoint.find(config.run_dir / "checkpoints"):
-        saved.verify()
+    saved = checkpoint.find(config.run_dir / "checkpoints")
+    for each in saved:
+        each.verify()
+    assert saved[-1].step >= 2
     # What is left is a run that one process finishes.
-    train(resumed(replace(config, parallel="auto")))
+    train(resumed(replace(config, parallel="auto"), saved[-1].step))
     stayed = metrics(runs.configs[1, "none", "plan"].run_dir)
     assert_same(stayed, metrics(config.run_dir), STEPS)
 

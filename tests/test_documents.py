@@ -336,7 +336,8 @@ class Reader:
 
     Args:
         folder: has texts/*.parquet, personal/*.jsonl, sft/*.jsonl, a copy of the project's
-            profiles/, and in place of what only a GPU gives rows.jsonl and a trace in scaling/.
+            profiles/, and in place of what only a GPU gives rows.jsonl and
+            a trace in runs/scaling/.
         monkeypatch: of the module.
     """
 
@@ -392,8 +393,10 @@ def reader(tmp_path_factory) -> Iterator[Reader]:
     shutil.copytree(ROOT / "profiles", folder / "profiles")  # pictures of reports go there
     lines = [json.dumps({"extra_info": row}) + "\n" for row in (OPTION_ROW, DATA_ROW)]
     (folder / "rows.jsonl").write_text("".join(lines))
-    (folder / "scaling").mkdir()
-    shutil.copy(ROOT / "profiles/two-gpus/trace.json.gz", folder / "scaling/a-ddp-8.trace.json.gz")
+    (folder / "runs/scaling").mkdir(parents=True)
+    shutil.copy(
+        ROOT / "profiles/two-gpus/trace.json.gz", folder / "runs/scaling/a-ddp-8.trace.json.gz"
+    )
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr("hamner.train.pictures.COMMAND", ("true",))
         reader = Reader(folder, monkeypatch)

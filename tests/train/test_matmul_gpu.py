@@ -48,7 +48,7 @@ def test_it_trains_as_bf16_does(tmp_path):
 def test_a_run_may_go_on_with_another(tmp_path):
     config = replace(tiny_config(tmp_path), attention="triton", log_every=5)
     train(replace(config, matmul="int8", stop_after=10))
-    train(replace(config, matmul="int8-all", stop_after=15, resume=True))
+    train(replace(config, matmul="int8-all", stop_after=5, resume=True))
     train(replace(config, resume=True))
     operands = {
         row["step"]: set(row.get("int8", {}).get("o", {})) for row in metrics(config.folder)

@@ -5,7 +5,8 @@
 A layer of `in` x `out` has three matmuls over N tokens. `test_matmul` times each on operands that
 are quantised already; `test_with_quantisation` times it with the quantisation of activations and
 their gradients (not of the weight, which has 1,024 to 5,632 rows beside 24,576); `test_quantise`
-times that alone, in GB/s of what must move. "hamner" has one scale a row, "hamner grouped" one each
+times that alone, in GB/s of what must move, and `test_norm_backward` that of a gradient by the norm
+which writes it. "hamner" has one scale a row, "hamner grouped" one each
 256 of the reduced axis. fp8 is e4m3 through torch._scaled_mm with fast accumulation, quantised by
 torch.compile; `_int_mm` stops at int32 sums. `test_matmul_as_8_6` times the code of an RTX 3090,
 executed on this GPU, ours and a plain bf16 matmul of the same instructions (bench/mma_matmul.py).
@@ -28,8 +29,15 @@ from bench.mma_matmul import MatmulTile
 from bench.mma_matmul import matmul as mma_matmul
 from bench.record import record
 from hamner.kernels.int8_matmul import int8_matmul, int8_matmul_reference
-from hamner.kernels.int8_quantize import Int8Matrix, quantize_int8, quantize_int8_reference
+from hamner.kernels.int8_quantize import (
+    Int8Matrix,
+    empty_int8,
+    quantize_int8,
+    quantize_int8_reference,
+)
+from hamner.kernels.rms_norm import launch_rms_norm_backward
 from hamner.plan import costs
+from hamner.plan.costs import Cost
 
 pytestmark = [pytest.mark.needs_gpu, pytest.mark.usefixtures("keep_graphs")]
 
@@ -262,4 +270,33 @@ def test_quantise(benchmark, ceilings, width, way):
         op=f"quantize_int8 {width} {way}",
         implementation="hamner",
         cost=costs.quantize_int8(N * width, DTYPE.itemsize),
+    )
+
+
+@pytest.mark.parametrize("implementation", ("hamner", "quantised apart"))
+def test_norm_backward(benchmark, ceilings, implementation):
+    """The gradient of o's or down's result, in the model's dtype and in int8."""
+    width = LAYERS["o"][1]
+    d_y, d_residual, x = (torch.randn(N, width, device=DEVICE).to(DTYPE) for _ in range(3))
+    norm = {"x": x, "weight": torch.ones(width, device=DEVICE)}
+    norm["rstd"] = torch.rsqrt(x.float().square().mean(dim=-1))
+    rows = empty_int8(x, x.shape, grouped=False)
+
+    def handed_over() -> Int8Matrix:
+        launch_rms_norm_backward(d_y, d_residual, **norm, quantised=rows)
+        return rows
+
+    def apart() -> Int8Matrix:
+        return quantize_int8(launch_rms_norm_backward(d_y, d_residual, **norm)[0])
+
+    pairs = zip(handed_over(), apart(), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs), "not timed: other bits"
+    record(
+        benchmark,
+        handed_over if implementation == "hamner" else apart,
+        ceilings,
+        op="add_rms_norm backward with int8",
+        implementation=implementation,
+        cost=costs.rms_norm(x.numel(), DTYPE.itemsize, adds_residual=True, backward=True)
+        + Cost(bytes=x.numel()),
     )

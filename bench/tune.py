@@ -89,6 +89,16 @@ def rms_norm_int8(m):
     return lambda: m.launch_rms_norm(x, residual, weight, 1e-5, quantised=quantised, writes_y=False)
 
 
+def rms_norm_int8_backward(m):
+    """As `rms_norm_backward`, with whose row it sums up alike."""
+    d_y, d_residual, x = randn(N, D), randn(N, D), randn(N, D)
+    weight, rstd = torch.ones(D, device="cuda"), torch.ones(N, device="cuda")
+    how = {"y": d_y, "quantised": empty_int8(x, x.shape, grouped=False)}
+    return lambda: m.launch_rms_norm_backward(
+        d_y, d_residual=d_residual, x=x, weight=weight, rstd=rstd, **how
+    )
+
+
 def swiglu_int8_forward(m):
     gate_up = randn(N, 2 * INTERMEDIATE)
     quantised = empty_int8(gate_up, (N, INTERMEDIATE), grouped=True)
@@ -280,6 +290,8 @@ def int8_tiles(registers: int) -> list[tuple]:
     ]
 
 
+_NORM_BACKWARD = grid((1024, 2048, 4096, 8192), (2, 4, 8), (2, 4, 8), (1, 2, 3))
+
 KERNELS: dict[str, dict[str, Tunable]] = {
     "rms_norm": {
         "forward": Tunable(
@@ -292,7 +304,7 @@ KERNELS: dict[str, dict[str, Tunable]] = {
         "backward": Tunable(
             "rms_norm",
             ("backward_tile", "backward_warps", "backward_programs_per_sm", "backward_stages"),
-            grid((1024, 2048, 4096, 8192), (2, 4, 8), (2, 4, 8), (1, 2, 3)),
+            _NORM_BACKWARD,
             rms_norm_backward,
             costs.rms_norm(N * D, adds_residual=True, backward=True, recompute=True),
         ),
@@ -302,6 +314,14 @@ KERNELS: dict[str, dict[str, Tunable]] = {
             _ROW_TILES,
             rms_norm_int8,
             Cost(bytes=7 * N * D),  # x, residual and their sum, and a byte an element of y
+        ),
+        "int8 backward": Tunable(
+            "rms_norm",
+            ("backward_tile", "backward_warps", "backward_programs_per_sm", "backward_stages"),
+            _NORM_BACKWARD,
+            rms_norm_int8_backward,
+            costs.rms_norm(N * D, adds_residual=True, backward=True, recompute=True)
+            + Cost(bytes=N * D),
         ),
     },
     "swiglu": {

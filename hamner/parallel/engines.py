@@ -178,7 +178,9 @@ class FullySharded(Engine):
     def shard(self, model: nn.Module) -> None:
         """`fully_shard` divides every block, then what is left of the model."""
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        from torch.distributed.tensor import Shard
 
+        shards = self.mesh.size(self.mesh.ndim - 1)
         precision = MixedPrecisionPolicy(
             param_dtype=self.compute.dtype,
             reduce_dtype=torch.float32,
@@ -195,6 +197,7 @@ class FullySharded(Engine):
                 # Backward begins with what is gathered last: the model's own, which stays.
                 reshard_after_forward=self.reshard and module is not model,
                 ignored_params=ignored,
+                shard_placement_fn=lambda parameter: Shard(shard_axis(parameter.shape, shards)),
             )
             # Sums, not means: the loss is weighted by the whole step's targets.
             module.set_gradient_divide_factor(1.0)
@@ -244,6 +247,17 @@ class FullySharded(Engine):
                 state._comm_ctx.post_forward_order.clear()
                 if state._fsdp_param_group is not None:
                     state._fsdp_param_group._post_forward_indices.clear()
+
+
+def shard_axis(shape: Sequence[int], shards: int) -> int:
+    """The function gives the axis along which FSDP2 divides a parameter.
+
+    It is the first, but the rows of every expert where the experts cannot be shared evenly: of
+    eight processes four would have no part of four experts, and each gather would send twice as
+    much, as FSDP2 pads all parts to the largest. It takes another axis only if that is even.
+    """
+    has_experts = len(shape) == 3
+    return int(has_experts and shape[0] % shards != 0 and shape[1] % shards == 0)
 
 
 def open_engine(

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from hamner.checkpoint import format as checkpoint
 from hamner.checkpoint.saved_model import find_saved_model
@@ -17,6 +19,7 @@ from hamner.data.batch import IGNORED_TARGET
 from hamner.data.conversations.examples import load_examples
 from hamner.data.conversations.loader import ConversationLoader
 from hamner.errors import EXIT_BAD_INPUT, EXIT_FAILED
+from hamner.parallel.engines import shard_axis
 from hamner.parallel.ranks import Rank
 from hamner.progress import SILENT
 from hamner.sft.fine_tuning import fine_tune
@@ -44,7 +47,7 @@ MOVES = {
 }
 """runs that change the number of processes, by engine and recipe"""
 MIXTURE = {"num_experts": 4, "num_experts_per_token": 2}
-"""fewer experts than processes: with FSDP2 some have no part of theirs"""
+"""fewer experts than processes: FSDP2 divides the rows of each"""
 MIXTURE_STEPS = 6
 MIXTURE_CASES = [("fsdp", "plan"), ("fsdp", "muon"), ("ddp", "plan")]
 TUNED_STEPS = 4
@@ -229,6 +232,36 @@ def test_a_mixture_with_fewer_experts_than_processes_trains_as_in_one(engine, re
         assert found["router"]["load"] == [
             pytest.approx(layer, abs=1e-5) for layer in expected["router"]["load"]
         ]
+
+
+@pytest.mark.parametrize("recipe", ["plan", "muon"])
+def test_the_checkpoint_of_a_mixture_has_the_weights_of_one_process(recipe, runs):
+    one, eight = (
+        load_file(
+            checkpoint.find(runs.mixtures[engine, recipe].run_dir / "checkpoints")[-1].path
+            / checkpoint.MODEL_FILE
+        )
+        for engine in ("auto", "fsdp")
+    )
+    assert one.keys() == eight.keys()
+    for name, weight in one.items():
+        assert torch.allclose(eight[name], weight, rtol=1e-3, atol=1e-5), name
+
+
+@pytest.mark.parametrize(
+    ("shape", "shards", "axis"),
+    [
+        ((4, 3072, 768), 8, 1),  # of option c
+        ((4, 768, 1536), 8, 1),
+        ((4, 3072, 768), 4, 0),
+        ((4, 3072, 768), 2, 0),
+        ((4, 3074, 768), 8, 0),  # FSDP2 divides another axis than the first only evenly
+        ((4, 768), 8, 0),
+        ((49152, 768), 8, 0),
+    ],
+)
+def test_experts_are_divided_evenly(shape, shards, axis):
+    assert shard_axis(shape, shards) == axis
 
 
 def test_fine_tuning_weighs_rows_by_their_targets(runs):

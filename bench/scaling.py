@@ -183,8 +183,18 @@ def with_shards(rows: Sequence[Row], flags: Sequence[str], output: Path) -> list
 
 
 def read(output: Path) -> list[dict]:
-    """The function gives the rows measured so far."""
-    return list(read_objects(output / RESULTS))
+    """The function gives the rows measured so far.
+
+    Raises:
+        UserError: they lack what is compared.
+    """
+    rows = list(read_objects(output / RESULTS))
+    if any("grad_norms" not in row for row in rows):
+        raise UserError(
+            f"{output / RESULTS} has rows of an earlier version, without norms of gradients: take "
+            "another --output"
+        )
+    return rows
 
 
 def unmeasured(rows: Sequence[Row], output: Path) -> Iterator[Row]:

@@ -22,8 +22,8 @@ bytes a scale; one scale a column reads twice. For bf16, N 24,576, D 1024 that i
 
 What is not finite is not lost: a row (or its 256 elements) with a NaN or an infinity has the scale
 NaN and the values 0, so that all that it takes part in is NaN. A row whose maximum is below 2^-100
-is quantised as if that were its maximum, so zeros have a scale that is not zero. For smaller ones
-the inverse would overflow, and the product of two scales would be no number of fp32's.
+is quantised as if that were its maximum, so zeros have a scale that is not zero; below 2^-121 the
+inverse would overflow.
 """
 
 import math

@@ -195,6 +195,15 @@ def test_a_row_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch):
     assert "Not measured: tiny, fsdp on 2, links, 1x, 25 MiB: out of memory." in report
 
 
+def test_rows_of_an_earlier_version_are_refused(tmp_path):
+    settings = Scaling(tmp_path, options=("tiny",), gpus=(2,), moves=False, transports=())
+    old = result(Row("tiny", "one", 1, 2), 100.0)
+    del old["grad_norms"]
+    (tmp_path / "results.jsonl").write_text(json.dumps(old) + "\n")
+    with pytest.raises(UserError, match="results.jsonl has rows of an earlier version"):
+        main(settings, flags(tmp_path))
+
+
 def test_a_job_that_fails_after_its_last_row_is_named(tmp_path, monkeypatch):
     """Communicators may fail to close: the rows are there all the same."""
     settings = Scaling(tmp_path / "out", options=("tiny",), gpus=(2,), moves=False, transports=())

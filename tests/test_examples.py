@@ -17,6 +17,7 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 from hamner.config.options import total_tokens
+from hamner.files import write_whole
 from hamner.train.__main__ import parse
 from tests import forked
 from tests.corpus import write_predictable
@@ -131,7 +132,8 @@ class Night:
                 time.sleep(0.01)
             self.errors = command.communicate()[1]
             answer = self.folder / "answer"
-            answer.write_text(f"{command.returncode & 255}\n")
+            # Whole when it is seen: an empty one would be an exit code of 2.
+            write_whole(answer, f"{command.returncode & 255}\n")
             while answer.exists():
                 time.sleep(0.01)
         self.code = script.returncode

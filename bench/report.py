@@ -5,9 +5,8 @@
 
 writes report/report.md, throughput.png (tokens/s against memory, with the Pareto front of each
 option), kernels.png and int8.png (each kernel beside its peers, as a share of what the card
-reaches).
-rows.jsonl has the same rows, each from the moment it was finished: of a suite that was cut off it
-is what is left. `pytest-benchmark compare` compares results of several commits.
+reaches). rows.jsonl has the same rows, each from the moment it was finished: of a suite that was
+cut off it is what is left. `pytest-benchmark compare` compares results of several commits.
 """
 
 import json

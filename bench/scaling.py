@@ -157,29 +157,34 @@ def require_measurable(row: Row, flags: Sequence[str]) -> None:
         raise UserError(f"--gpus {row.gpus}: this machine has {found}")
 
 
-def with_shards(rows: Sequence[Row], flags: Sequence[str], output: Path) -> list[Row]:
-    """The function tokenizes the built-in corpus and lets the rows read that, unless the flags name
-    other data.
+class Shards:
+    """The built-in corpus is tokenized for the rows to read, once for each size of vocabulary.
 
     Every process tokenizes the batch of all of them, so with many GPUs the loader's time would be
     measured instead of theirs.
-    """
-    prepared: dict[int, str] = {}
 
-    def shards(config: TrainConfig) -> str:
+    Args:
+        flags: of `hamner.train`; where they name data, that is read.
+        output: folder of the measurement.
+    """
+
+    def __init__(self, flags: Sequence[str], output: Path) -> None:
+        self.flags, self.output = list(flags), output
+        self._prepared: dict[int, str] = {}
+
+    def read_by(self, row: Row) -> Row:
+        """The row reads them, unless it is to read something else."""
+        config = configure(row, self.flags)
+        return replace(row, data=self._spec(config)) if config.data == TrainConfig.data else row
+
+    def _spec(self, config: TrainConfig) -> str:
         size = config.model.vocab_size
-        if size not in prepared:
-            folder = output / f"shards-{size}"
+        if size not in self._prepared:
+            folder = self.output / f"shards-{size}"
             tokenizer = with_chat_tokens(load_tokenizer(config.tokenizer, size), config)
             prepare(config.data, folder, tokenizer, val_fraction=config.val_fraction)
-            prepared[size] = f"shards:{folder}"
-        return prepared[size]
-
-    configs = [configure(row, list(flags)) for row in rows]
-    return [
-        replace(row, data=shards(config)) if config.data == TrainConfig.data else row
-        for row, config in zip(rows, configs, strict=True)
-    ]
+            self._prepared[size] = f"shards:{folder}"
+        return self._prepared[size]
 
 
 def read(output: Path) -> list[dict]:
@@ -209,10 +214,12 @@ class Measurement:
     Args:
         settings: which rows.
         flags: of `hamner.train`.
+        shards: what the runs that move read.
     """
 
-    def __init__(self, settings: Scaling, flags: Sequence[str]) -> None:
+    def __init__(self, settings: Scaling, flags: Sequence[str], shards: Shards) -> None:
         self.settings, self.output, self.flags = settings, settings.output, list(flags)
+        self.shards = shards
         self.end = time.monotonic() + 60 * settings.minutes
         self.failures: dict[str, str] = {}
         self.shown = len(read(self.output))
@@ -271,7 +278,7 @@ class Measurement:
     def move(self) -> None:
         """Runs of the first option are killed and resumed on another number of GPUs."""
         option, gpus = self.settings.options[0], self.settings.gpus[-1]
-        (row,) = with_shards([Row(option, "fsdp", gpus, 1)], self.flags, self.output)
+        row = self.shards.read_by(Row(option, "fsdp", gpus, 1))
         config = configure(row, self.flags)
         batch = ("--batch-size", str(config.batch_size))
         micro_batch = ("--micro-batch-size", str(config.micro_batch_size))
@@ -294,8 +301,9 @@ def main(settings: Scaling, flags: Sequence[str]) -> int:
     for row in itertools.chain(*jobs):
         require_measurable(row, flags)
     settings.output.mkdir(parents=True, exist_ok=True)
-    jobs = [with_shards(rows, flags, settings.output) for rows in jobs]
-    measurement = Measurement(settings, flags)
+    shards = Shards(flags, settings.output)
+    jobs = [[shards.read_by(row) for row in rows] for rows in jobs]
+    measurement = Measurement(settings, flags, shards)
     of_links = len(jobs) - len(settings.transports)
     for rows in jobs[:of_links]:
         measurement.measure(rows)

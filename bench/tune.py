@@ -64,11 +64,13 @@ def rms_norm_forward(m):
     return lambda: m.launch_rms_norm(x, residual, weight, 1e-5)
 
 
-def rms_norm_backward(m):
+def rms_norm_backward(m, *, quantises: bool = False):
+    """The table has one row for both, so that both sum up alike."""
     d_y, d_residual, x = randn(N, D), randn(N, D), randn(N, D)
     weight, rstd = torch.ones(D, device="cuda"), torch.ones(N, device="cuda")
+    how = {"y": d_y, "quantised": empty_int8(x, x.shape, grouped=False) if quantises else None}
     return lambda: m.launch_rms_norm_backward(
-        d_y, d_residual=d_residual, x=x, weight=weight, rstd=rstd, y=d_y
+        d_y, d_residual=d_residual, x=x, weight=weight, rstd=rstd, **how
     )
 
 
@@ -77,9 +79,10 @@ def swiglu_forward(m):
     return lambda: m.launch_swiglu(gate_up)
 
 
-def swiglu_backward(m):
+def swiglu_backward(m, *, quantises: bool = False):
     d_h, gate_up = randn(N, INTERMEDIATE), randn(N, 2 * INTERMEDIATE)
-    return lambda: m.launch_swiglu_backward(d_h, gate_up, h=d_h)
+    quantised = empty_int8(gate_up, gate_up.shape, grouped=True) if quantises else None
+    return lambda: m.launch_swiglu_backward(d_h, gate_up, h=d_h, quantised=quantised)
 
 
 def rms_norm_int8(m):
@@ -89,26 +92,10 @@ def rms_norm_int8(m):
     return lambda: m.launch_rms_norm(x, residual, weight, 1e-5, quantised=quantised, writes_y=False)
 
 
-def rms_norm_int8_backward(m):
-    """As `rms_norm_backward`, with whose row it sums up alike."""
-    d_y, d_residual, x = randn(N, D), randn(N, D), randn(N, D)
-    weight, rstd = torch.ones(D, device="cuda"), torch.ones(N, device="cuda")
-    how = {"y": d_y, "quantised": empty_int8(x, x.shape, grouped=False)}
-    return lambda: m.launch_rms_norm_backward(
-        d_y, d_residual=d_residual, x=x, weight=weight, rstd=rstd, **how
-    )
-
-
 def swiglu_int8_forward(m):
     gate_up = randn(N, 2 * INTERMEDIATE)
     quantised = empty_int8(gate_up, (N, INTERMEDIATE), grouped=True)
     return lambda: m.launch_swiglu(gate_up, quantised=quantised, writes_h=False)
-
-
-def swiglu_int8_backward(m):
-    d_h, gate_up = randn(N, INTERMEDIATE), randn(N, 2 * INTERMEDIATE)
-    quantised = empty_int8(gate_up, gate_up.shape, grouped=True)
-    return lambda: m.launch_swiglu_backward(d_h, gate_up, h=d_h, quantised=quantised)
 
 
 def rope(m):
@@ -290,7 +277,10 @@ def int8_tiles(registers: int) -> list[tuple]:
     ]
 
 
-_NORM_BACKWARD = grid((1024, 2048, 4096, 8192), (2, 4, 8), (2, 4, 8), (1, 2, 3))
+_NORM_BACKWARD = (
+    ("backward_tile", "backward_warps", "backward_programs_per_sm", "backward_stages"),
+    grid((1024, 2048, 4096, 8192), (2, 4, 8), (2, 4, 8), (1, 2, 3)),
+)
 
 KERNELS: dict[str, dict[str, Tunable]] = {
     "rms_norm": {
@@ -303,8 +293,7 @@ KERNELS: dict[str, dict[str, Tunable]] = {
         ),
         "backward": Tunable(
             "rms_norm",
-            ("backward_tile", "backward_warps", "backward_programs_per_sm", "backward_stages"),
-            _NORM_BACKWARD,
+            *_NORM_BACKWARD,
             rms_norm_backward,
             costs.rms_norm(N * D, adds_residual=True, backward=True, recompute=True),
         ),
@@ -317,9 +306,8 @@ KERNELS: dict[str, dict[str, Tunable]] = {
         ),
         "int8 backward": Tunable(
             "rms_norm",
-            ("backward_tile", "backward_warps", "backward_programs_per_sm", "backward_stages"),
-            _NORM_BACKWARD,
-            rms_norm_int8_backward,
+            *_NORM_BACKWARD,
+            functools.partial(rms_norm_backward, quantises=True),
             costs.rms_norm(N * D, adds_residual=True, backward=True, recompute=True)
             + Cost(bytes=N * D),
         ),
@@ -350,7 +338,7 @@ KERNELS: dict[str, dict[str, Tunable]] = {
             "swiglu",
             ("int8_backward_block_m", "int8_backward_warps"),
             _INT8_TILES,
-            swiglu_int8_backward,
+            functools.partial(swiglu_backward, quantises=True),
             costs.swiglu(N * INTERMEDIATE, backward=True, recompute=True)
             + Cost(bytes=2 * N * INTERMEDIATE),
         ),

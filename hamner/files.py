@@ -3,15 +3,19 @@
 import contextlib
 import errno
 import functools
+import io
 import json
 import logging
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hamner.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +44,14 @@ def write_whole(path: Path, data: bytes | bytearray | str) -> None:
     temporary.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
     flush(temporary)
     temporary.replace(path)
+
+
+def figure_bytes(figure: "Figure", kind: str = "png", *, dpi: int = 120) -> bytes:
+    """The function gives what a file of this kind (png, svg, pdf) holds of a matplotlib figure, so
+    that it can be written whole."""
+    content = io.BytesIO()
+    figure.savefig(content, format=kind, dpi=dpi)
+    return content.getvalue()
 
 
 def write_output(path: Path, data: bytes) -> None:

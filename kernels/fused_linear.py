@@ -42,7 +42,7 @@ from hamner.kernels.int8_linear import (
     products,
     weight_gradient,
 )
-from hamner.kernels.int8_quantize import Int8Matrix, empty_int8
+from hamner.kernels.int8_quantize import empty_int8
 from hamner.kernels.qk_norm import check_qk_norm, qk_norm_rope, qk_norm_rope_reference
 from hamner.kernels.rms_norm import (
     check_norm_arguments,
@@ -135,8 +135,9 @@ def _rms_norm_linear_backward_op(
             inverse=True, in_place=False,
         )  # fmt: skip
     d_out = d_out.reshape(-1, weight.shape[0])
-    rows = None if values is None else Int8Matrix(values, scales)
-    d_normed = data_gradient(d_out, weight, matmul, grouped=grouped_gradient, rows=rows)
+    d_normed = data_gradient(
+        d_out, weight, matmul, grouped=grouped_gradient, values=values, scales=scales
+    )
     recomputed = d_normed if normed is None else None
     quantised = empty_int8(x, x.shape if quantises else (0, 0), grouped=False)
     d_x, d_norm_weight = launch_rms_norm_backward(
@@ -235,8 +236,7 @@ def _swiglu_linear_backward_op(
     scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     d_out = d_out.reshape(-1, weight.shape[0])
-    rows = None if values is None else Int8Matrix(values, scales)
-    d_h = data_gradient(d_out, weight, matmul, rows=rows)
+    d_h = data_gradient(d_out, weight, matmul, values=values, scales=scales)
     recomputed = d_h if h is None else None
     quantised = empty_int8(gate_up, gate_up.shape if quantises else (0, 0), grouped=True)
     d_gate_up = launch_swiglu_backward(

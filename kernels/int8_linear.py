@@ -76,15 +76,17 @@ def data_gradient(
     matmul: str,
     *,
     grouped: bool = False,
-    rows: Int8Matrix | None = None,
+    values: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> Tensor:
-    """The function gives d_out (N, out) times weight (out, in): (N, in); `rows` is d_out quantised
-    by rows, `grouped` or not, where that is done."""
+    """The function gives d_out (N, out) times weight (out, in): (N, in); `values` and `scales` are
+    d_out quantised by rows, `grouped` or not, where that is done."""
     if "data_gradient" not in products(matmul):
         return torch.mm(d_out, weight)
-    rows = quantize_int8(d_out.contiguous(), grouped=grouped) if rows is None else rows
+    if values is None:
+        values, scales = quantize_int8(d_out.contiguous(), grouped=grouped)
     columns = quantize_int8(weight.contiguous(), transposed=True, grouped=grouped)
-    return int8_matmul(rows, columns, d_out.dtype)
+    return int8_matmul(Int8Matrix(values, scales), columns, d_out.dtype)
 
 
 def weight_gradient(d_out: Tensor, x: Tensor, matmul: str) -> Tensor:
@@ -163,8 +165,7 @@ def _int8_linear_backward_op(
     scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     d_out, operand = d_out.reshape(-1, len(weight)), x.reshape(-1, x.shape[-1])
-    rows = None if values is None else Int8Matrix(values, scales)
-    d_x = data_gradient(d_out, weight, matmul, rows=rows).view(x.shape)
+    d_x = data_gradient(d_out, weight, matmul, values=values, scales=scales).view(x.shape)
     errors = measure_errors(d_out, operand, weight, matmul, measures=measures)
     return d_x, weight_gradient(d_out, operand, matmul), errors
 

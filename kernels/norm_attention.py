@@ -77,7 +77,6 @@ class _NormAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_out, d_residual):
         no_gradients = (None,) * 9
-        hands = ctx.hands_to is not None
         if d_out is None:
             d_x = d_residual
             return d_x, d_x if ctx.has_residual else None, *(None,) * 4, *no_gradients, None, None
@@ -97,6 +96,7 @@ class _NormAttention(torch.autograd.Function):
             d_qk_weights = torch.ops.hamner.qk_norm_rope_backward_(
                 d_qkv, qkv, q_weight, k_weight, **rope, **ctx.heads, eps=ctx.eps
             ).unbind()
+        hands = ctx.hands_to is not None
         d_x, *d_weights, d_errors, values, scales = torch.ops.hamner.rms_norm_linear_backward(
             d_qkv, d_residual, *norm, matmul=ctx.matmul, measures=ctx.measures, quantises=hands
         )

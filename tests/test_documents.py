@@ -336,8 +336,8 @@ class Reader:
 
     Args:
         folder: has texts/*.parquet, personal/*.jsonl, sft/*.jsonl, a copy of the project's
-            profiles/, and in place of what only a GPU gives rows.jsonl and
-            a trace in runs/scaling/.
+            profiles/, and in place of what only a GPU gives rows.jsonl and a trace in
+            runs/scaling/.
         monkeypatch: of the module.
     """
 

@@ -39,7 +39,7 @@ def int8_linears(config: ModelConfig) -> tuple[str, ...]:
     return LINEARS[:2] if config.is_moe else LINEARS
 
 
-def _readers(config: ModelConfig) -> dict[tuple[int, str], tuple[int, str]]:
+def norms_after(config: ModelConfig) -> dict[tuple[int, str], tuple[int, str]]:
     """The function maps linear layers to those whose norm reads what they give, and whose backward
     can quantise its gradient; not so where attention is not one op with the norm before it."""
     if config.is_moe:
@@ -63,7 +63,7 @@ class Int8Linears:
     def __init__(self, config: ModelConfig, matmul: str, device: torch.device | str) -> None:
         names = int8_linears(config)
         self.num_layers, self.products = config.num_layers, products(matmul)
-        self.readers = _readers(config)
+        self.readers = norms_after(config)
         self.linears = [(layer, name) for layer in range(config.num_layers) for name in names]
         self.matmuls = dict.fromkeys(self.linears, matmul)
         self.fallen: frozenset[Operand] = frozenset()

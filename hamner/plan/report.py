@@ -3,14 +3,13 @@
 Each table and each finding is worded once, here; `screen` and `write_report` only arrange them.
 """
 
-import io
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hamner.errors import UserError
-from hamner.files import is_pipe_or_device, require_writable, write_whole, writing
+from hamner.files import figure_bytes, is_pipe_or_device, require_writable, write_whole, writing
 from hamner.hardware import GIB
 from hamner.plan.analysis import Analysis, Plan
 from hamner.plan.communication import QUIET
@@ -540,9 +539,7 @@ def write_report(path: Path, analysis: Analysis) -> None:
             drawn["run.png"] = _draw_run(analysis.run)
         for name, axes in drawn.items():
             axes.figure.legend(loc="outside right upper", frameon=False)
-            image = io.BytesIO()
-            axes.figure.savefig(image, format="png", dpi=150)
-            write_whole(files / name, image.getvalue())
+            write_whole(files / name, figure_bytes(axes.figure, dpi=150))
         write_whole(path, document(analysis, files.name))
 
 

@@ -111,6 +111,14 @@ def quantisation(
     return Op(kind, cost + samples, launches=launches)
 
 
+def gradients_by_norms(model: ModelConfig) -> tuple[int, ...]:
+    """Of these linear layers' results a norm's backward quantises the gradient, as
+    hamner.model.int8 has it, said again for want of torch; a test keeps the two equal."""
+    if model.is_moe:
+        return ()
+    return (ATTENTION_OUT,) if model.use_differential_attention else (ATTENTION_OUT, DOWN)
+
+
 def error_samples(product: str, tokens: int, shapes: Sequence[tuple[int, int]]) -> Cost:
     """The errors of these int8 matmuls' operands are measured in every micro-batch."""
     samples = Cost()
@@ -185,10 +193,7 @@ class MicroBatch:
                 self.matmul(k, n, "int8_grouped" if i in INT8_GROUPED[product] else "int8")
                 for i, (k, n) in enumerate(may_be_int8)
             ]
-            by_norms = [] if model.is_moe else [ATTENTION_OUT]
-            if not model.is_moe and not model.use_differential_attention:
-                by_norms.append(DOWN)
-            how = {"by_norms": by_norms}
+            how = {"by_norms": gradients_by_norms(model)}
             ops += [quantisation(product, self.tokens, may_be_int8, **how), *rest]
         if model.is_moe:
             rows, inner = self.tokens * model.num_experts_per_token, model.expert_intermediate_size

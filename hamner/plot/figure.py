@@ -1,6 +1,5 @@
 """Figures are files that are whole, drawn of a few thousand points however long the run."""
 
-import io
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from hamner.files import write_whole
+from hamner.files import figure_bytes, write_whole
 from hamner.plan.words import short
 
 if TYPE_CHECKING:
@@ -100,7 +99,5 @@ def write_figure(path: Path, figure: Figure) -> Path:
     Raises:
         OSError: the disk does not take it; a picture that was there is as it was.
     """
-    content = io.BytesIO()
-    figure.savefig(content, format=path.suffix.removeprefix("."), dpi=120)
-    write_whole(path, content.getvalue())
+    write_whole(path, figure_bytes(figure, path.suffix.removeprefix(".")))
     return path

@@ -9,12 +9,11 @@ What an allocation is for shows in when it is made and when it is given back:
     any phase       the same            temporary
 """
 
-import io
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
-from hamner.files import write_output
+from hamner.files import figure_bytes, write_output
 from hamner.profile.trace import Trace
 
 KINDS = ("weights", "optimizer state", "held before", "gradients", "activations", "temporary")
@@ -115,6 +114,4 @@ def draw(timeline: MemoryTimeline, path: Path) -> None:
             axes.text(begin, top, f" {phase}", rotation=90, va="top", fontsize=7)
     axes.set(xlabel="ms since the step began, on the CPU's clock", ylabel="GiB allocated")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=120)
-    write_output(path, content.getvalue())
+    write_output(path, figure_bytes(figure))

@@ -1,11 +1,10 @@
 """The module draws a step as it ran on the GPU: which kind of work, when."""
 
-import io
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from hamner.files import write_output
+from hamner.files import figure_bytes, write_output
 from hamner.profile.categories import CATEGORIES, category_of
 from hamner.profile.trace import Trace
 
@@ -34,9 +33,7 @@ def draw(traces: Sequence[Trace], path: Path) -> None:
         axes.set_ylim(len(categories) - 0.5, -0.5)
         axes.set_title(str(trace.path), fontsize=8, loc="left")
     plots[-1].set_xlabel("ms since the step's first kernel")
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=120)
-    write_output(path, content.getvalue())
+    write_output(path, figure_bytes(figure))
 
 
 def _spans(trace: Trace) -> dict[str, list[tuple[float, float]]]:

@@ -1,7 +1,5 @@
 """A gradient that the norm after a linear layer quantises is the one that the layer quantises."""
 
-import importlib
-
 import pytest
 import torch
 
@@ -15,6 +13,7 @@ from hamner.kernels import (
 from hamner.kernels.int8_quantize import empty_int8, quantize_int8_reference
 from hamner.kernels.rms_norm import launch_rms_norm_backward
 from tests.kernels.gradients import DTYPES, assert_same_bits
+from tests.kernels.passes import record_passes
 from tests.kernels.test_int8_linear import make
 
 D = 32
@@ -84,16 +83,10 @@ def chain_inputs(
 
 def quantised(op, inputs, monkeypatch) -> list[tuple[int, ...]]:
     """The shapes of what takes a pass of its own in backward."""
-    module, shapes = importlib.import_module("hamner.kernels.int8_linear"), []
     output, stream = op(**inputs)
     loss = (output * make(*output.shape, seed=7, device=output.device)).sum() + stream.sum()
-
-    def record(x, **how):
-        shapes.append(tuple(x.shape))
-        return quantize_int8(x, **how)
-
     with monkeypatch.context() as patch:
-        patch.setattr(module, "quantize_int8", record)
+        shapes = record_passes(patch)
         loss.backward()
     return shapes
 

@@ -1,16 +1,17 @@
 """A model with int8 matmuls has, nearly, the loss and the gradients of one without."""
 
 import contextlib
-import importlib
 from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 
-from hamner.model.int8 import Int8Linears, Operand, _readers
+from hamner.model.int8 import LINEARS, Int8Linears, Operand, norms_after
 from hamner.model.transformer import Transformer
 from hamner.plan.memory import FULL, NONE, SELECTIVE
+from hamner.plan.step_time import gradients_by_norms
+from tests.kernels.passes import record_passes
 from tests.models import DENSE, MOE, cpu_ops
 
 DENSE_LAYER, MOE_LAYER = (
@@ -86,18 +87,11 @@ def test_a_norm_quantises_the_gradient_of_the_layer_before_it(policy, attention,
     """Only the last layer's down, and around another attention every down, has a pass of its own
     for it; the bits are those of such passes."""
     config = replace(DENSE_LAYER, num_layers=2)
-    module = importlib.import_module("hamner.kernels.int8_linear")
-    quantize, quantised = module.quantize_int8, []
-
-    def record(x, **how):
-        quantised.append(tuple(x.shape))
-        return quantize(x, **how)
-
-    monkeypatch.setattr(module, "quantize_int8", record)
+    quantised = record_passes(monkeypatch)
     _, gradients = loss_and_gradients(config, "int8", policy, attention)
     handed = quantised.count((24, config.hidden_size))
     quantised.clear()
-    monkeypatch.setattr("hamner.model.int8._readers", lambda config: {})
+    monkeypatch.setattr("hamner.model.int8.norms_after", lambda config: {})
     _, apart = loss_and_gradients(config, "int8", policy, attention)
     assert quantised.count((24, config.hidden_size)) - handed == (3 if attention == "triton" else 2)
     for name, gradient in apart.items():
@@ -129,23 +123,18 @@ def test_what_fell_back_is_not_handed_over(fallen, handed):
 
 
 @pytest.mark.parametrize("change", [{}, {"use_differential_attention": True}])
-def test_readers_are_ops_that_begin_with_a_norm(change):
-    assert _readers(MOE) == {}
-    readers = _readers(replace(DENSE, **change))
-    layers = DENSE.num_layers
-    assert len(readers) == (layers if change else 2 * layers - 1)
+def test_norms_after_linear_layers_are_of_ops_that_begin_with_them(change):
+    assert norms_after(MOE) == {} and gradients_by_norms(MOE) == ()
+    config = replace(DENSE, **change)
+    found, layers = norms_after(config), DENSE.num_layers
+    assert len(found) == (layers if change else 2 * layers - 1)
+    # As the plan counts them.
+    assert {name for _, name in found} == {LINEARS[i] for i in gradients_by_norms(config)}
 
 
 def test_experts_and_router_are_not_int8(monkeypatch):
     """Of a mixture's layer two matmuls are int8, qkv, whose input the norm quantises, and o."""
-    module = importlib.import_module("hamner.kernels.int8_linear")
-    quantize, quantised = module.quantize_int8, []
-
-    def record(x, **how):
-        quantised.append(tuple(x.shape))
-        return quantize(x, **how)
-
-    monkeypatch.setattr(module, "quantize_int8", record)
+    quantised = record_passes(monkeypatch)
     loss_and_gradients(MOE_LAYER, "int8")
     d, qkv = MOE.hidden_size, MOE.qkv_size
     forward = [(qkv, d), (24, d), (d, d)]

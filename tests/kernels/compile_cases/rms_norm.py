@@ -14,29 +14,22 @@ WIDTHS = (256, 768, 1024, MAX_WIDTH)
 
 
 def cases() -> list[CompileCase]:
-    return (
-        [
-            case
-            for capability in CAPABILITIES
-            for width in WIDTHS
-            for case in (
-                _forward(capability, width),
-                _backward(capability, width),
-                sum_partials(capability, width),
-            )
-        ]
-        + [
-            _forward(capability, width, writes_y=writes_y, quantises=True)
-            for capability in CAPABILITIES
-            for width in (1024, MAX_WIDTH)
-            for writes_y in (True, False)
-        ]
-        + [
-            _backward(capability, width, quantises=True)
-            for capability in CAPABILITIES
-            for width in WIDTHS
-        ]
-    )
+    return [
+        case
+        for capability in CAPABILITIES
+        for width in WIDTHS
+        for case in (
+            _forward(capability, width),
+            _backward(capability, width),
+            _backward(capability, width, quantises=True),
+            sum_partials(capability, width),
+        )
+    ] + [
+        _forward(capability, width, writes_y=writes_y, quantises=True)
+        for capability in CAPABILITIES
+        for width in (1024, MAX_WIDTH)
+        for writes_y in (True, False)
+    ]
 
 
 def _forward(

@@ -6,7 +6,6 @@ Covers Hamner's kernels, cuBLAS, cuDNN, CUTLASS, flash-attn, Inductor's generate
 
 import functools
 import re
-from itertools import chain
 
 from hamner.profile.trace import Activity
 
@@ -35,7 +34,8 @@ _RULES = (
     ),
     (
         "optimizer",
-        r"adamw?(_|\b|Functor)|fused_adam|multi_tensor|_foreach_|optimizer|clip_grad|LpNorm"
+        r"adamw?(_|\b|Functor)|fused_adam|multi_tensor(?!.*\bCopy<)|_foreach_(?!copy)|optimizer"
+        r"|clip_grad|LpNorm"
         r"|grad_norm|\b(sum_squares|momentum|apply|symmetric_product)_kernel\b|muon",
     ),
     (
@@ -58,6 +58,12 @@ _RULES = (
 )
 
 
+# FSDP2 copies lists of tensors for its messages, and optimizers for weights that they keep in two
+# precisions, by the same operation: what is around the launch tells. A CUDA graph of ours, of which
+# no operations are known, holds no optimizer.
+_COPY_OF_A_LIST = re.compile(r"multi_tensor.*\bCopy<")
+
+
 @functools.cache
 def category_of_name(name: str) -> str | None:
     """The function finds the category by a kernel's or an operation's name, or None."""
@@ -73,6 +79,8 @@ def is_collective(activity: Activity) -> bool:
 
 def category_of(activity: Activity) -> str:
     """The function finds the category of work by its own name, else by what launched it."""
-    callers = () if activity.caller is None else activity.caller.chain()
-    names = chain([activity.name], (caller.name for caller in callers))
-    return next(filter(None, map(category_of_name, names)), "other")
+    callers = [] if activity.caller is None else [c.name for c in activity.caller.chain()]
+    found = next(filter(None, map(category_of_name, [activity.name, *callers])), None)
+    if found is None and "graph" in callers and _COPY_OF_A_LIST.search(activity.name):
+        return "communication"
+    return found or "other"

@@ -123,3 +123,23 @@ def test_a_common_kernel_belongs_to_what_launched_it():
     reduce = "void at::native::reduce_kernel<512, 1>"
     assert category_of(Activity(reduce, 0, 1, None, inner)) == "norm"
     assert category_of(Activity(reduce, 0, 1, None, step)) == "optimizer"
+
+
+def test_a_copy_of_a_list_belongs_to_what_is_around_it():
+    """FSDP2 and optimizers have the same kernel for it, launched by the same operation."""
+    kernel = (
+        "void at::native::multi_tensor_apply_kernel<TensorListMetadata<2>, "
+        "CopyFunctor<c10::BFloat16, float, 2, 1, 1>, at::native::Copy<c10::BFloat16, float> >"
+    )
+
+    def category_inside(*names: str) -> str:
+        inner = None
+        for name in names:
+            inner = Range(name, 0, 10, is_operation="::" in name, parent=inner)
+        return category_of(Activity(kernel, 0, 1, None, inner))
+
+    copy = "aten::_foreach_copy_"
+    assert category_inside("forward", "fsdp::all_gather_copy_in", copy) == "communication"
+    assert category_inside("optimizer", copy) == "optimizer"
+    assert category_inside("graph") == "communication"
+    assert category_inside() == "other"

@@ -14,9 +14,14 @@ CATEGORIES = (
     *("communication", "other"),
 )
 
+# FSDP2 copies lists of tensors for its messages, and optimizers for weights that they keep in two
+# precisions, by the same operation.
+_COPY_OF_A_LIST = r"multi_tensor.*\bCopy<|_foreach_copy"
+
 # The first that matches decides, so what is special stands before what is common: attention is
 # built from CUTLASS matmuls, and optimizers and losses are made of norms and softmaxes.
 _RULES = (
+    (None, _COPY_OF_A_LIST),  # what is around the launch tells
     # FSDP2 cuts what it sends and puts together what it got with kernels of ATen.
     (
         "communication",
@@ -34,8 +39,7 @@ _RULES = (
     ),
     (
         "optimizer",
-        r"adamw?(_|\b|Functor)|fused_adam|multi_tensor(?!.*\bCopy<)|_foreach_(?!copy)|optimizer"
-        r"|clip_grad|LpNorm"
+        r"adamw?(_|\b|Functor)|fused_adam|multi_tensor|_foreach_|optimizer|clip_grad|LpNorm"
         r"|grad_norm|\b(sum_squares|momentum|apply|symmetric_product)_kernel\b|muon",
     ),
     (
@@ -58,12 +62,6 @@ _RULES = (
 )
 
 
-# FSDP2 copies lists of tensors for its messages, and optimizers for weights that they keep in two
-# precisions, by the same operation: what is around the launch tells. A CUDA graph of ours, of which
-# no operations are known, holds no optimizer.
-_COPY_OF_A_LIST = re.compile(r"multi_tensor.*\bCopy<")
-
-
 @functools.cache
 def category_of_name(name: str) -> str | None:
     """The function finds the category by a kernel's or an operation's name, or None."""
@@ -81,6 +79,7 @@ def category_of(activity: Activity) -> str:
     """The function finds the category of work by its own name, else by what launched it."""
     callers = [] if activity.caller is None else [c.name for c in activity.caller.chain()]
     found = next(filter(None, map(category_of_name, [activity.name, *callers])), None)
-    if found is None and "graph" in callers and _COPY_OF_A_LIST.search(activity.name):
+    if found is None and "graph" in callers and re.search(_COPY_OF_A_LIST, activity.name):
+        # Of a CUDA graph of ours no operations are known, but it holds no optimizer.
         return "communication"
     return found or "other"
